@@ -1,0 +1,4 @@
+"""Recovery attacks, one file each; ``base`` holds the contract."""
+
+#: Modules of this package that are not attacks; every other file is one, named after its file.
+SUPPORT_MODULES = frozenset({"base"})

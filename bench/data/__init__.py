@@ -1,0 +1,1 @@
+"""Datasets and identity-disjoint splits."""

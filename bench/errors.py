@@ -1,0 +1,31 @@
+"""Errors that end a command: one clear line for the person, one exit code for the shell.
+
+The command line prints ``str(error)`` and exits with ``error.exit_code``. Code outside the harness
+(``defenses``, ``attacks``) raises :class:`ValueError` and friends; the harness translates them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class BenchError(Exception):
+    """A run that failed for a reason the person can act on (exit code 3)."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class UsageError(BenchError):
+    """A wrong name, option or combination of options (exit code 2)."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class DataError(BenchError):
+    """Data that is there but cannot be used: corrupt, hostile, of the wrong shape (exit code 3)."""
+
+
+class MissingError(BenchError):
+    """Data or weights that are not there (exit code 5)."""
+
+    exit_code: ClassVar[int] = 5

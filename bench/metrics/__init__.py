@@ -1,0 +1,1 @@
+"""Image quality, identity leakage, verification, confidence intervals, floors and throughput."""

@@ -1,0 +1,1 @@
+"""Backbones, margin heads, training and verification of recognisers."""

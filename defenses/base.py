@@ -1,0 +1,207 @@
+"""The contract of a defence: a client-side map from faces to protected representations."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+
+class DefenseOptions(BaseModel):
+    """Options of a defence: frozen, keyword-only, validated; unknown names are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """What a client makes of a batch of faces.
+
+    Attributes:
+        representation: float32 (N, C, h, w), what is sent.
+        state: int64 (N, D), what a random defence drew for each face and never sends; None for a
+            defence that draws nothing countable.
+    """
+
+    representation: Tensor
+    state: Tensor | None
+
+
+class LinearOperator(Protocol):
+    """``z = A x + offset`` for one fixed state, batched over faces.
+
+    Attributes:
+        offset: (C, h, w) or broadcastable, the representation of the black face (x = 0).
+    """
+
+    offset: Tensor
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        """``A x`` without the offset: (N, 3, H, W) to (N, C, h, w), dtype and device kept."""
+
+    def adjoint(self, representation: Tensor) -> Tensor:
+        """``A^T z``: (N, C, h, w) to (N, 3, H, W), so that <A x, z> = <x, A^T z>."""
+
+
+class Defense(nn.Module, ABC):
+    """A client-side map face -> representation, possibly random, possibly fitted.
+
+    A subclass sets the class attributes, names its options and implements :meth:`transform`; a
+    random one also :meth:`draw` and, where its states can be counted, :meth:`states`. Constants and
+    weights are buffers and parameters, so that ``.to(device)`` and ``state_dict()`` carry them.
+
+    Attributes:
+        name: as typed on the command line; the file is called the same (dashes as underscores).
+        summary: one line for ``bench list``.
+        reference: paper, venue and year, or "" for a textbook operation.
+        Options: the option model.
+        trainable: whether :meth:`fit` learns something.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str] = ""
+    Options: ClassVar[type[DefenseOptions]] = DefenseOptions
+    trainable: ClassVar[bool] = False
+
+    def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
+        """
+        Args:
+            options: an instance of ``self.Options``; None for the defaults.
+            image_size: height and width of the faces in pixels.
+        """
+        super().__init__()
+        if options is None:
+            options = self.Options()
+        if not isinstance(options, self.Options):
+            raise TypeError(f"{self.name} takes {self.Options.__name__}, got {type(options).__name__}")
+        if image_size < 8:
+            raise ValueError(f"image_size must be at least 8, got {image_size}")
+        self.options = options
+        self.image_size = image_size
+
+    # -- what it sends ---------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def representation_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of one representation."""
+
+    @property
+    def channels(self) -> int:
+        """C, the channels that the recogniser's first convolution takes."""
+        return self.representation_shape[0]
+
+    @property
+    def views(self) -> int:
+        """How many random copies of each image recogniser training uses (r in PartialFace)."""
+        return 1
+
+    def bytes_per_face(self, dtype: torch.dtype = torch.float32) -> int:
+        """Size of what is sent for one face, uncompressed, in bytes."""
+        return math.prod(self.representation_shape) * dtype.itemsize
+
+    # -- what it draws ---------------------------------------------------------------------------
+
+    def draw(self, count: int, generator: torch.Generator, labels: Tensor | None = None) -> Tensor | None:
+        """States for ``count`` faces: int64 (count, D) on the CPU, or None where nothing is drawn.
+
+        ``labels`` (int64 (count,)) is given in recogniser training only; a client has none.
+        """
+        return None
+
+    def states(self) -> Tensor | None:
+        """Every state it can draw, int64 (K, D), or None where they cannot be counted."""
+        return None
+
+    @property
+    def entropy_bits(self) -> float:
+        """Entropy of the state drawn for one face, in bits (uniform over :meth:`states`)."""
+        states = self.states()
+        return 0.0 if states is None else math.log2(len(states))
+
+    # -- what it keeps from the attacker ---------------------------------------------------------
+
+    @property
+    def secret(self) -> Mapping[str, Tensor]:
+        """What provider and client share and an attacker may not know; empty where there is none."""
+        return {}
+
+    def guess(self, generator: torch.Generator) -> Self:
+        """This mechanism with a secret drawn at random: what a black-box adversary works with.
+
+        A defence without a secret returns itself: its mechanism is all there is to know.
+        """
+        if self.secret:
+            raise NotImplementedError(f"{self.name} has a secret and must say how an attacker guesses it")
+        return self
+
+    # -- what it does ----------------------------------------------------------------------------
+
+    def fit(self, faces: Tensor, labels: Tensor, generator: torch.Generator) -> None:  # noqa: B027
+        """Learn from the provider's faces (float (N, 3, H, W) in [0, 1]); nothing by default."""
+
+    @abstractmethod
+    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Representations (N, C, h, w) of ``faces`` under ``state``; differentiable in ``faces``.
+
+        ``generator`` is for draws that are no countable state (additive noise).
+        """
+
+    def protect(
+        self, faces: Tensor, generator: torch.Generator, *, labels: Tensor | None = None, state: Tensor | None = None
+    ) -> Protected:
+        """Protect a batch.
+
+        Args:
+            faces: float (N, 3, H, W) in [0, 1], H = W = ``image_size``, any device.
+            generator: source of all randomness; a CPU generator gives the same draws on every device.
+            labels: int64 (N,), in recogniser training only.
+            state: int64 (N, D) to pin the states instead of drawing them.
+
+        Raises:
+            ValueError: wrong shape, type or value range.
+        """
+        size = self.image_size
+        if faces.ndim != 4 or tuple(faces.shape[1:]) != (3, size, size):
+            raise ValueError(f"{self.name} expects faces (N, 3, {size}, {size}), got {tuple(faces.shape)}")
+        if not faces.is_floating_point():
+            raise ValueError(f"{self.name} expects float faces in [0, 1], got {faces.dtype}")
+        if len(faces):
+            low, high = (float(v) for v in faces.detach().aminmax())
+            if not (low >= -1e-4 and high <= 1 + 1e-4):  # also catches NaN
+                raise ValueError(f"{self.name} expects faces in [0, 1], got values from {low:.4g} to {high:.4g}")
+        if state is None:
+            state = self.draw(len(faces), generator, labels)
+        return Protected(self.transform(faces, state, generator), state)
+
+    def linear_operator(self, state: Tensor | None) -> LinearOperator | None:
+        """The map for one ``state`` (int64 (D,)) where it is linear up to an offset, else None."""
+        return None
+
+    def canonical(self, representation: Tensor, state: Tensor | None) -> Tensor:
+        """Undo what a known state did to the layout, as an attacker who knows it would.
+
+        Returns (N, C', h, w) in which a channel means the same for every state (PartialFace puts each
+        map back at its own frequency and leaves the others zero). The identity by default.
+        """
+        return representation
+
+    def describe(self) -> dict[str, Any]:
+        """Name, options and what they imply, for results and ``bench list``."""
+        states = self.states()
+        return {
+            "name": self.name,
+            "options": self.options.model_dump(mode="json"),
+            "representation_shape": list(self.representation_shape),
+            "views": self.views,
+            "states": None if states is None else len(states),
+            "entropy_bits": self.entropy_bits,
+            "bytes_per_face": self.bytes_per_face(),
+        }

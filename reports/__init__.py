@@ -1,0 +1,1 @@
+"""Tables and figures made from results; reads result files and runs nothing."""
