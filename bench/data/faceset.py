@@ -41,9 +41,7 @@ class FaceSet:
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
-            raise ValueError(
-                f"images must be uint8 (N, 3, H, W), got {self.images.dtype} {tuple(self.images.shape)}"
-            )
+            raise ValueError(f"images must be uint8 (N, 3, H, W), got {self.images.dtype} {tuple(self.images.shape)}")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(f"labels must be int64 (N,), got {self.labels.dtype} {tuple(self.labels.shape)}")
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.names):
@@ -60,7 +58,7 @@ class FaceSet:
     @property
     def used_names(self) -> frozenset[str]:
         """Names of the identities that have at least one image here."""
-        return frozenset(self.names[int(i)] for i in self.labels.unique())
+        return frozenset(self.names[i] for i in torch.unique(self.labels).tolist())
 
     def subset(self, index: Tensor) -> FaceSet:
         """The faces at ``index`` (int64 or bool), labels and names unchanged."""

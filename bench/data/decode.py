@@ -1,0 +1,268 @@
+"""Encoded images to uint8 RGB faces: one at a time, or a whole set on a thread pool.
+
+What is accepted: JPEG, PNG, BMP and WebP, nothing else that Pillow could open. What becomes of the
+modes: grey is repeated over RGB; palette is expanded; CMYK is converted without a colour profile;
+16-bit grey is divided by 257, so that 65535 becomes 255 (16-bit colour PNGs keep their high byte); whatever is
+transparent is composited on black. EXIF orientation is applied. Of an animation the first frame counts.
+
+Images that are not square lose the ends of the longer side (central crop). Resizing is bilinear with
+antialiasing: when shrinking, the triangle filter is as wide as the shrinking factor.
+
+Pixel counts are checked on the header, before anything is decoded, so that a decompression bomb costs
+nothing. Pillow releases the interpreter lock while it decodes and resizes, which is why threads suffice.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from bench.data.faceset import Skipped
+from bench.errors import DataError
+
+#: Called as ``report(done, total)``.
+Report = Callable[..., None]
+
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+
+#: File names that the folder layouts take for images, lower case.
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+
+#: Below this an image holds no face worth the name.
+MIN_SIDE = 8
+
+_CHUNK = 64
+
+
+class ImageError(DataError):
+    """An image that is not decoded: damaged, of an unknown format, or beyond the limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one encoded image may cost.
+
+    Attributes:
+        max_bytes: size of the encoded image.
+        max_pixels: width times height that its header claims.
+    """
+
+    max_bytes: int = 64 * 2**20
+    max_pixels: int = 50_000_000
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def no_report(done: int, total: int) -> None:
+    """A :data:`Report` for callers that want none."""
+
+
+def shown(text: object) -> str:
+    """``text`` for a one-line message: line breaks, control characters and lone surrogates escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def read_image_file(path: Path, limits: Limits = DEFAULT_LIMITS) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: it cannot be read, is no regular file, or is larger than the limit.
+    """
+    try:
+        if not path.is_file():
+            raise ImageError("not a regular file")
+        if (size := path.stat().st_size) > limits.max_bytes:
+            raise ImageError(f"{size} bytes, the limit is {limits.max_bytes}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+def open_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
+    """Parse the header only: format, size and mode are known, no pixel is decoded.
+
+    Raises:
+        ImageError: empty, beyond the limits, too small, or not one of :data:`FORMATS`.
+    """
+    if not data:
+        raise ImageError("empty")
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"{len(data)} bytes, the limit is {limits.max_bytes}")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ImageError("not a JPEG, PNG, BMP or WebP image, or its header is damaged") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"more pixels than the limit of {limits.max_pixels}") from error
+    except Exception as error:  # header parsers raise whatever their arithmetic does: ValueError, struct.error, ...
+        raise ImageError(f"damaged header: {shown(error)}") from error
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise ImageError(f"{width}x{height} pixels, the limit is {limits.max_pixels}")
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{width}x{height} pixels, too small for a face")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        colours = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colours.size, (0, 0, 0, 255)), colours).convert("RGB")
+    return image.convert("RGB")
+
+
+def _pixels(data: bytes, image_size: int | None, crop: float, limits: Limits) -> NDArray[np.uint8]:
+    """uint8 (H, W, 3); square of side ``image_size`` where that is given."""
+    image = open_image(data, limits)
+    try:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies upright images, too
+        image = _to_rgb(image)
+        if image_size is not None:
+            width, height = image.size
+            side = max(1.0, crop * min(width, height))
+            if (width, height) != (image_size, image_size) or side != image_size:
+                left, top = (width - side) / 2, (height - side) / 2
+                image = image.resize(
+                    (image_size, image_size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+                )
+        return np.asarray(image)
+    except Exception as error:  # as in open_image: a damaged body surfaces as any of a dozen exception types
+        raise ImageError(f"cannot be decoded: {shown(error)}") from error
+
+
+def decode_image(
+    data: bytes, image_size: int | None = None, *, crop: float = 1.0, limits: Limits = DEFAULT_LIMITS
+) -> Tensor:
+    """One image.
+
+    Args:
+        data: the encoded image.
+        image_size: side of the square to crop and resize to, in pixels; None keeps the image as it is.
+        crop: side of the central square that is kept, as a share of the shorter side.
+        limits: what the image may cost.
+
+    Returns:
+        uint8 (3, H, W), RGB in [0, 255].
+
+    Raises:
+        ImageError: damaged, unknown format, or beyond the limits.
+    """
+    return torch.from_numpy(_pixels(data, image_size, crop, limits).transpose(2, 0, 1).copy())
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A decoded set.
+
+    Attributes:
+        images: uint8 (M, 3, S, S), those that could be decoded, in order.
+        kept: int64 (M,), which of the N asked for they are.
+        skipped: the others, N - M of them.
+    """
+
+    images: Tensor
+    kept: Tensor
+    skipped: tuple[Skipped, ...]
+
+
+@contextmanager
+def own_limits() -> Iterator[None]:
+    """Silence Pillow's warning of large images: :class:`Limits` decide, and what they refuse is listed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def workers() -> int:
+    """Threads worth starting: the cores this process may use, at most 16."""
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def decode_all(
+    count: int,
+    read: Callable[[int], bytes],
+    where: Callable[[int], str],
+    image_size: int,
+    *,
+    crop: float = 1.0,
+    limits: Limits = DEFAULT_LIMITS,
+    report: Report = no_report,
+) -> Decoded:
+    """Decode ``count`` images into one tensor, on as many threads as there are cores.
+
+    Args:
+        count: N, how many there are.
+        read: gives the bytes of the i-th; may raise :class:`ImageError`.
+        where: names the i-th for messages.
+        image_size: S, in pixels.
+        crop: see :func:`decode_image`.
+        limits: what one image may cost.
+        report: progress.
+
+    Returns:
+        The images, which ones they are, and those left out with the reason.
+
+    Raises:
+        DataError: the set does not fit into memory.
+    """
+    needed, available = count * 3 * image_size * image_size, psutil.virtual_memory().available
+    if needed > 0.9 * available:
+        raise DataError(
+            f"{count} faces of {image_size}x{image_size} pixels need {needed / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} GiB are free: choose a smaller image size or fewer identities"
+        )
+    images = torch.empty((count, 3, image_size, image_size), dtype=torch.uint8)
+    target = images.numpy()
+    reasons: dict[int, str] = {}
+
+    def work(start: int) -> int:
+        stop = min(start + _CHUNK, count)
+        for i in range(start, stop):
+            try:
+                target[i] = _pixels(read(i), image_size, crop, limits).transpose(2, 0, 1)
+            except ImageError as error:
+                reasons[i] = str(error)
+        return stop
+
+    with own_limits(), ThreadPoolExecutor(workers()) as pool:
+        try:
+            for stop in pool.map(work, range(0, count, _CHUNK)):
+                report(stop, count)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)  # an interrupt does not decode the rest first
+    kept = torch.tensor([i for i in range(count) if i not in reasons], dtype=torch.int64)
+    skipped = tuple(Skipped(where(i), reasons[i]) for i in sorted(reasons))
+    return Decoded(images[kept] if skipped else images, kept, skipped)
+
+
+def decode_files(paths: list[Path], root: Path, image_size: int, **options: Any) -> Decoded:
+    """:func:`decode_all` over files, named in messages by their path below ``root``."""
+    limits: Limits = options.get("limits", DEFAULT_LIMITS)
+    return decode_all(
+        len(paths),
+        lambda i: read_image_file(paths[i], limits),
+        lambda i: shown(paths[i].relative_to(root)),
+        image_size,
+        **options,
+    )

@@ -1,0 +1,206 @@
+"""Verification pairs: LFW-style lists read from a file, and pairs drawn by seed where a dataset has none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench.data.decode import shown
+from bench.data.faceset import PairProtocol
+from bench.errors import DataError, MissingError
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPair:
+    """Two images by person and number, as an LFW list has them.
+
+    Attributes:
+        first, second: (name, number); numbers count from 1.
+        fold: 0-based.
+        line: where it stands in the file, 1-based.
+    """
+
+    first: tuple[str, int]
+    second: tuple[str, int]
+    fold: int
+    line: int
+
+    @property
+    def same(self) -> bool:
+        """Whether the two are of one person."""
+        return self.first[0] == self.second[0]
+
+
+@dataclass(frozen=True, slots=True)
+class PairList:
+    """An LFW-style list.
+
+    Attributes:
+        pairs: in the order of the file: per fold the genuine pairs, then the impostor pairs.
+        folds: how many the file defines (1 for the View 1 lists).
+    """
+
+    pairs: tuple[NamedPair, ...]
+    folds: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every person named, in order of first appearance."""
+        return tuple(dict.fromkeys(name for pair in self.pairs for name, _ in (pair.first, pair.second)))
+
+    @property
+    def same(self) -> NDArray[np.bool_]:
+        """bool (P,)."""
+        return np.asarray([pair.same for pair in self.pairs], dtype=np.bool_)
+
+
+def read_pairs(path: Path) -> PairList:
+    """Read an LFW-style list.
+
+    The first line is ``folds <tab> n`` (View 2: ``10 300``) or ``n`` alone (View 1). Each fold has n lines ``name,
+    number, number`` of one person and then n lines ``name, number, name, number`` of two. Columns are
+    separated by tabs, or by blanks in a line without tabs.
+
+    Raises:
+        MissingError: no such file.
+        DataError: a line that is no such thing, with its number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise MissingError(f"{shown(path)} does not exist") from error
+    except OSError as error:
+        raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{shown(path)} is not UTF-8 text (byte {error.start})") from error
+
+    def wrong(number: int, what: str) -> DataError:
+        return DataError(f"{shown(path)} line {number}: {what}")
+
+    rows = [(number, _columns(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise DataError(f"{shown(path)} is empty")
+    line, header = rows[0]
+    if len(header) not in (1, 2) or not all(field.isdecimal() and int(field) > 0 for field in header):
+        raise wrong(line, "expected 'folds<tab>pairs of each kind per fold' or the number of pairs of each kind")
+    folds, each = (1, int(header[0])) if len(header) == 1 else (int(header[0]), int(header[1]))
+    if len(rows) - 1 != 2 * folds * each:
+        raise wrong(
+            line, f"the header promises {folds} x (2 x {each}) = {2 * folds * each} pairs, {len(rows) - 1} follow"
+        )
+    pairs = []
+    for position, (line, fields) in enumerate(rows[1:]):
+        fold, within = divmod(position, 2 * each)
+        columns, kind = (3, "genuine") if within < each else (4, "impostor")
+        if len(fields) != columns:
+            raise wrong(line, f"expected {columns} columns (a {kind} pair), got {len(fields)}")
+        name, number, other = fields[0], fields[1], fields[-1]
+        second = fields[2] if columns == 4 else name
+        if not all(n.isdecimal() and int(n) > 0 for n in (number, other)):
+            raise wrong(line, "image numbers are whole numbers from 1")
+        pair = NamedPair((name, int(number)), (second, int(other)), fold, line)
+        if pair.first == pair.second:
+            raise wrong(line, "an image is paired with itself")
+        if pair.same != (columns == 3):
+            raise wrong(line, "an impostor pair names the same person twice")
+        pairs.append(pair)
+    return PairList(tuple(pairs), folds)
+
+
+def _columns(line: str) -> list[str]:
+    return [field.strip() for field in line.strip().split("\t")] if "\t" in line.strip() else line.split()
+
+
+def draw_pairs(labels: Tensor, generator: torch.Generator, *, folds: int = 10, per_fold: int = 600) -> PairProtocol:
+    """Pairs by seed, with identity-disjoint folds.
+
+    Identities are dealt to the folds, those with several images first, so that both identities of any pair are in one
+    fold. Each fold has as many impostor as genuine pairs, none twice. Genuine pairs are spread over the
+    identities: everyone's first pair comes before anyone's second.
+
+    Args:
+        labels: int64 (N,), the identity of every image.
+        generator: source of the draws.
+        folds: as many as this where the identities allow: each fold needs two, one of them with two images.
+        per_fold: pairs of a fold, at most; half of them genuine.
+
+    Returns:
+        The pairs, by fold, genuine before impostor.
+
+    Raises:
+        DataError: not even two folds can be filled.
+    """
+    draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+    values = labels.numpy()
+    members = [np.flatnonzero(values == identity) for identity in np.unique(values)]
+    order = draws.permutation(len(members))
+    several = [int(i) for i in order if len(members[i]) > 1]
+    single = [int(i) for i in order if len(members[i]) == 1]
+    folds = min(folds, len(several), len(members) // 2)
+    if folds < 2:
+        raise DataError(
+            f"{len(members)} identities, {len(several)} of them with two images or more, are too few to draw "
+            "verification pairs from: at least 4 are needed, 2 of them with two images or more"
+        )
+    first, second, same, fold = [], [], [], []
+    dealt = several + single
+    for number in range(folds):
+        people = [members[i] for i in dealt[number::folds]]
+        genuine = _genuine(people, per_fold // 2, draws)
+        impostor = _impostor(people, len(genuine), draws)
+        genuine = genuine[: len(impostor)]
+        for pairs, flag in ((genuine, True), (impostor, False)):
+            first.append(pairs[:, 0])
+            second.append(pairs[:, 1])
+            same.append(np.full(len(pairs), flag))
+            fold.append(np.full(len(pairs), number))
+    return PairProtocol(
+        torch.from_numpy(np.concatenate(first)),
+        torch.from_numpy(np.concatenate(second)),
+        torch.from_numpy(np.concatenate(same)),
+        torch.from_numpy(np.concatenate(fold)),
+    )
+
+
+def _genuine(people: list[NDArray[np.int64]], quota: int, draws: np.random.Generator) -> NDArray[np.int64]:
+    pairs, rounds = [], []
+    for images in people:
+        total = len(images) * (len(images) - 1) // 2
+        chosen = draws.choice(total, min(total, quota), replace=False)
+        # Pair number k of a triangle: row b holds b pairs (0, b) .. (b-1, b), after b (b-1) / 2 others.
+        b = ((1 + np.sqrt(1 + 8 * chosen.astype(np.float64))) // 2).astype(np.int64)
+        pairs.append(np.stack([images[chosen - b * (b - 1) // 2], images[b]], axis=1).reshape(-1, 2))
+        rounds.append(np.arange(len(chosen)))
+    everyone, turn = np.concatenate(pairs), np.concatenate(rounds)
+    # By turn, and at random within a turn.
+    return everyone[np.lexsort((draws.random(len(turn)), turn))][:quota]
+
+
+def _impostor(people: list[NDArray[np.int64]], quota: int, draws: np.random.Generator) -> NDArray[np.int64]:
+    owner = np.concatenate([np.full(len(images), i) for i, images in enumerate(people)])
+    images = np.concatenate(people)
+    counts = np.asarray([len(p) for p in people])
+    available = (len(images) ** 2 - int((counts**2).sum())) // 2
+    if available <= 8 * quota:  # few: list them all and choose
+        a, b = np.triu_indices(len(images), k=1)
+        cross = np.flatnonzero(owner[a] != owner[b])
+        chosen = cross[draws.choice(len(cross), min(quota, len(cross)), replace=False)]
+        return np.stack([images[a[chosen]], images[b[chosen]]], axis=1)
+    # Many: two people at random, an image of each, until there are enough different pairs.
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    found = np.empty(0, dtype=np.int64)
+    while len(found) < quota:
+        one = draws.integers(len(people), size=2 * quota)
+        two = (one + draws.integers(1, len(people), size=2 * quota)) % len(people)
+        a = starts[one] + draws.integers(counts[one])
+        b = starts[two] + draws.integers(counts[two])
+        found = np.concatenate([found, np.minimum(a, b) * len(images) + np.maximum(a, b)])
+        _, earliest = np.unique(found, return_index=True)
+        found = found[np.sort(earliest)]
+    found = found[:quota]
+    return np.stack([images[found // len(images)], images[found % len(images)]], axis=1)

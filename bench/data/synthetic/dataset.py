@@ -1,0 +1,82 @@
+"""The embedded dataset: every identity in several pictures, deterministic from one seed."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from bench.data.faceset import FaceSet, Source
+from bench.data.synthetic.anatomy import draw_identities
+from bench.data.synthetic.nuisance import Conditions, draw_conditions
+from bench.data.synthetic.renderer import MIN_SIZE, Report, render
+from bench.errors import UsageError
+from bench.randomness import Streams
+
+_FACES_AT_ONCE = 64
+
+
+class SyntheticOptions(BaseModel):
+    """What to render.
+
+    Attributes:
+        identities: number of people.
+        images_per_identity: pictures of each.
+        image_size: height and width in pixels, at least 16.
+        seed: the dataset's seed; the first k people (and the first j pictures of each) are the same
+            however many are asked for.
+
+    Raises:
+        UsageError: an option out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    identities: int
+    images_per_identity: int
+    image_size: int = 112
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        lowest = {"identities": 1, "images_per_identity": 1, "image_size": MIN_SIZE, "seed": 0}
+        for name, low in lowest.items():
+            if getattr(self, name) < low:
+                raise UsageError(f"synthetic dataset: {name} must be at least {low}, got {getattr(self, name)}")
+        return self
+
+
+def load_synthetic(
+    options: SyntheticOptions, *, device: torch.device | str = "cpu", report: Report | None = None
+) -> Source:
+    """Render the dataset.
+
+    Args:
+        options: how many people and pictures, how large, from which seed.
+        device: where to render; the faces come back on the CPU. What is drawn does not depend on it.
+        report: called with (faces done, faces in all).
+
+    Returns:
+        A source with ``identities * images_per_identity`` faces, grouped by identity.
+    """
+    streams = Streams(options.seed)
+    each, total = options.images_per_identity, options.identities * options.images_per_identity
+    identities = draw_identities(options.identities, streams.generator("synthetic/identities"))
+    tables = [draw_conditions(each, streams.generator(f"synthetic/conditions/{i}")) for i in range(options.identities)]
+    conditions = Conditions(torch.cat([table.values for table in tables]), tables[0].columns)
+    labels = torch.arange(options.identities).repeat_interleave(each)
+    images = torch.empty((total, 3, options.image_size, options.image_size), dtype=torch.uint8)
+    for start in range(0, total, _FACES_AT_ONCE):
+        rows = slice(start, min(start + _FACES_AT_ONCE, total))
+        people, pictures = identities.rows(labels[rows]).to(device), conditions.rows(rows).to(device)
+        images[rows] = (render(people, pictures, options.image_size) * 255).round_().to("cpu", torch.uint8)
+        if report is not None:
+            report(rows.stop, total)
+    names = tuple(f"synthetic-{i:06d}" for i in range(options.identities))
+    return Source(
+        name="synthetic",
+        faces=FaceSet(images, labels, names),
+        synthetic=True,
+        details=options.model_dump(),
+    )

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bench.data import decode
+from bench.data.decode import ImageError, Limits, decode_all, decode_files, decode_image, open_image, own_limits, shown
+from bench.errors import DataError
+
+
+def test_png_pixels_come_out_exactly(make_image, make_encoded):
+    image = make_image(0, (20, 20))
+    pixels = decode_image(make_encoded(image, "PNG"))
+    assert pixels.dtype == torch.uint8
+    np.testing.assert_array_equal(pixels.numpy(), np.asarray(image).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP"])
+def test_each_format_is_read(make_image, make_encoded, kind):
+    image = make_image(1, 48)
+    pixels = decode_image(make_encoded(image, kind, quality=100)).numpy().transpose(1, 2, 0)
+    assert np.abs(pixels.astype(int) - np.asarray(image)).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PPM"])
+def test_other_formats_are_refused(make_image, make_encoded, kind):
+    with pytest.raises(ImageError, match="not a JPEG, PNG, BMP or WebP"):
+        decode_image(make_encoded(make_image(1, 48), kind))
+
+
+def test_grey_is_repeated(make_image, make_encoded):
+    image = make_image(2, 16, "L")
+    pixels = decode_image(make_encoded(image, "PNG")).numpy()
+    for channel in pixels:
+        np.testing.assert_array_equal(channel, np.asarray(image))
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(make_encoded):
+    values = np.linspace(0, 65535, 4096).round().astype(np.uint16).reshape(64, 64)
+    pixels = decode_image(make_encoded(Image.fromarray(values), "PNG")).numpy()
+    np.testing.assert_array_equal(pixels[1], np.round(values / 257).astype(np.uint8))
+    assert pixels.min() == 0
+    assert pixels.max() == 255
+
+
+def test_transparent_parts_become_black(make_image, make_encoded):
+    image = make_image(3, 16, "RGBA")
+    alpha = np.zeros((16, 16), dtype=np.uint8)
+    alpha[:, 8:] = 255
+    image.putalpha(Image.fromarray(alpha))
+    pixels = decode_image(make_encoded(image, "PNG")).numpy()
+    assert pixels[:, :, :8].max() == 0
+    np.testing.assert_array_equal(pixels[:, :, 8:], np.asarray(image)[:, 8:, :3].transpose(2, 0, 1))
+
+
+def test_palette_with_and_without_transparency(make_encoded):
+    image = Image.new("P", (16, 16), 1)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.paste(0, (0, 0, 16, 8))
+    plain = decode_image(make_encoded(image, "PNG"))
+    assert plain[:, 0, 0].tolist() == [10, 20, 30]
+    assert plain[:, 15, 0].tolist() == [200, 100, 50]
+    holed = decode_image(make_encoded(image, "PNG", transparency=0))
+    assert holed[:, 0, 0].tolist() == [0, 0, 0]
+    assert holed[:, 15, 0].tolist() == [200, 100, 50]
+
+
+def test_cmyk_jpeg(make_encoded):
+    image = Image.new("CMYK", (32, 32), (0, 255, 255, 0))  # red
+    red, green, blue = decode_image(make_encoded(image, "JPEG", quality=100))[:, 16, 16].tolist()
+    assert red > 245
+    assert green < 10
+    assert blue < 10
+
+
+def test_exif_orientation_is_applied(make_image, make_encoded):
+    image = make_image(4, (24, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # has to be turned clockwise by a quarter
+    pixels = decode_image(make_encoded(image, "PNG", exif=exif)).numpy().transpose(1, 2, 0)
+    np.testing.assert_array_equal(pixels, np.rot90(np.asarray(image), k=-1))
+
+
+def test_non_square_images_are_cropped_centrally(make_encoded):
+    values = np.zeros((16, 48, 3), dtype=np.uint8)
+    values[:, 16:32] = 200
+    pixels = decode_image(make_encoded(Image.fromarray(values), "PNG"), 16)
+    assert pixels.shape == (3, 16, 16)
+    assert pixels.eq(200).all()
+
+
+def test_crop_keeps_the_centre(make_encoded):
+    values = np.zeros((64, 64, 3), dtype=np.uint8)
+    values[16:48, 16:48] = 255
+    assert decode_image(make_encoded(Image.fromarray(values), "PNG"), 32, crop=0.5).eq(255).all()
+    assert decode_image(make_encoded(Image.fromarray(values), "PNG"), 64, crop=1.0)[0, 0, 0] == 0
+
+
+def test_shrinking_is_antialiased(make_encoded):
+    # A fine checkerboard must turn grey; picking pixels would leave it black and white.
+    board = np.indices((96, 96)).sum(axis=0) % 2 * 255
+    image = Image.fromarray(np.repeat(board[..., None], 3, axis=2).astype(np.uint8))
+    pixels = decode_image(make_encoded(image, "PNG"), 24).to(torch.float32)
+    assert (pixels - 127.5).abs().max() < 6
+
+
+def test_resize_agrees_with_torch(make_image, make_encoded):
+    image = make_image(5, 112)
+    pixels = decode_image(make_encoded(image, "PNG"), 64).to(torch.float32)
+    whole = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())[None].to(torch.float32)
+    reference = torch.nn.functional.interpolate(whole, 64, mode="bilinear", antialias=True)[0]
+    assert (pixels - reference).abs().max() <= 1.01  # Pillow rounds after each direction
+
+
+def _huge_png(side: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+
+
+@pytest.mark.parametrize("side", [7100, 10_000, 60_000])
+def test_decompression_bombs_are_refused_on_the_header(side, monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("a bomb was decoded")
+
+    monkeypatch.setattr(Image.Image, "load", never)
+    bomb = _huge_png(side)
+    with own_limits(), pytest.raises(ImageError, match="limit"):
+        open_image(bomb)
+    done = decode_all(1, lambda _: bomb, lambda _: "bomb.png", 16)
+    assert len(done.images) == 0
+    assert done.skipped[0].where == "bomb.png"
+    assert "limit" in done.skipped[0].reason
+
+
+def test_limits_are_exact(make_image, make_encoded):
+    data = make_encoded(make_image(0, 20), "PNG")
+    assert decode_image(data, limits=Limits(max_bytes=len(data), max_pixels=400)).shape == (3, 20, 20)
+    with pytest.raises(ImageError, match=f"{len(data)} bytes, the limit"):
+        decode_image(data, limits=Limits(max_bytes=len(data) - 1))
+    with pytest.raises(ImageError, match="20x20 pixels, the limit is 399"):
+        decode_image(data, limits=Limits(max_pixels=399))
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n"])
+def test_rubbish_is_refused(data):
+    with pytest.raises(ImageError):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP"])
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.95])
+def test_truncated_images_are_refused(make_image, make_encoded, kind, share):
+    data = make_encoded(make_image(6, 112), kind)
+    with pytest.raises(ImageError):
+        decode_image(data[: int(share * len(data))], 32)
+
+
+def test_tiny_images_are_refused(make_image, make_encoded):
+    with pytest.raises(ImageError, match="too small"):
+        decode_image(make_encoded(make_image(0, (7, 100)), "PNG"), 16)
+
+
+def test_decode_all_keeps_order_counts_and_reports(make_jpeg):
+    count = 3 * decode._CHUNK + 5
+    blobs = [make_jpeg(i, 24) for i in range(count)]
+    broken = {0, decode._CHUNK, count - 1}
+    reports: list[tuple[int, int]] = []
+    done = decode_all(
+        count,
+        lambda i: blobs[i][:50] if i in broken else blobs[i],
+        lambda i: f"image {i}",
+        24,
+        report=lambda *args: reports.append(args),
+    )
+    good = [i for i in range(count) if i not in broken]
+    assert done.kept.tolist() == good
+    assert [s.where for s in done.skipped] == [f"image {i}" for i in sorted(broken)]
+    for row, i in enumerate(good):
+        assert torch.equal(done.images[row], decode_image(blobs[i], 24))
+    assert reports[-1] == (count, count)
+    assert [n for n, _ in reports] == sorted({n for n, _ in reports})
+
+
+def test_decode_all_refuses_what_does_not_fit(monkeypatch):
+    class Memory:
+        available = 2**20
+
+    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory)
+    with pytest.raises(DataError, match=r"need 0\.\d GiB of memory.*smaller image size"):
+        decode_all(10_000, lambda _: b"", str, 64)
+
+
+def test_a_bug_in_the_reader_is_not_swallowed():
+    def read(_: int) -> bytes:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError, match="bug"):
+        decode_all(3, read, str, 16)
+
+
+def test_decode_files_names_files_and_survives_unreadable_ones(tmp_path: Path, make_jpeg):
+    (tmp_path / "good.jpg").write_bytes(make_jpeg(0))
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "big.jpg").write_bytes(bytes(2000))
+    paths = [tmp_path / n for n in ("folder.jpg", "good.jpg", "gone.jpg", "big.jpg")]
+    done = decode_files(paths, tmp_path, 32, limits=Limits(max_bytes=10**6))
+    assert done.kept.tolist() == [1]
+    assert [s.where for s in done.skipped] == ["folder.jpg", "gone.jpg", "big.jpg"]
+    assert "regular file" in done.skipped[0].reason
+    small = decode_files(paths[3:], tmp_path, 32, limits=Limits(max_bytes=1999))
+    assert "2000 bytes, the limit is 1999" in small.skipped[0].reason
+
+
+def test_shown_stays_on_one_line():
+    assert shown("a\nb\x1b[31m\udc80é") == "a\\nb\\x1b[31m\\udc80é"
+
+
+def test_animations_show_their_first_frame(make_image):
+    frames = [make_image(seed, 16) for seed in range(3)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(decode_image(buffer.getvalue()).numpy(), np.asarray(frames[0]).transpose(2, 0, 1))

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from bench.data.loaders import DATASETS, Dataset, Request, load, parse_options
+from bench.errors import MissingError, UsageError
+from bench.registry import Registry
+
+
+def test_names():
+    assert list(DATASETS) == ["folder", "insightface", "lfw", "synthetic"]
+    for name in DATASETS:
+        dataset = DATASETS.get(name)
+        assert dataset.summary
+        assert dataset.Options.model_config["frozen"]
+        assert dataset.Options.model_config["extra"] == "forbid"
+
+
+def test_folder(make_tree):
+    source = load("folder", data_root=make_tree({"Ann": 2, "Bob": 2}), image_size=24, seed=0, options={"crop": "0.5"})
+    assert source.faces.size == 24
+    assert source.name == "folder"
+
+
+def test_synthetic_takes_size_and_seed_of_the_run():
+    def images(seed: int):
+        return load(
+            "synthetic", data_root=None, image_size=32, seed=seed, options={"identities": 2, "images_per_identity": 2}
+        ).faces.images
+
+    first = images(0)
+    assert first.shape == (4, 3, 32, 32)
+    assert first.equal(images(0))
+    assert not first.equal(images(1))
+
+
+def test_synthetic_reports_progress():
+    seen: list[tuple[int, int]] = []
+    load(
+        "synthetic",
+        data_root=None,
+        image_size=16,
+        seed=0,
+        options={"identities": 2, "images_per_identity": 2},
+        report=lambda *args: seen.append(args),
+    )
+    assert seen[-1] == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["insightface", "folder"])
+def test_data_root_is_needed(name):
+    with pytest.raises(MissingError, match="set --data-root or BENCH_DATA_ROOT"):
+        load(name, data_root=None, image_size=32, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("insightfase", {}, "unknown dataset 'insightfase': did you mean 'insightface'"),
+        ("insightface", {"pak": "x"}, "'insightface' has no option 'pak': available: pack, max_identities"),
+        ("folder", {"crop": "7"}, "'folder', option crop='7': input should be less than or equal to 1"),
+        ("insightface", {"max_identities": "many"}, "max_identities='many'"),
+        ("lfw", {"alignment": "deep"}, "alignment='deep'"),
+    ],
+)
+def test_usage_errors(tmp_path, name, options, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        load(name, data_root=tmp_path, image_size=32, seed=0, options=options)
+    assert "\n" not in str(caught.value)
+
+
+def test_image_size(tmp_path):
+    with pytest.raises(UsageError, match="at least 8 pixels, got 4"):
+        load("folder", data_root=tmp_path, image_size=4, seed=0)
+
+
+def test_run_settings_go_where_they_are_wanted(monkeypatch):
+    class Wants(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid")
+        seed: int = -1
+        image_size: int = -1
+
+    class Plain(BaseModel):
+        model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def refuse(_: Request):
+        raise AssertionError
+
+    registry: Registry[Dataset] = Registry("dataset")
+    registry.add("wants", lambda: Dataset("x", Wants, False, refuse))
+    registry.add("plain", lambda: Dataset("x", Plain, False, refuse))
+    monkeypatch.setattr("bench.data.loaders.DATASETS", registry)
+    assert parse_options("wants", {}, image_size=64, seed=7) == Wants(seed=7, image_size=64)
+    assert parse_options("wants", {"seed": 3}, image_size=64, seed=7) == Wants(seed=3, image_size=64)
+    assert parse_options("plain", {}, image_size=64, seed=7) == Plain()
+
+
+def test_listing_names_imports_no_torch():
+    code = "import sys; from bench.data.loaders import DATASETS; list(DATASETS); sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[3]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from bench.data.faceset import FaceSet, PairProtocol, Source
+from bench.data.overlap import drop_victims
+from bench.data.splits import Splits, split
+from bench.errors import DataError, UsageError
+
+SHARES = {"provider": 0.5, "public": 0.2, "evaluator": 0.1, "victims": 0.2}
+
+
+def faces(counts: list[int], prefix: str = "p", seed: int = 0) -> FaceSet:
+    """Every image differs and carries its identity in its first pixel."""
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    images = torch.randint(0, 256, (len(labels), 3, 8, 8), generator=generator(seed)).to(torch.uint8)
+    images[:, 0, 0, 0] = labels.to(torch.uint8)
+    return FaceSet(images, labels, tuple(f"{prefix}{i}" for i in range(len(counts))))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def named(part: FaceSet) -> list[str]:
+    return [part.names[i] for i in part.labels.tolist()]
+
+
+def parts_of(splits: Splits) -> list[FaceSet]:
+    return [p for p in (splits.provider, splits.public, splits.evaluator, splits.victims) if p is not None]
+
+
+def test_shares_out_everything_once():
+    source = Source("x", faces([5] * 100))
+    splits = split(source, **SHARES, generator=generator())
+    parts = parts_of(splits)
+    assert [len(p.names) for p in parts] == [50, 20, 10, 20]
+    for part in parts:
+        assert torch.equal(part.labels.unique(), torch.arange(len(part.names)))
+        assert [f"p{i}" for i in part.images[:, 0, 0, 0].tolist()] == named(part)
+    for one, other in itertools.combinations(parts, 2):
+        assert not one.used_names & other.used_names
+    assert len(frozenset().union(*(p.used_names for p in parts))) == 100
+    assert sum(map(len, parts)) == 500
+    people = splits.victims.labels
+    assert torch.equal(people[splits.pairs.first] == people[splits.pairs.second], splits.pairs.same)
+    assert splits.pairs.fold.max() == 9
+
+
+def test_rest_is_left_over():
+    source = Source("x", faces([2] * 50))
+    splits = split(source, provider=0.2, public=0.2, evaluator=0, victims=0.2, generator=generator())
+    assert splits.evaluator is None
+    assert [len(p.names) for p in parts_of(splits)] == [10, 10, 10]
+
+
+def test_seed_decides():
+    source = Source("x", faces([3] * 60))
+    one, same, other = (split(source, **SHARES, generator=generator(s)) for s in (0, 0, 1))
+    assert one.victims.names == same.victims.names
+    assert torch.equal(one.pairs.first, same.pairs.first)
+    assert one.victims.names != other.victims.names
+
+
+def test_single_images_are_dealt_in_proportion():
+    source = Source("x", faces([3] * 40 + [1] * 160))
+    splits = split(source, provider=0.25, public=0.25, evaluator=0.25, victims=0.25, generator=generator())
+    for part in parts_of(splits):
+        assert len(part.names) == 50
+        assert int((torch.bincount(part.labels) > 1).sum()) == 10
+
+
+def own_victims(counts: list[int]) -> tuple[FaceSet, PairProtocol]:
+    victims = faces(counts, "v", seed=9)
+    pairs = PairProtocol(
+        torch.tensor([0, 0]), torch.tensor([1, counts[0]]), torch.tensor([True, False]), torch.tensor([0, 1])
+    )
+    return victims, pairs
+
+
+def test_own_victims_and_pairs_are_kept_and_their_share_is_passed_on():
+    victims, pairs = own_victims([3, 2])
+    source = Source("x", faces([4] * 80), victims, pairs)
+    splits = split(source, **SHARES, generator=generator())
+    assert splits.victims.names == victims.names
+    assert torch.equal(splits.victims.images, victims.images)
+    assert splits.pairs is pairs
+    # .5 : .2 : .1 of everything
+    assert [len(p.names) for p in (splits.provider, splits.public, splits.evaluator)] == [50, 20, 10]  # type: ignore[union-attr]
+    assert split(source, **{**SHARES, "victims": 0.0, "provider": 0.7}, generator=generator()).dropped == ()
+
+
+def test_own_victims_without_pairs_get_drawn_ones():
+    victims = faces([3] * 8, "v", seed=9)
+    splits = split(Source("x", faces([4] * 40), victims), **SHARES, generator=generator())
+    assert torch.equal(victims.labels[splits.pairs.first] == victims.labels[splits.pairs.second], splits.pairs.same)
+
+
+def test_victims_among_the_faces_are_dropped_and_listed():
+    learners, (victims, pairs) = faces([4] * 40), own_victims([3, 2])
+    images = learners.images.clone()
+    images[learners.labels == 7] = victims.images[3]  # by content
+    names = ("v1", *learners.names[1:])  # by name
+    source = Source("x", FaceSet(images, learners.labels, names), victims, pairs)
+    splits = split(source, **SHARES, generator=generator())
+    assert [(s.where, s.reason) for s in splits.dropped] == [
+        ("v1", "a victim has this name"),
+        ("p7", "shares an identical image with a victim"),
+    ]
+    learned = frozenset().union(*(p.used_names for p in parts_of(splits)[:-1]))
+    assert learned == set(learners.names) - {"p0", "p7"}
+
+
+def test_twins_never_stand_on_two_sides():
+    learners = faces([4] * 60)
+    images = learners.images.clone()
+    images[4 * 8] = images[4 * 7]
+    splits = split(Source("x", FaceSet(images, learners.labels, learners.names)), **SHARES, generator=generator())
+    assert [s.where for s in splits.dropped] == ["p8"]
+    assert sum(len(p.names) for p in parts_of(splits)) == 59
+
+
+def test_one_pixel_is_a_difference():
+    learners, victims = faces([2] * 4), faces([2] * 4, "v", seed=9)
+    nearly = victims.images[0].clone()
+    nearly[1, 3, 3] ^= 1
+    images = learners.images.clone()
+    images[0] = nearly
+    images[7] = victims.images[5]
+    kept, dropped = drop_victims(FaceSet(images, learners.labels, learners.names), victims)
+    assert [s.where for s in dropped] == ["p3"]
+    assert kept.used_names == {"p0", "p1", "p2"}
+
+
+def test_overlap_is_an_error_wherever_it_comes_from():
+    a, b, c = faces([2] * 3, "a"), faces([2] * 3, "b"), faces([2] * 4, "c")
+    pairs = own_victims([2, 2])[1]
+    Splits(a, b, None, c, pairs)
+    shared = FaceSet(b.images, b.labels, ("b0", "a2", "b2"))
+    with pytest.raises(DataError, match="provider and public share 1 identities: a2"):
+        Splits(a, shared, None, c, pairs)
+    with pytest.raises(DataError, match="victims and evaluator share 1 identities: a2"):
+        Splits(c, faces([2] * 3, "d"), shared, a, pairs)
+    with pytest.raises(DataError, match="provider and victims share 3 identities: a0, a1, a2"):
+        Splits(a, b, None, a, pairs)
+    unused = FaceSet(b.images, torch.zeros_like(b.labels), ("b0", "a2", "b2"))  # a name nobody answers to
+    Splits(a, unused, None, c, pairs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"provider": -0.1}, "share of provider must be between 0 and 1"),
+        ({"public": float("nan")}, "share of public must be between"),
+        ({"provider": 0}, "share of provider cannot be 0"),
+        ({"victims": 0}, "share of victims cannot be 0"),
+        ({"public": 0.5}, "add up to more than 1"),
+    ],
+)
+def test_impossible_shares(change, message):
+    with pytest.raises(UsageError, match=message):
+        split(Source("x", faces([3] * 60)), **{**SHARES, **change}, generator=generator())
+
+
+def test_too_few_identities_says_how_many_are_needed():
+    with pytest.raises(DataError, match=r"^10 identities are too few .* at least (\d+) are needed") as caught:
+        split(Source("x", faces([3] * 10)), **SHARES, generator=generator())
+    least = int(str(caught.value).split("at least ")[1].split()[0])
+    split(Source("x", faces([3] * least)), **SHARES, generator=generator())
+    with pytest.raises(DataError, match=f"at least {least} are needed"):
+        split(Source("x", faces([3] * (least - 1))), **SHARES, generator=generator())
+
+
+def test_victims_without_second_images():
+    with pytest.raises(DataError, match="too few to draw verification pairs"):
+        split(Source("x", faces([1] * 60)), **SHARES, generator=generator())
