@@ -1,0 +1,236 @@
+"""Evaluators, on ONNX models made here."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from onnx import TensorProto, helper
+from PIL import Image
+from torch import nn
+
+from bench.data.faceset import PairProtocol
+from bench.data.verification_pack import read_pack
+from bench.errors import DataError, MissingError
+from bench.metrics.evaluator import OnnxEvaluator, RecogniserEvaluator
+from bench.metrics.verification import lfw_accuracy, pair_scores
+
+
+def make_model(
+    path: Path,
+    *,
+    shape: tuple[int | str, ...] = ("N", 3, 16, 16),
+    kind: int = TensorProto.FLOAT,
+    flat: bool = True,
+    weights: np.ndarray | None = None,
+    outputs: int = 1,
+) -> Path:
+    """A linear recogniser: flatten, then one matrix; ``flat=False`` returns the input as it is."""
+    nodes, initialisers = [], []
+    if flat:
+        size = 3 * 16 * 16
+        matrix = np.random.default_rng(0).standard_normal((size, 4)) if weights is None else weights
+        initialisers.append(helper.make_tensor("w", TensorProto.FLOAT, matrix.shape, matrix.astype(np.float32)))
+        nodes.append(helper.make_node("Flatten", ["pixels"], ["flat"]))
+        nodes += [helper.make_node("MatMul", ["flat", "w"], [f"out{i}"]) for i in range(outputs)]
+        result = [helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, [shape[0], 4]) for i in range(outputs)]
+    else:
+        nodes.append(helper.make_node("Identity", ["pixels"], ["out0"]))
+        result = [helper.make_tensor_value_info("out0", kind, shape)]
+    graph = helper.make_graph(
+        nodes, "made", [helper.make_tensor_value_info("pixels", kind, shape)], result, initializer=initialisers
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "made.onnx")
+
+
+def faces(count: int, size: int = 16) -> torch.Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def expected(batch: torch.Tensor, *, flip: bool) -> torch.Tensor:
+    matrix = torch.from_numpy(np.random.default_rng(0).standard_normal((768, 4))).float()
+    total = ((batch * 255 - 127.5) / 128).flatten(1) @ matrix
+    if flip:
+        total = total + ((batch.flip(3) * 255 - 127.5) / 128).flatten(1) @ matrix
+    return F.normalize(total)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_preprocessing_flip_and_normalisation(model: Path, flip: bool) -> None:
+    evaluator = OnnxEvaluator(model, flip=flip, batch_size=3)
+    batch = faces(7)
+    embeddings = evaluator.embed(batch)
+    assert embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings, expected(batch, flip=flip), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(7))
+
+
+def test_bytes_and_floats_embed_alike(model: Path) -> None:
+    images = (faces(3) * 255).round().to(torch.uint8)
+    evaluator = OnnxEvaluator(model)
+    torch.testing.assert_close(evaluator.embed(images), evaluator.embed(images.float() / 255))
+
+
+def test_other_sizes_are_resized_with_antialiasing(model: Path) -> None:
+    evaluator = OnnxEvaluator(model)
+    assert evaluator.input_size == (16, 16)
+    for size in (40, 9):
+        batch = faces(2, size)
+        resized = F.interpolate(batch, size=(16, 16), mode="bilinear", antialias=True)
+        torch.testing.assert_close(evaluator.embed(batch), expected(resized, flip=True), atol=1e-5, rtol=1e-4)
+
+
+def test_fixed_batch_sizes_are_respected(tmp_path: Path) -> None:
+    evaluator = OnnxEvaluator(make_model(tmp_path / "four.onnx", shape=(4, 3, 16, 16)))
+    assert evaluator.batch_size == 4
+    batch = faces(10)
+    torch.testing.assert_close(evaluator.embed(batch), expected(batch, flip=True), atol=1e-5, rtol=1e-4)
+
+
+def test_free_spatial_dimensions_mean_112(tmp_path: Path) -> None:
+    pooled = tmp_path / "free.onnx"
+    graph = helper.make_graph(
+        [
+            helper.make_node("GlobalAveragePool", ["x"], ["pooled"]),
+            helper.make_node("Flatten", ["pooled"], ["y"]),
+        ],
+        "made",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, "H", "W"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    pooled.write_bytes(model.SerializeToString())
+    evaluator = OnnxEvaluator(pooled)
+    assert evaluator.input_size == (112, 112)
+    assert evaluator.embed(faces(2)).shape == (2, 3)
+
+
+def test_provenance_and_threads(model: Path) -> None:
+    evaluator = OnnxEvaluator(model)
+    assert evaluator.sha256 == hashlib.sha256(model.read_bytes()).hexdigest()
+    assert evaluator.describe() == {
+        "name": "made",
+        "input_size": [16, 16],
+        "flip": True,
+        "sha256": evaluator.sha256,
+        "providers": ["CPUExecutionProvider"],
+    }
+    assert evaluator._session.get_session_options().intra_op_num_threads == torch.get_num_threads()
+
+
+def test_missing_and_unusable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=r"absent\.onnx does not exist"):
+        OnnxEvaluator(tmp_path / "absent.onnx")
+    text = tmp_path / "text.onnx"
+    text.write_text("not a model")
+    with pytest.raises(DataError, match=r"text\.onnx is no ONNX model"):
+        OnnxEvaluator(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"shape": ("N", 1, 16, 48)}, r"must be float32 \(N, 3, H, W\)"),
+        ({"shape": ("N", 768)}, r"must be float32 \(N, 3, H, W\)"),
+        ({"flat": False, "kind": TensorProto.UINT8}, r"must be float32 \(N, 3, H, W\)"),
+        ({"flat": False}, r"must be embeddings \(N, D\)"),
+        ({"outputs": 2}, "one input and one output"),
+    ],
+)
+def test_other_models_are_refused(tmp_path: Path, options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint):
+        OnnxEvaluator(make_model(tmp_path / "other.onnx", **options))
+
+
+def test_embeddings_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    evaluator = OnnxEvaluator(make_model(tmp_path / "nan.onnx", weights=np.full((768, 4), np.nan)))
+    with pytest.raises(DataError, match="not finite"):
+        evaluator.embed(faces(1))
+
+
+def test_wrong_faces_are_refused(model: Path) -> None:
+    evaluator = OnnxEvaluator(model)
+    with pytest.raises(DataError, match=r"expects faces \(N, 3, H, W\)"):
+        evaluator.embed(torch.rand(2, 1, 16, 16))
+    with pytest.raises(DataError, match="float faces"):
+        evaluator.embed(torch.ones(2, 3, 16, 16, dtype=torch.int64))
+    with pytest.raises(DataError, match="no faces"):
+        evaluator.embed(faces(0))
+    with pytest.raises(DataError, match="batch_size"):
+        OnnxEvaluator(model, batch_size=0)
+
+
+class Recogniser(nn.Module):
+    """Batch norm makes training mode visible, the weights make left and right differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.norm = nn.BatchNorm2d(3)
+            self.linear = nn.Linear(3 * 8 * 8, 5)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        embeddings: torch.Tensor = self.linear(self.norm(batch).flatten(1))
+        return embeddings
+
+
+def test_a_recogniser_of_our_own_judges_in_evaluation_mode() -> None:
+    network = Recogniser().train()
+    evaluator = RecogniserEvaluator(network, "second", (8, 8), batch_size=2)
+    batch = faces(5, 8)
+    embeddings = evaluator.embed(batch)
+    assert not embeddings.requires_grad
+    with torch.no_grad():
+        reference = F.normalize(network.eval()(batch) + network(batch.flip(3)))
+    torch.testing.assert_close(embeddings, reference)
+    torch.testing.assert_close(evaluator.embed(faces(3, 20)).norm(dim=1), torch.ones(3))
+    assert evaluator.describe() == {"name": "second", "input_size": [8, 8], "flip": True}
+
+
+def test_a_network_that_returns_maps_is_refused() -> None:
+    evaluator = RecogniserEvaluator(nn.Identity(), "maps", (8, 8))
+    with pytest.raises(DataError, match=r"expected \(N, D\)"):
+        evaluator.embed(faces(2, 8))
+
+
+@pytest.mark.realfaces
+@pytest.mark.skipif(
+    not (os.environ.get("BENCH_DATA_ROOT") and os.environ.get("BENCH_EVALUATOR")),
+    reason="needs BENCH_DATA_ROOT (with lfw.bin) and BENCH_EVALUATOR",
+)
+def test_the_evaluator_verifies_lfw() -> None:
+    pack = Path(os.environ["BENCH_DATA_ROOT"]) / "lfw.bin"
+    if not pack.is_file():
+        pytest.skip(f"no {pack}")
+    content = read_pack(pack)
+    chosen = torch.arange(0, len(content.same), 20)  # thirty pairs of each fold, half of them genuine
+    images = np.stack(
+        [
+            np.asarray(Image.open(io.BytesIO(content.images[2 * int(i) + side])).convert("RGB"))
+            for i in chosen
+            for side in (0, 1)
+        ]
+    )
+    evaluator = OnnxEvaluator(Path(os.environ["BENCH_EVALUATOR"]))
+    embeddings = evaluator.embed(torch.from_numpy(images).permute(0, 3, 1, 2))
+    index = torch.arange(0, 2 * len(chosen), 2)
+    protocol = PairProtocol(index, index + 1, torch.from_numpy(content.same)[chosen], chosen // 600)
+    accuracy = lfw_accuracy(pair_scores(embeddings, protocol), protocol.same, protocol.fold)
+    assert accuracy.mean >= 0.985

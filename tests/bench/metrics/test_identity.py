@@ -1,0 +1,112 @@
+"""Identity leakage against its definitions, one image at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench.errors import DataError
+from bench.metrics import identity
+from bench.metrics.identity import content_ids, identity_leakage, split_gallery
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_leakage_follows_its_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "_CHUNK", 7)
+    people = torch.tensor([30, 10, 20, 50])  # enrolled, in no order; 40 has no other image
+    centres = normal(60, 16)
+    labels = torch.tensor([10, 20, 30, 40, 50]).repeat(4)
+    originals = centres[labels] + 0.6 * normal(20, 16, seed=1)
+    recovered = 3 * (originals + 2.5 * normal(20, 16, seed=2))  # any length: only directions count
+    gallery = centres[people] + 0.6 * normal(4, 16, seed=3)
+    leakage = identity_leakage(recovered, originals, labels, gallery, people, threshold=0.3)
+    assert leakage.gallery_size == 4
+    for i in range(20):
+        cosine = F.cosine_similarity(recovered[i], originals[i], dim=0)
+        assert leakage.cosine[i] == pytest.approx(float(cosine), abs=1e-6)
+        assert leakage.type1[i] == float(cosine >= 0.3)
+        if labels[i] == 40:
+            assert leakage.type2[i].isnan()
+            assert leakage.rank1[i].isnan()
+            continue
+        to_gallery = F.cosine_similarity(recovered[i][None], gallery)
+        own = int((people == labels[i]).nonzero())
+        assert leakage.type2[i] == float(to_gallery[own] >= 0.3)
+        assert leakage.rank1[i] == float(int(to_gallery.argmax()) == own)
+    measured = leakage.rank1[~leakage.rank1.isnan()]
+    for values in (leakage.type1, leakage.type2[~leakage.type2.isnan()], measured):
+        assert 0 < values.mean() < 1  # the sample exercises both outcomes
+
+
+def test_the_threshold_itself_is_accepted() -> None:
+    embedding = torch.tensor([[1.0, 0.0]])
+    leakage = identity_leakage(embedding, embedding, torch.tensor([0]), embedding, torch.tensor([0]), threshold=1.0)
+    assert (leakage.type1.item(), leakage.type2.item()) == (1.0, 1.0)
+
+
+def test_a_constant_recovery_earns_chance_at_rank_one() -> None:
+    gallery = normal(25, 8)
+    recovered = normal(1, 8, seed=1).expand(25, 8)
+    leakage = identity_leakage(recovered, gallery, torch.arange(25), gallery, torch.arange(25), 0.5)
+    assert leakage.rank1.sum() == 1
+    collapsed = torch.ones(25, 8)
+    tied = identity_leakage(collapsed, collapsed, torch.arange(25), collapsed, torch.arange(25), 0.5)
+    torch.testing.assert_close(tied.rank1, torch.full((25,), 1 / 25))
+
+
+def test_wrong_input_is_refused() -> None:
+    embeddings, people = normal(4, 8), torch.arange(4)
+    with pytest.raises(DataError, match="one image per person"):
+        identity_leakage(embeddings, embeddings, people, embeddings, torch.tensor([0, 1, 2, 2]), 0.5)
+    with pytest.raises(DataError, match="gallery is empty"):
+        identity_leakage(embeddings, embeddings, people, embeddings[:0], people[:0], 0.5)
+    with pytest.raises(DataError, match="must be \\(N, D\\)"):
+        identity_leakage(embeddings, embeddings[:3], people, embeddings, people, 0.5)
+    with pytest.raises(DataError, match="must be \\(K, 8\\)"):
+        identity_leakage(embeddings, embeddings, people, embeddings[:, :3], people, 0.5)
+    with pytest.raises(DataError, match="NaN"):
+        identity_leakage(embeddings * torch.nan, embeddings, people, embeddings, people, 0.5)
+
+
+def test_gallery_holds_one_other_image_of_everyone_who_has_two() -> None:
+    labels = torch.tensor([4, 9, 4, 4, 7, 9, 2, 2, 2])
+    split = split_gallery(labels, torch.Generator().manual_seed(0))
+    assert sorted(labels[split.gallery].tolist()) == [2, 4, 9]
+    assert sorted(torch.cat((split.gallery, split.probes)).tolist()) == list(range(9))
+    assert 4 in split.probes  # the only image of 7
+
+
+def test_the_gallery_image_is_a_uniform_draw() -> None:
+    labels = torch.tensor([0, 0, 0])
+    drawn = [int(split_gallery(labels, torch.Generator().manual_seed(seed)).gallery) for seed in range(300)]
+    assert all(70 <= drawn.count(image) <= 130 for image in range(3))
+
+
+def test_copies_of_the_gallery_image_are_no_probes() -> None:
+    labels = torch.tensor([0, 0, 0, 1, 1])
+    content = torch.tensor([5, 5, 6, 8, 8])  # 1 has one image, twice
+    for seed in range(10):
+        split = split_gallery(labels, torch.Generator().manual_seed(seed), content=content)
+        assert labels[split.gallery].tolist() == [0]
+        assert not set(content[split.gallery].tolist()) & set(content[split.probes].tolist())
+        assert {3, 4} <= set(split.probes.tolist())
+    with pytest.raises(DataError, match="share one shape"):
+        split_gallery(labels, torch.Generator(), content=content[:2])
+
+
+def test_content_ids_tell_images_apart() -> None:
+    images = torch.randint(0, 256, (300, 3, 5, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images[100] = images[7]
+    images[200] = images[7]
+    images[200, 2, 4, 4] ^= 1  # one bit apart
+    ids = content_ids(images)
+    assert ids[100] == ids[7]
+    assert len(torch.unique(ids)) == 299
+    assert torch.equal(ids, content_ids(images, batch_size=13))
+    assert content_ids(images[:0]).shape == (0,)
+    with pytest.raises(DataError, match="uint8"):
+        content_ids(images.float())

@@ -1,0 +1,201 @@
+"""Verification statistics against scikit-learn and exhaustive search."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.interpolate import interp1d
+from scipy.optimize import brentq
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from bench.data.faceset import PairProtocol
+from bench.errors import DataError
+from bench.metrics.verification import (
+    eer,
+    fold_accuracies,
+    lfw_accuracy,
+    pair_scores,
+    roc,
+    roc_auc,
+    tar_at_far,
+    threshold_at_far,
+)
+
+
+def sample(pairs: int = 400, *, ties: bool = False, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    same = torch.rand(pairs, generator=generator) < 0.4
+    scores = torch.randn(pairs, generator=generator) + 1.2 * same
+    if ties:
+        scores = (scores * 3).round() / 3
+    return scores, same, torch.arange(pairs) % 5
+
+
+def reference_eer(far: np.ndarray, tar: np.ndarray) -> float:
+    """Where the piecewise linear curve meets the diagonal FAR = FRR, by root finding."""
+    curve = interp1d(far, tar)
+    return float(brentq(lambda x: 1 - x - curve(x), 0, 1))
+
+
+def weights_of(replicates: int, pairs: int) -> torch.Tensor:
+    return torch.randint(0, 4, (replicates, pairs), generator=torch.Generator().manual_seed(9)).double()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auc_equals_scikit_learn(ties: bool) -> None:
+    scores, same, _ = sample(ties=ties)
+    assert roc_auc(scores, same) == pytest.approx(roc_auc_score(same, scores), abs=1e-12)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_weighted_curve_equals_scikit_learn(ties: bool) -> None:
+    scores, same, _ = sample(ties=ties)
+    weights = weights_of(4, len(scores))
+    curve = roc(scores, same, weights)
+    for row, (auc, equal, at) in enumerate(
+        zip(curve.auc().tolist(), curve.eer().tolist(), curve.tar_at_far(0.1).tolist(), strict=True)
+    ):
+        assert auc == pytest.approx(roc_auc_score(same, scores, sample_weight=weights[row]), abs=1e-12)
+        far, tar, _ = roc_curve(same, scores, sample_weight=weights[row], drop_intermediate=False)
+        assert equal == pytest.approx(reference_eer(far, tar), abs=1e-9)
+        assert at == pytest.approx(tar[far <= 0.1].max(), abs=1e-12)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_eer_and_tar_equal_scikit_learn(ties: bool) -> None:
+    scores, same, _ = sample(ties=ties)
+    far, tar, _ = roc_curve(same, scores, drop_intermediate=False)
+    assert eer(scores, same) == pytest.approx(reference_eer(far, tar), abs=1e-9)
+    for rate in (0.01, 0.1, 0.5):
+        estimate = tar_at_far(scores, same, rate)
+        assert estimate.value == pytest.approx(tar[far <= rate].max(), abs=1e-12)
+        assert estimate.n == int(same.sum())
+
+
+def test_perfect_and_reversed_separation() -> None:
+    same = torch.tensor([True, True, False, False])
+    scores = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    assert (roc_auc(scores, same), eer(scores, same)) == (1.0, 0.0)
+    assert (roc_auc(-scores, same), eer(-scores, same)) == (0.0, 1.0)
+    assert (roc_auc(torch.ones(4), same), eer(torch.ones(4), same)) == (0.5, 0.5)
+
+
+def test_three_of_three_hundred_impostors_pass_one_per_cent() -> None:
+    # 3 / 300 and 0.01 are the same rate; the fourth impostor ranks above the last genuine pair.
+    impostors = torch.arange(300).float()
+    genuine = torch.tensor([1000.0, 297.5, 296.5, 295.5])
+    scores, same = torch.cat((impostors, genuine)), torch.arange(304) >= 300
+    assert tar_at_far(scores, same, 0.01).value == 0.75
+
+
+def test_far_below_one_impostor_pair_is_not_measurable() -> None:
+    scores, same, _ = sample()
+    impostors = int((~same).sum())
+    assert tar_at_far(scores, same, 1 / impostors).value is not None
+    estimate = tar_at_far(scores, same, 0.99 / impostors)
+    assert estimate.value is None
+    assert f"there are {impostors}" in str(estimate.reason)
+    with pytest.raises(DataError, match="no threshold at this FAR"):
+        threshold_at_far(scores, same, 0.99 / impostors)
+    with pytest.raises(DataError, match="between 0 and 1"):
+        tar_at_far(scores, same, 0.0)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.999])
+def test_threshold_at_far_is_the_laxest_that_keeps_the_rate(ties: bool, rate: float) -> None:
+    scores, same, _ = sample(ties=ties)
+    threshold = threshold_at_far(scores, same, rate)
+    assert float((scores[~same] >= threshold).double().mean()) <= rate
+    assert float((scores[same] >= threshold).double().mean()) == tar_at_far(scores, same, rate).value
+    laxer = scores[scores < threshold].max()
+    assert float((scores[~same] >= laxer).double().mean()) > rate
+
+
+def test_threshold_at_far_where_even_the_top_score_is_too_common() -> None:
+    scores, same = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([True, False, False, False])
+    assert threshold_at_far(scores, same, 0.4) > 1.0
+
+
+def exhaustive_fold(scores: np.ndarray, same: np.ndarray, fold: np.ndarray, weight: np.ndarray, number: int) -> float:
+    """Textbook LFW: try every midpoint on the other folds one by one, take the middle one of the best."""
+    train, test = fold != number, fold == number
+    values = np.unique(scores[train])
+    candidates = np.concatenate(([values[0] - 1], (values[1:] + values[:-1]) / 2, [values[-1] + 1]))
+    gained = [np.sum(weight[train] * ((scores[train] >= t) == same[train])) for t in candidates]
+    best = np.flatnonzero(np.array(gained) == max(gained))
+    threshold = candidates[best[(len(best) - 1) // 2]]
+    return float(np.sum(weight[test] * ((scores[test] >= threshold) == same[test])) / weight[test].sum())
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_lfw_accuracy_equals_exhaustive_search(ties: bool) -> None:
+    scores, same, fold = sample(150, ties=ties)
+    weights = torch.cat((torch.ones(1, 150, dtype=torch.float64), weights_of(3, 150)))
+    accuracies, _ = fold_accuracies(scores, same, fold, weights)
+    columns = scores.double().numpy(), same.numpy(), fold.numpy()
+    expected = [[exhaustive_fold(*columns, weight, number) for number in range(5)] for weight in weights.numpy()]
+    np.testing.assert_allclose(accuracies.numpy(), expected, atol=1e-12)
+    accuracy = lfw_accuracy(scores, same, fold)
+    assert accuracy.per_fold == tuple(accuracies[0].tolist())
+    assert accuracy.mean == pytest.approx(np.mean(expected[0]))
+    assert accuracy.std == pytest.approx(np.std(expected[0]))
+
+
+def test_many_replicates_equal_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, same, fold = sample(60)
+    weights = weights_of(7, 60)
+    expected = torch.cat([fold_accuracies(scores, same, fold, row[None])[0] for row in weights])
+    monkeypatch.setattr("bench.metrics.verification._CHUNK_ELEMENTS", 130)  # two replicates at once
+    torch.testing.assert_close(fold_accuracies(scores, same, fold, weights)[0], expected)
+
+
+def test_the_overall_threshold_is_the_best_one() -> None:
+    scores, same, fold = sample(150)
+    accuracy = lfw_accuracy(scores, same, fold)
+    reached = ((scores >= accuracy.threshold) == same).float().mean()
+    assert reached == max(((scores >= t) == same).float().mean() for t in scores)
+
+
+def test_a_fold_of_its_own_never_sets_its_threshold() -> None:
+    # Fold 0 is separated elsewhere than fold 1: thresholds taken from the fold itself would score 1.
+    scores = torch.tensor([0.2, 0.1, 0.9, 0.8])
+    same = torch.tensor([True, False, True, False])
+    assert lfw_accuracy(scores, same, torch.tensor([0, 0, 1, 1])).per_fold == (0.5, 0.5)
+
+
+def test_a_replicate_without_a_class_or_a_fold_is_nan() -> None:
+    scores, same, fold = sample(40)
+    weights = torch.stack(((~same).double(), (fold != 2).double()))
+    curve = roc(scores, same, weights)
+    for statistic in (curve.auc(), curve.eer(), curve.tar_at_far(0.1)):
+        assert statistic.isnan().tolist() == [True, False]
+    accuracies, _ = fold_accuracies(scores, same, fold, weights)
+    assert accuracies[1].isnan().tolist() == [False, False, True, False, False]
+
+
+def test_pair_scores_are_cosines() -> None:
+    embeddings = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    first, second = torch.tensor([0, 3, 5]), torch.tensor([1, 4, 5])
+    protocol = PairProtocol(first, second, torch.tensor([True, False, True]), torch.zeros(3, dtype=torch.int64))
+    expected = torch.nn.functional.cosine_similarity(embeddings[first], embeddings[second])
+    torch.testing.assert_close(pair_scores(embeddings, protocol), expected)
+    with pytest.raises(DataError, match="index beyond the 5"):
+        pair_scores(embeddings[:5], protocol)
+
+
+def test_wrong_input_is_refused() -> None:
+    scores, same, fold = sample(20)
+    with pytest.raises(DataError, match="both genuine and impostor"):
+        roc_auc(scores, torch.ones(20, dtype=torch.bool))
+    with pytest.raises(DataError, match="finite"):
+        eer(torch.full((20,), torch.nan), same)
+    with pytest.raises(DataError, match=r"bool \(P,\)"):
+        eer(scores, same.long())
+    with pytest.raises(DataError, match="two folds"):
+        lfw_accuracy(scores, same, torch.zeros(20, dtype=torch.int64))
+    with pytest.raises(DataError, match="folds must be"):
+        lfw_accuracy(scores, same, fold[:3])
+    with pytest.raises(DataError, match=r"\(R, 20\)"):
+        roc(scores, same, torch.ones(2, 19))
