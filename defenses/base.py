@@ -34,13 +34,11 @@ class Protected:
 
 
 class LinearOperator(Protocol):
-    """``z = A x + offset`` for one fixed state, batched over faces.
+    """``z = A x + offset`` for one fixed state, batched over faces."""
 
-    Attributes:
-        offset: (C, h, w) or broadcastable, the representation of the black face (x = 0).
-    """
-
-    offset: Tensor
+    @property
+    def offset(self) -> Tensor:
+        """(C, h, w) or broadcastable to it: the representation of the black face (x = 0)."""
 
     def __call__(self, faces: Tensor) -> Tensor:
         """``A x`` without the offset: (N, 3, H, W) to (N, C, h, w), dtype and device kept."""
@@ -62,6 +60,7 @@ class Defense(nn.Module, ABC):
         reference: paper, venue and year, or "" for a textbook operation.
         Options: the option model.
         trainable: whether :meth:`fit` learns something.
+        presets: options that a preset of the harness (``quick``, ``cpu``, ``gpu``, ``paper``) sets.
     """
 
     name: ClassVar[str]
@@ -69,6 +68,7 @@ class Defense(nn.Module, ABC):
     reference: ClassVar[str] = ""
     Options: ClassVar[type[DefenseOptions]] = DefenseOptions
     trainable: ClassVar[bool] = False
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
         """
@@ -144,7 +144,7 @@ class Defense(nn.Module, ABC):
 
     # -- what it does ----------------------------------------------------------------------------
 
-    def fit(self, faces: Tensor, labels: Tensor, generator: torch.Generator) -> None:  # noqa: B027
+    def fit(self, faces: Tensor, labels: Tensor, generator: torch.Generator) -> None:
         """Learn from the provider's faces (float (N, 3, H, W) in [0, 1]); nothing by default."""
 
     @abstractmethod

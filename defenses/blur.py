@@ -1,0 +1,72 @@
+"""Gaussian blur."""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from defenses.base import Defense, DefenseOptions
+from defenses.linear import SeparableOperator
+
+
+class BlurOptions(DefenseOptions):
+    """Options of :class:`Blur`; lengths in pixels of the 112x112 template, scaled with the size of the face.
+
+    Attributes:
+        sigma: standard deviation of the Gaussian.
+        kernel: width of the kernel, odd; None: 2 ceil(3 sigma) + 1, beyond which the Gaussian is negligible.
+    """
+
+    sigma: float = Field(default=4.0, gt=0, le=112, allow_inf_nan=False)
+    kernel: int | None = Field(default=None, ge=3, le=223)
+
+    @model_validator(mode="after")
+    def _odd(self) -> Self:
+        if self.kernel is not None and self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, got {self.kernel}")
+        return self
+
+
+def blur_matrix(size: int, sigma: float, radius: int) -> Tensor:
+    """Gaussian filtering of one axis with mirrored borders (the edge pixel not repeated), float64 (size, size)."""
+    distance = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = torch.softmax(-0.5 * (distance / sigma) ** 2, dim=0)
+    source = torch.arange(size)[:, None] + distance.to(torch.int64)
+    period = 2 * (size - 1)
+    source = source.remainder(period)
+    source = torch.minimum(source, period - source)
+    return torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, source, kernel.expand(size, -1).contiguous())
+
+
+class Blur(Defense):
+    """Gaussian-blurred face, (N, 3, H, W) in [0, 1]."""
+
+    name = "blur"
+    summary = "Gaussian blur"
+    Options = BlurOptions
+    options: BlurOptions
+
+    def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
+        super().__init__(options, image_size=image_size)
+        scale = image_size / 112
+        sigma = self.options.sigma * scale
+        half_width = 3 * sigma if self.options.kernel is None else (self.options.kernel - 1) / 2 * scale
+        self.factor: Tensor
+        self.register_buffer("factor", blur_matrix(image_size, sigma, max(1, math.ceil(half_width))), persistent=False)
+
+    @property
+    def representation_shape(self) -> tuple[int, int, int]:
+        """(3, H, W)."""
+        return (3, self.image_size, self.image_size)
+
+    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Blurred faces."""
+        return self.linear_operator(state)(faces)
+
+    def linear_operator(self, state: Tensor | None) -> SeparableOperator:
+        """Filtering rows and columns."""
+        return SeparableOperator(self.factor)

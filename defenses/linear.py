@@ -1,0 +1,58 @@
+"""Separable linear maps of colour planes, z_c = R x_c C^T: pooling, blurring, the identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SeparableOperator:
+    """The same linear map of rows and columns for each colour, a :class:`~defenses.base.LinearOperator`.
+
+    Attributes:
+        factor: float64 (h, H), applied to both axes: z_c = factor x_c factor^T.
+    """
+
+    factor: Tensor
+
+    @property
+    def offset(self) -> Tensor:
+        """Zero, float64 (1, 1, 1): the map is linear."""
+        return torch.zeros(1, 1, 1, dtype=torch.float64)
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        """``A x``: (N, 3, H, H) to (N, 3, h, h), dtype and device kept."""
+        return _both_axes(faces, self.factor)
+
+    def adjoint(self, representation: Tensor) -> Tensor:
+        """``A^T z``: (N, 3, h, h) to (N, 3, H, H)."""
+        return _both_axes(representation, self.factor.T)
+
+
+def _both_axes(x: Tensor, factor: Tensor) -> Tensor:
+    if x.ndim != 4 or tuple(x.shape[2:]) != (factor.shape[1],) * 2:
+        raise ValueError(f"expected (N, 3, {factor.shape[1]}, {factor.shape[1]}), got {tuple(x.shape)}")
+    factor = factor.to(x)
+    with torch.autocast(x.device.type, enabled=False):  # a defence means the same at every training precision
+        return factor @ x @ factor.T
+
+
+@dataclass(frozen=True, eq=False)
+class IdentityOperator:
+    """The face itself."""
+
+    @property
+    def offset(self) -> Tensor:
+        """Zero, float64 (1, 1, 1)."""
+        return torch.zeros(1, 1, 1, dtype=torch.float64)
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        """The faces."""
+        return faces
+
+    def adjoint(self, representation: Tensor) -> Tensor:
+        """The representation."""
+        return representation

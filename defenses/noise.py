@@ -1,0 +1,54 @@
+"""Additive noise on the pixels."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from defenses.base import Defense, DefenseOptions
+
+
+class NoiseOptions(DefenseOptions):
+    """Options of :class:`Noise`.
+
+    Attributes:
+        distribution: ``gaussian`` or ``laplace``.
+        scale: standard deviation of the noise for faces in [0, 1], whichever its distribution (Laplace:
+            b = scale / sqrt 2). Any size: with a huge one nothing but noise is sent, which no attack may beat.
+    """
+
+    distribution: Literal["gaussian", "laplace"] = "gaussian"
+    scale: float = Field(default=0.5, ge=0, le=1e6, allow_inf_nan=False)
+
+
+class Noise(Defense):
+    """Independent noise on every value, not clipped: (N, 3, H, W), unbounded.
+
+    Clipping would be information lost for the recogniser and no protection. Fresh noise is drawn for each call; it is
+    no countable state.
+    """
+
+    name = "noise"
+    summary = "additive Gaussian or Laplace noise"
+    Options = NoiseOptions
+    options: NoiseOptions
+
+    @property
+    def representation_shape(self) -> tuple[int, int, int]:
+        """(3, H, W)."""
+        return (3, self.image_size, self.image_size)
+
+    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Noisy faces; the noise is drawn in float32 on the generator's device."""
+        if self.options.distribution == "gaussian":
+            noise = torch.randn(faces.shape, generator=generator, device=generator.device)
+        else:
+            # Inverse CDF of the unit-variance Laplace law; u in (-1/2, 1/2], kept off the end where log1p is infinite.
+            u = torch.rand(faces.shape, generator=generator, device=generator.device).neg_().add_(0.5)
+            u.clamp_(-0.5 + 2**-25, 0.5 - 2**-25)
+            noise = -u.sign() * torch.log1p(-2 * u.abs()) / math.sqrt(2)
+        return faces + self.options.scale * noise.to(faces)

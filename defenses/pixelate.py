@@ -1,0 +1,60 @@
+"""Pixelation: the mean colour of square cells. The classic obfuscation, and a weak one."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from defenses.base import Defense, DefenseOptions
+from defenses.linear import SeparableOperator
+
+
+class PixelateOptions(DefenseOptions):
+    """Options of :class:`Pixelate`.
+
+    Attributes:
+        block: side of a cell, in pixels of the 112x112 template.
+    """
+
+    block: float = Field(default=8, ge=1, le=112, allow_inf_nan=False)
+
+
+def area_matrix(cells: int, size: int) -> Tensor:
+    """Averages ``size`` pixels over ``cells`` equal intervals, float64 (cells, size); edge pixels count in part."""
+    edges = torch.arange(cells + 1, dtype=torch.float64) * size / cells
+    pixels = torch.arange(size, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
+    return overlap.clamp(min=0) * cells / size
+
+
+class Pixelate(Defense):
+    """Sends the grid of cell means itself, (N, 3, g, g) in [0, 1], not the mosaic blown up to the size of the face.
+
+    Both carry the same information; the grid is what has to be transmitted. g = round(112 / block) whatever the
+    size of the face (at most that size), so that a defence of one name is equally strong at every resolution.
+    """
+
+    name = "pixelate"
+    summary = "mean colour of square cells"
+    Options = PixelateOptions
+    options: PixelateOptions
+
+    def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
+        super().__init__(options, image_size=image_size)
+        self.cells = min(image_size, max(1, round(112 / self.options.block)))
+        self.factor: Tensor
+        self.register_buffer("factor", area_matrix(self.cells, image_size), persistent=False)
+
+    @property
+    def representation_shape(self) -> tuple[int, int, int]:
+        """(3, g, g)."""
+        return (3, self.cells, self.cells)
+
+    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Cell means, (N, 3, g, g)."""
+        return self.linear_operator(state)(faces)
+
+    def linear_operator(self, state: Tensor | None) -> SeparableOperator:
+        """Averaging rows and columns."""
+        return SeparableOperator(self.factor)

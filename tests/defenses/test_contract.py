@@ -1,0 +1,228 @@
+"""What every defence of the package keeps to, whatever it does."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import defenses
+from defenses.base import Defense
+
+MODULES = sorted(
+    module.name for module in pkgutil.iter_modules(defenses.__path__) if module.name not in defenses.SUPPORT_MODULES
+)
+SIZE = 24
+
+
+def _defined_in(module_name):
+    module = importlib.import_module(f"defenses.{module_name}")
+    return [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, Defense)
+        and not inspect.isabstract(value)
+        and value.__module__ == module.__name__
+    ]
+
+
+CLASSES = [cls for name in MODULES for cls in _defined_in(name)]
+
+
+def _generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def _faces(count=5, dtype=torch.float32):
+    return torch.rand(count, 3, SIZE, SIZE, generator=_generator(9)).to(dtype)
+
+
+@pytest.fixture(params=CLASSES, ids=lambda cls: cls.name)
+def defense(request):
+    """Each defence with its default options, fitted on random faces if it is trainable."""
+    built = request.param(image_size=SIZE)
+    if built.trainable:
+        built.fit(_faces(8), torch.arange(8) % 2, _generator())
+    return built
+
+
+def test_the_required_defences_are_there():
+    names = {cls.name for cls in CLASSES}
+    assert names >= {"none", "pixelate", "blur", "noise", "arcface-fd", "fixed-subset", "partialface"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_one_defence_per_file_named_after_it(module):
+    (cls,) = _defined_in(module)
+    assert cls.name.replace("-", "_") == module
+    assert cls.summary
+    assert "\n" not in cls.summary
+
+
+def test_representation(defense):
+    faces = _faces()
+    before = faces.clone()
+    protected = defense.protect(faces, _generator())
+    assert tuple(protected.representation.shape) == (5, *defense.representation_shape)
+    assert protected.representation.dtype == torch.float32
+    assert torch.isfinite(protected.representation).all()
+    assert defense.channels == protected.representation.shape[1]
+    assert defense.bytes_per_face() == protected.representation[0].nbytes
+    assert torch.equal(faces, before)  # the caller's faces are left alone
+
+
+def test_double_precision_is_kept(defense):
+    protected = defense.protect(_faces(2, torch.float64), _generator())
+    assert protected.representation.dtype == torch.float64
+
+
+def test_empty_batch(defense):
+    assert tuple(defense.protect(_faces(0), _generator()).representation.shape) == (0, *defense.representation_shape)
+
+
+def test_deterministic_given_the_generator(defense):
+    first, second = (defense.protect(_faces(), _generator(3)) for _ in range(2))
+    assert torch.equal(first.representation, second.representation)
+    assert (first.state is None) == (second.state is None)
+    if first.state is not None and second.state is not None:
+        assert torch.equal(first.state, second.state)
+
+
+def test_independent_of_the_global_random_state(defense):
+    torch.manual_seed(0)
+    first = defense.protect(_faces(), _generator(3)).representation
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    assert torch.equal(defense.protect(_faces(), _generator(3)).representation, first)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_states(defense):
+    drawn = defense.draw(64, _generator())
+    states = defense.states()
+    if drawn is None:
+        assert states is None
+        assert defense.entropy_bits == 0
+        return
+    assert drawn.dtype == torch.int64
+    assert drawn.device.type == "cpu"
+    assert drawn.shape[0] == 64
+    if states is not None:
+        listed = {tuple(row) for row in states.tolist()}
+        assert len(listed) == len(states)
+        assert {tuple(row) for row in drawn.tolist()} <= listed
+        assert 2**defense.entropy_bits == pytest.approx(len(states))
+
+
+def test_a_pinned_state_is_used(defense):
+    drawn = defense.draw(5, _generator(1))
+    if drawn is None:
+        pytest.skip("draws no state")
+    first = defense.protect(_faces(), _generator(2), state=drawn)
+    assert first.state is drawn
+    assert torch.equal(first.representation, defense.protect(_faces(), _generator(1)).representation)
+
+
+def test_differentiable_in_the_faces(defense):
+    faces = _faces().requires_grad_()
+    defense.protect(faces, _generator()).representation.square().sum().backward()
+    assert faces.grad is not None
+    assert torch.isfinite(faces.grad).all()
+    assert float(faces.grad.abs().max()) > 0
+
+
+def test_linear_operator_is_the_transform(defense):
+    state = defense.draw(1, _generator(4))
+    operator = defense.linear_operator(None if state is None else state[0])
+    if operator is None:
+        pytest.skip("not linear")
+    faces = _faces(3, torch.float64)
+    states = None if state is None else state.expand(3, -1)
+    sent = defense.protect(faces, _generator(), state=states).representation
+    torch.testing.assert_close(operator(faces) + operator.offset, sent, rtol=0, atol=1e-9)
+    assert operator(faces.float()).dtype == torch.float32
+    z = torch.randn(sent.shape, generator=_generator(), dtype=torch.float64)
+    back = operator.adjoint(z)
+    assert back.shape == faces.shape
+    assert float((operator(faces) * z).sum()) == pytest.approx(float((faces * back).sum()), rel=1e-9)
+
+
+def test_canonical_keeps_the_size(defense):
+    protected = defense.protect(_faces(), _generator())
+    canonical = defense.canonical(protected.representation, protected.state)
+    assert canonical.shape[0] == 5
+    assert canonical.shape[2:] == protected.representation.shape[2:]
+    # Nothing is lost or made up.
+    torch.testing.assert_close(canonical.abs().sum(), protected.representation.abs().sum())
+
+
+def test_a_guess_has_another_secret_and_the_same_interface(defense):
+    guess = defense.guess(_generator(7))
+    assert guess.representation_shape == defense.representation_shape
+    if not defense.secret:
+        assert guess is defense
+        return
+    assert guess is not defense
+    assert {name: value.shape for name, value in guess.secret.items()} == {
+        name: value.shape for name, value in defense.secret.items()
+    }
+    assert any(not torch.equal(guess.secret[name], value) for name, value in defense.secret.items())
+    other = defense.guess(_generator(8))
+    assert any(not torch.equal(guess.secret[name], value) for name, value in other.secret.items())
+    again = defense.guess(_generator(7))
+    assert all(torch.equal(guess.secret[name], value) for name, value in again.secret.items())
+
+
+def test_describe_is_json(defense):
+    described = json.loads(json.dumps(defense.describe()))
+    assert described["name"] == defense.name
+    # The options written to a result rebuild the defence.
+    rebuilt = type(defense)(defense.Options(**described["options"]), image_size=SIZE)
+    assert rebuilt.describe() == defense.describe()
+
+
+def test_state_dict_loads_into_a_fresh_one(defense):
+    fresh = type(defense)(defense.options, image_size=SIZE)
+    fresh.load_state_dict(defense.state_dict())
+    assert torch.equal(
+        fresh.protect(_faces(), _generator()).representation, defense.protect(_faces(), _generator()).representation
+    )
+
+
+@pytest.mark.parametrize(
+    ("faces", "message"),
+    [
+        (torch.zeros(2, 3, SIZE, SIZE + 1), "expects faces"),
+        (torch.zeros(2, 1, SIZE, SIZE), "expects faces"),
+        (torch.zeros(3, SIZE, SIZE), "expects faces"),
+        (torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), "float"),
+        (torch.full((2, 3, SIZE, SIZE), 255.0), r"\[0, 1\]"),
+        (torch.full((2, 3, SIZE, SIZE), -1.0), r"\[0, 1\]"),
+        (torch.full((2, 3, SIZE, SIZE), float("nan")), r"\[0, 1\]"),
+    ],
+)
+def test_bad_faces_are_refused(defense, faces, message):
+    with pytest.raises(ValueError, match=message):
+        defense.protect(faces, _generator())
+
+
+def test_unknown_options_are_refused(defense):
+    with pytest.raises(ValidationError, match="no_such_option"):
+        defense.Options(no_such_option=1)
+
+
+def test_options_are_frozen(defense):
+    for name in type(defense.options).model_fields:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(defense.options, name, getattr(defense.options, name))
+
+
+def test_too_small_an_image_is_refused(defense):
+    with pytest.raises(ValueError, match="at least 8"):
+        type(defense)(image_size=7)

@@ -1,0 +1,326 @@
+"""The separable block DCT against the textbook pipeline, and its algebra."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from defenses import frequency
+from defenses.frequency import (
+    CHANNELS,
+    FrequencyOperator,
+    axis_factors,
+    block_dct,
+    block_dct_adjoint,
+    block_dct_inverse,
+    dc_offset,
+    dct_matrix,
+    upsampling_matrix,
+    zigzag,
+)
+
+EVERY = torch.arange(CHANNELS)
+
+
+def _faces(count, size, seed=0, dtype=torch.float64):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def _own_channels(count, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(CHANNELS, generator=generator)[:length] for _ in range(count)])
+
+
+def _relative(actual, expected):
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("size", [112, 64, 40, 13, 8])
+def test_all_channels_equal_the_textbook(oracle, size):
+    faces = _faces(2, size)
+    actual = block_dct(faces, EVERY)
+    expected = oracle.textbook_spectrum(faces).flatten(1, 2)
+    assert actual.shape == (2, 192, size, size)
+    assert _relative(actual, expected) < 1e-10
+    # Per channel too: the weak high frequencies must not hide behind the DC.
+    error = (actual - expected).abs().amax((0, 2, 3)) / expected.abs().amax((0, 2, 3))
+    assert float(error.max()) < 1e-10
+
+
+@pytest.mark.parametrize("size", [112, 64])
+def test_float32_stays_within_1e_4_of_the_textbook(oracle, size):
+    faces = _faces(2, size)
+    actual = block_dct(faces.float(), EVERY)
+    assert actual.dtype == torch.float32
+    expected = oracle.textbook_spectrum(faces).flatten(1, 2)
+    error = (actual - expected).abs().amax((0, 2, 3)) / expected.abs().amax((0, 2, 3))
+    assert float(error.max()) < 1e-4
+
+
+@pytest.mark.parametrize("size", [40, 16])
+def test_own_channels_of_each_face_equal_the_textbook(oracle, size):
+    faces, channels = _faces(5, size), _own_channels(5, 9)
+    channels[2, 4] = 0  # the level shift has to land in the right column
+    assert _relative(block_dct(faces, channels), oracle.textbook(faces, channels)) < 1e-10
+
+
+def test_own_channels_equal_one_by_one():
+    faces, channels = _faces(6, 24), _own_channels(6, 7)
+    one_by_one = torch.cat([block_dct(faces[i : i + 1], channels[i]) for i in range(6)])
+    torch.testing.assert_close(block_dct(faces, channels), one_by_one, rtol=0, atol=1e-9)
+
+
+def test_chunking_changes_nothing(monkeypatch):
+    faces, channels = _faces(7, 16), _own_channels(7, 5)
+    whole, inverse_input = block_dct(faces, channels), block_dct(faces, EVERY)
+    back = block_dct_adjoint(whole, channels)
+    monkeypatch.setattr(frequency, "_CPU_CHUNK_ELEMENTS", 2 * 15 * 16 * 16)  # chunks of two, the last of one
+    assert torch.equal(block_dct(faces, channels), whole)
+    assert torch.equal(block_dct_adjoint(whole, channels), back)
+    torch.testing.assert_close(block_dct_inverse(inverse_input), faces, rtol=0, atol=1e-9)
+
+
+def test_repeated_and_unsorted_channels():
+    faces = _faces(2, 16)
+    spectrum = block_dct(faces, EVERY).view(2, 3, 64, 16, 16)
+    channels = torch.tensor([63, 0, 9, 9, 1, 8, 63])
+    torch.testing.assert_close(block_dct(faces, channels), spectrum[:, :, channels].flatten(1, 2), rtol=0, atol=1e-10)
+
+
+def test_memory_format_and_half_types():
+    faces = _faces(2, 16, dtype=torch.float32)
+    expected = block_dct(faces, EVERY)
+    assert torch.equal(block_dct(faces.to(memory_format=torch.channels_last), EVERY), expected)
+    half = faces.to(torch.bfloat16)
+    assert torch.equal(block_dct(half, EVERY), block_dct(half.float(), EVERY))
+
+
+def test_autocast_does_not_lower_the_precision():
+    faces = _faces(2, 16, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = block_dct(faces, EVERY)
+    assert torch.equal(under, block_dct(faces, EVERY))
+
+
+def test_works_after_a_first_call_in_inference_mode():
+    faces = _faces(1, 17)  # a size that no other test uses, so that the taps are cached here
+    with torch.inference_mode():
+        block_dct(faces, EVERY)
+    faces.requires_grad_()
+    block_dct(faces, EVERY).square().sum().backward()
+    assert faces.grad is not None
+    assert float(faces.grad.abs().max()) > 0
+
+
+def test_empty_batch():
+    assert block_dct(torch.empty(0, 3, 16, 16), torch.arange(9)).shape == (0, 27, 16, 16)
+    assert block_dct(torch.empty(0, 3, 16, 16), torch.empty(0, 9, dtype=torch.int64)).shape == (0, 27, 16, 16)
+
+
+def test_level_shift_reaches_luma_dc_only():
+    grey = torch.full((1, 3, 16, 16), 128 / 255, dtype=torch.float64)
+    torch.testing.assert_close(
+        block_dct(grey, EVERY), torch.zeros(1, 192, 16, 16, dtype=torch.float64), atol=1e-4, rtol=0
+    )
+    black = block_dct(torch.zeros(1, 3, 16, 16), EVERY)
+    expected = torch.zeros(192)
+    expected[0] = -1024
+    torch.testing.assert_close(black[0, :, 3, 5], expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(dc_offset(EVERY).float(), expected)
+
+
+@pytest.mark.parametrize(("channel", "bound"), [(1, 576), (9, 326), (18, 78), (32, 63)])
+def test_documented_value_range_is_tight(channel, bound):
+    """The face that a block responds to most, in black and white, attains the range given in the docstrings."""
+    factors = axis_factors(112)
+    row, column = channel // 8, channel % 8
+    i = int(factors[row].abs().sum(-1).argmax())
+    j = int(factors[column].abs().sum(-1).argmax())
+    pattern = torch.outer(factors[row, i], factors[column, j]) > 0
+    face = pattern.to(torch.float64).expand(1, 3, -1, -1)
+    assert float(block_dct(face, torch.tensor([channel]))[0, 0, i, j]) == pytest.approx(bound, abs=0.6)
+
+
+def test_value_range_of_the_kept_channels():
+    kept = torch.tensor(sorted(set(range(64)) - set(zigzag(10))))
+    reach = axis_factors(112).abs().sum(-1).amax(-1)
+    assert float((127.5 * reach[kept // 8] * reach[kept % 8]).max()) < 78.5
+
+
+def test_factors_are_tridiagonal_and_the_dct_orthonormal():
+    factors = axis_factors(40)
+    i = torch.arange(40)
+    outside = (i[:, None] - i).abs() > 1
+    assert float(factors[:, outside].abs().max()) == 0
+    torch.testing.assert_close(dct_matrix() @ dct_matrix().T, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-14)
+    # A constant has energy in A_0 only.
+    sums = factors.sum(-1)
+    assert float(sums[1:].abs().max()) < 1e-12
+    torch.testing.assert_close(sums[0], torch.full((40,), math.sqrt(8), dtype=torch.float64))
+
+
+def test_upsampling_is_torch_interpolation():
+    row = torch.rand(1, 1, 23, dtype=torch.float64)
+    expected = torch.nn.functional.interpolate(row, scale_factor=8, mode="linear", align_corners=True)
+    torch.testing.assert_close(upsampling_matrix(23) @ row[0, 0], expected[0, 0])
+
+
+def test_zigzag_is_the_jpeg_scan():
+    assert zigzag()[:20] == [0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33]
+    assert sorted(zigzag()) == list(range(64))
+    assert zigzag()[-1] == 63
+    assert sorted(zigzag(10)) == [0, 1, 2, 3, 8, 9, 10, 16, 17, 24]
+
+
+def test_the_pruned_triangle_holds_the_energy_of_natural_images():
+    """1/f images, as natural ones are: at least 95 % of mean |x| lies in u + v <= 3."""
+    generator = torch.Generator().manual_seed(1)
+    frequencies = torch.fft.fftfreq(112)
+    radius = (frequencies[:, None] ** 2 + frequencies**2).sqrt().clamp(min=1 / 112)
+    spectrum = torch.fft.fft2(torch.randn(4, 3, 112, 112, generator=generator)) / radius**1.5
+    images = torch.fft.ifft2(spectrum).real
+    low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    energy = block_dct((images - low) / (high - low), EVERY).view(4, 3, 64, -1).abs().mean((0, 1, 3))
+    triangle = torch.tensor(zigzag(10))
+    assert float(energy[triangle].sum() / energy.sum()) >= 0.95
+    assert int(energy.argmax()) == 0
+
+
+# -- algebra -------------------------------------------------------------------------------------
+
+problems = st.tuples(st.integers(1, 4), st.integers(2, 20), st.integers(1, 12), st.integers(0, 2**31), st.booleans())
+
+
+def _problem(problem):
+    count, size, length, seed, own = problem
+    channels = _own_channels(count, length, seed)
+    return _faces(count, size, seed), channels if own else channels[0], torch.Generator().manual_seed(seed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems, st.floats(-3, 3), st.floats(-3, 3))
+def test_linearity(problem, a, b):
+    x, channels, generator = _problem(problem)
+    y = torch.rand(x.shape, generator=generator, dtype=x.dtype)
+    together = block_dct(a * x + b * y, channels, with_offset=False)
+    apart = a * block_dct(x, channels, with_offset=False) + b * block_dct(y, channels, with_offset=False)
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems)
+def test_adjoint_identity(problem):
+    x, channels, generator = _problem(problem)
+    ax = block_dct(x, channels, with_offset=False)
+    z = torch.randn(ax.shape, generator=generator, dtype=x.dtype)
+    left, right = float((ax * z).sum()), float((x * block_dct_adjoint(z, channels)).sum())
+    assert left == pytest.approx(right, rel=1e-10, abs=1e-7)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(2, 24), st.integers(0, 2**31))
+def test_round_trip(count, size, seed):
+    faces = _faces(count, size, seed)
+    torch.testing.assert_close(block_dct_inverse(block_dct(faces, EVERY)), faces, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems)
+def test_equivariance_to_batch_order(problem):
+    x, channels, generator = _problem(problem)
+    order = torch.randperm(len(x), generator=generator)
+    shuffled = block_dct(x[order], channels[order] if channels.ndim == 2 else channels)
+    # Not bit-equal: a batch whose lists coincide takes the shared path.
+    torch.testing.assert_close(shuffled, block_dct(x, channels)[order], rtol=0, atol=1e-10)
+
+
+def test_round_trip_in_float32_at_full_size():
+    faces = _faces(1, 112, dtype=torch.float32)
+    back = block_dct_inverse(block_dct(faces, EVERY))
+    assert back.dtype == torch.float32
+    torch.testing.assert_close(back, faces, rtol=0, atol=2e-5)
+
+
+def test_inverse_is_least_squares():
+    """The residual of a representation that no face has is orthogonal to the range (in YCbCr space)."""
+    z = torch.randn(1, 192, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    residual = z - block_dct(block_dct_inverse(z), EVERY)
+    assert float(residual.abs().max()) > 0.1
+    assert float(block_dct_adjoint(residual, EVERY).abs().max()) < 1e-8
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_gradients(own):
+    faces = _faces(2, 4).requires_grad_()
+    channels = _own_channels(2, 3) if own else _own_channels(1, 3)[0]
+    assert torch.autograd.gradcheck(lambda x: block_dct(x, channels), faces)
+    assert torch.autograd.gradgradcheck(lambda x: block_dct(x, channels).sin(), faces)
+    z = torch.randn(2, 9, 4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: block_dct_adjoint(z, channels), z)
+
+
+# -- the operator --------------------------------------------------------------------------------
+
+
+def test_operator_agrees_with_its_factors():
+    faces = _faces(2, 20)
+    operator = FrequencyOperator(20, torch.tensor([5, 0, 62, 33]))
+    planes = torch.einsum("cd,ndhw->nchw", operator.colour, faces)
+    expected = torch.einsum("kij,ncjl,kml->nckim", operator.row_factors, planes, operator.column_factors)
+    torch.testing.assert_close(operator(faces), expected.flatten(1, 2), rtol=0, atol=1e-9)
+    torch.testing.assert_close(operator(faces) + operator.offset, block_dct(faces, operator.channels))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("subset", "null_dimensions"), [(1, 120)])
+def test_null_space_of_the_official_subsets(subset, null_dimensions):
+    """Singular values below 1e-3 of the nine channels of one plane at 56x56, as published with the suite."""
+    from defenses.partialface import PartialFace
+
+    operator = PartialFace(image_size=56).linear_operator(torch.tensor([subset, 0]))
+    rows = operator.row_factors.mT @ operator.row_factors
+    columns = operator.column_factors.mT @ operator.column_factors
+    normal = torch.zeros(56, 56, 56, 56, dtype=torch.float64)
+    for row, column in zip(rows, columns, strict=True):
+        normal += row[:, None, :, None] * column[None, :, None, :]
+    eigenvalues = torch.linalg.eigvalsh(normal.view(3136, 3136))
+    assert int((eigenvalues < 1e-6).sum()) == null_dimensions
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("faces", "channels", "message"),
+    [
+        (torch.zeros(2, 1, 16, 16), EVERY, "expected faces"),
+        (torch.zeros(2, 3, 16, 8), EVERY, "expected faces"),
+        (torch.zeros(3, 16, 16), EVERY, "expected faces"),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), EVERY, "float"),
+        (torch.zeros(2, 3, 16, 16), torch.tensor([64]), "0..63"),
+        (torch.zeros(2, 3, 16, 16), torch.tensor([-1]), "0..63"),
+        (torch.zeros(2, 3, 16, 16), torch.tensor([], dtype=torch.int64), "int64"),
+        (torch.zeros(2, 3, 16, 16), torch.tensor([1.0]), "int64"),
+        (torch.zeros(2, 3, 16, 16), torch.zeros(3, 9, dtype=torch.int64), "3 faces"),
+    ],
+)
+def test_bad_input_is_refused(faces, channels, message):
+    with pytest.raises(ValueError, match=message):
+        block_dct(faces, channels)
+
+
+def test_bad_representations_are_refused():
+    with pytest.raises(ValueError, match="27"):
+        block_dct_adjoint(torch.zeros(1, 26, 16, 16), torch.arange(9))
+    with pytest.raises(ValueError, match="192"):
+        block_dct_inverse(torch.zeros(1, 191, 16, 16))
+    with pytest.raises(ValueError, match="one channel list"):
+        FrequencyOperator(16, torch.zeros(2, 9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="16 pixels"):
+        FrequencyOperator(16, torch.arange(9))(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="at least 2"):
+        axis_factors(1)
