@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
@@ -137,6 +137,7 @@ class Attack(nn.Module, ABC):
         reference: paper, venue and year.
         needs: the capabilities without which it cannot work, checked before any compute.
         Options: the option model.
+        presets: options that a preset of the harness (``quick``, ``cpu``, ``gpu``, ``paper``) sets.
     """
 
     name: ClassVar[str]
@@ -144,6 +145,7 @@ class Attack(nn.Module, ABC):
     reference: ClassVar[str] = ""
     needs: ClassVar[frozenset[Capability]] = frozenset()
     Options: ClassVar[type[AttackOptions]] = AttackOptions
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, options: AttackOptions | None = None) -> None:
         super().__init__()

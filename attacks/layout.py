@@ -1,0 +1,75 @@
+"""Which channel of a representation means what, once the state is known or inferred."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from defenses.base import Defense
+
+
+class ChannelLayout(nn.Module):
+    """Where each channel of a representation belongs, per state.
+
+    :meth:`Defense.canonical` of a defence that picks and permutes channels spreads C channels over
+    C' >= C places and fills the others with zeros. A network that starts with a linear map per channel needs
+    no zeros: it takes the weights that belong to the places. This class finds the places by probing.
+
+    Attributes:
+        states: int64 (K, D) buffer.
+        places: int64 (K, C) buffer, the place in [0, C') of each channel under each state.
+        width: C'.
+    """
+
+    states: Tensor
+    places: Tensor
+
+    def __init__(self, states: Tensor, places: Tensor, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("states", states.clone())
+        self.register_buffer("places", places.clone())
+
+    @property
+    def varies(self) -> bool:
+        """Whether the state changes anything: else there is nothing to undo."""
+        return bool((self.places != self.places[:1]).any())
+
+    def row_of(self, states: Tensor) -> Tensor:
+        """int64 (N,): the row of :attr:`states` that each of ``states`` (N, D) equals.
+
+        Raises:
+            ValueError: one of them is no state of the defence.
+        """
+        equal = (states.to(self.states.device)[:, None, :] == self.states).all(dim=2)
+        if not equal.any(dim=1).all():
+            raise ValueError("a state was given that the defence's states() does not list")
+        return equal.int().argmax(dim=1)
+
+
+@torch.no_grad()
+def probe(mechanism: Defense, states: Tensor) -> ChannelLayout | None:
+    """The layout of ``mechanism`` if its :meth:`Defense.canonical` places channels, else None.
+
+    Channel c of the probe holds the constant c + 1, so that a map of the result tells where it came from.
+
+    Args:
+        mechanism: the defence.
+        states: int64 (K, D), every state.
+    """
+    channels = mechanism.channels
+    device = next((buffer.device for buffer in mechanism.buffers()), torch.device("cpu"))
+    marks = torch.arange(1.0, channels + 1, device=device)
+    rows = []
+    for start in range(0, len(states), 16):
+        state = states[start : start + 16]
+        blank = torch.empty(len(state), *mechanism.representation_shape, device=device)
+        spread = mechanism.canonical(blank.copy_(marks[:, None, None]), state)
+        values = spread[:, :, :1, :1]
+        if spread.ndim != 4 or not torch.equal(spread, values.expand_as(spread)):
+            return None
+        rows.append(values[..., 0, 0])
+    spread = torch.cat(rows)  # (K, C'), the mark found in each place
+    found = spread[:, :, None] == marks  # (K, C', C)
+    once = (found.sum(dim=1) == 1).all() and (found.any(dim=2) | (spread == 0)).all()
+    return ChannelLayout(states.to(device), found.int().argmax(dim=1), spread.shape[1]) if once else None

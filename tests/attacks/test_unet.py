@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+import attacks.unet
+from attacks.base import Attack, Observation
+from attacks.unet import UNet, UNetNetwork, UNetOptions
+
+SIZE = 16
+TINY = {"widths": (8, 8), "stem_stride": 2, "batch_size": 10, "images": 200}
+
+
+def observe(defense, faces, *, k=1, states=False, seed=9):
+    """What an adversary intercepts of ``faces`` (uint8), with the states if asked."""
+    generator = torch.Generator().manual_seed(seed)
+    sent = [defense.protect(faces.float() / 255, generator) for _ in range(k)]
+    stacked = torch.stack([each.state for each in sent], dim=1) if states else None
+    return Observation(torch.stack([each.representation for each in sent], dim=1), stacked)
+
+
+# -- options ------------------------------------------------------------------------------------------
+
+
+def test_strings_from_the_command_line_parse():
+    options = UNetOptions.model_validate(
+        {"widths": "16, 32,64", "stem_stride": "2", "bypass": "5", "learning_rate": "2e-3", "early_stop": "true"}
+    )
+    assert options.widths == (16, 32, 64)
+    assert (options.stem_stride, options.bypass, options.learning_rate, options.early_stop) == (2, 5, 2e-3, True)
+
+
+def test_defaults_are_the_published_ones():
+    options = UNetOptions()
+    assert options.widths == (64, 128, 256, 512, 1024)
+    assert (options.loss, options.learning_rate, options.batch_size, options.stem_stride) == ("l1", 1e-3, 64, 1)
+
+
+@pytest.mark.parametrize("preset", ["quick", "cpu", "gpu", "paper"])
+def test_presets_are_valid_and_only_small_machines_narrow_the_network(preset):
+    options = UNetOptions.model_validate(UNet.presets[preset])
+    assert (options.widths == UNetOptions().widths) is (preset in {"gpu", "paper"})
+    assert options.guesses == (1 if preset == "paper" else 0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"widths": ""},
+        {"widths": "16,x"},
+        {"widths": (0, 8)},
+        {"stem_stride": 3},
+        {"bypass": 2},
+        {"loss": "l2"},
+        {"learning_rate": 0},
+        {"learning_rate": float("nan")},
+        {"batch_size": 1},
+        {"images": 0},
+        {"warmup": 0.5, "decay": 0.9},
+        {"guesses": -1},
+        {"validation": 1.0},
+        {"width": 8},
+    ],
+)
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        UNetOptions.model_validate(wrong)
+
+
+# -- the network --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("channels", "height", "width", "size"),
+    [(3, 16, 16, 16), (27, 20, 20, 20), (1, 4, 4, 23), (16, 7, 7, 16), (3, 40, 24, 16), (8, 1, 1, 9)],
+)
+def test_any_representation_becomes_a_face(stride, channels, height, width, size):
+    options = UNetOptions(widths=(4, 6, 8), stem_stride=stride)
+    network = UNetNetwork(channels, size, options)
+    faces = network(torch.rand(2, channels, height, width))
+    assert faces.shape == (2, 3, size, size)
+    assert faces.dtype == torch.float32
+
+
+def test_an_untrained_network_returns_the_mean_face():
+    network = UNetNetwork(3, SIZE, UNetOptions(widths=(4, 8)))
+    network.mean_face.copy_(torch.rand(3, SIZE, SIZE))
+    torch.testing.assert_close(network(torch.rand(2, 3, SIZE, SIZE)), network.mean_face.expand(2, -1, -1, -1))
+
+
+def test_places_select_statistics_and_weights():
+    """A sparse input with places equals the spread input without them."""
+    torch.manual_seed(0)
+    network = UNetNetwork(2, 8, UNetOptions(widths=(4, 4), norm="none"), width=6)
+    network.std.copy_(torch.rand(6) + 0.5)
+    network.head.weight.data.normal_()
+    places = torch.tensor([[4, 1], [0, 5]])
+    sent = torch.randn(2, 2, 8, 8)
+    spread = torch.zeros(2, 6, 8, 8).scatter(1, places[:, :, None, None].expand_as(sent), sent)
+    torch.testing.assert_close(network(sent, places), network(spread))
+
+
+def test_the_published_widths_have_the_size_of_the_published_network():
+    parameters = sum(p.numel() for p in UNetNetwork(27, 112, UNetOptions()).parameters())
+    assert 30e6 < parameters < 32e6  # 31.0 M for the original with 64 to 1024 channels
+
+
+# -- training -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["l1", "l1+ssim"])
+def test_it_inverts_the_identity_on_faces_it_never_saw(make_adversary, plain, make_faces, loss):
+    attack = UNet(UNetOptions(widths=(8, 16), stem_stride=2, batch_size=15, images=3000, loss=loss))
+    defense = plain(image_size=SIZE)
+    report = attack.fit(make_adversary(defense))
+    unseen = make_faces(20, seed=7)
+    error = (attack.recover(observe(defense, unseen)) - unseen / 255).abs().mean()
+    assert error < 0.03
+    assert error < report.details["floor_loss"] / 5
+    assert report.details["validation_loss"] == report.curve[-1][1] < 0.03
+    assert report.states_seen is None
+
+
+def test_same_seed_same_weights_and_another_seed_others(make_adversary, pick):
+    def fit(seed):
+        attack = UNet(UNetOptions(**TINY))
+        report = attack.fit(make_adversary(pick(), seed=seed))
+        return attack.state_dict(), report.curve
+
+    torch.manual_seed(0)
+    weights, curve = fit(0)
+    torch.manual_seed(1)  # the global generator plays no part
+    again, same = fit(0)
+    other, _ = fit(1)
+    assert curve == same
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert not torch.equal(weights["network.head.weight"], other["network.head.weight"])
+
+
+def test_the_global_generator_is_left_alone(make_adversary, plain):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    UNet(UNetOptions(**TINY | {"images": 20})).fit(make_adversary(plain(image_size=SIZE)))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_every_state_is_recorded(make_adversary, pick):
+    report = UNet(UNetOptions(**TINY)).fit(make_adversary(pick()))
+    assert torch.equal(report.states_seen, pick().states())
+
+
+def test_only_the_states_drawn_are_recorded(make_adversary, pick):
+    class Stuck(pick):
+        def draw(self, count, generator, labels=None):
+            return torch.ones(count, 1, dtype=torch.int64)
+
+    report = UNet(UNetOptions(**TINY | {"infer_state": False})).fit(make_adversary(Stuck()))
+    assert report.states_seen.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("learning_rate", [1e-3, 1e-9])
+def test_a_few_steps_are_flagged_unsaturated_even_where_the_loss_is_flat(make_adversary, plain, learning_rate):
+    options = UNetOptions(**TINY | {"images": 60, "learning_rate": learning_rate})
+    report = UNet(options).fit(make_adversary(plain(image_size=SIZE)))
+    assert report.saturated is False
+    assert report.details["steps"] == 6
+
+
+def test_a_defence_that_leaks_nothing_saturates_and_stops_early(make_adversary, plain):
+    class Nothing(plain):
+        def transform(self, faces, state, generator):
+            return torch.rand(faces.shape, generator=generator)
+
+    attack = UNet(UNetOptions(**TINY | {"images": 8000, "early_stop": True}))
+    report = attack.fit(make_adversary(Nothing(image_size=SIZE)))
+    assert report.saturated is True
+    assert report.details["stopped_early"] is True
+    assert report.details["images_seen"] < 5000
+
+
+def test_the_curve_ends_with_all_images_and_validates_on_other_identities(make_adversary, plain):
+    adversary = make_adversary(plain(image_size=SIZE))
+    report = UNet(UNetOptions(**TINY | {"validation": 0.25})).fit(adversary)
+    images = [count for count, _ in report.curve]
+    assert images == sorted(images)
+    assert images[-1] == 200
+    assert report.details["validation_faces"] == 15  # 5 of 20 identities, 3 faces each
+    assert report.details["training_faces"] == 45
+
+
+def test_progress_is_reported(make_adversary, plain):
+    seen = []
+    adversary = make_adversary(plain(image_size=SIZE), report=lambda done, total, **f: seen.append((done, total, f)))
+    UNet(UNetOptions(**TINY)).fit(adversary)
+    assert seen[-1][:2] == (200, 200)
+    assert seen[-1][2].keys() == {"loss", "images_per_second"}
+
+
+def test_a_loss_that_is_not_finite_names_the_step(make_adversary, plain):
+    class Broken(plain):
+        calls = 0
+
+        def transform(self, faces, state, generator):
+            Broken.calls += 1
+            return faces * float("nan") if Broken.calls > 5 else faces
+
+    with pytest.raises(FloatingPointError, match=r"step \d+.*learning_rate"):
+        UNet(UNetOptions(**TINY)).fit(make_adversary(Broken(image_size=SIZE)))
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(6, 3, 16, 16), torch.zeros(6, 1, 16, 16, dtype=torch.uint8)])
+def test_unusable_faces_are_refused(make_adversary, plain, wrong):
+    with pytest.raises(ValueError, match="uint8"):
+        UNet(UNetOptions(**TINY)).fit(make_adversary(plain(image_size=SIZE), faces=wrong))
+
+
+# -- the rungs ----------------------------------------------------------------------------------------
+
+
+def fitted(make_adversary, defense, knowledge, **options):
+    attack = UNet(UNetOptions(**TINY | {"images": 1200} | options))
+    return attack, attack.fit(make_adversary(defense, knowledge))
+
+
+def error_of(attack, defense, faces, **how):
+    return (attack.recover(observe(defense, faces, **how)) - faces / 255).abs().mean().item()
+
+
+def test_more_knowledge_recovers_more(make_adversary, pick, make_faces):
+    unseen, defense = make_faces(30, seed=7), pick()
+    oracle, _ = fitted(make_adversary, defense, "oracle")
+    inferred, report = fitted(make_adversary, defense, "whitebox")
+    mixture, plain_report = fitted(make_adversary, defense, "whitebox", infer_state=False)
+    black, _ = fitted(make_adversary, defense, "blackbox")
+    errors = [
+        error_of(oracle, defense, unseen, states=True),
+        error_of(inferred, defense, unseen),
+        error_of(mixture, defense, unseen),
+        error_of(black, defense, unseen),
+    ]
+    assert report.details["states_inferred"] is True
+    assert report.details["state_inference_accuracy"] > 0.95
+    assert plain_report.details["states_inferred"] is False
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+    assert errors[1] < errors[2] < errors[3]
+
+
+def test_the_oracle_heeds_the_states_and_refuses_to_go_without(make_adversary, pick, make_faces):
+    defense, unseen = pick(), make_faces(9, seed=7)
+    attack, _ = fitted(make_adversary, defense, "oracle", images=200)
+    told = observe(defense, unseen, states=True)
+    lied = Observation(told.representations, (told.states + 1) % 3)
+    assert not torch.allclose(attack.recover(told), attack.recover(lied))
+    with pytest.raises(ValueError, match="states"):
+        attack.recover(Observation(told.representations))
+
+
+def test_states_that_look_alike_are_not_inferred(make_adversary, pick):
+    class Alike(pick):
+        """Without scales of their own, no map is told from another."""
+
+        ratio = 1.0
+
+    _, report = fitted(make_adversary, Alike(), "whitebox", images=20)
+    assert report.details["states_inferred"] is False
+    assert report.details["state_inference_accuracy"] < 0.95
+
+
+def test_a_canonical_that_is_no_placement_is_used_at_oracle(make_adversary, pick):
+    class Scales(pick):
+        def canonical(self, representation, state):
+            return super().canonical(representation, state) / 2
+
+    attack, _ = fitted(make_adversary, Scales(), "oracle", images=20)
+    assert len(attack.network.mean) == 6
+
+
+def test_several_interceptions_are_averaged(make_adversary, pick, make_faces):
+    defense, unseen = pick(), make_faces(6, seed=7)
+    attack, _ = fitted(make_adversary, defense, "whitebox", images=200)
+    several = observe(defense, unseen, k=3)
+    each = [attack.run(Observation(several.representations[:, i : i + 1])) for i in range(3)]
+    torch.testing.assert_close(attack.run(several), torch.stack(each).mean(dim=0))
+    assert not torch.allclose(each[0], each[1])
+
+
+# -- input checks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inverter(make_adversary, plain):
+    attack = UNet(UNetOptions(**TINY))
+    attack.fit(make_adversary(plain(image_size=SIZE)))
+    return attack
+
+
+@pytest.mark.parametrize("drive", [lambda z: z * 255, lambda z: z - 3, lambda z: z / 255])
+def test_input_of_another_range_is_refused(inverter, make_faces, drive):
+    z = make_faces(12, seed=7)[:, None] / 255
+    inverter.recover(Observation(z))
+    with pytest.raises(ValueError, match="trained on"):
+        inverter.recover(Observation(drive(z)))
+
+
+def test_unusual_faces_are_not(inverter):
+    extremes = torch.stack((torch.zeros(3, SIZE, SIZE), torch.ones(3, SIZE, SIZE)))
+    assert inverter.recover(Observation(extremes[:, None])).shape == (2, 3, SIZE, SIZE)
+    assert inverter.recover(Observation(extremes[:1, None])).shape == (1, 3, SIZE, SIZE)
+
+
+def test_input_of_another_shape_or_not_finite_is_refused(inverter):
+    with pytest.raises(ValueError, match="trained on representations"):
+        inverter.recover(Observation(torch.rand(2, 1, 3, SIZE, SIZE + 1)))
+    broken = torch.rand(2, 1, 3, SIZE, SIZE)
+    broken[0, 0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="finite"):
+        inverter.recover(Observation(broken))
+
+
+def test_no_faces_are_no_error(inverter):
+    assert inverter.recover(Observation(torch.zeros(0, 1, 3, SIZE, SIZE))).shape == (0, 3, SIZE, SIZE)
+
+
+def test_recovery_does_not_depend_on_the_batch(inverter, make_faces):
+    z = make_faces(70, seed=7)[:, None] / 255
+    together = inverter.recover(Observation(z))
+    alone = torch.cat([inverter.recover(Observation(z[i : i + 1])) for i in (0, 65)])
+    torch.testing.assert_close(together[[0, 65]], alone)
+
+
+def test_an_attack_that_was_never_fitted_says_so():
+    with pytest.raises(ValueError, match="fitted"):
+        UNet().recover(Observation(torch.rand(1, 1, 3, SIZE, SIZE)))
+
+
+# -- storing and resuming -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("knowledge", ["whitebox", "oracle", "blackbox"])
+def test_stored_weights_load_into_a_prepared_attack(make_adversary, pick, make_faces, knowledge):
+    defense = pick()
+    attack, _ = fitted(make_adversary, defense, knowledge, images=100)
+    fresh: Attack = UNet(attack.options)
+    fresh.prepare(make_adversary(defense, knowledge))
+    fresh.load_state_dict(attack.state_dict())
+    seen = observe(defense, make_faces(5, seed=7), states=knowledge == "oracle")
+    assert torch.equal(fresh.recover(seen), attack.recover(seen))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [1, 9, 13, 20])
+def test_a_resumed_fit_equals_an_unbroken_one(make_adversary, pick, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(attacks.unet, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    options = UNetOptions(**TINY | {"early_stop": True})
+    unbroken = UNet(options)
+    expected = unbroken.fit(make_adversary(pick()))
+
+    calls = itertools.count(1)
+
+    def report(done, total, **fields):
+        if next(calls) == stop:
+            raise Killed
+
+    with pytest.raises(Killed):
+        UNet(options).fit(make_adversary(pick(), checkpoint=tmp_path, report=report))
+    done = []
+    resumed = UNet(options)
+    actual = resumed.fit(make_adversary(pick(), checkpoint=tmp_path, report=lambda n, total, **f: done.append(n)))
+    assert done[0] == stop * 10  # the step that was killed, and none before it
+    assert actual.curve == expected.curve
+    assert actual.saturated == expected.saturated
+    assert torch.equal(actual.states_seen, expected.states_seen)
+    weights = resumed.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in unbroken.state_dict().items())
+
+
+def test_a_finished_fit_is_not_repeated(make_adversary, plain, tmp_path):
+    defense = plain(image_size=SIZE)
+    first = UNet(UNetOptions(**TINY)).fit(make_adversary(defense, checkpoint=tmp_path))
+    done = []
+    second = UNet(UNetOptions(**TINY)).fit(
+        make_adversary(defense, checkpoint=tmp_path, report=lambda n, total, **f: done.append(n))
+    )
+    assert not done
+    assert second.curve == first.curve
+
+
+def test_the_checkpoint_of_another_fit_is_refused(make_adversary, plain, tmp_path):
+    adversary = make_adversary(plain(image_size=SIZE), checkpoint=tmp_path)
+    UNet(UNetOptions(**TINY)).fit(adversary)
+    with pytest.raises(ValueError, match="another fit"):
+        UNet(UNetOptions(**TINY | {"learning_rate": 0.01})).fit(adversary)
