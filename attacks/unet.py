@@ -75,8 +75,10 @@ class UNetOptions(AttackOptions):
         learning_rate: of Adam, held after a linear warm-up, then decayed linearly to zero.
         batch_size: faces per step (fewer where there are fewer public faces).
         images: faces to train on in all, repeats counted.
-        warmup: share of ``images`` over which the learning rate rises.
-        decay: share of ``images``, at the end, over which it falls to zero.
+        passes: least number of times that each public face is shown; where ``images`` are fewer, there are more, so
+            that an attacker with more faces also trains longer.
+        warmup: share of the training over which the learning rate rises.
+        decay: share of the training, at the end, over which it falls to zero.
         early_stop: start the decay as soon as the validation loss has plateaued.
         flip: mirror half of the faces before they are protected.
         infer_state: at ``whitebox``, read each face's state off its representation and undo the layout,
@@ -96,6 +98,7 @@ class UNetOptions(AttackOptions):
     learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False)
     batch_size: int = Field(default=64, ge=2, le=65536)
     images: int = Field(default=1_000_000, ge=1)
+    passes: int = Field(default=0, ge=0, le=100_000)
     warmup: float = Field(default=0.03, ge=0, le=0.5)
     decay: float = Field(default=0.3, ge=0, le=0.9)
     early_stop: bool = False
@@ -302,7 +305,7 @@ class UNet(Attack):
         # them best, the first level at half resolution halves the cost of each, and SSIM in the loss recovers
         # more by every measure, L1 included.
         "quick": {**_TWO_CORES, "widths": (16, 32, 64), "images": 2_000},
-        "cpu": {**_TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000},
+        "cpu": {**_TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000, "passes": 16},
         "gpu": {"loss": "l1+ssim", "images": 600_000, "early_stop": True},
         # As published: nothing added to the network, no state read off, one guess.
         "paper": {"images": 2_000_000, "early_stop": True, "bypass": 0, "infer_state": False, "guesses": 1},
@@ -396,14 +399,15 @@ class UNet(Attack):
         training, held_out = split_identities(adversary.identities, options.validation, derived(seed, "identities"))
         exposure = Exposure(adversary, seed, guesses=options.guesses)
         # A short training is not worth a long validation.
-        most = min(_VALIDATION_FACES, max(_CHUNK, options.images // 50))
+        images = max(options.images, options.passes * len(training))
+        most = min(_VALIDATION_FACES, max(_CHUNK, images // 50))
         validation = _pick(adversary.faces, held_out, most, derived(seed, "validation")).to(device)
         self._measure(adversary.faces, training, exposure, seed)
         floor = float((to_float(validation) - self.network.mean_face).abs().mean())
 
         faces = adversary.faces.to(device)
         batch = min(options.batch_size, len(training))
-        schedule = WarmHoldDecay(math.ceil(options.images / batch), options.warmup, options.decay)
+        schedule = WarmHoldDecay(math.ceil(images / batch), options.warmup, options.decay)
         checks, rule = schedule.checks(), Plateau(relative=options.plateau)
         # Fused: one kernel instead of a loop over parameters, on CPU and GPU alike.
         optimizer: torch.optim.Optimizer = torch.optim.Adam(

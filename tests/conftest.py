@@ -13,6 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+import bench  # noqa: F401  (sets what torch reads from the environment when it is imported)
+
+
 @pytest.fixture(scope="session")
 def real_faces_root() -> Path:
     """The folder with real faces, in InsightFace's layout; without one the test is skipped."""

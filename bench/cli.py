@@ -1,0 +1,366 @@
+"""The command line. Heavy imports (torch and what needs it) happen inside the commands: ``--help`` is instant."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bench import __version__
+from bench.errors import BenchError, UsageError
+
+app = typer.Typer(
+    name="bench",
+    help="Privacy attack-and-defence benchmark for face recognition.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(name="data", help="Look at, check and pack face data.", no_args_is_help=True)
+app.add_typer(data_app)
+
+out = Console()
+err = Console(stderr=True)
+
+INTERRUPTED = 130
+
+Options = Annotated[
+    list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="Option of the defence; repeatable.")
+]
+AttackOptions = Annotated[
+    list[str] | None, typer.Option("-a", metavar="KEY=VALUE", help="Option of the attack; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"bench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    defense: Annotated[str | None, typer.Option(help="Defence to test (bench list defenses).")] = None,
+    attack: Annotated[str | None, typer.Option(help="Attack to run against it (bench list attacks).")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Dataset (bench list datasets) [default: synthetic].")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Folder or file of the dataset.")] = None,
+    preset: Annotated[str | None, typer.Option(help="quick | cpu | gpu | paper [default: cpu].")] = None,
+    knowledge: Annotated[
+        str | None, typer.Option(help="blackbox | whitebox | oracle: what the adversary knows [default: whitebox].")
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="Recogniser network (bench list backbones).")] = None,
+    head: Annotated[str | None, typer.Option(help="Margin head: arcface | cosface.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Height and width of the faces in pixels.")] = None,
+    evaluator: Annotated[
+        Path | None, typer.Option(help="ONNX recogniser that judges identity leakage; without it one is trained.")
+    ] = None,
+    probes: Annotated[int | None, typer.Option(help="Victim images to attack.")] = None,
+    queries: Annotated[int | None, typer.Option(help="Intercepted representations per victim image.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The one seed [default: 0].")] = None,
+    device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | cuda:N | mps.")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for runs and their cache.")] = None,
+    defense_option: Options = None,
+    attack_option: AttackOptions = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, e.g. training.epochs=8; repeatable."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+    as_json: AsJson = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and an estimate; compute nothing.")
+    ] = False,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--no-resume", help="Reuse what earlier runs computed [default: resume].")
+    ] = None,
+) -> None:
+    """Train behind a defence, attack it, and print how well it recognises and what leaks."""
+    from bench.config import merge as merge_settings
+    from bench.config import nested, parse_assignments, resolve
+
+    given = {
+        "defense": defense,
+        "attack": attack,
+        "dataset": dataset,
+        "data_root": data_root,
+        "preset": preset,
+        "knowledge": knowledge,
+        "backbone": backbone,
+        "training": {"head": head} if head else None,
+        "image_size": image_size,
+        "evaluator": evaluator,
+        "probes": probes,
+        "queries": queries,
+        "seed": seed,
+        "device": device,
+        "out": out_dir,
+        "resume": resume,
+        "defense_options": parse_assignments(defense_option or [], "-o") or None,
+        "attack_options": parse_assignments(attack_option or [], "-a") or None,
+    }
+    flags = {key: value for key, value in given.items() if value is not None}
+    flags = merge_settings(nested(parse_assignments(settings or [], "--set")), flags)
+    resolved = resolve(flags, os.environ, config)
+
+    from bench.pipeline import Pipeline
+
+    pipeline = Pipeline(resolved, console=err)
+    if dry_run:
+        plan = pipeline.plan()
+        if as_json:
+            _print_json(plan.model_dump_json(indent=2))
+        else:
+            from reports.console import render_plan
+
+            out.print(render_plan(plan))
+        return
+    result = pipeline.run()
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        from reports.console import render_result
+
+        out.print(render_result(result, pipeline.directory))
+
+
+Kind = Literal["defenses", "attacks", "datasets", "backbones", "heads", "metrics"]
+
+
+@app.command(name="list")
+def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: AsJson = False) -> None:
+    """List what can be named on the command line."""
+    from bench.catalogue import catalogue
+
+    rows = catalogue(kind)
+    if as_json:
+        _print_json(json.dumps(rows, indent=2))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(value)) for value in row.values()))
+    out.print(table)
+
+
+@app.command()
+def protect(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Face images, one face each.")],
+    defense: Annotated[str, typer.Option(help="Defence (bench list defenses).")],
+    out_file: Annotated[Path, typer.Option("--out", help="The .npz file to write.")],
+    defense_option: Options = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what the defence draws.")] = 0,
+    image_size: Annotated[int, typer.Option(min=16, max=1024, help="Faces are resized to this, in pixels.")] = 112,
+    as_json: AsJson = False,
+) -> None:
+    """Protect faces as a client would, and write the representations."""
+    from bench.config import parse_assignments
+    from bench.protect import protect_files
+
+    summary = protect_files(
+        images,
+        out_file,
+        defense=defense,
+        options=parse_assignments(defense_option or [], "-o"),
+        seed=seed,
+        image_size=image_size,
+    )
+    if as_json:
+        _print_json(json.dumps(summary, indent=2))
+    else:
+        shape = "x".join(str(n) for n in summary["shape"])
+        out.print(f"{escape(str(out_file))}: {summary['defense']} {shape} float32", highlight=False)
+
+
+def _bars() -> Any:
+    from bench.progress import ProgressBars
+
+    return ProgressBars(err, log=lambda *_, **__: None)
+
+
+@data_app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="A folder of identities, an InsightFace folder, a .rec or a .bin.")],
+    as_json: AsJson = False,
+) -> None:
+    """Describe a dataset from its headers."""
+    from bench.data.info import info as describe
+
+    with _bars().task("read headers") as report:
+        found = describe(path, report=report)
+    if as_json:
+        _print_json(found.model_dump_json(indent=2))
+        return
+    table = Table(title=f"{escape(found.path)} ({found.kind})", title_justify="left", box=None, pad_edge=False)
+    for column in ("part", "identities", "images", "per identity", "sizes", "pairs"):
+        table.add_column(column, overflow="fold")
+    for part in found.parts:
+        spread = part.images_per_identity
+        pairs = f"{part.pairs.pairs} in {part.pairs.folds} folds ({escape(part.pairs.file)})" if part.pairs else "-"
+        table.add_row(
+            escape(part.name),
+            f"{part.identities:,}",
+            f"{part.images:,}",
+            f"{spread['min']:g} to {spread['max']:g}, median {spread['median']:g}",
+            escape(", ".join(f"{size}: {count:,}" for size, count in list(part.sizes.items())[:4])),
+            pairs,
+        )
+    out.print(table)
+
+
+@data_app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A folder of identities, an InsightFace folder, a .rec or a .bin.")],
+    as_json: AsJson = False,
+) -> None:
+    """Decode every image and list what is damaged or suspicious; exit code 3 if anything is damaged."""
+    from bench.data.verify import verify as check
+
+    with _bars().task("decode images") as report:
+        found = check(path, report=report)
+    if as_json:
+        _print_json(found.model_dump_json(indent=2))
+    else:
+        for finding in found.findings:
+            colour = "red" if finding.severity == "damaged" else "yellow"
+            out.print(
+                f"[{colour}]{finding.severity}[/] {escape(finding.where)}: {escape(finding.reason)}", soft_wrap=True
+            )
+        out.print(f"{found.images:,} images checked, {len(found.findings):,} findings")
+    if any(finding.severity == "damaged" for finding in found.findings):
+        raise typer.Exit(BenchError.exit_code)
+
+
+@data_app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(help="Folder of identities: folder/identity/image.*")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for train.rec, train.idx, property (and a .bin).")],
+    image_size: Annotated[int, typer.Option(min=16, max=1024, help="Side of the stored faces in pixels.")] = 112,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a folder of identities into InsightFace files."""
+    from bench.data.pack import pack as pack_folder
+
+    with _bars().task("pack images") as report:
+        packed = pack_folder(folder, out_dir, image_size=image_size, overwrite=overwrite, report=report)
+    if as_json:
+        _print_json(packed.model_dump_json(indent=2))
+        return
+    for where, reason in packed.skipped:
+        err.print(f"left out {escape(where)}: {escape(reason)}", style="yellow", soft_wrap=True)
+    out.print(
+        f"{escape(packed.out)}: {packed.images:,} images of {packed.identities:,} identities, {packed.pairs:,} pairs "
+        f"({', '.join(packed.files)})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what works on this machine, what is missing and how to get it."""
+    from bench.doctor import diagnose
+    from bench.environment import known_variables
+
+    checks = diagnose(known_variables=known_variables())
+    if as_json:
+        _print_json(json.dumps([check.as_dict() for check in checks], indent=2))
+    else:
+        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("", "check", "found", "what to do"):
+            table.add_column(column, overflow="fold")
+        for check in checks:
+            status = f"[{colours[check.status]}]{check.status}[/]"
+            table.add_row(status, escape(check.name), escape(check.detail), escape(check.remedy or ""))
+        out.print(table)
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(5)
+
+
+def _print_json(document: str) -> None:
+    sys.stdout.write(document.rstrip("\n") + "\n")
+
+
+#: The command-line library's usage error; newer versions of typer carry click inside, older ones depend on it.
+_CommandLineError: type[Any] = typer.BadParameter.__bases__[0]
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """One line on stderr, with ``--json`` also the one document on stdout, and the exit code."""
+    line = " ".join(message.split())
+    err.print(f"bench: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if "--json" in sys.argv:
+        _print_json(json.dumps({"status": "error", "error": line, "exit_code": code}))
+    raise SystemExit(code)
+
+
+def _explain_os_error(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk{where}: free some or choose another folder with --out"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission{where}: choose another folder with --out, or change the file's permissions"
+    return f"{error.strerror or error}{where}"
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point of ``bench`` and ``ppfr-bench``: every failure is one clear line and its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(standalone_mode=False)
+    except _CommandLineError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            raise SystemExit(UsageError.exit_code) from None
+        _fail(error.format_message(), UsageError.exit_code)
+    except BenchError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (bench list ... | head): nothing left to say, and nowhere to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        _fail(_explain_os_error(error), BenchError.exit_code)
+    except Exception as error:
+        if os.environ.get("BENCH_DEBUG"):
+            raise
+        _fail(
+            f"internal error: {type(error).__name__}: {error} (BENCH_DEBUG=1 shows the traceback; please report it)",
+            BenchError.exit_code,
+        )
+    if code == INTERRUPTED:  # the command-line library turns some interrupts into this code itself
+        _fail("interrupted; the same command goes on where it stopped", INTERRUPTED)
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

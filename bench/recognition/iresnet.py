@@ -1,0 +1,199 @@
+"""Improved residual networks as ArcFace uses them (IR-18/34/50/100), and a tiny one for two cores.
+
+Source: Deng et al., *ArcFace: Additive Angular Margin Loss for Deep Face Recognition*, CVPR 2019, section 3.1
+(the BN-Conv-BN-PReLU-Conv-BN unit, output option E: BN-Dropout-FC-BN), on the residual units of Han et al.,
+*Deep Pyramidal Residual Networks*, CVPR 2017.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def halved(size: tuple[int, int], times: int) -> tuple[int, int]:
+    """Height and width after ``times`` 3x3 convolutions of stride 2 and padding 1: rounded up each time."""
+    height, width = size
+    for _ in range(times):
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height, width
+
+
+def initialise(module: nn.Module) -> None:
+    """Kaiming-normal convolutions, unit batch norms and small linear layers, in place."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, a=5**0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+class EmbeddingOutput(nn.Module):
+    """ArcFace's output option E: BN - dropout - fully connected - BN, from a feature map of a known size.
+
+    The fully connected layer keeps the position of every feature (pooling would average it away), so it is
+    built for one input size: ``features`` is (C, h, w).
+    """
+
+    def __init__(self, features: tuple[int, int, int], embedding_size: int, dropout: float) -> None:
+        super().__init__()
+        channels, height, width = features
+        self.norm = nn.BatchNorm2d(channels)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(channels * height * width, embedding_size)
+        self.embedding_norm = nn.BatchNorm1d(embedding_size)
+        # The margin head normalises embeddings, so a free scale per dimension would only be a second, unbounded
+        # parametrisation of the linear layer.
+        nn.init.ones_(self.embedding_norm.weight)
+        self.embedding_norm.weight.requires_grad_(False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, C, h, w) to float32 embeddings (N, embedding_size), not normalised."""
+        embedding = self.linear(torch.flatten(self.dropout(self.norm(features)), 1))
+        # float32: the batch variance of an embedding dimension decides its scale against all the others.
+        normed: Tensor = self.embedding_norm(embedding.float())
+        return normed
+
+
+class ResidualUnit(nn.Module):
+    """BN - 3x3 conv - BN - PReLU - 3x3 conv of the given stride - BN, plus a shortcut (1x1 conv - BN where needed)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.BatchNorm2d(in_channels),
+            nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.PReLU(channels),
+            nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, h, w) to (N, C, ceil(h / stride), ceil(w / stride))."""
+        output: Tensor = self.residual(x) + self.shortcut(x)
+        return output
+
+
+class IResNet(nn.Module):
+    """ArcFace's IResNet, for any number of input channels and any input size.
+
+    Args:
+        layers: residual units in each of the four stages: (2, 2, 2, 2) is IR-18, (3, 4, 6, 3) IR-34,
+            (3, 4, 14, 3) IR-50, (3, 13, 30, 3) IR-100.
+        in_channels: channels C of the input.
+        input_size: (h, w) of the input; each stage halves it, rounding up.
+        embedding_size: D, dimensions of the embedding.
+        dropout: before the fully connected layer (ArcFace: 0.4 in the paper, 0 in the released PyTorch code).
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        *,
+        in_channels: int,
+        input_size: tuple[int, int],
+        embedding_size: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        width = 64
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width)
+        )
+        stages = []
+        for stage, units in enumerate(layers):
+            channels = 64 * 2**stage
+            for unit in range(units):
+                stages.append(ResidualUnit(width, channels, stride=2 if unit == 0 else 1))
+                width = channels
+        self.stages = nn.Sequential(*stages)
+        self.output = EmbeddingOutput((width, *halved(input_size, len(layers))), embedding_size, dropout)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to float32 embeddings (N, D), not normalised."""
+        embedding: Tensor = self.output(self.stages(self.stem(x)))
+        return embedding
+
+
+class TinyUnit(nn.Module):
+    """3x3 conv of the given stride - BN - leaky ReLU - 3x3 conv - BN, plus a shortcut, then leaky ReLU.
+
+    Departures from :class:`ResidualUnit`, all for the processor: the first convolution already strides, which halves
+    the work of a stage's first unit; and the slope is fixed at the value where PReLU starts, because on a
+    CPU the gradient of PReLU's slopes costs as much as a convolution.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.LeakyReLU(0.25, inplace=True),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
+            )
+        self.activation = nn.LeakyReLU(0.25, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, h, w) to (N, C, ceil(h / stride), ceil(w / stride))."""
+        output: Tensor = self.activation(self.residual(x) + self.shortcut(x))
+        return output
+
+
+class TinyIResNet(nn.Module):
+    """A residual network that two CPU cores train in minutes.
+
+    Args:
+        in_channels: channels C of the input.
+        input_size: (h, w) of the input; each stage after the first halves it, rounding up.
+        embedding_size: D, dimensions of the embedding.
+        widths: channels of the stem and of each stage.
+        dropout: before the fully connected layer.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        input_size: tuple[int, int],
+        embedding_size: int,
+        widths: Sequence[int] = (32, 64, 128, 256),
+        units: Sequence[int] = (1, 1, 1),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        width = widths[0]
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.LeakyReLU(0.25, inplace=True),
+        )
+        stages = []
+        for channels, count in zip(widths[1:], units, strict=True):
+            for unit in range(count):
+                stages.append(TinyUnit(width, channels, stride=2 if unit == 0 else 1))
+                width = channels
+        self.stages = nn.Sequential(*stages)
+        self.output = EmbeddingOutput((width, *halved(input_size, len(widths))), embedding_size, dropout)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to float32 embeddings (N, D), not normalised."""
+        embedding: Tensor = self.output(self.stages(self.stem(x)))
+        return embedding

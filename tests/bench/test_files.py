@@ -1,0 +1,36 @@
+"""Files appear whole or not at all."""
+
+import hashlib
+
+import pytest
+
+from bench.files import replacing, sha256, write_text
+
+
+def test_writes_and_replaces(tmp_path):
+    path = tmp_path / "deep" / "file.json"
+    write_text(path, "one")
+    write_text(path, "two")
+    assert path.read_text() == "two"
+    assert [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def test_a_failure_leaves_the_old_file_and_no_trace(tmp_path):
+    path = tmp_path / "file.json"
+    write_text(path, "old")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        fail()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_sha256(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"abc" * 1000)
+    assert sha256(path) == hashlib.sha256(b"abc" * 1000).hexdigest()
