@@ -30,7 +30,10 @@ app = typer.Typer(
 data_app = typer.Typer(name="data", help="Look at, check and pack face data.", no_args_is_help=True)
 app.add_typer(data_app)
 
-out = Console()
+#: Width of tables where nobody's terminal limits it.
+FILE_WIDTH = 120
+
+out = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 err = Console(stderr=True)
 
 INTERRUPTED = 130

@@ -17,11 +17,11 @@ _DECIMALS = {"ssim": 3, "psnr": 2, "psnr_aligned": 2, "ms_ssim": 3, "lpips": 3, 
 _HEADINGS = {
     "ssim": "SSIM",
     "psnr": "PSNR dB",
-    "psnr_aligned": "PSNR aligned",
+    "psnr_aligned": "aligned",
     "ms_ssim": "MS-SSIM",
     "lpips": "LPIPS",
-    "type1_tar": "type I TAR %",
-    "type2_tar": "type II TAR %",
+    "type1_tar": "type I %",
+    "type2_tar": "type II %",
     "rank1": "rank-1 %",
     "cosine": "cosine",
 }
@@ -30,7 +30,10 @@ _IDENTITY = ("type1_tar", "type2_tar", "rank1", "cosine")
 
 
 def figure(name: str, measure: Measure, *, interval: bool = True) -> str:
-    """A measure as a person reads it: per cent for rates, its interval behind it, a dash where missing."""
+    """A measure as a person reads it: per cent for rates, the larger half of its interval, a dash where missing.
+
+    The two ends of the interval are in ``metrics.json``; a terminal has no room for both.
+    """
     if measure.value is None:
         return "-"
     decimals = _DECIMALS.get(name)
@@ -39,7 +42,7 @@ def figure(name: str, measure: Measure, *, interval: bool = True) -> str:
     text = f"{measure.value * scale:.{digits}f}"
     if interval and measure.ci95 is not None:
         low, high = measure.ci95
-        text += f" [{low * scale:.{digits}f}, {high * scale:.{digits}f}]"
+        text += f" ±{max(high - measure.value, measure.value - low) * scale:.{digits}f}"
     return text
 
 
@@ -84,7 +87,7 @@ def _utility(result: RunResult) -> Table:
     assert utility is not None
     fars = list(utility.tar_at_far)
     table = _new_table(f"Recognition of the victims ({utility.pairs} pairs)")
-    for heading in ("", "accuracy %", "AUC %", "EER %", *(f"TAR@FAR={far} %" for far in fars)):
+    for heading in ("", "accuracy %", "AUC %", "EER %", *(f"TAR@{far} %" for far in fars)):
         table.add_column(heading, justify="left" if not heading else "right")
     name = result.defense.name if result.defense else "protected"
     rows: list[tuple[str, Verification]] = [(name, utility), ("unprotected", utility.unprotected)]
@@ -114,9 +117,9 @@ def _identity_title(result: RunResult) -> str:
 
 def _table(title: str, rows: Iterable[tuple[str, Quality, bool]], names: tuple[str, ...]) -> Table:
     table = _new_table(title)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(_HEADINGS[name], justify="right")
+        table.add_column(_HEADINGS[name], justify="right", no_wrap=True)
     for label, quality, bold in rows:
         holder = quality.identity if names is _IDENTITY else quality
         cells = [figure(name, getattr(holder, name), interval=bold) for name in names]
@@ -146,7 +149,7 @@ def _reasons(result: RunResult) -> Iterable[str]:
         for name in _QUALITY:
             measure: Measure = getattr(result.recovery, name)
             if measure.value is None:
-                yield f"{_HEADINGS[name]}: {measure.reason}"
+                yield f"{_HEADINGS[name]}: {(measure.reason or '').removeprefix('LPIPS: ')}"
     if result.utility is not None:
         for far, measure in result.utility.tar_at_far.items():
             if measure.value is None:

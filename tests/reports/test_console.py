@@ -96,12 +96,12 @@ def test_everything_is_there(result):
         "partialface, 18 states (4.17 bits) against unet (whitebox) on synthetic faces",
         "91.0",  # accuracy
         "97.0",  # unprotected
-        "0.812 [0.802, 0.822]",
+        "0.812 ±0.010",
         "floor: mean face",
         "0.333",
         "ceiling: unprotected",
         "0.987",
-        "type II TAR %",
+        "type II %",
         "442,368 bytes",
         "LPIPS: no weights here",
         "warning: synthetic faces",
@@ -116,7 +116,7 @@ def test_a_failed_run_is_one_line(result):
 
 def test_figures():
     assert figure("ssim", measure(0.5)) == "0.500"
-    assert figure("rank1", measure(0.125, (0.1, 0.2))) == "12.5 [10.0, 20.0]"
+    assert figure("rank1", measure(0.125, (0.1, 0.2))) == "12.5 ±7.5"
     assert figure("psnr", measure(20.126)) == "20.13"
     assert figure("lpips", measure(None)) == "-"
 
