@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -92,6 +92,10 @@ class PartialFace(Defense):
     summary = "a random subset of the high-frequency channels, permuted, for every face"
     reference = "Mi et al., Privacy-Preserving Face Recognition Using Random Frequency Components, ICCV 2023"
     Options = PartialFaceOptions
+    # (sigma, s, r, m, n) = (10, 9, 18, 6, 6), section 5.1; the released tables have three permutations only.
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"views": 18, "tables": "random", "n_permutations": 6}
+    }
     options: PartialFaceOptions
 
     def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:

@@ -102,7 +102,7 @@ def _recovery_rows(result: RunResult) -> list[tuple[str, Quality, bool]]:
     assert recovery is not None
     assert result.attack is not None
     floors = [(f"floor: {name.replace('_', ' ')}", floor, False) for name, floor in recovery.floors.items()]
-    return [(result.attack.name, recovery, True), *floors, ("ceiling: unprotected", recovery.ceiling, False)]
+    return [(result.attack.name, recovery, True), *floors, ("ceiling", recovery.ceiling, False)]
 
 
 def _identity_title(result: RunResult) -> str:

@@ -87,8 +87,9 @@ class LfwOptions(BaseModel):
 
 
 def default_root() -> Path:
-    """Where LFW is kept if no data root is given: the user's cache folder."""
-    return platformdirs.user_cache_path("ppfr-bench") / "lfw"
+    """Where LFW is kept if no data root is given: in ``BENCH_CACHE``, else in the user's cache folder."""
+    named = os.environ.get("BENCH_CACHE")
+    return (Path(named).expanduser() if named else platformdirs.user_cache_path("ppfr-bench")) / "lfw"
 
 
 def load_lfw(

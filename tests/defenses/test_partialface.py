@@ -308,3 +308,10 @@ def test_bad_labels_and_representations_are_refused():
         defense.canonical(torch.zeros(1, 26, 4, 4), torch.zeros(1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="needs the state"):
         defense.linear_operator(None)
+
+
+def test_the_paper_preset_is_the_published_configuration():
+    options = PartialFace.Options.model_validate(PartialFace.presets["paper"])
+    defense = PartialFace(options, image_size=32)
+    assert (options.sigma, options.subset_size, defense.views) == (10, 9, 18)
+    assert len(defense.states()) == 36

@@ -99,7 +99,7 @@ def test_everything_is_there(result):
         "0.812 ±0.010",
         "floor: mean face",
         "0.333",
-        "ceiling: unprotected",
+        "ceiling",
         "0.987",
         "type II %",
         "442,368 bytes",

@@ -16,7 +16,7 @@ import torch
 
 from bench.data import lfw
 from bench.data.decode import decode_image
-from bench.data.lfw import LfwOptions, Remote, load_lfw, unpack
+from bench.data.lfw import LfwOptions, Remote, default_root, load_lfw, unpack
 from bench.errors import DataError, MissingError
 
 DEV_TEST = b"2\nAnn_A\t1\t2\nAnn_A\t1\t3\nAnn_A\t2\tBob_B\t1\nBob_B\t2\tAnn_A\t3\n"
@@ -181,3 +181,10 @@ def test_published_hashes_are_scikit_learns():
     ]
     published = {(call["filename"], call["url"], call["checksum"]) for call in calls}
     assert {(r.name, r.url, r.sha256) for r in (*lfw.ARCHIVES.values(), lfw.PAIRS)} <= published
+
+
+def test_the_download_cache_can_be_moved(monkeypatch, tmp_path):
+    monkeypatch.setenv("BENCH_CACHE", str(tmp_path))
+    assert default_root() == tmp_path / "lfw"
+    monkeypatch.delenv("BENCH_CACHE")
+    assert default_root().parent.name == "ppfr-bench"
