@@ -53,7 +53,7 @@ DATASET_PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "synthetic": {
         "quick": _synthetic(80, 10),
         # Thousands of images, not tens of thousands: smaller batches for more steps.
-        "cpu": _synthetic(480, 16, training={"epochs": 14, "batch_size": 64, "learning_rate": 0.1, "views": 1}),
+        "cpu": _synthetic(420, 16, training={"epochs": 12, "batch_size": 64, "learning_rate": 0.1, "views": 1}),
         "gpu": _synthetic(4000, 24),
         "paper": _synthetic(4000, 24),
     }
