@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor
 
-from attacks.base import FitReport, Observation, no_report
+from attacks.base import Attack, FitReport, Observation, no_report
 from bench import plugins
 from bench.cache import StageCache
 from bench.config import RunConfig
@@ -142,7 +142,7 @@ class Pipeline:
 
         utility = self._utility(stages, defense, plain, store)
 
-        _, report = stages.fitted_attack(defense)
+        attack, report = stages.fitted_attack(defense)
         covered = check_coverage(report, defense, config.knowledge)
         recovered = stages.recoveries(defense, probes)
         unprotected = recovered if defense.name == plain.name else stages.recoveries(plain, probes)
@@ -167,13 +167,13 @@ class Pipeline:
             for name, faces in {
                 config.attack: recovered,
                 "ceiling": unprotected,
-                **self._floors(stages, defense, probes),
+                **self._floors(stages, attack, defense, probes),
             }.items()
         }
         stages.seconds["measure"] = time.perf_counter() - started
 
         started = time.perf_counter()
-        throughput = self._throughput(stages, defense, probes)
+        throughput = self._throughput(stages, attack, defense, probes)
         stages.seconds["throughput"] = time.perf_counter() - started
 
         for job, file in (
@@ -191,9 +191,7 @@ class Pipeline:
             defense=DefenseInfo.of(defense.describe()),
             attack=AttackInfo(
                 name=config.attack,
-                options=plugins.make_attack(config.attack, config.attack_options, config.preset).options.model_dump(
-                    mode="json"
-                ),
+                options=attack.options.model_dump(mode="json"),
                 knowledge=config.knowledge,
                 saturated=report.saturated,
                 states_covered=covered,
@@ -249,20 +247,19 @@ class Pipeline:
         except MissingError as error:
             return error
 
-    def _floors(self, stages: Stages, defense: Defense, probes: Tensor) -> dict[str, Tensor]:
+    def _floors(self, stages: Stages, attack: Attack, defense: Defense, probes: Tensor) -> dict[str, Tensor]:
         public = stages.splits.public.images
         count, size = len(probes), self.config.image_size
         return {
             "mean_face": mean_face(public, count),
             "grey": grey(count, size),
             "noise": noise(count, size, stages.streams.generator("floors")),
-            "nearest": self._nearest(stages, defense, probes),
+            "nearest": self._nearest(stages, attack, defense, probes),
         }
 
-    def _nearest(self, stages: Stages, defense: Defense, probes: Tensor) -> Tensor:
+    def _nearest(self, stages: Stages, attack: Attack, defense: Defense, probes: Tensor) -> Tensor:
         """The public face whose representation is nearest to the intercepted one, with the adversary's knowledge."""
         generator = stages.streams.generator("floors")
-        attack = plugins.make_attack(self.config.attack, self.config.attack_options, self.config.preset)
         mechanism = stages.adversary(attack, defense, None, no_report).mechanism(generator)
         public = stages.splits.public.images.to(self.fabric.device)
 
@@ -284,13 +281,12 @@ class Pipeline:
         own: Quality = assessments[self.config.attack].quality
         return Recovery(**own.model_dump(), floors=floors, ceiling=assessments["ceiling"].quality)
 
-    def _throughput(self, stages: Stages, defense: Defense, probes: Tensor) -> dict[str, Throughput]:
+    def _throughput(self, stages: Stages, attack: Attack, defense: Defense, probes: Tensor) -> dict[str, Throughput]:
         device = self.fabric.device
         index = probes[torch.arange(self.config.batch_size) % len(probes)]
         faces = to_float(stages.splits.victims.images[index].to(device))
         generator = stages.streams.generator("throughput")
         recogniser = stages.recogniser(defense)
-        attack, _ = stages.fitted_attack(defense)
         sent = defense.protect(faces, generator).representation
         observation = next(iter(stages.observations(defense, index)))
 

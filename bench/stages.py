@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ class Stages:
         self.streams = Streams(config.seed)
         self.seconds: dict[str, float] = {}
         self.cached: list[str] = []
+        self._results: dict[tuple[str, str], Any] = {}
 
     # -- data ------------------------------------------------------------------------------------
 
@@ -214,7 +216,7 @@ class Stages:
                 report=report,
             )
             save_recogniser(recogniser, folder / "recogniser.safetensors", asdict(outcome))
-            _discard(folder / "resume")
+            shutil.rmtree(folder / "resume", ignore_errors=True)
 
         def read(folder: Path) -> Recogniser:
             recogniser, _ = load_recogniser(folder / "recogniser.safetensors", self.fabric.device)
@@ -344,7 +346,7 @@ class Stages:
                 outcome = fitted.fit(adversary)
             _save_tensors(fitted.state_dict(), folder / "attack.safetensors")
             _write_report(folder, outcome)
-            _discard(folder / "resume")
+            shutil.rmtree(folder / "resume", ignore_errors=True)
 
         def read(folder: Path) -> tuple[Attack, FitReport]:
             attack.prepare(self.adversary(attack, defense, None, no_report))
@@ -413,17 +415,21 @@ class Stages:
     def _do(self, job: Job[T]) -> T:
         """Make the stage unless it is there, and read it back.
 
-        It is read back in either case, so that a fresh result and a cached one cannot differ.
+        It is read back in either case, so that a fresh result and a cached one cannot differ. Asked for again in the
+        same run, it is the same object: not read twice, and not counted as reused.
         """
-        with self._timed(job.stage), self.cache.entry(job.stage, job.key) as entry:
-            if entry.complete:
-                self.cached.append(job.stage)
-                self.log("cached", stage=job.stage, key=job.key)
-            else:
-                self.log("stage", stage=job.stage, key=job.key)
-                with self.bars.task(job.what) as report:
-                    job.make(entry.partial, report)
-        return job.read(entry.path)
+        if (job.stage, job.key) not in self._results:
+            with self._timed(job.stage), self.cache.entry(job.stage, job.key) as entry:
+                if entry.complete:
+                    self.cached.append(job.stage)
+                    self.log("cached", stage=job.stage, key=job.key)
+                else:
+                    self.log("stage", stage=job.stage, key=job.key)
+                    with self.bars.task(job.what) as report:
+                        job.make(entry.partial, report)
+            self._results[job.stage, job.key] = job.read(entry.path)
+        result: T = self._results[job.stage, job.key]
+        return result
 
 
 @contextmanager
@@ -487,13 +493,6 @@ def _fingerprint(root: Path | None) -> list[tuple[str, int, int]]:
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _discard(folder: Path) -> None:
-    if folder.is_dir():
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
 
 
 def _write_source(folder: Path, source: Source) -> None:

@@ -123,6 +123,9 @@ class TestFinishedRun:
         made = {event["stage"] for event in events if event["event"] == "stage"}
         assert made == {"attack-unet-partialface", "attack-unet-none", "recover-unet-partialface", "recover-unet-none"}
 
+    def test_what_this_run_made_is_not_called_reused(self, finished):
+        assert finished[0].cached == []
+
     def test_plan_knows_what_is_cached(self, finished, out):
         plan = pipeline(out).plan()
         assert all(stage.cached for stage in plan.stages)
