@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +18,18 @@ from defenses.base import Defense
 
 #: Called as ``report(done, total, **fields)``; the harness turns it into a progress bar and a log.
 Report = Callable[..., None]
+
+#: Sends faces, float (M, 3, H, W) in [0, 1], through the provider's service as a client would, each protected under a
+#: fresh state, and returns their embeddings: float32 (M, D), unit rows.
+EmbeddingQuery = Callable[[Tensor], Tensor]
+
+#: ``score(faces, persons)``: the service's cosine between each face, float (M, 3, H, W) in [0, 1], protected under a
+#: fresh state, and the enrolled template of the observed person with that number, int64 (M,): float32 (M,).
+ScoreQuery = Callable[[Tensor, Tensor], Tensor]
+
+#: ``traffic(count)``: representations of ``count`` faces intercepted from other requests, in batches (b, C, h, w), in
+#: a fixed order, of faces that are not attacked; neither faces nor names come with them.
+Traffic = Callable[[int], Iterator[Tensor]]
 
 
 def no_report(done: int, total: int, **fields: float) -> None:
@@ -45,14 +57,22 @@ class Capability(StrEnum):
     SECRET = "secret"
     STATE = "known state"
     RECOGNISER = "recogniser weights"
+    TRAFFIC = "intercepted traffic"
+    TEMPLATES = "stolen templates"
+    EMBEDDINGS = "embedding queries"
+    SCORES = "score queries"
 
 
-#: What each rung grants. The recogniser is distributed to clients, so weights come with the secret.
+#: What each rung grants. A rung is about the secret and what was distributed with it (the recogniser's weights); what
+#: was intercepted, stolen or can be queried is a matter of an attack's scenario, and open to every rung.
 GRANTS: dict[Knowledge, frozenset[Capability]] = {
-    Knowledge.BLACKBOX: frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM}),
+    Knowledge.BLACKBOX: frozenset(Capability) - {Capability.SECRET, Capability.STATE, Capability.RECOGNISER},
     Knowledge.WHITEBOX: frozenset(Capability) - {Capability.STATE},
     Knowledge.ORACLE: frozenset(Capability),
 }
+
+#: Capabilities for which the provider's recogniser has to exist.
+OF_RECOGNISER = frozenset({Capability.RECOGNISER, Capability.TEMPLATES, Capability.EMBEDDINGS, Capability.SCORES})
 
 
 class AttackOptions(BaseModel):
@@ -68,19 +88,43 @@ class Observation:
     Attributes:
         representations: float32 (N, k, C, h, w): k interceptions of each of N faces, fresh states each.
         states: int64 (N, k, D) at ``oracle`` where the defence draws states, else None.
+        templates: float32 (N, k, D), the provider's embedding of each representation, unit rows, where the attack
+            needs :attr:`Capability.TEMPLATES`, else None.
+        enrolled: float32 (N, D), the provider's class centre of each person: the normalised mean embedding of other
+            images of that person, where the attack needs :attr:`Capability.TEMPLATES`, else None.
+        score: the service's answers about these N persons, each enrolled with the first template, where the attack
+            needs :attr:`Capability.SCORES`, else None. The harness counts the faces that are sent.
     """
 
     representations: Tensor
     states: Tensor | None = None
+    templates: Tensor | None = None
+    enrolled: Tensor | None = None
+    score: ScoreQuery | None = None
 
     def __post_init__(self) -> None:
         if self.representations.ndim != 5:
             raise ValueError(f"representations must be (N, k, C, h, w), got {tuple(self.representations.shape)}")
-        if self.states is not None and self.states.shape[:2] != self.representations.shape[:2]:
-            raise ValueError("states must be (N, k, D) with the N and k of the representations")
+        for name, per_interception in (("states", self.states), ("templates", self.templates)):
+            if per_interception is not None and (
+                per_interception.ndim != 3 or per_interception.shape[:2] != self.representations.shape[:2]
+            ):
+                raise ValueError(f"{name} must be (N, k, D) with the N and k of the representations")
+        if self.enrolled is not None and (self.enrolled.ndim != 2 or len(self.enrolled) != len(self)):
+            raise ValueError("enrolled must be (N, D) with the N of the representations")
 
     def __len__(self) -> int:
         return len(self.representations)
+
+    def first(self, count: int) -> Observation:
+        """The observation of the first ``count`` faces; their numbers in score queries stay as they are."""
+        return replace(
+            self,
+            representations=self.representations[:count],
+            states=None if self.states is None else self.states[:count],
+            templates=None if self.templates is None else self.templates[:count],
+            enrolled=None if self.enrolled is None else self.enrolled[:count],
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +139,10 @@ class Adversary:
             use, every time; at ``blackbox`` each call returns the mechanism with a freshly guessed secret.
         generator: the attack's own randomness.
         fabric: device and precision.
-        recogniser: the provider's embedding network (representation -> embedding) where granted.
+        recogniser: the provider's embedding network (representation -> embedding, (N, C, h, w) to (N, D), not
+            normalised) where the attack needs :attr:`Capability.RECOGNISER`, else None.
+        embed: embedding queries to the provider's service where the attack needs :attr:`Capability.EMBEDDINGS`.
+        traffic: intercepted traffic where the attack needs :attr:`Capability.TRAFFIC`.
         checkpoint: a folder for resuming a killed fit, or None.
         report: progress.
     """
@@ -107,6 +154,8 @@ class Adversary:
     generator: torch.Generator
     fabric: Fabric
     recogniser: nn.Module | None = None
+    embed: EmbeddingQuery | None = None
+    traffic: Traffic | None = None
     checkpoint: Path | None = None
     report: Report = no_report
 
@@ -129,23 +178,27 @@ class FitReport:
 
 
 class Attack(nn.Module, ABC):
-    """A recovery attack: intercepted representations in, faces out.
+    """What all attacks share; a concrete one is a recovery, linkage or composite attack.
 
     Attributes:
         name: as typed on the command line; the file is called the same (dashes as underscores).
         summary: one line for ``bench list``.
+        cost: what a fit and a recovery cost, one line for ``bench list``.
         reference: paper, venue and year.
         needs: the capabilities without which it cannot work, checked before any compute.
         Options: the option model.
         presets: options that a preset of the harness (``quick``, ``cpu``, ``gpu``, ``paper``) sets.
+        budgets: axis of a strength curve (``steps``, ``queries``) -> the integer option that bounds it.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    cost: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     needs: ClassVar[frozenset[Capability]] = frozenset()
     Options: ClassVar[type[AttackOptions]] = AttackOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    budgets: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, options: AttackOptions | None = None) -> None:
         super().__init__()
@@ -162,6 +215,13 @@ class Attack(nn.Module, ABC):
     @abstractmethod
     def prepare(self, adversary: Adversary) -> None:
         """Build the modules for this adversary without training, so that stored weights can be loaded."""
+
+
+class RecoveryAttack(Attack):
+    """Intercepted representations (or templates) in, faces out."""
+
+    #: Set by attacks that optimise per victim.
+    needs_gradients: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, observation: Observation) -> Tensor:
@@ -183,5 +243,33 @@ class Attack(nn.Module, ABC):
             raise ValueError(f"{self.name} recovered values that are not finite")
         return faces.clamp(0, 1)
 
-    #: Set by attacks that optimise per victim.
-    needs_gradients: ClassVar[bool] = False
+    def infer_places(self, observation: Observation) -> Tensor | None:
+        """Where the attack believes each channel of each interception belongs: int64 (N, k, C), or None.
+
+        Places are those of :meth:`defenses.base.Defense.canonical`. The harness, which knows what was drawn, turns
+        them into a hit rate; an attack that infers no state returns None.
+        """
+        return None
+
+
+class LinkageAttack(Attack):
+    """Tells whether a representation and a plain face, or two representations, show the same person.
+
+    Both maps end in one space; a score is the cosine there, higher for the same person.
+    """
+
+    @abstractmethod
+    def embed_representations(self, representations: Tensor) -> Tensor:
+        """Embeddings of intercepted representations, float (N, C, h, w) to float32 (N, D), unit rows."""
+
+    @abstractmethod
+    def embed_faces(self, faces: Tensor) -> Tensor:
+        """Embeddings of suspects' plain faces, float (N, 3, H, W) in [0, 1] to float32 (N, D), unit rows."""
+
+
+class CompositeAttack(Attack):
+    """Several recovery attacks, of which each victim suffers the worst; the harness runs and compares them."""
+
+    @abstractmethod
+    def members(self) -> tuple[tuple[str, dict[str, Any]], ...]:
+        """Names of the attacks and the options asked for each."""

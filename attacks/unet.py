@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks import checkpoint
-from attacks.base import Adversary, Attack, AttackOptions, Capability, FitReport, Knowledge, Observation
+from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, Observation, RecoveryAttack
 from attacks.exposure import Exposure, chunks, flip_some, split_identities, to_float
 from attacks.layout import ChannelLayout, probe
 from attacks.plateau import Plateau
@@ -285,7 +285,7 @@ class _Progress:
     curve: list[tuple[int, float]] = field(default_factory=list)
 
 
-class UNet(Attack):
+class UNet(RecoveryAttack):
     """U-Net inversion under the three rungs of knowledge.
 
     Trained to minimise L1(g(z), X) over faces X of public identities, protected afresh in every step.

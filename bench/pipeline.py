@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor
 
-from attacks.base import Attack, FitReport, Observation, no_report
+from attacks.base import Attack, FitReport, RecoveryAttack, no_report
 from bench import plugins
 from bench.cache import StageCache
 from bench.config import RunConfig
@@ -30,7 +30,6 @@ from bench.metrics.floors import grey, mean_face, nearest, noise
 from bench.metrics.perceptual import Lpips, load_lpips
 from bench.metrics.throughput import measure
 from bench.metrics.verification import lfw_accuracy
-from bench.probes import select_probes
 from bench.progress import ProgressBars
 from bench.recognition.backbones import BACKBONES
 from bench.recognition.heads import HEADS
@@ -137,7 +136,7 @@ class Pipeline:
         defense = stages.defense(config.defense, config.defense_options)
         plain = stages.defense("none", {})
         splits = stages.splits
-        selection = select_probes(splits.victims, config.probes, stages.streams.generator("probes"))
+        selection = stages.selection
         probes = selection.attacked
 
         utility = self._utility(stages, defense, plain, store)
@@ -267,8 +266,8 @@ class Pipeline:
             return mechanism.protect(faces, generator).representation
 
         found = [
-            nearest(observation.representations[:, 0], public, protect, batch_size=self.config.batch_size).cpu()
-            for observation in stages.observations(defense, probes, batch_size=NEAREST_BATCH)
+            nearest(representations[:, 0], public, protect, batch_size=self.config.batch_size).cpu()
+            for _, representations, _ in stages.interceptions(defense, probes, batch_size=NEAREST_BATCH)
         ]
         return torch.cat(found)
 
@@ -288,11 +287,13 @@ class Pipeline:
         generator = stages.streams.generator("throughput")
         recogniser = stages.recogniser(defense)
         sent = defense.protect(faces, generator).representation
-        observation = next(iter(stages.observations(defense, index)))
+        observation = next(iter(stages.observations(attack, defense, index)))
+
+        if not isinstance(attack, RecoveryAttack):
+            raise TypeError(f"{attack.name} recovers no faces")
 
         def recover(representations: Tensor) -> Tensor:
-            states = None if observation.states is None else observation.states[: len(representations)]
-            return attack.recover(Observation(representations, states))
+            return attack.recover(observation.first(len(representations)))
 
         timed = {
             "protect": measure(lambda batch: defense.protect(batch, generator).representation, faces),
@@ -352,10 +353,10 @@ class Pipeline:
         unprotected: Tensor,
         assessment: Assessment,
     ) -> None:
-        observation = next(iter(stages.observations(defense, probes)))
-        rows = min(SHEET_ROWS, len(observation))
+        _, representations, _ = next(iter(stages.interceptions(defense, probes)))
+        rows = min(SHEET_ROWS, len(representations))
         originals = to_float(stages.splits.victims.images[probes[:rows]])
-        sent = observation.representations[:rows, 0].float().cpu()
+        sent = representations[:rows, 0].float().cpu()
         table = assessment.per_image.iloc[:rows]
         captions = [
             f"SSIM {row.ssim:.3f}  PSNR {row.psnr:.1f} dB  cosine {row.cosine:.2f}" for row in table.itertuples()

@@ -19,7 +19,19 @@ from torch import Tensor
 
 import attacks as attacks_package
 import defenses as defenses_package
-from attacks.base import GRANTS, Adversary, Attack, Capability, FitReport, Knowledge, Observation, no_report
+from attacks.base import (
+    GRANTS,
+    OF_RECOGNISER,
+    Adversary,
+    Attack,
+    Capability,
+    FitReport,
+    Knowledge,
+    Observation,
+    RecoveryAttack,
+    Traffic,
+    no_report,
+)
 from bench import plugins
 from bench.cache import StageCache, make_key
 from bench.config import RunConfig
@@ -30,12 +42,14 @@ from bench.errors import BenchError, UsageError
 from bench.files import write_text
 from bench.metrics.evaluator import Evaluator, OnnxEvaluator, RecogniserEvaluator
 from bench.metrics.verification import pair_scores
+from bench.probes import Probes, select_probes
 from bench.progress import ProgressBars, Report
 from bench.randomness import Streams
 from bench.recognition.checkpoint import load_recogniser, save_recogniser
 from bench.recognition.recogniser import Recogniser, build_recogniser
 from bench.recognition.training import train
 from bench.recognition.verification import embed_faces
+from bench.service import Enrolment, Service, class_centres, traffic
 from defenses.base import Defense
 
 T = TypeVar("T")
@@ -299,7 +313,7 @@ class Stages:
         """What the chosen rung hands to the attack, and nothing else."""
         knowledge = Knowledge(self.config.knowledge)
         public = self.splits.public
-        needs_recogniser = Capability.RECOGNISER in attack.needs
+        service = self.service(defense, "fit") if Capability.EMBEDDINGS in attack.needs else None
         return Adversary(
             faces=public.images,
             identities=public.labels,
@@ -307,14 +321,40 @@ class Stages:
             mechanism=defense.guess if knowledge is Knowledge.BLACKBOX else lambda generator: defense,
             generator=self.streams.generator("attack"),
             fabric=self.fabric,
-            recogniser=self.recogniser(defense) if needs_recogniser else None,
+            recogniser=self.recogniser(defense) if Capability.RECOGNISER in attack.needs else None,
+            embed=service.embed if service else None,
+            traffic=self._traffic(defense) if Capability.TRAFFIC in attack.needs else None,
             checkpoint=checkpoint,
             report=report,
         )
 
+    def service(self, defense: Defense, purpose: str) -> Service:
+        """The provider's service, whose clients draw their states from a stream of the ``purpose``'s own."""
+        generator = self.streams.generator(f"service/{purpose}")
+        return Service(self.recogniser(defense), defense, generator, batch_size=self.config.batch_size)
+
+    def _traffic(self, defense: Defense) -> Traffic:
+        def intercept(count: int) -> Iterator[Tensor]:
+            return traffic(
+                defense,
+                self.splits.victims,
+                self.selection.attacked,
+                self.streams.generator("traffic"),
+                count=count,
+                batch_size=self.config.batch_size,
+                device=self.fabric.device,
+            )
+
+        return intercept
+
+    @functools.cached_property
+    def selection(self) -> Probes:
+        """Which victim images are attacked, and which are the plain gallery."""
+        return select_probes(self.splits.victims, self.config.probes, self.streams.generator("probes"))
+
     def _attack_key(self, attack: Attack, defense: Defense) -> str:
         config = self.config
-        needs_recogniser = Capability.RECOGNISER in attack.needs
+        needs_recogniser = bool(attack.needs & OF_RECOGNISER)
         return make_key(
             {
                 "data": self.data_key,
@@ -323,11 +363,12 @@ class Stages:
                 "defense": self._defense_key(defense),
                 "attack": {"name": attack.name, "options": attack.options.model_dump(mode="json")},
                 "knowledge": config.knowledge,
+                "probes": config.probes if Capability.TRAFFIC in attack.needs else None,
                 "recogniser": self._recogniser_key(defense, "provider", config.backbone) if needs_recogniser else None,
                 "seed": config.seed,
                 **self._platform(),
             },
-            (*ATTACK_CODE, type(attack).__module__, *DEFENSE_CODE, *DATA_CODE),
+            (*ATTACK_CODE, type(attack).__module__, *DEFENSE_CODE, *DATA_CODE, "bench.service"),
         )
 
     def fitted_attack(self, defense: Defense) -> tuple[Attack, FitReport]:
@@ -358,20 +399,46 @@ class Stages:
         what = f"train {attack.name} on {defense.name}"
         return Job(f"attack-{attack.name}-{defense.name}", key, what, make, read)
 
-    def observations(self, defense: Defense, probes: Tensor, batch_size: int | None = None) -> Iterator[Observation]:
-        """What an attacker intercepts of the victim images ``probes``, batch by batch."""
+    def interceptions(
+        self, defense: Defense, probes: Tensor, batch_size: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """What is sent for the victim images ``probes``, batch by batch, each image ``queries`` times.
+
+        Yields the images' indices (n,), representations (n, k, C, h, w) and true states (n, k, D), None where none are
+        drawn.
+        """
         queries = self.config.queries
         values = queries * defense.bytes_per_face() // torch.float32.itemsize
         batch_size = max(1, min(batch_size or self.config.batch_size, REPRESENTATION_VALUES // values))
         generator = self.streams.generator("victims")
-        reveal = Knowledge(self.config.knowledge) is Knowledge.ORACLE
         for index in probes.split(batch_size):
             faces = to_float(self.splits.victims.images[index].to(self.fabric.device))
             sent = [defense.protect(faces, generator) for _ in range(queries)]
             states = [one.state for one in sent if one.state is not None]
+            representations = torch.stack([one.representation for one in sent], dim=1)
+            yield index, representations, torch.stack(states, dim=1) if states else None
+
+    def observations(self, attack: Attack, defense: Defense, probes: Tensor) -> Iterator[Observation]:
+        """What ``attack`` gets to see of the victim images ``probes``, batch by batch."""
+        reveal = Knowledge(self.config.knowledge) is Knowledge.ORACLE
+        stolen, scored = Capability.TEMPLATES in attack.needs, Capability.SCORES in attack.needs
+        service = self.service(defense, "observe") if stolen or scored else None
+        enrolment_draws = self.streams.generator("enrolment")
+        for index, representations, states in self.interceptions(defense, probes):
+            templates = enrolled = score = None
+            if service:
+                embedded = service.embed_representations(representations.flatten(0, 1))
+                templates = embedded.unflatten(0, representations.shape[:2])
+                if scored:
+                    score = Enrolment(service, templates[:, 0]).score
+            if service and stolen:
+                enrolled = class_centres(service, self.splits.victims, index, enrolment_draws)
             yield Observation(
-                torch.stack([one.representation for one in sent], dim=1),
-                torch.stack(states, dim=1) if reveal and states else None,
+                representations,
+                states=states if reveal else None,
+                templates=templates if stolen else None,
+                enrolled=enrolled,
+                score=score,
             )
 
     def recoveries(self, defense: Defense, probes: Tensor) -> Tensor:
@@ -381,7 +448,9 @@ class Stages:
         def make(folder: Path, report: Report) -> None:
             fitted, _ = self.fitted_attack(defense)
             faces = []
-            for observation in self.observations(defense, probes):
+            if not isinstance(fitted, RecoveryAttack):
+                raise TypeError(f"{fitted.name} recovers no faces")
+            for observation in self.observations(fitted, defense, probes):
                 with failing_as(f"attack {fitted.name} on {defense.name}"):
                     faces.append(fitted.recover(observation).cpu())
                 report(sum(len(f) for f in faces), len(probes))
@@ -392,7 +461,7 @@ class Stages:
 
         key = make_key(
             {"attack": self._attack_key(attack, defense), "probes": probes.tolist(), "queries": self.config.queries},
-            ("bench.stages",),
+            ("bench.stages", "bench.service"),
         )
         return self._do(Job(f"recover-{attack.name}-{defense.name}", key, f"recover from {defense.name}", make, read))
 

@@ -5,10 +5,19 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from attacks.base import GRANTS, Adversary, Attack, AttackOptions, Capability, FitReport, Knowledge, Observation
+from attacks.base import (
+    GRANTS,
+    Adversary,
+    AttackOptions,
+    Capability,
+    FitReport,
+    Knowledge,
+    Observation,
+    RecoveryAttack,
+)
 
 
-class Returns(Attack):
+class Returns(RecoveryAttack):
     """Recovers whatever tensor it was given."""
 
     name = "returns"
@@ -82,7 +91,7 @@ def test_options_of_another_attack_are_refused():
         Options = Other
 
         def __init__(self, options: AttackOptions | None) -> None:
-            Attack.__init__(self, options)
+            RecoveryAttack.__init__(self, options)
 
     assert isinstance(Strict(None).options, Other)
     with pytest.raises(TypeError, match="Other"):

@@ -227,7 +227,7 @@ def test_an_attack_cannot_reach_the_victims(out, monkeypatch):
     defense = stages.defense("partialface", {})
     attack = plugins.make_attack("unet", TINY["attack_options"], "quick")
     adversary = stages.adversary(attack, defense, None, lambda *_, **__: None)
-    observation = next(stages.observations(defense, torch.arange(8)))
+    observation = next(stages.observations(attack, defense, torch.arange(8)))
     seen = [value for value in vars(adversary).values() if isinstance(value, torch.Tensor)]
     seen += [observation.representations]
     pixels = {victim.numpy().tobytes() for victim in victims}
