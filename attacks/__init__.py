@@ -2,5 +2,25 @@
 
 #: Modules of this package that are not attacks; every other file is one, named after its file.
 SUPPORT_MODULES = frozenset(
-    {"base", "checkpoint", "exposure", "layout", "plateau", "schedule", "seeds", "ssim", "state_inference"}
+    {
+        "base",
+        "block_tridiagonal",
+        "checkpoint",
+        "eigenfaces",
+        "exposure",
+        "gaussian_prior",
+        "generator",
+        "inversion",
+        "inversion_losses",
+        "layout",
+        "places",
+        "plateau",
+        "posterior",
+        "schedule",
+        "seeds",
+        "ssim",
+        "state_inference",
+        "state_reader",
+        "unet_network",
+    }
 )

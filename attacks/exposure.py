@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attacks.base import Adversary, Knowledge
+from attacks.layout import ChannelLayout, probe
 from attacks.seeds import derived
 from defenses.base import Defense, Protected
 
@@ -21,20 +22,29 @@ class Exposure:
     Every draw comes from a generator derived from a name, so that any batch can be drawn again.
     """
 
-    def __init__(self, adversary: Adversary, seed: int, *, guesses: int = 0) -> None:
+    def __init__(self, adversary: Adversary, seed: int, *, guesses: int = 0, mechanism: Defense | None = None) -> None:
         """
         Args:
             adversary: whose mechanism and knowledge to use.
             seed: the attack's own.
+            mechanism: what the adversary has found out the mechanism to be; used alone.
             guesses: size of the fixed pool of guessed secrets under a black box; 0 for fresh ones every time.
         """
         self._adversary, self._seed = adversary, seed
         self._device = adversary.fabric.device
         self._fixed: list[Defense] | None = None
-        if adversary.knowledge is not Knowledge.BLACKBOX:
+        if mechanism is not None:
+            self._fixed = [mechanism.to(self._device)]
+        elif adversary.knowledge is not Knowledge.BLACKBOX:
             self._fixed = [self._mechanism("mechanism")]
         elif guesses:
             self._fixed = [self._mechanism("guess", number) for number in range(guesses)]
+
+    @property
+    def countable(self) -> bool:
+        """Whether the states that are drawn can be counted."""
+        mechanism = self._fixed[0] if self._fixed else self._mechanism("mechanism")
+        return mechanism.states() is not None
 
     def _mechanism(self, *name: str | int) -> Defense:
         return self._adversary.mechanism(derived(self._seed, *name)).to(self._device)
@@ -58,6 +68,31 @@ class Exposure:
             parts.append(mechanism.protect(chunk, generator))
         states = [part.state for part in parts if part.state is not None]
         return Protected(torch.cat([part.representation for part in parts]), torch.cat(states) if states else None)
+
+    def protect_with_layouts(
+        self, faces: Tensor, layout: ChannelLayout | None, *name: str | int
+    ) -> Iterator[tuple[Protected, ChannelLayout]]:
+        """Protect a batch, part by part, each part with the layout of the mechanism that protected it.
+
+        Args:
+            faces: float (N, 3, H, W) in [0, 1].
+            layout: of the one mechanism in use; None where every guess has a layout of its own.
+            name: names the draws.
+
+        Raises:
+            ValueError: a guess has no layout.
+        """
+        if layout is not None:
+            yield self.protect(faces, *name), layout
+            return
+        generator = derived(self._seed, *name)
+        for number, chunk in enumerate(faces.chunk(_GUESSES_PER_BATCH)):
+            guess = self._mechanism("guess", *name, number)
+            states = guess.states()
+            found = None if states is None else probe(guess, states)
+            if found is None:
+                raise ValueError(f"{guess.name} does not place channels: there is no layout to learn")
+            yield guess.protect(chunk, generator), found
 
 
 def chunks(faces: Tensor, size: int) -> Iterator[Tensor]:

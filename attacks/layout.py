@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from defenses.base import Defense
 
+_PROBE_SIDE = 2
+
 
 class ChannelLayout(nn.Module):
     """Where each channel of a representation belongs, per state.
@@ -48,23 +50,28 @@ class ChannelLayout(nn.Module):
 
 
 @torch.no_grad()
-def probe(mechanism: Defense, states: Tensor) -> ChannelLayout | None:
+def probe(mechanism: Defense, states: Tensor | None) -> ChannelLayout | None:
     """The layout of ``mechanism`` if its :meth:`Defense.canonical` places channels, else None.
 
     Channel c of the probe holds the constant c + 1, so that a map of the result tells where it came from.
 
     Args:
         mechanism: the defence.
-        states: int64 (K, D), every state.
+        states: int64 (K, D), every state; None for a defence that draws none, which has one layout and a state of
+            no numbers.
     """
+    drawn = states is not None
+    if states is None:
+        states = torch.zeros(1, 0, dtype=torch.int64)
     channels = mechanism.channels
     device = next((buffer.device for buffer in mechanism.buffers()), torch.device("cpu"))
     marks = torch.arange(1.0, channels + 1, device=device)
     rows = []
     for start in range(0, len(states), 16):
         state = states[start : start + 16]
-        blank = torch.empty(len(state), *mechanism.representation_shape, device=device)
-        spread = mechanism.canonical(blank.copy_(marks[:, None, None]), state)
+        # Small maps do: a layout is about channels, and a black box probes many guesses.
+        blank = torch.empty(len(state), channels, _PROBE_SIDE, _PROBE_SIDE, device=device)
+        spread = mechanism.canonical(blank.copy_(marks[:, None, None]), state if drawn else None)
         values = spread[:, :, :1, :1]
         if spread.ndim != 4 or not torch.equal(spread, values.expand_as(spread)):
             return None

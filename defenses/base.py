@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -45,6 +45,26 @@ class LinearOperator(Protocol):
 
     def adjoint(self, representation: Tensor) -> Tensor:
         """``A^T z``: (N, C, h, w) to (N, 3, H, W), so that <A x, z> = <x, A^T z>."""
+
+
+@runtime_checkable
+class SeparableSum(LinearOperator, Protocol):
+    """A linear operator that tells its structure: map k of colour p is R_k (M x)_p C_k^T.
+
+    The channels are colour-major: channel p K + k. Attacks use it to factor A^T A instead of applying A many times.
+    """
+
+    @property
+    def row_factors(self) -> Tensor:
+        """R_k, float64 (K, h, H)."""
+
+    @property
+    def column_factors(self) -> Tensor:
+        """C_k, float64 (K, w, W)."""
+
+    @property
+    def colour(self) -> Tensor:
+        """M, float64 (P, 3): RGB in [0, 1] to the colours that are sent."""
 
 
 class Defense(nn.Module, ABC):
@@ -182,16 +202,28 @@ class Defense(nn.Module, ABC):
         return Protected(self.transform(faces, state, generator), state)
 
     def linear_operator(self, state: Tensor | None) -> LinearOperator | None:
-        """The map for one ``state`` (int64 (D,)) where it is linear up to an offset, else None."""
+        """The map for one ``state``, int64 (D,), where it is linear up to an offset and noise, else None."""
         return None
 
     def canonical(self, representation: Tensor, state: Tensor | None) -> Tensor:
         """Undo what a known state did to the layout, as an attacker who knows it would.
 
         Returns (N, C', h, w) in which a channel means the same for every state (PartialFace puts each
-        map back at its own frequency and leaves the others zero). The identity by default.
+        map back at its own frequency and leaves the others zero). Maps of any h and w. The identity by default.
         """
         return representation
+
+    def with_places(self, places: Tensor) -> Self:
+        """This mechanism with another secret: its states send the canonical channels ``places``, int64 (K, C).
+
+        For an adversary who has found out the layouts from what was intercepted, but not how the secret is written
+        down. States of the result are numbered as the rows are, in some defence's own form (:meth:`states`).
+
+        Raises:
+            NotImplementedError: the defence cannot be described in this way.
+            ValueError: no mechanism of this kind has such layouts.
+        """
+        raise NotImplementedError(f"{self.name} is not described by the places of its channels")
 
     def describe(self) -> dict[str, Any]:
         """Name, options and what they imply, for results and ``bench list``."""

@@ -41,9 +41,11 @@ class FixedSubset(Defense):
 
     def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
         super().__init__(options, image_size=image_size)
-        kept = torch.tensor(self.options.kept_channels)
+        self.kept_channels: Tensor
         self.subset_channels: Tensor
-        self.register_buffer("subset_channels", kept[self.options.subset_table()[self.options.subset]])
+        self.register_buffer("kept_channels", torch.tensor(self.options.kept_channels), persistent=False)
+        subset = self.options.subset_table()[self.options.subset]
+        self.register_buffer("subset_channels", self.kept_channels[subset])
 
     @property
     def representation_shape(self) -> tuple[int, int, int]:
@@ -59,6 +61,32 @@ class FixedSubset(Defense):
         """A subset of a random table."""
         update = {"tables": "random", "table_seed": draw_seed(generator)}
         return type(self)(self.options.model_copy(update=update), image_size=self.image_size)
+
+    def with_places(self, places: Tensor) -> Self:
+        """The mechanism that sends the canonical channels ``places[0]``, int64 (1, 3s); the colours' majority decides.
+
+        Raises:
+            ValueError: ``places`` is not int64 (1, 3s), lies outside the layout or names a channel twice.
+        """
+        kept = len(self.kept_channels)
+        if places.dtype != torch.int64 or tuple(places.shape) != (1, self.channels):
+            raise ValueError(f"places must be int64 (1, {self.channels}), got {places.dtype} {tuple(places.shape)}")
+        if int(places.min()) < 0 or int(places.max()) >= COLOURS * kept:
+            raise ValueError(f"places must lie in 0..{COLOURS * kept - 1}")
+        subset = (places[0] % kept).view(COLOURS, -1).mode(dim=0).values.to(self.kept_channels.device)
+        if len(torch.unique(subset)) < len(subset):
+            raise ValueError("places name a channel twice")
+        imitation = type(self)(self.options, image_size=self.image_size).to(self.kept_channels.device)
+        imitation.subset_channels = imitation.kept_channels[subset]
+        return imitation
+
+    def canonical(self, representation: Tensor, state: Tensor | None) -> Tensor:
+        """Each map back at its own frequency among the kept ones: (N, 3s, h, w) to (N, 3d, h, w), zero elsewhere."""
+        kept = self.kept_channels
+        own = torch.searchsorted(kept, self.subset_channels)
+        target = torch.cat([colour * len(kept) + own for colour in range(COLOURS)]).to(representation.device)
+        shape = (len(representation), COLOURS * len(kept), *representation.shape[2:])
+        return representation.new_zeros(shape).index_copy(1, target, representation)
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
         """The subset's channels, (N, 3s, H, W)."""

@@ -23,6 +23,21 @@ class SeparableOperator:
         """Zero, float64 (1, 1, 1): the map is linear."""
         return torch.zeros(1, 1, 1, dtype=torch.float64)
 
+    @property
+    def row_factors(self) -> Tensor:
+        """The factor, float64 (1, h, H)."""
+        return self.factor[None]
+
+    @property
+    def column_factors(self) -> Tensor:
+        """The factor, float64 (1, h, H)."""
+        return self.factor[None]
+
+    @property
+    def colour(self) -> Tensor:
+        """Colours are left as they are, float64 (3, 3)."""
+        return torch.eye(3, dtype=torch.float64)
+
     def __call__(self, faces: Tensor) -> Tensor:
         """``A x``: (N, 3, H, H) to (N, 3, h, h), dtype and device kept."""
         return _both_axes(faces, self.factor)
@@ -42,12 +57,33 @@ def _both_axes(x: Tensor, factor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class IdentityOperator:
-    """The face itself."""
+    """The face itself.
+
+    Attributes:
+        size: height and width of the faces, H.
+    """
+
+    size: int
 
     @property
     def offset(self) -> Tensor:
         """Zero, float64 (1, 1, 1)."""
         return torch.zeros(1, 1, 1, dtype=torch.float64)
+
+    @property
+    def row_factors(self) -> Tensor:
+        """The identity, float64 (1, H, H)."""
+        return torch.eye(self.size, dtype=torch.float64)[None]
+
+    @property
+    def column_factors(self) -> Tensor:
+        """The identity, float64 (1, H, H)."""
+        return self.row_factors
+
+    @property
+    def colour(self) -> Tensor:
+        """Colours are left as they are, float64 (3, 3)."""
+        return torch.eye(3, dtype=torch.float64)
 
     def __call__(self, faces: Tensor) -> Tensor:
         """The faces."""

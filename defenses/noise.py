@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from defenses.base import Defense, DefenseOptions
+from defenses.linear import IdentityOperator
 
 
 class NoiseOptions(DefenseOptions):
@@ -52,3 +53,7 @@ class Noise(Defense):
             u.clamp_(-0.5 + 2**-25, 0.5 - 2**-25)
             noise = -u.sign() * torch.log1p(-2 * u.abs()) / math.sqrt(2)
         return faces + self.options.scale * noise.to(faces)
+
+    def linear_operator(self, state: Tensor | None) -> IdentityOperator:
+        """The identity, up to the noise."""
+        return IdentityOperator(self.image_size)

@@ -26,4 +26,4 @@ class Unprotected(Defense):
 
     def linear_operator(self, state: Tensor | None) -> IdentityOperator:
         """The identity."""
-        return IdentityOperator()
+        return IdentityOperator(self.image_size)

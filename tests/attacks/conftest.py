@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.nn import functional
 
-from attacks.base import Adversary, Knowledge
+from attacks.base import Adversary, Knowledge, Traffic
 from defenses.base import Defense
 
 SIZE = 16
@@ -118,6 +118,7 @@ def make_adversary(fabric: Fabric) -> AdversaryFactory:
         seed: int = 0,
         checkpoint: Path | None = None,
         report: Callable[..., None] = lambda done, total, **fields: None,
+        traffic: Traffic | None = None,
     ) -> Adversary:
         faces = smooth_faces(60, defense.image_size) if faces is None else faces
         rung = Knowledge(knowledge)
@@ -128,6 +129,7 @@ def make_adversary(fabric: Fabric) -> AdversaryFactory:
             mechanism=defense.guess if rung is Knowledge.BLACKBOX else lambda generator: defense,
             generator=torch.Generator().manual_seed(seed),
             fabric=fabric,
+            traffic=traffic,
             checkpoint=checkpoint,
             report=report,
         )

@@ -1,0 +1,405 @@
+"""Linear inversion: the best linear estimate of a face from what a linear defence sent of it, without any training."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation, RecoveryAttack
+from attacks.exposure import chunks, to_float
+from attacks.gaussian_prior import GaussianPrior
+from attacks.posterior import IterativePosterior, Posterior
+from attacks.seeds import base_seed, derived
+from attacks.state_reader import StateReader
+from defenses.base import Defense, LinearOperator, SeparableSum
+
+#: Faces whose representations are compared with the exact map to measure the noise.
+_NOISE_FACES = 128
+_NOISE_CHUNK = 32
+#: Noise never counts as less than this share of what is sent: rounding of float32.
+_ROUNDING = 2.0**-24
+
+
+class LinearOptions(AttackOptions):
+    """Options of :class:`Linear`.
+
+    Attributes:
+        rank: principal components of the prior.
+        held_out: share of the public identities that measures the prior's variances.
+        prior_faces: public faces, mirrored ones not counted, that the components are fitted to at most.
+        solver: ``factor`` factors each state's system once; ``cg`` solves by conjugate gradients, for linear maps that
+            do not tell their structure; ``auto`` factors where that can be done.
+        iterations: of ``cg``.
+        place_faces: public faces that the reader of states learns from.
+        traffic: intercepted faces that a secret table is inferred from at ``blackbox``.
+        memory: MiB of factored states kept at once; more states are factored anew when they are met again.
+        batch_size: faces solved for at once.
+    """
+
+    rank: int = Field(default=400, ge=1, le=20_000)
+    held_out: float = Field(default=0.2, gt=0, lt=1)
+    prior_faces: int = Field(default=4000, ge=2)
+    solver: Literal["auto", "factor", "cg"] = "auto"
+    iterations: int = Field(default=200, ge=1)
+    place_faces: int = Field(default=800, ge=16)
+    traffic: int = Field(default=1000, ge=1)
+    memory: int = Field(default=2048, ge=64)
+    batch_size: int = Field(default=64, ge=1)
+
+
+class Linear(RecoveryAttack):
+    """Gaussian-prior least squares (LMMSE) through the defence's own linear operator.
+
+    The estimate is the posterior mean under :class:`~attacks.gaussian_prior.GaussianPrior` fitted to public faces, with
+    the noise that transmission adds, measured on public faces. ``whitebox`` reads the state off each representation,
+    ``blackbox`` also infers the secret table from intercepted traffic (:class:`~attacks.state_reader.StateReader`).
+    Interceptions of one face are combined in one posterior.
+    """
+
+    name: ClassVar[str] = "linear"
+    summary: ClassVar[str] = "closed-form inverse of a linear defence under a Gaussian prior of faces; trains nothing"
+    cost: ClassVar[str] = "fit: seconds (principal components); recover: a factorisation per state, then 20+ faces/s"
+    reference: ClassVar[str] = (
+        "linear minimum mean square error estimation; Kay, Fundamentals of Statistical Signal Processing, 1993"
+    )
+    needs: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC}
+    )
+    Options: ClassVar[type[AttackOptions]] = LinearOptions
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "quick": {"rank": 100, "place_faces": 300, "traffic": 500},
+        "gpu": {"rank": 1000, "prior_faces": 20_000},
+    }
+    options: LinearOptions
+
+    noise: Tensor
+
+    def __init__(self, options: AttackOptions | None = None) -> None:
+        super().__init__(options)
+        self.reader = StateReader()
+        self._posteriors: OrderedDict[tuple[bytes, ...], Posterior | IterativePosterior] = OrderedDict()
+        self._weighted: Tensor | None = None
+        self._keys: tuple[Defense, list[bytes], list[LinearOperator]] | None = None
+
+    # -- fitting ------------------------------------------------------------------------------------
+
+    def prepare(self, adversary: Adversary) -> None:
+        """Build the prior and the reader of states.
+
+        Raises:
+            ValueError: faces are not uint8 (M, 3, H, H), or the defence is not linear.
+        """
+        faces = adversary.faces
+        if faces.dtype != torch.uint8 or faces.ndim != 4 or faces.shape[1] != 3 or faces.shape[2] != faces.shape[3]:
+            raise ValueError(f"linear expects public faces uint8 (M, 3, H, H), got {faces.dtype} {tuple(faces.shape)}")
+        self.reader.prepare(adversary, base_seed(adversary.generator))
+        self.prior = GaussianPrior(faces.shape[-1], min(self.options.rank, max(1, len(faces) // 2)))
+        self.register_buffer("noise", torch.ones((), dtype=torch.float64))
+        device = adversary.fabric.device
+        self.to(torch.device("cpu") if device.type == "mps" else device)  # double precision
+        self._forget()
+        if self._operator(self.reader.mechanism, 0) is None:
+            raise ValueError(f"{self.reader.mechanism.name} is not a linear defence: use another attack")
+
+    def fit(self, adversary: Adversary) -> FitReport:
+        """Fit the prior to public faces, measure the noise, and learn to read states.
+
+        Raises:
+            ValueError: as :meth:`prepare`; fewer than two public identities.
+        """
+        self.prepare(adversary)
+        seed, options = base_seed(adversary.generator), self.options
+        adversary.report(0, 3)
+        details = self.reader.fit(adversary, seed, faces=options.place_faces, traffic=options.traffic)
+        self._forget()
+        adversary.report(1, 3)
+        operator = self._operator(self.reader.mechanism, 0)
+        colour = operator.colour if isinstance(operator, SeparableSum) else torch.eye(3, dtype=torch.float64)
+        details |= self.prior.fit(
+            adversary.faces,
+            adversary.identities,
+            colour,
+            seed,
+            held_out=options.held_out,
+            most=options.prior_faces,
+        )
+        adversary.report(2, 3)
+        self.noise.fill_(self._measure_noise(adversary.faces, seed))
+        adversary.report(3, 3)
+        self.eval()
+        states = self.reader.mechanism.states()
+        return FitReport(states_seen=states, details=details | {"noise": float(self.noise), "rank": self.prior.rank})
+
+    def _measure_noise(self, faces: Tensor, seed: int) -> float:
+        """Standard deviation of what is sent around the exact map."""
+        mechanism, device = self.reader.mechanism, self.prior.mean.device
+        index = torch.randint(len(faces), (_NOISE_FACES,), generator=derived(seed, "noise faces"))
+        generator = derived(seed, "noise")
+        squares = energy = count = 0.0
+        for chunk in chunks(faces[index.to(faces.device)], _NOISE_CHUNK):
+            target = to_float(chunk.to(device))
+            protected = mechanism.protect(target, generator)
+            for row, members in _groups(self.rows_of(protected.state, len(target))):
+                operator = self._operator(mechanism, row)
+                assert operator is not None  # prepare() saw that it is linear
+                sent = protected.representation[members.to(device)].double()
+                expected = operator(target[members.to(device)].double())
+                squares += float((sent - expected - operator.offset.to(expected)).square().sum())
+                energy += float(expected.square().sum())
+                count += expected.numel()
+        return max(math.sqrt(squares / count), _ROUNDING * math.sqrt(energy / count), 1e-12)
+
+    def rows_of(self, states: Tensor | None, count: int) -> Tensor:
+        """The number of each true state among the mechanism's, int64 (count,)."""
+        listed = self.reader.mechanism.states()
+        if states is None or listed is None:
+            return torch.zeros(count, dtype=torch.int64)
+        return (states.cpu()[:, None] == listed.cpu()).all(dim=2).int().argmax(dim=1)
+
+    # -- operators and posteriors -----------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._posteriors.clear()
+        self._keys = self._weighted = None
+
+    def _operator(self, mechanism: Defense, row: int) -> LinearOperator | None:
+        states = mechanism.states()
+        return mechanism.linear_operator(None if states is None else states[row].to(self.noise.device))
+
+    def _operators(self) -> tuple[list[bytes], list[LinearOperator]]:
+        """The mechanism's operator for each state, and a key that is the same for states which say the same."""
+        mechanism = self.reader.mechanism
+        if self._keys is None or self._keys[0] is not mechanism:
+            states = mechanism.states()
+            operators = [self._operator(mechanism, row) for row in range(1 if states is None else len(states))]
+            linear = [one for one in operators if one is not None]
+            if len(linear) < len(operators):
+                raise ValueError(f"{mechanism.name} is linear in some of its states only: use another attack")
+            self._keys = mechanism, [_key(one, row) for row, one in enumerate(linear)], linear
+            self._posteriors.clear()
+        return self._keys[1], self._keys[2]
+
+    def _posterior(self, key: tuple[bytes, ...], operators: list[LinearOperator]) -> Posterior | IterativePosterior:
+        """The factored posterior of a set of states, from the cache where it is there."""
+        found = self._posteriors.pop(key, None)
+        if found is None:
+            found = self._factor(operators)
+        self._posteriors[key] = found
+        kept = sum(one.nbytes for one in self._posteriors.values() if isinstance(one, Posterior))
+        while kept > self.options.memory * 2**20 and len(self._posteriors) > 1:
+            _, oldest = self._posteriors.popitem(last=False)
+            kept -= oldest.nbytes if isinstance(oldest, Posterior) else 0
+        return found
+
+    def _factor(self, operators: list[LinearOperator]) -> Posterior | IterativePosterior:
+        separable = [one for one in operators if isinstance(one, SeparableSum)]
+        if self.options.solver != "cg" and len(separable) == len(operators):
+            if self._weighted is None:
+                self._weighted = self.prior.weighted_components()
+            return Posterior(self.prior, self._weighted, separable, float(self.noise))
+        if self.options.solver == "factor":
+            raise ValueError(f"{self.reader.mechanism.name} does not tell the factors of its map: use solver=cg")
+        if len(operators) > 1:
+            operators = [_Stacked(operators)]
+        return IterativePosterior(self.prior, operators[0], float(self.noise), self.options.iterations)
+
+    # -- recovering -----------------------------------------------------------------------------------
+
+    def run(self, observation: Observation) -> Tensor:
+        """Posterior means (N, 3, H, W), not clipped.
+
+        Raises:
+            ValueError: not fitted, representations of another shape or not finite.
+        """
+        representations = observation.representations
+        expected = self.reader.mechanism.representation_shape
+        if tuple(representations.shape[2:]) != tuple(expected):
+            raise ValueError(f"linear was fitted to representations {expected}, got {tuple(representations.shape[2:])}")
+        if not torch.isfinite(representations).all():
+            raise ValueError("linear was handed representations that are not finite")
+        n, k = representations.shape[:2]
+        states = None if observation.states is None else observation.states.flatten(0, 1)
+        rows = self.reader.rows(representations.flatten(0, 1), states).view(n, k)
+        size, device = self.prior.size, self.prior.mean.device
+        out = torch.empty(n, 3, size, size, dtype=torch.float64, device=device)
+        for start in range(0, n, self.options.batch_size):
+            part = slice(start, start + self.options.batch_size)
+            out[part] = self.estimate(representations[part], rows[part])
+        return out.to(representations.device)
+
+    def estimate(self, representations: Tensor, rows: Tensor) -> Tensor:
+        """Posterior means for known states.
+
+        Args:
+            representations: (N, k, C, h, w).
+            rows: int64 (N, k), the numbers of their states.
+
+        Returns:
+            float64 (N, 3, H, W).
+        """
+        mean = self.mean_face()
+        rows = rows.cpu()
+        out = torch.empty(len(rows), *mean.shape, dtype=torch.float64, device=mean.device)
+        for key, posterior, members in self._grouped(rows):
+            sent = representations[members.to(representations.device)]
+            if isinstance(posterior, Posterior):
+                out[members.to(out.device)] = mean + self._factored(posterior, sent, rows[members])
+            else:
+                out[members.to(out.device)] = mean + self._iterated(posterior, sent, rows[members], key)
+        return out
+
+    def _grouped(self, rows: Tensor) -> Iterator[tuple[tuple[bytes, ...], Posterior | IterativePosterior, Tensor]]:
+        """Faces whose interceptions (rows int64 (N, k), on the CPU) say the same, with their common posterior."""
+        keys, operators = self._operators()
+        sets = [tuple(sorted({keys[row] for row in row_list})) for row_list in rows.tolist()]
+        for key in dict.fromkeys(sets):
+            members = torch.tensor([index for index, own in enumerate(sets) if own == key])
+            yield key, self._posterior(key, [operators[keys.index(one)] for one in key]), members
+
+    def kinds(self) -> list[int]:
+        """For each state the first state that says the same: states that differ in the order of their maps only."""
+        keys = self._operators()[0]
+        return [keys.index(key) for key in keys]
+
+    def posteriors(self, rows: Tensor) -> list[tuple[Posterior, Tensor]]:
+        """The factored posteriors of interceptions in the states ``rows``, int64 (N, k), with the faces each is for.
+
+        Empty where the defence does not tell its factors.
+        """
+        grouped = list(self._grouped(rows.cpu()))
+        return [(posterior, members) for _, posterior, members in grouped if isinstance(posterior, Posterior)]
+
+    def correct(self, faces: Tensor, representations: Tensor, rows: Tensor) -> Tensor:
+        """The faces nearest to ``faces``, in the prior's metric, that would send what was intercepted.
+
+        Args:
+            faces: (N, 3, H, W).
+            representations: (N, k, C, h, w).
+            rows: int64 (N, k), their states.
+
+        Returns:
+            float64 (N, 3, H, W); ``faces`` themselves where the defence does not tell its factors.
+        """
+        start = faces.to(self.prior.mean)
+        out, rows = start.clone(), rows.cpu()
+        for posterior, members in self.posteriors(rows):
+            at = members.to(out.device)
+            sent = representations[members.to(representations.device)]
+            out[at] += self._factored(posterior, sent, rows[members], start[at])
+        return out
+
+    def mean_face(self) -> Tensor:
+        """The prior's mean, float64 (3, H, W)."""
+        return self.prior.to_faces(self.prior.mean[None])[0]
+
+    def residuals(self, representations: Tensor, rows: Tensor, faces: Tensor) -> Tensor:
+        """A^T (z - offset - A x), averaged over interceptions whose states say the same and summed over the others.
+
+        Args:
+            representations: (N, k, C, h, w).
+            rows: int64 (N, k).
+            faces: float64 (N, 3, H, W) or broadcastable to it: x.
+
+        Returns:
+            float64 (N, 3, H, W), in RGB.
+        """
+        keys, operators = self._operators()
+        n, k = rows.shape
+        device = self.noise.device
+        rows = rows.cpu()
+        same = torch.tensor([[keys.index(keys[row]) for row in row_list] for row_list in rows.tolist()])
+        weight = 1.0 / (same[:, :, None] == same[:, None, :]).sum(dim=2).double()
+        flat = representations.flatten(0, 1)
+        faces = faces.expand(n, *faces.shape[-3:])
+        total = torch.zeros(n, 3, self.prior.size, self.prior.size, dtype=torch.float64, device=device)
+        for row, members in _groups(rows.flatten()):
+            operator, face = operators[row], members // k
+            at = face.to(device)
+            sent = flat[members.to(flat.device)].to(device, torch.float64)
+            residual = sent - operator.offset.to(sent) - operator(faces[at].contiguous())
+            weighted = operator.adjoint(residual) * weight.flatten()[members].to(device)[:, None, None, None]
+            total.index_add_(0, at, weighted)
+        return total
+
+    def _factored(self, posterior: Posterior, sent: Tensor, rows: Tensor, around: Tensor | None = None) -> Tensor:
+        """The posterior's change of ``around`` (N, 3, H, W), by default of the mean face."""
+        prior = self.prior
+        around = self.mean_face()[None] if around is None else around
+        adjoint = self.residuals(sent, rows, around)
+        scale = prior.strengths.clamp(min=1e-300)[:, None, None]
+        planes = torch.einsum("cp,nchw->nphw", torch.linalg.inv(prior.planes), adjoint) / scale
+        maps = None
+        if posterior.needs_maps:
+            operator = self._operators()[1][int(rows[0, 0])]
+            assert isinstance(operator, SeparableSum)
+            z = sent.double().to(prior.mean.device)
+            residual = (z - operator.offset.to(z)).mean(dim=1) - operator(around)
+            directions = operator.colour.to(z) @ torch.linalg.inv(prior.planes)
+            maps = torch.einsum("cp,nchw->nphw", directions, residual) / scale
+        return prior.to_faces(posterior(planes, maps))
+
+    def _iterated(self, posterior: IterativePosterior, sent: Tensor, rows: Tensor, key: tuple[bytes, ...]) -> Tensor:
+        keys, operators = self._operators()
+        device = self.prior.mean.device
+        parts = []
+        for one in key:
+            # One interception per kind of state: others of the kind say the same, up to rounding.
+            mine = torch.tensor([[keys[row] == one for row in row_list] for row_list in rows.tolist()]).int()
+            column = mine.argmax(dim=1)
+            index = torch.arange(len(sent))
+            z = sent[index.to(sent.device), column.to(sent.device)].to(device, torch.float64)
+            residual = torch.empty_like(z)
+            for row, members in _groups(rows[index, column]):
+                operator, at = operators[row], members.to(device)
+                residual[at] = z[at] - operator.offset.to(z) - operator(self.mean_face()[None])
+            parts.append(residual)
+        return posterior(torch.cat(parts, dim=1))
+
+    def infer_places(self, observation: Observation) -> Tensor | None:
+        """The canonical place of each channel, int64 (N, k, C), where the defence places channels."""
+        representations = observation.representations
+        states = None if observation.states is None else observation.states.flatten(0, 1)
+        if self.reader.classifier is None:
+            return None
+        places = self.reader.places(self.reader.rows(representations.flatten(0, 1), states))
+        return None if places is None else places.view(*representations.shape[:2], -1)
+
+
+class _Stacked:
+    """Several operators as one, their channels behind one another."""
+
+    def __init__(self, operators: list[LinearOperator]) -> None:
+        self._operators = operators
+
+    @property
+    def offset(self) -> Tensor:
+        """Not asked for: residuals are made operator by operator."""
+        raise NotImplementedError
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        return torch.cat([operator(faces) for operator in self._operators], dim=1)
+
+    def adjoint(self, representation: Tensor) -> Tensor:
+        share = representation.shape[1] // len(self._operators)
+        parts = zip(self._operators, representation.split(share, dim=1), strict=True)
+        return torch.stack([operator.adjoint(part) for operator, part in parts]).sum(dim=0)
+
+
+def _key(operator: LinearOperator, row: int) -> bytes:
+    """The same for operators that differ in the order of their maps only."""
+    if not isinstance(operator, SeparableSum):
+        return f"state {row}".encode()
+    pairs = zip(operator.row_factors.cpu(), operator.column_factors.cpu(), strict=True)
+    return b"".join(sorted(hashlib.sha256(r.numpy().tobytes() + c.numpy().tobytes()).digest()[:8] for r, c in pairs))
+
+
+def _groups(rows: Tensor) -> list[tuple[int, Tensor]]:
+    """Each value of int64 (M,), with the positions it stands at."""
+    return [(value, (rows == value).nonzero().flatten()) for value in torch.unique(rows).tolist()]

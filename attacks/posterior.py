@@ -1,0 +1,330 @@
+"""The posterior mean of a face under a Gaussian prior, given what a linear defence sent of it.
+
+With x = mean + U a + e, a ~ N(0, D), e ~ N(0, Q^-1) and z = A x + noise of variance s^2, let gain(r) be the posterior
+mean of e for the residual r = z - A mean if a were zero. Then (Woodbury; Rasmussen and Williams 2006, appendix A.3)
+
+    h = U^T Q gain(r),  H = U^T Q gain(A U),  a = (D^-1 + H)^-1 h,  x = mean + gain(r) + (U - gain(A U)) a.
+
+gain works on the three planes of :class:`~attacks.gaussian_prior.GaussianPrior` one by one. Where each value that is
+sent looks at few rows of the face, gain(r) = (Q + A^T A / s^2)^-1 A^T r / s^2 by a block-tridiagonal factorisation;
+where a single map of rows and columns mixes far rows, in the space of the singular vectors that stand out of the noise.
+Any other linear map is inverted with conjugate gradients in the space of what is sent.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attacks.block_tridiagonal import BlockCholesky, BlockTridiagonal
+from attacks.gaussian_prior import REACH, GaussianPrior
+from defenses.base import LinearOperator, SeparableSum
+
+#: Pixels in a block up to which a factorisation is cheaper than working with singular vectors.
+_LARGEST_BLOCK = 1024
+#: Entries of a Gram matrix below this share of the largest are rounding.
+_NEGLIGIBLE = 1e-14
+#: A singular vector whose share of the prior lies this far below the noise says nothing.
+_BELOW_NOISE = 1e-3
+_CG_TOLERANCE = 1e-9
+#: The largest ratio of what an observation says to what the prior says that double precision still resolves. Beyond it
+#: (less noise than rounding leaves over) the noise is taken to be larger than it is.
+_DYNAMIC_RANGE = 1e11
+
+
+class _Gain(ABC):
+    """gain(r) of one plane for one set of operators."""
+
+    @abstractmethod
+    def from_maps(self, adjoint: Tensor, maps: Tensor | None) -> Tensor:
+        """float64 (n, N) from A^T r (n, N), and r itself (N, h, w) where the gain asked for it."""
+
+    @abstractmethod
+    def from_faces(self, faces: Tensor) -> Tensor:
+        """gain(A f) of planes f, float64 (n, k)."""
+
+    @abstractmethod
+    def from_faces_transposed(self, faces: Tensor) -> Tensor:
+        """The transpose of the matrix of :meth:`from_faces` times planes f, float64 (n, k)."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+
+class _BandedGain(_Gain):
+    """(Q + G / s^2)^-1 by block-tridiagonal Cholesky, with G = A^T A."""
+
+    def __init__(self, precision: BlockTridiagonal, gram: BlockTridiagonal, information: float, pixels: int) -> None:
+        self._gram = gram
+        self._information = information
+        self._factor: BlockCholesky = precision.plus(gram, information).cholesky()
+        self._pixels = pixels
+        self._padded = gram.diagonal.shape[0] * gram.diagonal.shape[1]
+
+    def _pad(self, x: Tensor) -> Tensor:
+        extra = self._padded - self._pixels
+        return torch.cat((x, x.new_zeros(extra, x.shape[1]))) if extra else x
+
+    def from_maps(self, adjoint: Tensor, maps: Tensor | None) -> Tensor:
+        return self._factor.solve(self._pad(adjoint) * self._information)[: self._pixels]
+
+    def from_faces(self, faces: Tensor) -> Tensor:
+        return self._factor.solve((self._gram @ self._pad(faces)) * self._information)[: self._pixels]
+
+    def from_faces_transposed(self, faces: Tensor) -> Tensor:
+        return (self._gram @ self._factor.solve(self._pad(faces)))[: self._pixels] * self._information
+
+    @property
+    def nbytes(self) -> int:
+        return self._factor.nbytes
+
+
+class _SingularGain(_Gain):
+    """Q^-1 B^T (B Q^-1 B^T + s^2)^-1 with B the rows of A, in its singular vectors, that stand out of the noise."""
+
+    def __init__(
+        self, prior: GaussianPrior, plane: int, precision: BlockTridiagonal, operator: SeparableSum, information: float
+    ) -> None:
+        pixels = prior.size**2
+        row, column = (f[0].to(prior.mean) for f in (operator.row_factors, operator.column_factors))
+        left_row, values_row, right_row = torch.linalg.svd(row, full_matrices=False)
+        left_column, values_column, right_column = torch.linalg.svd(column, full_matrices=False)
+        values = values_row[:, None] * values_column
+        components = prior.components[plane].double().view(prior.size, prior.size, -1)
+        turned = torch.einsum("ih,hwr,jw->ijr", right_row, components, right_column)
+        # What the components leave is smooth: in the fine patterns that decide, it varies no more than its innovations.
+        variance = turned.square() @ prior.variances + prior.innovations[plane].mean()
+        self._keep = (values.square() * variance * information > _BELOW_NOISE).nonzero()
+        i, j = self._keep.unbind(1)
+        self._left = left_row, left_column
+        self._values = values[i, j]
+        directions = torch.einsum("mh,mw->hwm", right_row[i], right_column[j]).flatten(0, 1)
+        self._rows = directions * self._values  # B^T, (n, m)
+        factor = precision.cholesky()
+        extra = precision.diagonal.shape[0] * precision.diagonal.shape[1] - pixels
+        padded = torch.cat((self._rows, self._rows.new_zeros(extra, len(i))))
+        self._spread = factor.solve(padded)[:pixels]  # Q^-1 B^T
+        system = self._rows.T @ self._spread
+        system.diagonal().add_(1 / information)
+        self._system = torch.linalg.cholesky(system)
+
+    def _from_coefficients(self, coefficients: Tensor) -> Tensor:
+        out: Tensor = self._spread @ torch.cholesky_solve(coefficients, self._system)
+        return out
+
+    def from_maps(self, adjoint: Tensor, maps: Tensor | None) -> Tensor:
+        assert maps is not None
+        left_row, left_column = self._left
+        turned = left_row.T @ maps @ left_column
+        i, j = self._keep.unbind(1)
+        return self._from_coefficients(turned[:, i, j].T)
+
+    def from_faces(self, faces: Tensor) -> Tensor:
+        return self._from_coefficients(self._rows.T @ faces)
+
+    def from_faces_transposed(self, faces: Tensor) -> Tensor:
+        out: Tensor = self._rows @ torch.cholesky_solve(self._spread.T @ faces, self._system)
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self._rows, self._spread, self._system))
+
+
+def row_reach(operators: Sequence[SeparableSum]) -> int:
+    """How many rows apart two pixels may be that the same sent value depends on."""
+    reach = 0
+    for operator in operators:
+        gram = (operator.row_factors.mT @ operator.row_factors).abs().amax(dim=0)
+        at = (gram > _NEGLIGIBLE * gram.max()).nonzero()
+        reach = max(reach, int((at[:, 0] - at[:, 1]).abs().max()))
+    return reach
+
+
+def gram_blocks(operator: SeparableSum, size: int, rows: int, device: torch.device) -> BlockTridiagonal:
+    """A^T A of one plane, sum over the operator's maps of (R^T R) x (C^T C), as blocks of ``rows`` image rows."""
+    blocks = -(-size // rows)
+    row_factors, column_factors = operator.row_factors.to(device), operator.column_factors.to(device)
+    vertical = row_factors.mT @ row_factors  # (K, H, H)
+    horizontal = column_factors.mT @ column_factors
+    padded = torch.zeros(len(vertical), blocks * rows, blocks * rows, dtype=torch.float64, device=device)
+    padded[:, :size, :size] = vertical
+    tiles = padded.view(len(vertical), blocks, rows, blocks, rows)
+    index = torch.arange(blocks, device=device)
+
+    def blow_up(part: Tensor) -> Tensor:  # (K, m, rows, rows) to (m, rows W, rows W)
+        side = rows * size
+        return torch.einsum("kmij,kab->miajb", part, horizontal).reshape(-1, side, side)
+
+    diagonal = blow_up(tiles[:, index, :, index].movedim(0, 1))
+    lower = blow_up(tiles[:, index[1:], :, index[:-1]].movedim(0, 1))
+    return BlockTridiagonal(diagonal, lower)
+
+
+class Posterior:
+    """The posterior for one set of states, factored once and then applied to any number of faces.
+
+    Args:
+        prior: the fitted prior.
+        weighted: its :meth:`~attacks.gaussian_prior.GaussianPrior.weighted_components`, which all posteriors share.
+        operators: the maps of the interceptions that are combined (k of them, or fewer where states repeat).
+        noise: standard deviation of what is sent around A x + offset.
+    """
+
+    def __init__(self, prior: GaussianPrior, weighted: Tensor, operators: Sequence[SeparableSum], noise: float) -> None:
+        self._prior = prior
+        self._weighted = weighted
+        size, device = prior.size, prior.mean.device
+        pixels = size * size
+        reach = row_reach(operators)
+        rows = max(REACH, reach)
+        mixing = rows * size > _LARGEST_BLOCK
+        if mixing and (len(operators) > 1 or len(operators[0].row_factors) > 1):
+            raise ValueError(
+                f"the sent maps mix pixels {reach} rows apart: more than one such map cannot be factored; use solver=cg"
+            )
+        #: Whether :meth:`__call__` needs the residual maps and not only A^T of them.
+        self.needs_maps = mixing
+        gram = None
+        if not mixing:
+            grams = [gram_blocks(operator, size, rows, device) for operator in operators]
+            gram = grams[0]
+            for other in grams[1:]:
+                gram = gram.plus(other, 1.0)
+        rank = prior.rank
+        self._gains: list[_Gain | None] = []
+        self._directions = torch.empty(3, pixels, rank, dtype=torch.float64, device=device)
+        system = torch.diag(1 / prior.variances.clamp(min=1e-12 * float(prior.variances.max())))
+        for plane, strength in enumerate(prior.strengths.tolist()):
+            components = prior.components[plane].double()
+            precision = prior.precision(plane, REACH if mixing else rows)
+            information = strength / noise**2
+            if gram is not None:
+                largest = float(gram.diagonal.abs().sum(dim=-1).max())
+                information = min(information, _DYNAMIC_RANGE / (largest * float(prior.innovations[plane].mean())))
+            gain: _Gain | None = None
+            if information > 0:
+                if gram is None:
+                    gain = _SingularGain(prior, plane, precision, operators[0], information)
+                else:
+                    gain = _BandedGain(precision, gram, information, pixels)
+            self._gains.append(gain)
+            self._directions[plane] = components
+            if gain is not None:
+                seen = gain.from_faces(components)
+                self._directions[plane] -= seen
+                system += weighted[plane].T @ seen
+        self._system = torch.linalg.cholesky((system + system.T) / 2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        own = (self._directions, self._system)
+        gains = sum(gain.nbytes for gain in self._gains if gain is not None)
+        return gains + sum(t.numel() * t.element_size() for t in own)
+
+    def __call__(self, adjoint: Tensor, maps: Tensor | None = None) -> Tensor:
+        """x - mean in planes.
+
+        Args:
+            adjoint: A^T r of each plane for r = (z - offset) - A mean, each plane's r scaled to x -> R x C^T (that is,
+                divided by its strength): float64 (N, 3, H, W).
+            maps: r itself, float64 (N, 3, h, w), where :attr:`needs_maps`.
+
+        Returns:
+            float64 (N, 3, H, W).
+        """
+        count = len(adjoint)
+        update = torch.zeros(3, self._prior.size**2, count, dtype=torch.float64, device=adjoint.device)
+        response = torch.zeros(self._prior.rank, count, dtype=torch.float64, device=adjoint.device)
+        for plane, gain in enumerate(self._gains):
+            if gain is None:
+                continue
+            right = adjoint[:, plane].flatten(1).T
+            update[plane] = gain.from_maps(right, None if maps is None else maps[:, plane])
+            response += self._weighted[plane].T @ update[plane]
+        coefficients = torch.cholesky_solve(response, self._system)
+        update += self._directions @ coefficients
+        return update.permute(2, 0, 1).reshape(count, 3, self._prior.size, self._prior.size)
+
+    def unseen(self, faces: Tensor, *, transposed: bool = False) -> Tensor:
+        """What of a change of faces the observation does not show: f - gain(A f), colour plane by colour plane.
+
+        Adding it to an estimate leaves what the estimate would send as it is.
+
+        Args:
+            faces: float64 (N, 3, H, W), RGB.
+            transposed: apply the transpose of the matrix, for gradients.
+        """
+        prior = self._prior
+        forward, back = prior.planes, torch.linalg.inv(prior.planes)
+        if transposed:
+            forward, back = back.T, forward.T
+        planes = torch.einsum("pc,nchw->pnhw", forward, faces).flatten(2)
+        out = planes.clone()
+        for plane, gain in enumerate(self._gains):
+            if gain is not None:
+                apply = gain.from_faces_transposed if transposed else gain.from_faces
+                out[plane] -= apply(planes[plane].T).T
+        return torch.einsum("cp,pnhw->nchw", back, out.view(3, len(faces), prior.size, prior.size))
+
+
+# -- conjugate gradients ----------------------------------------------------------------------------------
+
+
+class IterativePosterior:
+    """The same posterior mean for any linear operator, by conjugate gradients on (A S A^T + s^2) y = r.
+
+    S is the prior's covariance; x = mean + S A^T y. Stopped after ``iterations`` steps: early stopping shrinks towards
+    the mean, so that an unconverged answer is a cautious one (Hanke, *Conjugate Gradient Type Methods for Ill-Posed
+    Problems*, 1995).
+
+    Args:
+        prior: the fitted prior.
+        operator: any linear operator.
+        noise: standard deviation of the noise.
+        iterations: steps at most.
+    """
+
+    def __init__(self, prior: GaussianPrior, operator: LinearOperator, noise: float, iterations: int) -> None:
+        self._prior, self._operator, self._noise, self._iterations = prior, operator, noise, iterations
+        self._factors = [prior.precision(plane, REACH).cholesky() for plane in range(3)]
+        self._to_planes = prior.planes
+
+    def _covariance(self, gradient: Tensor) -> Tensor:
+        """S g for faces g (N, 3, H, W), in RGB."""
+        prior = self._prior
+        planes = torch.einsum("cp,nchw->pnhw", torch.linalg.inv(prior.planes), gradient).flatten(2)
+        components = prior.components.double()
+        coefficients = torch.einsum("pir,pni->nr", components, planes) * prior.variances
+        out = torch.einsum("pir,nr->pni", components, coefficients)
+        for plane, factor in enumerate(self._factors):
+            padded = factor.factors.shape[0] * factor.factors.shape[1]
+            right = torch.zeros(padded, planes.shape[1], dtype=torch.float64, device=planes.device)
+            right[: planes.shape[2]] = planes[plane].T
+            out[plane] += factor.solve(right)[: planes.shape[2]].T
+        return prior.to_faces(out.transpose(0, 1).reshape(gradient.shape))
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        """x - mean in RGB, float64 (N, 3, H, W), from r = z - offset - A mean, float64 (N, C, h, w)."""
+        operator = self._operator
+        y, r = torch.zeros_like(residual), residual.clone()
+        p = r.clone()
+        power = r.square().sum(dim=(1, 2, 3), keepdim=True)
+        first = power.clone()
+        for _ in range(self._iterations):
+            q = operator(self._covariance(operator.adjoint(p))) + self._noise**2 * p
+            step = power / (p * q).sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-300)
+            y += step * p
+            r -= step * q
+            new = r.square().sum(dim=(1, 2, 3), keepdim=True)
+            if bool((new <= _CG_TOLERANCE**2 * first).all()):
+                break
+            p = r + new / power.clamp(min=1e-300) * p
+            power = new
+        return self._covariance(operator.adjoint(y))

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from linear_world import SIZE, adversary_of, defense_of, error, observe
+
+from attacks.base import Observation
+from attacks.unrolled import Unrolled, UnrolledOptions
+
+TINY = {
+    "widths": (4, 8),
+    "stem_stride": 2,
+    "batch_size": 16,
+    "images": 640,
+    "learning_rate": 3e-3,
+    "rank": 12,
+    "place_faces": 120,
+    "traffic": 240,
+}
+
+
+def fitted(make_adversary, defense, knowledge="oracle", **options):
+    attack = Unrolled(UnrolledOptions(**{**TINY, **options}))
+    report = attack.fit(adversary_of(make_adversary, defense, knowledge))
+    return attack, report
+
+
+@pytest.fixture(scope="module")
+def partialface(make_adversary):
+    defense = defense_of("partialface")
+    return defense, *fitted(make_adversary, defense)
+
+
+def test_an_open_door_is_walked_through(make_adversary):
+    attack, _ = fitted(make_adversary, defense_of("none"), images=64)
+    faces, observation = observe(defense_of("none"))
+    assert error(attack.recover(observation), faces) < 1e-3
+
+
+def test_it_is_no_worse_than_the_linear_estimate_it_starts_from(partialface):
+    defense, attack, _ = partialface
+    faces, observation = observe(defense, 32)
+    assert error(attack.recover(observation), faces) < 1.02 * error(attack.linear.recover(observation), faces)
+
+
+def test_it_does_not_contradict_what_was_sent(partialface):
+    defense, attack, _ = partialface
+    _, observation = observe(defense, 4)
+    recovered = attack.run(observation).detach().double()
+    for face, sent, state in zip(recovered, observation.representations[:, 0], observation.states[:, 0], strict=True):
+        operator = defense.linear_operator(state)
+        again = operator(face[None]) + operator.offset
+        assert float((again - sent).square().mean().sqrt()) < 2e-3 * float(sent.square().mean().sqrt())
+
+
+def test_the_report_covers_every_state_and_tells_of_the_linear_start(partialface):
+    defense, _, report = partialface
+    assert {tuple(s) for s in report.states_seen.tolist()} == {tuple(s) for s in defense.states().tolist()}
+    assert report.details["linear_rank"] == 12
+    assert [images for images, _ in report.curve] == sorted(images for images, _ in report.curve)
+
+
+def test_the_spread_is_larger_where_a_subset_says_less(partialface):
+    _, attack, _ = partialface
+    kinds = attack.linear.kinds()
+    for row, kind in enumerate(kinds):
+        assert torch.equal(attack.spread[row], attack.spread[kind])
+    assert len({float(attack.spread[kind].mean()) for kind in set(kinds)}) == 6
+
+
+def test_more_interceptions_leak_more(partialface):
+    defense, attack, _ = partialface
+    errors = []
+    for k in (1, 8):
+        faces, observation = observe(defense, 8, k)
+        errors.append(error(attack.recover(observation), faces))
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("knowledge", ["whitebox", "blackbox"])
+def test_a_stored_fit_recovers_the_same(make_adversary, knowledge):
+    defense = defense_of("partialface")
+    attack, _ = fitted(make_adversary, defense, knowledge, images=64)
+    _, observation = observe(defense, 8, states=False)
+    again = Unrolled(attack.options)
+    again.prepare(adversary_of(make_adversary, defense, knowledge))
+    again.load_state_dict(attack.state_dict())
+    again.eval()
+    torch.testing.assert_close(again.recover(observation), attack.recover(observation))
+    assert attack.infer_places(observation).shape == (8, 1, 27)
+
+
+def test_another_scale_of_input_is_refused(partialface):
+    defense, attack, _ = partialface
+    _, observation = observe(defense, 8)
+    with pytest.raises(ValueError, match="un-normalised"):
+        attack.recover(Observation(100 * observation.representations, observation.states))
+
+
+def test_it_has_to_be_fitted():
+    with pytest.raises(ValueError, match="prepared or fitted"):
+        Unrolled().run(Observation(torch.zeros(1, 1, 27, SIZE, SIZE)))
