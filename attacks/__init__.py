@@ -7,6 +7,7 @@ SUPPORT_MODULES = frozenset(
         "block_tridiagonal",
         "checkpoint",
         "eigenfaces",
+        "encoder",
         "exposure",
         "gaussian_prior",
         "generator",

@@ -140,7 +140,8 @@ class Adversary:
         generator: the attack's own randomness.
         fabric: device and precision.
         recogniser: the provider's embedding network (representation -> embedding, (N, C, h, w) to (N, D), not
-            normalised) where the attack needs :attr:`Capability.RECOGNISER`, else None.
+            normalised) where the attack needs :attr:`Capability.RECOGNISER`, or uses it and the rung grants it, else
+            None.
         embed: embedding queries to the provider's service where the attack needs :attr:`Capability.EMBEDDINGS`.
         traffic: intercepted traffic where the attack needs :attr:`Capability.TRAFFIC`.
         checkpoint: a folder for resuming a killed fit, or None.
@@ -186,6 +187,7 @@ class Attack(nn.Module, ABC):
         cost: what a fit and a recovery cost, one line for ``bench list``.
         reference: paper, venue and year.
         needs: the capabilities without which it cannot work, checked before any compute.
+        uses: capabilities that it makes use of where the rung grants them, and can do without.
         Options: the option model.
         presets: options that a preset of the harness (``quick``, ``cpu``, ``gpu``, ``paper``) sets.
         budgets: axis of a strength curve (``steps``, ``queries``) -> the integer option that bounds it.
@@ -196,6 +198,7 @@ class Attack(nn.Module, ABC):
     cost: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     needs: ClassVar[frozenset[Capability]] = frozenset()
+    uses: ClassVar[frozenset[Capability]] = frozenset()
     Options: ClassVar[type[AttackOptions]] = AttackOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     budgets: ClassVar[Mapping[str, str]] = {}

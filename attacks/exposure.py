@@ -49,16 +49,17 @@ class Exposure:
     def _mechanism(self, *name: str | int) -> Defense:
         return self._adversary.mechanism(derived(self._seed, *name)).to(self._device)
 
-    def protect(self, faces: Tensor, *name: str | int) -> Protected:
+    def protect(self, faces: Tensor, *name: str | int, state: Tensor | None = None) -> Protected:
         """Protect a batch with the draws called ``name``.
 
         Args:
             faces: float (N, 3, H, W) in [0, 1].
             name: names the draws; the same name draws the same.
+            state: int64 (N, D) to pin the states where one mechanism is in use.
         """
         generator = derived(self._seed, *name)
         if self._fixed is not None and len(self._fixed) == 1:
-            return self._fixed[0].protect(faces, generator)
+            return self._fixed[0].protect(faces, generator, state=state)
         parts = []
         for number, chunk in enumerate(faces.chunk(_GUESSES_PER_BATCH)):
             if self._fixed is None:

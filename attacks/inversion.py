@@ -24,6 +24,7 @@ from attacks.schedule import WarmHoldDecay
 from attacks.seeds import base_seed, derived
 from attacks.ssim import ssim
 from attacks.unet_network import NetworkOptions
+from defenses.base import Protected
 
 #: Held-out faces that give the loss curve, and faces whose mean is the floor it is compared with.
 _VALIDATION_FACES = 256
@@ -53,6 +54,7 @@ class InversionOptions(NetworkOptions):
         images: faces to train on in all, repeats counted.
         passes: least number of times that each public face is shown; where ``images`` are fewer, there are more, so
             that an attacker with more faces also trains longer.
+        steps: gradient steps in all, instead of what ``images`` and ``passes`` say; None: as they say.
         warmup: share of the training over which the learning rate rises.
         decay: share of the training, at the end, over which it falls to zero.
         early_stop: start the decay as soon as the validation loss has plateaued.
@@ -67,6 +69,7 @@ class InversionOptions(NetworkOptions):
     batch_size: int = Field(default=64, ge=2, le=65536)
     images: int = Field(default=1_000_000, ge=1)
     passes: int = Field(default=0, ge=0, le=100_000)
+    steps: int | None = Field(default=None, ge=1)
     warmup: float = Field(default=0.03, ge=0, le=0.5)
     decay: float = Field(default=0.3, ge=0, le=0.9)
     early_stop: bool = False
@@ -119,6 +122,10 @@ class InversionAttack(RecoveryAttack):
     def _exposure(self, adversary: Adversary, seed: int) -> Exposure:
         """How public faces are protected in training."""
 
+    def _protect(self, target: Tensor, exposure: Exposure, step: int) -> Protected:
+        """The faces of a step as the defence sends them."""
+        return exposure.protect(target, "protect", step)
+
     @abstractmethod
     def _inputs(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor | None, ...]:
         """What the network takes, each (N, ...), for representations (N, C, h, w) of states (N, D)."""
@@ -165,7 +172,7 @@ class InversionAttack(RecoveryAttack):
 
         faces = adversary.faces.to(device)
         batch = min(options.batch_size, len(training))
-        schedule = WarmHoldDecay(math.ceil(images / batch), options.warmup, options.decay)
+        schedule = WarmHoldDecay(options.steps or math.ceil(images / batch), options.warmup, options.decay)
         checks, rule = schedule.checks(), Plateau(relative=options.plateau)
         # Fused: one kernel instead of a loop over parameters, on CPU and GPU alike.
         optimizer: torch.optim.Optimizer = torch.optim.Adam(
@@ -270,7 +277,7 @@ class InversionAttack(RecoveryAttack):
             if self.options.flip:
                 target = flip_some(target, derived(seed, "faces", step))
             targets.append(target)
-            protected.append(exposure.protect(target, "protect", step))
+            protected.append(self._protect(target, exposure, step))
             self._widen_range(protected[-1].representation)
         states = [one.state for one in protected if one.state is not None]
         inputs = self._inputs(

@@ -13,6 +13,7 @@ Any other linear map is inverted with conjugate gradients in the space of what i
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -166,6 +167,12 @@ def gram_blocks(operator: SeparableSum, size: int, rows: int, device: torch.devi
     return BlockTridiagonal(diagonal, lower)
 
 
+def _resolved(gram: BlockTridiagonal, prior: GaussianPrior, plane: int) -> float:
+    """The most information per unit of the Gram matrix that double precision still adds to the prior's own."""
+    largest = float(gram.diagonal.abs().sum(dim=-1).max())
+    return _DYNAMIC_RANGE / (largest * float(prior.innovations[plane].mean()))
+
+
 class Posterior:
     """The posterior for one set of states, factored once and then applied to any number of faces.
 
@@ -198,6 +205,8 @@ class Posterior:
                 gram = gram.plus(other, 1.0)
         rank = prior.rank
         self._gains: list[_Gain | None] = []
+        #: Standard deviation of the noise of each plane's maps that is reckoned with: at least what can be resolved.
+        self.plane_noise: list[float] = []
         self._directions = torch.empty(3, pixels, rank, dtype=torch.float64, device=device)
         system = torch.diag(1 / prior.variances.clamp(min=1e-12 * float(prior.variances.max())))
         for plane, strength in enumerate(prior.strengths.tolist()):
@@ -205,8 +214,7 @@ class Posterior:
             precision = prior.precision(plane, REACH if mixing else rows)
             information = strength / noise**2
             if gram is not None:
-                largest = float(gram.diagonal.abs().sum(dim=-1).max())
-                information = min(information, _DYNAMIC_RANGE / (largest * float(prior.innovations[plane].mean())))
+                information = min(information, _resolved(gram, prior, plane))
             gain: _Gain | None = None
             if information > 0:
                 if gram is None:
@@ -214,6 +222,7 @@ class Posterior:
                 else:
                     gain = _BandedGain(precision, gram, information, pixels)
             self._gains.append(gain)
+            self.plane_noise.append(information**-0.5 if information > 0 else math.inf)
             self._directions[plane] = components
             if gain is not None:
                 seen = gain.from_faces(components)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning_fabric import Fabric
@@ -40,10 +40,14 @@ class UNetOptions(InversionOptions):
             where a classifier fitted on public faces proves able to; else train on the mixture.
         guesses: at ``blackbox``, how many guesses of the secret to train on; 0 draws fresh ones every
             step, which marginalises over what is not known; 1 is the published single guess.
+        invariance: what a defence that permutes channels cannot hide: ``sorted`` shows the network the channels of
+            each colour in the order of their energies, ``mean`` their mean and mean magnitude; the state is not
+            inferred then. Representations are colour-major, so each third of the channels is one colour.
     """
 
     infer_state: bool = True
     guesses: int = Field(default=0, ge=0, le=4096)
+    invariance: Literal["none", "sorted", "mean"] = "none"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class UNet(InversionAttack):
 
     name: ClassVar[str] = "unet"
     summary: ClassVar[str] = "U-Net trained on public faces to undo the defence"
+    cost: ClassVar[str] = "fit: minutes (trains a network); recover: hundreds of faces/s"
+    budgets: ClassVar[Mapping[str, str]] = {"steps": "steps"}
     reference: ClassVar[str] = "PartialFace (recovery attack), ICCV 2023; U-Net, MICCAI 2015"
     needs: ClassVar[frozenset[Capability]] = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM})
     Options: ClassVar[type[AttackOptions]] = UNetOptions
@@ -116,7 +122,9 @@ class UNet(InversionAttack):
 
         states = mechanism.states()
         layout = None
-        if adversary.knowledge is not Knowledge.BLACKBOX and states is not None and len(states) <= _MOST_STATES:
+        invariant = self.options.invariance != "none"
+        countable = states is not None and len(states) <= _MOST_STATES
+        if adversary.knowledge is not Knowledge.BLACKBOX and countable and not invariant:
             layout = probe(mechanism, states)
         self.classifier, accuracy = None, None
         if adversary.knowledge is Knowledge.WHITEBOX and self.options.infer_state and layout and layout.varies:
@@ -125,7 +133,9 @@ class UNet(InversionAttack):
         self.layout = layout if undoes and layout and layout.varies else None
 
         channels = shape[0]
-        canonical = adversary.knowledge is Knowledge.ORACLE and layout is None and states is not None
+        if invariant:
+            channels = invariant_view(torch.zeros(1, *shape), self.options.invariance).shape[1]
+        canonical = adversary.knowledge is Knowledge.ORACLE and layout is None and states is not None and not invariant
         if canonical:
             # One zero representation tells how wide the layout is once the state is undone.
             blank = torch.zeros(1, *shape, device=device)
@@ -147,6 +157,8 @@ class UNet(InversionAttack):
     def _see(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the network takes: the representations and, where the state is undone, their channels' places."""
         setting = self._prepared()
+        if self.options.invariance != "none":
+            return invariant_view(representations, self.options.invariance), None
         if self.classifier is not None and self.layout is not None:
             return representations, self.layout.places[self.classifier(representations)]
         if self.layout is not None and states is not None:
@@ -228,6 +240,33 @@ class UNet(InversionAttack):
             return torch.zeros(0, 3, self.network.image_size, self.network.image_size)
         faces = torch.cat(recovered)
         return faces.reshape(n, k, *faces.shape[1:]).mean(dim=1).to(representations.device)
+
+    def infer_places(self, observation: Observation) -> Tensor | None:
+        """The canonical place of each channel, int64 (N, k, C), where states are inferred."""
+        if self.classifier is None or self.layout is None:
+            return None
+        representations = observation.representations
+        parts = [self.classifier(part.to(self.low.device)) for part in chunks(representations.flatten(0, 1), _CHUNK)]
+        places = self.layout.places[torch.cat(parts)]
+        return places.view(*representations.shape[:2], -1)
+
+
+def invariant_view(representations: Tensor, kind: str) -> Tensor:
+    """What stays the same when the channels of a colour are permuted.
+
+    Args:
+        representations: (N, C, h, w); C is cut into three colours where 3 divides it, else taken as one.
+        kind: ``sorted``: (N, C, h, w), the maps of each colour by falling energy; ``mean``: (N, 2 colours, h, w),
+            the mean and the mean magnitude of each colour's maps.
+    """
+    colours = 3 if representations.shape[1] % 3 == 0 else 1
+    maps = representations.unflatten(1, (colours, -1))
+    if kind == "sorted":
+        order = maps.square().mean(dim=(3, 4)).argsort(dim=2, descending=True, stable=True)
+        ranked: Tensor = maps.gather(2, order[..., None, None].expand_as(maps)).flatten(1, 2)
+        return ranked
+    view: Tensor = torch.cat((maps.mean(dim=2), maps.abs().mean(dim=2)), dim=1)
+    return view
 
 
 def _classifier_of_states(

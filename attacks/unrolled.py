@@ -72,7 +72,7 @@ class Unrolled(InversionAttack):
     Options: ClassVar[type[AttackOptions]] = UnrolledOptions
     #: Linear estimates of many faces cost little more than those of a few in the same state.
     lookahead: ClassVar[int] = 32
-    budgets: ClassVar[Mapping[str, str]] = {"steps": "images"}
+    budgets: ClassVar[Mapping[str, str]] = {"steps": "steps"}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "quick": {
             **_TWO_CORES,

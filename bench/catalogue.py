@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench import plugins
+from bench.budget import DATA, INTERCEPTIONS
 from bench.errors import UsageError
+
+if TYPE_CHECKING:
+    from attacks.base import Attack
 
 
 def _defenses() -> list[dict[str, Any]]:
@@ -33,12 +37,24 @@ def _attacks() -> list[dict[str, Any]]:
             {
                 "name": name,
                 "summary": plugin.summary,
+                "kind": _kind(plugin),
                 "needs": ", ".join(sorted(plugin.needs)),
+                "uses": ", ".join(sorted(plugin.uses)),
+                "cost": plugin.cost,
+                "budgets": ", ".join((DATA, INTERCEPTIONS, *plugin.budgets)),
                 "options": ", ".join(plugin.Options.model_fields),
                 "reference": plugin.reference,
             }
         )
     return rows
+
+
+def _kind(plugin: type[Attack]) -> str:
+    from attacks.base import CompositeAttack, LinkageAttack
+
+    if issubclass(plugin, CompositeAttack):
+        return "composite"
+    return "linkage" if issubclass(plugin, LinkageAttack) else "recovery"
 
 
 def _datasets() -> list[dict[str, Any]]:
@@ -92,7 +108,21 @@ def _metrics() -> list[dict[str, Any]]:
         "type1_tar": ("identity", "%", "recovered face accepted against the same original image"),
         "type2_tar": ("identity", "%", "recovered face accepted against another image of the person"),
         "rank1": ("identity", "%", "recovered face finds its person in a gallery of other images"),
+        "rank5": ("identity", "%", "its person is among the five nearest in that gallery"),
         "cosine": ("identity", "-1..1", "evaluator's cosine between recovered and original"),
+        "knn_distance": (
+            "identity",
+            "0..2",
+            "distance to another image of the person; lower leaks more",
+        ),
+        "linkage accuracy": (
+            "linkage",
+            "%",
+            "pair accuracy of an attack: protected against plain, or against protected",
+        ),
+        "linkage rank1": ("linkage", "%", "a representation finds its person among plain faces"),
+        "d_sys": ("linkage", "0..1", "global unlinkability measure: 0 unlinkable, 1 fully linkable"),
+        "states": ("state inference", "%", "interceptions, and channels, of which the attack names what was drawn"),
     }
     return [
         {"name": name, "group": group, "unit": unit, "summary": summary}

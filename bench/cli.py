@@ -33,6 +33,9 @@ app.add_typer(data_app)
 #: Width of tables where nobody's terminal limits it.
 FILE_WIDTH = 120
 
+#: Lists with more columns than this are printed entry by entry.
+WIDEST_LIST = 6
+
 out = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 err = Console(stderr=True)
 
@@ -83,6 +86,21 @@ def run(
     seed: Annotated[int | None, typer.Option(help="The one seed [default: 0].")] = None,
     device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | cuda:N | mps.")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for runs and their cache.")] = None,
+    utility: Annotated[
+        bool | None,
+        typer.Option(
+            "--utility/--no-utility",
+            help="Measure recognition behind the defence; without it the attack alone is run [default: utility].",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXIS=VALUES",
+            help="Strength curve over what the attacker spends: data (public faces), k (interceptions per face) or an "
+            "axis of the attack (bench list attacks), e.g. data=0.25,0.5,1 or k=8 for 1,2,4,8.",
+        ),
+    ] = None,
     defense_option: Options = None,
     attack_option: AttackOptions = None,
     settings: Annotated[
@@ -115,12 +133,14 @@ def run(
         "evaluator": evaluator,
         "probes": probes,
         "queries": queries,
+        "utility": utility,
+        "budget": budget,
         "seed": seed,
         "device": device,
         "out": out_dir,
         "resume": resume,
         "defense_options": parse_assignments(defense_option or [], "-o") or None,
-        "attack_options": parse_assignments(attack_option or [], "-a") or None,
+        "attack_options": nested(parse_assignments(attack_option or [], "-a"), "-a") or None,
     }
     flags = {key: value for key, value in given.items() if value is not None}
     flags = merge_settings(nested(parse_assignments(settings or [], "--set")), flags)
@@ -159,12 +179,27 @@ def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: 
     if as_json:
         _print_json(json.dumps(rows, indent=2))
         return
+    if len(rows[0]) > WIDEST_LIST:
+        for row in rows:
+            out.print(_entry(row))
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in rows[0]:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(value)) for value in row.values()))
     out.print(table)
+
+
+def _entry(row: dict[str, Any]) -> Table:
+    """One row of a wide list, a line per column; empty ones are left out."""
+    table = Table(box=None, pad_edge=False, show_header=False, title_justify="left", title=escape(str(row["name"])))
+    table.add_column(style="dim", no_wrap=True, min_width=11)
+    table.add_column(overflow="fold")
+    for column, value in row.items():
+        if column != "name" and value:
+            table.add_row(column, escape(str(value)))
+    return table
 
 
 @app.command()

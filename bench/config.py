@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
+from bench.budget import Budget
 from bench.environment import read_environment
 from bench.errors import MissingError, UsageError
 from bench.plugins import explain
@@ -51,6 +52,9 @@ class RunConfig(BaseModel):
         queries: intercepted representations per victim image, each with a fresh state.
         bootstrap: replicates of the bootstrap over identities.
         batch_size: faces at once outside training.
+        utility: whether recognition behind the defence is measured; without it no recogniser is trained that the
+            attack does not need.
+        budget: ``AXIS=VALUES`` of a strength curve (:class:`bench.budget.Budget`), or None.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,6 +76,8 @@ class RunConfig(BaseModel):
     queries: PositiveInt = 1
     bootstrap: int = Field(1000, ge=100)
     batch_size: PositiveInt = 64
+    utility: bool = True
+    budget: str | None = None
     resume: bool = True
     dataset_options: dict[str, Any] = {}
     defense_options: dict[str, Any] = {}
@@ -86,6 +92,13 @@ class RunConfig(BaseModel):
                 f"evaluator_backbone must differ from backbone ({self.backbone!r}): it judges independently"
             )
         return self
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_is_readable(cls, text: str | None) -> str | None:
+        if text is not None:
+            Budget.parse(text)
+        return text
 
     def identifying(self) -> dict[str, Any]:
         """The part that decides the figures: all but where files go and what is reused."""
@@ -122,8 +135,12 @@ def parse_assignments(assignments: list[str], flag: str) -> dict[str, str]:
     return values
 
 
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"training.epochs": 3}`` to ``{"training": {"epochs": 3}}``."""
+def nested(values: Mapping[str, Any], flag: str = "--set") -> dict[str, Any]:
+    """``{"training.epochs": 3}`` to ``{"training": {"epochs": 3}}``.
+
+    Raises:
+        UsageError: a key is given a value and a part, named with its ``flag``.
+    """
     tree: dict[str, Any] = {}
     for dotted, value in values.items():
         *parents, leaf = dotted.split(".")
@@ -131,7 +148,9 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise UsageError(f"--set {dotted}: {parent} is set to a value already")
+                raise UsageError(f"{flag} {dotted}: {parent} is set to a value already")
+        if isinstance(node.get(leaf), dict):
+            raise UsageError(f"{flag} {dotted}: a part of it is set already")
         node[leaf] = value
     return tree
 

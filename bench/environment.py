@@ -28,6 +28,8 @@ FIELDS = frozenset(
         "queries",
         "bootstrap",
         "batch_size",
+        "budget",
+        "utility",
         "resume",
     }
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import pandas as pd
 import torch
@@ -10,10 +12,10 @@ from torch import Tensor
 
 from bench.data.faceset import FaceSet, PairProtocol, to_float
 from bench.errors import MissingError
-from bench.metrics.bootstrap import mean_estimate
+from bench.metrics.bootstrap import difference_estimate, mean_estimate
 from bench.metrics.estimate import Estimate
 from bench.metrics.evaluator import Evaluator
-from bench.metrics.identity import identity_leakage
+from bench.metrics.identity import content_ids, identity_leakage, knn_distance
 from bench.metrics.image_quality import ms_ssim, psnr, psnr_aligned, ssim
 from bench.metrics.perceptual import Lpips
 from bench.metrics.verification import lfw_accuracy, pair_scores
@@ -21,12 +23,14 @@ from bench.probes import Probes
 from bench.results import Direction, EvaluatorInfo, Identity, Measure, Quality
 
 #: Figure in the result -> per-image value that it is the mean of.
-_IDENTITY = {"type1_tar": "type1", "type2_tar": "type2", "rank1": "rank1", "cosine": "cosine"}
+_IDENTITY = {"type1_tar": "type1", "type2_tar": "type2", "rank1": "rank1", "rank5": "rank5", "cosine": "cosine"}
 _QUALITY = {"ssim": ssim, "psnr": psnr, "psnr_aligned": psnr_aligned, "ms_ssim": ms_ssim}
-
 
 #: The schema knows two sides: a higher similarity to the original is not what privacy wants.
 LEAKAGE: Direction = "utility"
+
+#: Figures that are distances: the lower, the more leaks.
+DISTANCES = frozenset({"lpips", "knn_distance"})
 
 
 def to_measure(estimate: Estimate, direction: Direction) -> Measure:
@@ -42,8 +46,15 @@ def to_measure(estimate: Estimate, direction: Direction) -> Measure:
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """What came back, per victim image (a table without faces) and in sum."""
+    """What came back, per victim image and in sum.
 
+    Attributes:
+        values: figure -> float (V,), one value per probe, NaN where it cannot be measured.
+        per_image: the same as a table, with the images' numbers and the names of their people, without faces.
+        quality: the means, with intervals.
+    """
+
+    values: dict[str, Tensor]
     per_image: pd.DataFrame
     quality: Quality
 
@@ -101,6 +112,8 @@ class Judge:
         self._gallery = embeddings[probes.gallery]
         self._gallery_labels = victims.labels[probes.gallery]
         self._labels = victims.labels[probes.attacked]
+        self._plain = embeddings
+        self._content = content_ids(victims.images)
 
     def assess(self, recovered: Tensor) -> Assessment:
         """Compare recovered faces, float (V, 3, H, W) in [0, 1] in the order of the probes, with the originals."""
@@ -118,8 +131,9 @@ class Judge:
         table = {name: torch.cat(values) for name, values in columns.items()}
         if lpips:
             table["lpips"] = torch.cat(lpips)
+        found = torch.cat(embeddings)
         leakage = identity_leakage(
-            torch.cat(embeddings),
+            found,
             self._originals,
             self._labels,
             self._gallery,
@@ -127,22 +141,50 @@ class Judge:
             self.threshold,
         )
         table |= {name: getattr(leakage, column) for name, column in _IDENTITY.items()}
-        quality = Quality(
-            **{name: self._measure(table[name]) for name in _QUALITY},
-            lpips=self._lpips_measure(table),
-            identity=Identity(**{name: self._measure(table[name]) for name in _IDENTITY}),
-        )
-        per_image = pd.DataFrame({name: values.double().numpy() for name, values in table.items()})
-        per_image.insert(0, "identity", [self._victims.names[int(label)] for label in self._labels])
-        per_image.insert(0, "image", self._probes.numpy())
-        return Assessment(per_image, quality)
+        table["knn_distance"] = knn_distance(found, self._probes, self._plain, self._victims.labels, self._content)
+        return self._assessment(table)
 
-    def _measure(self, values: Tensor, direction: Direction = LEAKAGE) -> Measure:
+    def worst(self, assessments: Sequence[Assessment]) -> Assessment:
+        """The pointwise worst case: per victim and figure, the value under the attack from which most leaks."""
+
+        def worse(name: str, one: Tensor, other: Tensor) -> Tensor:
+            return torch.fmin(one, other) if name in DISTANCES else torch.fmax(one, other)
+
+        def merged(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: worse(name, values, other[name]) for name, values in one.items()}
+
+        return self._assessment(reduce(merged, (assessment.values for assessment in assessments)))
+
+    def gain(self, name: str, after: Assessment, before: Assessment) -> Measure:
+        """How much more leaks by the figure ``name`` in ``after`` than in ``before``, paired over the victims."""
+        generator = torch.Generator().manual_seed(self._seed)
+        more, less = (before, after) if name in DISTANCES else (after, before)
+        estimate = difference_estimate(
+            more.values[name], less.values[name], self._labels, generator, replicates=self._replicates
+        )
+        return to_measure(estimate, LEAKAGE)
+
+    def measure(self, values: Tensor, direction: Direction) -> Measure:
+        """The mean of ``values``, float (V,) in the order of the probes, with its interval over identities."""
         generator = torch.Generator().manual_seed(self._seed)
         estimate = mean_estimate(values, self._labels, generator, replicates=self._replicates)
         return to_measure(estimate, direction)
 
-    def _lpips_measure(self, table: dict[str, Tensor]) -> Measure:
+    def _assessment(self, values: dict[str, Tensor]) -> Assessment:
+        quality = Quality(
+            **{name: self.measure(values[name], LEAKAGE) for name in _QUALITY},
+            lpips=self._lpips_measure(values),
+            identity=Identity(
+                **{name: self.measure(values[name], LEAKAGE) for name in _IDENTITY},
+                knn_distance=self.measure(values["knn_distance"], "privacy"),
+            ),
+        )
+        per_image = pd.DataFrame({name: column.double().numpy() for name, column in values.items()})
+        per_image.insert(0, "identity", [self._victims.names[int(label)] for label in self._labels])
+        per_image.insert(0, "image", self._probes.numpy())
+        return Assessment(values, per_image, quality)
+
+    def _lpips_measure(self, values: dict[str, Tensor]) -> Measure:
         if isinstance(self._lpips, Lpips):
-            return self._measure(table["lpips"], "privacy")
+            return self.measure(values["lpips"], "privacy")
         return Measure(value=None, higher_is_better_for="privacy", reason=str(self._lpips))

@@ -7,19 +7,25 @@ and stopped as soon as its own progress says how fast it goes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from attacks.base import LinkageAttack
 from bench import plugins
+from bench.attack_stages import AttackStages
+from bench.attempt import Attempt
+from bench.composite import members
 from bench.config import RunConfig
 from bench.data.faceset import FaceSet, Source
+from bench.recognition.recogniser import Recogniser, build_recogniser
 from bench.results import PlannedStage, RunPlan
 from bench.stages import Job, Stages
 from bench.store import run_id
+from defenses.base import Defense
 
 #: Seconds after which a started stage has shown its pace.
 ENOUGH_SECONDS = 3.0
@@ -77,37 +83,50 @@ def stand_in(config: RunConfig, seed: int) -> Source:
     return Source("synthetic", FaceSet(pixels, labels, tuple(str(i) for i in range(identities))), synthetic=True)
 
 
-def make_plan(config: RunConfig, stages: Stages) -> RunPlan:
-    """The plan of a run; trains nothing to its end and writes nothing."""
-    cache = stages.cache
+def make_plan(config: RunConfig, attempts: Sequence[Attempt], attacks: AttackStages) -> RunPlan:
+    """The plan of a run; trains nothing to its end and writes nothing.
+
+    Recovering and linking cannot be timed before an attack is fitted: they are listed without an estimate.
+    """
+    stages = attacks.stages
     planned = []
     if config.dataset == "synthetic":
-        cached = cache.holds("data", stages.data_key)
+        cached = stages.cache.holds("data", stages.data_key)
         if not cached:
             seconds = _estimate(stages.load_source)
             planned.append(PlannedStage(name="data", what="render faces", cached=False, seconds=seconds))
             stages.source = stand_in(config, config.seed)
-    splits = stages.splits
     defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
     defense = defense.to(stages.fabric.device)
     plain = plugins.make_defense("none", {}, config.preset, config.image_size).to(stages.fabric.device)
-    roles = [("provider", defense), ("provider", plain)]
-    if config.evaluator is None:
-        roles.append(("evaluator", plain))
+    members_of = [members(attempt) for attempt in attempts]
+    own = attempts[-1].make()
+    linkage = isinstance(own, LinkageAttack)
+    # A linkage attack is its own ceiling: it links plain faces as well. The others are run on unprotected ones.
+    targets = [(part, defense) for parts in members_of for part in parts.values()]
+    targets += [] if linkage else [(part, plain) for part in members_of[-1].values()]
 
-    public = f"train {config.attack} on {len(splits.public)} public images"
-    jobs: list[tuple[Job[Any], str]] = []
-    for role, one in roles:
-        faces = splits.evaluator if role == "evaluator" else splits.provider
-        assert faces is not None  # the role is there only with its identities
-        what = f"train on {len(faces)} images of {len(faces.names)} identities, {config.training.epochs} epochs"
-        jobs.append((stages.recogniser_job(one, role), what))
-    jobs += [(stages.attack_job(one), public) for one in (defense, plain)]
-    for job, what in {job.stage: (job, what) for job, what in jobs}.values():
-        if cache.holds(job.stage, job.key):
-            planned.append(PlannedStage(name=job.stage, what=what, cached=True))
+    jobs: list[tuple[Job[Any], str, bool]] = []
+    for role, one in _recognisers(config, targets, attacks, defense, plain):
+        job = stages.recogniser_job(one, role)
+        jobs.append((job, _training(config, stages, role), True))
+        if not stages.cache.holds(job.stage, job.key):
+            # For attacks that query it: an untrained one is as fast.
+            stages.assume(job, _untrained(config, stages, one))
+    for attempt, target in targets:
+        jobs.append((attacks.fit_job(attempt, target), _fitting(attempt, attacks), True))
+    probes = attacks.selection.attacked
+    for attempt, target in targets:
+        if linkage:
+            what = f"embed {len(stages.splits.victims)} victim images, twice protected and plain"
+            jobs.append((attacks.link_job(attempt, target), what, False))
         else:
-            planned.append(PlannedStage(name=job.stage, what=what, cached=False, seconds=_time_job(job)))
+            what = f"recover {len(probes)} victim images, k = {attempt.interceptions}"
+            jobs.append((attacks.recover_job(attempt, target, probes), what, False))
+    for job, what, timed in {(job.stage, job.key): (job, what, timed) for job, what, timed in jobs}.values():
+        cached = stages.cache.holds(job.stage, job.key)
+        estimate = _time_job(job) if timed and not cached else None
+        planned.append(PlannedStage(name=job.stage, what=what, cached=cached, seconds=estimate))
     return RunPlan(
         run_id=run_id(config),
         device=str(stages.fabric.device),
@@ -116,3 +135,34 @@ def make_plan(config: RunConfig, stages: Stages) -> RunPlan:
         stages=planned,
         seconds=sum(stage.seconds or 0.0 for stage in planned),
     )
+
+
+def _recognisers(
+    config: RunConfig,
+    targets: Sequence[tuple[Attempt, Defense]],
+    attacks: AttackStages,
+    defense: Defense,
+    plain: Defense,
+) -> list[tuple[str, Defense]]:
+    """Role and defence of every recogniser that the run trains."""
+    found = [("provider", defense), ("provider", plain)] if config.utility else []
+    found += [("provider", target) for attempt, target in targets if attacks.asks_provider(attempt.make())]
+    if config.evaluator is None and not isinstance(targets[0][0].make(), LinkageAttack):
+        found.append(("evaluator", plain))
+    return list(dict.fromkeys(found))
+
+
+def _training(config: RunConfig, stages: Stages, role: str) -> str:
+    faces = stages.splits.evaluator if role == "evaluator" else stages.splits.provider
+    assert faces is not None  # the role is there only with its identities
+    return f"train on {len(faces)} images of {len(faces.names)} identities, {config.training.epochs} epochs"
+
+
+def _fitting(attempt: Attempt, attacks: AttackStages) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in attempt.options.items())
+    return f"train {attempt.name} on {len(attacks.public(attempt))} public images{f' ({options})' if options else ''}"
+
+
+def _untrained(config: RunConfig, stages: Stages, defense: Defense) -> Recogniser:
+    shape, size = defense.representation_shape, config.training.embedding_size
+    return build_recogniser(config.backbone, shape, size, seed=0).to(stages.fabric.device).eval()

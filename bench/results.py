@@ -79,6 +79,24 @@ class Utility(Verification):
     unprotected: Verification
 
 
+class Linkage(_Model):
+    """How well an attack tells whether two things show one person.
+
+    Attributes:
+        protected_plain: an intercepted representation against a plain face.
+        protected_protected: two representations, intercepted independently.
+        plain: two plain faces under the same attack: the ceiling.
+        rank1: a representation finds its person among plain faces.
+        d_sys: global unlinkability measure, by kind of pair: 0 unlinkable, 1 fully linkable.
+    """
+
+    protected_plain: Verification
+    protected_protected: Verification
+    plain: Verification
+    rank1: Measure
+    d_sys: dict[str, Measure]
+
+
 class Identity(_Model):
     """Identity leakage under the evaluator (DESIGN: type I against the same image, type II another)."""
 
@@ -86,6 +104,8 @@ class Identity(_Model):
     type2_tar: Measure
     rank1: Measure
     cosine: Measure
+    rank5: Measure | None = None
+    knn_distance: Measure | None = None
 
 
 class Quality(_Model):
@@ -100,8 +120,51 @@ class Quality(_Model):
 
 
 class Recovery(Quality):
+    """Of a composite attack the figures are the pointwise worst case; ``members`` holds those of each attack."""
+
     floors: dict[str, Quality]
     ceiling: Quality
+    members: dict[str, Quality] = {}
+
+
+class StateInference(_Model):
+    """How often the attack named what the defence had drawn.
+
+    Attributes:
+        faces: share of interceptions of which every channel was put in its place.
+        channels: share of channels put in their place.
+        chance: ``faces`` of uniform guessing, where the states can be counted.
+    """
+
+    faces: Measure
+    channels: Measure
+    chance: float | None = None
+
+
+class StrengthPoint(_Model):
+    """What leaks to an attack of one budget."""
+
+    budget: float
+    values: dict[str, Measure]
+
+
+class StrengthCurve(_Model):
+    """Leakage against the attacker's budget; the last point is the run's own result.
+
+    Attributes:
+        axis: what the budget counts.
+        points: in ascending order of their budgets.
+        gain_of_last_doubling: metric -> the last point minus the one before it on the same victims, with the paired
+            interval over identities; null where the two budgets are less than a factor 1.5 apart.
+        tolerance: metric -> what the lower end of that interval must exceed to count as a gain.
+        unsaturated: whether any of these metrics gains; None where none could be judged.
+    """
+
+    axis: str
+    points: list[StrengthPoint]
+    gain_of_last_doubling: dict[str, Measure]
+    tolerance: dict[str, float]
+    unsaturated: bool | None
 
 
 class PluginInfo(_Model):
@@ -130,6 +193,7 @@ class AttackInfo(PluginInfo):
     states_covered: bool | None
     curve: list[tuple[int, float]] = []
     details: dict[str, Any] = {}
+    members: dict[str, AttackInfo] = {}
 
 
 class EvaluatorInfo(_Model):
@@ -167,7 +231,9 @@ class RunResult(_Model):
     dataset: DatasetInfo | None = None
     utility: Utility | None = None
     recovery: Recovery | None = None
-    linkage: dict[str, Measure] | None = None
+    linkage: Linkage | None = None
+    state_inference: StateInference | None = None
+    strength: StrengthCurve | None = None
     throughput: dict[str, Throughput] | None = None
     seconds: dict[str, float] = {}
     cached: list[str] = []

@@ -17,21 +17,7 @@ from lightning_fabric import Fabric
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import attacks as attacks_package
 import defenses as defenses_package
-from attacks.base import (
-    GRANTS,
-    OF_RECOGNISER,
-    Adversary,
-    Attack,
-    Capability,
-    FitReport,
-    Knowledge,
-    Observation,
-    RecoveryAttack,
-    Traffic,
-    no_report,
-)
 from bench import plugins
 from bench.cache import StageCache, make_key
 from bench.config import RunConfig
@@ -42,14 +28,12 @@ from bench.errors import BenchError, UsageError
 from bench.files import write_text
 from bench.metrics.evaluator import Evaluator, OnnxEvaluator, RecogniserEvaluator
 from bench.metrics.verification import pair_scores
-from bench.probes import Probes, select_probes
 from bench.progress import ProgressBars, Report
 from bench.randomness import Streams
 from bench.recognition.checkpoint import load_recogniser, save_recogniser
 from bench.recognition.recogniser import Recogniser, build_recogniser
 from bench.recognition.training import train
 from bench.recognition.verification import embed_faces
-from bench.service import Enrolment, Service, class_centres, traffic
 from defenses.base import Defense
 
 T = TypeVar("T")
@@ -58,11 +42,7 @@ Log = Callable[..., None]
 # Code that a kind of stage depends on: a change in it makes the stage anew.
 DATA_CODE = ("bench.data",)
 DEFENSE_CODE = tuple(f"defenses.{module}" for module in sorted(defenses_package.SUPPORT_MODULES))
-ATTACK_CODE = tuple(f"attacks.{module}" for module in sorted(attacks_package.SUPPORT_MODULES))
 RECOGNITION_CODE = ("bench.recognition", *DEFENSE_CODE, *DATA_CODE)
-
-#: Representation values intercepted at once: 256 MiB of them.
-REPRESENTATION_VALUES = 2**28 // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +99,9 @@ class Stages:
     def source(self) -> Source:
         """The decoded faces. Rendered ones are stored; files on disk are quick to decode again."""
         if self.config.dataset != "synthetic":
-            with self._timed("data"), self.bars.task("decode faces") as report:
+            with self.timed("data"), self.bars.task("decode faces") as report:
                 return self.load_source(report)
-        return self._do(Job("data", self.data_key, "render faces", self._make_source, _read_source))
+        return self.do(Job("data", self.data_key, "render faces", self._make_source, _read_source))
 
     def load_source(self, report: Report) -> Source:
         config = self.config
@@ -158,16 +138,17 @@ class Stages:
             def make(folder: Path, report: Report) -> None:
                 with failing_as(f"defence {name}"):
                     defense.fit(to_float(faces.images), faces.labels, self.streams.generator("defense"))
-                _save_tensors(defense.state_dict(), folder / "defense.safetensors")
+                save_tensors(defense.state_dict(), folder / "defense.safetensors")
 
             def read(folder: Path) -> Defense:
                 defense.load_state_dict(load_file(folder / "defense.safetensors"))
                 return defense
 
-            self._do(Job("defense", self._defense_key(defense), f"fit {name}", make, read))
+            self.do(Job("defense", self.defense_key(defense), f"fit {name}", make, read))
         return defense.to(self.fabric.device)
 
-    def _defense_key(self, defense: Defense) -> str:
+    def defense_key(self, defense: Defense) -> str:
+        """Key of the defence, as it is fitted."""
         return make_key(
             {
                 "data": self.data_key if defense.trainable else None,
@@ -181,26 +162,28 @@ class Stages:
 
     # -- recognition -----------------------------------------------------------------------------
 
-    def _recogniser_key(self, defense: Defense, role: str, backbone: str) -> str:
+    def recogniser_key(self, defense: Defense, role: str) -> str:
+        """Key of the recogniser of the provider or the evaluator."""
         config = self.config
+        backbone = config.backbone if role == "provider" else config.evaluator_backbone
         return make_key(
             {
                 "role": role,
                 "data": self.data_key,
                 "shares": config.shares,
                 "evaluator_file": config.evaluator is not None,
-                "defense": self._defense_key(defense),
+                "defense": self.defense_key(defense),
                 "backbone": backbone,
                 "training": config.training.model_dump(mode="json"),
                 "seed": config.seed,
-                **self._platform(),
+                **self.platform(),
             },
             RECOGNITION_CODE,
         )
 
     def recogniser(self, defense: Defense, role: str = "provider") -> Recogniser:
         """A recogniser trained on representations of the provider's (or the evaluator's) faces."""
-        return self._do(self.recogniser_job(defense, role))
+        return self.do(self.recogniser_job(defense, role))
 
     def recogniser_job(self, defense: Defense, role: str) -> Job[Recogniser]:
         """The stage that trains a recogniser."""
@@ -236,7 +219,7 @@ class Stages:
             recogniser, _ = load_recogniser(folder / "recogniser.safetensors", self.fabric.device)
             return recogniser
 
-        key = self._recogniser_key(defense, role, backbone)
+        key = self.recogniser_key(defense, role)
         what = f"train {role} recogniser on {defense.name}"
         return Job(f"recogniser-{role}-{defense.name}", key, what, make, read)
 
@@ -253,15 +236,13 @@ class Stages:
                 fabric=self.fabric,
             )
             scores = pair_scores(embeddings, self.splits.pairs)
-            _save_tensors({"scores": scores}, folder / "scores.safetensors")
+            save_tensors({"scores": scores}, folder / "scores.safetensors")
 
         def read(folder: Path) -> Tensor:
             return load_file(folder / "scores.safetensors")["scores"]
 
-        key = make_key(
-            {"recogniser": self._recogniser_key(defense, "provider", self.config.backbone)}, ("bench.metrics",)
-        )
-        return self._do(Job(f"verify-{defense.name}", key, f"verify on {defense.name}", make, read))
+        key = make_key({"recogniser": self.recogniser_key(defense, "provider")}, ("bench.metrics",))
+        return self.do(Job(f"verify-{defense.name}", key, f"verify on {defense.name}", make, read))
 
     # -- evaluator -------------------------------------------------------------------------------
 
@@ -270,14 +251,12 @@ class Stages:
         """The recogniser that judges identity leakage; neither defence nor attack ever sees it."""
         if self.config.evaluator is not None:
             return OnnxEvaluator(self.config.evaluator, device=self.fabric.device)
-        defense, role, _ = self._evaluator_training()
-        recogniser = self.recogniser(defense, role)
+        recogniser = self.recogniser(self._plain(), "evaluator")
         size = (self.config.image_size, self.config.image_size)
         return RecogniserEvaluator(recogniser, f"trained {self.config.evaluator_backbone}", size, self.fabric.device)
 
-    def _evaluator_training(self) -> tuple[Defense, str, str]:
-        plain = plugins.make_defense("none", {}, self.config.preset, self.config.image_size)
-        return plain, "evaluator", self.config.evaluator_backbone
+    def _plain(self) -> Defense:
+        return plugins.make_defense("none", {}, self.config.preset, self.config.image_size)
 
     def plain_embeddings(self) -> Tensor:
         """The evaluator's embeddings of all plain victim faces, unit rows: float32 (N, D)."""
@@ -289,7 +268,7 @@ class Stages:
             for batch in faces.batches(self.config.batch_size):
                 embeddings.append(evaluator.embed(batch.to(self.fabric.device)).cpu())
                 report(sum(len(e) for e in embeddings), len(faces))
-            _save_tensors({"embeddings": torch.cat(embeddings)}, folder / "embeddings.safetensors")
+            save_tensors({"embeddings": torch.cat(embeddings)}, folder / "embeddings.safetensors")
 
         def read(folder: Path) -> Tensor:
             return load_file(folder / "embeddings.safetensors")["embeddings"]
@@ -300,195 +279,43 @@ class Stages:
                 "shares": self.config.shares,
                 "seed": self.config.seed,
                 "evaluator": evaluator.describe(),
-                "recogniser": None if self.config.evaluator else self._recogniser_key(*self._evaluator_training()),
-                **self._platform(),
+                "recogniser": None if self.config.evaluator else self.recogniser_key(self._plain(), "evaluator"),
+                **self.platform(),
             },
             ("bench.metrics.evaluator",),
         )
-        return self._do(Job("evaluate", key, f"embed victims with {evaluator.name}", make, read))
-
-    # -- attack ----------------------------------------------------------------------------------
-
-    def adversary(self, attack: Attack, defense: Defense, checkpoint: Path | None, report: Report) -> Adversary:
-        """What the chosen rung hands to the attack, and nothing else."""
-        knowledge = Knowledge(self.config.knowledge)
-        public = self.splits.public
-        service = self.service(defense, "fit") if Capability.EMBEDDINGS in attack.needs else None
-        return Adversary(
-            faces=public.images,
-            identities=public.labels,
-            knowledge=knowledge,
-            mechanism=defense.guess if knowledge is Knowledge.BLACKBOX else lambda generator: defense,
-            generator=self.streams.generator("attack"),
-            fabric=self.fabric,
-            recogniser=self.recogniser(defense) if Capability.RECOGNISER in attack.needs else None,
-            embed=service.embed if service else None,
-            traffic=self._traffic(defense) if Capability.TRAFFIC in attack.needs else None,
-            checkpoint=checkpoint,
-            report=report,
-        )
-
-    def service(self, defense: Defense, purpose: str) -> Service:
-        """The provider's service, whose clients draw their states from a stream of the ``purpose``'s own."""
-        generator = self.streams.generator(f"service/{purpose}")
-        return Service(self.recogniser(defense), defense, generator, batch_size=self.config.batch_size)
-
-    def _traffic(self, defense: Defense) -> Traffic:
-        def intercept(count: int) -> Iterator[Tensor]:
-            return traffic(
-                defense,
-                self.splits.victims,
-                self.selection.attacked,
-                self.streams.generator("traffic"),
-                count=count,
-                batch_size=self.config.batch_size,
-                device=self.fabric.device,
-            )
-
-        return intercept
-
-    @functools.cached_property
-    def selection(self) -> Probes:
-        """Which victim images are attacked, and which are the plain gallery."""
-        return select_probes(self.splits.victims, self.config.probes, self.streams.generator("probes"))
-
-    def _attack_key(self, attack: Attack, defense: Defense) -> str:
-        config = self.config
-        needs_recogniser = bool(attack.needs & OF_RECOGNISER)
-        return make_key(
-            {
-                "data": self.data_key,
-                "shares": config.shares,
-                "evaluator_file": config.evaluator is not None,
-                "defense": self._defense_key(defense),
-                "attack": {"name": attack.name, "options": attack.options.model_dump(mode="json")},
-                "knowledge": config.knowledge,
-                "probes": config.probes if Capability.TRAFFIC in attack.needs else None,
-                "recogniser": self._recogniser_key(defense, "provider", config.backbone) if needs_recogniser else None,
-                "seed": config.seed,
-                **self._platform(),
-            },
-            (*ATTACK_CODE, type(attack).__module__, *DEFENSE_CODE, *DATA_CODE, "bench.service"),
-        )
-
-    def fitted_attack(self, defense: Defense) -> tuple[Attack, FitReport]:
-        """The attack, fitted against ``defense`` on the attacker's public faces."""
-        return self._do(self.attack_job(defense))
-
-    def attack_job(self, defense: Defense) -> Job[tuple[Attack, FitReport]]:
-        """The stage that fits the attack."""
-        attack = plugins.make_attack(self.config.attack, self.config.attack_options, self.config.preset)
-
-        def make(folder: Path, report: Report) -> None:
-            torch.manual_seed(self.streams.seed_for("attack"))
-            fitted = plugins.make_attack(self.config.attack, self.config.attack_options, self.config.preset)
-            adversary = self.adversary(fitted, defense, folder / "resume", report)
-            with failing_as(f"attack {fitted.name} on {defense.name}"):
-                outcome = fitted.fit(adversary)
-            _save_tensors(fitted.state_dict(), folder / "attack.safetensors")
-            _write_report(folder, outcome)
-            shutil.rmtree(folder / "resume", ignore_errors=True)
-
-        def read(folder: Path) -> tuple[Attack, FitReport]:
-            attack.prepare(self.adversary(attack, defense, None, no_report))
-            attack.load_state_dict(load_file(folder / "attack.safetensors"))
-            attack.to(self.fabric.device).eval()
-            return attack, _read_report(folder)
-
-        key = self._attack_key(attack, defense)
-        what = f"train {attack.name} on {defense.name}"
-        return Job(f"attack-{attack.name}-{defense.name}", key, what, make, read)
-
-    def interceptions(
-        self, defense: Defense, probes: Tensor, batch_size: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """What is sent for the victim images ``probes``, batch by batch, each image ``queries`` times.
-
-        Yields the images' indices (n,), representations (n, k, C, h, w) and true states (n, k, D), None where none are
-        drawn.
-        """
-        queries = self.config.queries
-        values = queries * defense.bytes_per_face() // torch.float32.itemsize
-        batch_size = max(1, min(batch_size or self.config.batch_size, REPRESENTATION_VALUES // values))
-        generator = self.streams.generator("victims")
-        for index in probes.split(batch_size):
-            faces = to_float(self.splits.victims.images[index].to(self.fabric.device))
-            sent = [defense.protect(faces, generator) for _ in range(queries)]
-            states = [one.state for one in sent if one.state is not None]
-            representations = torch.stack([one.representation for one in sent], dim=1)
-            yield index, representations, torch.stack(states, dim=1) if states else None
-
-    def observations(self, attack: Attack, defense: Defense, probes: Tensor) -> Iterator[Observation]:
-        """What ``attack`` gets to see of the victim images ``probes``, batch by batch."""
-        reveal = Knowledge(self.config.knowledge) is Knowledge.ORACLE
-        stolen, scored = Capability.TEMPLATES in attack.needs, Capability.SCORES in attack.needs
-        service = self.service(defense, "observe") if stolen or scored else None
-        enrolment_draws = self.streams.generator("enrolment")
-        for index, representations, states in self.interceptions(defense, probes):
-            templates = enrolled = score = None
-            if service:
-                embedded = service.embed_representations(representations.flatten(0, 1))
-                templates = embedded.unflatten(0, representations.shape[:2])
-                if scored:
-                    score = Enrolment(service, templates[:, 0]).score
-            if service and stolen:
-                enrolled = class_centres(service, self.splits.victims, index, enrolment_draws)
-            yield Observation(
-                representations,
-                states=states if reveal else None,
-                templates=templates if stolen else None,
-                enrolled=enrolled,
-                score=score,
-            )
-
-    def recoveries(self, defense: Defense, probes: Tensor) -> Tensor:
-        """Recovered faces of the victim images ``probes``: float32 (V, 3, H, W) in [0, 1], on the CPU."""
-        attack = plugins.make_attack(self.config.attack, self.config.attack_options, self.config.preset)
-
-        def make(folder: Path, report: Report) -> None:
-            fitted, _ = self.fitted_attack(defense)
-            faces = []
-            if not isinstance(fitted, RecoveryAttack):
-                raise TypeError(f"{fitted.name} recovers no faces")
-            for observation in self.observations(fitted, defense, probes):
-                with failing_as(f"attack {fitted.name} on {defense.name}"):
-                    faces.append(fitted.recover(observation).cpu())
-                report(sum(len(f) for f in faces), len(probes))
-            _save_tensors({"faces": torch.cat(faces)}, folder / "recovered.safetensors")
-
-        def read(folder: Path) -> Tensor:
-            return load_file(folder / "recovered.safetensors")["faces"]
-
-        key = make_key(
-            {"attack": self._attack_key(attack, defense), "probes": probes.tolist(), "queries": self.config.queries},
-            ("bench.stages", "bench.service"),
-        )
-        return self._do(Job(f"recover-{attack.name}-{defense.name}", key, f"recover from {defense.name}", make, read))
+        return self.do(Job("evaluate", key, f"embed victims with {evaluator.name}", make, read))
 
     # -- how stages are kept ---------------------------------------------------------------------
 
-    def _platform(self) -> dict[str, str]:
+    def platform(self) -> dict[str, str]:
+        """What else decides the figures of a stage that computes with torch."""
         return {"torch": torch.__version__, "device": self.fabric.device.type}
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str) -> Iterator[None]:
+        """Charge the block to ``stage``, without the stages that it asks for."""
         started = time.perf_counter()
         nested = sum(self.seconds.values())
         try:
             yield
         finally:
-            # A stage that asks for another one (verify for its recogniser) is not charged for it.
+            # Verifying, for one, is not charged for training the recogniser.
             inner = sum(self.seconds.values()) - nested
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started - inner
 
-    def _do(self, job: Job[T]) -> T:
+    def assume(self, job: Job[T], value: T) -> None:
+        """Take ``value`` for the result of a stage, in this run only; nothing is stored."""
+        self._results[job.stage, job.key] = value
+
+    def do(self, job: Job[T]) -> T:
         """Make the stage unless it is there, and read it back.
 
         It is read back in either case, so that a fresh result and a cached one cannot differ. Asked for again in the
         same run, it is the same object: not read twice, and not counted as reused.
         """
         if (job.stage, job.key) not in self._results:
-            with self._timed(job.stage), self.cache.entry(job.stage, job.key) as entry:
+            with self.timed(job.stage), self.cache.entry(job.stage, job.key) as entry:
                 if entry.complete:
                     self.cached.append(job.stage)
                     self.log("cached", stage=job.stage, key=job.key)
@@ -514,43 +341,6 @@ def failing_as(what: str) -> Iterator[None]:
         raise BenchError(f"{what}: {error}") from error
 
 
-def check_needs(attack: Attack | type[Attack], knowledge: str) -> None:
-    """Refuse an attack that needs what the chosen rung does not grant.
-
-    Raises:
-        UsageError: naming what is missing and the rungs that would do.
-    """
-    missing = attack.needs - GRANTS[Knowledge(knowledge)]
-    if missing:
-        enough = ", ".join(rung for rung, grants in GRANTS.items() if attack.needs <= grants)
-        raise UsageError(
-            f"attack {attack.name} needs {', '.join(sorted(missing))}, which --knowledge {knowledge} does not grant: "
-            f"use --knowledge {enough or 'of another attack'}"
-        )
-
-
-def check_coverage(report: FitReport, defense: Defense, knowledge: str) -> bool | None:
-    """Whether the states that the attack was trained on cover what the defence emits.
-
-    None where there are no states to cover, or where the attacker guesses the secret: the states of a
-    guessed table are not those of the real one.
-
-    Raises:
-        BenchError: they do not: the number would be that of an attacker who was mis-driven.
-    """
-    states = defense.states()
-    if states is None or report.states_seen is None or knowledge == Knowledge.BLACKBOX:
-        return None
-    seen = {tuple(state) for state in report.states_seen.tolist()}
-    unseen = [tuple(state) for state in states.tolist() if tuple(state) not in seen]
-    if unseen:
-        raise BenchError(
-            f"the attack was trained on {len(seen)} of the {len(states)} states that {defense.name} emits "
-            f"(never on {unseen[0]}): train it longer, its figure would be too kind to the defence"
-        )
-    return True
-
-
 def _fingerprint(root: Path | None) -> list[tuple[str, int, int]]:
     """Name, size and modification time of every file: cheap, and changes when the data does."""
     if root is None:
@@ -560,14 +350,15 @@ def _fingerprint(root: Path | None) -> list[tuple[str, int, int]]:
     return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write named tensors, from any device, as safetensors."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _write_source(folder: Path, source: Source) -> None:
     if source.victims is not None or source.pairs is not None:
         raise TypeError("only a source without a verification set of its own is stored")
-    _save_tensors({"images": source.faces.images, "labels": source.faces.labels}, folder / "faces.safetensors")
+    save_tensors({"images": source.faces.images, "labels": source.faces.labels}, folder / "faces.safetensors")
     head = {
         "name": source.name,
         "names": source.faces.names,
@@ -582,18 +373,3 @@ def _read_source(folder: Path) -> Source:
     head = json.loads((folder / "faces.json").read_text(encoding="utf-8"))
     faces = FaceSet(tensors["images"], tensors["labels"], tuple(head["names"]))
     return Source(head["name"], faces, synthetic=head["synthetic"], details=head["details"])
-
-
-def _write_report(folder: Path, report: FitReport) -> None:
-    document = {"saturated": report.saturated, "curve": report.curve, "details": report.details}
-    states = None if report.states_seen is None else report.states_seen.tolist()
-    write_text(folder / "report.json", json.dumps({**document, "states_seen": states}, indent=2))
-
-
-def _read_report(folder: Path) -> FitReport:
-    document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    states = document.pop("states_seen")
-    curve = tuple((int(seen), float(loss)) for seen, loss in document.pop("curve"))
-    return FitReport(
-        states_seen=None if states is None else torch.tensor(states, dtype=torch.int64), curve=curve, **document
-    )

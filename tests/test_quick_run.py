@@ -22,6 +22,8 @@ KEYS = {
     "utility",
     "recovery",
     "linkage",
+    "state_inference",
+    "strength",
     "throughput",
     "seconds",
     "cached",

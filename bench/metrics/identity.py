@@ -9,6 +9,9 @@ plain image of ``p`` other than ``x``:
 * ``type2``   1 where ``<e(r), e(g(p))> >= t``: it passes for the person, enrolled with another image.
 * ``rank1``   1 where, among the plain images ``g(q)`` of all people in the gallery, ``g(p)`` is the nearest to ``r``.
   A tie of ``k`` counts ``1/k``, what guessing among them would get; a constant recovery thus earns chance, no more.
+* ``rank5``   likewise, 1 where ``g(p)`` is among the five nearest.
+* ``knn_distance``  Euclidean distance from ``e(r)`` to the nearest ``e(y)`` over all plain images ``y`` of ``p`` other
+  than ``x`` (:func:`knn_distance`).
 
 The means of ``type1`` and ``type2`` over images are the true accept rates. Values stay per image, so that confidence
 intervals can resample identities.
@@ -24,6 +27,9 @@ from torch import Tensor
 
 from bench.errors import DataError
 
+#: How near the person must be found for ``rank5``.
+_NEAR = 5
+
 _CHUNK = 1024
 _TIE = 1e-6
 
@@ -37,13 +43,15 @@ class IdentityLeakage:
         type1: 0 or 1.
         type2: 0 or 1; NaN where the person has no other image.
         rank1: 0 to 1; NaN where the person has no other image.
-        gallery_size: people in the gallery; chance level of ``rank1`` is one over it.
+        rank5: 0 to 1; NaN where the person has no other image.
+        gallery_size: people in the gallery; chance level of ``rank1`` is one over it, of ``rank5`` five times that.
     """
 
     cosine: Tensor
     type1: Tensor
     type2: Tensor
     rank1: Tensor
+    rank5: Tensor
     gallery_size: int
 
 
@@ -192,19 +200,77 @@ def identity_leakage(
 
     cosine = (probe * plain).sum(1)
     nan = torch.full_like(cosine, torch.nan)
-    type2, rank1 = [], []
+    type2: list[Tensor] = []
+    rank1: list[Tensor] = []
+    rank5: list[Tensor] = []
     # The N x K similarities are never held at once.
     for rows, targets in zip(torch.split(probe, _CHUNK), torch.split(own, _CHUNK), strict=True):
         similarity = rows @ enrolled.T
         target = similarity.gather(1, targets[:, None])
         # Equal embeddings may differ in the last bits of a matrix product.
-        nearer, tied = (similarity > target + _TIE).any(1), ((similarity - target).abs() <= _TIE).sum(1)
+        nearer, tied = (similarity > target + _TIE).sum(1), ((similarity - target).abs() <= _TIE).sum(1)
         type2.append((target.squeeze(1) >= threshold).to(torch.float32))
-        rank1.append(torch.where(nearer, 0.0, 1.0 / tied))
+        # Of the places up to the rank, those that nobody nearer takes fall to the tied ones by lot.
+        for found, rank in ((rank1, 1), (rank5, _NEAR)):
+            found.append(((rank - nearer) / tied).clamp(0.0, 1.0))
     return IdentityLeakage(
         cosine=cosine,
         type1=(cosine >= threshold).to(torch.float32),
         type2=torch.where(present, torch.cat(type2), nan),
         rank1=torch.where(present, torch.cat(rank1), nan),
+        rank5=torch.where(present, torch.cat(rank5), nan),
         gallery_size=len(gallery),
     )
+
+
+def knn_distance(recovered: Tensor, attacked: Tensor, plain: Tensor, identities: Tensor, content: Tensor) -> Tensor:
+    """Distance from each recovered face to the nearest other plain image of its person.
+
+    The feature distance to the nearest sample of the target (KNN distance) of model inversion, e.g. Chen et al.,
+    Knowledge-Enriched Distributional Model Inversion Attacks, ICCV 2021, between unit embeddings: from 0 to 2, and
+    smaller for more of the identity.
+
+    Args:
+        recovered: float (N, D), evaluator embeddings of the recovered faces.
+        attacked: int64 (N,), which of the plain images each recovers.
+        plain: float (M, D), evaluator embeddings of all plain images of the victims.
+        identities: int64 (M,), whose they are.
+        content: int64 (M,), equal where two images are equal (:func:`content_ids`): copies of the attacked image are
+            no other images.
+
+    Returns:
+        float32 (N,) on the device of ``recovered``; NaN where the person has no other image.
+
+    Raises:
+        DataError: shapes differ, or embeddings are not finite.
+
+    Example:
+        >>> import torch
+        >>> plain = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        >>> recovered, people = torch.tensor([[1.0, 0.0]]), torch.tensor([7, 7, 7])
+        >>> knn_distance(recovered, torch.tensor([0]), plain, people, torch.arange(3))
+        tensor([1.4142])
+    """
+    if recovered.ndim != 2 or attacked.shape != recovered.shape[:1]:
+        raise DataError(f"recovered must be (N, D) and attacked (N,), got {recovered.shape} and {attacked.shape}")
+    if (
+        plain.ndim != 2
+        or plain.shape[1] != recovered.shape[1]
+        or not identities.shape == content.shape == plain.shape[:1]
+    ):
+        raise DataError(
+            f"plain must be (M, {recovered.shape[1]}) with identities and content (M,), got {tuple(plain.shape)}, "
+            f"{tuple(identities.shape)} and {tuple(content.shape)}"
+        )
+    device = recovered.device
+    probe, others = (F.normalize(e.detach().to(device, torch.float32), dim=1) for e in (recovered, plain))
+    if not (torch.isfinite(probe).all() and torch.isfinite(others).all()):
+        raise DataError("the evaluator's embeddings hold NaN or infinity")
+    identities, content, attacked = identities.to(device), content.to(device), attacked.to(device)
+    nearest = []
+    for rows, index in zip(torch.split(probe, _CHUNK), torch.split(attacked, _CHUNK), strict=True):
+        candidate = (identities == identities[index, None]) & (content != content[index, None])
+        nearest.append((rows @ others.T).masked_fill_(~candidate, -torch.inf).amax(1))
+    cosine = torch.cat(nearest) if nearest else probe.new_empty(0)
+    # Unit vectors: |a - b|^2 = 2 - 2 <a, b>.
+    return torch.where(cosine.isinf(), torch.nan, (2 - 2 * cosine).clamp_min(0).sqrt())

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 import attacks.inversion
 from attacks.base import Attack, Observation
-from attacks.unet import UNet, UNetOptions
+from attacks.unet import UNet, UNetOptions, invariant_view
 from attacks.unet_network import UNetNetwork
 
 SIZE = 16
@@ -399,3 +399,26 @@ def test_the_checkpoint_of_another_fit_is_refused(make_adversary, plain, tmp_pat
     UNet(UNetOptions(**TINY)).fit(adversary)
     with pytest.raises(ValueError, match="another fit"):
         UNet(UNetOptions(**TINY | {"learning_rate": 0.01})).fit(adversary)
+
+
+@pytest.mark.parametrize("kind", ["sorted", "mean"])
+def test_an_invariant_view_does_not_change_with_the_order_of_a_colours_channels(kind):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 9, 4, 4, generator=generator) * torch.arange(1, 10).view(1, 9, 1, 1)
+    order = torch.cat([3 * colour + torch.randperm(3, generator=generator) for colour in range(3)])
+    torch.testing.assert_close(invariant_view(z[:, order], kind), invariant_view(z, kind))
+    swapped = z[:, [3, 4, 5, 0, 1, 2, 6, 7, 8]]  # whole colours changed places: that is not hidden
+    assert not torch.allclose(invariant_view(swapped, kind), invariant_view(z, kind))
+
+
+def test_sorted_channels_fall_in_energy():
+    z = torch.tensor([1.0, 3.0, 2.0]).repeat(3).view(1, 9, 1, 1).expand(1, 9, 2, 2)
+    assert invariant_view(z, "sorted")[0, :, 0, 0].tolist() == [3, 2, 1] * 3
+
+
+@pytest.mark.parametrize("kind", ["sorted", "mean"])
+def test_it_trains_on_an_invariant_view(make_adversary, pick, kind):
+    attack, report = fitted(make_adversary, pick(), "whitebox", invariance=kind)
+    assert not report.details["states_inferred"]
+    assert report.details["validation_loss"] < report.details["floor_loss"]
+    assert attack.layout is None

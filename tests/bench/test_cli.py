@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,41 @@ def test_list(bench, kind):
     code, out, _ = bench("list", kind)
     assert code == 0
     assert rows[0]["name"] in out
+
+
+def test_attacks_are_listed_with_what_they_take(bench):
+    code, out, _ = bench("list", "attacks", "--json")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert rows["unet"]["kind"] == "recovery"
+    assert rows["unet"]["needs"] == "mechanism, public faces"
+    assert rows["composite"]["kind"] == "composite"
+    for row in rows.values():
+        assert set(row) >= {"summary", "kind", "needs", "uses", "cost", "budgets", "options", "reference"}
+        assert row["budgets"].startswith("data, k")
+    # Too wide for a table: an entry each.
+    _, out, _ = bench("list", "attacks")
+    assert re.search(r"budgets +data, k", out)
+
+
+def test_run_passes_its_flags_on(bench, monkeypatch):
+    from bench.pipeline import Pipeline
+
+    seen = []
+
+    def look(self):
+        seen.append(self.config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "run", look)
+    flags = ("--no-utility", "--budget", "k=1,2", "-a", "attacks=unet,linear", "-a", "unet.images=300")
+    bench("run", "--defense", "none", "--attack", "composite", *flags)
+    assert seen[0].utility is False
+    assert seen[0].budget == "k=1,2"
+    assert seen[0].attack_options == {"attacks": "unet,linear", "unet": {"images": "300"}}
+    bench("run", "--defense", "none", "--attack", "unet")
+    assert seen[1].utility is True
+    assert seen[1].budget is None
 
 
 class TestProtect:
@@ -176,6 +212,11 @@ class TestBadRuns:
             (("--set", "training.epoch=1"), 2, "training.epoch"),
             (("--set", "dataset_options.identities=0"), 2, "identities"),
             (("-a", "widths=a"), 2, "widths"),
+            (("-a", "linear.rank=3"), 2, "unknown key 'linear'"),
+            (("--budget", "k=2,1"), 2, "budget"),
+            (("--budget", "epochs=1,2"), 2, "axes: data, k"),
+            (("--attack", "composite"), 2, "attacks"),
+            (("--attack", "composite", "-a", "attacks=unet,composite"), 2, "composite"),
             (("--image-size", "5"), 2, "image_size"),
             (("--device", "cuda:99"), 2, "device"),
         ],

@@ -92,6 +92,9 @@ def test_nested_and_merge():
     assert nested({"training.epochs": "3", "seed": "1"}) == {"training": {"epochs": "3"}, "seed": "1"}
     with pytest.raises(UsageError, match="set to a value already"):
         nested({"training": "3", "training.epochs": "1"})
+    for both in ({"a": "1", "a.b": "2"}, {"a.b": "2", "a": "1"}):
+        with pytest.raises(UsageError, match="-a a"):
+            nested(both, "-a")
     low = {"training": {"epochs": 1, "views": 2}}
     assert merge(low, {"training": {"epochs": 9}}) == {"training": {"epochs": 9, "views": 2}}
     assert low == {"training": {"epochs": 1, "views": 2}}
@@ -100,4 +103,5 @@ def test_nested_and_merge():
 def test_identity_of_a_run_ignores_where_it_is_kept():
     one = resolve({**BASE, "out": "a"}, {}).identifying()
     assert one == resolve({**BASE, "out": "b", "resume": False}, {}).identifying()
-    assert one != resolve({**BASE, "seed": 1}, {}).identifying()
+    for changes in ({"seed": 1}, {"utility": False}, {"budget": "k=1,2"}):
+        assert one != resolve({**BASE, **changes}, {}).identifying()

@@ -10,12 +10,14 @@ from rich.console import Console
 
 from attacks.base import Adversary, Capability, FitReport, Observation
 from bench import plugins
+from bench.attack_stages import AttackStages
+from bench.checks import check_coverage, check_needs
 from bench.config import resolve
 from bench.errors import BenchError, UsageError
 from bench.files import sha256
 from bench.pipeline import Pipeline
 from bench.results import read_result
-from bench.stages import Stages, check_coverage, check_needs, failing_as
+from bench.stages import Stages, failing_as
 
 TINY = {
     "defense": "partialface",
@@ -223,11 +225,12 @@ class TestCoverage:
 def test_an_attack_cannot_reach_the_victims(out, monkeypatch):
     """Whatever an attack can get hold of, the victims' pixels are not in it."""
     stages = pipeline(out)._stages(lambda *_, **__: None)
+    attacks = AttackStages(stages)
     victims = stages.splits.victims.images
     defense = stages.defense("partialface", {})
     attack = plugins.make_attack("unet", TINY["attack_options"], "quick")
-    adversary = stages.adversary(attack, defense, None, lambda *_, **__: None)
-    observation = next(stages.observations(attack, defense, torch.arange(8)))
+    adversary = attacks.adversary(attack, defense)
+    observation = next(attacks.observations(attack, defense, torch.arange(8), 1)).observation
     seen = [value for value in vars(adversary).values() if isinstance(value, torch.Tensor)]
     seen += [observation.representations]
     pixels = {victim.numpy().tobytes() for victim in victims}

@@ -6,7 +6,7 @@ from importlib.resources import files
 import pytest
 from pydantic import ValidationError
 
-from bench.results import Measure, RunResult, read_result
+from bench.results import AttackInfo, Identity, Measure, RunResult, read_result
 
 
 def test_a_missing_value_needs_a_reason():
@@ -22,6 +22,15 @@ def test_round_trip(tmp_path):
     document = json.loads(result.to_json())
     assert document["schema"] == "1"
     assert document["status"] == "error"
+
+
+def test_results_of_before_a_figure_existed_are_read():
+    measure = {"value": 0.5, "higher_is_better_for": "utility"}
+    old = Identity.model_validate(dict.fromkeys(("type1_tar", "type2_tar", "rank1", "cosine"), measure))
+    assert old.rank5 is None
+    assert old.knn_distance is None
+    attack = {"name": "x", "options": {}, "knowledge": "whitebox", "saturated": None, "states_covered": None}
+    assert AttackInfo.model_validate(attack).members == {}
 
 
 def test_unknown_fields_are_refused():

@@ -11,6 +11,7 @@ from bench.results import (
     DefenseInfo,
     EvaluatorInfo,
     Identity,
+    Linkage,
     Measure,
     PlannedStage,
     Quality,
@@ -18,6 +19,9 @@ from bench.results import (
     Recovery,
     RunPlan,
     RunResult,
+    StateInference,
+    StrengthCurve,
+    StrengthPoint,
     Throughput,
     Utility,
     Verification,
@@ -108,6 +112,97 @@ def test_everything_is_there(result):
         "runs/r",
     ):
         assert part in shown, part
+
+
+def curve(unsaturated, gain):
+    points = [
+        StrengthPoint(budget=budget, values={"ssim": measure(ssim), "type1_tar": measure(0.25)})
+        for budget, ssim in ((1000, 0.7), (2000, 0.8))
+    ]
+    return StrengthCurve(
+        axis="steps",
+        points=points,
+        gain_of_last_doubling={"ssim": gain},
+        tolerance={"ssim": 0.005},
+        unsaturated=unsaturated,
+    )
+
+
+def test_a_strength_curve_and_its_verdict(result):
+    shown = text(
+        render_result(result.model_copy(update={"strength": curve(True, measure(0.1, (0.08, 0.12)))}), Path("r"))
+    )
+    for part in ("budget of steps", "1,000", "0.700", "0.800", "25.0", "still gaining: a lower bound; SSIM +0.100"):
+        assert part in shown, part
+    assert "[+0.080, +0.120] (counts above 0.005)" in shown
+    unjudged = result.model_copy(update={"strength": curve(None, measure(None))})
+    assert "last doubling: not judged (no)" in text(render_result(unjudged, Path("r")))
+
+
+def test_members_stand_below_their_composite(result):
+    recovery = result.recovery.model_copy(update={"members": {"linear": quality(0.777), "unet": quality(0.8)}})
+    attack = result.attack.model_copy(update={"name": "composite"})
+    lines = text(render_result(result.model_copy(update={"recovery": recovery, "attack": attack}), Path("r")))
+    order = [lines.index(part) for part in ("composite, worst case", "  linear", "  unet", "floor: mean face")]
+    assert order == sorted(order)
+    assert "0.777" in lines
+
+
+def test_state_inference_stands_beside_guessing(result):
+    inference = StateInference(faces=measure(0.62, (0.6, 0.64)), channels=measure(0.9), chance=1 / 18)
+    shown = text(render_result(result.model_copy(update={"state_inference": inference}), Path("r")))
+    assert "62.0 ±2.0 % of the interceptions (guessing: 5.6 %)" in shown
+    assert "90.0 % of the channels" in shown
+
+
+def test_queries_are_told(result):
+    asker = result.attack.model_copy(update={"details": {"queries_per_victim": 6800.5, "fit_queries": 1000}})
+    shown = text(render_result(result.model_copy(update={"attack": asker}), Path("r")))
+    assert "unet: 6,800.5 score queries per victim, 1,000 embedding queries while it was fitted" in shown
+    composite = result.attack.model_copy(update={"name": "composite", "members": {"unet": asker}})
+    assert "unet: 6,800.5 score" in text(render_result(result.model_copy(update={"attack": composite}), Path("r")))
+    assert "queries" not in text(render_result(result, Path("r")))
+
+
+def test_a_linkage_run_shows_who_can_be_told_apart(result):
+    linkage = Linkage(
+        protected_plain=verification(0.83),
+        protected_protected=verification(0.72),
+        plain=verification(0.97),
+        rank1=measure(0.375, (0.25, 0.5)),
+        d_sys={"protected_protected": measure(0.444), "protected_plain": measure(0.555)},
+    )
+    update = {"recovery": None, "evaluator": None, "utility": None, "linkage": linkage}
+    shown = text(render_result(result.model_copy(update=update), Path("r")))
+    for part in (
+        "Linkage of the victims (100 pairs)",
+        "protected against plain",
+        "83.0",
+        "72.0",
+        "ceiling: plain against plain",
+        "97.0",
+        "rank-1 among plain faces: 37.5 ±12.5 %",
+        "protected protected 0.444, protected plain 0.555",
+    ):
+        assert part in shown, part
+    assert "SSIM" not in shown
+
+
+def test_a_run_without_utility_shows_the_rest(result):
+    shown = text(render_result(result.model_copy(update={"utility": None}), Path("r")))
+    assert "Recognition of the victims" not in shown
+    assert "0.812" in shown
+
+
+def test_figures_that_older_results_do_not_have_are_dashes(result):
+    identity = result.recovery.identity
+    assert identity.rank5 is None
+    assert figure("rank5", identity.rank5) == "-"
+    newer = identity.model_copy(update={"rank5": measure(0.375), "knn_distance": measure(1.234)})
+    recovery = result.recovery.model_copy(update={"identity": newer})
+    shown = text(render_result(result.model_copy(update={"recovery": recovery}), Path("r")))
+    assert "37.5" in shown
+    assert "1.234" in shown
 
 
 def test_a_failed_run_is_one_line(result):

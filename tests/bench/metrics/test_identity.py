@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from bench.errors import DataError
 from bench.metrics import identity
-from bench.metrics.identity import content_ids, identity_leakage, split_gallery
+from bench.metrics.identity import content_ids, identity_leakage, knn_distance, split_gallery
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -56,6 +56,58 @@ def test_a_constant_recovery_earns_chance_at_rank_one() -> None:
     collapsed = torch.ones(25, 8)
     tied = identity_leakage(collapsed, collapsed, torch.arange(25), collapsed, torch.arange(25), 0.5)
     torch.testing.assert_close(tied.rank1, torch.full((25,), 1 / 25))
+
+
+def test_rank_five_counts_who_is_nearer() -> None:
+    # Person 0 is recovered, everybody added stands nearer to the recovery: 0 falls back one place each time.
+    angles = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.1])
+    gallery = torch.stack((angles.cos(), angles.sin()), dim=1)
+    recovered, person = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
+    found = [
+        identity_leakage(recovered, recovered, person, gallery[:people], torch.arange(people), 0.5).rank5.item()
+        for people in range(1, 7)
+    ]
+    assert found == [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_ties_share_the_places_that_are_left() -> None:
+    # Two are nearer, and eight (the person among them) tie for the remaining three of five places.
+    gallery = torch.cat((torch.tensor([[1.0, 0.0]]).expand(2, 2), torch.tensor([[0.0, 1.0]]).expand(8, 2)))
+    recovered, person = torch.tensor([[1.0, 0.1]]), torch.tensor([4])
+    leakage = identity_leakage(recovered, recovered, person, gallery, torch.arange(10), 0.5)
+    assert leakage.rank5.item() == pytest.approx(3 / 8)
+    assert leakage.rank1.item() == 0
+    collapsed = torch.ones(25, 8)
+    tied = identity_leakage(collapsed, collapsed, torch.arange(25), collapsed, torch.arange(25), 0.5)
+    torch.testing.assert_close(tied.rank5, torch.full((25,), 5 / 25))
+
+
+def test_knn_distance_is_to_the_nearest_other_image_of_the_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "_CHUNK", 3)
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    content = torch.tensor([0, 1, 2, 3, 4, 5, 5])  # the two images of person 2 are one image
+    plain = normal(7, 16)
+    attacked = torch.tensor([0, 2, 4, 5])
+    recovered = 3 * (plain[attacked] + 0.3 * normal(4, 16, seed=1))
+    distance = knn_distance(recovered, attacked, plain, labels, content)
+    unit, others = F.normalize(recovered, dim=1), F.normalize(plain, dim=1)
+    for row, candidates in enumerate(([1, 2], [0, 1], [3])):
+        expected = min(float((unit[row] - others[i]).norm()) for i in candidates)
+        assert distance[row] == pytest.approx(expected, abs=1e-5)
+    assert distance[3].isnan()
+    # The attacked image itself would be nearer than any other: it does not count.
+    assert (distance[:3] > (unit - others[attacked]).norm(dim=1)[:3]).all()
+
+
+def test_knn_distance_refuses_wrong_input() -> None:
+    plain, labels = normal(4, 8), torch.tensor([0, 0, 1, 1])
+    attacked, content = torch.tensor([0, 2]), torch.arange(4)
+    with pytest.raises(DataError, match="attacked"):
+        knn_distance(plain[:3], attacked, plain, labels, content)
+    with pytest.raises(DataError, match=r"plain must be \(M, 8\)"):
+        knn_distance(plain[:2], attacked, plain, labels, content[:3])
+    with pytest.raises(DataError, match="NaN"):
+        knn_distance(plain[:2] * torch.nan, attacked, plain, labels, content)
 
 
 def test_wrong_input_is_refused() -> None:

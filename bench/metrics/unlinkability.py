@@ -1,0 +1,246 @@
+"""Unlinkability: how far an attacker who compares two protected faces learns that they show one person.
+
+Gomez-Barrero, Galbally, Rathgeb and Busch, *General Framework to Evaluate Unlinkability in Biometric Template
+Protection Systems*, IEEE TIFS 13(6), 2018. With mated scores (one person) and non-mated scores (two people), priors
+alike (omega = 1):
+
+* LR(s) = p(s | mated) / p(s | non-mated);
+* D(s) = 0 where LR(s) <= 1, else 2 LR(s) / (1 + LR(s)) - 1: the *local* measure, 1 where only mated pairs score s;
+* D_sys = integral of D(s) p(s | mated) ds: 0 is unlinkable, 1 fully linkable.
+
+Densities are histograms, as in the authors' method. Theirs has bins of equal width, min(M / 10, 100) of them for M
+mated scores. D_sys does not change under a monotone map of the scores, but such bins do, and a single outlier empties
+most of them. Here bins are of equal *mass*, both classes weighing one half: ranks alone decide.
+
+How many bins? D_sys is the expectation of a convex function of LR that vanishes at LR = 1, hence an f-divergence:
+merging bins can only lower it, while sampling noise can only raise its expectation (Jensen), above all where the truth
+is 0. For two samples of one distribution, of M and N scores in B bins, the expectation is at most about
+
+    0.1995 sqrt(r) + r / 8   with   r = B (1/M + 1/N)
+
+(the excess of mated over non-mated share in a bin is about normal, of variance r / B^2). :func:`choose_bins` takes as
+many bins, at most the authors' 100, as keep this below :data:`LARGEST_BIAS`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.errors import DataError
+from bench.metrics.bootstrap import REPLICATES, draw_identities
+from bench.metrics.estimate import Estimate
+
+#: What D_sys of an unlinkable system may come to by chance, on average.
+LARGEST_BIAS = 0.05
+_MOST_BINS = 100
+
+#: Resampled weights times pairs held at once.
+_CHUNK_ELEMENTS = 2_000_000
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Unlinkability:
+    """D_sys and the histogram it comes from, of B bins.
+
+    Attributes:
+        d_sys: in [0, 1].
+        edges: float64 (B - 1,), rising, between the bins; a score on an edge lies above it.
+        mated, non_mated: float64 (B,), the shares of each class; both sum to 1.
+        likelihood_ratio: float64 (B,); infinite where a bin holds mated scores alone.
+        local: float64 (B,), D(s) in [0, 1].
+    """
+
+    d_sys: float
+    edges: Tensor
+    mated: Tensor
+    non_mated: Tensor
+    likelihood_ratio: Tensor
+    local: Tensor
+
+
+def chance_level(bins: int, mated: int, non_mated: int) -> float:
+    """What D_sys comes to at most, on average, where both classes have one distribution and scores are independent.
+
+    Args:
+        bins: B, of equal mass.
+        mated: scores of pairs of one person.
+        non_mated: scores of pairs of two people.
+
+    Example:
+        >>> round(chance_level(70, 3000, 3000), 3)
+        0.049
+    """
+    ratio = bins * (1 / mated + 1 / non_mated)
+    return math.sqrt(ratio) / (2 * math.sqrt(2 * math.pi)) + ratio / 8
+
+
+def choose_bins(mated: int, non_mated: int) -> int:
+    """The largest even number of bins, from 2 to 100, whose :func:`chance_level` is at most :data:`LARGEST_BIAS`.
+
+    Even, so that one edge is the common median: scores that do not overlap are told apart whatever the number. Below
+    some 80 scores of each class not even two bins keep the bias that low.
+
+    Example:
+        >>> choose_bins(3000, 3000), choose_bins(300, 300), choose_bins(30, 30)
+        (72, 6, 2)
+    """
+    bins = _MOST_BINS
+    while bins > 2 and chance_level(bins, mated, non_mated) > LARGEST_BIAS:
+        bins -= 2
+    return bins
+
+
+def unlinkability(scores: Tensor, same: Tensor, *, bins: int | None = None) -> Unlinkability:
+    """D_sys and the local measure.
+
+    Args:
+        scores: float (P,), higher is more alike.
+        same: bool (P,), whether the pair is mated.
+        bins: how many, of equal mass; fewer come out where scores tie. None for :func:`choose_bins`.
+
+    Raises:
+        DataError: shapes differ, a score is not finite, one class is absent, or ``bins`` is below 1.
+
+    Example:
+        >>> import torch
+        >>> same = torch.tensor([True] * 4 + [False] * 4)
+        >>> unlinkability(torch.tensor([0.6, 0.7, 0.8, 0.9, 0.1, 0.2, 0.3, 0.4]), same).d_sys
+        1.0
+        >>> unlinkability(torch.tensor([0.1, 0.2, 0.8, 0.9, 0.1, 0.2, 0.8, 0.9]), same).d_sys
+        0.0
+    """
+    scores, same = _checked(scores, same)
+    edges = _edges(scores, same, bins)
+    mated, non_mated = (share[0] for share in _shares(_one_hot(scores, edges), same, None))
+    local = _local(mated, non_mated)
+    ratio = torch.where(mated > 0, mated / non_mated, torch.zeros_like(mated))
+    return Unlinkability(float((local * mated).sum()), edges, mated, non_mated, ratio, local)
+
+
+def unlinkability_estimate(
+    scores: Tensor,
+    same: Tensor,
+    identities: Tensor,
+    generator: torch.Generator,
+    *,
+    bins: int | None = None,
+    replicates: int = REPLICATES,
+) -> Estimate:
+    """D_sys with its interval over identities, resampled as in :mod:`bench.metrics.bootstrap`; bins stay as they are.
+
+    A resample is noisier than the sample, and noise raises D_sys: of an unlinkable system every replicate would lie
+    above the estimate. So the replicates' spread is kept and their mean moved to the estimate, within [0, 1].
+
+    Args:
+        scores: float (P,), higher is more alike.
+        same: bool (P,), whether the pair is mated.
+        identities: int64 (P, 2), the people of each pair.
+        generator: source of the draws.
+        bins: as :func:`unlinkability`.
+        replicates: how many resamples.
+
+    Raises:
+        DataError: as :func:`unlinkability`, or ``same`` contradicts the identities.
+
+    Example:
+        >>> import torch
+        >>> people = torch.combinations(torch.arange(8), with_replacement=True)
+        >>> same = people[:, 0] == people[:, 1]
+        >>> estimate = unlinkability_estimate(same.float(), same, people, torch.Generator().manual_seed(0))
+        >>> estimate.value, estimate.ci95
+        (1.0, None)
+    """
+    point = unlinkability(scores, same, bins=bins)
+    scores, same = _checked(scores, same)
+    if identities.shape != (len(scores), 2):
+        raise DataError(f"identities of the pairs must be ({len(scores)}, 2), got {tuple(identities.shape)}")
+    people, index = torch.unique(identities.cpu(), return_inverse=True)
+    if not torch.equal(index[:, 0] == index[:, 1], same):
+        raise DataError("the pairs contradict the identities: `same` must hold exactly within a person")
+    member = _one_hot(scores, point.edges)
+    rows = max(1, _CHUNK_ELEMENTS // max(len(scores), len(people)))
+    samples = []
+    for start in range(0, replicates, rows):
+        drawn = draw_identities(len(people), generator, min(rows, replicates - start))
+        weights = drawn[:, index[:, 0]]
+        mated, non_mated = _shares(member, same, torch.where(same, weights, weights * drawn[:, index[:, 1]]))
+        samples.append((_local(mated, non_mated) * mated).sum(dim=1))
+    return _with_interval(point.d_sys, torch.cat(samples), len(scores))
+
+
+def _with_interval(value: float, samples: Tensor, n: int) -> Estimate:
+    defined = samples[~samples.isnan()]
+    if len(defined) < 0.95 * len(samples):
+        return Estimate(value, None, n, "too few identities: many resamples hold no mated or no non-mated pairs")
+    if defined.max() - defined.min() <= 1e-12:
+        return Estimate(value, None, n, "no confidence interval: every resample gives the same value")
+    tail = (1 - _LEVEL) / 2
+    ends = torch.quantile(defined, torch.tensor([tail, 1 - tail], dtype=torch.float64)) - defined.mean() + value
+    low, high = ends.clamp(0, 1).tolist()
+    return Estimate(value, (min(low, value), max(high, value)), n)
+
+
+def _edges(scores: Tensor, same: Tensor, bins: int | None) -> Tensor:
+    """Edges between bins of equal mass, each class weighing one half."""
+    mated, non_mated = int(same.sum()), int((~same).sum())
+    if bins is None:
+        bins = choose_bins(mated, non_mated)
+    if bins < 1:
+        raise DataError(f"a histogram needs at least one bin, got {bins}")
+    order = scores.argsort(stable=True)
+    ranked = scores[order]
+    mass = torch.where(same[order], 0.5 / mated, 0.5 / non_mated).cumsum(0)
+    # Where a share of the mass ends is a matter of rounding: half a score's weight decides nothing else.
+    slack = 0.25 / max(mated, non_mated)
+    wanted = torch.arange(1, bins, dtype=torch.float64) / bins - slack
+    last = torch.searchsorted(mass, wanted).clamp_max(len(ranked) - 2)
+    below, above = ranked[last], ranked[last + 1]
+    # Equal scores share a bin; an edge through them goes to their upper end.
+    tied = below == above
+    upper = torch.searchsorted(ranked, below, right=True).clamp_max(len(ranked) - 1)
+    edges = torch.where(tied, (below + ranked[upper]) / 2, (below + above) / 2)
+    distinct: Tensor = torch.unique(edges[edges > ranked[0]])
+    return distinct
+
+
+def _one_hot(scores: Tensor, edges: Tensor) -> Tensor:
+    """float64 (P, B): which bin each score lies in."""
+    bins = torch.bucketize(scores, edges, right=True)
+    return F.one_hot(bins, len(edges) + 1).to(torch.float64)
+
+
+def _shares(member: Tensor, same: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Shares (R, B) of mated and non-mated pairs in each bin; NaN for a replicate without a class."""
+    weights = torch.ones(1, len(same), dtype=torch.float64) if weights is None else weights
+    found = []
+    for mask in (same, ~same):
+        mass = weights[:, mask] @ member[mask]
+        found.append(mass / mass.sum(dim=1, keepdim=True))
+    return found[0], found[1]
+
+
+def _local(mated: Tensor, non_mated: Tensor) -> Tensor:
+    """D(s) of each bin: 2 LR / (1 + LR) - 1 = (p - q) / (p + q), which needs no care where q is 0."""
+    total = mated + non_mated
+    excess = (mated - non_mated).clamp(min=0)
+    return torch.where(total == 0, torch.zeros_like(total), excess / torch.where(total == 0, 1.0, total))
+
+
+def _checked(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    if scores.ndim != 1 or same.shape != scores.shape or same.dtype != torch.bool:
+        raise DataError(
+            f"scores and same must be float (P,) and bool (P,), got {tuple(scores.shape)} and "
+            f"{same.dtype} {tuple(same.shape)}"
+        )
+    scores, same = scores.detach().cpu().to(torch.float64), same.cpu()
+    if not torch.isfinite(scores).all():
+        raise DataError("linkage scores must be finite; the attack's embeddings hold NaN or infinity")
+    if not same.any() or same.all():
+        raise DataError("unlinkability needs both mated and non-mated pairs")
+    return scores, same

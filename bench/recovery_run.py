@@ -1,0 +1,182 @@
+"""A run of a recovery attack, alone or composed of several: what comes back, beside the floors and the ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from bench.attack_stages import AttackStages
+from bench.attempt import Attempt
+from bench.budget import Budget
+from bench.composite import members
+from bench.errors import MissingError
+from bench.findings import Findings, attack_info, composite_info, weigh
+from bench.floor import floor_recoveries
+from bench.judge import Assessment, Judge
+from bench.metrics.perceptual import Lpips, load_lpips
+from bench.outcome import Outcome, outcome
+from bench.results import AttackInfo, Measure, Quality, Recovery, StrengthCurve, Throughput
+from bench.samples import write_sheet
+from bench.speed import recovery_speed
+from bench.state_inference import state_inference
+from bench.store import RunStore
+from bench.strength import RECOVERY_TOLERANCE, spent, strength_curve
+from defenses.base import Defense
+
+
+def run_recovery(
+    attacks: AttackStages, attempts: Sequence[Attempt], defense: Defense, plain: Defense, store: RunStore
+) -> Findings:
+    """Let a recovery attack loose on a defence and measure what comes back.
+
+    Args:
+        attacks: hands attacks what they may have, and runs them.
+        attempts: one per budget; the last is the run's own.
+        defense: the one attacked.
+        plain: the defence that does nothing, for the ceiling.
+        store: takes the raw values and the contact sheet.
+
+    Raises:
+        BenchError: an attack gave up, or was trained on less than what the defence emits.
+    """
+    stages, own = attacks.stages, attempts[-1]
+    probes = attacks.selection.attacked
+    # First what takes long and is kept, then what is measured on it.
+    info = _info(attacks, own, defense)
+    for attempt, target in [*((one, defense) for one in attempts), (own, plain)]:
+        for member in members(attempt).values():
+            attacks.recovered(member, target, probes)
+    judge = make_judge(attacks)
+
+    with stages.timed("measure"):
+        outcomes = [outcome(attacks, judge, attempt, defense, probes) for attempt in attempts]
+        result = outcomes[-1]
+        ceiling = result if defense.name == plain.name else outcome(attacks, judge, own, plain, probes)
+        floors = {name: judge.assess(faces) for name, faces in floor_recoveries(attacks, defense, probes).items()}
+        strength = _strength(attacks, judge, attempts, outcomes) if attacks.config.budget else None
+        inference = state_inference(result.right, defense, judge)
+
+    info, warnings = weigh(info, strength)
+    recovery = Recovery(
+        **result.assessment.quality.model_dump(),
+        floors={name: floor.quality for name, floor in floors.items()},
+        ceiling=ceiling.assessment.quality,
+        members={name: member.assessment.quality for name, member in result.members.items()},
+    )
+    tables = {own.name: result.assessment}
+    tables |= {name: member.assessment for name, member in result.members.items()}
+    tables |= {"ceiling": ceiling.assessment, **floors}
+    if strength is not None:
+        earlier = zip(strength.points[:-1], outcomes[:-1], strict=True)
+        tables |= {f"{own.name} {strength.axis}={point.budget:.10g}": one.assessment for point, one in earlier}
+    _write_raw(tables, store)
+    columns = {"recovered": result.faces, "ceiling": ceiling.faces}
+    write_sheet(attacks, defense, probes, columns, _captions(result), store)
+    with stages.timed("throughput"):
+        throughput = _throughput(attacks, own, defense, result)
+    return Findings(
+        attack=info,
+        warnings=[*warnings, *_broken(recovery)],
+        evaluator=judge.info,
+        recovery=recovery,
+        state_inference=inference,
+        strength=strength,
+        throughput=throughput,
+    )
+
+
+def make_judge(attacks: AttackStages) -> Judge:
+    """The judge of a run, with LPIPS where its weights are there."""
+    stages, config, device = attacks.stages, attacks.config, attacks.fabric.device
+    lpips: Lpips | MissingError
+    try:
+        lpips = load_lpips(None, device)
+    except MissingError as error:
+        lpips = error
+    return Judge(
+        stages.splits.victims,
+        stages.splits.pairs,
+        attacks.selection,
+        evaluator=stages.evaluator,
+        embeddings=stages.plain_embeddings(),
+        lpips=lpips,
+        replicates=config.bootstrap,
+        seed=attacks.streams.seed_for("bootstrap"),
+        batch_size=config.batch_size,
+        device=device,
+    )
+
+
+def _info(attacks: AttackStages, attempt: Attempt, defense: Defense) -> AttackInfo:
+    probes = attacks.selection.attacked
+    infos = {}
+    for name, member in members(attempt).items():
+        # Before anything is recovered: an attack that was mis-driven is not let loose.
+        infos[name] = attack_info(attacks, member, defense)
+        queries = attacks.recovered(member, defense, probes).queries
+        if queries is not None:
+            details = {**infos[name].details, "queries_per_victim": queries / len(probes)}
+            infos[name] = infos[name].model_copy(update={"details": details})
+    return infos[attempt.name] if attempt.name in infos else composite_info(attempt, attacks.config.knowledge, infos)
+
+
+def _strength(
+    attacks: AttackStages, judge: Judge, attempts: Sequence[Attempt], outcomes: Sequence[Outcome]
+) -> StrengthCurve:
+    budget = Budget.parse(attacks.config.budget or "")
+    return strength_curve(
+        budget.axis,
+        spent(attacks, attempts, budget),
+        [_leakage(one.assessment.quality) for one in outcomes],
+        lambda name: judge.gain(name, outcomes[-1].assessment, outcomes[-2].assessment),
+        RECOVERY_TOLERANCE,
+    )
+
+
+def _leakage(quality: Quality) -> Mapping[str, Measure]:
+    """The figures of a strength curve."""
+    own = {name: getattr(quality, name) for name in ("ssim", "psnr", "psnr_aligned")}
+    return {**own, "cosine": quality.identity.cosine, "type1_tar": quality.identity.type1_tar}
+
+
+def _broken(recovery: Recovery) -> list[str]:
+    """A warning where the attack gets nothing even out of a face that nobody protects."""
+    ceiling, floors = recovery.ceiling, recovery.floors.values()
+
+    def beaten(value: float | None, others: Sequence[float | None]) -> bool:
+        return value is not None and all(other is None or value > other for other in others)
+
+    image = beaten(ceiling.ssim.value, [floor.ssim.value for floor in floors])
+    identity = beaten(ceiling.identity.cosine.value, [floor.identity.cosine.value for floor in floors])
+    if image or identity:
+        return []
+    return [
+        "the attack beats no trivial guess on unprotected faces, neither as a picture nor as a person: it is broken"
+    ]
+
+
+def _throughput(attacks: AttackStages, attempt: Attempt, defense: Defense, result: Outcome) -> dict[str, Throughput]:
+    probes = attacks.selection.attacked
+    if result.recovered is not None:
+        return {"recover": recovery_speed(attacks, attempt, defense, probes, result.recovered)}
+    found = {}
+    for name, member in members(attempt).items():
+        recovered = result.members[name].recovered
+        assert recovered is not None  # composite attacks do not nest
+        found[f"recover {name}"] = recovery_speed(attacks, member, defense, probes, recovered)
+    return found
+
+
+def _captions(result: Outcome) -> list[str]:
+    values = result.assessment.values
+    rows = zip(values["ssim"].tolist(), values["psnr"].tolist(), values["cosine"].tolist(), strict=True)
+    captions = [f"SSIM {ssim:.3f}  PSNR {psnr:.1f} dB  cosine {cosine:.2f}" for ssim, psnr, cosine in rows]
+    if result.best:
+        captions = [f"{name}: {caption}" for name, caption in zip(result.best, captions, strict=True)]
+    return captions
+
+
+def _write_raw(assessments: Mapping[str, Assessment], store: RunStore) -> None:
+    tables = [assessment.per_image.assign(method=name) for name, assessment in assessments.items()]
+    store.write_table("per_image", pd.concat(tables, ignore_index=True))

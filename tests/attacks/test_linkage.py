@@ -1,0 +1,453 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from pydantic import ValidationError
+from sklearn.metrics import roc_auc_score
+from torch.nn import functional
+
+import attacks.encoder
+from attacks.linkage import Linkage, LinkageOptions, _HeldOut
+
+SIZE = 16
+TINY = {
+    "widths": (8, 16),
+    "blocks": 1,
+    "embedding_size": 16,
+    "batch_size": 24,
+    "augmentation": 0.3,
+    "teacher_steps": 60,
+    "teacher_learning_rate": 5e-3,
+    "steps": 60,
+    "learning_rate": 5e-3,
+    "state_faces": 60,
+    "validation": 0.2,
+}
+#: So few steps that only bookkeeping can be tested.
+BRIEF = TINY | {"teacher_steps": 6, "steps": 6}
+
+
+def people(count, *, seed=0, each=3):
+    """uint8 (count * each, 3, 16, 16): pictures of ``count`` people, ``each`` in a row, that differ a little."""
+    generator = torch.Generator().manual_seed(seed)
+    person = torch.rand(count, 1, 3, 4, 4, generator=generator)
+    picture = torch.rand(count, each, 3, 4, 4, generator=generator)
+    light = torch.rand(count, each, 1, 1, 1, generator=generator)
+    coarse = (0.75 * person + 0.25 * picture + 0.2 * (light - 0.5)).flatten(0, 1)
+    return functional.interpolate(coarse, (SIZE, SIZE), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
+
+
+PUBLIC, UNSEEN = people(40), people(20, seed=1)
+
+
+def pair_auc(one, other):
+    """AUC over all pairs of different pictures in UNSEEN, one side from each set of embeddings."""
+    person = torch.arange(len(one)) // 3
+    first, second = torch.triu_indices(len(one), len(one), offset=1)
+    return roc_auc_score(person[first] == person[second], (one[first] * other[second]).sum(dim=1))
+
+
+def linked(attack, defense, faces=UNSEEN, seed=9):
+    """Embeddings of ``faces`` intercepted and plain."""
+    sent = defense.protect(faces / 255, torch.Generator().manual_seed(seed)).representation
+    return attack.embed_representations(sent), attack.embed_faces(faces / 255)
+
+
+def fit(adversary, **options):
+    attack = Linkage(LinkageOptions(**TINY | options))
+    return attack, attack.fit(adversary)
+
+
+def weights_of(attack):
+    return {name: value.clone() for name, value in attack.state_dict().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def on_plain(make_adversary, plain):
+    """An attack fitted where faces are sent as they are, and its report."""
+    return fit(make_adversary(plain(image_size=SIZE), faces=PUBLIC))
+
+
+@pytest.fixture(scope="module")
+def on_pick(make_adversary, pick):
+    return fit(make_adversary(pick(), faces=PUBLIC), hints=1.0)
+
+
+# -- options ------------------------------------------------------------------------------------------
+
+
+def test_strings_from_the_command_line_parse():
+    options = LinkageOptions.model_validate({"widths": "8,16", "teacher": "model.onnx", "infer_state": "false"})
+    assert options.widths == (8, 16)
+    assert options.teacher is not None
+    assert options.teacher.name == "model.onnx"
+    assert options.infer_state is False
+
+
+@pytest.mark.parametrize("preset", ["quick", "cpu", "gpu", "paper"])
+def test_presets_are_valid_and_only_the_paper_leaves_the_published_way_alone(preset):
+    options = LinkageOptions.model_validate(Linkage.presets[preset])
+    published = options.learning_rate == 5e-4 and options.hints == 0 and not options.infer_state
+    assert published is (preset == "paper")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"learning_rate": 0}, {"margin": 1.0}, {"hints": -1}, {"embedding_size": 1}, {"validation": 1}],
+)
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        LinkageOptions.model_validate(wrong)
+
+
+# -- linking ------------------------------------------------------------------------------------------
+
+
+def test_faces_sent_as_they_are_are_linked_as_well_as_plain_ones(on_plain, plain):
+    attack, _ = on_plain
+    intercepted, faces = linked(attack, plain(image_size=SIZE))
+    ceiling = pair_auc(faces, faces)
+    assert ceiling > 0.85
+    assert pair_auc(intercepted, faces) > ceiling - 0.03
+    assert (intercepted * faces).sum(dim=1).mean() > 0.9
+
+
+def test_a_defence_that_lets_nothing_through_is_not_linked(make_adversary, plain):
+    class Nothing(plain):
+        def transform(self, faces, state, generator):
+            return torch.rand(faces.shape, generator=generator)
+
+    defense = Nothing(image_size=SIZE)
+    attack, report = fit(make_adversary(defense, faces=PUBLIC))
+    intercepted, faces = linked(attack, defense)
+    assert 0.4 < pair_auc(intercepted, faces) < 0.6
+    assert pair_auc(faces, faces) > 0.85
+    assert report.details["validation_loss"] > 0.9 * report.details["floor_loss"]
+
+
+def test_maps_of_secretly_chosen_channels_are_linked(on_pick, pick):
+    attack, report = on_pick
+    intercepted, faces = linked(attack, pick())
+    assert pair_auc(intercepted, faces) > 0.75
+    assert report.details["states_inferred"] is True
+    assert report.details["validation_loss"] < 0.7 * report.details["floor_loss"]
+
+
+def test_reading_the_state_beats_the_mixture(on_pick, make_adversary, pick):
+    _, mixture = fit(make_adversary(pick(), faces=PUBLIC), hints=1.0, infer_state=False)
+    assert mixture.details["states_inferred"] is False
+    assert on_pick[1].details["validation_loss"] < mixture.details["validation_loss"]
+
+
+def test_an_oracle_links_without_being_told_states(on_pick, make_adversary, pick):
+    oracle, _ = fit(make_adversary(pick(), "oracle", faces=PUBLIC), hints=1.0)
+    assert equal(weights_of(oracle), weights_of(on_pick[0]))
+
+
+def test_a_black_box_infers_the_secret_from_what_is_sent(make_adversary, pick):
+    class Described(pick):
+        def with_places(self, places):
+            return type(self)(image_size=self.image_size, table=places)
+
+    defense = Described(table=torch.tensor([[5, 2], [0, 3], [4, 1]]))
+    others = people(30, seed=2)
+
+    def traffic(count):
+        index = torch.arange(count) % len(others)
+        yield defense.protect(others[index] / 255, torch.Generator().manual_seed(3)).representation
+
+    adversary = replace(make_adversary(defense, "blackbox", faces=PUBLIC), traffic=traffic)
+    attack, report = fit(adversary, hints=1.0, traffic=90)
+    assert report.details["states_found"] == 3
+    intercepted, faces = linked(attack, defense)
+    assert pair_auc(intercepted, faces) > 0.7
+
+
+def test_a_black_box_without_inference_trains_on_guesses(make_adversary, pick):
+    _, report = fit(make_adversary(pick(), "blackbox", faces=PUBLIC), **BRIEF | {"infer_state": False})
+    assert report.details["states_inferred"] is False
+    assert report.details["steps"] == 6
+
+
+def test_representations_of_any_shape_are_linked(make_adversary, plain):
+    class Template(plain):
+        """Forty fixed random projections of the face."""
+
+        @property
+        def representation_shape(self):
+            return (40, 1, 1)
+
+        def transform(self, faces, state, generator):
+            matrix = torch.randn(3 * SIZE * SIZE, 40, generator=torch.Generator().manual_seed(0))
+            return (faces.flatten(1) @ matrix)[:, :, None, None]
+
+    defense = Template(image_size=SIZE)
+    attack, report = fit(make_adversary(defense, faces=PUBLIC), hints=1.0)
+    intercepted, faces = linked(attack, defense)
+    assert pair_auc(intercepted, faces) > 0.75
+    assert report.details["validation_loss"] < 0.8 * report.details["floor_loss"]
+
+
+def test_embeddings_have_unit_rows_and_do_not_depend_on_the_batch(on_pick, pick):
+    attack, _ = on_pick
+    sent = pick().protect(UNSEEN / 255, torch.Generator().manual_seed(0)).representation
+    for embed, inputs in ((attack.embed_representations, sent), (attack.embed_faces, UNSEEN / 255)):
+        whole = embed(inputs)
+        assert whole.shape == (60, 16)
+        assert whole.dtype == torch.float32
+        torch.testing.assert_close(whole.norm(dim=1), torch.ones(60))
+        torch.testing.assert_close(torch.cat([embed(part) for part in inputs.split(7)]), whole, atol=1e-5, rtol=0)
+        assert embed(inputs[:0]).shape == (0, 16)
+
+
+def test_a_face_and_its_mirror_image_are_one(on_plain):
+    attack, _ = on_plain
+    faces = UNSEEN / 255
+    torch.testing.assert_close(attack.embed_faces(faces), attack.embed_faces(faces.flip(-1)), atol=1e-5, rtol=0)
+
+
+def test_input_that_cannot_be_linked_is_refused(on_plain):
+    attack, _ = on_plain
+    with pytest.raises(ValueError, match="not finite"):
+        attack.embed_representations(torch.full((1, 3, SIZE, SIZE), torch.nan))
+    with pytest.raises(ValueError, match="takes representations"):
+        attack.embed_representations(torch.rand(1, 4, SIZE, SIZE))
+    with pytest.raises(ValueError, match="float faces"):
+        attack.embed_faces(UNSEEN)
+    with pytest.raises(ValueError, match="prepared or fitted"):
+        Linkage().embed_faces(UNSEEN / 255)
+
+
+# -- a published teacher ------------------------------------------------------------------------------
+
+
+def recogniser(path, seed=0):
+    """An ONNX recogniser: a random linear map of a 16 x 16 face to 12 dimensions."""
+    weights = np.random.default_rng(seed).normal(size=(3 * SIZE * SIZE, 12)).astype(np.float32)
+    nodes = [
+        helper.make_node("Flatten", ["input"], ["flat"], axis=1),
+        helper.make_node("MatMul", ["flat", "w"], ["embedding"]),
+    ]
+    ends = (("input", ["n", 3, SIZE, SIZE]), ("embedding", ["n", 12]))
+    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in ends)
+    constant = helper.make_tensor("w", TensorProto.FLOAT, weights.shape, weights.flatten())
+    graph = helper.make_graph(nodes, "linear", inputs, outputs, [constant])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return torch.from_numpy(weights)
+
+
+def test_a_student_imitates_a_published_teacher(make_adversary, plain, tmp_path):
+    weights = recogniser(tmp_path / "public.onnx")
+    defense = plain(image_size=SIZE)
+    adversary = make_adversary(defense, faces=PUBLIC)
+    attack, report = fit(adversary, teacher=tmp_path / "public.onnx", hints=1.0, steps=100)
+    intercepted, faces = linked(attack, defense)
+    pixels = (UNSEEN.float() - 127.5) / 128
+    expected = functional.normalize((pixels.flatten(1) + pixels.flip(-1).flatten(1)) @ weights, dim=1)
+    torch.testing.assert_close(faces, expected, atol=1e-4, rtol=0)
+    assert (intercepted * faces).sum(dim=1).mean() > 0.8
+    assert report.details["teacher"]["file"] == "public.onnx"
+    assert "teacher_steps" not in report.details
+    # Stored weights belong to this file alone.
+    recogniser(tmp_path / "public.onnx", seed=1)
+    again = Linkage(attack.options)
+    again.prepare(adversary)
+    again.load_state_dict(attack.state_dict())
+    with pytest.raises(ValueError, match="not the file"):
+        again.embed_faces(UNSEEN / 255)
+
+
+def test_a_teacher_that_is_not_there_is_refused(make_adversary, plain, tmp_path):
+    attack = Linkage(LinkageOptions(**BRIEF | {"teacher": tmp_path / "absent.onnx"}))
+    with pytest.raises(ValueError, match=r"absent\.onnx does not exist"):
+        attack.fit(make_adversary(plain(image_size=SIZE), faces=PUBLIC))
+
+
+def test_a_published_teacher_needs_no_second_picture_of_anyone(make_adversary, plain, tmp_path):
+    recogniser(tmp_path / "public.onnx")
+    adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC)
+    strangers = replace(adversary, identities=torch.arange(len(PUBLIC)))
+    _, report = fit(strangers, **BRIEF | {"teacher": tmp_path / "public.onnx"})
+    assert report.details["teacher_accuracy"] is None
+
+
+# -- what a fit reports -------------------------------------------------------------------------------
+
+
+def test_the_curves_are_of_identities_that_were_not_trained_on(on_plain):
+    _, report = on_plain
+    details = report.details
+    assert (details["training_identities"], details["training_faces"], details["validation_faces"]) == (32, 96, 24)
+    assert details["validation_pairs"] == [24, 24 * 23 // 2 - 24]
+    images = [seen for seen, _ in report.curve]
+    assert images == sorted(images)
+    assert images[-1] == details["images_seen"] == 60 * 24
+    assert report.curve[-1][1] == details["validation_loss"]
+    assert details["teacher_curve"][-1] == [60 * 24, pytest.approx(1 - details["teacher_auc"], abs=1e-6)]
+    assert details["student_auc"] > details["teacher_auc"] - 0.05
+    assert 0.5 < details["student_accuracy"] <= 1
+
+
+def test_a_few_steps_are_flagged_unsaturated(on_plain):
+    _, report = on_plain
+    assert report.saturated is False
+    assert report.details["student_saturated"] is False
+
+
+def test_a_student_that_has_nothing_to_learn_saturates_but_only_with_its_teacher(make_adversary, plain):
+    adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC)
+    options = {"steps": 340, "batch_size": 8, "early_stop": True, "widths": (4, 8), "decay": 0.3, "plateau": 0.3}
+    _, hurried = fit(adversary, **options | {"teacher_steps": 30})
+    assert hurried.details["student_saturated"] is True
+    assert hurried.saturated is False
+
+
+def test_states_seen_are_recorded(on_plain, on_pick, pick):
+    assert torch.equal(on_pick[1].states_seen, pick().states())
+    assert on_plain[1].states_seen is None
+
+
+def test_only_the_states_drawn_are_recorded(make_adversary, pick):
+    class Stuck(pick):
+        def draw(self, count, generator, labels=None):
+            return torch.ones(count, 1, dtype=torch.int64)
+
+    _, report = fit(make_adversary(Stuck(), faces=PUBLIC), **BRIEF)
+    assert report.states_seen.tolist() == [[1]]
+
+
+def test_progress_counts_both_trainings(make_adversary, plain):
+    seen = []
+    adversary = make_adversary(
+        plain(image_size=SIZE), faces=PUBLIC, report=lambda done, total, **f: seen.append((done, total, f))
+    )
+    fit(adversary, **BRIEF)
+    assert [done for done, _, _ in seen] == [24 * step for step in range(1, 13)]
+    assert {total for _, total, _ in seen} == {24 * 12}
+    assert seen[-1][2].keys() == {"loss", "images_per_second"}
+
+
+def test_a_loss_that_is_not_finite_names_the_training(make_adversary, plain):
+    class Broken(plain):
+        def transform(self, faces, state, generator):
+            return faces * torch.inf
+
+    with pytest.raises(FloatingPointError, match=r"student's loss became nan at step 1"):
+        fit(make_adversary(Broken(image_size=SIZE), faces=PUBLIC), **BRIEF)
+
+
+# -- unusable public faces ----------------------------------------------------------------------------
+
+
+def test_faces_of_another_type_are_refused(make_adversary, plain):
+    with pytest.raises(ValueError, match="uint8"):
+        fit(make_adversary(plain(image_size=SIZE), faces=PUBLIC / 255), **BRIEF)
+
+
+def test_faces_without_identities_are_refused(make_adversary, plain):
+    adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC)
+    with pytest.raises(ValueError, match="one identity per public face"):
+        fit(replace(adversary, identities=adversary.identities[:5]), **BRIEF)
+
+
+@pytest.mark.parametrize(
+    "identities", [torch.arange(12) // 4, torch.arange(12)], ids=["three people", "one picture each"]
+)
+def test_too_few_identities_to_train_a_teacher_are_refused(make_adversary, plain, identities):
+    adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC[:12])
+    with pytest.raises(ValueError, match="give more, or a teacher"):
+        fit(replace(adversary, identities=identities), **BRIEF)
+
+
+# -- the same again -----------------------------------------------------------------------------------
+
+
+def test_same_seed_same_weights_and_another_seed_others(make_adversary, pick):
+    torch.manual_seed(0)
+    one, report = fit(make_adversary(pick(), faces=PUBLIC), **BRIEF)
+    torch.manual_seed(1)  # the global generator plays no part
+    same, again = fit(make_adversary(pick(), faces=PUBLIC), **BRIEF)
+    other, _ = fit(make_adversary(pick(), faces=PUBLIC, seed=1), **BRIEF)
+    assert report.curve == again.curve
+    assert equal(weights_of(one), weights_of(same))
+    assert not equal(weights_of(one), weights_of(other))
+
+
+def test_the_global_generator_is_left_alone(make_adversary, pick):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    fit(make_adversary(pick(), faces=PUBLIC), **BRIEF)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_stored_fit_links_as_before(on_pick, make_adversary, pick):
+    attack, _ = on_pick
+    again = Linkage(attack.options)
+    again.prepare(make_adversary(pick(), faces=PUBLIC))
+    again.load_state_dict(weights_of(attack))
+    for one, other in zip(linked(attack, pick()), linked(again, pick()), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("killed_at", [4, 9], ids=["teacher", "student"])
+def test_a_killed_fit_goes_on_where_it_stopped(make_adversary, pick, monkeypatch, tmp_path, killed_at):
+    whole, report = fit(make_adversary(pick(), faces=PUBLIC), **BRIEF)
+    monkeypatch.setattr(attacks.encoder, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+
+    def kill(done, total, **fields):
+        if done == 24 * killed_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_adversary(pick(), faces=PUBLIC, checkpoint=tmp_path, report=kill), **BRIEF)
+    steps = []
+    adversary = make_adversary(
+        pick(), faces=PUBLIC, checkpoint=tmp_path, report=lambda done, total, **f: steps.append(done)
+    )
+    resumed, again = fit(adversary, **BRIEF)
+    assert steps[0] == 24 * killed_at
+    assert again.curve == report.curve
+    assert torch.equal(again.states_seen, report.states_seen)
+    assert equal(weights_of(resumed), weights_of(whole))
+
+
+def test_a_checkpoint_of_another_fit_is_refused(make_adversary, plain, tmp_path):
+    adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC, checkpoint=tmp_path)
+    fit(adversary, **BRIEF)
+    with pytest.raises(ValueError, match="another fit"):
+        fit(adversary, **BRIEF | {"learning_rate": 0.01})
+
+
+# -- held-out pairs -----------------------------------------------------------------------------------
+
+
+def held_out(identities):
+    return _HeldOut.of(torch.zeros(len(identities), 3, 4, 4, dtype=torch.uint8), torch.tensor(identities))
+
+
+def test_auc_of_held_out_pairs_equals_scikit_learn():
+    held = held_out([0, 0, 1, 1, 2, 2, 2])
+    one, other = (torch.randn(7, 2, generator=torch.Generator().manual_seed(i)).round() for i in (0, 1))
+    scores = (one[held.first] * other[held.second]).sum(dim=1)
+    assert len(set(scores.tolist())) < len(scores)  # there are ties
+    assert held.auc(one, other) == pytest.approx(roc_auc_score(held.same, scores))
+
+
+def test_accuracy_of_held_out_pairs():
+    held = held_out([0, 0, 0, 1, 1, 1])
+    perfect = functional.one_hot(torch.tensor([0, 0, 0, 1, 1, 1])).float()
+    assert held.accuracy(perfect, perfect) == 1
+    assert held.accuracy(torch.ones(6, 2), torch.ones(6, 2)) == 0.5
+    assert held.verifiable
+    assert not held_out([0, 0, 1]).verifiable
+    assert not held_out([0, 1, 2, 3]).verifiable
