@@ -142,7 +142,9 @@ def _leakage(quality: Quality) -> Mapping[str, Measure]:
 
 def _broken(recovery: Recovery) -> list[str]:
     """A warning where the attack gets nothing even out of a face that nobody protects."""
-    ceiling, floors = recovery.ceiling, recovery.floors.values()
+    ceiling = recovery.ceiling
+    # Not the nearest public face: it is looked up by the whole picture, and not every attack sees one.
+    floors = [floor for name, floor in recovery.floors.items() if name != "nearest"]
 
     def beaten(value: float | None, others: Sequence[float | None]) -> bool:
         return value is not None and all(other is None or value > other for other in others)

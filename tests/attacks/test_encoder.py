@@ -143,6 +143,15 @@ def test_a_student_of_plain_faces_takes_over_everything():
     torch.testing.assert_close(student.eval()(faces), teacher.eval()(faces))
 
 
+def test_a_student_can_start_with_the_mean_and_spread_of_what_it_imitates():
+    network = encoder((3, 16, 16)).train()
+    targets = torch.randn(200, 5, generator=seeded()) * torch.tensor([0.1, 1, 2, 3, 4]) + 3
+    network.aim_at(targets)
+    embeddings = network(torch.rand(64, 3, 16, 16, generator=seeded(1))).detach()
+    torch.testing.assert_close(embeddings.mean(dim=0), targets.mean(dim=0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(embeddings.std(dim=0, correction=0), targets.std(dim=0, correction=0), rtol=1e-2, atol=0)
+
+
 # -- the margin softmax -------------------------------------------------------------------------------
 
 

@@ -1,0 +1,297 @@
+"""Template inversion: a decoder trained on public faces from the provider's embedding back to the face."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from lightning_fabric import Fabric
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from attacks.base import Adversary, AttackOptions, Capability, EmbeddingQuery, FitReport, Observation, RecoveryAttack
+from attacks.exposure import Exposure, chunks, to_float
+from attacks.generator import (
+    DecoderTraining,
+    FaceDecoder,
+    TrainingPlan,
+    change_view,
+    check_public_faces,
+    draw_views,
+)
+from attacks.inversion_losses import cosine
+from attacks.seeds import base_seed, derived
+from attacks.ssim import ssim
+
+#: Faces at once outside training, and faces whose embeddings give the input statistics.
+_CHUNK = 64
+_STATISTICS_FACES = 2048
+#: Directions of the embeddings with less than this share of the largest variance are not blown up to unit variance.
+_FAINTEST = 1e-3
+
+
+class TemplateOptions(AttackOptions):
+    """Options of :class:`Template`.
+
+    Attributes:
+        width: channels of the decoder's finest level; they double per coarser level, up to eight times.
+        ssim_weight: weight of 1 - SSIM beside L1.
+        identity_weight: weight of 1 - cosine of the recovered face's embedding to the template, where the
+            recogniser's weights are known.
+        learning_rate: of Adam, held after a linear warm-up, then decayed linearly to zero.
+        batch_size: faces per step.
+        images: faces to train on in all, repeats counted.
+        views: embeddings queried per public face, each of another crop under a fresh state, where the recogniser can
+            only be queried; with its weights every step draws afresh.
+        shift: largest shift of a training face, as a share of its width; half of the faces are mirrored too.
+        warmup: share of the training over which the learning rate rises.
+        decay: share of the training, at the end, over which it falls to zero.
+        validation: share of the public identities held out for the loss curve.
+        plateau: relative gain of the last doubling below which the training counts as saturated.
+    """
+
+    width: int = Field(default=64, ge=1, le=1024)
+    ssim_weight: float = Field(default=0.75, ge=0, le=10, allow_inf_nan=False)
+    identity_weight: float = Field(default=0.025, ge=0, le=10, allow_inf_nan=False)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False)
+    batch_size: int = Field(default=64, ge=2, le=65536)
+    images: int = Field(default=1_000_000, ge=1)
+    views: int = Field(default=8, ge=1, le=1000)
+    shift: float = Field(default=0.03, ge=0, le=0.25)
+    warmup: float = Field(default=0.05, ge=0, le=0.5)
+    decay: float = Field(default=0.4, ge=0, le=0.9)
+    validation: float = Field(default=0.1, gt=0, lt=1)
+    plateau: float = Field(default=0.03, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _room_for_a_plateau(self) -> TemplateOptions:
+        if self.warmup + self.decay > 0.95:
+            raise ValueError("warmup + decay must leave at least 5 % of the images at the full learning rate")
+        return self
+
+
+class TemplateDecoder(nn.Module):
+    """Unit embedding (N, D) to face (N, 3, H, W) in [0, 1]: whitening, then a :class:`FaceDecoder`.
+
+    Embeddings of a network of little training share most of their direction; the rest is what tells faces apart.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+
+    def __init__(self, embedding_size: int, image_size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(embedding_size))
+        self.register_buffer("whitening", torch.eye(embedding_size))
+        self.decoder = FaceDecoder(embedding_size, image_size, width)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """float (N, D), unit rows, to float32 (N, 3, H, W) in [0, 1]."""
+        faces: Tensor = self.decoder((embeddings - self.mean) @ self.whitening)
+        return faces
+
+    @torch.no_grad()
+    def measure(self, embeddings: Tensor) -> None:
+        """Set the whitening from embeddings (M, D)."""
+        centred = (embeddings - embeddings.mean(dim=0)).double()
+        variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+        scales = variances.clamp(min=max(float(variances[-1]) * _FAINTEST, 1e-12)).rsqrt()
+        self.mean.copy_(embeddings.mean(dim=0))
+        self.whitening.copy_(directions * scales @ directions.T)
+
+
+def _frozen(recogniser: nn.Module, device: torch.device) -> nn.Module:
+    """A copy without gradients of its own: the provider's network keeps its gradients and its mode."""
+    return copy.deepcopy(recogniser).requires_grad_(False).eval().to(device)
+
+
+class _TemplateTraining(DecoderTraining):
+    """L1 + SSIM + identity between faces and what the decoder makes of their embeddings."""
+
+    network: TemplateDecoder
+
+    def __init__(self, attack: Template, adversary: Adversary, seed: int) -> None:
+        options = self.options = attack.options
+        plan = TrainingPlan(
+            images=options.images,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            validation=options.validation,
+            warmup=options.warmup,
+            decay=options.decay,
+            plateau=options.plateau,
+        )
+        super().__init__(
+            attack.network, adversary.faces, adversary.identities, plan, seed=seed, fabric=adversary.fabric
+        )
+        self.exposure = Exposure(adversary, seed)
+        self._countable = self.exposure.countable
+        self.recogniser: nn.Module | None = None
+        self.details: dict[str, Any] = {"gradients": adversary.recogniser is not None, "queries": 0}
+        if adversary.recogniser is not None:
+            self.recogniser = _frozen(adversary.recogniser, self.faces.device)
+        elif adversary.embed is not None:
+            self._query(adversary.embed)
+        order = torch.randperm(len(self.training), generator=derived(seed, "statistics"))[:_STATISTICS_FACES]
+        parts = [self._shown(index, "statistics", n)[1] for n, index in enumerate(self.training[order].split(_CHUNK))]
+        self.network.measure(torch.cat(parts))
+        self.network.decoder.set_mean(self.mean_face())
+
+    def _query(self, embed: EmbeddingQuery) -> None:
+        """Embed every public face once per view."""
+        views, embeddings = [], []
+        for number in range(self.options.views):
+            view = self._draw(len(self.faces), "view", number)
+            parts = [
+                embed(change_view(to_float(faces), change))
+                for faces, change in zip(self.faces.split(_CHUNK), view.split(_CHUNK), strict=True)
+            ]
+            views.append(view)
+            embeddings.append(torch.cat(parts))
+        self.views, self.embeddings = torch.stack(views), torch.stack(embeddings)
+        self.details["queries"] = self.options.views * len(self.faces)
+
+    def _draw(self, count: int, *name: str | int) -> Tensor:
+        return draw_views(
+            count, derived(self.seed, *name), shift=self.options.shift, size=self.network.decoder.image_size
+        )
+
+    @torch.no_grad()
+    def _shown(self, index: Tensor, *name: str | int) -> tuple[Tensor, Tensor]:
+        """Faces at ``index``, varied, float (b, 3, H, W) in [0, 1], and their embeddings (b, D), unit rows."""
+        faces = to_float(self.faces[index.to(self.faces.device)])
+        if self.recogniser is None:
+            number = torch.randint(self.options.views, (len(index),), generator=derived(self.seed, *name))
+            embeddings = self.embeddings[number.to(self.embeddings.device), index.to(self.embeddings.device)]
+            return change_view(faces, self.views[number, index]), embeddings
+        faces = change_view(faces, self._draw(len(index), *name, "view"))
+        return faces, self._embed(faces, *name, "protect")
+
+    def _embed(self, faces: Tensor, *name: str | int) -> Tensor:
+        """Unit embeddings by the recogniser itself, the states noted; differentiable in ``faces``."""
+        assert self.recogniser is not None
+        sent = self.exposure.protect(faces, *name)
+        if self._countable and "validate" not in name:
+            self.saw(sent.state)
+        return functional.normalize(self.recogniser(sent.representation).float(), dim=1)
+
+    def loss(self, index: Tensor, step: int) -> Tensor:
+        options = self.options
+        faces, embeddings = self._shown(index, "step", step)
+        with self.fabric.autocast():
+            made = self.network(embeddings)
+        loss = functional.l1_loss(made, faces)
+        if options.ssim_weight:
+            loss = loss + options.ssim_weight * (1 - ssim(made, faces)).mean()
+        if options.identity_weight and self.recogniser is not None:
+            again = self._embed(made, "identity", step)
+            loss = loss + options.identity_weight * cosine(again, embeddings).mean()
+        return loss
+
+    def recover(self, network: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
+        faces, embeddings = self._shown(index, "validate", int(index[0]))
+        with self.fabric.autocast():
+            return network(embeddings), faces
+
+
+class Template(RecoveryAttack):
+    """Decoder from a stolen template to the face.
+
+    In the way of NbNet, with the losses of Shahreza and Marcel but the perceptual one. Trained on public faces,
+    protected afresh, and their embeddings. Where the recogniser's weights are known, the recovered faces are protected
+    and embedded again, and those embeddings held against the templates, by gradients through both. Where it can only be
+    queried, each public face is embedded a few times and that term falls away. Of k > 1 templates of a victim the
+    average is decoded.
+    """
+
+    name: ClassVar[str] = "template"
+    summary: ClassVar[str] = "decoder trained on public faces from the provider's embedding back to the face"
+    cost: ClassVar[str] = "fit: a decoder on public faces (minutes on a CPU); recovery: one pass a face"
+    reference: ClassVar[str] = "Mai et al. (NbNet), TPAMI 41(5), 2019; Shahreza and Marcel, 2024"
+    needs: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TEMPLATES, Capability.EMBEDDINGS}
+    )
+    uses: ClassVar[frozenset[Capability]] = frozenset({Capability.RECOGNISER})
+    budgets: ClassVar[Mapping[str, str]] = {"images": "images"}
+    Options: ClassVar[type[TemplateOptions]] = TemplateOptions
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # Small batches and a higher rate make the most of the steps that two cores can afford.
+        "quick": {"width": 16, "batch_size": 16, "learning_rate": 2e-3, "images": 2_400, "views": 4},
+        "cpu": {"width": 24, "batch_size": 16, "learning_rate": 2e-3, "images": 24_000},
+        "gpu": {"learning_rate": 2e-3, "images": 600_000},
+    }
+    options: TemplateOptions
+
+    network: TemplateDecoder
+
+    def __init__(self, options: TemplateOptions | None = None) -> None:
+        super().__init__(options)
+        self._fabric: Fabric | None = None
+
+    def prepare(self, adversary: Adversary) -> None:
+        """Build the decoder for the size of the provider's embeddings, found out with one face.
+
+        Raises:
+            ValueError: faces are not uint8 (M, 3, H, H), identities do not match them, or there is no way to embed.
+        """
+        check_public_faces(self.name, adversary)
+        device, seed = adversary.fabric.device, base_seed(adversary.generator)
+        face = to_float(adversary.faces[:1].to(device))
+        if adversary.recogniser is not None:
+            sent = Exposure(adversary, seed).protect(face, "probe")
+            with torch.no_grad():
+                size = _frozen(adversary.recogniser, device)(sent.representation).shape[1]
+        elif adversary.embed is not None:
+            size = adversary.embed(face).shape[1]
+        else:
+            raise ValueError(f"{self.name} needs the recogniser's weights or embedding queries")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived(seed, "weights").initial_seed())
+            network = TemplateDecoder(size, adversary.faces.shape[-1], self.options.width)
+        self.network = network.to(memory_format=torch.channels_last)
+        self.to(device)
+        self._fabric = adversary.fabric
+
+    def fit(self, adversary: Adversary) -> FitReport:
+        """Train on public faces; some identities are held out for the loss curve.
+
+        Raises:
+            ValueError: unusable faces (see :meth:`prepare`), fewer than two identities, or a checkpoint of another fit.
+            FloatingPointError: the loss is not finite.
+        """
+        self.prepare(adversary)
+        training = _TemplateTraining(self, adversary, base_seed(adversary.generator))
+        report = training.run(
+            report=adversary.report,
+            folder=adversary.checkpoint,
+            what={"options": self.options.model_dump(mode="json"), "knowledge": str(adversary.knowledge)},
+        )
+        self.eval()
+        return replace(report, details={**report.details, **training.details})
+
+    def run(self, observation: Observation) -> Tensor:
+        """Faces (N, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: not fitted; no templates in the observation, of another size, or not finite.
+        """
+        if self._fabric is None:
+            raise ValueError(f"{self.name} has to be prepared or fitted before it is used")
+        templates, size = observation.templates, len(self.network.mean)
+        if templates is None:
+            raise ValueError(f"{self.name} was handed no templates to decode")
+        if templates.shape[-1] != size:
+            raise ValueError(f"{self.name} was trained on templates of {size} values, got {templates.shape[-1]}")
+        if not torch.isfinite(templates).all():
+            raise ValueError(f"{self.name} was handed templates that are not finite")
+        unit = functional.normalize(templates.to(self.network.mean), dim=2)
+        unit = functional.normalize(unit.mean(dim=1), dim=1)
+        self.eval()
+        faces = [self.network(part) for part in chunks(unit, _CHUNK)]
+        if not faces:
+            return torch.zeros(0, 3, self.network.decoder.image_size, self.network.decoder.image_size)
+        return torch.cat(faces).to(observation.representations.device)

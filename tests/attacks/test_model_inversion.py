@@ -1,0 +1,453 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.nn import functional
+
+from attacks.base import GRANTS, Knowledge, Observation
+from attacks.generator import build_generator, hold_out
+from attacks.model_inversion import CodeEstimate, ModelInversion, ModelInversionOptions, _Codes, _Goal, _Pixels
+from attacks.seeds import base_seed
+
+SIZE = 16
+EMBEDDING = 20
+TINY = {
+    **{"latent_size": 12, "generator_width": 4, "generator_batch_size": 10, "generator_images": 100},
+    **{"steps": 3, "starts": 2, "states": 1, "selection_views": 2, "tuning_faces": 2},
+}
+
+
+def blends(count, size=SIZE, seed=0):
+    """uint8 (count, 3, size, size): blends of four random colours, which a small network can learn."""
+    corners = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return functional.interpolate(corners, (size, size), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
+
+
+class Recogniser(nn.Module):
+    """A fixed random linear embedding."""
+
+    def __init__(self, shape):
+        super().__init__()
+        size = shape[0] * shape[1] * shape[2]
+        self.weight = nn.Parameter(torch.randn(size, EMBEDDING, generator=torch.Generator().manual_seed(4)) / size**0.5)
+
+    def forward(self, representation):
+        return (representation.flatten(1) - 0.5) @ self.weight
+
+
+@pytest.fixture
+def scene(make_adversary):
+    """Builds a white-box adversary (or one of another rung) of ``defense``, with the provider's recogniser."""
+
+    def make(defense, knowledge="whitebox", **more):
+        adversary = make_adversary(defense, knowledge, **{"faces": blends(60), **more})
+        return replace(adversary, recogniser=Recogniser(defense.representation_shape))
+
+    return make
+
+
+def stolen(adversary, faces, k=1, *, states=False, seed=9):
+    """What is stolen of ``faces`` (uint8), and their states if asked; the class centre is a clean template."""
+    generator, defense = torch.Generator().manual_seed(seed), adversary.mechanism(torch.Generator())
+    with torch.no_grad():
+        sent = [defense.protect(faces / 255, generator) for _ in range(k)]
+        templates = [functional.normalize(adversary.recogniser(one.representation), dim=1) for one in sent]
+    return Observation(
+        torch.stack([one.representation for one in sent], dim=1),
+        states=torch.stack([one.state for one in sent], dim=1) if states else None,
+        templates=torch.stack(templates, dim=1),
+        enrolled=functional.normalize(torch.stack(templates).mean(dim=0), dim=1),
+    )
+
+
+def fitted(adversary, **options):
+    attack = ModelInversion(ModelInversionOptions(**TINY | options))
+    return attack, attack.fit(adversary)
+
+
+def similarity(adversary, faces, observation):
+    """Mean cosine of the recovered faces' embeddings to the first templates."""
+    defense = adversary.mechanism(torch.Generator())
+    with torch.no_grad():
+        again = adversary.recogniser(defense.protect(faces, torch.Generator().manual_seed(1)).representation)
+    return float(functional.cosine_similarity(again, observation.templates[:, 0]).mean())
+
+
+# -- options and capabilities -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["quick", "cpu", "gpu", "paper"])
+def test_presets_are_valid(preset):
+    options = ModelInversionOptions.model_validate(ModelInversion.presets.get(preset, {}))
+    assert options.prior == "generator"
+    assert options.prior_weight is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prior": "gan"}, {"loss": "l1"}, {"steps": 0}, {"starts": 0}, {"step_size": 0}, {"target": "face"}]
+)
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        ModelInversionOptions.model_validate(wrong)
+
+
+def test_it_needs_the_weights_and_so_a_white_box():
+    enough = [rung for rung, grants in GRANTS.items() if ModelInversion.needs <= grants]
+    assert enough == [Knowledge.WHITEBOX, Knowledge.ORACLE]
+
+
+# -- the estimate of codes ----------------------------------------------------------------------------
+
+
+def pairs(noise, count=4000):
+    """Codes that depend on embeddings linearly but for ``noise``."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = functional.normalize(torch.randn(count, 8, generator=generator) + 0.5, dim=1)
+    codes = 3 + embeddings @ torch.randn(8, 4, generator=generator)
+    codes = codes + noise * torch.randn(count, 4, generator=generator)
+    return codes, embeddings, torch.arange(count) % 4 == 0
+
+
+def test_a_linear_relation_is_found():
+    codes, embeddings, held_out = pairs(noise=0.0)
+    estimate = CodeEstimate(8, 4)
+    estimate.fit(codes, embeddings, held_out)
+    expected = estimate.code(embeddings, torch.zeros(4000, 4))
+    torch.testing.assert_close(expected[held_out], codes[held_out], rtol=0, atol=0.02)
+    assert (estimate.error == 0.05).all()  # what is kept for a gradient to find
+
+
+def test_the_error_is_measured_where_nothing_was_fitted():
+    codes, embeddings, held_out = pairs(noise=0.5)
+    estimate = CodeEstimate(8, 4)
+    estimate.fit(codes, embeddings, held_out)
+    residual = codes - estimate.code(embeddings, torch.zeros(4000, 4))
+    in_codes = estimate.error * estimate.code_std
+    torch.testing.assert_close(in_codes, residual[held_out].square().mean(dim=0).sqrt())
+    torch.testing.assert_close(in_codes, torch.full((4,), 0.5), rtol=0.1, atol=0)
+
+
+def test_embeddings_that_say_nothing_leave_the_mean_code():
+    codes, embeddings, held_out = pairs(noise=0.5)
+    estimate = CodeEstimate(8, 4)
+    shuffled = codes[torch.randperm(4000, generator=torch.Generator().manual_seed(1))]
+    estimate.fit(shuffled, embeddings, held_out)
+    expected = estimate.code(embeddings, torch.zeros(4000, 4))
+    assert float((expected - estimate.code_mean).abs().max()) < 0.2 * float(estimate.code_std.mean())
+    torch.testing.assert_close(estimate.error, torch.ones(4), rtol=0.1, atol=0)
+
+
+def test_a_surprise_is_in_errors_of_the_estimate():
+    codes, embeddings, held_out = pairs(noise=0.5)
+    estimate = CodeEstimate(8, 4)
+    estimate.fit(codes, embeddings, held_out)
+    apart = estimate.code(embeddings[:1], torch.full((1, 4), 2.0)) - estimate.code(embeddings[:1], torch.zeros(1, 4))
+    torch.testing.assert_close(apart[0], 2 * estimate.error * estimate.code_std)
+
+
+# -- what is optimised --------------------------------------------------------------------------------
+
+
+def test_codes_start_where_the_target_is_expected():
+    codes, embeddings, held_out = pairs(noise=0.5)
+    estimate = CodeEstimate(8, 12)
+    estimate.fit(codes.repeat(1, 3), embeddings, held_out)
+    network = build_generator(ModelInversionOptions(**TINY), SIZE, 0).eval()
+    space = _Codes(network, estimate, embeddings[:2], 3, torch.Generator().manual_seed(0))
+    faces = space.faces()
+    torch.testing.assert_close(faces[::3], network(estimate.code(embeddings[:2], torch.zeros(2, 12))))
+    penalty = space.penalty(faces)
+    assert penalty[::3].tolist() == [0, 0]
+    assert (penalty[[1, 2, 4, 5]] > 0.2).all()
+
+
+def test_pixels_start_at_the_mean_face_and_stay_in_range():
+    mean = torch.rand(3, SIZE, SIZE)
+    space = _Pixels(mean, 2, 2, torch.Generator().manual_seed(0))
+    faces = space.faces()
+    torch.testing.assert_close(faces[::2], mean.expand(2, -1, -1, -1))
+    assert not torch.allclose(faces[1], mean)
+    space.variables[0] += 3
+    for variable in space.variables:
+        variable.requires_grad_()
+    faces = space.faces()
+    assert 1 - 1e-6 <= float(faces.detach().min()) <= float(faces.detach().max()) <= 1 + 1e-6
+    faces.sum().backward()
+    assert (space.variables[0].grad == 1).all()  # straight through the clipping
+
+
+def test_interceptions_of_known_state_are_matched_in_turn():
+    goal = _Goal(torch.zeros(2, 5), torch.arange(20.0).view(2, 2, 5), torch.arange(4).view(2, 2, 1))
+    for number, interception in enumerate((0, 1, 0)):
+        targets, states = goal.draw(number)
+        assert torch.equal(targets, goal.each[:, interception])
+        assert torch.equal(states, goal.states[:, interception])
+    assert _Goal(goal.targets).draw(7) == (goal.targets, None)
+    picked = goal.pick(torch.tensor([1, 1]))
+    assert picked.states.tolist() == [[[2], [3]], [[2], [3]]]
+
+
+# -- recovery -----------------------------------------------------------------------------------------
+
+
+def test_it_recovers_faces_it_never_saw(scene, plain):
+    adversary = scene(plain(image_size=SIZE))
+    attack, report = fitted(
+        adversary, steps=40, generator_width=8, generator_images=2500, generator_learning_rate=5e-3, tuning_faces=6
+    )
+    unseen = blends(20, seed=7)
+    observation = stolen(adversary, unseen)
+    recovered = attack.recover(observation)
+    error = (recovered - unseen / 255).abs().mean()
+    assert error < 0.6 * report.details["floor_loss"]
+    assert similarity(adversary, recovered, observation) > 0.95
+    assert report.curve[-1][0] == 2500
+
+
+def test_without_a_generator_the_embedding_is_met_all_the_same(scene, plain):
+    adversary = scene(plain(image_size=SIZE))
+    attack, report = fitted(adversary, prior="none", steps=80, prior_weight=0.001)
+    observation = stolen(adversary, blends(8, seed=7))
+    recovered = attack.recover(observation)
+    mean = attack.mean_face.expand(8, -1, -1, -1)
+    assert similarity(adversary, recovered, observation) > 0.97 > similarity(adversary, mean, observation)
+    assert report.saturated is None
+    assert report.curve == ()
+
+
+def test_more_steps_come_nearer(scene, plain):
+    adversary = scene(plain(image_size=SIZE))
+    observation = stolen(adversary, blends(8, seed=7))
+    found = [
+        similarity(adversary, fitted(adversary, steps=steps, prior_weight=0.0)[0].recover(observation), observation)
+        for steps in (1, 10, 40)
+    ]
+    assert found[0] < found[1] < found[2]
+
+
+def test_a_defence_that_sends_nothing_leaves_the_mean_face(scene, plain):
+    class Nothing(plain):
+        def transform(self, faces, state, generator):
+            return torch.randn(faces.shape, generator=generator) + 0 * faces
+
+    adversary = scene(Nothing(image_size=SIZE))
+    attack, report = fitted(adversary, steps=20, generator_images=1000)
+    unseen = blends(40, seed=7)
+    error = (attack.recover(stolen(adversary, unseen)) - unseen / 255).abs().mean()
+    floor = (attack.mean_face - unseen / 255).abs().mean()
+    assert 0.95 * floor < error < 1.25 * floor
+    assert report.details["code_error"] > 0.8
+
+
+@pytest.mark.parametrize("loss", ["cosine", "poincare", "max-margin", "logit"])
+def test_every_loss_comes_nearer_than_the_start(scene, plain, loss):
+    adversary = scene(plain(image_size=SIZE))
+    observation = stolen(adversary, blends(12, seed=7))
+    start = fitted(adversary, steps=1, starts=1, step_size=1e-6, prior_weight=0.0)[0].recover(observation)
+    attack, _ = fitted(adversary, steps=30, starts=1, loss=loss, prior_weight=0.0)
+    found = similarity(adversary, attack.recover(observation), observation)
+    assert found > similarity(adversary, start, observation)
+
+
+def test_known_states_are_used(scene, pick):
+    """A template of a known state is matched under that state; under another one it would not fit."""
+    adversary = scene(pick(), "oracle")
+    attack, _ = fitted(adversary, prior="none", steps=60, prior_weight=0.001)
+    told = stolen(adversary, blends(8, seed=7), states=True)
+
+    def error(observation):
+        defense = adversary.mechanism(torch.Generator())
+        faces = attack.recover(observation)
+        sent = defense.protect(faces, torch.Generator(), state=told.states[:, 0]).representation
+        again = adversary.recogniser(sent).detach()
+        return 1 - float(functional.cosine_similarity(again, told.templates[:, 0]).mean())
+
+    known, wrong, unknown = (
+        error(replace(told, states=states)) for states in (told.states, (told.states + 1) % 3, None)
+    )
+    assert known < 0.02
+    assert wrong > 3 * known
+    assert unknown > 3 * known
+
+
+def test_the_class_centre_is_the_target_where_it_is_asked_for(scene, plain):
+    adversary = scene(plain(image_size=SIZE))
+    attack, _ = fitted(adversary, target="class", prior="none", steps=60, prior_weight=0.001)
+    observation = stolen(adversary, blends(6, seed=7))
+    other = observation.enrolled.flip(0)
+    recovered = attack.recover(replace(observation, enrolled=other))
+    assert similarity(adversary, recovered, replace(observation, templates=other[:, None])) > 0.95
+
+
+def test_a_prior_for_class_centres_is_tuned_on_class_centres(scene, plain, monkeypatch):
+    """Each of a public face's identity without that face itself; three faces an identity."""
+    adversary = scene(plain(image_size=SIZE))
+    goals = []
+    whole = ModelInversion._recover
+    monkeypatch.setattr(
+        ModelInversion, "_recover", lambda self, goal, name: goals.append(goal) or whole(self, goal, name)
+    )
+    attack, _ = fitted(adversary, target="class", tuning_faces=100)
+    held_out = hold_out(adversary.identities, attack.options.generator_validation, base_seed(adversary.generator))[1]
+    embeddings = functional.normalize(adversary.recogniser(adversary.faces / 255), dim=1).detach()
+    expected = []
+    for face in held_out.tolist():
+        person = [other for other in range(face // 3 * 3, face // 3 * 3 + 3) if other != face]
+        expected.append(functional.normalize(embeddings[person].mean(dim=0), dim=0))
+    found = goals[0].targets @ torch.stack(expected).T
+    assert len(found) == len(held_out)
+    torch.testing.assert_close(found.amax(dim=1), torch.ones(len(held_out)))
+
+
+def test_several_templates_are_averaged_with_one_voice_each(scene, plain):
+    adversary = scene(plain(image_size=SIZE))
+    attack, _ = fitted(adversary)
+    observation = stolen(adversary, blends(4, seed=7), k=2)
+    louder = replace(observation, templates=observation.templates * torch.tensor([1.0, 9.0]).view(1, 2, 1))
+    torch.testing.assert_close(attack.recover(louder), attack.recover(observation))
+
+
+def test_the_best_start_is_kept(scene, plain):
+    adversary = scene(plain(image_size=SIZE))
+    attack, _ = fitted(adversary, starts=3, prior_weight=0.0)
+    faces = blends(6, seed=7) / 255
+    wanted = torch.tensor([2, 4])  # of victims 0 and 1, the third and the second start
+
+    class Space:
+        def faces(self):
+            return faces
+
+        def penalty(self, shown):
+            return torch.zeros(len(shown))
+
+    targets = functional.normalize(adversary.recogniser(faces[wanted]), dim=1).detach().repeat_interleave(3, dim=0)
+    best = attack._best(Space(), _Goal(targets), torch.Generator().manual_seed(0))
+    assert torch.equal(best, faces[wanted])
+
+
+def test_the_lightest_prior_that_recovers_about_as_well_is_chosen(scene, plain, monkeypatch):
+    # By weight 0.001, 0.01, ..., the error that the attack on public faces is made to have.
+    errors = {0.001: 0.2, 0.01: 0.1015, 0.1: 0.1, 1.0: 0.15, 10.0: 0.3}
+    grey = torch.full((60, 3, SIZE, SIZE), 102, dtype=torch.uint8)
+    adversary = scene(plain(image_size=SIZE), faces=grey)
+
+    def recover(self, goal, name):
+        assert name == "tuning"
+        error = next(error for weight, error in errors.items() if weight == pytest.approx(float(self.prior_weight)))
+        return torch.full((len(goal.targets), 3, SIZE, SIZE), 0.4 + error)
+
+    monkeypatch.setattr(ModelInversion, "_recover", recover)
+    attack, report = fitted(adversary, generator_ssim=0.0)
+    assert float(attack.prior_weight) == pytest.approx(0.01)
+    assert list(report.details["prior_weights"].values()) == pytest.approx(list(errors.values()), rel=1e-4)
+
+
+def test_a_weight_that_is_given_is_not_tuned(scene, plain):
+    attack, report = fitted(scene(plain(image_size=SIZE)), prior_weight=0.3)
+    assert float(attack.prior_weight) == pytest.approx(0.3)
+    assert "prior_weights" not in report.details
+
+
+def test_recovery_depends_on_neither_batch_nor_grad_mode(scene, plain):
+    adversary = scene(plain(image_size=SIZE))
+    observation = stolen(adversary, blends(5, seed=7))
+    together = fitted(adversary, starts=1, prior_weight=0.1)[0]
+    apart = fitted(adversary, starts=1, prior_weight=0.1, batch_size=1)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(together.recover(observation), apart.recover(observation), rtol=0, atol=1e-5)
+
+
+def test_the_providers_recogniser_is_left_as_it_was(scene, plain):
+    adversary = scene(plain(image_size=SIZE))
+    adversary.recogniser.train()
+    before = adversary.recogniser.weight.detach().clone()
+    attack, _ = fitted(adversary)
+    attack.recover(stolen(adversary, blends(2, seed=7)))
+    weight = adversary.recogniser.weight
+    assert torch.equal(weight, before)
+    assert weight.grad is None
+    assert weight.requires_grad
+    assert adversary.recogniser.training
+
+
+# -- reproducing and storing --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", ["generator", "none"])
+@pytest.mark.parametrize("knowledge", ["whitebox", "oracle"])
+def test_same_seed_same_faces_and_stored_weights_load_into_a_prepared_attack(scene, pick, prior, knowledge):
+    adversary = scene(pick(), knowledge)
+    attack, report = fitted(adversary, prior=prior)
+    again, same = fitted(scene(pick(), knowledge), prior=prior)
+    assert report.details == same.details
+    observation = stolen(adversary, blends(5, seed=7), k=2, states=knowledge == "oracle")
+    recovered = attack.recover(observation)
+    assert torch.equal(attack.recover(observation), recovered)
+    assert torch.equal(again.recover(observation), recovered)
+
+    fresh = ModelInversion(attack.options)
+    fresh.prepare(scene(pick(), knowledge))
+    fresh.load_state_dict(attack.state_dict())
+    fresh.eval()
+    assert torch.equal(fresh.recover(observation), recovered)
+    other, _ = fitted(scene(pick(), knowledge, seed=1), prior=prior)
+    assert not torch.equal(other.recover(observation), recovered)
+
+
+def test_a_finished_generator_is_not_trained_again(scene, plain, tmp_path):
+    adversary = scene(plain(image_size=SIZE), checkpoint=tmp_path)
+    attack, report = fitted(adversary)
+    done = []
+    again, same = fitted(replace(adversary, report=lambda n, total, **fields: done.append(n)))
+    assert not done
+    assert report.curve == same.curve
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in attack.state_dict().items())
+
+
+# -- input checks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["template", "class"])
+def test_unusable_input_is_refused(scene, plain, target):
+    adversary = scene(plain(image_size=SIZE))
+    attack, _ = fitted(adversary, target=target, prior_weight=0.1)
+    observation = stolen(adversary, blends(3))
+    name = {"template": "templates", "class": "enrolled"}[target]
+    known = getattr(observation, name)
+    for wrong, message in (
+        (None, f"no {target}"),
+        (known[..., :-1], f"{target} of 19 values.*20"),
+        (known * float("nan"), "not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attack.recover(replace(observation, **{name: wrong}))
+
+
+def test_steps_that_end_in_no_number_say_so(scene, plain):
+    class Broken(nn.Module):
+        def forward(self, representation):
+            return representation.flatten(1)[:, :EMBEDDING] * (float("nan") if torch.is_grad_enabled() else 1.0)
+
+    adversary = replace(scene(plain(image_size=SIZE)), recogniser=Broken())
+    attack, _ = fitted(adversary, prior_weight=0.1)
+    with pytest.raises(FloatingPointError, match="step_size"):
+        attack.recover(stolen(adversary, blends(2)))
+
+
+def test_no_faces_are_no_error(scene, plain):
+    adversary = scene(plain(image_size=SIZE))
+    attack, _ = fitted(adversary, prior_weight=0.1)
+    assert attack.recover(stolen(adversary, blends(0))).shape == (0, 3, SIZE, SIZE)
+
+
+def test_it_says_what_is_missing(scene, plain, make_adversary):
+    with pytest.raises(ValueError, match="prepared or fitted"):
+        ModelInversion().recover(Observation(torch.zeros(1, 1, 3, SIZE, SIZE), templates=torch.ones(1, 1, EMBEDDING)))
+    with pytest.raises(ValueError, match="recogniser's weights"):
+        ModelInversion().prepare(make_adversary(plain(image_size=SIZE)))
+    with pytest.raises(ValueError, match="model-inversion expects public faces"):
+        ModelInversion().prepare(scene(plain(image_size=SIZE), faces=torch.zeros(6, 3, SIZE, SIZE)))

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+from torch.nn import functional
+
+import attacks.generator
+from attacks.base import GRANTS, Capability, Knowledge, Observation
+from attacks.template import Template, TemplateDecoder, TemplateOptions
+
+SIZE = 16
+EMBEDDING = 20
+TINY = {"width": 4, "batch_size": 10, "images": 200, "views": 3, "learning_rate": 5e-3}
+
+
+def blends(count, size=SIZE, seed=0):
+    """uint8 (count, 3, size, size): blends of four random colours, which a small network can learn."""
+    corners = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return functional.interpolate(corners, (size, size), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
+
+
+class Recogniser(nn.Module):
+    """A fixed random linear embedding with a large common part, as one of little training has it."""
+
+    def __init__(self, shape):
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        size = shape[0] * shape[1] * shape[2]
+        self.weight = nn.Parameter(torch.randn(size, EMBEDDING, generator=generator) / size**0.5)
+
+    def forward(self, representation):
+        return (representation.flatten(1) - 0.5) @ self.weight + 1.0
+
+
+class Service:
+    """Embeds as the provider does, and counts."""
+
+    def __init__(self, defense, recogniser):
+        self.defense, self.recogniser, self.queries = defense, recogniser, 0
+        self.generator = torch.Generator().manual_seed(8)
+
+    @torch.no_grad()
+    def embed(self, faces):
+        self.queries += len(faces)
+        sent = self.defense.protect(faces, self.generator)
+        return functional.normalize(self.recogniser(sent.representation), dim=1)
+
+
+@pytest.fixture
+def scene(make_adversary):
+    """Builds an adversary of ``defense`` with what the rung grants, the provider's service, and what is stolen."""
+
+    def make(defense, knowledge="whitebox", **more):
+        recogniser = Recogniser(defense.representation_shape)
+        service = Service(defense, recogniser)
+        adversary = make_adversary(defense, knowledge, **{"faces": blends(60), **more})
+        weights = recogniser if Capability.RECOGNISER in GRANTS[Knowledge(knowledge)] else None
+        return replace(adversary, embed=service.embed, recogniser=weights), service
+
+    return make
+
+
+def stolen(service, faces, k=1):
+    templates = torch.stack([service.embed(faces / 255) for _ in range(k)], dim=1)
+    return Observation(torch.zeros(len(faces), k, *service.defense.representation_shape), templates=templates)
+
+
+def fitted(scene, defense, knowledge="whitebox", *, adversary=None, **options):
+    given, service = scene(defense, knowledge)
+    attack = Template(TemplateOptions(**TINY | options))
+    return attack, attack.fit(adversary or given), service
+
+
+# -- options and capabilities -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["quick", "cpu", "gpu", "paper"])
+def test_presets_are_valid(preset):
+    TemplateOptions.model_validate(Template.presets.get(preset, {}))
+
+
+def test_defaults_are_the_published_weights():
+    assert (TemplateOptions().ssim_weight, TemplateOptions().identity_weight) == (0.75, 0.025)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"width": 0},
+        {"views": 0},
+        {"shift": 0.5},
+        {"identity_weight": -1},
+        {"loss": "l1"},
+        {"warmup": 0.4, "decay": 0.6},
+    ],
+)
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        TemplateOptions.model_validate(wrong)
+
+
+@pytest.mark.parametrize("rung", list(Knowledge))
+def test_every_rung_grants_what_it_needs_and_black_box_not_what_it_uses(rung):
+    assert Template.needs <= GRANTS[rung]
+    assert (Template.uses <= GRANTS[rung]) is (rung is not Knowledge.BLACKBOX)
+
+
+# -- the decoder --------------------------------------------------------------------------------------
+
+
+def test_whitening_gives_unit_variance_to_all_but_the_faintest_directions():
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1.0, 0.3, 0.1, 1e-9])
+    embeddings = torch.randn(4000, 4, generator=generator) * scales + torch.tensor([3.0, 0.0, 1.0, 2.0])
+    decoder = TemplateDecoder(4, SIZE, 2)
+    decoder.measure(embeddings)
+    white = (embeddings - decoder.mean) @ decoder.whitening
+    torch.testing.assert_close(white.var(dim=0), torch.tensor([1.0, 1.0, 1.0, 0.0]), rtol=0.01, atol=1e-6)
+
+
+# -- recovery -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("knowledge", ["blackbox", "whitebox"])
+def test_it_recovers_faces_it_never_saw(scene, plain, knowledge):
+    attack, report, service = fitted(scene, plain(image_size=SIZE), knowledge, images=2500, width=8)
+    unseen = blends(20, seed=7)
+    error = (attack.recover(stolen(service, unseen)) - unseen / 255).abs().mean()
+    assert error < 0.6 * report.details["floor_loss"]
+    assert report.curve[-1] == (2500, report.details["validation_loss"])
+
+
+def test_templates_that_say_nothing_end_at_the_mean_face(scene, plain):
+    class Nothing(plain):
+        def transform(self, faces, state, generator):
+            return torch.rand(faces.shape, generator=generator)
+
+    attack, _, service = fitted(scene, Nothing(image_size=SIZE), images=1500)
+    unseen = blends(40, seed=7)
+    error = (attack.recover(stolen(service, unseen)) - unseen / 255).abs().mean()
+    floor = (blends(60).float().mean(dim=0) / 255 - unseen / 255).abs().mean()
+    assert 0.97 * floor < error < 1.25 * floor
+
+
+def test_with_the_weights_it_asks_nothing_and_without_them_once_a_view(scene, plain):
+    _, known, service = fitted(scene, plain(image_size=SIZE))
+    assert (known.details["gradients"], known.details["queries"], service.queries) == (True, 0, 0)
+    _, queried, service = fitted(scene, plain(image_size=SIZE), "blackbox")
+    assert (queried.details["gradients"], queried.details["queries"]) == (False, 3 * 60)
+    assert service.queries == 3 * 60 + 1  # one more for the size of an embedding
+
+
+def test_the_identity_loss_brings_the_recovered_faces_nearer_to_the_template(scene, plain):
+    unseen, cosines = blends(40, seed=7), []
+    for weight in (0.0, 1.0):
+        attack, _, service = fitted(scene, plain(image_size=SIZE), images=1000, identity_weight=weight)
+        observation = stolen(service, unseen)
+        again = service.embed(attack.recover(observation))
+        # About the common direction, which all embeddings share.
+        centre = observation.templates[:, 0].mean(dim=0)
+        cosines.append(functional.cosine_similarity(again - centre, observation.templates[:, 0] - centre).mean())
+    assert cosines[1] > cosines[0] + 0.02
+
+
+def test_the_states_trained_on_are_reported_where_they_are_drawn_by_the_attack(scene, pick):
+    defense = pick()
+    assert torch.equal(fitted(scene, defense)[1].states_seen, defense.states())
+    assert fitted(scene, defense, "blackbox")[1].states_seen is None
+
+
+def test_several_templates_are_averaged_and_their_norm_says_nothing(scene, pick):
+    attack, _, service = fitted(scene, pick())
+    observation = stolen(service, blends(5, seed=7), k=3)
+    mean = functional.normalize(observation.templates.mean(dim=1), dim=1)
+    expected = attack.recover(replace(observation, representations=torch.zeros(5, 1, 1, 1, 1), templates=mean[:, None]))
+    torch.testing.assert_close(attack.recover(observation), expected)
+    louder = replace(observation, templates=observation.templates * torch.tensor([2.0, 5.0, 0.1]).view(1, 3, 1))
+    torch.testing.assert_close(attack.recover(louder), expected)
+    assert not torch.allclose(observation.templates[:, 0], observation.templates[:, 1])
+
+
+def test_the_providers_recogniser_is_left_as_it_was(scene, plain):
+    adversary, _ = scene(plain(image_size=SIZE))
+    adversary.recogniser.train()
+    before = adversary.recogniser.weight.detach().clone()
+    Template(TemplateOptions(**TINY)).fit(adversary)
+    weight = adversary.recogniser.weight
+    assert torch.equal(weight, before)
+    assert weight.grad is None
+    assert weight.requires_grad
+    assert adversary.recogniser.training
+
+
+# -- reproducing, storing, resuming -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("knowledge", ["blackbox", "whitebox", "oracle"])
+def test_same_seed_same_weights_and_they_load_into_a_prepared_attack(scene, pick, knowledge):
+    attack, report, service = fitted(scene, pick(), knowledge)
+    again, same, _ = fitted(scene, pick(), knowledge)
+    assert report.curve == same.curve
+    weights = attack.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in again.state_dict().items())
+
+    fresh = Template(attack.options)
+    fresh.prepare(scene(pick(), knowledge)[0])
+    fresh.load_state_dict(weights)
+    observation = stolen(service, blends(5, seed=7))
+    assert torch.equal(fresh.recover(observation), attack.recover(observation))
+    other = Template(attack.options)
+    other.fit(scene(pick(), knowledge, seed=1)[0])
+    assert not torch.equal(other.network.decoder.head.weight, attack.network.decoder.head.weight)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("knowledge", ["blackbox", "whitebox"])
+def test_a_resumed_fit_equals_an_unbroken_one(scene, pick, tmp_path, monkeypatch, knowledge):
+    monkeypatch.setattr(attacks.generator, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    unbroken, expected, _ = fitted(scene, pick(), knowledge)
+    calls = itertools.count(1)
+
+    def report(done, total, **fields):
+        if next(calls) == 7:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fitted(scene, pick(), adversary=scene(pick(), knowledge, checkpoint=tmp_path, report=report)[0])
+    resumed, actual, _ = fitted(scene, pick(), adversary=scene(pick(), knowledge, checkpoint=tmp_path)[0])
+    assert actual.curve == expected.curve
+    assert (actual.states_seen is None) is (expected.states_seen is None)
+    weights = resumed.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in unbroken.state_dict().items())
+
+
+@pytest.mark.parametrize("change", [{"ssim_weight": 0.1}, {"shift": 0.1}])
+def test_the_checkpoint_of_another_fit_is_refused(scene, plain, tmp_path, change):
+    defense = plain(image_size=SIZE)
+    fitted(scene, defense, adversary=scene(defense, checkpoint=tmp_path)[0])
+    with pytest.raises(ValueError, match="another fit"):
+        fitted(scene, defense, adversary=scene(defense, checkpoint=tmp_path)[0], **change)
+
+
+# -- input checks -------------------------------------------------------------------------------------
+
+
+def test_unusable_input_is_refused(scene, plain):
+    attack, _, service = fitted(scene, plain(image_size=SIZE))
+    observation = stolen(service, blends(3))
+    for templates, message in (
+        (None, "no templates"),
+        (observation.templates[..., :-1], "of 20 values, got 19"),
+        (observation.templates * float("nan"), "not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attack.recover(replace(observation, templates=templates))
+
+
+def test_no_faces_are_no_error(scene, plain):
+    attack, _, service = fitted(scene, plain(image_size=SIZE))
+    assert attack.recover(stolen(service, blends(0))).shape == (0, 3, SIZE, SIZE)
+
+
+def test_it_says_what_is_missing(scene, plain, make_adversary):
+    with pytest.raises(ValueError, match="prepared or fitted"):
+        Template().recover(Observation(torch.zeros(1, 1, 3, SIZE, SIZE), templates=torch.ones(1, 1, EMBEDDING)))
+    with pytest.raises(ValueError, match="weights or embedding queries"):
+        Template().prepare(make_adversary(plain(image_size=SIZE)))
+    with pytest.raises(ValueError, match="template expects public faces"):
+        Template().prepare(scene(plain(image_size=SIZE), faces=torch.zeros(6, 3, SIZE, SIZE))[0])

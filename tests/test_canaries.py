@@ -1,0 +1,167 @@
+"""Canaries: on an open door every attack must get in, and out of pure noise none may bring anything.
+
+An attack that cannot break `none` is broken; one that beats the floors on unbounded noise is cheating. Small runs
+through the whole pipeline; the judge is a fixed function of coarse pixels, deterministic and known to no attack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from bench import plugins
+from bench.config import resolve
+from bench.pipeline import Pipeline
+from bench.results import Quality, RunResult
+
+SIZE = 32
+#: Pixels of the judge's view, each side.
+COARSE = 14
+FLOORS = ("mean_face", "grey", "noise", "nearest")
+#: How far above a floor an attack on noise may stand by chance.
+CHANCE = {"ssim": 0.04, "cosine": 0.08}
+
+WORLD = {
+    "preset": "quick",
+    "device": "cpu",
+    "image_size": SIZE,
+    "probes": 16,
+    "bootstrap": 100,
+    "utility": False,
+    "dataset_options": {"identities": 60, "images_per_identity": 8},
+    "shares": {"provider": 0.4, "public": 0.4, "evaluator": 0.0, "victims": 0.2},
+    "training": {"epochs": 3, "warmup_epochs": 0, "views": 1, "precision": "32-true", "embedding_size": 64},
+}
+
+
+@dataclass(frozen=True)
+class Canary:
+    """What an attack claims, and options for a run of seconds.
+
+    Attributes:
+        claim: ``picture``: nearly the original; ``likeness``: clearly nearer to the person than every floor; ``link``:
+            tells people apart.
+        options: as ``-a`` sets them.
+    """
+
+    claim: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CANARIES = {
+    "linear": Canary("picture", {"rank": 40}),
+    "unet": Canary("picture", {"widths": "8,16", "images": 1500, "stem_stride": "1"}),
+    "unet-ensemble": Canary("picture", {"widths": "8,16", "images": 1500, "stem_stride": "1"}),
+    "unrolled": Canary("picture", {"widths": "8,16", "images": 400, "rank": 40}),
+    "composite": Canary("picture", {"attacks": "linear,unet", "unet": {"images": 400, "widths": "4,8"}}),
+    "template": Canary("likeness"),
+    "model-inversion": Canary("likeness"),
+    "hill-climb": Canary("likeness", {"queries": 256}),
+    "zeroth-order": Canary("likeness", {"queries": 256}),
+    "linkage": Canary("link"),
+}
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX evaluator: the mean grey of coarse cells, less that of the whole picture."""
+    nodes = [
+        helper.make_node("ReduceMean", ["input"], ["grey"], axes=[1], keepdims=1),
+        helper.make_node("AveragePool", ["grey"], ["cells"], kernel_shape=[8, 8], strides=[8, 8]),
+        helper.make_node("Flatten", ["cells"], ["flat"]),
+        helper.make_node("ReduceMean", ["flat"], ["level"], axes=[1], keepdims=1),
+        helper.make_node("Sub", ["flat", "level"], ["shape"]),
+        helper.make_node("Add", ["shape", "tiny"], ["embedding"]),
+    ]
+    tiny = numpy_helper.from_array(np.full((1, COARSE**2), 1e-6, dtype=np.float32), "tiny")  # grey has no direction
+    graph = helper.make_graph(
+        nodes,
+        "coarse",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3, 112, 112])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", COARSE**2])],
+        [tiny],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    path = tmp_path_factory.mktemp("judge") / "coarse.onnx"
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared by all workers: recognisers and data are made once (the cache locks)."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen-") else base) / "canaries"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def attacked(name: str, defense: str, options: dict[str, Any], judge: Path, out: Path) -> RunResult:
+    config = {
+        **WORLD,
+        "attack": name,
+        "attack_options": CANARIES[name].options,
+        "defense": defense,
+        "defense_options": options,
+        "evaluator": judge,
+        "out": out,
+    }
+    return Pipeline(resolve(config, {}), console=Console(quiet=True)).run()
+
+
+def value(quality: Quality, metric: str) -> float:
+    measure = quality.identity.cosine if metric == "cosine" else getattr(quality, metric)
+    assert measure.value is not None
+    return measure.value
+
+
+def best_floor(result: RunResult, metric: str) -> float:
+    assert result.recovery is not None
+    return max(value(result.recovery.floors[name], metric) for name in FLOORS)
+
+
+def test_every_attack_has_its_canary():
+    assert set(CANARIES) == set(plugins.attacks())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CANARIES)
+def test_an_open_door_is_walked_through(name, judge, out):
+    result = attacked(name, "none", {}, judge, out)
+    claim = CANARIES[name].claim
+    if claim == "link":
+        assert result.linkage is not None
+        assert result.linkage.protected_plain.auc.value > 0.7
+        assert result.linkage.d_sys["protected_plain"].value > 0.1
+        return
+    cosine, ssim = value(result.recovery, "cosine"), value(result.recovery, "ssim")
+    if claim == "picture":
+        assert ssim > 0.9
+        assert cosine > 0.98
+    else:
+        # The nearest public face is found by comparing whole pictures, which a template or a score does not show: in
+        # the likeness of pixels it may be ahead, in telling who it is it must not be.
+        assert cosine > max(value(result.recovery.floors[name], "cosine") for name in FLOORS[:3]) + 0.05
+        distances = [result.recovery.floors[name].identity.knn_distance.value for name in FLOORS]
+        assert result.recovery.identity.knn_distance.value < min(distances) - 0.03
+    assert not any("broken" in warning for warning in result.warnings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CANARIES)
+def test_nothing_comes_out_of_nothing_but_noise(name, judge, out):
+    result = attacked(name, "noise", {"scale": 1e5}, judge, out)
+    if CANARIES[name].claim == "link":
+        assert result.linkage is not None
+        assert abs(result.linkage.protected_plain.auc.value - 0.5) < 0.12
+        assert abs(result.linkage.protected_protected.auc.value - 0.5) < 0.12
+        return
+    for metric, chance in CHANCE.items():
+        assert value(result.recovery, metric) < best_floor(result, metric) + chance, metric
