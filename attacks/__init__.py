@@ -6,6 +6,7 @@ SUPPORT_MODULES = frozenset(
         "base",
         "block_tridiagonal",
         "checkpoint",
+        "descent",
         "eigenfaces",
         "encoder",
         "exposure",
@@ -20,7 +21,6 @@ SUPPORT_MODULES = frozenset(
         "schedule",
         "seeds",
         "ssim",
-        "state_inference",
         "state_reader",
         "unet_network",
     }

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -17,8 +15,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attacks import checkpoint
 from attacks.base import Adversary, AttackOptions
+from attacks.descent import Descent, EpochBatches, Outcome, Player, SeenStates
 from attacks.exposure import chunks, to_float
 from attacks.plateau import Plateau
 from attacks.schedule import WarmHoldDecay
@@ -32,11 +30,8 @@ _LUMA = (0.299, 0.587, 0.114)
 #: Faces that give the statistics of an encoder's input, and how many of them at once.
 _STATISTICS_FACES = 1024
 _CHUNK = 64
-#: Weights are averaged over about the last 1/16 of the steps so far.
-_AVERAGING = 16
 #: Before so many steps at the full learning rate, a flat loss is no plateau: training has hardly begun.
 _LEAST_STEPS = 200
-_SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
 class MapNormalisation(nn.Module):
@@ -482,36 +477,6 @@ class Training:
     early_stop: bool
 
 
-@dataclass
-class _Progress:
-    """Where a training stands; with the tensors it is all that a checkpoint holds."""
-
-    step: int = 0
-    decay_start: int | None = None
-    curve: list[tuple[int, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a training came to.
-
-    Attributes:
-        steps: it took.
-        curve: validation loss as (images seen, loss), at the full learning rate and, last, after its decay.
-        saturated: whether the last doubling at the full learning rate gained next to nothing.
-        gain: what that doubling gained, where it is known.
-        floor: see :class:`Training`.
-        seen: int64 (K, D), the states it met, or None.
-    """
-
-    steps: int
-    curve: tuple[tuple[int, float], ...]
-    saturated: bool
-    gain: float | None
-    floor: float
-    seen: Tensor | None
-
-
 class Trainer:
     """Trains modules one after the other, in one fit, on varied public faces, with resuming and averaged weights.
 
@@ -550,166 +515,69 @@ class Trainer:
         sample = at(faces, self.training[order[:_STATISTICS_FACES]])
         yield from enumerate(chunk.to(self.device) for chunk in chunks(sample, _CHUNK))
 
-    def _batch(self, name: str, step: int) -> Tensor:
-        """Indices of the faces of one step: each epoch is a permutation of its own, its remainder left out."""
-        epoch, position = divmod(step, len(self.training) // self.batch_size)
-        order = torch.randperm(len(self.training), generator=derived(self.seed, name, "epoch", epoch))
-        return self.training[order[position * self.batch_size : (position + 1) * self.batch_size]]
-
-    def train(self, training: Training) -> Outcome:
+    def train(self, training: Training, seen: SeenStates | None = None) -> Outcome:
         """Train the module in place; it ends with its averaged weights.
+
+        Args:
+            training: what, on what and for how long.
+            seen: takes the states that it meets.
 
         Raises:
             ValueError: the checkpoint is that of another fit.
             FloatingPointError: a loss is not finite.
         """
-        options, fabric = self.options, self.fabric
-        schedule = WarmHoldDecay(training.steps, options.warmup, options.decay)
-        checks, rule = schedule.checks(), Plateau(relative=options.plateau)
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+        options, adversary = self.options, self.adversary
+        batches = EpochBatches(self.training, options.batch_size, self.seed, training.name)
+        planned, before = training.steps * self.batch_size, self._done
+        seen = seen or SeenStates()
+        model = self.fabric.setup_module(training.module)
+
+        def loss(step: int) -> Tensor:
+            index = batches(step).to(self.device)
+            draws = derived(self.seed, training.name, "vary", step)
+            faces = vary(to_float(self._faces[index]), options.augmentation, draws)
+            inputs, states = training.batch(faces, index, step)
+            seen.add(states)
+            value: Tensor = model(*inputs)
+            return value
+
+        def report(done: int, total: int, **fields: float) -> None:
+            adversary.report(before + done, self._total - (planned - total), **fields)
+
+        optimizer = torch.optim.AdamW(
             training.module.parameters(),
             lr=training.learning_rate,
             weight_decay=options.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        average = copy.deepcopy(training.module).requires_grad_(False).eval()
-        progress, seen = _Progress(), None
-        keep = _Keeper(self, training, average, optimizer)
-        if keep.folder is not None:
-            seen = keep.resume(progress)
-        model, optimizer = fabric.setup(training.module, optimizer)
-        model.train()
-
-        report_every = 1 if self.device.type == "cpu" else 25
-        saved = started = time.monotonic()
-        first = progress.step
-        while progress.step < schedule.end(progress.decay_start):
-            step = progress.step
-            for group in optimizer.param_groups:
-                group["lr"] = training.learning_rate * schedule.factor(step, progress.decay_start)
-            index = self._batch(training.name, step).to(self.device)
-            draws = derived(self.seed, training.name, "vary", step)
-            faces = vary(to_float(self._faces[index]), options.augmentation, draws)
-            inputs, states = training.batch(faces, index, step)
-            if states is not None:
-                seen = torch.unique(states.cpu() if seen is None else torch.cat((seen, states.cpu())), dim=0)
-            loss = model(*inputs)
-            optimizer.zero_grad()
-            fabric.backward(loss)
-            optimizer.step()
-            progress.step = done = step + 1
-            _update_average(average, training.module, done)
-
-            if done % report_every == 0 or done == 1:
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"{self.attack}: the {training.name}'s loss became {value} at step {done}; try a lower "
-                        f"learning rate for it (now {training.learning_rate:g}) or full precision"
-                    )
-                speed = (done - first) * self.batch_size / max(1e-9, time.monotonic() - started)
-                self._tell(done, training.steps - schedule.end(progress.decay_start), value, speed)
-            if progress.decay_start is None and done in checks:
-                progress.curve.append((done * self.batch_size, training.validate(average)))
-                # The loss also rests at the floor before it starts to fall: never stop in the first quarter.
-                late = done >= max(_LEAST_STEPS, schedule.hold_end // 4)
-                plateaued = training.early_stop and late and rule.reached(progress.curve, training.floor)
-                if done == schedule.hold_end or plateaued:
-                    progress.decay_start = done
-            if keep.folder is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-                keep.save(progress, seen)
-                saved = time.monotonic()
-        if keep.folder is not None and progress.step > first:
-            keep.save(progress, seen)
-
-        final = training.validate(average)
-        if not math.isfinite(final):
-            raise FloatingPointError(
-                f"{self.attack}: the {training.name}'s validation loss is {final}; try a lower learning rate for it"
-            )
-        training.module.load_state_dict(average.state_dict())
-        training.module.eval()
-        self._done += progress.step * self.batch_size
-        self._total -= (training.steps - progress.step) * self.batch_size
-        curve = tuple(progress.curve)
-        return Outcome(
-            steps=progress.step,
-            curve=(*curve, (progress.step * self.batch_size, final)),
-            saturated=progress.decay_start is not None
-            and progress.decay_start >= _LEAST_STEPS
-            and rule.reached(curve, training.floor),
-            gain=rule.gain(curve),
+        outcome = Descent(
+            what=f"{self.attack}: the {training.name}",
+            players=[Player(training.module, optimizer, loss)],
+            batch_size=self.batch_size,
+            learning_rate=training.learning_rate,
+            schedule=WarmHoldDecay(training.steps, options.warmup, options.decay),
+            rule=Plateau(relative=options.plateau),
+            validate=training.validate,
             floor=training.floor,
+            least_steps=_LEAST_STEPS,
+            early_stop=training.early_stop,
+            fabric=self.fabric,
+            report=report,
+            folder=None if adversary.checkpoint is None else adversary.checkpoint / training.name,
+            stored={"module": training.module},
+            fit={
+                "options": options.model_dump(mode="json"),
+                "seed": self.seed,
+                "faces": list(adversary.faces.shape),
+                "knowledge": str(adversary.knowledge),
+            },
             seen=seen,
-        )
-
-    def _tell(self, step: int, spared: int, loss: float, speed: float) -> None:
-        done = self._done + step * self.batch_size
-        self.adversary.report(done, self._total - spared * self.batch_size, loss=loss, images_per_second=speed)
-
-
-class _Keeper:
-    """Checkpoints of one training, in a folder of its name."""
-
-    def __init__(
-        self, trainer: Trainer, training: Training, average: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        root = trainer.adversary.checkpoint
-        self.folder = None if root is None else root / training.name
-        self._modules = {"module": training.module, "average": average}
-        self._optimizer = optimizer
-        self._fingerprint = {
-            "options": trainer.options.model_dump(mode="json"),
-            "seed": trainer.seed,
-            "faces": list(trainer.adversary.faces.shape),
-            "knowledge": str(trainer.adversary.knowledge),
-        }
-
-    def save(self, progress: _Progress, seen: Tensor | None) -> None:
-        assert self.folder is not None
-        tensors = {
-            f"{kind}/{name}": value
-            for kind, module in self._modules.items()
-            for name, value in module.state_dict().items()
-        }
-        flat = checkpoint.flatten_optimizer(self._optimizer.state_dict())
-        tensors |= {f"optimizer/{name}": value for name, value in flat.items()}
-        if seen is not None:
-            tensors["seen"] = seen
-        checkpoint.save(self.folder, tensors, {"fit": self._fingerprint, "progress": asdict(progress)})
-
-    def resume(self, progress: _Progress) -> Tensor | None:
-        """Load what was kept, if anything was, into the modules, the optimiser and ``progress``; returns the states."""
-        assert self.folder is not None
-        stored = checkpoint.load(self.folder)
-        if stored is None:
-            return None
-        tensors, meta = stored
-        if meta["fit"] != self._fingerprint:
-            raise ValueError(f"{self.folder} holds the checkpoint of another fit: delete it, or name another folder")
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-        for kind, module in self._modules.items():
-            module.load_state_dict(under(f"{kind}/"))
-        checkpoint.restore_optimizer(self._optimizer, under("optimizer/"))
-        progress.step, progress.decay_start = meta["progress"]["step"], meta["progress"]["decay_start"]
-        progress.curve = [(int(images), float(loss)) for images, loss in meta["progress"]["curve"]]
-        return tensors.get("seen")
+        ).run()
+        self._done += outcome.steps * self.batch_size
+        self._total -= planned - outcome.steps * self.batch_size
+        return outcome
 
 
 def at(faces: Tensor, index: Tensor) -> Tensor:
     """``faces[index]``, wherever either lies."""
     return faces[index.to(faces.device)]
-
-
-@torch.no_grad()
-def _update_average(average: nn.Module, module: nn.Module, step: int) -> None:
-    """Move ``average`` towards ``module``; the window grows with training, a fixed share of it."""
-    weight = min(1.0, _AVERAGING / (step + _AVERAGING - 1))
-    for mean, value in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, weight)
-        else:
-            mean.copy_(value)

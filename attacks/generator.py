@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -19,8 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attacks import checkpoint
-from attacks.base import Adversary, AttackOptions, FitReport, Report, no_report
+from attacks.base import AttackOptions, FitReport, Report, no_report
+from attacks.descent import Descent, EpochBatches, Player, SeenStates
 from attacks.exposure import chunks, split_identities, to_float
 from attacks.plateau import Plateau
 from attacks.schedule import WarmHoldDecay
@@ -30,11 +26,8 @@ from attacks.ssim import ssim
 #: Held-out faces that give the loss curve, and faces at once outside training.
 _VALIDATION_FACES = 256
 _CHUNK = 64
-#: Weights are averaged over about the last 1/16 of the steps so far.
-_AVERAGING = 16
 #: Before so many steps at the full learning rate, a flat loss is no plateau: training has hardly begun.
 _LEAST_STEPS = 100
-_SECONDS_BETWEEN_CHECKPOINTS = 60.0
 #: The coarsest grid of a decoder has at least this side, and its widest level this many times the finest one's width.
 _COARSEST = 4
 _WIDEST = 8
@@ -184,23 +177,7 @@ class Critic(nn.Module):
         return score
 
 
-# -- public faces ------------------------------------------------------------------------------------
-
-
-def check_public_faces(name: str, adversary: Adversary) -> None:
-    """Refuse public faces that the attack called ``name`` cannot train on.
-
-    Raises:
-        ValueError: they are not uint8 (M, 3, H, H) with M > 0, or have not one identity each.
-    """
-    faces, identities = adversary.faces, adversary.identities
-    if faces.dtype != torch.uint8 or faces.ndim != 4 or faces.shape[1] != 3 or faces.shape[2] != faces.shape[3]:
-        raise ValueError(f"{name} expects public faces uint8 (M, 3, H, H), got {faces.dtype} {tuple(faces.shape)}")
-    if identities.shape != faces.shape[:1] or not len(faces):
-        raise ValueError(
-            f"{name} expects one identity per public face, got {len(faces)} faces and {tuple(identities.shape)} "
-            f"identities"
-        )
+# -- views --------------------------------------------------------------------------------------------
 
 
 def draw_views(count: int, generator: torch.Generator, *, shift: float, zoom: float = 0.0, size: int) -> Tensor:
@@ -276,14 +253,6 @@ class TrainingPlan:
     betas: tuple[float, float] = (0.9, 0.999)
 
 
-@dataclass
-class _Progress:
-    """Where a training stands; with the tensors it is all that a checkpoint holds."""
-
-    step: int = 0
-    curve: list[tuple[int, float]] = field(default_factory=list)
-
-
 class DecoderTraining(ABC):
     """The training of a network that ends in a :class:`FaceDecoder`; a subclass says what it minimises.
 
@@ -292,7 +261,7 @@ class DecoderTraining(ABC):
     Attributes:
         network: trained in place; its averaged weights are what :meth:`run` leaves in it.
         critic: trained in turn with the network where there is one, never averaged.
-        seen: states trained on, int64 (K, D), or None.
+        seen: the states trained on.
     """
 
     def __init__(
@@ -321,7 +290,7 @@ class DecoderTraining(ABC):
         """
         self.network, self.critic, self.plan = network, critic, plan
         self.seed, self.fabric = seed, fabric
-        self.seen: Tensor | None = None
+        self.seen = SeenStates()
         self.faces = faces.to(fabric.device)
         self.training, held_out = hold_out(identities, plan.validation, seed)
         # A short training is not worth a long validation.
@@ -341,12 +310,6 @@ class DecoderTraining(ABC):
         """What the critic minimises."""
         raise NotImplementedError(f"{type(self).__name__} has a critic and no loss for it")
 
-    def saw(self, states: Tensor | None) -> None:
-        """Note the states, int64 (b, D), that a step was trained on."""
-        if states is not None:
-            known = states.cpu() if self.seen is None else torch.cat((self.seen, states.cpu()))
-            self.seen = torch.unique(known, dim=0)
-
     def mean_face(self) -> Tensor:
         """Mean of the training faces and their mirror images: float32 (3, H, W) in [0, 1]."""
         total = torch.zeros(self.faces.shape[1:], dtype=torch.float64, device=self.faces.device)
@@ -355,105 +318,73 @@ class DecoderTraining(ABC):
         mean = total / (255 * len(self.training))
         return ((mean + mean.flip(-1)) / 2).float()
 
-    def run(self, *, report: Report = no_report, folder: Path | None = None, what: dict[str, Any]) -> FitReport:
+    def run(
+        self, what_is_trained: str, *, report: Report = no_report, folder: Path | None = None, fit: dict[str, Any]
+    ) -> FitReport:
         """Train.
 
         Args:
+            what_is_trained: as messages call it.
             report: called as ``report(done, total, loss=, images_per_second=)``, counting images.
             folder: for a checkpoint; one found there is resumed.
-            what: JSON values that tell this training from others; a checkpoint of another one is refused.
+            fit: JSON values that tell this training from others; a checkpoint of another one is refused.
 
         Raises:
             ValueError: a checkpoint of another training.
             FloatingPointError: the loss is not finite.
         """
         plan, fabric = self.plan, self.fabric
-        batch = min(plan.batch_size, len(self.training))
-        schedule = WarmHoldDecay(math.ceil(plan.images / batch), plan.warmup, plan.decay)
-        checks, rule = schedule.checks(), Plateau(relative=plan.plateau)
-        players = [(self.network, self.loss)]
+        batches = EpochBatches(self.training, plan.batch_size, self.seed)
+        played = [(self.network, self.loss)]
         if self.critic is not None:
-            players.insert(0, (self.critic, self.critic_loss))
-        optimizers: list[torch.optim.Optimizer] = [
-            # Fused: one kernel instead of a loop over parameters, on CPU and GPU alike.
-            torch.optim.Adam(
-                player.parameters(),
-                lr=plan.learning_rate,
-                betas=plan.betas,
-                fused=fabric.device.type in ("cpu", "cuda"),
+            played.insert(0, (self.critic, self.critic_loss))
+        players = [
+            Player(
+                module,
+                # Fused: one kernel instead of a loop over parameters, on CPU and GPU alike.
+                torch.optim.Adam(
+                    module.parameters(),
+                    lr=plan.learning_rate,
+                    betas=plan.betas,
+                    fused=fabric.device.type in ("cpu", "cuda"),
+                ),
+                lambda step, loss=loss: loss(batches(step), step),  # type: ignore[misc]
             )
-            for player, _ in players
+            for module, loss in played
         ]
-        average = copy.deepcopy(self.network).requires_grad_(False).eval()
-        progress = _Progress()
-        what = {**what, "seed": self.seed, "faces": list(self.faces.shape), "plan": asdict(plan)}
-        what["plan"]["betas"] = list(plan.betas)
-        if folder is not None:
-            self._resume(folder, what, average, optimizers, progress)
-        steppers = [cast("torch.optim.Optimizer", fabric.setup_optimizers(optimizer)) for optimizer in optimizers]
-        floor = self._floor()
-
-        report_every = 1 if fabric.device.type == "cpu" else 25
-        first, saved, started = progress.step, time.monotonic(), time.monotonic()
-        while progress.step < schedule.steps:
-            step = progress.step
-            index = self._batch(batch, step)
-            self.network.train()
-            for (player, objective), optimizer, stepper in zip(players, optimizers, steppers, strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = plan.learning_rate * schedule.factor(step)
-                with _only(player, players):
-                    loss = objective(index, step)
-                optimizer.zero_grad()
-                fabric.backward(loss)
-                stepper.step()
-            progress.step = done = step + 1
-            _move_towards(average, self.network, done)
-            if done % report_every == 0 or done == 1:
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the loss became {value} at step {done}; try a lower learning rate "
-                        f"(now {plan.learning_rate:g}) or full precision"
-                    )
-                speed = (done - first) * batch / max(1e-9, time.monotonic() - started)
-                report(done * batch, schedule.steps * batch, loss=value, images_per_second=speed)
-            if done in checks:
-                progress.curve.append((done * batch, self._validate(average)))
-            if folder is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-                self._save(folder, what, average, optimizers, progress)
-                saved = time.monotonic()
-        if folder is not None and progress.step > first:
-            self._save(folder, what, average, optimizers, progress)
-
-        final = self._validate(average)
-        if not math.isfinite(final):
-            raise FloatingPointError(f"the validation loss is {final}; try a lower learning rate")
-        self.network.load_state_dict(average.state_dict())
-        self.network.eval()
-        held = tuple(progress.curve)
+        stored = {"network": self.network}
+        if self.critic is not None:
+            stored["critic"] = self.critic
+        described = {**asdict(plan), "betas": list(plan.betas)}
+        outcome = Descent(
+            what=what_is_trained,
+            players=players,
+            batch_size=batches.size,
+            learning_rate=plan.learning_rate,
+            schedule=WarmHoldDecay(math.ceil(plan.images / batches.size), plan.warmup, plan.decay),
+            rule=Plateau(relative=plan.plateau),
+            validate=self._validate,
+            floor=self._floor(),
+            least_steps=_LEAST_STEPS,
+            average_buffers=False,
+            fabric=fabric,
+            report=report,
+            folder=folder,
+            stored=stored,
+            fit={**fit, "seed": self.seed, "faces": list(self.faces.shape), "plan": described},
+            seen=self.seen,
+        ).run()
         return FitReport(
-            saturated=schedule.hold_end >= _LEAST_STEPS and rule.reached(held, floor),
-            states_seen=self.seen,
-            curve=(*held, (progress.step * batch, final)),
+            saturated=outcome.saturated,
+            states_seen=self.seen.states,
+            curve=outcome.curve,
             details={
-                "steps": progress.step,
-                "batch_size": batch,
-                "images_seen": progress.step * batch,
+                **outcome.details(),
                 "parameters": sum(p.numel() for p in self.network.parameters()),
                 "training_faces": len(self.training),
                 "validation_faces": len(self.held_out),
-                "validation_loss": final,
-                "floor_loss": floor,
-                "gain_of_last_doubling": rule.gain(held),
             },
         )
-
-    def _batch(self, batch: int, step: int) -> Tensor:
-        """Indices of the faces of one step: each epoch is a permutation of its own, its remainder left out."""
-        epoch, position = divmod(step, len(self.training) // batch)
-        order = torch.randperm(len(self.training), generator=derived(self.seed, "epoch", epoch))
-        return self.training[order[position * batch : (position + 1) * batch]]
 
     def _floor(self) -> float:
         """L1 of the mean face on held-out identities."""
@@ -468,82 +399,6 @@ class DecoderTraining(ABC):
             faces, target = self.recover(network, index)
             total += float((faces - target).abs().mean()) * len(index)
         return total / len(self.held_out)
-
-    # -- resuming -------------------------------------------------------------------------------------
-
-    def _tensors(self, average: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, Tensor]]:
-        groups = {"network": self.network.state_dict(), "average": average.state_dict()}
-        if self.critic is not None:
-            groups["critic"] = self.critic.state_dict()
-        for number, optimizer in enumerate(optimizers):
-            groups[f"optimizer{number}"] = checkpoint.flatten_optimizer(optimizer.state_dict())
-        return groups
-
-    def _save(
-        self,
-        folder: Path,
-        what: dict[str, Any],
-        average: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
-        progress: _Progress,
-    ) -> None:
-        groups = self._tensors(average, optimizers)
-        tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-        if self.seen is not None:
-            tensors["seen"] = self.seen
-        checkpoint.save(folder, tensors, {"fit": what, "progress": asdict(progress)})
-
-    def _resume(
-        self,
-        folder: Path,
-        what: dict[str, Any],
-        average: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
-        progress: _Progress,
-    ) -> None:
-        stored = checkpoint.load(folder)
-        if stored is None:
-            return
-        tensors, meta = stored
-        if meta["fit"] != what:
-            raise ValueError(f"{folder} holds the checkpoint of another fit: delete it, or name another folder")
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-        self.network.load_state_dict(under("network/"))
-        average.load_state_dict(under("average/"))
-        if self.critic is not None:
-            self.critic.load_state_dict(under("critic/"))
-        for number, optimizer in enumerate(optimizers):
-            checkpoint.restore_optimizer(optimizer, under(f"optimizer{number}/"))
-        self.seen = tensors.get("seen")
-        progress.step = meta["progress"]["step"]
-        progress.curve = [(int(images), float(loss)) for images, loss in meta["progress"]["curve"]]
-
-
-@contextmanager
-def _only(trained: nn.Module, players: list[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Gradients for one player's weights alone."""
-    others = [player for player, _ in players if player is not trained]
-    for player in others:
-        player.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for player in others:
-            player.requires_grad_(True)
-
-
-@torch.no_grad()
-def _move_towards(average: nn.Module, network: nn.Module, step: int) -> None:
-    """Move ``average`` towards ``network``; the window grows with training, a fixed share of it."""
-    weight = min(1.0, _AVERAGING / (step + _AVERAGING - 1))
-    for mean, value in zip(average.parameters(), network.parameters(), strict=True):
-        mean.lerp_(value, weight)
-    # The statistics of batch norm are averages already: averaged once more they would lag behind.
-    for kept, latest in zip(average.buffers(), network.buffers(), strict=True):
-        kept.copy_(latest)
 
 
 # -- the generator ------------------------------------------------------------------------------------
@@ -699,7 +554,10 @@ def fit_generator(
     training = _GeneratorTraining(options, generator, faces, identities, plan, seed=seed, fabric=fabric, critic=critic)
     generator.decoder.set_mean(training.mean_face())
     return training.run(
-        report=report, folder=folder, what={"generator": options.model_dump(mode="json", include=_FIELDS)}
+        "the generator",
+        report=report,
+        folder=folder,
+        fit={"generator": options.model_dump(mode="json", include=_FIELDS)},
     )
 
 

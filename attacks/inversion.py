@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import time
 from abc import abstractmethod
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,8 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attacks import checkpoint
 from attacks.base import Adversary, FitReport, RecoveryAttack
+from attacks.descent import Descent, EpochBatches, Player, SeenStates
 from attacks.exposure import Exposure, chunks, flip_some, split_identities, to_float
 from attacks.plateau import Plateau
 from attacks.schedule import WarmHoldDecay
@@ -31,16 +28,18 @@ _VALIDATION_FACES = 256
 _MEAN_FACES = 2048
 #: Faces at once outside training, where nothing is gained by the batch.
 _CHUNK = 64
-#: Weights are averaged over about the last 1/16 of the steps so far.
-_AVERAGING = 16
 #: Before so many steps at the full learning rate, a flat loss is no plateau: training has hardly begun.
 _LEAST_STEPS = 200
-_SECONDS_BETWEEN_CHECKPOINTS = 60.0
 #: Tolerances of the input-range check.
 _RANGE_MARGIN = 0.5
 _OUTSIDE_SHARE = 1e-3
 _LEAST_SPREAD = 0.01
 _SPREAD_FACES = 8
+
+#: Of a preset for two cores, where a few hundred or thousand steps are all one can afford: small batches and a higher
+#: rate use them best, the first level at half resolution halves the cost of each, and SSIM in the loss recovers more by
+#: every measure, L1 included.
+TWO_CORES: Mapping[str, Any] = {"stem_stride": 2, "batch_size": 16, "learning_rate": 2e-3, "loss": "l1+ssim"}
 
 
 class InversionOptions(NetworkOptions):
@@ -82,15 +81,6 @@ class InversionOptions(NetworkOptions):
         if self.warmup + self.decay > 0.95:
             raise ValueError("warmup + decay must leave at least 5 % of the images at the full learning rate")
         return self
-
-
-@dataclass
-class _Progress:
-    """Where a fit stands; with the tensors it is all that a checkpoint holds."""
-
-    step: int = 0
-    decay_start: int | None = None
-    curve: list[tuple[int, float]] = field(default_factory=list)
 
 
 #: The faces of a step, what the network is shown of them, and their states.
@@ -171,96 +161,60 @@ class InversionAttack(RecoveryAttack):
         floor = float((to_float(validation) - mean_face.to(device)).abs().mean())
 
         faces = adversary.faces.to(device)
-        batch = min(options.batch_size, len(training))
-        schedule = WarmHoldDecay(options.steps or math.ceil(images / batch), options.warmup, options.decay)
-        checks, rule = schedule.checks(), Plateau(relative=options.plateau)
+        batches = EpochBatches(training, options.batch_size, seed)
+        schedule = WarmHoldDecay(options.steps or math.ceil(images / batches.size), options.warmup, options.decay)
+        seen, countable = SeenStates(), exposure.countable
+        model = fabric.setup_module(self.network)
+        ahead: list[_Example] = []
+
+        def loss(step: int) -> Tensor:
+            if not ahead:
+                steps = range(step, min(step + self.lookahead, schedule.steps))
+                ahead.extend(self._examples(faces, batches, steps, exposure, seed))
+            target, inputs, state = ahead.pop(0)
+            if countable:
+                seen.add(state)
+            return self._loss(self._predict(model, inputs), target)
+
         # Fused: one kernel instead of a loop over parameters, on CPU and GPU alike.
-        optimizer: torch.optim.Optimizer = torch.optim.Adam(
+        optimizer = torch.optim.Adam(
             self.network.parameters(), lr=options.learning_rate, fused=device.type in ("cpu", "cuda")
         )
-        average: nn.Module = copy.deepcopy(self.network).requires_grad_(False).eval()
-        progress, seen = _Progress(), None
-        countable = exposure.countable
-        fingerprint = {
-            "options": options.model_dump(mode="json"),
-            "seed": seed,
-            "faces": list(faces.shape),
-            "knowledge": str(adversary.knowledge),
-        }
-        if adversary.checkpoint is not None:
-            seen = self._resume(adversary.checkpoint, fingerprint, average, optimizer, progress)
-        model, optimizer = fabric.setup(self.network, optimizer)
-        model.train()
-
-        report_every = 1 if device.type == "cpu" else 25
-        saved = started = time.monotonic()
-        first_step = progress.step
-        ahead: list[_Example] = []
-        while progress.step < schedule.end(progress.decay_start):
-            step = progress.step
-            for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * schedule.factor(step, progress.decay_start)
-            if not ahead:
-                last = min(step + self.lookahead, schedule.end(progress.decay_start))
-                ahead = self._examples(faces, training, batch, range(step, last), exposure, seed)
-            target, inputs, state = ahead.pop(0)
-            if countable and state is not None:
-                seen = torch.unique(state if seen is None else torch.cat((seen, state.to(seen.device))), dim=0)
-            loss = self._loss(self._predict(model, inputs), target)
-            optimizer.zero_grad()
-            fabric.backward(loss)
-            optimizer.step()
-            progress.step += 1
-            _update_average(average, self.network, progress.step)
-
-            done = progress.step
-            if done % report_every == 0 or done == 1:
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"{self.name}: the loss became {value} at step {done}; try a lower learning_rate "
-                        f"(now {options.learning_rate:g}) or full precision"
-                    )
-                speed = (done - first_step) * batch / max(1e-9, time.monotonic() - started)
-                total = schedule.end(progress.decay_start) * batch
-                adversary.report(done * batch, total, loss=value, images_per_second=speed)
-            if progress.decay_start is None and done in checks:
-                progress.curve.append((done * batch, self._validate(average, validation, exposure, fabric)))
-                # The loss also rests at the floor before it starts to fall: never stop in the first quarter.
-                late = done >= max(_LEAST_STEPS, schedule.hold_end // 4)
-                if done == schedule.hold_end or (options.early_stop and late and rule.reached(progress.curve, floor)):
-                    progress.decay_start = done
-            if adversary.checkpoint is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-                self._save(adversary.checkpoint, fingerprint, average, optimizer, progress, seen)
-                saved = time.monotonic()
-        if adversary.checkpoint is not None and progress.step > first_step:
-            self._save(adversary.checkpoint, fingerprint, average, optimizer, progress, seen)
-
-        held = tuple(progress.curve)
-        final = self._validate(average, validation, exposure, fabric)
-        if not math.isfinite(final):
-            raise FloatingPointError(f"{self.name}: the validation loss is {final}; try a lower learning_rate")
-        self.network.load_state_dict(average.state_dict())
+        outcome = Descent(
+            what=self.name,
+            players=[Player(self.network, optimizer, loss)],
+            batch_size=batches.size,
+            learning_rate=options.learning_rate,
+            schedule=schedule,
+            rule=Plateau(relative=options.plateau),
+            validate=lambda network: self._validate(network, validation, exposure, fabric),
+            floor=floor,
+            least_steps=_LEAST_STEPS,
+            early_stop=options.early_stop,
+            fabric=fabric,
+            report=adversary.report,
+            folder=adversary.checkpoint,
+            stored={"attack": self},
+            fit={
+                "options": options.model_dump(mode="json"),
+                "seed": seed,
+                "faces": list(faces.shape),
+                "knowledge": str(adversary.knowledge),
+            },
+            seen=seen,
+        ).run()
         self.eval()
-        gain = rule.gain(held)
         return FitReport(
-            saturated=progress.decay_start is not None
-            and progress.decay_start >= _LEAST_STEPS
-            and rule.reached(held, floor),
-            states_seen=None if seen is None else seen.cpu(),
-            curve=(*held, (progress.step * batch, final)),
+            saturated=outcome.saturated,
+            states_seen=seen.states,
+            curve=outcome.curve,
             details={
-                "steps": progress.step,
-                "batch_size": batch,
-                "images_seen": progress.step * batch,
-                "epochs": progress.step * batch / len(training),
+                **outcome.details(),
+                "epochs": outcome.steps * batches.size / len(training),
                 "parameters": sum(p.numel() for p in self.network.parameters()),
                 "training_faces": len(training),
                 "validation_faces": len(validation),
-                "validation_loss": final,
-                "floor_loss": floor,
-                "gain_of_last_doubling": gain,
-                "stopped_early": progress.step < schedule.steps,
+                "stopped_early": outcome.steps < schedule.steps,
                 "input_range": [float(self.low.min()), float(self.high.max())],
                 **training_details,
             },
@@ -268,12 +222,12 @@ class InversionAttack(RecoveryAttack):
 
     @torch.no_grad()
     def _examples(
-        self, faces: Tensor, training: Tensor, batch: int, steps: range, exposure: Exposure, seed: int
+        self, faces: Tensor, batches: EpochBatches, steps: range, exposure: Exposure, seed: int
     ) -> list[_Example]:
         """The faces of these steps, what the network is shown of each, and its state."""
         targets, protected = [], []
         for step in steps:
-            target = to_float(faces[_batch(training, batch, step, seed).to(faces.device)])
+            target = to_float(faces[batches(step).to(faces.device)])
             if self.options.flip:
                 target = flip_some(target, derived(seed, "faces", step))
             targets.append(target)
@@ -283,7 +237,7 @@ class InversionAttack(RecoveryAttack):
         inputs = self._inputs(
             torch.cat([one.representation for one in protected]), torch.cat(states) if states else None
         )
-        parts = [[None] * len(steps) if one is None else one.split(batch) for one in inputs]
+        parts = [[None] * len(steps) if one is None else one.split(batches.size) for one in inputs]
         shown: list[tuple[Tensor | None, ...]] = list(zip(*parts, strict=True))
         return list(zip(targets, shown, [one.state for one in protected], strict=True))
 
@@ -341,52 +295,6 @@ class InversionAttack(RecoveryAttack):
                 f"defence it was trained on, un-normalised"
             )
 
-    # -- resuming -------------------------------------------------------------------------------------
-
-    def _save(
-        self,
-        folder: Path,
-        fingerprint: dict[str, Any],
-        average: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        progress: _Progress,
-        seen: Tensor | None,
-    ) -> None:
-        tensors = {f"attack/{name}": value for name, value in self.state_dict().items()}
-        tensors |= {f"average/{name}": value for name, value in average.state_dict().items()}
-        tensors |= {
-            f"optimizer/{name}": value for name, value in checkpoint.flatten_optimizer(optimizer.state_dict()).items()
-        }
-        if seen is not None:
-            tensors["seen"] = seen
-        checkpoint.save(folder, tensors, {"fit": fingerprint, "progress": asdict(progress)})
-
-    def _resume(
-        self,
-        folder: Path,
-        fingerprint: dict[str, Any],
-        average: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        progress: _Progress,
-    ) -> Tensor | None:
-        """Load the checkpoint in ``folder`` into all of these, if there is one; returns the states seen."""
-        stored = checkpoint.load(folder)
-        if stored is None:
-            return None
-        tensors, meta = stored
-        if meta["fit"] != fingerprint:
-            raise ValueError(f"{folder} holds the checkpoint of another fit: delete it, or name another folder")
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-        self.load_state_dict(under("attack/"))
-        average.load_state_dict(under("average/"))
-        checkpoint.restore_optimizer(optimizer, under("optimizer/"))
-        progress.step, progress.decay_start = meta["progress"]["step"], meta["progress"]["decay_start"]
-        progress.curve = [(int(images), float(loss)) for images, loss in meta["progress"]["curve"]]
-        return tensors.get("seen")
-
 
 # -- pieces -------------------------------------------------------------------------------------------
 
@@ -394,21 +302,3 @@ class InversionAttack(RecoveryAttack):
 def pick(faces: Tensor, index: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """At most ``most`` of the faces at ``index``, at random."""
     return faces[index[torch.randperm(len(index), generator=generator)[:most]].to(faces.device)]
-
-
-def _batch(training: Tensor, batch: int, step: int, seed: int) -> Tensor:
-    """Indices of the faces of one step: each epoch is a permutation of its own, its remainder left out."""
-    epoch, position = divmod(step, len(training) // batch)
-    order = torch.randperm(len(training), generator=derived(seed, "epoch", epoch))
-    return training[order[position * batch : (position + 1) * batch]]
-
-
-@torch.no_grad()
-def _update_average(average: nn.Module, network: nn.Module, step: int) -> None:
-    """Move ``average`` towards ``network``; the window grows with training, a fixed share of it."""
-    weight = min(1.0, _AVERAGING / (step + _AVERAGING - 1))
-    for mean, value in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, weight)
-        else:
-            mean.copy_(value)

@@ -43,10 +43,19 @@ class ChannelLayout(nn.Module):
         Raises:
             ValueError: one of them is no state of the defence.
         """
-        equal = (states.to(self.states.device)[:, None, :] == self.states).all(dim=2)
-        if not equal.any(dim=1).all():
-            raise ValueError("a state was given that the defence's states() does not list")
-        return equal.int().argmax(dim=1)
+        return row_numbers(states.to(self.states.device), self.states)
+
+
+def row_numbers(states: Tensor, listed: Tensor) -> Tensor:
+    """int64 (N,): the row of ``listed`` (K, D) that each of ``states`` (N, D) equals.
+
+    Raises:
+        ValueError: one of them is not listed.
+    """
+    equal = (states[:, None, :] == listed).all(dim=2)
+    if not equal.any(dim=1).all():
+        raise ValueError("a state was given that the defence's states() does not list")
+    return equal.int().argmax(dim=1)
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation, RecoveryAttack
-from attacks.exposure import chunks, to_float
+from attacks.exposure import check_public_faces, chunks, to_float
 from attacks.gaussian_prior import GaussianPrior
+from attacks.layout import row_numbers
 from attacks.posterior import IterativePosterior, Posterior
 from attacks.seeds import base_seed, derived
 from attacks.state_reader import StateReader
@@ -97,8 +98,7 @@ class Linear(RecoveryAttack):
             ValueError: faces are not uint8 (M, 3, H, H), or the defence is not linear.
         """
         faces = adversary.faces
-        if faces.dtype != torch.uint8 or faces.ndim != 4 or faces.shape[1] != 3 or faces.shape[2] != faces.shape[3]:
-            raise ValueError(f"linear expects public faces uint8 (M, 3, H, H), got {faces.dtype} {tuple(faces.shape)}")
+        check_public_faces(self.name, adversary)
         self.reader.prepare(adversary, base_seed(adversary.generator))
         self.prior = GaussianPrior(faces.shape[-1], min(self.options.rank, max(1, len(faces) // 2)))
         self.register_buffer("noise", torch.ones((), dtype=torch.float64))
@@ -161,7 +161,7 @@ class Linear(RecoveryAttack):
         listed = self.reader.mechanism.states()
         if states is None or listed is None:
             return torch.zeros(count, dtype=torch.int64)
-        return (states.cpu()[:, None] == listed.cpu()).all(dim=2).int().argmax(dim=1)
+        return row_numbers(states.cpu(), listed.cpu())
 
     # -- operators and posteriors -----------------------------------------------------------------------
 
@@ -229,9 +229,12 @@ class Linear(RecoveryAttack):
         rows = self.reader.rows(representations.flatten(0, 1), states).view(n, k)
         size, device = self.prior.size, self.prior.mean.device
         out = torch.empty(n, 3, size, size, dtype=torch.float64, device=device)
-        for start in range(0, n, self.options.batch_size):
-            part = slice(start, start + self.options.batch_size)
-            out[part] = self.estimate(representations[part], rows[part])
+        # Faces of one set of states come together, so that each set is factored once, however many there are.
+        numbers = {key: number for number, key in enumerate(sorted(set(self._sets(rows))))}
+        order = torch.tensor([numbers[key] for key in self._sets(rows)], dtype=torch.int64).argsort(stable=True)
+        for part in order.split(self.options.batch_size):
+            sent = representations[part.to(representations.device)]
+            out[part.to(device)] = self.estimate(sent, rows[part.to(rows.device)])
         return out.to(representations.device)
 
     def estimate(self, representations: Tensor, rows: Tensor) -> Tensor:
@@ -258,10 +261,15 @@ class Linear(RecoveryAttack):
     def _grouped(self, rows: Tensor) -> Iterator[tuple[tuple[bytes, ...], Posterior | IterativePosterior, Tensor]]:
         """Faces whose interceptions (rows int64 (N, k), on the CPU) say the same, with their common posterior."""
         keys, operators = self._operators()
-        sets = [tuple(sorted({keys[row] for row in row_list})) for row_list in rows.tolist()]
+        sets = self._sets(rows)
         for key in dict.fromkeys(sets):
             members = torch.tensor([index for index, own in enumerate(sets) if own == key])
             yield key, self._posterior(key, [operators[keys.index(one)] for one in key]), members
+
+    def _sets(self, rows: Tensor) -> list[tuple[bytes, ...]]:
+        """For each face's interceptions, rows int64 (N, k), the different things that they say."""
+        keys = self._operators()[0]
+        return [tuple(sorted({keys[row] for row in row_list})) for row_list in rows.tolist()]
 
     def kinds(self) -> list[int]:
         """For each state the first state that says the same: states that differ in the order of their maps only."""

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, LinkageAttack
+from attacks.descent import Outcome, SeenStates
 from attacks.encoder import (
     Encoder,
     MarginSoftmax,
     OnnxEncoder,
-    Outcome,
     Trainer,
     Training,
     TrainingOptions,
     at,
 )
-from attacks.exposure import Exposure, chunks, split_identities, to_float
+from attacks.exposure import Exposure, check_public_faces, chunks, split_identities, to_float
 from attacks.seeds import base_seed, derived
 from attacks.state_reader import StateReader
 
@@ -253,13 +253,7 @@ class Linkage(LinkageAttack):
                 recogniser.
         """
         faces, options = adversary.faces, self.options
-        if faces.dtype != torch.uint8 or faces.ndim != 4 or faces.shape[1] != 3 or faces.shape[2] != faces.shape[3]:
-            raise ValueError(f"linkage expects public faces uint8 (M, 3, H, H), got {faces.dtype} {tuple(faces.shape)}")
-        if adversary.identities.shape != faces.shape[:1] or not len(faces):
-            raise ValueError(
-                f"linkage expects one identity per public face, got {len(faces)} faces and "
-                f"{tuple(adversary.identities.shape)} identities"
-            )
+        check_public_faces(self.name, adversary)
         seed, device = base_seed(adversary.generator), adversary.fabric.device
         self.reader, places = None, None
         if options.infer_state:
@@ -318,9 +312,10 @@ class Linkage(LinkageAttack):
         if isinstance(self.teacher, Encoder):
             taught = self._teach(self.teacher, trainer, held)
         self.teacher.eval().requires_grad_(False)
-        learnt = self._distil(trainer, exposure, held)
+        seen = SeenStates()
+        learnt = self._distil(trainer, exposure, held, seen)
         self.eval()
-        return self._report(trainer, held, exposure, taught, learnt, details)
+        return self._report(trainer, held, exposure, taught, learnt, seen, details)
 
     def _images(self, training: int) -> int:
         """What both trainings will see at most, for the progress."""
@@ -367,7 +362,7 @@ class Linkage(LinkageAttack):
             )
         )
 
-    def _distil(self, trainer: Trainer, exposure: Exposure, held: _HeldOut) -> Outcome:
+    def _distil(self, trainer: Trainer, exposure: Exposure, held: _HeldOut, met: SeenStates) -> Outcome:
         def seen(faces: Tensor, *name: str | int) -> tuple[Tensor, Tensor | None, Tensor | None]:
             protected = exposure.protect(faces, *name)
             return protected.representation, self._places(protected.representation), protected.state
@@ -401,7 +396,8 @@ class Linkage(LinkageAttack):
                 steps=self.options.steps,
                 learning_rate=self.options.learning_rate,
                 early_stop=self.options.early_stop,
-            )
+            ),
+            met,
         )
 
     def _targets(self, trainer: Trainer) -> Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]]:
@@ -450,6 +446,7 @@ class Linkage(LinkageAttack):
         exposure: Exposure,
         taught: Outcome | None,
         learnt: Outcome,
+        seen: SeenStates,
         details: dict[str, Any],
     ) -> FitReport:
         plain = _embed(lambda faces: _plain(self.teacher, faces), held.faces, trainer.fabric)
@@ -468,20 +465,15 @@ class Linkage(LinkageAttack):
         return FitReport(
             # A student cannot be better than whom it imitates: both have to have learnt what there is to learn.
             saturated=learnt.saturated and (taught is None or taught.saturated),
-            states_seen=learnt.seen,
+            states_seen=seen.states,
             curve=learnt.curve,
             details={
-                "steps": learnt.steps,
-                "batch_size": trainer.batch_size,
-                "images_seen": learnt.steps * trainer.batch_size,
+                **learnt.details(),
                 "parameters": sum(p.numel() for p in self.student.parameters()),
                 "training_faces": len(trainer.training),
                 "training_identities": len(torch.unique(trainer.adversary.identities[trainer.training])),
                 "validation_faces": len(held.faces),
                 "validation_pairs": [int(held.same.sum()), int((~held.same).sum())],
-                "validation_loss": learnt.curve[-1][1],
-                "floor_loss": learnt.floor,
-                "gain_of_last_doubling": learnt.gain,
                 "student_saturated": learnt.saturated,
                 "stopped_early": learnt.steps < self.options.steps,
                 "states_inferred": self.reader is not None and self.reader.classifier is not None,

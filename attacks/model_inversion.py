@@ -15,13 +15,12 @@ from torch.nn import functional
 
 from attacks import inversion_losses
 from attacks.base import Adversary, Capability, FitReport, Knowledge, Observation, RecoveryAttack
-from attacks.exposure import chunks, to_float
+from attacks.exposure import check_public_faces, chunks, to_float
 from attacks.generator import (
     FaceGenerator,
     GeneratorOptions,
     build_generator,
     change_view,
-    check_public_faces,
     draw_views,
     fit_generator,
     hold_out,

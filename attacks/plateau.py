@@ -15,7 +15,8 @@ class Plateau:
     weights, and compares the loss at its end with the loss at half of the images: the decay neither
     counts as progress nor hides it. The gain is nothing when it is below ``relative`` of the earlier
     loss, or below ``absolute`` of what separates the floor (the mean face) from a perfect recovery: the
-    second clause is what ends the training of an attack that is already next to perfect.
+    second clause is what ends the training of an attack that is already next to perfect. A loss above that of the
+    floor has not come to rest, however little it moves: answering the same every time would do better.
 
     Attributes:
         relative: share of the earlier loss.
@@ -40,7 +41,7 @@ class Plateau:
     def reached(self, curve: Sequence[tuple[int, float]], floor: float) -> bool:
         """Whether the last doubling of ``curve`` gained next to nothing; False where that is unknown."""
         gain = self.gain(curve)
-        if gain is None:
+        if gain is None or curve[-1][1] > (1 + self.relative) * floor:
             return False
         earlier = curve[-1][1] + gain
         return gain <= max(self.relative * earlier, self.absolute * floor)

@@ -47,10 +47,6 @@ class _Gain(ABC):
     def from_faces(self, faces: Tensor) -> Tensor:
         """gain(A f) of planes f, float64 (n, k)."""
 
-    @abstractmethod
-    def from_faces_transposed(self, faces: Tensor) -> Tensor:
-        """The transpose of the matrix of :meth:`from_faces` times planes f, float64 (n, k)."""
-
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -76,9 +72,6 @@ class _BandedGain(_Gain):
 
     def from_faces(self, faces: Tensor) -> Tensor:
         return self._factor.solve((self._gram @ self._pad(faces)) * self._information)[: self._pixels]
-
-    def from_faces_transposed(self, faces: Tensor) -> Tensor:
-        return (self._gram @ self._factor.solve(self._pad(faces)))[: self._pixels] * self._information
 
     @property
     def nbytes(self) -> int:
@@ -127,10 +120,6 @@ class _SingularGain(_Gain):
 
     def from_faces(self, faces: Tensor) -> Tensor:
         return self._from_coefficients(self._rows.T @ faces)
-
-    def from_faces_transposed(self, faces: Tensor) -> Tensor:
-        out: Tensor = self._rows @ torch.cholesky_solve(self._spread.T @ faces, self._system)
-        return out
 
     @property
     def nbytes(self) -> int:
@@ -260,27 +249,6 @@ class Posterior:
         coefficients = torch.cholesky_solve(response, self._system)
         update += self._directions @ coefficients
         return update.permute(2, 0, 1).reshape(count, 3, self._prior.size, self._prior.size)
-
-    def unseen(self, faces: Tensor, *, transposed: bool = False) -> Tensor:
-        """What of a change of faces the observation does not show: f - gain(A f), colour plane by colour plane.
-
-        Adding it to an estimate leaves what the estimate would send as it is.
-
-        Args:
-            faces: float64 (N, 3, H, W), RGB.
-            transposed: apply the transpose of the matrix, for gradients.
-        """
-        prior = self._prior
-        forward, back = prior.planes, torch.linalg.inv(prior.planes)
-        if transposed:
-            forward, back = back.T, forward.T
-        planes = torch.einsum("pc,nchw->pnhw", forward, faces).flatten(2)
-        out = planes.clone()
-        for plane, gain in enumerate(self._gains):
-            if gain is not None:
-                apply = gain.from_faces_transposed if transposed else gain.from_faces
-                out[plane] -= apply(planes[plane].T).T
-        return torch.einsum("cp,pnhw->nchw", back, out.view(3, len(faces), prior.size, prior.size))
 
 
 # -- conjugate gradients ----------------------------------------------------------------------------------

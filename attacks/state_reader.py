@@ -78,6 +78,11 @@ class StateReader(nn.Module):
         return situation.knowledge is Knowledge.BLACKBOX and self.classifier is not None
 
     @property
+    def inferable(self) -> bool:
+        """Whether the defence can be described by a table that was inferred."""
+        return type(self._prepared().mechanism).with_places is not Defense.with_places
+
+    @property
     def mechanism(self) -> Defense:
         """The defence in use or, under a black box, what was found out about it."""
         situation = self._prepared()
@@ -113,6 +118,8 @@ class StateReader(nn.Module):
         accuracy = fit_places(self.classifier, adversary.faces, exposure, layout, seed, faces)
         details: dict[str, Any] = {"map_accuracy": accuracy}
         if self.infers_secret:
+            if not self.inferable:
+                raise ValueError(f"{situation.mechanism.name} is not described by the places of its channels")
             if adversary.traffic is None:
                 raise ValueError("a secret table is inferred from intercepted traffic, and none was given")
             likelihoods = torch.cat([self.classifier(batch).cpu() for batch in adversary.traffic(traffic)])

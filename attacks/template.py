@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import Adversary, AttackOptions, Capability, EmbeddingQuery, FitReport, Observation, RecoveryAttack
-from attacks.exposure import Exposure, chunks, to_float
+from attacks.exposure import Exposure, check_public_faces, chunks, to_float
 from attacks.generator import (
     DecoderTraining,
     FaceDecoder,
     TrainingPlan,
     change_view,
-    check_public_faces,
     draw_views,
 )
 from attacks.inversion_losses import cosine
@@ -176,7 +175,7 @@ class _TemplateTraining(DecoderTraining):
         assert self.recogniser is not None
         sent = self.exposure.protect(faces, *name)
         if self._countable and "validate" not in name:
-            self.saw(sent.state)
+            self.seen.add(sent.state)
         return functional.normalize(self.recogniser(sent.representation).float(), dim=1)
 
     def loss(self, index: Tensor, step: int) -> Tensor:
@@ -266,9 +265,10 @@ class Template(RecoveryAttack):
         self.prepare(adversary)
         training = _TemplateTraining(self, adversary, base_seed(adversary.generator))
         report = training.run(
+            self.name,
             report=adversary.report,
             folder=adversary.checkpoint,
-            what={"options": self.options.model_dump(mode="json"), "knowledge": str(adversary.knowledge)},
+            fit={"options": self.options.model_dump(mode="json"), "knowledge": str(adversary.knowledge)},
         )
         self.eval()
         return replace(report, details={**report.details, **training.details})

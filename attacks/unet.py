@@ -12,11 +12,11 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.base import Adversary, AttackOptions, Capability, Knowledge, Observation
-from attacks.exposure import Exposure, chunks, to_float
-from attacks.inversion import InversionAttack, InversionOptions, pick
-from attacks.layout import ChannelLayout, probe
+from attacks.exposure import Exposure, check_public_faces, chunks, to_float
+from attacks.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
+from attacks.layout import row_numbers
 from attacks.seeds import base_seed, derived
-from attacks.state_inference import StateClassifier
+from attacks.state_reader import StateReader
 from attacks.unet_network import UNetNetwork
 from defenses.base import Defense
 
@@ -24,28 +24,32 @@ from defenses.base import Defense
 _STATISTICS_FACES = 512
 #: Faces at once outside training, where nothing is gained by the batch.
 _CHUNK = 64
-#: For the classifier of states: examples to fit per state, the most states tried, the least accuracy.
-_EXAMPLES_PER_STATE = 24
+#: The most states that are told apart, the public faces on which that is checked, and the least share of them that has
+#: to be right: on less nothing can be built.
 _MOST_STATES = 256
+_CHECK_FACES = 512
 _RELIABLE = 0.95
-
-_TWO_CORES: Mapping[str, Any] = {"stem_stride": 2, "batch_size": 16, "learning_rate": 2e-3, "loss": "l1+ssim"}
 
 
 class UNetOptions(InversionOptions):
     """Options of :class:`UNet`; the defaults are the published ones where there are any.
 
     Attributes:
-        infer_state: at ``whitebox``, read each face's state off its representation and undo the layout,
-            where a classifier fitted on public faces proves able to; else train on the mixture.
-        guesses: at ``blackbox``, how many guesses of the secret to train on; 0 draws fresh ones every
-            step, which marginalises over what is not known; 1 is the published single guess.
+        infer_state: at ``whitebox``, read each face's state off its representation and undo the layout, where a reader
+            fitted on public faces proves able to; at ``blackbox``, infer the secret table from intercepted traffic
+            first. Else train on the mixture of states, or of guesses.
+        state_faces: public faces that the reader of states learns from.
+        traffic: intercepted faces that a secret table is inferred from.
+        guesses: at ``blackbox`` without an inferred table, how many guesses of the secret to train on; 0 draws fresh
+            ones every step, which marginalises over what is not known; 1 is the published single guess.
         invariance: what a defence that permutes channels cannot hide: ``sorted`` shows the network the channels of
             each colour in the order of their energies, ``mean`` their mean and mean magnitude; the state is not
             inferred then. Representations are colour-major, so each third of the channels is one colour.
     """
 
     infer_state: bool = True
+    state_faces: int = Field(default=800, ge=16)
+    traffic: int = Field(default=1000, ge=1)
     guesses: int = Field(default=0, ge=0, le=4096)
     invariance: Literal["none", "sorted", "mean"] = "none"
 
@@ -61,17 +65,20 @@ class _Setting:
     mechanism: Defense
     fabric: Fabric
     canonical: bool
-    state_accuracy: float | None
 
 
 class UNet(InversionAttack):
     """U-Net inversion under the three rungs of knowledge.
 
     Trained to minimise L1(g(z), X) over faces X of public identities, protected afresh in every step.
-    ``oracle`` knows each state and undoes the layout (:meth:`Defense.canonical`). ``whitebox`` knows the
-    table of states: where :class:`StateClassifier` can tell them apart, it does the same with the
-    inferred state, else it trains on the mixture. ``blackbox`` guesses the secret. Of k > 1
-    interceptions the recoveries are averaged.
+    ``oracle`` knows each state and undoes the layout (:meth:`Defense.canonical`). ``whitebox`` knows the table of
+    states: where :class:`~attacks.state_reader.StateReader` can tell them apart, it does the same with the inferred
+    state, else it trains on the mixture. ``blackbox`` infers the table or, where that cannot be done, guesses the
+    secret. Of k > 1 interceptions the recoveries are averaged.
+
+    Attributes:
+        reader: of states, or None where they are not to be told apart.
+        reads: bool () buffer, whether the reader proved reliable, and layouts are undone.
     """
 
     name: ClassVar[str] = "unet"
@@ -80,13 +87,11 @@ class UNet(InversionAttack):
     budgets: ClassVar[Mapping[str, str]] = {"steps": "steps"}
     reference: ClassVar[str] = "PartialFace (recovery attack), ICCV 2023; U-Net, MICCAI 2015"
     needs: ClassVar[frozenset[Capability]] = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM})
+    uses: ClassVar[frozenset[Capability]] = frozenset({Capability.TRAFFIC})
     Options: ClassVar[type[AttackOptions]] = UNetOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # A few hundred or thousand steps are all two cores can afford: small batches and a higher rate use
-        # them best, the first level at half resolution halves the cost of each, and SSIM in the loss recovers
-        # more by every measure, L1 included.
-        "quick": {**_TWO_CORES, "widths": (16, 32, 64), "images": 2_000},
-        "cpu": {**_TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000, "passes": 16},
+        "quick": {**TWO_CORES, "widths": (16, 32, 64), "images": 2_000, "state_faces": 300, "traffic": 500},
+        "cpu": {**TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000, "passes": 16},
         "gpu": {"loss": "l1+ssim", "images": 600_000, "early_stop": True},
         # As published: nothing added to the network, no state read off, one guess.
         "paper": {"images": 2_000_000, "early_stop": True, "bypass": 0, "infer_state": False, "guesses": 1},
@@ -94,60 +99,49 @@ class UNet(InversionAttack):
     options: UNetOptions
 
     network: UNetNetwork
-    classifier: StateClassifier | None
-    layout: ChannelLayout | None
+    reader: StateReader | None
+    reads: Tensor
 
     def __init__(self, options: AttackOptions | None = None) -> None:
         super().__init__(options)
         self._setting: _Setting | None = None
 
     def prepare(self, adversary: Adversary) -> None:
-        """Build the network for the adversary's defence, and fit the classifier of states where one is used.
+        """Build the network for the adversary's defence, and the reader of states where one is used.
 
         Raises:
             ValueError: faces are not uint8 (M, 3, H, H), or identities do not match them.
         """
         faces = adversary.faces
-        if faces.dtype != torch.uint8 or faces.ndim != 4 or faces.shape[1] != 3 or faces.shape[2] != faces.shape[3]:
-            raise ValueError(f"unet expects public faces uint8 (M, 3, H, H), got {faces.dtype} {tuple(faces.shape)}")
-        if adversary.identities.shape != faces.shape[:1] or not len(faces):
-            raise ValueError(
-                f"unet expects one identity per public face, got {len(faces)} faces and "
-                f"{tuple(adversary.identities.shape)} identities"
-            )
-        seed = base_seed(adversary.generator)
-        device = adversary.fabric.device
+        check_public_faces(self.name, adversary)
+        seed, device = base_seed(adversary.generator), adversary.fabric.device
         mechanism = adversary.mechanism(derived(seed, "mechanism")).to(device)
-        shape = mechanism.representation_shape
+        states, shape = mechanism.states(), mechanism.representation_shape
+        knows, invariant = adversary.knowledge is Knowledge.ORACLE, self.options.invariance != "none"
 
-        states = mechanism.states()
-        layout = None
-        invariant = self.options.invariance != "none"
+        self.reader, width, channels = None, None, shape[0]
         countable = states is not None and len(states) <= _MOST_STATES
-        if adversary.knowledge is not Knowledge.BLACKBOX and countable and not invariant:
-            layout = probe(mechanism, states)
-        self.classifier, accuracy = None, None
-        if adversary.knowledge is Knowledge.WHITEBOX and self.options.infer_state and layout and layout.varies:
-            self.classifier, accuracy = _classifier_of_states(mechanism, layout, faces, seed)
-        undoes = adversary.knowledge is Knowledge.ORACLE or self.classifier is not None
-        self.layout = layout if undoes and layout and layout.varies else None
-
-        channels = shape[0]
+        if (self.options.infer_state or knows) and countable and not invariant:
+            reader = StateReader()
+            reader.prepare(adversary, seed)
+            inferable = not reader.infers_secret or (adversary.traffic is not None and reader.inferable)
+            if reader.classifier is not None and inferable:
+                self.reader, width = reader, len(reader.classifier.bias)
+        self.register_buffer("reads", torch.tensor(knows))
         if invariant:
             channels = invariant_view(torch.zeros(1, *shape), self.options.invariance).shape[1]
-        canonical = adversary.knowledge is Knowledge.ORACLE and layout is None and states is not None and not invariant
+        canonical = knows and self.reader is None and states is not None and not invariant
         if canonical:
             # One zero representation tells how wide the layout is once the state is undone.
             blank = torch.zeros(1, *shape, device=device)
             channels = mechanism.canonical(blank, mechanism.draw(1, derived(seed, "shape"))).shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived(seed, "weights").initial_seed())
-            width = None if self.layout is None else self.layout.width
             self.network = UNetNetwork(channels, faces.shape[-1], self.options, width=width)
         self.network = self.network.to(memory_format=torch.channels_last)
         self._build_range(shape[0])
         self.to(device)
-        self._setting = _Setting(adversary.knowledge, mechanism, adversary.fabric, canonical, accuracy)
+        self._setting = _Setting(adversary.knowledge, mechanism, adversary.fabric, canonical)
 
     def _prepared(self) -> _Setting:
         if self._setting is None:
@@ -159,10 +153,13 @@ class UNet(InversionAttack):
         setting = self._prepared()
         if self.options.invariance != "none":
             return invariant_view(representations, self.options.invariance), None
-        if self.classifier is not None and self.layout is not None:
-            return representations, self.layout.places[self.classifier(representations)]
-        if self.layout is not None and states is not None:
-            return representations, self.layout.places[self.layout.row_of(states)]
+        if self.reader is not None:
+            if self.reads:
+                return representations, self.reader.places(self.reader.rows(representations, states))
+            # Taken as they come: the network is built for places, and these are as good as any.
+            return representations, torch.arange(representations.shape[1], device=self.reads.device).expand(
+                len(representations), -1
+            )
         if setting.canonical:
             return setting.mechanism.canonical(representations, states), None
         return representations, None
@@ -170,16 +167,37 @@ class UNet(InversionAttack):
     # -- training -----------------------------------------------------------------------------------
 
     def _exposure(self, adversary: Adversary, seed: int) -> Exposure:
-        return Exposure(adversary, seed, guesses=self.options.guesses)
+        inferred = self.reader is not None and self.reader.infers_secret and bool(self.reads)
+        mechanism = self.reader.mechanism if self.reader is not None and inferred else None
+        return Exposure(adversary, seed, guesses=self.options.guesses, mechanism=mechanism)
 
     def _inputs(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor | None, ...]:
         return self._see(representations, states)
 
     def _learn_of_defence(self, adversary: Adversary, training: Tensor, seed: int) -> dict[str, Any]:
-        return {
-            "state_inference_accuracy": self._prepared().state_accuracy,
-            "states_inferred": self.classifier is not None,
-        }
+        """Fit the reader of states, and see whether it is right on other public faces."""
+        if self.reader is None:
+            return {"states_inferred": False}
+        details = self.reader.fit(adversary, seed, faces=self.options.state_faces, traffic=self.options.traffic)
+        if adversary.knowledge is not Knowledge.ORACLE:
+            accuracy = self._reading_accuracy(self.reader, adversary.faces, seed)
+            self.reads.fill_(accuracy >= _RELIABLE)
+            details["state_inference_accuracy"] = accuracy
+        return details | {"states_inferred": bool(self.reads)}
+
+    def _reading_accuracy(self, reader: StateReader, faces: Tensor, seed: int) -> float:
+        """Share of public faces whose state is read right off a fresh draw of the mechanism (as far as it is known)."""
+        mechanism, generator = reader.mechanism, derived(seed, "states")
+        listed = mechanism.states()
+        index = torch.randint(len(faces), (_CHECK_FACES,), generator=generator)
+        right = []
+        for chunk in chunks(faces[index.to(faces.device)], _CHUNK):
+            sent = mechanism.protect(to_float(chunk.to(self.reads.device)), generator)
+            if sent.state is None or listed is None:
+                raise ValueError(f"{mechanism.name} lists states but says of no face which was drawn")
+            truth = row_numbers(sent.state.cpu(), listed.cpu())
+            right.append(reader.rows(sent.representation, None).cpu() == truth)
+        return float(torch.cat(right).float().mean())
 
     def _measure(self, faces: Tensor, training: Tensor, exposure: Exposure, seed: int) -> None:
         """Set the input statistics and the mean face from public training faces."""
@@ -243,12 +261,15 @@ class UNet(InversionAttack):
 
     def infer_places(self, observation: Observation) -> Tensor | None:
         """The canonical place of each channel, int64 (N, k, C), where states are inferred."""
-        if self.classifier is None or self.layout is None:
+        if self.reader is None or not self.reads or self._prepared().knowledge is Knowledge.ORACLE:
             return None
         representations = observation.representations
-        parts = [self.classifier(part.to(self.low.device)) for part in chunks(representations.flatten(0, 1), _CHUNK)]
-        places = self.layout.places[torch.cat(parts)]
-        return places.view(*representations.shape[:2], -1)
+        parts = []
+        for chunk in chunks(representations.flatten(0, 1), _CHUNK):
+            places = self.reader.places(self.reader.rows(chunk.to(self.reads.device), None))
+            assert places is not None  # a reader with a classifier has a table
+            parts.append(places)
+        return torch.cat(parts).view(*representations.shape[:2], -1)
 
 
 def invariant_view(representations: Tensor, kind: str) -> Tensor:
@@ -267,28 +288,3 @@ def invariant_view(representations: Tensor, kind: str) -> Tensor:
         return ranked
     view: Tensor = torch.cat((maps.mean(dim=2), maps.abs().mean(dim=2)), dim=1)
     return view
-
-
-def _classifier_of_states(
-    mechanism: Defense, layout: ChannelLayout, faces: Tensor, seed: int
-) -> tuple[StateClassifier | None, float]:
-    """A classifier of states fitted on public faces, and its accuracy on other draws of them.
-
-    None where it is right for fewer than ``_RELIABLE`` of the faces, too few to build upon.
-    """
-    device = layout.places.device
-    classifier = StateClassifier(len(layout.states), mechanism.channels).to(device)
-    count = len(layout.states) * _EXAMPLES_PER_STATE
-    generator = derived(seed, "states")
-    sample = faces[torch.randint(len(faces), (2 * count,), generator=generator).to(faces.device)]
-    parts, rows = [], []
-    for chunk in chunks(sample, _CHUNK):
-        protected = mechanism.protect(to_float(chunk.to(device)), generator)
-        if protected.state is None:
-            raise ValueError(f"{mechanism.name} lists states but says of no face which was drawn")
-        parts.append(classifier.features(protected.representation))
-        rows.append(layout.row_of(protected.state))
-    features, classes = torch.cat(parts), torch.cat(rows)
-    classifier.fit(features[:count], classes[:count])
-    accuracy = float((classifier.predict(features[count:]) == classes[count:]).float().mean())
-    return (classifier if accuracy >= _RELIABLE else None), accuracy

@@ -10,16 +10,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, Capability, Knowledge, Observation
-from attacks.exposure import Exposure, chunks, to_float
-from attacks.inversion import InversionAttack, InversionOptions, pick
+from attacks.exposure import Exposure, check_public_faces, chunks, to_float
+from attacks.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
+from attacks.layout import row_numbers
 from attacks.seeds import base_seed, derived
 from attacks.unet_network import UNetNetwork
 from defenses.base import Defense, Protected
 
 _STATISTICS_FACES = 64
 _CHUNK = 64
-
-_TWO_CORES: Mapping[str, Any] = {"stem_stride": 2, "batch_size": 16, "learning_rate": 2e-3, "loss": "l1+ssim"}
 
 
 class UNetEnsembleOptions(InversionOptions):
@@ -68,8 +67,8 @@ class UNetEnsemble(InversionAttack):
     Options: ClassVar[type[AttackOptions]] = UNetEnsembleOptions
     budgets: ClassVar[Mapping[str, str]] = {"steps": "steps"}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "quick": {**_TWO_CORES, "widths": (8, 16, 32), "images": 2_000},
-        "cpu": {**_TWO_CORES, "widths": (16, 32, 64), "images": 60_000},
+        "quick": {**TWO_CORES, "widths": (8, 16, 32), "images": 2_000},
+        "cpu": {**TWO_CORES, "widths": (16, 32, 64), "images": 60_000},
         "gpu": {"loss": "l1+ssim", "images": 2_000_000, "early_stop": True},
         "paper": {"images": 6_000_000, "early_stop": True, "bypass": 0},
     }
@@ -86,8 +85,7 @@ class UNetEnsemble(InversionAttack):
             ValueError: faces are not uint8 (M, 3, H, H), or the defence has more states than ``most``.
         """
         faces = adversary.faces
-        if faces.dtype != torch.uint8 or faces.ndim != 4 or faces.shape[1] != 3 or faces.shape[2] != faces.shape[3]:
-            raise ValueError(f"{self.name} expects public faces uint8 (M, 3, H, H), got {faces.dtype} {faces.shape}")
+        check_public_faces(self.name, adversary)
         seed, device = base_seed(adversary.generator), adversary.fabric.device
         mechanism = adversary.mechanism(derived(seed, "mechanism")).to(device)
         states = mechanism.states()
@@ -122,8 +120,7 @@ class UNetEnsemble(InversionAttack):
         listed = self._prepared()[1].states()
         if states is None or listed is None:
             return torch.zeros(count, dtype=torch.int64, device=self.low.device)
-        rows = (states.cpu()[:, None] == listed.cpu()).all(dim=2).int().argmax(dim=1)
-        return rows.to(self.low.device)
+        return row_numbers(states.cpu(), listed.cpu()).to(self.low.device)
 
     # -- training -----------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, Observation
-from attacks.exposure import Exposure, chunks, to_float
-from attacks.inversion import InversionAttack, InversionOptions, pick
+from attacks.exposure import Exposure, chunks, split_identities, to_float
+from attacks.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
 from attacks.linear import Linear, LinearOptions
 from attacks.seeds import base_seed, derived
 from attacks.unet_network import UNetNetwork
@@ -27,8 +27,6 @@ from attacks.unet_network import UNetNetwork
 _ERROR_FACES = 64
 _STATISTICS_FACES = 256
 _CHUNK = 32
-
-_TWO_CORES: Mapping[str, Any] = {"stem_stride": 2, "batch_size": 16, "learning_rate": 2e-3, "loss": "l1+ssim"}
 
 
 class UnrolledOptions(InversionOptions):
@@ -75,14 +73,14 @@ class Unrolled(InversionAttack):
     budgets: ClassVar[Mapping[str, str]] = {"steps": "steps"}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "quick": {
-            **_TWO_CORES,
+            **TWO_CORES,
             "widths": (16, 32, 64),
             "images": 1_000,
             "rank": 100,
             "place_faces": 300,
             "traffic": 500,
         },
-        "cpu": {**_TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000},
+        "cpu": {**TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000},
         "gpu": {
             "loss": "l1+ssim",
             "images": 600_000,
@@ -118,7 +116,8 @@ class Unrolled(InversionAttack):
             ValueError: as :meth:`Linear.prepare`.
         """
         seed, device = base_seed(adversary.generator), adversary.fabric.device
-        self.linear.prepare(adversary)
+        training, _ = split_identities(adversary.identities, self.options.validation, derived(seed, "identities"))
+        self.linear.prepare(_only(adversary, training))
         mechanism = self.linear.reader.mechanism
         states = mechanism.states()
         size = adversary.faces.shape[-1]
@@ -139,19 +138,9 @@ class Unrolled(InversionAttack):
 
     def _learn_of_defence(self, adversary: Adversary, training: Tensor, seed: int) -> dict[str, Any]:
         """Fit the linear attack on the training faces, and measure how far its estimates are off on the same."""
-        public = adversary.faces
-        own = Adversary(
-            faces=public[training.to(public.device)],
-            identities=adversary.identities[training],
-            knowledge=adversary.knowledge,
-            mechanism=adversary.mechanism,
-            generator=adversary.generator,
-            fabric=adversary.fabric,
-            traffic=adversary.traffic,
-        )
-        report: FitReport = self.linear.fit(own)
+        report: FitReport = self.linear.fit(_only(adversary, training))
         rows = range(len(self.linear.kinds()))
-        faces = pick(public, training, _ERROR_FACES, derived(seed, "spread faces")).to(self.spread.device)
+        faces = pick(adversary.faces, training, _ERROR_FACES, derived(seed, "spread faces")).to(self.spread.device)
         mechanism = self.linear.reader.mechanism
         listed = mechanism.states()
         measured: dict[int, Tensor] = {}
@@ -239,3 +228,16 @@ class Unrolled(InversionAttack):
     def infer_places(self, observation: Observation) -> Tensor | None:
         """As the linear attack infers them."""
         return self.linear.infer_places(observation)
+
+
+def _only(adversary: Adversary, training: Tensor) -> Adversary:
+    """The adversary with the public faces at ``training`` alone, as the linear attack gets them."""
+    return Adversary(
+        faces=adversary.faces[training.to(adversary.faces.device)],
+        identities=adversary.identities[training],
+        knowledge=adversary.knowledge,
+        mechanism=adversary.mechanism,
+        generator=adversary.generator,
+        fabric=adversary.fabric,
+        traffic=adversary.traffic,
+    )

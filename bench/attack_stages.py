@@ -36,6 +36,7 @@ from bench.cache import make_key
 from bench.data.faceset import FaceSet, to_float
 from bench.data.nested import whole_identities
 from bench.files import replacing, write_text
+from bench.metrics.identity import content_ids
 from bench.metrics.throughput import synchronise
 from bench.probes import Probes, select_probes
 from bench.progress import Report
@@ -281,7 +282,8 @@ class AttackStages:
         reveal = Knowledge(self.config.knowledge) is Knowledge.ORACLE
         stolen, scored = Capability.TEMPLATES in given, Capability.SCORES in given
         enrolment = self.service(defense, "enrolment") if stolen else None
-        draws = self.streams.generator("enrolment")
+        draws, victims = self.streams.generator("enrolment"), self.stages.splits.victims
+        content = content_ids(victims.images) if stolen else torch.empty(0)
         for number, (index, representations, states) in enumerate(self.interceptions(defense, probes, count)):
             templates = enrolled = score = service = None
             if stolen or scored:
@@ -292,7 +294,7 @@ class AttackStages:
                 if scored:
                     score = Enrolment(service, templates[:, 0]).score
             if enrolment is not None:
-                enrolled = class_centres(enrolment, self.stages.splits.victims, index, draws)
+                enrolled = class_centres(enrolment, victims, content, index, draws)
             observation = Observation(
                 representations,
                 states=states if reveal else None,

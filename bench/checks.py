@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from attacks.base import GRANTS, Attack, FitReport, Knowledge
 from bench.errors import BenchError, UsageError
+from bench.files import sha256
 from defenses.base import Defense
 
 
@@ -20,6 +23,22 @@ def check_needs(attack: Attack | type[Attack], knowledge: str) -> None:
             f"attack {attack.name} needs {', '.join(sorted(missing))}, which --knowledge {knowledge} does not grant: "
             f"use --knowledge {enough or 'of another attack'}"
         )
+
+
+def check_judge(attack: Attack, evaluator: Path | None) -> None:
+    """Refuse an attack that was given the file of the recogniser which is to judge it, under whatever name.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if evaluator is None or not evaluator.is_file():
+        return
+    for option, value in attack.options:
+        if isinstance(value, Path) and value.is_file() and sha256(value) == sha256(evaluator):
+            raise UsageError(
+                f"-a {option}={value} is the evaluator: the recogniser that judges leakage may not be one that the "
+                f"attack has used; give the attack, or --evaluator, another one"
+            )
 
 
 def check_coverage(report: FitReport, defense: Defense, knowledge: str) -> bool | None:

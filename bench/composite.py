@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from attacks.base import CompositeAttack, RecoveryAttack
 from bench.attempt import Attempt
-from bench.checks import check_needs
+from bench.checks import check_judge, check_needs
 from bench.errors import UsageError
 
 
@@ -28,11 +29,13 @@ def members(attempt: Attempt) -> dict[str, Attempt]:
     return found
 
 
-def check_attempt(attempt: Attempt, knowledge: str) -> None:
-    """Refuse an attempt of which any part asks for what is not there.
+def check_attempt(attempt: Attempt, knowledge: str, evaluator: Path | None = None) -> None:
+    """Refuse an attempt of which any part asks for what is not there, or for the file that is to judge it.
 
     Raises:
-        UsageError: as :func:`members` and :func:`bench.checks.check_needs`.
+        UsageError: as :func:`members`, :func:`bench.checks.check_needs` and :func:`bench.checks.check_judge`.
     """
     for member in members(attempt).values():
-        check_needs(member.make(), knowledge)
+        attack = member.make()
+        check_needs(attack, knowledge)
+        check_judge(attack, evaluator)

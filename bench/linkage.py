@@ -12,7 +12,7 @@ from bench.errors import DataError
 from bench.judge import LEAKAGE, to_measure
 from bench.metrics.bootstrap import REPLICATES, mean_estimate
 from bench.metrics.identity import identity_leakage
-from bench.metrics.unlinkability import unlinkability_estimate
+from bench.metrics.unlinkability import chance_level, choose_bins, unlinkability_estimate
 from bench.metrics.verification import pair_scores
 from bench.probes import Probes
 from bench.results import Linkage, Measure
@@ -92,7 +92,13 @@ def assess_linkage(
         )
         for name in ("protected_protected", "protected_plain")
     }
-    return Linkage(**verified, rank1=_rank1(first, plain, labels, probes, draws(), replicates), d_sys=d_sys)
+    mated, non_mated = int(pairs.same.sum()), int((~pairs.same).sum())
+    return Linkage(
+        **verified,
+        rank1=_rank1(first, plain, labels, probes, draws(), replicates),
+        d_sys=d_sys,
+        d_sys_chance=chance_level(choose_bins(mated, non_mated), mated, non_mated),
+    )
 
 
 def _across(one: Tensor, other: Tensor, pairs: PairProtocol) -> Tensor:

@@ -59,7 +59,7 @@ class Pipeline:
         plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
         self.attempts = attempts(config)
         for attempt in self.attempts:
-            check_attempt(attempt, config.knowledge)
+            check_attempt(attempt, config.knowledge, config.evaluator)
         for registry, name in (
             (DATASETS, config.dataset),
             (BACKBONES, config.backbone),

@@ -88,6 +88,7 @@ class Linkage(_Model):
         plain: two plain faces under the same attack: the ceiling.
         rank1: a representation finds its person among plain faces.
         d_sys: global unlinkability measure, by kind of pair: 0 unlinkable, 1 fully linkable.
+        d_sys_chance: what it comes to at most, on average, where nothing links (of independent pairs).
     """
 
     protected_plain: Verification
@@ -95,6 +96,7 @@ class Linkage(_Model):
     plain: Verification
     rank1: Measure
     d_sys: dict[str, Measure]
+    d_sys_chance: float | None = None
 
 
 class Identity(_Model):

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.data.faceset import FaceSet, to_float
-from bench.metrics.identity import content_ids
 from bench.recognition.recogniser import Recogniser
 from defenses.base import Defense
 
@@ -80,15 +79,23 @@ class Enrolment:
         return (self._service.embed(faces) * templates).sum(dim=1)
 
 
-def class_centres(service: Service, victims: FaceSet, index: Tensor, generator: torch.Generator) -> Tensor:
+def class_centres(
+    service: Service, victims: FaceSet, content: Tensor, index: Tensor, generator: torch.Generator
+) -> Tensor:
     """The class centre of the person on each image of ``index``, from other images of that person: float32 (N, D).
 
     At most :data:`ENROLMENT_IMAGES` images, drawn at random, none of them a copy of the attacked one.
 
+    Args:
+        service: embeds them.
+        victims: all their images.
+        content: int64, :func:`~bench.metrics.identity.content_ids` of these images.
+        index: int64 (N,), the attacked ones.
+        generator: of the draws.
+
     Raises:
         ValueError: a person has no other image.
     """
-    content = content_ids(victims.images)
     centres = []
     for image in index.tolist():
         same = (victims.labels == victims.labels[image]) & (content != content[image])

@@ -142,7 +142,8 @@ def _linkage(linkage: Linkage) -> Iterable[RenderableType]:
     yield _verifications(f"Linkage of the victims ({linkage.protected_plain.pairs} pairs)", rows)
     scores = ", ".join(f"{name.replace('_', ' ')} {figure('d_sys', one)}" for name, one in linkage.d_sys.items())
     rank1 = figure("rank1", linkage.rank1)
-    yield Text(f"rank-1 among plain faces: {rank1} %; D_sys (0 unlinkable, 1 fully linkable): {scores}")
+    chance = "" if linkage.d_sys_chance is None else f"; chance reaches {linkage.d_sys_chance:.3f}"
+    yield Text(f"rank-1 among plain faces: {rank1} %; D_sys (0 unlinkable, 1 fully linkable{chance}): {scores}")
 
 
 def _recovery_rows(result: RunResult) -> list[tuple[str, Quality, bool]]:

@@ -34,6 +34,7 @@ from torch import Tensor
 from bench.errors import DataError
 from bench.metrics.bootstrap import REPLICATES, draw_identities
 from bench.metrics.estimate import Estimate
+from bench.metrics.verification import checked_pairs
 
 #: What D_sys of an unlinkable system may come to by chance, on average.
 LARGEST_BIAS = 0.05
@@ -115,7 +116,7 @@ def unlinkability(scores: Tensor, same: Tensor, *, bins: int | None = None) -> U
         >>> unlinkability(torch.tensor([0.1, 0.2, 0.8, 0.9, 0.1, 0.2, 0.8, 0.9]), same).d_sys
         0.0
     """
-    scores, same = _checked(scores, same)
+    scores, same = checked_pairs(scores, same, "linkage", "mated and non-mated")
     edges = _edges(scores, same, bins)
     mated, non_mated = (share[0] for share in _shares(_one_hot(scores, edges), same, None))
     local = _local(mated, non_mated)
@@ -157,7 +158,7 @@ def unlinkability_estimate(
         (1.0, None)
     """
     point = unlinkability(scores, same, bins=bins)
-    scores, same = _checked(scores, same)
+    scores, same = checked_pairs(scores, same, "linkage", "mated and non-mated")
     if identities.shape != (len(scores), 2):
         raise DataError(f"identities of the pairs must be ({len(scores)}, 2), got {tuple(identities.shape)}")
     people, index = torch.unique(identities.cpu(), return_inverse=True)
@@ -230,17 +231,3 @@ def _local(mated: Tensor, non_mated: Tensor) -> Tensor:
     total = mated + non_mated
     excess = (mated - non_mated).clamp(min=0)
     return torch.where(total == 0, torch.zeros_like(total), excess / torch.where(total == 0, 1.0, total))
-
-
-def _checked(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    if scores.ndim != 1 or same.shape != scores.shape or same.dtype != torch.bool:
-        raise DataError(
-            f"scores and same must be float (P,) and bool (P,), got {tuple(scores.shape)} and "
-            f"{same.dtype} {tuple(same.shape)}"
-        )
-    scores, same = scores.detach().cpu().to(torch.float64), same.cpu()
-    if not torch.isfinite(scores).all():
-        raise DataError("linkage scores must be finite; the attack's embeddings hold NaN or infinity")
-    if not same.any() or same.all():
-        raise DataError("unlinkability needs both mated and non-mated pairs")
-    return scores, same

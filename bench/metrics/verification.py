@@ -115,7 +115,7 @@ def roc(scores: Tensor, same: Tensor, weights: Tensor | None = None) -> Roc:
     Raises:
         DataError: shapes differ, a score is not finite, or there are no genuine or no impostor pairs.
     """
-    scores, same = _checked(scores, same)
+    scores, same = checked_pairs(scores, same)
     weights = _weights(weights, len(scores))
     order = scores.argsort(descending=True, stable=True)
     ranked = scores[order]
@@ -239,7 +239,7 @@ def lfw_accuracy(scores: Tensor, same: Tensor, fold: Tensor) -> Accuracy:
         (1.0, 0.5)
     """
     accuracies, thresholds = fold_accuracies(scores, same, fold)
-    checked_scores, checked_same = _checked(scores, same)
+    checked_scores, checked_same = checked_pairs(scores, same)
     everything = torch.ones(1, len(checked_scores), dtype=torch.float64)
     return Accuracy(
         mean=float(accuracies.mean()),
@@ -267,7 +267,7 @@ def fold_accuracies(scores: Tensor, same: Tensor, fold: Tensor, weights: Tensor 
     Raises:
         DataError: as :func:`lfw_accuracy`.
     """
-    scores, same = _checked(scores, same)
+    scores, same = checked_pairs(scores, same)
     if fold.shape != scores.shape:
         raise DataError(f"folds must be (P,) like the {len(scores)} scores, got {tuple(fold.shape)}")
     folds = torch.unique(fold.cpu())
@@ -311,7 +311,15 @@ def _best_thresholds(scores: Tensor, same: Tensor, weights: Tensor) -> Tensor:
     return candidates[middle]
 
 
-def _checked(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+def checked_pairs(
+    scores: Tensor, same: Tensor, what: str = "verification", classes: str = "genuine and impostor"
+) -> tuple[Tensor, Tensor]:
+    """Scores as float64 and ``same``, both (P,) and on the CPU.
+
+    Raises:
+        DataError: shapes differ, a score is not finite, or one class is absent; ``what`` says whose scores they are,
+            ``classes`` what the two kinds of pairs are called.
+    """
     if scores.ndim != 1 or same.shape != scores.shape or same.dtype != torch.bool:
         raise DataError(
             f"scores and same must be float (P,) and bool (P,), got {tuple(scores.shape)} and "
@@ -319,9 +327,9 @@ def _checked(scores: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
         )
     scores, same = scores.detach().cpu().to(torch.float64), same.cpu()
     if not torch.isfinite(scores).all():
-        raise DataError("verification scores must be finite; the recogniser's embeddings hold NaN or infinity")
+        raise DataError(f"{what} scores must be finite: an embedding holds NaN or infinity")
     if not same.any() or same.all():
-        raise DataError("verification needs both genuine and impostor pairs")
+        raise DataError(f"{what} needs both {classes} pairs")
     return scores, same
 
 

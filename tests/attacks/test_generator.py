@@ -8,7 +8,9 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
+import attacks.descent
 import attacks.generator
+from attacks.exposure import check_public_faces
 from attacks.generator import (
     Critic,
     DecoderTraining,
@@ -18,7 +20,6 @@ from attacks.generator import (
     TrainingPlan,
     build_generator,
     change_view,
-    check_public_faces,
     draw_views,
     fit_generator,
     hold_out,
@@ -268,7 +269,7 @@ def test_progress_is_reported(fit):
 
 def test_a_loss_that_is_not_finite_names_the_step(simple):
     with pytest.raises(FloatingPointError, match=r"step 4.*learning rate"):
-        simple(lambda step: torch.tensor(float("nan") if step == 3 else 1.0)).run(what={})
+        simple(lambda step: torch.tensor(float("nan") if step == 3 else 1.0)).run("trial", fit={})
 
 
 def test_one_identity_is_too_few(make_faces, fabric):
@@ -285,7 +286,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("adversarial", [0.0, 0.01])
 @pytest.mark.parametrize("stop", [3, 20])
 def test_a_resumed_training_equals_an_unbroken_one(fit, tmp_path, monkeypatch, stop, adversarial):
-    monkeypatch.setattr(attacks.generator, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(attacks.descent, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     unbroken, expected = fit(adversarial=adversarial)
     calls = itertools.count(1)
 
@@ -312,8 +313,8 @@ def test_the_checkpoint_of_another_training_is_refused(fit, tmp_path):
 
 
 def test_states_are_noted_once_each(simple):
-    training = simple(lambda step: training.saw(torch.tensor([[step % 3, 0], [1, 1]])) or torch.ones(()))
-    report = training.run(what={})
+    training = simple(lambda step: training.seen.add(torch.tensor([[step % 3, 0], [1, 1]])) or torch.ones(()))
+    report = training.run("trial", fit={})
     assert report.states_seen.tolist() == [[0, 0], [1, 0], [1, 1], [2, 0]]
 
 

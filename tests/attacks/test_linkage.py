@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
-import attacks.encoder
+import attacks.descent
 from attacks.linkage import Linkage, LinkageOptions, _HeldOut
 
 SIZE = 16
@@ -154,11 +154,7 @@ def test_an_oracle_links_without_being_told_states(on_pick, make_adversary, pick
 
 
 def test_a_black_box_infers_the_secret_from_what_is_sent(make_adversary, pick):
-    class Described(pick):
-        def with_places(self, places):
-            return type(self)(image_size=self.image_size, table=places)
-
-    defense = Described(table=torch.tensor([[5, 2], [0, 3], [4, 1]]))
+    defense = pick(table=torch.tensor([[5, 2], [0, 3], [4, 1]]))
     others = people(30, seed=2)
 
     def traffic(count):
@@ -402,7 +398,7 @@ def test_a_stored_fit_links_as_before(on_pick, make_adversary, pick):
 @pytest.mark.parametrize("killed_at", [4, 9], ids=["teacher", "student"])
 def test_a_killed_fit_goes_on_where_it_stopped(make_adversary, pick, monkeypatch, tmp_path, killed_at):
     whole, report = fit(make_adversary(pick(), faces=PUBLIC), **BRIEF)
-    monkeypatch.setattr(attacks.encoder, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(attacks.descent, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
 
     def kill(done, total, **fields):
         if done == 24 * killed_at:

@@ -35,5 +35,10 @@ def test_without_a_point_near_half_nothing_is_claimed(curve):
     assert not Plateau().reached(curve, FLOOR)
 
 
+@pytest.mark.parametrize(("loss", "reached"), [(1.02, True), (1.04, False)])
+def test_what_does_worse_than_the_floor_has_not_come_to_rest(loss, reached):
+    assert Plateau(relative=0.03).reached([(100, loss * FLOOR), (200, loss * FLOOR)], FLOOR) is reached
+
+
 def test_the_point_nearest_to_half_is_compared():
     assert Plateau().gain([(30, 0.5), (50, 0.3), (60, 0.25), (100, 0.2)]) == pytest.approx(0.1)

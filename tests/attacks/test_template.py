@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
 
-import attacks.generator
+import attacks.descent
 from attacks.base import GRANTS, Capability, Knowledge, Observation
 from attacks.template import Template, TemplateDecoder, TemplateOptions
 
@@ -223,7 +223,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("knowledge", ["blackbox", "whitebox"])
 def test_a_resumed_fit_equals_an_unbroken_one(scene, pick, tmp_path, monkeypatch, knowledge):
-    monkeypatch.setattr(attacks.generator, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(attacks.descent, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     unbroken, expected, _ = fitted(scene, pick(), knowledge)
     calls = itertools.count(1)
 

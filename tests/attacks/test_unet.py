@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-import attacks.inversion
+import attacks.descent
 from attacks.base import Attack, Observation
 from attacks.unet import UNet, UNetOptions, invariant_view
 from attacks.unet_network import UNetNetwork
@@ -251,6 +252,20 @@ def test_more_knowledge_recovers_more(make_adversary, pick, make_faces):
     assert errors[1] < errors[2] < errors[3]
 
 
+def test_a_black_box_with_traffic_infers_the_table_and_recovers_as_much_as_a_white_one(
+    make_adversary, pick, make_faces
+):
+    unseen, defense = make_faces(30, seed=7), pick()
+    intercepted = observe(defense, make_faces(300, seed=8)).representations[:, 0]
+    known, _ = fitted(make_adversary, defense, "whitebox")
+    adversary = replace(make_adversary(defense, "blackbox"), traffic=lambda count: iter(intercepted.split(64)))
+    attack = UNet(known.options)
+    report = attack.fit(adversary)
+    assert report.details["states_inferred"]
+    assert report.details["states_found"] == len(defense.states())
+    assert error_of(attack, defense, unseen) == pytest.approx(error_of(known, defense, unseen), rel=0.1)
+
+
 def test_the_oracle_heeds_the_states_and_refuses_to_go_without(make_adversary, pick, make_faces):
     defense, unseen = pick(), make_faces(9, seed=7)
     attack, _ = fitted(make_adversary, defense, "oracle", images=200)
@@ -359,7 +374,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("stop", [1, 9, 13, 20])
 def test_a_resumed_fit_equals_an_unbroken_one(make_adversary, pick, tmp_path, monkeypatch, stop):
-    monkeypatch.setattr(attacks.inversion, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(attacks.descent, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     options = UNetOptions(**TINY | {"early_stop": True})
     unbroken = UNet(options)
     expected = unbroken.fit(make_adversary(pick()))
@@ -421,4 +436,4 @@ def test_it_trains_on_an_invariant_view(make_adversary, pick, kind):
     attack, report = fitted(make_adversary, pick(), "whitebox", invariance=kind)
     assert not report.details["states_inferred"]
     assert report.details["validation_loss"] < report.details["floor_loss"]
-    assert attack.layout is None
+    assert attack.reader is None

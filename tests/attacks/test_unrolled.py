@@ -88,6 +88,15 @@ def test_a_stored_fit_recovers_the_same(make_adversary, knowledge):
     assert attack.infer_places(observation).shape == (8, 1, 27)
 
 
+def test_a_stored_fit_is_read_back_where_faces_are_fewer_than_components(make_adversary):
+    defense = defense_of("partialface")
+    attack, _ = fitted(make_adversary, defense, "whitebox", images=32, rank=400)
+    again = Unrolled(attack.options)
+    again.prepare(adversary_of(make_adversary, defense, "whitebox"))
+    again.load_state_dict(attack.state_dict())
+    assert again.linear.prior.rank == attack.linear.prior.rank < 400
+
+
 def test_another_scale_of_input_is_refused(partialface):
     defense, attack, _ = partialface
     _, observation = observe(defense, 8)

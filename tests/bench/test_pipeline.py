@@ -11,7 +11,7 @@ from rich.console import Console
 from attacks.base import Adversary, Capability, FitReport, Observation
 from bench import plugins
 from bench.attack_stages import AttackStages
-from bench.checks import check_coverage, check_needs
+from bench.checks import check_coverage, check_judge, check_needs
 from bench.config import resolve
 from bench.errors import BenchError, UsageError
 from bench.files import sha256
@@ -191,6 +191,17 @@ def test_refused_before_any_compute(tmp_path, changes, message):
     with pytest.raises(UsageError, match=message):
         pipeline(tmp_path / "new", **changes)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_judge_is_no_teacher(tmp_path):
+    judge, copy, other = (tmp_path / name for name in ("judge.onnx", "copy.onnx", "other.onnx"))
+    judge.write_bytes(b"a recogniser")
+    copy.write_bytes(b"a recogniser")
+    other.write_bytes(b"another one")
+    check_judge(plugins.make_attack("linkage", {"teacher": other}, "quick"), judge)
+    check_judge(plugins.make_attack("linkage", {}, "quick"), judge)
+    with pytest.raises(UsageError, match=r"-a teacher=.*copy\.onnx is the evaluator"):
+        check_judge(plugins.make_attack("linkage", {"teacher": copy}, "quick"), judge)
 
 
 def test_needs_are_checked_against_the_rung():

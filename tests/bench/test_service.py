@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from bench import plugins
 from bench.data.faceset import FaceSet, to_float
+from bench.metrics.identity import content_ids
 from bench.recognition.recogniser import build_recogniser
 from bench.service import Enrolment, Service, class_centres, traffic
 
@@ -63,7 +64,7 @@ def test_a_class_centre_is_made_of_other_images_of_the_person(service, victims, 
     index = torch.tensor([0, 4])
     seen = []
     service.embed = lambda faces: (seen.append(faces), torch.eye(16)[: len(faces)])[1]
-    centres = class_centres(service, victims, index, torch.Generator().manual_seed(0))
+    centres = class_centres(service, victims, content_ids(victims.images), index, torch.Generator().manual_seed(0))
     assert centres.shape == (2, 16)
     # Image 2 is a copy of image 0: only image 1 is another image of that person.
     torch.testing.assert_close(seen[0], to_float(victims.images[[1]]))
