@@ -63,7 +63,9 @@ class HillClimb(EigenfaceSearch):
     name: ClassVar[str] = "hill-climb"
     summary: ClassVar[str] = "evolves combinations of eigenfaces towards a higher verification score"
     cost: ClassVar[str] = "fit: PCA of the public faces; recovery: `queries` score queries per victim"
-    reference: ClassVar[str] = "Razzhigaev et al., Black-box face recovery from identity features, arXiv, 2020"
+    reference: ClassVar[str] = (
+        "Razzhigaev et al., Darker than Black-Box: Face Reconstruction from Similarity Queries, arXiv 2106.14290, 2021"
+    )
     Options: ClassVar[type[AttackOptions]] = HillClimbOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "quick": {"queries": 128, "components": 64, "batch": 16},

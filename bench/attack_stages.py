@@ -42,7 +42,7 @@ from bench.probes import Probes, select_probes
 from bench.progress import Report
 from bench.service import Enrolment, Service, class_centres, traffic
 from bench.stages import DATA_CODE, DEFENSE_CODE, Job, Stages, failing_as, save_tensors
-from bench.state_inference import places_right
+from bench.state_inference import named_states, places_right
 from defenses.base import Defense
 
 # Code that what an attack learns depends on: a change in it makes the stage anew.
@@ -74,6 +74,7 @@ class Recovered:
     Attributes:
         faces: float32 (V, 3, H, W) in [0, 1], on the CPU, in the order of the probes.
         right: bool (V, k, C), which channels the attack put in their place; None where it inferred none.
+        named: int64 (V, k, 2), the state drawn and the one named (:func:`bench.state_inference.named_states`), or None.
         queries: score queries sent in all; None where the attack sends none.
         batch_faces: int64 (B,), the faces recovered at once.
         batch_seconds: float64 (B,), what each of these batches took.
@@ -81,6 +82,7 @@ class Recovered:
 
     faces: Tensor
     right: Tensor | None
+    named: Tensor | None
     queries: int | None
     batch_faces: Tensor
     batch_seconds: Tensor
@@ -343,6 +345,7 @@ class AttackStages:
             return Recovered(
                 faces=tensors["faces"],
                 right=tensors.get("right"),
+                named=tensors.get("named"),
                 queries=None if queries is None else int(queries.sum()),
                 batch_faces=tensors["batch_faces"],
                 batch_seconds=tensors["batch_seconds"],
@@ -443,9 +446,12 @@ def _recover(attack: RecoveryAttack, batch: Interception, defense: Defense, devi
     if batch.states is not None:
         with torch.no_grad():
             inferred = attack.infer_places(batch.observation)
-        right = None if inferred is None else places_right(inferred, batch.states, defense)
-        if right is not None:
-            found["right"] = right
+        if inferred is not None:
+            measured = {
+                "right": places_right(inferred, batch.states, defense),
+                "named": named_states(inferred, batch.states, defense),
+            }
+            found |= {name: one for name, one in measured.items() if one is not None}
     return found
 
 

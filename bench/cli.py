@@ -18,6 +18,7 @@ from rich.table import Table
 
 from bench import __version__
 from bench.errors import BenchError, UsageError
+from bench.launch import Launch
 
 app = typer.Typer(
     name="bench",
@@ -76,7 +77,7 @@ def run(
         str | None, typer.Option(help="blackbox | whitebox | oracle: what the adversary knows [default: whitebox].")
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="Recogniser network (bench list backbones).")] = None,
-    head: Annotated[str | None, typer.Option(help="Margin head: arcface | cosface.")] = None,
+    head: Annotated[str | None, typer.Option(help="Margin head (bench list heads).")] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width of the faces in pixels.")] = None,
     evaluator: Annotated[
         Path | None, typer.Option(help="ONNX recogniser that judges identity leakage; without it one is trained.")
@@ -149,6 +150,10 @@ def run(
     from bench.pipeline import Pipeline
 
     pipeline = Pipeline(resolved, console=err)
+    if not Launch.here().leads:
+        if not dry_run:
+            pipeline.help()
+        return
     if dry_run:
         plan = pipeline.plan()
         if as_json:
@@ -317,6 +322,128 @@ def pack(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of them.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
+    images: Annotated[bool, typer.Option("--images/--no-images", help="Show faces on the page.")] = True,
+    embed_faces: Annotated[
+        bool, typer.Option("--embed-faces", help="Show real faces, too; without it only synthetic ones are shown.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write what runs found as one HTML page without network, Markdown, LaTeX and CSV."""
+    from reports.report import write_report
+
+    if embed_faces and not images:
+        raise UsageError("--embed-faces and --no-images contradict each other: give one of them")
+    _print_files(write_report(runs, out_dir, images=images, embed_faces=embed_faces), as_json)
+
+
+@app.command()
+def leaderboard(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of run directories.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder to write to [default: DIR].")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show each defence at its worst case over all attacks; only comparable runs stand in one table."""
+    from reports.leaderboard import write_leaderboard
+
+    _print_files(write_leaderboard(directory, out_dir or directory), as_json)
+
+
+def _print_files(files: list[Path], as_json: bool) -> None:
+    if as_json:
+        _print_json(json.dumps({"files": [str(file) for file in files]}, indent=2))
+        return
+    for file in files:
+        out.print(escape(str(file)), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def baseline(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of them.")],
+    out_file: Annotated[Path, typer.Option("-o", "--out", help="The baseline file to write.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a baseline that is there; its tolerances are kept.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write down what runs measured, for `bench gate`; runs of one cell and several seeds say how much seeds differ."""
+    from bench.gate.baseline import read_baseline, write_baseline
+    from bench.gate.make import make_baseline
+    from reports.runs import load_runs
+
+    if out_file.exists() and not overwrite:
+        raise UsageError(f"{out_file} exists: choose another file, or replace it with --overwrite")
+    made = make_baseline(load_runs(runs), read_baseline(out_file) if out_file.exists() else None)
+    write_baseline(made, out_file)
+    if as_json:
+        _print_json(made.to_json())
+    else:
+        from reports.gate_table import render_baseline
+
+        out.print(render_baseline(made, str(out_file)))
+
+
+@app.command()
+def gate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of them.")],
+    baseline_file: Annotated[Path, typer.Option("--baseline", help="The file that `bench baseline` wrote.")],
+    ignore_options: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-options", help="Hold a run against the cell of the same names, whatever the options (-o, -a)."
+        ),
+    ] = False,
+    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether runs leak more than their baseline: exit code 0 no, 1 yes (or a broken attack), 4 undecided."""
+    from bench.gate.baseline import read_baseline
+    from bench.gate.gate import gate as judge
+    from bench.gate.outputs.github import append_summary, workflow_commands
+    from bench.gate.outputs.junit import write_junit
+    from reports.runs import load_runs
+
+    report = judge(
+        read_baseline(baseline_file), load_runs(runs), name=str(baseline_file), ignore_options=ignore_options
+    )
+    if junit is not None:
+        write_junit(report, junit)
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in workflow_commands(report):
+            sys.stderr.write(line + "\n")
+    if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
+        append_summary(report, Path(summary_file))
+    if as_json:
+        _print_json(report.model_dump_json(indent=2))
+    else:
+        from reports.gate_table import render_gate
+
+        out.print(render_gate(report))
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A run directory.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what differs between two runs: settings, machine, and every figure with its interval."""
+    from bench.gate.compare import compare as compare_runs
+    from reports.runs import load_run
+
+    found = compare_runs(load_run(first), load_run(second))
+    if as_json:
+        _print_json(found.model_dump_json(indent=2))
+    else:
+        from reports.gate_table import render_difference
+
+        out.print(render_difference(found))
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what works on this machine, what is missing and how to get it."""
     from bench.doctor import diagnose
@@ -347,8 +474,17 @@ _CommandLineError: type[Any] = typer.BadParameter.__bases__[0]
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    """One line on stderr, with ``--json`` also the one document on stdout, and the exit code."""
+    """One line on stderr, with ``--json`` also the one document on stdout, and the exit code.
+
+    Of several processes the first one speaks; another one only of what went wrong in itself.
+    """
     line = " ".join(message.split())
+    rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    if rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends the others when one has failed: no more to say
+        if code not in (UsageError.exit_code, INTERRUPTED):
+            err.print(f"bench (process {rank}): {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(code)
     err.print(f"bench: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     if "--json" in sys.argv:
         _print_json(json.dumps({"status": "error", "error": line, "exit_code": code}))

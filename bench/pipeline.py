@@ -17,11 +17,13 @@ from bench import plugins
 from bench.attack_stages import AttackStages
 from bench.attempt import attempts
 from bench.cache import StageCache
+from bench.channel_energy import channel_energy
 from bench.composite import check_attempt, members
 from bench.config import RunConfig
 from bench.data.loaders import DATASETS
 from bench.device import make_fabric
 from bench.errors import MissingError
+from bench.launch import Launch
 from bench.linkage_run import run_linkage
 from bench.progress import ProgressBars
 from bench.recognition.backbones import BACKBONES
@@ -31,6 +33,7 @@ from bench.results import DatasetInfo, DefenseInfo, RunPlan, RunResult
 from bench.speed import provider_speed
 from bench.stages import Job, Stages
 from bench.store import RunStore
+from bench.team import Team
 from bench.utility import measure_utility
 
 
@@ -51,7 +54,8 @@ class Pipeline:
         self.config = config
         self.console = console
         self._check()
-        self.fabric: Fabric = make_fabric(config.device, config.training.precision)
+        self.launch = Launch.here()
+        self.fabric: Fabric = make_fabric(config.device, config.training.precision, self.launch)
         self.store: RunStore | None = None
 
     def _check(self) -> None:
@@ -88,7 +92,10 @@ class Pipeline:
         store.write_manifest("started", device, precision)
         store.log("started", run_id=store.run_id)
         try:
-            result = self._compute(store)
+            team = self._team()
+            result = self._compute(store, team)
+            if team is not None:
+                team.call(None)
         except BaseException as error:
             status = "cancelled" if isinstance(error, KeyboardInterrupt) else "error"
             message = " ".join(str(error).split()) or type(error).__name__
@@ -101,13 +108,27 @@ class Pipeline:
         store.write_manifest("success", device, precision)
         return result
 
-    def _stages(self, log: Any) -> Stages:
-        cache = StageCache(self.config.out / "cache", resume=self.config.resume)
-        return Stages(self.config, fabric=self.fabric, cache=cache, bars=ProgressBars(self.console, log), log=log)
+    def help(self) -> None:
+        """Train along with the first of several processes until it needs no more help; print and write nothing."""
+        team = self._team()
+        assert team is not None
+        stages = self._stages(lambda *_, **__: None, team)
+        for order in team.orders():
+            stages.train_along(order)
 
-    def _compute(self, store: RunStore) -> RunResult:
+    def _team(self) -> Team | None:
+        launch = self.launch
+        return Team(self.config.device, self.config.training.precision, launch) if launch.size > 1 else None
+
+    def _stages(self, log: Any, team: Team | None = None) -> Stages:
+        # Helpers always take the data that the first process has just stored.
+        cache = StageCache(self.config.out / "cache", resume=self.config.resume or not self.launch.leads)
+        console = self.console if self.launch.leads else Console(quiet=True)
+        return Stages(self.config, fabric=self.fabric, cache=cache, bars=ProgressBars(console, log), log=log, team=team)
+
+    def _compute(self, store: RunStore, team: Team | None) -> RunResult:
         config = self.config
-        stages = self._stages(store.log)
+        stages = self._stages(store.log, team)
         attacks = AttackStages(stages)
         defense = stages.defense(config.defense, config.defense_options)
         plain = stages.defense("none", {})
@@ -131,11 +152,12 @@ class Pipeline:
             store.keep_checkpoint(stages.cache.path(job.stage, job.key) / file, f"{name}.safetensors")
 
         dataset = self._dataset(stages, len(probes))
+        described = defense.describe()
         return RunResult(
             run_id=store.run_id,
             status="success",
             warnings=[*self._warnings(dataset), *findings.warnings],
-            defense=DefenseInfo.of(defense.describe()),
+            defense=DefenseInfo.of(described | channel_energy(described, stages.splits.public.images)),
             attack=findings.attack,
             evaluator=findings.evaluator,
             dataset=dataset,
@@ -156,6 +178,11 @@ class Pipeline:
             warnings.append("synthetic faces: for trying the suite and for CI, not for claims about people")
         if not self.config.utility:
             warnings.append("utility was not measured (--no-utility): say nothing of the defence's worth from this run")
+        if self.config.training.label_noise:
+            share = self.config.training.label_noise
+            warnings.append(
+                f"{share:.0%} of the provider's training labels were wrong on purpose (training.label_noise)"
+            )
         if dataset.skipped:
             warnings.append(f"{dataset.skipped} images or identities were left out; events.jsonl lists them")
         return warnings

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
+from torch import Tensor
 
 from bench.attack_stages import AttackStages
 from bench.attempt import Attempt
@@ -71,8 +72,18 @@ def run_recovery(
         earlier = zip(strength.points[:-1], outcomes[:-1], strict=True)
         tables |= {f"{own.name} {strength.axis}={point.budget:.10g}": one.assessment for point, one in earlier}
     _write_raw(tables, store)
+    _write_states(own.name, result, probes, store)
     columns = {"recovered": result.faces, "ceiling": ceiling.faces}
-    write_sheet(attacks, defense, probes, columns, _captions(result), store)
+    write_sheet(
+        attacks,
+        defense,
+        probes,
+        columns,
+        _captions(result),
+        store,
+        leakage=result.assessment.values["ssim"],
+        members={name: member.faces for name, member in result.members.items()},
+    )
     with stages.timed("throughput"):
         throughput = _throughput(attacks, own, defense, result)
     return Findings(
@@ -182,3 +193,18 @@ def _captions(result: Outcome) -> list[str]:
 def _write_raw(assessments: Mapping[str, Assessment], store: RunStore) -> None:
     tables = [assessment.per_image.assign(method=name) for name, assessment in assessments.items()]
     store.write_table("per_image", pd.concat(tables, ignore_index=True))
+
+
+def _write_states(name: str, result: Outcome, probes: Tensor, store: RunStore) -> None:
+    """A row per interception of every attack that named states: which was drawn, and which it named."""
+    found = {name: result, **result.members}
+    tables = []
+    for attack, one in found.items():
+        if one.recovered is None or one.recovered.named is None:
+            continue
+        named = one.recovered.named
+        index = pd.MultiIndex.from_product([probes.tolist(), range(named.shape[1])], names=["image", "interception"])
+        drawn = pd.DataFrame(named.flatten(0, 1).numpy(), index=index, columns=["drawn", "named"])
+        tables.append(drawn.reset_index().assign(attack=attack))
+    if tables:
+        store.write_table("state_inference", pd.concat(tables, ignore_index=True))

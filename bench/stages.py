@@ -31,9 +31,11 @@ from bench.metrics.verification import pair_scores
 from bench.progress import ProgressBars, Report
 from bench.randomness import Streams
 from bench.recognition.checkpoint import load_recogniser, save_recogniser
+from bench.recognition.options import TrainingOptions
 from bench.recognition.recogniser import Recogniser, build_recogniser
-from bench.recognition.training import train
+from bench.recognition.training import TrainingReport, train
 from bench.recognition.verification import embed_faces
+from bench.team import Team, TrainingOrder
 from defenses.base import Defense
 
 T = TypeVar("T")
@@ -65,10 +67,21 @@ class Stages:
         cache: where finished stages lie.
         bars: progress.
         log: called as ``log(event, **fields)``.
+        team: processes that help to train recognisers, if there are any.
     """
 
-    def __init__(self, config: RunConfig, *, fabric: Fabric, cache: StageCache, bars: ProgressBars, log: Log) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        fabric: Fabric,
+        cache: StageCache,
+        bars: ProgressBars,
+        log: Log,
+        team: Team | None = None,
+    ) -> None:
         self.config = config
+        self.team = team
         self.fabric = fabric
         self.cache = cache
         self.bars = bars
@@ -174,7 +187,7 @@ class Stages:
                 "evaluator_file": config.evaluator is not None,
                 "defense": self.defense_key(defense),
                 "backbone": backbone,
-                "training": config.training.model_dump(mode="json"),
+                "training": self._training(role).model_dump(mode="json"),
                 "seed": config.seed,
                 **self.platform(),
             },
@@ -187,31 +200,14 @@ class Stages:
 
     def recogniser_job(self, defense: Defense, role: str) -> Job[Recogniser]:
         """The stage that trains a recogniser."""
-        config = self.config
-        backbone = config.backbone if role == "provider" else config.evaluator_backbone
-        faces = self.splits.provider if role == "provider" else self.splits.evaluator
-        if faces is None:
-            raise UsageError("the evaluator has no identities to train on: give shares.evaluator or --evaluator")
+        faces = self._faces(role)
 
         def make(folder: Path, report: Report) -> None:
-            seed = self.streams.seed_for(f"training/{role}")
-            recogniser = build_recogniser(
-                backbone,
-                defense.representation_shape,
-                config.training.embedding_size,
-                dropout=config.training.dropout,
-                seed=seed,
-            )
-            outcome = train(
-                recogniser,
-                faces,
-                defense,
-                config.training,
-                fabric=self.fabric,
-                seed=seed,
-                checkpoint=folder / "resume",
-                report=report,
-            )
+            if self.team is not None:
+                state = {name: tensor.cpu() for name, tensor in defense.state_dict().items()}
+                options = defense.options.model_dump(mode="json")
+                self.team.call(TrainingOrder(defense.name, options, state, role, folder))
+            recogniser, outcome = self._train(defense, role, faces, folder, report)
             save_recogniser(recogniser, folder / "recogniser.safetensors", asdict(outcome))
             shutil.rmtree(folder / "resume", ignore_errors=True)
 
@@ -222,6 +218,43 @@ class Stages:
         key = self.recogniser_key(defense, role)
         what = f"train {role} recogniser on {defense.name}"
         return Job(f"recogniser-{role}-{defense.name}", key, what, make, read)
+
+    def train_along(self, order: TrainingOrder) -> None:
+        """Do this process's part of a training that the first one of the team makes."""
+        defense = plugins.make_defense(order.defense, dict(order.options), self.config.preset, self.config.image_size)
+        defense.load_state_dict(dict(order.state))
+        self._train(defense, order.role, self._faces(order.role), order.folder, lambda *_, **__: None)
+
+    def _faces(self, role: str) -> FaceSet:
+        faces = self.splits.provider if role == "provider" else self.splits.evaluator
+        if faces is None:
+            raise UsageError("the evaluator has no identities to train on: give shares.evaluator or --evaluator")
+        return faces
+
+    def _training(self, role: str) -> TrainingOptions:
+        """The evaluator judges: it never learns from labels that are wrong on purpose."""
+        training = self.config.training
+        return training if role == "provider" else training.model_copy(update={"label_noise": 0.0})
+
+    def _train(
+        self, defense: Defense, role: str, faces: FaceSet, folder: Path, report: Report
+    ) -> tuple[Recogniser, TrainingReport]:
+        config, options = self.config, self._training(role)
+        seed = self.streams.seed_for(f"training/{role}")
+        recogniser = build_recogniser(
+            config.backbone if role == "provider" else config.evaluator_backbone,
+            defense.representation_shape,
+            options.embedding_size,
+            dropout=options.dropout,
+            seed=seed,
+        )
+        if self.team is not None:
+            self.team.meet()
+        fabric = self.fabric if self.team is None else self.team.fabric
+        outcome = train(
+            recogniser, faces, defense, options, fabric=fabric, seed=seed, checkpoint=folder / "resume", report=report
+        )
+        return recogniser, outcome
 
     def verification_scores(self, defense: Defense) -> Tensor:
         """Cosine per pair of the victims' protocol, each image protected under one random state: (P,)."""

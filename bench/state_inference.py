@@ -42,6 +42,29 @@ def places_right(inferred: Tensor, states: Tensor, defense: Defense) -> Tensor |
     return torch.eq(inferred.cpu(), true.cpu())
 
 
+def named_states(inferred: Tensor, states: Tensor, defense: Defense) -> Tensor | None:
+    """Which state was drawn and which the attack named, as rows of :meth:`Defense.states`.
+
+    Args:
+        inferred: int64 (N, k, C), where the attack believes each channel belongs.
+        states: int64 (N, k, D), what the defence drew.
+        defense: the one in use.
+
+    Returns:
+        int64 (N, k, 2) on the CPU, (drawn, named), -1 where the layout named is that of no state; None where states
+        cannot be listed or do not place channels.
+    """
+    listed = defense.states()
+    layout = None if listed is None else probe(defense, listed)
+    if layout is None:
+        return None
+    drawn = layout.row_of(states.flatten(0, 1))
+    same = (inferred.flatten(0, 1)[:, None].to(layout.places.device) == layout.places).all(dim=2)
+    named = torch.where(same.any(dim=1), same.int().argmax(dim=1), -1)
+    pairs: Tensor = torch.stack((drawn, named), dim=1).unflatten(0, states.shape[:2])
+    return pairs.cpu()
+
+
 def state_inference(right: Sequence[Tensor], defense: Defense, judge: Judge) -> StateInference | None:
     """Hit rates over the attacked images, with intervals over identities.
 

@@ -25,6 +25,7 @@ from bench import __version__
 from bench.config import RunConfig
 from bench.errors import UsageError
 from bench.files import replacing, sha256, write_text
+from bench.launch import Launch
 from bench.results import PROTOCOL_VERSION, SCHEMA_VERSION, RunResult
 
 #: Packages whose versions may change a figure.
@@ -91,6 +92,7 @@ class RunStore:
             "device": device,
             "device_name": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
             "precision": precision,
+            "processes": Launch.here().size,
             "threads": torch.get_num_threads(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "artefacts": artefacts,

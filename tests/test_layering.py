@@ -124,7 +124,9 @@ def test_reports_know_results_and_run_nothing(module: str) -> None:
         "bench.recognition",
         "bench.data",
     )
-    assert {name for name in reachable(module) if within(name, *forbidden)} == set()
+    # Intervals of worst cases come from bench.metrics, whose signatures name a type of this module.
+    types = {"bench.data.faceset"}
+    assert {name for name in reachable(module) if within(name, *forbidden)} <= types
 
 
 @pytest.mark.parametrize("module", modules("bench.recognition", "bench.metrics", "bench.data"))

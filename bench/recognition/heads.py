@@ -4,9 +4,10 @@ The head holds one centre per identity. With x an L2-normalised embedding, w_j t
 and cos t_j = <x, w_j>, the logits are s * cos t_j for j != y and s * psi(t_y) for j = y, where
 
 * CosFace (Wang et al., CVPR 2018, eq. 4): psi(t) = cos t - m;
-* ArcFace (Deng et al., CVPR 2019, eq. 3): psi(t) = cos(t + m).
+* ArcFace (Deng et al., CVPR 2019, eq. 3): psi(t) = cos(t + m);
+* combined (Deng et al., CVPR 2019, eq. 4): psi(t) = cos(m1 t + m) - m3, of which both are special cases.
 
-The loss is the cross-entropy of these logits. With m = 0 both are the plain normalised softmax.
+The loss is the cross-entropy of these logits. With m = 0 (m1 = 1, m3 = 0) all are the plain normalised softmax.
 """
 
 from __future__ import annotations
@@ -21,6 +22,51 @@ from torch import Tensor, nn
 
 from bench.errors import UsageError
 from bench.registry import Registry
+
+#: Floor of 1 - cos^2 t: sin t has an infinite slope at cos t = +-1, and this keeps its gradient finite there.
+SMALLEST_SQUARED_SINE = 1e-7
+
+
+def arcface_target(cosine: Tensor, margin: float) -> Tensor:
+    """cos(t + m) from cos t, any shape, continued beyond t + m = pi.
+
+    cos(t + m) rises again there, which would reward the worst embeddings. Beyond that angle psi continues as
+    cos t - m sin m (the authors' 'hard' margin), which keeps falling; there is a small step down at t = pi - m.
+    """
+    beyond = cosine < math.cos(math.pi - margin)
+    return torch.where(beyond, cosine - margin * math.sin(margin), _shifted(cosine, margin))
+
+
+def combined_target(cosine: Tensor, angle_factor: float, margin: float, cosine_margin: float) -> Tensor:
+    """cos(m1 t + m) - m3 from cos t, any shape, falling over all of [0, pi].
+
+    With m1 = 1 the angular part is :func:`arcface_target`. With m1 > 1 it is continued beyond m1 t + m = pi, where the
+    cosine would rise again, by a cosine of slope one: -1 - (cos t* - cos t), with t* = (pi - m) / m1.
+    """
+    if angle_factor == 1:
+        return arcface_target(cosine, margin) - cosine_margin
+    sine = (1 - cosine.square()).clamp_min(SMALLEST_SQUARED_SINE).sqrt()
+    inside = torch.cos(angle_factor * torch.atan2(sine, cosine) + margin)
+    turn = math.cos((math.pi - margin) / angle_factor)
+    return torch.where(cosine < turn, cosine - turn - 1, inside) - cosine_margin
+
+
+def _shifted(cosine: Tensor, margin: float) -> Tensor:
+    sine = (1 - cosine.square()).clamp_min(SMALLEST_SQUARED_SINE).sqrt()
+    return cosine * math.cos(margin) - sine * math.sin(margin)
+
+
+def check_margins(angle_factor: float, margin: float, cosine_margin: float) -> None:
+    """Refuse margins that no embedding could meet.
+
+    Raises:
+        UsageError: m1 outside [1, 4], m outside [0, pi / 2) or m3 outside [0, 1).
+    """
+    for name, value, low, high in (("margin", margin, 0, math.pi / 2), ("cosine_margin", cosine_margin, 0, 1)):
+        if not low <= value < high:
+            raise UsageError(f"{name} must lie in [{low}, {high:.4g}), got {value}")
+    if not 1 <= angle_factor <= 4:
+        raise UsageError(f"angle_factor must lie in [1, 4], got {angle_factor}")
 
 
 class MarginHead(nn.Module, ABC):
@@ -123,9 +169,8 @@ class CosFace(MarginHead):
 class ArcFace(MarginHead):
     """Additive angular margin: psi(t) = cos(t + m).
 
-    cos(t + m) rises again once t + m > pi, which would reward the worst embeddings. Beyond that angle psi continues as
-    cos t - m sin m (the authors' 'hard' margin), which keeps falling; there is a small step down at
-    t = pi - m. The authors' alternative, ``easy_margin``, applies the margin only where t < pi / 2.
+    Beyond t + m = pi it is continued (:func:`arcface_target`). The authors' alternative, ``easy_margin``, applies the
+    margin only where t < pi / 2.
 
     Args:
         easy_margin: apply the margin only to embeddings within 90 degrees of their centre.
@@ -147,16 +192,51 @@ class ArcFace(MarginHead):
         self.easy_margin = easy_margin
 
     def target(self, cosine: Tensor) -> Tensor:
-        # sin t has an infinite slope at cos t = +-1; the floor keeps its gradient finite there.
-        sine = (1 - cosine.square()).clamp_min(1e-7).sqrt()
-        shifted = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
         if self.easy_margin:
-            return torch.where(cosine > 0, shifted, cosine)
-        beyond = cosine < math.cos(math.pi - self.margin)
-        return torch.where(beyond, cosine - self.margin * math.sin(self.margin), shifted)
+            return torch.where(cosine > 0, _shifted(cosine, self.margin), cosine)
+        return arcface_target(cosine, self.margin)
 
 
-#: Margin heads by name.
-HEADS: Registry[type[MarginHead]] = Registry("head")
+class Combined(MarginHead):
+    """Angular and cosine margins together: psi(t) = cos(m1 t + m) - m3.
+
+    Args:
+        margin: m, radians.
+        angle_factor: m1, in [1, 4].
+        cosine_margin: m3, in [0, 1).
+    """
+
+    largest_margin = math.pi / 2
+
+    def __init__(
+        self,
+        embedding_size: int,
+        classes: int,
+        *,
+        scale: float,
+        margin: float,
+        label_smoothing: float = 0.0,
+        angle_factor: float = 1.0,
+        cosine_margin: float = 0.0,
+    ) -> None:
+        check_margins(angle_factor, margin, cosine_margin)
+        super().__init__(embedding_size, classes, scale=scale, margin=margin, label_smoothing=label_smoothing)
+        self.angle_factor = angle_factor
+        self.cosine_margin = cosine_margin
+
+    def target(self, cosine: Tensor) -> Tensor:
+        return combined_target(cosine, self.angle_factor, self.margin, self.cosine_margin)
+
+
+def _partial_fc() -> type[nn.Module]:
+    from bench.recognition.partial_fc import PartialFC
+
+    return PartialFC
+
+
+#: Margin heads by name; all are called with embeddings and labels and give a loss and hits.
+HEADS: Registry[type[nn.Module]] = Registry("head")
 HEADS.add("arcface", lambda: ArcFace)
+HEADS.add("combined", lambda: Combined)
 HEADS.add("cosface", lambda: CosFace)
+HEADS.add("partial-fc", _partial_fc)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,6 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from bench.recognition.augmentation import AugmentationOptions
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+#: Options that a head takes beside its sizes and scale.
+_PLAIN = ("margin", "label_smoothing")
+_COMBINED = ("margin", "angle_factor", "cosine_margin")
+_HEAD_OPTIONS = {
+    "combined": (*_COMBINED, "label_smoothing"),
+    "partial-fc": (*_COMBINED, "sample_rate", "interclass_filter"),
+}
 
 
 class TrainingOptions(BaseModel):
@@ -20,7 +28,8 @@ class TrainingOptions(BaseModel):
 
     Attributes:
         epochs: passes over the images, each with :attr:`views` copies of every image.
-        batch_size: copies per step and process.
+        batch_size: copies per step, over all processes: the same options mean the same training however many processes
+            share it.
         views: protected copies of each image per epoch, each with a state of its own; None for as many as
             the defence asks for.
         learning_rate: at its peak.
@@ -33,10 +42,18 @@ class TrainingOptions(BaseModel):
         head: margin head, a name in :data:`bench.recognition.heads.HEADS`.
         embedding_size: D.
         scale: s of the margin head.
-        margin: m of the margin head.
-        margin_warmup_epochs: epochs over which the margin grows from zero. A full margin from the start asks of
+        margin: m of the margin head; for ``combined`` and ``partial-fc`` the one in radians, in cos(m1 t + m) - m3.
+        angle_factor: m1 of ``combined`` and ``partial-fc``.
+        cosine_margin: m3 of ``combined`` and ``partial-fc``; with margin=0 they are CosFace, without m3 ArcFace.
+        margin_warmup_epochs: epochs over which the margins grow from none. A full margin from the start asks of
             random embeddings what they cannot give, and small training sets may never recover from it.
-        label_smoothing: share of the target spread over all identities.
+        sample_rate: r of ``partial-fc``: share of the identities whose centres take part in a step.
+        interclass_filter: of ``partial-fc``: cosine above which a negative is left out, because it may be the same
+            person under another label; None for no filter, 0.4 in the paper.
+        label_smoothing: share of the target spread over all identities; not with ``partial-fc``.
+        label_noise: share of the training images that are given another identity's label, for experiments.
+        sync_batch_norm: whether several processes normalise by the statistics of the whole batch. Off, each uses its
+            part's, which is faster and makes the result depend on the number of processes.
         dropout: before the embedding layer.
         precision: ``auto`` is bfloat16 where the hardware computes in it, else float32.
         augmentation: what is varied on the faces before they are protected.
@@ -58,11 +75,36 @@ class TrainingOptions(BaseModel):
     embedding_size: int = Field(256, ge=2)
     scale: float = Field(32.0, gt=0)
     margin: float = Field(0.3, ge=0)
+    angle_factor: float = Field(1.0, ge=1, le=4)
+    cosine_margin: float = Field(0.0, ge=0, lt=1)
     margin_warmup_epochs: float = Field(0.0, ge=0)
+    sample_rate: float = Field(0.1, gt=0, le=1)
+    interclass_filter: float | None = Field(None, ge=-1, le=1)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_noise: float = Field(0.0, ge=0, lt=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    sync_batch_norm: bool = True
     augmentation: AugmentationOptions = AugmentationOptions()
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """Keyword arguments of the head beside its sizes."""
+        return {"scale": self.scale, **{name: getattr(self, name) for name in _HEAD_OPTIONS.get(self.head, _PLAIN)}}
+
+    @model_validator(mode="after")
+    def _head_takes_its_options(self) -> Self:
+        taken = _HEAD_OPTIONS.get(self.head, _PLAIN)
+        for name in sorted({name for names in _HEAD_OPTIONS.values() for name in names} | set(_PLAIN)):
+            if name not in taken and getattr(self, name) != type(self).model_fields[name].default:
+                heads = ", ".join(head for head, names in _HEAD_OPTIONS.items() if name in names)
+                raise ValueError(
+                    f"head {self.head} takes no {name}"
+                    + (f"; it belongs to head {heads}" if heads else "; leave it out")
+                )
+        if self.head == "partial-fc" and self.precision == "16-mixed":
+            raise ValueError("head partial-fc computes in 32-true or bf16-mixed: its centres' gradients need the range")
+        return self
 
     @model_validator(mode="after")
     def _schedule_is_complete(self) -> Self:

@@ -69,7 +69,7 @@ class InputNormalisation(nn.Module):
 
     @torch.no_grad()
     def _measure(self, x: Tensor) -> None:
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        mean, variance = self._moments(x)
         self.batches += 1
         self._seen += 1
         # The variance over batches is the mean of their variances plus the variance of their means (Chan et al. 1979).
@@ -77,6 +77,11 @@ class InputNormalisation(nn.Module):
         shift = mean - self.mean
         self.mean += weight * shift
         self.variance.mul_(1 - weight).add_(weight * (variance + (1 - weight) * shift.square()))
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each channel of a batch, (C,); overridden where several processes share a batch."""
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        return mean, variance
 
 
 def _recount(module: nn.Module, _keys: object) -> None:

@@ -14,16 +14,21 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.data.faceset import FaceSet, to_float
-from bench.errors import BenchError, DataError
+from bench.errors import BenchError, DataError, UsageError
 from bench.randomness import Streams
 from bench.recognition.augmentation import augment
-from bench.recognition.checkpoint import load_tensors, save_tensors
 from bench.recognition.heads import HEADS, MarginHead
+from bench.recognition.label_noise import flip_labels
+from bench.recognition.learner import make_learner, processes_of
 from bench.recognition.options import TrainingOptions
+from bench.recognition.partial_fc import PartialFC
+from bench.recognition.processes import Processes, noticing_lost_processes
 from bench.recognition.recogniser import Recogniser
+from bench.recognition.shared_statistics import shared_statistics
+from bench.recognition.training_state import TrainingState
 from defenses.base import Defense
 
 #: Called as ``report(done, total, **fields)`` in images; the harness turns it into a progress bar and a log.
@@ -43,12 +48,17 @@ class TrainingReport:
 
     Attributes:
         losses: mean training loss of each epoch.
-        accuracies: share of training images of each epoch nearest to their own identity's centre, in [0, 1].
+        accuracies: share of training images of each epoch nearest to their own identity's centre, in [0, 1]; with head
+            ``partial-fc``, among the sampled centres.
         images_per_second: images trained on, each view counted, over the time spent training them.
         seconds: time spent training, summed over resumed parts.
         parameters: learned values of the recogniser.
         views: copies of each image per epoch.
         identities: classes of the head.
+        processes: that trained together.
+        flipped_labels: training images that were given another identity's label on purpose.
+        overfull_steps: steps, counted by each process, in which a process had more positive centres than its quota and
+            took no negatives (head ``partial-fc``).
     """
 
     losses: tuple[float, ...]
@@ -58,6 +68,9 @@ class TrainingReport:
     parameters: int
     views: int
     identities: int
+    processes: int = 1
+    flipped_labels: int = 0
+    overfull_steps: int = 0
 
     @property
     def accuracy(self) -> float:
@@ -65,35 +78,23 @@ class TrainingReport:
         return self.accuracies[-1]
 
 
-class Classifier(nn.Module):
-    """Recogniser and margin head as one module, which is what data-parallel training wraps."""
-
-    def __init__(self, recogniser: Recogniser, head: MarginHead) -> None:
-        super().__init__()
-        self.recogniser = recogniser
-        self.head = head
-
-    def forward(self, representation: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss, a scalar, and hits, bool (N,)."""
-        loss, hits = self.head(self.recogniser(representation), labels)
-        return loss, hits
-
-
-def build_head(options: TrainingOptions, identities: int, *, seed: int = 0) -> MarginHead:
+def build_head(
+    options: TrainingOptions, identities: int, *, seed: int = 0, processes: Processes | None = None
+) -> MarginHead | PartialFC:
     """The margin head that ``options`` name; torch's global generator is left as it was.
+
+    Args:
+        processes: among which the centres of ``partial-fc`` are shared out; the other heads are whole on each.
 
     Raises:
         UsageError: an unknown head, or a scale or margin out of its range.
     """
+    kind: Any = HEADS.get(options.head)
+    more: dict[str, Any] = {"seed": seed, "processes": processes} if issubclass(kind, PartialFC) else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return HEADS.get(options.head)(
-            options.embedding_size,
-            identities,
-            scale=options.scale,
-            margin=options.margin,
-            label_smoothing=options.label_smoothing,
-        )
+        head: MarginHead | PartialFC = kind(options.embedding_size, identities, **options.head_options, **more)
+    return head
 
 
 def learning_rate(options: TrainingOptions, epochs_done: float) -> float:
@@ -108,11 +109,18 @@ def learning_rate(options: TrainingOptions, epochs_done: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def margin(options: TrainingOptions, epochs_done: float) -> float:
-    """The margin after a (fractional) number of epochs: grows linearly from zero to the full one, then stays."""
-    if epochs_done >= options.margin_warmup_epochs:
-        return options.margin
-    return options.margin * epochs_done / options.margin_warmup_epochs
+def margins(options: TrainingOptions, epochs_done: float) -> dict[str, float]:
+    """The head's margins after a (fractional) number of epochs: they grow linearly from none, then stay."""
+
+    def grown(full: float) -> float:
+        if epochs_done >= options.margin_warmup_epochs:
+            return full
+        return full * epochs_done / options.margin_warmup_epochs
+
+    found = {"margin": grown(options.margin)}
+    if "angle_factor" in options.head_options:
+        found |= {"angle_factor": 1 + grown(options.angle_factor - 1), "cosine_margin": grown(options.cosine_margin)}
+    return found
 
 
 def epoch_order(images: int, views: int, steps: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -134,7 +142,7 @@ def train(
     *,
     fabric: Fabric,
     seed: int,
-    head: MarginHead | None = None,
+    head: MarginHead | PartialFC | None = None,
     checkpoint: Path | None = None,
     report: Report = no_report,
 ) -> TrainingReport:
@@ -144,6 +152,11 @@ def train(
     protected under a state of its own. All randomness of an epoch derives from ``seed`` and its number, so
     a training that was killed goes on from its last finished epoch as if nothing had happened.
 
+    Several processes share each batch; the images of a batch, the learning rate and, with ``sync_batch_norm``, the
+    statistics are those of one process, so losses agree with one process's up to the order of sums (float32: within
+    2e-4 of the first epoch's loss over a dozen steps, growing with the steps as rounding does). What is drawn per image
+    (augmentation, states, dropout) comes from each process's own stream: equal in distribution, not in value.
+
     Args:
         recogniser: built for ``defense.representation_shape``.
         faces: the provider's training faces, labels 0..K-1.
@@ -152,75 +165,93 @@ def train(
         fabric: device, precision and processes, launched.
         seed: of the head's centres, shuffling, augmentation, states and dropout.
         head: over all ``len(faces.names)`` identities; None for the one that ``options`` name.
-        checkpoint: a folder for the training's state after each epoch; an unfinished training found there is
-            resumed, a finished one only loaded. None to keep nothing.
+        checkpoint: a folder for the training's state after each epoch, the same for all processes; an unfinished
+            training found there is resumed, by any number of processes, a finished one only loaded. None to keep
+            nothing.
         report: called as ``report(done, total, epoch=, loss=, accuracy=, learning_rate=, images_per_second=)``,
             counting images, a few times a second at most.
 
     Raises:
-        BenchError: the loss is no longer finite, or the checkpoint cannot be written.
+        BenchError: the loss is no longer finite, the checkpoint cannot be written, or another process was lost.
         DataError: too few faces, or a checkpoint that is damaged or of another training.
+        UsageError: more processes than a batch has room for.
     """
+    processes = processes_of(fabric)
+    with (
+        noticing_lost_processes(processes),
+        shared_statistics(recogniser, processes if options.sync_batch_norm else Processes()),
+    ):
+        return _train(recogniser, faces, defense, options, fabric, seed, head, checkpoint, report)
+
+
+def _train(
+    recogniser: Recogniser,
+    faces: FaceSet,
+    defense: Defense,
+    options: TrainingOptions,
+    fabric: Fabric,
+    seed: int,
+    head: MarginHead | PartialFC | None,
+    checkpoint: Path | None,
+    report: Report,
+) -> TrainingReport:
+    processes = processes_of(fabric)
     if len(faces.used_names) < 2:
         raise DataError(
             f"training needs faces of at least 2 identities, got {len(faces)} faces of {len(faces.used_names)}"
         )
+    streams = Streams(seed)
+    identities = len(faces.names)
     if head is None:
-        head = build_head(options, len(faces.names), seed=Streams(seed).seed_for("training/head"))
-    if len(head.weight) != len(faces.names):
-        raise ValueError(f"the head tells {len(head.weight)} identities apart, the faces have {len(faces.names)}")
+        head = build_head(options, identities, seed=streams.seed_for("training/head"), processes=processes)
+    known = head.classes if isinstance(head, PartialFC) else len(head.weight)
+    if known != identities:
+        raise ValueError(f"the head tells {known} identities apart, the faces have {identities}")
     views = defense.views if options.views is None else options.views
     per_epoch = len(faces) * views
-    steps = max(1, round(per_epoch / (options.batch_size * fabric.world_size)))
-    streams = Streams(seed)
+    steps = max(1, round(per_epoch / options.batch_size))
+    if processes.size > 1 and per_epoch // steps < 2 * processes.size:
+        raise UsageError(
+            f"{processes.size} processes cannot share batches of {per_epoch // steps}: start fewer, or raise "
+            f"training.batch_size to {2 * processes.size} or more"
+        )
+    given = flip_labels(faces.labels, identities, options.label_noise, streams.generator("training/label-noise"))
 
     device = fabric.device
     defense = defense.to(device)
     images = faces.images.to(device)  # uint8, all of them: batching is one gather, and no loader to feed
-    classifier = Classifier(recogniser.train(), head.train())
-    optimiser = torch.optim.SGD(
-        [p for p in classifier.parameters() if p.requires_grad],
-        lr=options.learning_rate,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-    )
-    model, stepper = fabric.setup(classifier, optimiser)
-    progress = _Progress(per_epoch * options.epochs, report if fabric.is_global_zero else no_report)
-    state = _State(classifier, optimiser, fabric, progress)
-    file = None if checkpoint is None else checkpoint / "training.safetensors"
-    identity = _identity(options, seed, faces, defense, recogniser)
-    if file is not None and file.is_file():
-        state.load(file, identity)
+    learner = make_learner(recogniser, head, options, fabric)
+    progress = _Progress(per_epoch * options.epochs, report if fabric.is_global_zero else no_report, processes)
+    state = None
+    if checkpoint is not None:
+        identity = _identity(options, seed, faces, defense, recogniser)
+        state = TrainingState(checkpoint, identity, learner, fabric)
+        state.resume(progress)
 
     for epoch in range(len(progress.losses), options.epochs):
         order = epoch_order(len(faces), views, steps, streams.generator(f"training/order/{epoch}"))
-        generator = streams.generator(f"training/faces/{epoch}/{fabric.global_rank}")
+        generator = streams.generator(f"training/faces/{epoch}/{processes.rank}")
+        if isinstance(head, PartialFC):
+            head.reseed(streams.seed_for(f"training/centres/{epoch}"))
         progress.start_epoch(epoch)
-        with _seeded(streams.seed_for(f"training/dropout/{epoch}/{fabric.global_rank}"), device):
+        with _seeded(streams.seed_for(f"training/dropout/{epoch}/{processes.rank}"), device):
             for step, batch in enumerate(order):
                 rate = learning_rate(options, epoch + (step + 1) / steps)
-                for group in optimiser.param_groups:
-                    group["lr"] = rate
-                head.margin = margin(options, epoch + step / steps)
-                chosen = batch[fabric.global_rank :: fabric.world_size]
-                labels = faces.labels[chosen]
+                for name, value in margins(options, epoch + step / steps).items():
+                    setattr(head, name, value)
+                chosen = batch[processes.rank :: processes.size]
+                labels = given[chosen]
                 with torch.no_grad():
                     seen = augment(to_float(images[chosen.to(device)]), options.augmentation, generator)
                     protected = defense.protect(seen, generator, labels=labels).representation
 
-                loss, hits = model(protected, labels.to(device))
-                stepper.zero_grad()
-                fabric.backward(loss)
-                if options.clip_gradient_norm is not None:
-                    fabric.clip_gradients(model, stepper, max_norm=options.clip_gradient_norm)
-                stepper.step()
-
-                progress.add(loss.detach(), hits, len(batch))
+                loss, hits = learner.step(protected, labels.to(device), rate=rate, total=len(batch))
+                progress.add(loss, hits, len(batch))
                 if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
                     progress.look(step, steps, rate)
         progress.finish_epoch()
-        if file is not None and fabric.is_global_zero:
-            state.save(file, identity)
+        if state is not None:
+            state.save(progress)
     recogniser.eval()
     head.eval()
     return TrainingReport(
@@ -230,16 +261,20 @@ def train(
         seconds=progress.seconds,
         parameters=recogniser.parameter_count,
         views=views,
-        identities=len(faces.names),
+        identities=identities,
+        processes=processes.size,
+        flipped_labels=int((given != faces.labels).sum()),
+        overfull_steps=head.overfull_everywhere() if isinstance(head, PartialFC) else 0,
     )
 
 
 class _Progress:
     """Sums of the epoch under way, its finiteness check, and the history of those behind it."""
 
-    def __init__(self, total: int, report: Report) -> None:
+    def __init__(self, total: int, report: Report, processes: Processes) -> None:
         self.total = total
         self.report = report
+        self.processes = processes
         self.losses: list[float] = []
         self.accuracies: list[float] = []
         self.seconds = 0.0
@@ -254,18 +289,18 @@ class _Progress:
         self._started = time.perf_counter()
 
     def add(self, loss: Tensor, hits: Tensor, count: int) -> None:
-        """Note one step; both tensors stay on the device until the next look."""
+        """Note one step over ``count`` images; both tensors stay on the device until the next look."""
         self._pending.append((loss * len(hits), hits.sum()))
-        self._count += len(hits)
+        self._count += count
         self.done += count
 
     def look(self, step: int, steps: int, rate: float) -> None:
-        """Fetch the losses noted since the last look, check and report them.
+        """Fetch the losses noted since the last look, add those of the other processes, check and report them.
 
         Raises:
-            BenchError: one of them is not finite.
+            BenchError: one of them is not finite, in any process.
         """
-        losses = torch.stack([loss for loss, _ in self._pending]).double().cpu()
+        losses = self.processes.sum(torch.stack([loss for loss, _ in self._pending]).double()).cpu()
         finite = torch.isfinite(losses)
         if not finite.all():
             culprit = step - len(losses) + 1 + int((~finite).int().argmax())
@@ -275,7 +310,7 @@ class _Progress:
                 "clip_gradient_norm=5 or precision=32-true"
             )
         self._loss += float(losses.sum())
-        self._hits += float(torch.stack([hits for _, hits in self._pending]).sum())
+        self._hits += float(self.processes.sum(torch.stack([hits for _, hits in self._pending]).sum()))
         self._pending.clear()
         now = time.perf_counter()
         if now - self._reported >= 0.25 or step + 1 == steps:
@@ -294,58 +329,6 @@ class _Progress:
         self.losses.append(self._loss / self._count)
         self.accuracies.append(self._hits / self._count)
         self.seconds += time.perf_counter() - self._started
-
-
-class _State:
-    """All that the next epoch depends on: weights, momentum, loss scale and history."""
-
-    def __init__(
-        self, classifier: Classifier, optimiser: torch.optim.Optimizer, fabric: Fabric, progress: _Progress
-    ) -> None:
-        self._classifier = classifier
-        self._optimiser = optimiser
-        self._precision = fabric.strategy.precision
-        self._progress = progress
-
-    def save(self, file: Path, identity: str) -> None:
-        tensors = {f"model/{name}": tensor for name, tensor in self._classifier.state_dict().items()}
-        for index, entry in self._optimiser.state_dict()["state"].items():
-            if entry.get("momentum_buffer") is not None:  # none without momentum
-                tensors[f"momentum/{index}"] = entry["momentum_buffer"]
-        details = {
-            "training": identity,
-            "losses": self._progress.losses,
-            "accuracies": self._progress.accuracies,
-            "seconds": self._progress.seconds,
-            "done": self._progress.done,
-            "loss_scale": self._precision.state_dict(),
-        }
-        save_tensors(file, tensors, details)
-
-    def load(self, file: Path, identity: str) -> None:
-        tensors, details = load_tensors(file)
-        if details.get("training") != identity:
-            raise DataError(
-                f"{file} belongs to a training with other options, data or seed; delete it or choose another folder"
-            )
-        try:
-            self._classifier.load_state_dict(
-                {name.removeprefix("model/"): t for name, t in tensors.items() if name.startswith("model/")}
-            )
-            momentum = {
-                int(name.removeprefix("momentum/")): {"momentum_buffer": t}
-                for name, t in tensors.items()
-                if name.startswith("momentum/")
-            }
-            self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": momentum})
-            if details["loss_scale"]:
-                self._precision.load_state_dict(details["loss_scale"])
-            self._progress.losses = [float(value) for value in details["losses"]]
-            self._progress.accuracies = [float(value) for value in details["accuracies"]]
-            self._progress.seconds = float(details["seconds"])
-            self._progress.done = int(details["done"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise DataError(f"checkpoint {file} is damaged: {error}; delete it to start again") from error
 
 
 def _identity(options: TrainingOptions, seed: int, faces: FaceSet, defense: Defense, recogniser: Recogniser) -> str:

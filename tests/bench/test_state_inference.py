@@ -5,7 +5,7 @@ import torch
 
 from attacks.layout import probe
 from bench import plugins
-from bench.state_inference import places_right
+from bench.state_inference import named_states, places_right
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +42,20 @@ def test_places_are_those_of_the_states_drawn_for_the_same_face(defense, drawn):
 def test_other_shapes_are_refused(defense, drawn, inferred):
     with pytest.raises(ValueError, match=r"int64 \(5, 2, 27\)"):
         places_right(inferred, drawn[0], defense)
+
+
+def test_states_are_named_by_their_rows(defense, drawn):
+    states, places = drawn
+    listed = defense.states()
+    inferred = places.clone()
+    inferred[3, 1, [0, 1]] = inferred[3, 1, [1, 0]]  # the layout of no state
+    inferred[0, 0] = places[4, 1]
+    named = named_states(inferred, states, defense)
+    assert torch.equal(listed[named[..., 0]], states)
+    assert named[3, 1, 1] == -1
+    assert torch.equal(listed[named[0, 0, 1]], states[4, 1])
+    same = (named[..., 0] == named[..., 1]).flatten().tolist()
+    expected = [True] * 10
+    expected[7] = False
+    expected[0] = bool((states[0, 0] == states[4, 1]).all())
+    assert same == expected

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.errors import UsageError
-from bench.recognition.heads import HEADS, ArcFace, CosFace, MarginHead
+from bench.recognition.heads import HEADS, ArcFace, Combined, CosFace, MarginHead
+from bench.recognition.partial_fc import PartialFC
 
 CLASSES, DIMENSIONS, COUNT = 7, 5, 11
 
@@ -24,6 +25,14 @@ def oracle(head: MarginHead, embeddings: Tensor, weight: Tensor, labels: Tensor)
                 angle = torch.arccos(cosine.clamp(-1 + 1e-12, 1 - 1e-12))
                 if isinstance(head, CosFace):
                     cosine = cosine - head.margin
+                elif isinstance(head, Combined):
+                    turn = (math.pi - head.margin) / head.angle_factor
+                    if float(angle.detach()) <= turn:
+                        cosine = torch.cos(head.angle_factor * angle + head.margin) - head.cosine_margin
+                    elif head.angle_factor == 1:
+                        cosine = cosine - head.margin * math.sin(head.margin) - head.cosine_margin
+                    else:
+                        cosine = cosine - math.cos(turn) - 1 - head.cosine_margin
                 elif isinstance(head, ArcFace) and head.easy_margin:
                     cosine = torch.cos(angle + head.margin) if float(angle.detach()) < math.pi / 2 else cosine
                 elif float(angle.detach()) + head.margin <= math.pi:
@@ -48,7 +57,14 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.randn(COUNT, DIMENSIONS, generator=generator) * 9, torch.arange(COUNT) % CLASSES
 
 
-HEAD_CASES = [(CosFace, {}), (ArcFace, {}), (ArcFace, {"easy_margin": True}), (ArcFace, {"margin": 1.2})]
+HEAD_CASES = [
+    (CosFace, {}),
+    (ArcFace, {}),
+    (ArcFace, {"easy_margin": True}),
+    (ArcFace, {"margin": 1.2}),
+    (Combined, {"margin": 0.3, "cosine_margin": 0.2}),
+    (Combined, {"margin": 0.2, "cosine_margin": 0.1, "angle_factor": 1.35}),
+]
 
 
 @pytest.mark.parametrize(("kind", "options"), HEAD_CASES)
@@ -99,9 +115,11 @@ def test_without_margin_it_is_the_normalised_softmax(kind: type[MarginHead]) -> 
     torch.testing.assert_close(head(embeddings, labels)[0], F.cross_entropy(plain, labels), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [CosFace, ArcFace])
-def test_the_target_never_rises_with_the_angle(kind: type[MarginHead]) -> None:
-    head = make(kind, margin=0.5)
+@pytest.mark.parametrize(
+    ("kind", "options"), [(CosFace, {}), (ArcFace, {}), (Combined, {}), (Combined, {"angle_factor": 2.0})]
+)
+def test_the_target_never_rises_with_the_angle(kind: type[MarginHead], options: dict[str, float]) -> None:
+    head = make(kind, margin=0.5, **options)
     angles = torch.linspace(0.01, math.pi - 0.01, 500)
     target = head.target(torch.cos(angles))
     assert (target.diff() < 0).all()
@@ -162,6 +180,9 @@ def test_labels_of_another_kind_are_refused(labels: Tensor) -> None:
         (ArcFace, {"scale": 0.0}, "scale"),
         (ArcFace, {"scale": math.nan}, "scale"),
         (CosFace, {"label_smoothing": 1.0}, "smoothing"),
+        (Combined, {"angle_factor": 5.0}, "angle_factor"),
+        (Combined, {"cosine_margin": 1.0}, "cosine_margin"),
+        (Combined, {"margin": -0.1}, "margin"),
     ],
 )
 def test_impossible_options_are_refused(kind: type[MarginHead], options: dict[str, float], message: str) -> None:
@@ -174,6 +195,18 @@ def test_one_identity_is_refused() -> None:
         ArcFace(4, 1, scale=1, margin=0)
 
 
-def test_the_registry_names_both() -> None:
-    assert HEADS.get("arcface") is ArcFace
-    assert HEADS.get("cosface") is CosFace
+@pytest.mark.parametrize(("kind", "options"), [(ArcFace, {"margin": 0.4}), (CosFace, {"margin": 0.0})])
+def test_the_combined_margin_has_both_others_in_it(kind: type[MarginHead], options: dict[str, float]) -> None:
+    embeddings, labels = batch()
+    combined = make(Combined, margin=options["margin"], cosine_margin=0.0 if kind is ArcFace else 0.25)
+    other = make(kind, margin=0.4 if kind is ArcFace else 0.25)
+    torch.testing.assert_close(combined.logits(embeddings, labels), other.logits(embeddings, labels))
+
+
+def test_the_registry_names_all() -> None:
+    assert {name: HEADS.get(name) for name in HEADS} == {
+        "arcface": ArcFace,
+        "combined": Combined,
+        "cosface": CosFace,
+        "partial-fc": PartialFC,
+    }

@@ -21,12 +21,33 @@ from bench.recognition.options import PUBLISHED, TrainingOptions, native_bfloat1
         ({"learning_rate": 0}, "learning_rate"),
         ({"views": 0}, "views"),
         ({"unheard_of": 1}, "unheard_of"),
+        ({"head": "partial-fc", "sample_rate": 0}, "sample_rate"),
+        ({"head": "partial-fc", "sample_rate": 1.1}, "sample_rate"),
+        ({"head": "partial-fc", "interclass_filter": 1.1}, "interclass_filter"),
+        ({"head": "partial-fc", "label_smoothing": 0.1}, "head partial-fc takes no label_smoothing"),
+        ({"head": "partial-fc", "precision": "16-mixed"}, "32-true or bf16-mixed"),
+        ({"sample_rate": 0.5}, "head arcface takes no sample_rate; it belongs to head partial-fc"),
+        ({"head": "cosface", "cosine_margin": 0.5}, "takes no cosine_margin; it belongs to head combined, partial-fc"),
+        ({"head": "combined", "interclass_filter": 0.5}, "head combined takes no interclass_filter"),
+        ({"label_noise": 1.0}, "label_noise"),
         ({"augmentation": {"flip": 2}}, "flip"),
     ],
 )
 def test_impossible_options_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainingOptions(**values)
+
+
+def test_a_head_is_given_what_it_takes() -> None:
+    assert TrainingOptions(head="cosface").head_options == {"scale": 32.0, "margin": 0.3, "label_smoothing": 0.0}
+    assert TrainingOptions(head="partial-fc", interclass_filter=0.4).head_options == {
+        "scale": 32.0,
+        "margin": 0.3,
+        "angle_factor": 1.0,
+        "cosine_margin": 0.0,
+        "sample_rate": 0.1,
+        "interclass_filter": 0.4,
+    }
 
 
 def test_options_survive_json_and_cannot_change() -> None:

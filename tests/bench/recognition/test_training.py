@@ -19,7 +19,7 @@ from bench.recognition.training import (
     build_head,
     epoch_order,
     learning_rate,
-    margin,
+    margins,
     train,
 )
 
@@ -304,8 +304,9 @@ def test_cosine_schedule_warms_up_then_falls_to_zero() -> None:
 
 def test_the_margin_grows_then_stays(faces: FaceSet, make_defense: Any, fabric: Fabric) -> None:
     options = OPTIONS.model_copy(update={"margin": 0.4, "margin_warmup_epochs": 2.0})
-    assert [margin(options, epoch) for epoch in (0, 0.5, 1, 2, 3)] == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
-    assert margin(OPTIONS, 0) == OPTIONS.margin
+    found = [margins(options, epoch)["margin"] for epoch in (0, 0.5, 1, 2, 3)]
+    assert found == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
+    assert margins(OPTIONS, 0) == {"margin": OPTIONS.margin}
     head = build_head(options, 4)
     seen: list[float] = []
     head.register_forward_pre_hook(lambda module, _: seen.append(module.margin))  # type: ignore[arg-type]

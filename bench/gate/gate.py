@@ -1,0 +1,174 @@
+"""Holds runs against a baseline: which run is of which cell, and what became of its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bench.errors import DataError, UsageError
+from bench.gate.baseline import Baseline, Cell, Expected
+from bench.gate.comparison import Change, Variance, change, references
+from bench.gate.decision import decide
+from bench.gate.figures import FIGURES
+from bench.gate.make import check_protocol, resolved_options
+from bench.gate.scores import RunScores, cell_key, run_scores
+from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, exit_code, worst
+from reports.runs import Run
+
+
+def gate(
+    baseline: Baseline, runs: Sequence[Run], *, name: str, ignore_options: bool = False, whole: bool = True
+) -> GateReport:
+    """Judge runs.
+
+    Args:
+        baseline: what is expected.
+        runs: what was found; several of one cell are judged one by one.
+        name: of the baseline, for the report.
+        ignore_options: hold a run against the cell of the same names, whatever the options of defence and attack: to
+            judge a variant.
+        whole: whether every cell of the baseline must have a run; else only those of ``runs`` count.
+
+    Raises:
+        UsageError: a run is of another protocol version, or of several cells if options are ignored.
+        DataError: a run's files are damaged or contradict each other.
+    """
+    matched: list[tuple[Run, Cell]] = []
+    unmatched: list[Run] = []
+    for run in runs:
+        check_protocol(run, baseline.protocol)
+        cell = _find(baseline.cells, run, ignore_options=ignore_options)
+        if cell is None:
+            unmatched.append(run)
+        else:
+            matched.append((run, cell))
+    verdicts = [_judge(run, cell, baseline) for run, cell in matched]
+    if whole:
+        there = [cell for _, cell in matched]
+        verdicts += [_missing(cell, unmatched) for cell in baseline.cells if cell not in there]
+    outcome = worst([verdict.outcome for verdict in verdicts])
+    return GateReport(
+        outcome=outcome,
+        exit_code=exit_code(outcome),
+        baseline=name,
+        alpha=baseline.alpha,
+        alpha_pass=baseline.alpha_pass,
+        cells=verdicts,
+        extra=[f"{cell_key(run).label}: {run.directory} is of no cell of the baseline" for run in unmatched],
+    )
+
+
+def _find(cells: Sequence[Cell], run: Run, *, ignore_options: bool) -> Cell | None:
+    wanted = cell_key(run)
+    # A failed run did not get as far as to say who judges.
+    keys = [cell.key.model_copy(update={"evaluator": None}) if run.failed else cell.key for cell in cells]
+    exact = [cell for cell, key in zip(cells, keys, strict=True) if key.matches(wanted)]
+    if exact or not ignore_options:
+        return exact[0] if exact else None
+    near = [cell for cell, key in zip(cells, keys, strict=True) if key.plain().matches(wanted.plain())]
+    if len(near) > 1:
+        raise UsageError(
+            f"{run.directory} could be held against {len(near)} cells if options are ignored: "
+            f"{'; '.join(cell.key.label for cell in near)}; use a baseline with one of them"
+        )
+    return near[0] if near else None
+
+
+def _missing(cell: Cell, unmatched: Sequence[Run]) -> CellVerdict:
+    notes = ["no run of this cell was given"]
+    for run in unmatched:
+        key = cell_key(run)
+        if (key.defense, key.attack) == (cell.key.defense, cell.key.attack):
+            notes.append(f"{run.directory} differs in: {', '.join(cell.key.differences(key))}")
+    return CellVerdict(cell=cell.key.label, run=None, outcome="missing", notes=notes)
+
+
+def _judge(run: Run, cell: Cell, baseline: Baseline) -> CellVerdict:
+    about = {"cell": cell.key.label, "run": run.manifest.run_id, "directory": str(run.directory)}
+    if run.failed:
+        return CellVerdict(
+            **about, outcome="failed", notes=[f"the run failed: {run.result.error or run.result.status}"]
+        )
+    scores, directions, reasons = run_scores(run)
+    for figure, expected in cell.figures.items():
+        if figure in directions and directions[figure] != expected.higher_is_better_for:
+            raise DataError(f"{run.directory}: {figure} reads the other way in the baseline; make the baseline anew")
+    compared, paired = references(scores, cell.runs)
+    changes: dict[str, Change] = {}
+    absent: list[FigureVerdict] = []
+    for figure, expected in cell.figures.items():
+        if figure in scores.figures:
+            between = _between(expected, paired=paired)
+            changes[figure] = change(figure, scores, compared, between, rate=expected.rate)
+        else:
+            absent.append(_not_measured(figure, expected, reasons.get(figure)))
+    figures = [
+        *decide(changes, cell.figures, alpha=baseline.alpha, alpha_pass=baseline.alpha_pass),
+        *absent,
+    ]
+    return CellVerdict(
+        **about,
+        outcome=worst([figure.outcome for figure in figures]),
+        figures=figures,
+        notes=_notes(run, cell, scores, figures),
+    )
+
+
+def _between(expected: Expected, *, paired: bool) -> Variance:
+    if paired:
+        return Variance(expected.repeat_sd**2, expected.repeat_df)
+    return Variance(expected.seed_sd**2, expected.seed_df)
+
+
+def _not_measured(figure: str, expected: Expected, reason: str | None) -> FigureVerdict:
+    return FigureVerdict(
+        figure=figure,
+        role=expected.role,
+        higher_is_better_for=expected.higher_is_better_for,
+        baseline=expected.value,
+        now=None,
+        tolerance=expected.tolerance,
+        margin=expected.excluded,
+        outcome="inconclusive",
+        note=f"not measured: {reason or 'the run does not have this figure'}",
+    )
+
+
+def _notes(run: Run, cell: Cell, scores: RunScores, figures: Sequence[FigureVerdict]) -> list[str]:
+    notes = []
+    broken = [one.figure for one in figures if one.outcome == "broken attack"]
+    better = [one.figure for one in figures if one.improved and one.role != "canary"]
+    if broken:
+        notes.append(
+            f"broken attack: it gets less out of unprotected faces than it used to ({', '.join(broken)}), so the other "
+            "figures of this run say nothing about the defence"
+        )
+    elif better:
+        notes.append(f"better than the baseline: {', '.join(better)}; if that is meant to last, make the baseline anew")
+    unknown = sorted(cell_key(run).settings.keys() ^ cell.key.settings.keys())
+    if unknown:
+        notes.append(f"settings that only one of run and baseline knows, not compared: {', '.join(unknown)}")
+    changed = _changed_options(cell.resolved, resolved_options(run))
+    if changed:
+        notes.append(f"options are not those of the baseline: {', '.join(changed)}")
+    new = [name for name in FIGURES if name in scores.figures and name not in cell.figures]
+    if new:
+        notes.append(f"not in the baseline, hence not judged: {', '.join(new)}")
+    measured = [one for one in figures if one.role == "privacy" and one.figure != "defense.entropy_bits"]
+    if blind := [one.figure for one in figures if one.blind]:
+        every = ", and no other figure of privacy is there" if all(one.blind for one in measured) else ""
+        notes.append(
+            f"blind: with these victims nothing less than the loss of all that is left would be seen in "
+            f"{', '.join(blind)}{every}"
+        )
+    notes += [warning for warning in run.result.warnings if "unsaturated" in warning or "broken" in warning]
+    if run.altered:
+        notes.append(f"altered since they were written: {', '.join(run.altered)}")
+    return notes
+
+
+def _changed_options(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]

@@ -1,0 +1,227 @@
+"""Partial FC (An et al., CVPR 2022): a margin softmax over millions of identities that samples its negatives.
+
+K processes own C / K class centres each. In a step, all embeddings and labels go to every process; each keeps the
+centres of the labels that it owns and fills up to r C / K with others drawn at random; only those are multiplied,
+share the softmax and are updated. With r = 1 it is the full softmax, spread over the processes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.errors import UsageError
+from bench.randomness import Streams
+from bench.recognition.heads import check_margins, combined_target
+from bench.recognition.partial_sgd import update_rows
+from bench.recognition.processes import Processes
+from bench.recognition.sharded_softmax import Cosines, ShardedCrossEntropy
+
+#: Identities whose first centres are drawn from one random stream, so that a process draws only those near its own.
+INITIAL_BLOCK = 8192
+
+
+class PartialFC(nn.Module):
+    """A sampled margin softmax over ``classes`` identities, of which this process holds a part.
+
+    The centres are no parameters: autograd and optimisers never see them. ``backward`` leaves the gradient of the
+    sampled ones in :attr:`gradient`, and :meth:`update` takes one step of SGD on these and on their momentum.
+
+    Where a process has more positives than its quota, it takes them all and no negative (section 3.2), and
+    :attr:`overfull` counts the step.
+
+    Args:
+        embedding_size: D.
+        classes: C, identities over all processes.
+        scale: s, the radius of the sphere on which logits live.
+        margin: m of cos(m1 t + m) - m3, in radians; with m1 = 1 and m3 = 0 this is ArcFace.
+        angle_factor: m1, in [1, 4].
+        cosine_margin: m3; with m1 = 1 and m = 0 this is CosFace.
+        sample_rate: r, in (0, 1]: share of the centres in each step.
+        interclass_filter: negatives whose cosine to the sample exceeds this are left out of its softmax: they may well
+            be the same person under another label. The paper's is 0.4; None keeps all.
+        seed: of the centres and, until :meth:`reseed`, of the sampling.
+        processes: among which the centres are shared out; one process by default.
+
+    Attributes:
+        weight, momentum: float32 (n, D), of the centres ``owned``.
+        owned: the identities whose centres are here, a contiguous range.
+        sampled: int64 (q,) ascending, the rows of ``weight`` that took part in the last step.
+        active: float32 (q, D), their values.
+        gradient: float32 (q, D), their gradient after ``backward``; None before.
+        overfull: steps in which this process had more positives than its quota.
+
+    Raises:
+        UsageError: a value out of its range, or fewer identities than processes.
+    """
+
+    weight: Tensor
+    momentum: Tensor
+
+    def __init__(
+        self,
+        embedding_size: int,
+        classes: int,
+        *,
+        scale: float,
+        margin: float,
+        angle_factor: float = 1.0,
+        cosine_margin: float = 0.0,
+        sample_rate: float = 0.1,
+        interclass_filter: float | None = None,
+        seed: int = 0,
+        processes: Processes | None = None,
+    ) -> None:
+        super().__init__()
+        self.processes = processes or Processes()
+        if classes < 2:
+            raise UsageError(f"a recogniser needs at least 2 identities to tell apart, got {classes}")
+        if classes < self.processes.size:
+            raise UsageError(
+                f"{classes} identities cannot be shared out among {self.processes.size} processes: start fewer"
+            )
+        if not (scale > 0 and math.isfinite(scale)):
+            raise UsageError(f"scale must be positive and finite, got {scale}")
+        check_margins(angle_factor, margin, cosine_margin)
+        if not 0 < sample_rate <= 1:
+            raise UsageError(f"sample_rate must lie in (0, 1], got {sample_rate}")
+        if interclass_filter is not None and not -1 <= interclass_filter <= 1:
+            raise UsageError(f"interclass_filter is a cosine in [-1, 1], got {interclass_filter}")
+        self.classes = classes
+        self.scale = scale
+        self.margin = margin
+        self.angle_factor = angle_factor
+        self.cosine_margin = cosine_margin
+        self.interclass_filter = interclass_filter
+        self.owned = self.processes.share(classes)
+        self.quota = max(1, round(sample_rate * len(self.owned)))
+        self.overfull = 0
+        self.register_buffer("weight", _initial(self.owned, embedding_size, seed))
+        self.register_buffer("momentum", torch.zeros_like(self.weight))
+        self.gradient: Tensor | None = None
+        # Kept from step to step: fresh memory of this size costs more time than filling it.
+        self._values: Tensor | None = None
+        self._gradients: Tensor | None = None
+        self.reseed(seed)
+
+    def reseed(self, seed: int) -> None:
+        """Start the sampling anew; each process draws numbers of its own."""
+        self._generator = Streams(seed).generator(f"centres/{self.processes.rank}")
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean margin cross-entropy over the samples of all processes and the sampled centres of all processes.
+
+        Under autocast the large products are computed in its type, own cosines and softmax in float32.
+
+        Args:
+            embeddings: this process's, (N, D), any scale; other processes may bring other numbers.
+            labels: int64 (N,) in [0, C).
+
+        Returns:
+            The loss, a float32 scalar, the same on every process, and, for this process's samples, which are nearer
+            to their own centre than to any other sampled one (no margin): bool (N,). ``backward`` gives each process
+            the whole gradient of its embeddings.
+
+        Raises:
+            ValueError: labels of another type or shape, or, on every process, outside [0, C) on one of them.
+        """
+        if labels.dtype != torch.int64 or labels.shape != embeddings.shape[:1]:
+            raise ValueError(f"labels must be int64 ({len(embeddings)},), got {labels.dtype} {tuple(labels.shape)}")
+        everyone, mine = self.processes.gather(embeddings.float())
+        identities, _ = self.processes.gather(labels)
+        if len(identities):
+            low, high = torch.stack(identities.aminmax()).tolist()
+            if low < 0 or high >= self.classes:
+                raise ValueError(f"labels must lie in [0, {self.classes}), got {low} to {high}")
+        rows = ((identities >= self.owned.start) & (identities < self.owned.stop)).nonzero().squeeze(1)
+        positives = identities[rows] - self.owned.start
+        self._sample(positives)
+        columns = torch.searchsorted(self.sampled, positives)
+
+        device = embeddings.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        with torch.autocast(device, enabled=False):
+            cosine, own = Cosines.apply(F.normalize(everyone), self, rows, columns, dtype)
+            hits = self._hits(cosine.detach(), own.detach(), rows)[mine]
+            target = combined_target(own.clamp(-1.0, 1.0), self.angle_factor, self.margin, self.cosine_margin)
+            loss: Tensor = ShardedCrossEntropy.apply(
+                cosine, target, rows, columns, self.scale, self.interclass_filter, self.processes
+            )
+        return loss, hits
+
+    def gradient_buffer(self) -> Tensor:
+        """Memory for the gradient of the active centres, which becomes :attr:`gradient`."""
+        self._gradients = _room(self._gradients, self.active)
+        self.gradient = self._gradients[: len(self.active)]
+        return self.gradient
+
+    def update(self, *, learning_rate: float, momentum: float, weight_decay: float) -> None:
+        """One step of SGD on the sampled centres and their momentum; all others stay untouched, decay included."""
+        if self.gradient is None:
+            raise RuntimeError("update follows backward")
+        update_rows(
+            self.weight,
+            self.momentum,
+            self.sampled,
+            self.active,
+            self.gradient,
+            learning_rate=learning_rate,
+            momentum=momentum,
+            weight_decay=weight_decay,
+        )
+        self.gradient = None
+
+    def overfull_everywhere(self) -> int:
+        """:attr:`overfull` summed over the processes; every one calls it."""
+        return int(self.processes.sum(torch.tensor(self.overfull, device=self.weight.device)))
+
+    @torch.no_grad()
+    def _sample(self, positives: Tensor) -> None:
+        """Choose the centres of this step: all positives, and negatives up to the quota, each set equally likely."""
+        count, self.gradient = len(self.owned), None
+        if self.quota == count:
+            self.sampled, self.active = torch.arange(count, device=self.weight.device), self.weight
+            return
+        needed = positives.unique()
+        self.overfull += len(needed) > self.quota
+        if len(needed) < self.quota:
+            score = torch.rand(count, generator=self._generator).to(positives.device)
+            score[needed] = -1.0
+            # The quota-th smallest by partition: sorting all of a million scores would cost as much as the products.
+            border = score.kthvalue(self.quota).values
+            needed = (score <= border).nonzero().squeeze(1)
+            if len(needed) > self.quota:  # equal scores on the border: of those, the last go
+                tied = (score[needed] == border).nonzero().squeeze(1)[self.quota - len(needed) :]
+                needed = needed[torch.ones_like(needed, dtype=torch.bool).index_fill_(0, tied, False)]
+        self.sampled = needed
+        self._values = _room(self._values, self.weight, len(needed))
+        self.active = torch.index_select(self.weight, 0, needed, out=self._values[: len(needed)])
+
+    def _hits(self, cosine: Tensor, own: Tensor, rows: Tensor) -> Tensor:
+        there = torch.full((len(cosine),), -torch.inf, device=own.device).index_copy_(0, rows, own)
+        nearest, owns = self.processes.maximum(torch.stack([cosine.amax(1), there]))
+        hits: Tensor = owns >= nearest
+        return hits
+
+
+def _room(buffer: Tensor | None, like: Tensor, count: int | None = None) -> Tensor:
+    """``buffer`` if it has ``count`` rows on the right device, else a fresh one."""
+    count = len(like) if count is None else count
+    if buffer is not None and len(buffer) >= count and buffer.device == like.device:
+        return buffer
+    return torch.empty(count, like.shape[1], dtype=like.dtype, device=like.device)
+
+
+def _initial(owned: range, embedding_size: int, seed: int) -> Tensor:
+    """First centres, normal with deviation 0.01: float32 (len(owned), D), the same however they are shared out."""
+    weight = torch.empty(len(owned), embedding_size)
+    streams = Streams(seed)
+    for block in range(owned.start // INITIAL_BLOCK, -(-owned.stop // INITIAL_BLOCK)):
+        first = block * INITIAL_BLOCK
+        drawn = torch.randn(INITIAL_BLOCK, embedding_size, generator=streams.generator(f"centre-start/{block}"))
+        start, stop = max(first, owned.start), min(first + INITIAL_BLOCK, owned.stop)
+        weight[start - owned.start : stop - owned.start] = 0.01 * drawn[start - first : stop - first]
+    return weight

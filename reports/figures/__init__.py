@@ -1,0 +1,1 @@
+"""Vector figures of a report, one a file; each returns a :class:`reports.figures.svg.Drawing` or None."""

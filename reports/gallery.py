@@ -1,0 +1,137 @@
+"""Contact sheets of a page: original, what was sent, and what each attack made of it, one row for each victim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reports.cells import Cell, Setting
+from reports.measures import KINDS
+from reports.samples import Samples, Victim
+from reports.worst import own_rows
+
+#: Columns that are the same for every attack on a defence.
+_SHARED = ("original", "sent")
+_ROLES = {"worst": "worst victim", "median": "median victim", "best": "best victim"}
+_FIRST = "first"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture of a sheet: its file, what it shows in words, and a note below."""
+
+    source: Path
+    alt: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SheetRow:
+    """A victim: which one, its figures, a picture for each column or None where the run kept none."""
+
+    role: str
+    caption: str
+    pictures: tuple[Picture | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A table of pictures; ``title`` says when the faces are synthetic."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[SheetRow, ...]
+
+
+def sheets(setting: Setting, *, embed_faces: bool) -> list[Sheet]:
+    """The sheets of a setting: for each defence the victims that all its runs show, then each run's extremes.
+
+    Args:
+        setting: its runs.
+        embed_faces: whether real faces may be shown; synthetic ones always are.
+    """
+    found: list[Sheet] = []
+    for defense, cells in setting.defenses.items():
+        shown = [cell for cell in cells if cell.run.samples is not None and may_show(cell, embed_faces=embed_faces)]
+        found += _side_by_side(defense, [cell for cell in shown if not cell.run.failed])
+        for cell in shown:
+            found += _of_run(cell)
+    return found
+
+
+def may_show(cell: Cell, *, embed_faces: bool) -> bool:
+    """Whether the faces of a run may stand on a page."""
+    return cell.run.synthetic or embed_faces
+
+
+def _faces(cell: Cell) -> str:
+    return "synthetic face" if cell.run.synthetic else "face"
+
+
+def _title(text: str, cell: Cell) -> str:
+    return f"{text} (synthetic faces)" if cell.run.synthetic else text
+
+
+def _of_run(cell: Cell) -> Iterable[Sheet]:
+    """Worst, median and best victim of one run; of a run that kept only a ready sheet, that sheet."""
+    samples = cell.run.samples
+    assert samples is not None
+    rows = []
+    for role, name in _ROLES.items():
+        victim = next((one for one in samples.victims if role in one.roles), None)
+        if victim is not None:
+            pictures = (_picture(cell, samples, victim, column, name) for column in samples.columns)
+            rows.append(SheetRow(name, victim.caption, tuple(pictures)))
+    if rows:
+        yield Sheet(_title(cell.label, cell), samples.columns, tuple(rows))
+    elif samples.sheet is not None and not samples.victims:
+        alt = f"Contact sheet of {cell.label}: original, sent and recovered {_faces(cell)}s, one row for each victim"
+        row = SheetRow("first victims", "", (Picture(samples.sheet, alt),))
+        yield Sheet(_title(cell.label, cell), ("original, sent, recovered",), (row,))
+
+
+def _picture(cell: Cell, samples: Samples, victim: Victim, column: str, role: str, note: str = "") -> Picture | None:
+    if column not in victim.files:
+        return None
+    what = {"original": "original", "sent": f"what {cell.defense} sends of the"}.get(column, f"{column} of the")
+    by = "" if column in _SHARED else f" by {cell.label}"
+    alt = f"{role}: {what} {_faces(cell)}{by}" + (f"; {victim.caption}" if by and victim.caption else "")
+    return Picture(samples.folder / victim.files[column], alt, note)
+
+
+def _side_by_side(defense: str, cells: Sequence[Cell]) -> Iterable[Sheet]:
+    """The first victims under every attack; only runs on the same victims stand side by side."""
+    groups: dict[tuple[bytes, ...], list[tuple[Cell, Samples, list[Victim]]]] = {}
+    for cell in cells:
+        samples = cell.run.samples
+        first = [one for one in samples.victims if _FIRST in one.roles] if samples is not None else []
+        if samples is not None and first and "recovered" in samples.columns:
+            originals = tuple((samples.folder / one.files["original"]).read_bytes() for one in first)
+            groups.setdefault(originals, []).append((cell, samples, first))
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        (cell, samples, first), rows = group[0], []
+        for place, victim in enumerate(first):
+            name = f"victim {place + 1}"
+            pictures = [_picture(cell, samples, victim, column, name) for column in _SHARED]
+            for other, kept, victims in group:
+                pictures.append(
+                    _picture(other, kept, victims[place], "recovered", name, _figures(other, victims[place]))
+                )
+            rows.append(SheetRow(name, "", tuple(pictures)))
+        attacks = [f"{other.attack} ({other.knowledge})" for other, _, _ in group]
+        title = _title(f"The same victims under every attack on {defense}", cell)
+        yield Sheet(title, (*_SHARED, *attacks), tuple(rows))
+
+
+def _figures(cell: Cell, victim: Victim) -> str:
+    """SSIM and cosine of one victim, from the raw values."""
+    rows = own_rows(cell)
+    row = None if rows is None else rows[rows["image"] == victim.image]
+    if row is None or row.empty:
+        return ""
+    return ", ".join(
+        f"{KINDS[name].heading} {float(row.iloc[0][name]):.2f}" for name in ("ssim", "cosine") if name in row
+    )

@@ -1,0 +1,201 @@
+"""Runs against a baseline: what passes, what regresses, what broke, and what cannot be compared."""
+
+import json
+
+import pytest
+from gate_world import make_run
+
+from bench.errors import DataError, UsageError
+from bench.gate.gate import gate
+from bench.gate.make import make_baseline
+from reports.runs import load_run, load_runs
+
+
+def figures(verdict):
+    return {figure.figure: figure for figure in verdict.figures}
+
+
+def test_the_very_same_run_passes(baseline, seeds):
+    report = gate(baseline, load_runs(seeds), name="b.json")
+    assert (report.outcome, report.exit_code) == ("pass", 0)
+    assert len(report.cells) == len(seeds)
+    for verdict in report.cells:
+        assert {figure.victims for figure in verdict.figures} <= {"identical", "same victims"}
+        assert figures(verdict)["recovery.ssim"].change == 0
+
+
+def test_training_anew_passes_paired(judged):
+    verdict = judged(seed=2, retrained=1)
+    ssim = figures(verdict)["recovery.ssim"]
+    assert verdict.outcome == "pass"
+    assert ssim.victims == "same victims"
+    assert ssim.change != 0
+
+
+@pytest.mark.parametrize("seed", range(10, 30))
+def test_twenty_other_seeds_pass(judged, seed):
+    verdict = judged(seed=seed)
+    assert verdict.outcome == "pass", verdict
+    assert figures(verdict)["recovery.ssim"].victims == "other victims"
+
+
+def test_more_leakage_regresses(judged):
+    verdict = judged(seed=1, retrained=1, shift={"ssim": 0.1})
+    assert verdict.outcome == "regress"
+    ssim = figures(verdict)["recovery.ssim"]
+    assert ssim.outcome == "regress"
+    assert ssim.change == pytest.approx(0.1, abs=0.01)
+    assert ssim.ci95[0] > ssim.tolerance
+    assert [name for name, one in figures(verdict).items() if one.outcome != "pass"] == ["recovery.ssim"]
+
+
+def test_more_leakage_regresses_on_other_victims_too(judged):
+    assert judged(seed=40, shift={"ssim": 0.2, "psnr_aligned": 8.0}).outcome == "regress"
+
+
+def test_pairing_finds_what_other_victims_would_hide(judged):
+    """The same harm, on the same victims and on others."""
+    harm = {"ssim": 0.06}
+    assert judged(seed=3, retrained=1, shift=harm).outcome == "regress"
+    assert judged(seed=41, shift=harm).outcome != "regress"
+
+
+def test_less_entropy_regresses_even_where_the_attack_does_not_care(judged):
+    verdict = judged(seed=0, retrained=1, entropy=2.58)
+    assert verdict.outcome == "regress"
+    assert [name for name, one in figures(verdict).items() if one.outcome != "pass"] == ["defense.entropy_bits"]
+
+
+def test_less_leakage_is_a_notice(judged):
+    verdict = judged(seed=0, retrained=1, shift={"ssim": -0.2})
+    assert verdict.outcome == "pass"
+    assert figures(verdict)["recovery.ssim"].improved
+    assert any(note.startswith("better than the baseline: recovery.ssim") for note in verdict.notes)
+
+
+def test_a_fallen_canary_is_a_broken_attack_not_better_privacy(judged):
+    verdict = judged(seed=0, retrained=1, shift={"ssim": -0.2}, ceiling_shift={"ssim": -0.4})
+    assert verdict.outcome == "broken attack"
+    assert any("broken attack: it gets less out of unprotected faces" in note for note in verdict.notes)
+    assert not any("better than" in note for note in verdict.notes)
+
+
+def test_a_canary_that_rises_is_no_news(judged):
+    assert judged(seed=0, retrained=1, ceiling_shift={"ssim": 0.02}).outcome == "pass"
+
+
+def test_utility_is_guarded(judged):
+    verdict = judged(seed=0, retrained=1, accuracy=0.3)
+    assert figures(verdict)["utility.accuracy"].outcome == "regress"
+    assert figures(judged(seed=0, retrained=1, accuracy=0.95))["utility.accuracy"].outcome == "pass"
+
+
+def test_a_figure_that_is_no_longer_measured_is_undecided(baseline, seeds, tmp_path):
+    directory = make_run(tmp_path / "run", seed=0, retrained=1)
+    document = json.loads((directory / "metrics.json").read_text())
+    document["recovery"]["identity"]["cosine"].update(value=None, ci95=None, reason="no evaluator")
+    (directory / "metrics.json").write_text(json.dumps(document))
+    report = gate(baseline, [load_run(directory)], name="b")
+    assert (report.outcome, report.exit_code) == ("inconclusive", 4)
+    cosine = figures(report.cells[0])["recovery.identity.cosine"]
+    assert cosine.note == "not measured: no evaluator"
+
+
+def test_large_but_unproven_is_inconclusive(baseline, tmp_path):
+    """Without a margin, as many victims as these cannot show that nothing changed."""
+    [cell] = baseline.cells
+    strict = {name: figure.model_copy(update={"margin": 0.0}) for name, figure in cell.figures.items()}
+    run = load_run(make_run(tmp_path / "run", seed=50))
+    report = gate(baseline.model_copy(update={"cells": [cell.model_copy(update={"figures": strict})]}), [run], name="b")
+    assert report.outcome == "inconclusive"
+
+
+def test_a_missing_cell_fails_and_says_what_was_there_instead(baseline, tmp_path):
+    run = load_run(make_run(tmp_path / "run", options={"subset": "0"}, queries=2))
+    report = gate(baseline, [run], name="b")
+    assert (report.outcome, report.exit_code) == ("missing", 1)
+    assert "-o subset default -> 0" in report.cells[0].notes[1]
+    assert len(report.extra) == 1
+    assert "partialface[subset=0]" in report.extra[0]
+
+
+def test_another_attack_is_an_extra_run_and_does_no_harm(baseline, seeds, tmp_path):
+    other = make_run(tmp_path / "run", attack="linear")
+    report = gate(baseline, load_runs([*seeds, other]), name="b")
+    assert report.outcome == "pass"
+    assert len(report.extra) == 1
+
+
+def test_a_variant_is_held_against_its_names(judged):
+    verdict = judged(ignore_options=True, seed=0, retrained=1, options={"subset": "0"}, shift={"ssim": 0.1})
+    assert verdict.outcome == "regress"
+
+
+def test_options_are_ignored_only_where_one_cell_is_meant(tmp_path):
+    runs = [make_run(tmp_path / str(k), options={"sigma": str(k)}) for k in range(2)]
+    baseline = make_baseline(load_runs(runs))
+    other = load_run(make_run(tmp_path / "other", options={"sigma": "7"}))
+    with pytest.raises(UsageError, match="could be held against 2 cells"):
+        gate(baseline, [other], name="b", ignore_options=True)
+
+
+def test_a_changed_default_is_judged_and_told(judged):
+    verdict = judged(seed=0, retrained=1, resolved={"subset": 0})
+    assert "options are not those of the baseline: -o subset null -> 0" in verdict.notes
+
+
+def test_a_new_setting_of_the_suite_does_not_lose_the_cell(judged):
+    verdict = judged(seed=0, retrained=1, a_new_setting=3)
+    assert verdict.outcome == "pass"
+    assert any("a_new_setting" in note for note in verdict.notes)
+
+
+@pytest.mark.parametrize("ignore_options", [False, True])
+def test_a_failed_run_fails(judged, ignore_options):
+    options = {"images": "1"} if ignore_options else {}
+    verdict = judged(status="error", ignore_options=ignore_options, attack_options=options)
+    assert verdict.outcome == "failed"
+    assert verdict.notes == ["the run failed: disk full"]
+
+
+def test_another_protocol_is_refused(baseline, tmp_path):
+    run = load_run(make_run(tmp_path / "run", protocol="0"))
+    with pytest.raises(UsageError, match=r"is of protocol version 0, not 1: their figures cannot be\s+compared"):
+        gate(baseline, [run], name="b")
+
+
+def test_raw_values_must_be_those_of_the_figures(baseline, tmp_path):
+    directory = make_run(tmp_path / "run")
+    document = json.loads((directory / "metrics.json").read_text())
+    document["recovery"]["ssim"]["value"] = 0.1
+    (directory / "metrics.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=r"recovery\.ssim is 0\.1 in metrics\.json .* one of them was altered"):
+        gate(baseline, [load_run(directory)], name="b")
+
+
+def test_a_manifest_without_a_cell_is_one_clear_line(baseline, tmp_path):
+    directory = make_run(tmp_path / "run", preset=None)
+    with pytest.raises(DataError, match=r"manifest\.json does not say what was run: preset"):
+        gate(baseline, [load_run(directory)], name="b")
+
+
+def test_linkage_is_guarded_by_its_summary(tmp_path):
+    baseline = make_baseline(load_runs([make_run(tmp_path / "base", attack="linkage", linkage=0.6)]))
+
+    def outcome(**made):
+        run = load_run(make_run(tmp_path / str(made), attack="linkage", **made))
+        return gate(baseline, [run], name="b").outcome
+
+    assert outcome(linkage=0.61) == "pass"
+    assert outcome(linkage=0.97) == "regress"
+
+
+def test_blind_figures_are_named(seeds, tmp_path):
+    """One run alone leaves so much open that half of all acceptances could be lost unseen."""
+    alone = make_baseline(load_runs(seeds[:1]))
+    [verdict] = gate(alone, [load_run(make_run(tmp_path / "run", seed=60))], name="b").cells
+    blind = {name: figure for name, figure in figures(verdict).items() if figure.blind}
+    assert "recovery.identity.type1_tar" in blind
+    assert all(figure.detectable > 0.3 for figure in blind.values())
+    [note] = [note for note in verdict.notes if note.startswith("blind: ")]
+    assert all(name in note for name in blind)

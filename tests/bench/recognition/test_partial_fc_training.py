@@ -1,0 +1,141 @@
+"""Training in several processes is the training of one, with every head; and what happens when one cannot go on."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training_at_work as work
+from gang import gang
+
+from bench.errors import UsageError
+from bench.recognition.options import TrainingOptions
+from bench.recognition.processes import Processes
+from bench.recognition.training import build_head
+
+WHOLE = {"head": "partial-fc", "sample_rate": 1.0}
+CHANGES: list[dict[str, Any]] = [
+    {"head": "arcface"},
+    WHOLE,
+    {**WHOLE, "label_noise": 0.4, "margin": 0.0, "cosine_margin": 0.1, "margin_warmup_epochs": 1.5},
+    {"head": "arcface", "sync_batch_norm": False},
+]
+#: Difference of an epoch's loss, as a share of the first epoch's: float32 sums in another order, grown over 12 steps.
+TOLERANCE = 2e-4
+
+
+def curve(losses: tuple[float, ...]) -> Any:
+    return pytest.approx(losses, abs=TOLERANCE * losses[0])
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[dict[str, Any]]:
+    return work.learn(Processes(), CHANGES)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    return gang(2, tmp_path_factory.mktemp("gang"), work.learn, CHANGES)
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_two_processes_have_the_loss_curve_of_one(
+    alone: list[dict[str, Any]], together: list[list[dict[str, Any]]], case: int
+) -> None:
+    expected = alone[case]
+    for process in together:
+        assert process[case]["losses"] == curve(expected["losses"])
+        assert process[case]["accuracies"] == pytest.approx(expected["accuracies"], abs=1.01 / 25)
+        assert process[case]["outcome"].processes == 2
+        assert process[case]["kinds"] == expected["kinds"]  # the layers are themselves again
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(process[case]["weights"][name], weight, rtol=1e-2, atol=5e-3)
+    first, second = (process[case]["weights"] for process in together)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_with_statistics_of_its_own_a_process_trains_another_way(
+    alone: list[dict[str, Any]], together: list[list[dict[str, Any]]]
+) -> None:
+    off, on = together[0][3]["losses"], together[0][0]["losses"]
+    assert alone[3]["losses"] == alone[0]["losses"]  # one process has the whole batch
+    assert max(abs(a - b) for a, b in zip(off, on, strict=True)) > 10 * TOLERANCE * on[0]
+
+
+def test_flipped_labels_are_counted_and_hurt(alone: list[dict[str, Any]]) -> None:
+    assert alone[2]["outcome"].flipped_labels == 10
+    assert alone[1]["outcome"].flipped_labels == 0
+    assert alone[2]["accuracies"][-1] < alone[1]["accuracies"][-1]
+
+
+def test_partial_fc_learns_from_a_sample(tmp_path: Path) -> None:
+    change = {"head": "partial-fc", "sample_rate": 0.5, "epochs": 10}
+    first, again = (work.learn(Processes(), [change])[0] for _ in range(2))
+    assert first["accuracies"][-1] > 0.9
+    assert first["losses"] == again["losses"]
+    assert first["outcome"].overfull_steps > 0  # batches of 6 images of 5 identities, 2 centres
+
+
+@pytest.mark.parametrize("change", [WHOLE, {"head": "partial-fc", "sample_rate": 0.6}, {"head": "arcface"}])
+def test_a_training_killed_in_one_process_goes_on_there(tmp_path: Path, change: dict[str, Any]) -> None:
+    (expected,) = work.learn(Processes(), [change])
+    (killed,) = work.learn(Processes(), [change], tmp_path, poisoned_epoch=1)
+    assert "not finite at epoch 2, step 2 of 4" in killed["error"]
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == (["training.safetensors"] if change["head"] == "arcface" else ["centres-1", "training.safetensors"])
+    # Three processes were killed while they wrote the second epoch.
+    (tmp_path / "centres-2").mkdir()
+    (tmp_path / "centres-2" / "rows-0000000002-0000000004.safetensors").write_bytes(b"torn")
+    (resumed,) = work.learn(Processes(), [{**change, "epochs": 3}], tmp_path)
+    assert resumed["losses"] == expected["losses"]
+    assert all(torch.equal(resumed["weights"][name], value) for name, value in expected["weights"].items())
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    centres = [] if change["head"] == "arcface" else ["centres-3/rows-0000000000-0000000005.safetensors"]
+    assert [name for name in left if not name.startswith("centres-2/")] == [*centres, "training.safetensors"]
+    assert change["head"] == "arcface" or len(left) == 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+def test_it_goes_on_in_another_number_of_processes(
+    tmp_path: Path, alone: list[dict[str, Any]], before: int, after: int
+) -> None:
+    def learn(size: int, name: str, **more: Any) -> list[dict[str, Any]]:
+        if size == 1:
+            return [work.learn(Processes(), [WHOLE], tmp_path / "resume", **more)[0]]
+        arguments = ([WHOLE], tmp_path / "resume", more.get("poisoned_epoch"))
+        return [found[0] for found in gang(size, tmp_path / name, work.learn, *arguments)]
+
+    for killed in learn(before, "before", poisoned_epoch=1):
+        # Only the last process computed anything that was not finite.
+        assert re.match("BenchError: training diverged: .* epoch 2, step 2 of 4", killed["error"])
+    for resumed in learn(after, "after"):
+        assert resumed["losses"] == curve(alone[1]["losses"])
+
+
+def test_centres_that_are_gone_are_an_error_in_all_processes(tmp_path: Path) -> None:
+    work.learn(Processes(), [{**WHOLE, "epochs": 1}], tmp_path / "resume")
+    next((tmp_path / "resume" / "centres-1").iterdir()).unlink()
+    for (found,) in gang(2, tmp_path / "gang", work.learn, [{**WHOLE, "epochs": 1}], tmp_path / "resume"):
+        assert re.match("(DataError|BenchError): .*centres-1 holds 0 of the", found["error"])
+
+
+def test_a_batch_too_small_for_the_processes_is_refused(tmp_path: Path) -> None:
+    for (found,) in gang(2, tmp_path, work.learn, [{"batch_size": 3}]):
+        assert found["error"] == (
+            "UsageError: 2 processes cannot share batches of 3: start fewer, or raise training.batch_size to 4 or more"
+        )
+
+
+def test_the_head_follows_its_options() -> None:
+    options = TrainingOptions(head="partial-fc", margin=0.2, angle_factor=1.5, cosine_margin=0.1, interclass_filter=0.4)
+    head: Any = build_head(options, 90, seed=4, processes=Processes(1, 2))
+    assert (head.margin, head.angle_factor, head.cosine_margin, head.interclass_filter) == (0.2, 1.5, 0.1, 0.4)
+    assert (head.classes, head.owned, head.quota) == (90, range(45, 90), round(0.1 * 45))
+
+
+def test_one_identity_is_refused() -> None:
+    with pytest.raises(UsageError, match="at least 2 identities"):
+        build_head(TrainingOptions(head="partial-fc"), 1)

@@ -1,0 +1,137 @@
+"""Figures: their geometry against known values, and SVG that is safe inside a page."""
+
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from run_folders import VICTIMS, write_run
+from sklearn.metrics import roc_curve
+
+from reports.cells import settings
+from reports.figures.frequencies import frequency_figures
+from reports.figures.pareto import _front, pareto
+from reports.figures.scores import distributions, roc, roc_figure
+from reports.figures.states import confusion_figures, state_figure
+from reports.figures.strength import strength_figures
+from reports.figures.svg import draw, entry, spread
+from reports.figures.training import training_figures
+from reports.runs import load_runs
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def setting(tmp_path):
+    folders = [
+        write_run(tmp_path / "a", strength=True),
+        write_run(tmp_path / "b", attack="linkage", linkage=True),
+        write_run(tmp_path / "c", defense="blur", ssim=(0.9,) * 8),
+    ]
+    (found,) = settings(load_runs(folders))
+    return found
+
+
+def test_roc_against_scikit_learn():
+    rng = np.random.default_rng(0)
+    same = rng.random(200) < 0.4
+    scores = np.round(same + rng.normal(0, 1, 200), 1)  # rounded: ties
+    far, tar = roc(scores, same)
+    expected_far, expected_tar, _ = roc_curve(same, scores, drop_intermediate=False)
+    np.testing.assert_allclose(far, expected_far)
+    np.testing.assert_allclose(tar, expected_tar)
+
+
+def test_the_pareto_front_keeps_what_nothing_beats():
+    points = [(90.0, 0.8), (80.0, 0.5), (85.0, 0.9), (80.0, 0.6), (70.0, 0.5), (60.0, 0.1)]
+    assert _front(points) == [(90.0, 0.8), (80.0, 0.5), (60.0, 0.1)]
+
+
+def test_spread_keeps_both_ends():
+    assert spread(range(5)) == [0, 1, 2, 3, 4]
+    thinned = spread(range(1000), most=10)
+    assert (thinned[0], thinned[-1], len(thinned)) == (0, 999, 10)
+
+
+def every_drawing(setting):
+    one = [pareto(setting, 1, name) for name in ("ssim", "type1_tar", "linkage")]
+    one += [roc_figure(setting, 1, "scores"), roc_figure(setting, 1, "linkage"), state_figure(setting, 1)]
+    several = (distributions, strength_figures, training_figures, frequency_figures, confusion_figures)
+    return [drawing for drawing in one if drawing] + [drawing for make in several for drawing in make(setting, 1)]
+
+
+def test_every_figure_can_stand_in_a_page(setting):
+    drawings = every_drawing(setting)
+    assert len(drawings) >= 12
+    seen = []
+    for drawing in drawings:
+        root = ElementTree.fromstring(drawing.svg)
+        ids = [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
+        seen += ids
+        assert root.attrib["role"] == "img"
+        assert root.find(f"{SVG}title").text == drawing.title
+        assert set(root.attrib["aria-labelledby"].split()) <= set(ids)
+        assert not list(root.iter(f"{SVG}style")), "its styles would be the page's"
+        used = re.findall(r"url\(#([^)]+)\)", drawing.svg) + re.findall(r'href="#([^"]+)"', drawing.svg)
+        assert set(used) <= set(ids)
+        assert not re.search(r"#0000[ef]\d", drawing.svg), "a colour of the page is left out"
+        assert "currentColor" in drawing.svg
+        assert drawing.description.endswith(".")
+    assert len(seen) == len(set(seen))
+
+
+def test_a_drawing_is_the_same_each_time(setting):
+    assert pareto(setting, 1, "ssim") == pareto(setting, 1, "ssim")
+
+
+def test_figures_of_synthetic_faces_say_so_inside_the_picture(setting):
+    drawing = roc_figure(setting, 1, "scores")
+    root = ElementTree.fromstring(drawing.svg)
+    assert "synthetic faces" in [element.text for element in root.iter(f"{SVG}text")]
+    assert "(synthetic faces)" in drawing.title
+
+
+def test_figures_of_real_faces_do_not(tmp_path):
+    (real,) = settings(load_runs([write_run(tmp_path / "a", synthetic=False)]))
+    for drawing in every_drawing(real):
+        assert "synthetic" not in drawing.svg
+
+
+@pytest.mark.parametrize("label", ["<script>alert(1)</script>", "$\\frac$", "_hidden", "a&b\"'", "$x$", "\\"])
+def test_hostile_labels_are_text(label):
+    drawing = draw("x", label, label, lambda axes: axes.plot([0, 1], [0, 1], label=entry(label)), synthetic=False)
+    root = ElementTree.fromstring(drawing.svg)
+    assert not [element for element in root.iter() if element.tag.endswith("script")]
+    assert root.find(f"{SVG}title").text == label
+    assert label in [element.text for element in root.iter(f"{SVG}text")]
+
+
+def test_confused_states_are_told(setting):
+    first, second = confusion_figures(setting, 1)
+    assert f"{VICTIMS - 2} of {VICTIMS} interceptions named right" in first.description
+    assert "state 0 taken for none of the states" in first.description
+    assert first.svg != second.svg
+
+
+def test_states_that_the_defence_does_not_have_are_not_drawn(tmp_path):
+    folder = write_run(tmp_path / "a")
+    pd.DataFrame({"attack": "unet", "drawn": [18], "named": [0]}).to_parquet(folder / "state_inference.parquet")
+    (setting,) = settings(load_runs([folder]))
+    assert confusion_figures(setting, 1) == []
+
+
+def test_frequencies_tell_whether_the_energy_is_known(tmp_path):
+    kept = list(range(10, 64))
+    known = {"kept_channels": kept, "channel_energy": list(range(64, 0, -1))}
+    folders = write_run(tmp_path / "a"), write_run(tmp_path / "b", defense="other", details=known)
+    (setting,) = settings(load_runs(folders))
+    without, having = frequency_figures(setting, 1)
+    assert "does not hold the energy" in without.description
+    assert "Darker holds more energy" in having.description
+    assert f"{list(range(10))}" in having.description
+
+
+def test_frequencies_ignore_what_is_no_list_of_channels(tmp_path):
+    (setting,) = settings(load_runs([write_run(tmp_path / "a", details={"kept_channels": ["<x>", 99]})]))
+    assert frequency_figures(setting, 1) == []

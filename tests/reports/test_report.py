@@ -1,0 +1,261 @@
+"""The four formats of a report: complete, self-contained, and inert whatever a run is called."""
+
+import csv
+import io
+import itertools
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+from run_folders import write_run
+
+from bench.errors import MissingError
+from reports.latex import escape as latex
+from reports.leaderboard import write_leaderboard
+from reports.markdown import escape as markdown
+from reports.report import write_report
+from reports.tables_csv import text
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "=HYPERLINK(1)",
+    "@SUM(1)",
+    "a|b`c`*d*",
+    "\\input{x}$&%#_^~",
+    "{{ 7 * 7 }}",
+    "[x](javascript:alert(1))",
+    "_hidden $\\frac$",
+    "\t=1",
+    "+1",
+    "-1",
+    "a\x00b\x0bc\r\n=1",
+]
+#: What makes a spreadsheet take a cell for a formula.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+#: Commands that a table is made of, and those that stand for characters.
+LATEX = {
+    "begin", "end", "centering", "small", "scriptsize", "caption", "toprule", "midrule", "bottomrule", "ldots",
+    "textbf",
+    "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar", "textquotedbl",
+    "textasciigrave", "textquotesingle",
+}  # fmt: skip
+
+
+class Elements(HTMLParser):
+    """Every start tag of a document, with its attributes."""
+
+    def __init__(self, document):
+        super().__init__()
+        self.found = []
+        self.feed(document)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def report(tmp_path, *folders, **options):
+    files = write_report(list(folders), tmp_path / "out", **options)
+    assert [file.name for file in files] == ["report.html", "report.md", "report.tex", "measures.csv"]
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def test_every_run_is_in_every_format(tmp_path):
+    folders = [
+        write_run(tmp_path / "a", strength=True), write_run(tmp_path / "b", attack="linkage", linkage=True),
+        write_run(tmp_path / "c", attack="linear", error="out of memory"),
+    ]  # fmt: skip
+    page, md, tex, table = report(tmp_path, *folders)
+    for document in (page, md):
+        for part in ("unet (whitebox)", "linkage", "out of memory", "failed", "synthetic faces", "floor: mean face"):
+            assert part in document, part
+    assert tex.count(r"\toprule") == tex.count(r"\bottomrule") == tex.count(r"\end{table*}") > 0
+    rows = list(csv.DictReader(io.StringIO(table)))
+    ssim = next(row for row in rows if row["figure"] == "recovery.ssim")
+    assert (float(ssim["value"]), float(ssim["low"]), ssim["attack"]) == (0.7, 0.69, "unet")
+    assert {row["figure"] for row in rows} >= {
+        "utility.unprotected.accuracy", "recovery.floors.mean_face.ssim", "recovery.ceiling.ssim", "bytes_per_face",
+        "linkage.protected_plain.accuracy", "recovery.identity.cosine", "strength.points.0.values.ssim",
+    }  # fmt: skip
+    (lost,) = (row for row in rows if row["status"] == "error")
+    assert (lost["reason"], lost["value"]) == ("out of memory", "")
+
+
+def test_the_page_loads_nothing(tmp_path):
+    page, *_ = report(tmp_path, write_run(tmp_path / "a"))
+    for tag, attributes in Elements(page).found:
+        for name in ("src", "href", "xlink:href", "action", "srcset", "data", "poster"):
+            value = attributes.get(name) or ""
+            outside = value.startswith(("http:", "https:", "//"))
+            assert not outside or tag == "a", (tag, attributes)
+    assert "url(http" not in page
+    assert "@import" not in page
+
+
+def test_the_page_can_be_read_without_seeing_it(tmp_path):
+    page, *_ = report(tmp_path, write_run(tmp_path / "a"))
+    elements = Elements(page).found
+    assert ("html", {"lang": "en"}) in elements
+    pictures = [attributes for tag, attributes in elements if tag == "img"][:-1]  # the last is the empty dialog's
+    assert pictures
+    assert all("synthetic face" in attributes["alt"] for attributes in pictures)
+    assert page.count("<table") == page.count("<caption")
+    assert all("scope" in attributes for tag, attributes in elements if tag == "th")
+    assert len([1 for tag, _ in elements if tag == "main"]) == 1
+
+
+@pytest.fixture(scope="module")
+def hostile_report(tmp_path_factory):
+    """A report on runs in which every name, and every error, is hostile."""
+    folder = tmp_path_factory.mktemp("hostile")
+    for number, name in enumerate(HOSTILE):
+        write_run(folder / f"{number}", defense=name, attack=name, knowledge=name, details={"kept_channels": [1]})
+        write_run(folder / f"{number}-lost", defense=name, error=name, options={name: name})
+    return report(folder, *(folder / name for name in sorted(path.name for path in folder.iterdir())))
+
+
+def test_hostile_names_are_text_on_the_page(hostile_report):
+    page = hostile_report[0]
+    elements = Elements(page).found
+    assert len([1 for tag, _ in elements if tag == "script"]) == 1
+    assert not [name for _, attributes in elements for name in attributes if name.startswith("on")]
+    assert all((attributes.get("src") or "data:").startswith("data:") for tag, attributes in elements if tag == "img")
+    links = [attributes["href"] for tag, attributes in elements if tag == "a"]
+    assert all(link.startswith(("#", "https://arxiv.org/")) for link in links)
+    assert "{{ 7 * 7 }}" in page
+
+
+def test_hostile_names_are_no_formulas(hostile_report):
+    rows = list(csv.DictReader(io.StringIO(hostile_report[3])))
+    names = {row["defense"] for row in rows} | {row["attack"] for row in rows}
+    assert not [name for name in names if name.startswith(FORMULA)]
+    assert {row["reason"] for row in rows if row["status"] == "error"} >= {"'=HYPERLINK(1)", "'\t=1", "a|b`c`*d*"}
+    assert {"'=HYPERLINK(1)", "'@SUM(1)", "'+1", "'-1"} <= names
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [("=1", "'=1"), ("  =1", "'  =1"), ("\t1", "'\t1"), ("-0.5", "'-0.5"), ("unet", "unet"), (None, ""), (3, "3")],
+)
+def test_cells_of_text(value, cell):
+    assert text(value) == cell
+
+
+def test_negative_figures_stay_numbers(tmp_path):
+    *_, table = report(tmp_path, write_run(tmp_path / "a", cosine=-0.25))
+    values = [row["value"] for row in csv.DictReader(io.StringIO(table)) if row["figure"] == "recovery.identity.cosine"]
+    assert values == ["-0.25"]
+
+
+def test_hostile_names_are_text_in_markdown(hostile_report):
+    md = hostile_report[1]
+    assert not re.search(r"<[a-zA-Z/!]", md)
+    assert "](" not in md.replace("\\](", "")
+    lines = md.splitlines()
+    for start in [place for place, line in enumerate(lines) if line.startswith("|---")]:
+        columns = lines[start].count("|")
+        rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start:]))
+        assert {row.count("|") for row in rows} == {columns}
+
+
+@pytest.mark.parametrize(
+    ("name", "literal"),
+    [
+        ("a|b\nc", "a&#124;b c"),
+        ("[x](http://y)", "\\[x\\](http&#58;//y)"),
+        ("`*_<b>&", "\\`\\*\\_&lt;b&gt;&amp;"),
+        ("\\|", "\\\\&#124;"),
+    ],
+)
+def test_markdown_escapes(name, literal):
+    assert markdown(name) == literal
+
+
+def test_hostile_names_are_text_in_latex(hostile_report):
+    lines = [line for line in hostile_report[2].splitlines() if not line.startswith("% ")]
+    body = re.sub(r"\\[\\{}$&%#_]", "", "\n".join(lines))
+    assert body.count("{") == body.count("}")
+    assert not set("%#_^~") & set(body)
+    assert set(re.findall(r"\\([a-z]+)", body)) <= LATEX
+
+
+def test_latex_escapes():
+    assert latex("50% of $x_1$ & {a}\\b~^#") == (
+        r"50\% of \$x\_1\$ \& \{a\}\textbackslash{}b\textasciitilde{}\textasciicircum{}\#"
+    )
+    assert latex("a\n\nb") == "a b"
+
+
+def test_real_faces_are_shown_on_request_only(tmp_path):
+    folder = write_run(tmp_path / "a", synthetic=False)
+    page, *_ = report(tmp_path, folder)
+    assert "data:image/png" not in page
+    assert "--embed-faces" in page
+    page, *_ = report(tmp_path, folder, embed_faces=True)
+    assert "data:image/png" in page
+    assert "synthetic" not in page.partition('id="reading"')[0].partition("<main")[2]
+
+
+def test_no_images_leaves_every_face_out(tmp_path):
+    page, *_ = report(tmp_path, write_run(tmp_path / "a"), images=False, embed_faces=True)
+    assert "data:image/png" not in page
+    assert "--no-images" in page
+
+
+def test_sheets_show_extremes_and_the_same_victims_side_by_side(tmp_path):
+    page, *_ = report(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b", attack="linear"))
+    assert page.count("worst victim <") == page.count("best victim <") == 2
+    assert page.count("The same victims under every attack on partialface (synthetic faces)</caption>") == 1
+    assert "SSIM 0.70, cosine 0.50" in page
+
+
+def test_a_ready_sheet_is_shown_where_there_is_nothing_else(tmp_path):
+    folder = write_run(tmp_path / "a", samples=False)
+    (folder / "samples").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "samples" / "contact-sheet.png")
+    page, *_ = report(tmp_path, folder)
+    assert page.count("data:image/png") == 1
+    assert "Contact sheet of unet (whitebox) on partialface" in page
+
+
+def test_what_claims_to_be_a_picture_must_be_one(tmp_path):
+    folder = write_run(tmp_path / "a")
+    (folder / "samples" / "victim-0-0.png").write_text("<svg onload=alert(1)>")
+    with pytest.raises(MissingError, match="not a PNG"):
+        report(tmp_path, folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_things_are_kept_stays_private(tmp_path):
+    page, md, tex, table = report(tmp_path, write_run(tmp_path / "a"))
+    for document in (page, md, tex, table):
+        assert "/home/somebody" not in document
+        assert "person-" not in document
+
+
+def test_a_report_is_the_same_each_time(tmp_path):
+    folder = write_run(tmp_path / "a", strength=True)
+    assert report(tmp_path, folder) == report(tmp_path, folder)
+
+
+def test_leaderboard(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs / "a", ssim=(0.5,) * 8)
+    write_run(runs / "b", attack="linear", ssim=(0.9,) * 8, cosine=0.1)
+    write_run(runs / "c", protocol="2", defense="blur")
+    write_run(runs / "d", defense="noise", error="broke")
+    files = write_leaderboard(runs, tmp_path / "board")
+    assert [file.name for file in files] == ["leaderboard.html", "leaderboard.md", "leaderboard.csv"]
+    page, md, table = (file.read_text(encoding="utf-8") for file in files)
+    rows = list(csv.DictReader(io.StringIO(table)))
+    assert {(row["protocol"], row["defense"]) for row in rows} == {("1", "partialface"), ("1", "noise"), ("2", "blur")}
+    worst = {row["figure"]: row for row in rows if row["defense"] == "partialface"}
+    assert (float(worst["ssim"]["value"]), worst["ssim"]["strongest"]) == (0.9, "linear (whitebox) on partialface")
+    assert worst["type1_tar"]["strongest"] == "unet (whitebox) on partialface"
+    assert next(row["figure"] for row in rows if row["defense"] == "noise") == "failed"
+    assert len(re.findall(r'<table id="board-\d"', page)) == 2
+    for document in (page, md):
+        assert "protocol 1" in document
+        assert "protocol 2" in document
+        assert "broke" in document

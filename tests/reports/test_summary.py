@@ -1,0 +1,91 @@
+"""The summary: every run has its row, failed ones too; floors, ceilings and published figures stand beside them."""
+
+from run_folders import write_run
+
+from reports.cells import settings
+from reports.provenance import warnings
+from reports.published import matching, published
+from reports.runs import load_runs
+from reports.summary import COLUMNS, summary, worst_rows
+
+
+def setting_of(*folders):
+    (setting,) = settings(load_runs(folders))
+    return setting
+
+
+def by_heading(table, row):
+    return {column.heading: entry for column, entry in zip(table.columns, row.entries, strict=True)}
+
+
+def test_rows(tmp_path):
+    setting = setting_of(
+        write_run(tmp_path / "a"), write_run(tmp_path / "b", attack="linkage", linkage=True),
+        write_run(tmp_path / "c", attack="linear", error="out of memory"),
+    )  # fmt: skip
+    table = summary(setting, 1)
+    kinds = [row.kind for row in table.rows]
+    assert kinds[:4] == ["worst", "measured", "measured", "failed"]
+    assert kinds[4:] == ["published"] * (len(kinds) - 4)
+    worst, unet, linkage, failed = (by_heading(table, row) for row in table.rows[:4])
+    assert worst["attack"].note == "over 2 runs, 1 failed"
+    assert (worst["SSIM"].text, worst["SSIM"].note) == ("0.700", "unet")
+    assert (worst["linkage, %"].text, worst["linkage, %"].note) == ("80.0", "linkage")
+    assert (unet["SSIM"].note, unet["accuracy, %"].note) == ("ceiling 0.990", "unprotected 97.0")
+    assert linkage["linkage, %"].note == "ceiling 95.0"
+    assert linkage["SSIM"].number is None
+    assert "failed" in failed["attack"].note
+    assert all(entry.number is None for entry in failed.values())
+    floors = [by_heading(table, row) for row in table.foot]
+    assert [floor["defence"].text for floor in floors] == ["floor: mean face", "floor: noise", "floor: guessing"]
+    assert floors[0]["SSIM"].text == "0.400"
+    assert floors[2]["linkage, %"].text == "50.0"
+    assert "synthetic faces" in table.caption
+
+
+def test_published_figures_are_matched_by_name(tmp_path):
+    table = summary(setting_of(write_run(tmp_path / "a")), 1)
+    printed = [by_heading(table, row) for row in table.rows if row.kind == "published"]
+    assert {"ICCV 2023", "CVPR 2024", "NeurIPS 2025"} == {row["attack"].note.rpartition(": ")[2] for row in printed}
+    assert printed[0]["SSIM"].text == "0.591"
+    assert printed[0]["accuracy, %"].text == "99.8"
+    assert matching("partialface", ["linear"]) == []
+    assert matching("unheard-of", ["unet"]) == []
+
+
+def test_published_rates_are_shares_of_one():
+    for figure in published():
+        rates = [value for name, value in figure.values.items() if name not in ("psnr", "psnr_aligned")]
+        assert all(0 <= rate <= 1 for rate in rates), figure
+        assert figure.values, figure
+
+
+def test_the_best_is_bold_only_among_defences_that_met_the_same_attacks(tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", defense="blur", ssim=(0.9,) * 8)]
+    setting = setting_of(*folders)
+    headings = [column.heading for column in COLUMNS]
+    best = {
+        name: [heading for heading, entry in zip(headings, row.entries, strict=True) if entry.best]
+        for name, row in worst_rows(setting).items()
+    }
+    assert "SSIM" in best["partialface"]
+    assert "SSIM" not in best["blur"]
+    assert not any("same attacks" in warning for warning in warnings([setting]))
+
+    folders.append(write_run(tmp_path / "c", attack="linear"))
+    setting = setting_of(*folders)
+    assert not any(entry.best for row in worst_rows(setting).values() for entry in row.entries)
+    (labels,) = (labels for warning, labels in warnings([setting]).items() if "same attacks" in warning)
+    assert labels == ["partialface: unet (whitebox), linear (whitebox)", "blur: unet (whitebox)"]
+
+
+def test_one_defence_alone_is_not_the_best(tmp_path):
+    rows = worst_rows(setting_of(write_run(tmp_path / "a")))
+    assert not any(entry.best for row in rows.values() for entry in row.entries)
+
+
+def test_warnings_are_said_once_with_their_runs(tmp_path):
+    setting = setting_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", attack="linear"))
+    found = warnings([setting])
+    (lpips,) = (labels for warning, labels in found.items() if warning.startswith("LPIPS"))
+    assert lpips == ["unet (whitebox) on partialface", "linear (whitebox) on partialface"]

@@ -1,0 +1,171 @@
+"""Run directories made up for the tests of the gate: small, through the real models, and without a face in them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+
+from bench.results import (
+    PROTOCOL_VERSION,
+    AttackInfo,
+    DatasetInfo,
+    DefenseInfo,
+    Identity,
+    Linkage,
+    Measure,
+    Quality,
+    Recovery,
+    RunResult,
+    Utility,
+    Verification,
+)
+
+PEOPLE, IMAGES = 12, 5
+
+#: column -> mean, standard deviation between people, and between the images of one.
+LEVELS = {
+    "ssim": (0.70, 0.03, 0.03),
+    "psnr": (18.0, 0.9, 0.8),
+    "psnr_aligned": (20.0, 0.9, 0.8),
+    "ms_ssim": (0.75, 0.03, 0.03),
+    "cosine": (0.60, 0.05, 0.05),
+}
+RATES = {"type1_tar": 0.5, "type2_tar": 0.4, "rank1": 0.3}
+CEILING = {"ssim": 0.97, "psnr": 36.0, "psnr_aligned": 37.0, "ms_ssim": 0.99, "cosine": 0.98}
+
+
+def measure(value, ci=None, direction="utility", n=PEOPLE * IMAGES, reason="every resample gives the same value"):
+    return Measure(
+        value=value, ci95=ci, n=n, higher_is_better_for=direction, reason=None if value is not None and ci else reason
+    )
+
+
+def rows(method, seed, level, shift, retrained):
+    """Per-image scores: what is peculiar to a face hangs on the seed, what a training adds on ``retrained``."""
+    faces, noise = np.random.default_rng([seed, 1]), np.random.default_rng([seed, retrained, 2])
+    person = np.repeat(np.arange(PEOPLE), IMAGES)
+    table = pd.DataFrame({"image": np.arange(len(person)), "identity": [f"person-{i:03}" for i in person]})
+    for name, (mean, between, within) in LEVELS.items():
+        values = faces.normal(0, between, PEOPLE)[person] + faces.normal(0, within, len(person))
+        spread = 0.1 if level is CEILING else 1.0
+        shared = noise.normal(0, 0.05 * between)
+        table[name] = (level or {}).get(name, mean) + spread * values + shared + shift.get(name, 0.0)
+    for name, rate in RATES.items():
+        threshold = 0.99 if level is CEILING else rate + shift.get(name, 0.0)
+        table[name] = (faces.random(len(person)) < threshold).astype(float)
+    return table.assign(method=method)
+
+
+def quality(table):
+    def mean(name):
+        return measure(float(table[name].mean()), (float(table[name].min()), float(table[name].max())))
+
+    missing = Measure(value=None, higher_is_better_for="privacy", reason="LPIPS: no weights here")
+    return Quality(
+        **{name: mean(name) for name in ("ssim", "psnr", "psnr_aligned", "ms_ssim")},
+        lpips=missing,
+        identity=Identity(**{name: mean(name) for name in ("cosine", *RATES)}),
+    )
+
+
+def verification(accuracy):
+    return Verification(
+        accuracy=measure(accuracy, (accuracy - 0.04, accuracy + 0.04)),
+        auc=measure(accuracy + 0.05, (accuracy, accuracy + 0.1)),
+        eer=measure(1 - accuracy, (0.9 - accuracy, 1.1 - accuracy), "privacy"),
+        tar_at_far={},
+        pairs=100,
+    )
+
+
+def make_run(
+    folder,
+    *,
+    seed=0,
+    retrained=0,
+    shift=None,
+    ceiling_shift=None,
+    defense="partialface",
+    attack="unet",
+    entropy=4.17,
+    options=None,
+    attack_options=None,
+    resolved=None,
+    protocol=PROTOCOL_VERSION,
+    status="success",
+    accuracy=0.8,
+    linkage=None,
+    warnings=(),
+    **config,
+):
+    """Write a run directory and return it.
+
+    ``shift`` is added to the attack's scores, ``ceiling_shift`` to those on unprotected faces; ``linkage`` is the
+    accuracy of a linkage run instead; ``options`` are what was asked for, ``resolved`` what came of it.
+    """
+    folder.mkdir(parents=True)
+    run_id = f"{defense}-{attack}-seed{seed}-{folder.name}"
+    asked = {
+        "defense": defense,
+        "attack": attack,
+        "knowledge": "whitebox",
+        "dataset": "synthetic",
+        "preset": "quick",
+        "image_size": 64,
+        "seed": seed,
+        "out": str(folder.parent),
+        "probes": 60,
+        "training": {"epochs": 4},
+        "defense_options": options or {},
+        "attack_options": attack_options or {},
+        **config,
+    }
+    manifest = {"protocol": protocol, "run_id": run_id, "status": status, "config": asked}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    if status != "success":
+        result = RunResult(run_id=run_id, protocol=protocol, status=status, error="disk full")
+        (folder / "metrics.json").write_text(result.to_json())
+        return folder
+    about = {
+        "run_id": run_id,
+        "protocol": protocol,
+        "status": status,
+        "warnings": list(warnings),
+        "defense": DefenseInfo(
+            name=defense,
+            options=resolved or {"subset": None},
+            representation_shape=(27, 64, 64),
+            views=3,
+            states=18,
+            entropy_bits=entropy,
+            bytes_per_face=442368,
+        ),
+        "attack": AttackInfo(name=attack, options={}, knowledge="whitebox", saturated=True, states_covered=True),
+        "dataset": DatasetInfo(
+            name="synthetic",
+            synthetic=True,
+            image_size=64,
+            identities={"victims": PEOPLE},
+            images={"victims": PEOPLE * IMAGES},
+            pairs=100,
+            probes=PEOPLE * IMAGES,
+            skipped=0,
+            details={"seed": seed},
+        ),
+    }
+    if linkage is None:
+        own = rows(attack, seed, None, shift or {}, retrained)
+        ceiling = rows("ceiling", seed, CEILING, ceiling_shift or {}, retrained)
+        pd.concat([own, ceiling]).to_parquet(folder / "per_image.parquet")
+        about["utility"] = Utility(**verification(accuracy).model_dump(), unprotected=verification(0.9))
+        about["recovery"] = Recovery(**quality(own).model_dump(), floors={}, ceiling=quality(ceiling))
+    else:
+        about["linkage"] = Linkage(
+            protected_plain=verification(linkage),
+            protected_protected=verification(linkage),
+            plain=verification(0.9),
+            rank1=measure(linkage / 2, (linkage / 2 - 0.1, linkage / 2 + 0.1)),
+            d_sys={},
+        )
+    (folder / "metrics.json").write_text(RunResult(**about).to_json())
+    return folder

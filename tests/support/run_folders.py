@@ -1,0 +1,196 @@
+"""Run directories as the harness writes them, with made-up figures."""
+
+import hashlib
+import json
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from bench.results import (
+    AttackInfo,
+    DatasetInfo,
+    DefenseInfo,
+    EvaluatorInfo,
+    Identity,
+    Linkage,
+    Measure,
+    Quality,
+    Quartiles,
+    Recovery,
+    RunResult,
+    StateInference,
+    StrengthCurve,
+    StrengthPoint,
+    Throughput,
+    Utility,
+    Verification,
+)
+
+VICTIMS = 8
+
+
+def measure(value, spread=0.01, direction="utility"):
+    if value is None:
+        return Measure(value=None, higher_is_better_for=direction, reason="no weights")
+    return Measure(value=value, ci95=(value - spread, value + spread), n=VICTIMS, higher_is_better_for=direction)
+
+
+def quality(ssim, cosine=0.5):
+    return Quality(
+        ssim=measure(ssim),
+        psnr=measure(30 * ssim, 0.5),
+        psnr_aligned=measure(35 * ssim, 0.5),
+        ms_ssim=measure(ssim),
+        lpips=measure(None, direction="privacy"),
+        identity=Identity(
+            type1_tar=measure(cosine, 0.1), type2_tar=measure(cosine), rank1=measure(cosine), cosine=measure(cosine)
+        ),
+    )
+
+
+def verification(accuracy):
+    rates = {"1e-1": measure(accuracy), "1e-2": measure(accuracy / 2)}
+    return Verification(
+        accuracy=measure(accuracy, 0.02), auc=measure(0.9), eer=measure(0.1), tar_at_far=rates, pairs=100
+    )
+
+
+def throughput(rate):
+    quartiles = Quartiles(median=rate, q1=0.9 * rate, q3=1.1 * rate)
+    return Throughput(
+        images_per_second=quartiles, latency_ms=quartiles, batch=64, repeats=5, dtype="float32", device="cpu"
+    )
+
+
+def write_run(
+    folder,
+    *,
+    defense="partialface",
+    attack="unet",
+    ssim=(0.7,) * VICTIMS,
+    accuracy=0.9,
+    cosine=0.5,
+    synthetic=True,
+    knowledge="whitebox",
+    seed=0,
+    protocol="1",
+    linkage=False,
+    strength=False,
+    options=None,
+    details=None,
+    saturated=True,
+    samples=True,
+    error=None,
+    image_size=64,
+    dataset=None,
+):
+    """Write one run directory and return it; ``ssim`` is of each victim, ``error`` makes it a failed run."""
+    folder.mkdir(parents=True)
+    run_id = folder.name
+    dataset = dataset or ("synthetic" if synthetic else "insightface")
+    config = {
+        "defense": defense, "attack": attack, "dataset": dataset, "knowledge": knowledge, "seed": seed,
+        "image_size": image_size, "preset": "quick", "evaluator": None, "evaluator_backbone": "mobilefacenet",
+        "data_root": "/home/somebody/faces", "defense_options": options or {}, "attack_options": {}, "queries": 1,
+        "dataset_options": {},
+    }  # fmt: skip
+    if error is not None:
+        result = RunResult(run_id=run_id, protocol=protocol, status="error", error=error)
+    else:
+        curve = StrengthCurve(
+            axis="data",
+            points=[
+                StrengthPoint(budget=budget, values={"ssim": measure(budget / 1000)}) for budget in (200, 400, 800)
+            ],
+            gain_of_last_doubling={"ssim": measure(0.4)},
+            tolerance={"ssim": 0.005},
+            unsaturated=True,
+        )
+        link = Linkage(
+            protected_plain=verification(0.8),
+            protected_protected=verification(0.7),
+            plain=verification(0.95),
+            rank1=measure(0.3),
+            d_sys={"protected_plain": measure(0.4), "protected_protected": measure(0.3)},
+        )
+        mean = float(np.mean(ssim))
+        floors = {"mean_face": quality(0.4, 0.1), "noise": quality(0.01, 0.0)}
+        result = RunResult(
+            run_id=run_id,
+            protocol=protocol,
+            status="success",
+            warnings=["synthetic faces: for trying the suite"] if synthetic else [],
+            defense=DefenseInfo(
+                name=defense, options=options or {}, representation_shape=(27, 64, 64), views=3, states=18,
+                entropy_bits=4.17, bytes_per_face=442368, details=details or {"kept_channels": list(range(10, 64))},
+            ),
+            attack=AttackInfo(
+                name=attack, options={}, knowledge=knowledge, saturated=saturated, states_covered=True,
+                curve=[(100, 0.3), (200, 0.2), (400, 0.15)],
+            ),
+            evaluator=EvaluatorInfo(
+                name="judge", sha256="ab" * 32, accuracy=0.98, threshold=0.3, far_at_threshold=0.01
+            ),
+            dataset=DatasetInfo(
+                name=dataset, synthetic=synthetic, image_size=image_size, identities={"victims": 4}, images={},
+                pairs=100, probes=VICTIMS, skipped=0,
+            ),
+            utility=Utility(**verification(accuracy).model_dump(), unprotected=verification(0.97)),
+            recovery=None if linkage else Recovery(
+                **quality(mean, cosine).model_dump(), floors=floors, ceiling=quality(0.99, 0.9)
+            ),
+            linkage=link if linkage else None,
+            state_inference=StateInference(faces=measure(0.6), channels=measure(0.9), chance=1 / 18),
+            strength=curve if strength else None,
+            throughput={"protect": throughput(5000), "link" if linkage else "recover": throughput(100)},
+        )  # fmt: skip
+        rng = np.random.default_rng(0)
+        same = np.arange(100) < 50
+        scores = {"same": same, "fold": np.zeros(100, dtype=int)}
+        scores |= {name: same + rng.normal(0, 0.5, 100) for name in ("protected", "unprotected")}
+        pd.DataFrame(scores).to_parquet(folder / "scores.parquet")
+        if linkage:
+            names = ("protected_plain", "protected_protected", "plain")
+            table = {"same": same, "fold": scores["fold"], **{name: same + rng.normal(0, 0.5, 100) for name in names}}
+            pd.DataFrame(table).to_parquet(folder / "linkage.parquet")
+        else:
+            people = [f"person-{number // 2}" for number in range(VICTIMS)]
+            rows = pd.DataFrame({"image": range(VICTIMS), "identity": people, "ssim": ssim, "cosine": cosine})
+            states = pd.DataFrame(
+                {"image": range(VICTIMS), "interception": 0, "drawn": range(VICTIMS), "attack": attack}
+            )
+            states.assign(named=[-1, 0, *range(2, VICTIMS)]).to_parquet(folder / "state_inference.parquet")
+            tables = [rows.assign(method=attack), rows.assign(method="ceiling", ssim=0.99)]
+            pd.concat(tables).to_parquet(folder / "per_image.parquet")
+        if samples:
+            write_samples(folder / "samples", linkage)
+    (folder / "metrics.json").write_text(result.to_json())
+    steps = [
+        {"event": "progress", "task": "train provider recogniser on x", "done": 10 * n, "loss": 3 / n}
+        for n in (1, 2, 3)
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    artefacts = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.[jp]*")}
+    artefacts.pop("events.jsonl")
+    manifest = {
+        "schema": "1", "protocol": protocol, "run_id": run_id, "status": result.status, "config": config,
+        "started": "2026-01-01T00:00:00+00:00", "version": "0.1.0", "packages": {"torch": "2.6.0"}, "device": "cpu",
+        "device_name": "x86_64", "precision": "32-true", "artefacts": artefacts,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def write_samples(folder, linkage=False):
+    """Pictures of three victims: the first, who is also the worst, a median and a best one."""
+    folder.mkdir()
+    columns = ["original", "sent", "sent again" if linkage else "recovered"]
+    victims = []
+    for number, roles in enumerate((["first", "worst"], ["median"], ["best"])):
+        files = {}
+        for place, column in enumerate(columns):
+            files[column] = f"victim-{number}-{place}.png"
+            Image.new("RGB", (8, 8), (40 * number, 60 * place, 99)).save(folder / files[column])
+        victims.append({"image": number, "roles": roles, "caption": "SSIM 0.700", "files": files})
+    (folder / "samples.json").write_text(json.dumps({"columns": columns, "victims": victims}))

@@ -1,0 +1,121 @@
+"""Recogniser training in one process or several, on faces and a defence without randomness per image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
+from lightning_fabric.strategies import DDPStrategy
+
+from bench.data.faceset import FaceSet
+from bench.errors import BenchError
+from bench.recognition.augmentation import AugmentationOptions
+from bench.recognition.options import TrainingOptions
+from bench.recognition.processes import Processes
+from bench.recognition.recogniser import build_recogniser
+from bench.recognition.training import train
+from defenses.none import Unprotected
+
+SIZE = 16
+OPTIONS = TrainingOptions(
+    epochs=3,
+    batch_size=7,
+    learning_rate=0.05,
+    warmup_epochs=0.5,
+    embedding_size=16,
+    scale=16.0,
+    margin=0.1,
+    clip_gradient_norm=5.0,
+    augmentation=AugmentationOptions(flip=0.0),
+)
+
+
+def faces() -> FaceSet:
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.randint(0, 256, (5, 1, 3, SIZE, SIZE), generator=generator)
+    noise = torch.randint(-20, 21, (5, 5, 3, SIZE, SIZE), generator=generator)
+    images = (prototypes + noise).clamp(0, 255).to(torch.uint8).flatten(0, 1)
+    return FaceSet(images, torch.arange(5).repeat_interleave(5), tuple("abcde"))
+
+
+class _Gang(TorchElasticEnvironment):
+    """The processes that are connected already."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+
+    def world_size(self) -> int:
+        return self._processes.size
+
+    def global_rank(self) -> int:
+        return self._processes.rank
+
+    def local_rank(self) -> int:
+        return self._processes.rank
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        assert num_devices == self._processes.size
+
+
+def fabric_for(processes: Processes) -> Fabric:
+    if processes.size == 1:
+        return Fabric(accelerator="cpu", devices=1, precision="32-true")
+    fabric = Fabric(
+        accelerator="cpu",
+        devices=processes.size,
+        strategy=DDPStrategy(cluster_environment=_Gang(processes)),
+        precision="32-true",
+    )
+    fabric.launch()
+    return fabric
+
+
+def learn(
+    processes: Processes,
+    changes: list[dict[str, Any]],
+    checkpoint: Path | None = None,
+    poisoned_epoch: int | None = None,
+) -> list[dict[str, Any]]:
+    """Losses, accuracies and weights for each change of the options; or the error of a loss that became infinite."""
+    torch.set_num_threads(1)
+    found = []
+    for change in changes:
+        options = TrainingOptions.model_validate(OPTIONS.model_dump() | change)
+        defense = Unprotected(image_size=SIZE)
+        recogniser = build_recogniser("ir-tiny", defense.representation_shape, 16, seed=1)
+        calls = 0
+
+        def poison(module: torch.nn.Module, inputs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            last = processes.rank == processes.size - 1
+            return (inputs[0] * torch.nan,) if last and calls == (poisoned_epoch or 0) * 4 + 2 else None
+
+        if poisoned_epoch is not None:
+            recogniser.backbone.register_forward_pre_hook(poison)
+        try:
+            outcome = train(
+                recogniser,
+                faces(),
+                defense,
+                options,
+                fabric=fabric_for(processes),
+                seed=0,
+                checkpoint=checkpoint,
+            )
+        except BenchError as error:
+            found.append({"error": f"{type(error).__name__}: {error}"})
+            continue
+        found.append(
+            {
+                "losses": outcome.losses,
+                "accuracies": outcome.accuracies,
+                "outcome": outcome,
+                "weights": {name: value.clone() for name, value in recogniser.state_dict().items()},
+                "kinds": sorted({type(layer).__name__ for layer in recogniser.modules()}),
+            }
+        )
+    return found
