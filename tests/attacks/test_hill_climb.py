@@ -3,50 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
+from score_service import SIZE, SMALL, VICTIMS, OnLatents, Service, observation, recovered
 from torch.nn import functional
 
-from attacks.base import Observation
-from attacks.eigenfaces import Eigenfaces, LatentScores
 from attacks.hill_climb import HillClimb, HillClimbOptions
-
-SIZE = 16
-VICTIMS = 12
-SMALL = {"components": 40, "queries": 600}
-
-
-class Service:
-    """Scores with the cosine to the template of a hidden face, under a fixed random linear embedding, plus noise."""
-
-    def __init__(self, hidden, noise=0.0, seed=3):
-        draws = torch.Generator().manual_seed(seed)
-        self._map = torch.randn(3 * SIZE * SIZE, 12, generator=draws)
-        self._templates = self._embed(hidden)
-        self._noise, self._draws = noise, draws
-        self.asked = torch.zeros(len(hidden), dtype=torch.int64)
-
-    def _embed(self, faces):
-        return functional.normalize((faces - 0.5).flatten(1) @ self._map)
-
-    def truth(self, faces):
-        return (self._embed(faces) * self._templates).sum(dim=1)
-
-    def score(self, faces, persons):
-        self.asked += torch.bincount(persons, minlength=len(self.asked))
-        exact = (self._embed(faces) * self._templates[persons]).sum(dim=1)
-        return exact + self._noise * torch.randn(len(faces), generator=self._draws)
-
-
-class OnLatents(LatentScores):
-    """Scores of latents from a formula, without faces."""
-
-    def __init__(self, formula, queries, victims):
-        super().__init__(Eigenfaces(1, 1), lambda faces, persons: faces, victims, queries=queries, chunk=1)
-        self._formula = formula
-
-    def __call__(self, latents):
-        self.left -= latents.shape[1]
-        assert self.left >= 0
-        return self._formula(latents)
 
 
 @pytest.fixture
@@ -59,16 +19,10 @@ def climb(make_adversary, plain, hidden):
     """Fits, attacks the hidden faces, and returns the recovered ones and the service."""
 
     def run(*, noise=0.0, seed=0, **options):
-        attack = HillClimb(HillClimbOptions(**SMALL | options))
-        attack.fit(make_adversary(plain(image_size=SIZE), "blackbox", seed=seed))
-        service = Service(hidden, noise)
-        return attack.recover(observation(service.score)), service
+        adversary = make_adversary(plain(image_size=SIZE), "blackbox", seed=seed)
+        return recovered(HillClimb(HillClimbOptions(**SMALL | options)), adversary, hidden, noise)
 
     return run
-
-
-def observation(score, victims=VICTIMS):
-    return Observation(torch.zeros(victims, 1, 3, SIZE, SIZE), score=score)
 
 
 # -- options ------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from linear_recogniser import EMBEDDING, Recogniser
+from pictures import blends
 from pydantic import ValidationError
 from torch import nn
 from torch.nn import functional
@@ -14,29 +16,10 @@ from attacks.model_inversion import CodeEstimate, ModelInversion, ModelInversion
 from attacks.seeds import base_seed
 
 SIZE = 16
-EMBEDDING = 20
 TINY = {
     **{"latent_size": 12, "generator_width": 4, "generator_batch_size": 10, "generator_images": 100},
     **{"steps": 3, "starts": 2, "states": 1, "selection_views": 2, "tuning_faces": 2},
 }
-
-
-def blends(count, size=SIZE, seed=0):
-    """uint8 (count, 3, size, size): blends of four random colours, which a small network can learn."""
-    corners = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
-    return functional.interpolate(corners, (size, size), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
-
-
-class Recogniser(nn.Module):
-    """A fixed random linear embedding."""
-
-    def __init__(self, shape):
-        super().__init__()
-        size = shape[0] * shape[1] * shape[2]
-        self.weight = nn.Parameter(torch.randn(size, EMBEDDING, generator=torch.Generator().manual_seed(4)) / size**0.5)
-
-    def forward(self, representation):
-        return (representation.flatten(1) - 0.5) @ self.weight
 
 
 @pytest.fixture

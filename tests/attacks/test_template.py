@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from linear_recogniser import EMBEDDING, Recogniser
+from pictures import blends
 from pydantic import ValidationError
-from torch import nn
 from torch.nn import functional
 
 import attacks.descent
@@ -14,27 +15,7 @@ from attacks.base import GRANTS, Capability, Knowledge, Observation
 from attacks.template import Template, TemplateDecoder, TemplateOptions
 
 SIZE = 16
-EMBEDDING = 20
 TINY = {"width": 4, "batch_size": 10, "images": 200, "views": 3, "learning_rate": 5e-3}
-
-
-def blends(count, size=SIZE, seed=0):
-    """uint8 (count, 3, size, size): blends of four random colours, which a small network can learn."""
-    corners = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
-    return functional.interpolate(corners, (size, size), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
-
-
-class Recogniser(nn.Module):
-    """A fixed random linear embedding with a large common part, as one of little training has it."""
-
-    def __init__(self, shape):
-        super().__init__()
-        generator = torch.Generator().manual_seed(4)
-        size = shape[0] * shape[1] * shape[2]
-        self.weight = nn.Parameter(torch.randn(size, EMBEDDING, generator=generator) / size**0.5)
-
-    def forward(self, representation):
-        return (representation.flatten(1) - 0.5) @ self.weight + 1.0
 
 
 class Service:
@@ -56,7 +37,7 @@ def scene(make_adversary):
     """Builds an adversary of ``defense`` with what the rung grants, the provider's service, and what is stolen."""
 
     def make(defense, knowledge="whitebox", **more):
-        recogniser = Recogniser(defense.representation_shape)
+        recogniser = Recogniser(defense.representation_shape, common=1.0)
         service = Service(defense, recogniser)
         adversary = make_adversary(defense, knowledge, **{"faces": blends(60), **more})
         weights = recogniser if Capability.RECOGNISER in GRANTS[Knowledge(knowledge)] else None

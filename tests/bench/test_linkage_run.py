@@ -1,6 +1,5 @@
 """Runs of a linkage attack that sees small pictures: on plain faces it has to find itself at its ceiling."""
 
-import functools
 import json
 from typing import ClassVar
 
@@ -8,10 +7,10 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from registered import finished, registered
 from rich.console import Console
 
 from attacks.base import AttackOptions, FitReport, LinkageAttack
-from bench import plugins, speed
 from bench.attack_stages import AttackStages
 from bench.attempt import attempts
 from bench.config import resolve
@@ -73,14 +72,8 @@ class Misshapen(Thumbnail):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def registered():
-    """The attacks of this file can be named, and no time is spent on timing."""
-    registry = plugins.attacks()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "measure", functools.partial(speed.measure, min_time=0.01))
-        for attack in (Thumbnail, Misshapen):
-            patch.setitem(registry._loaders, attack.name, lambda: None)
-            patch.setitem(registry._loaded, attack.name, attack)
+def _registered():
+    with registered(Thumbnail, Misshapen):
         yield
 
 
@@ -91,13 +84,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(out):
-    """Run a configuration: (result, folder)."""
-
-    def call(**changes):
-        one = Pipeline(resolve({**TINY, "out": out, **changes}, {}), console=Console(quiet=True))
-        return one.run(), one.directory
-
-    return call
+    return lambda **changes: finished(**{**TINY, "out": out, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Runs of small attacks whose outcome is known: one that echoes, two that see a half each, one that reads states."""
 
-import functools
 import json
 from typing import ClassVar
 
@@ -8,13 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from registered import finished, registered
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 
 from attacks.base import AttackOptions, Capability, FitReport, RecoveryAttack
 from attacks.layout import probe
-from bench import plugins, speed
 from bench.config import resolve
 from bench.errors import BenchError, UsageError
 from bench.pipeline import Pipeline
@@ -148,14 +147,8 @@ ATTACKS = (Echo, LeftHalf, RightHalf, Reader, Asker, Small, Failing)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def registered():
-    """The attacks of this file can be named, and no time is spent on timing."""
-    registry = plugins.attacks()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "measure", functools.partial(speed.measure, min_time=0.01))
-        for attack in ATTACKS:
-            patch.setitem(registry._loaders, attack.name, lambda: None)
-            patch.setitem(registry._loaded, attack.name, attack)
+def _registered():
+    with registered(*ATTACKS):
         yield
 
 
@@ -166,13 +159,7 @@ def out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(out):
-    """Run a configuration: (result, folder)."""
-
-    def call(**changes):
-        one = Pipeline(resolve({**TINY, "out": out, **changes}, {}), console=Console(quiet=True))
-        return one.run(), one.directory
-
-    return call
+    return lambda **changes: finished(**{**TINY, "out": out, **changes})
 
 
 def made(directory):

@@ -14,3 +14,9 @@ def smooth(count: int, size: int, seed: int = 0) -> Tensor:
     images = functional.interpolate(coarse, (size, size), mode="bicubic")
     images = 0.5 + 0.12 * images + 0.02 * torch.randn(images.shape, generator=generator)
     return images.clamp(0, 1).mul(255).to(torch.uint8)
+
+
+def blends(count: int, size: int = 16, seed: int = 0) -> Tensor:
+    """uint8 (count, 3, size, size): blends of four random colours, which a small network can learn."""
+    corners = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return functional.interpolate(corners, (size, size), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
