@@ -87,6 +87,12 @@ class BlockCholesky:
             if index:
                 x[index] -= self.couplings[index - 1] @ x[index - 1]
             x[index] = torch.linalg.solve_triangular(self.factors[index], x[index], upper=False)
+        return self.draw(x)
+
+    def draw(self, white: Tensor) -> Tensor:
+        """L^-T w of w (m B, k): where w is white noise, a sample whose precision is the matrix."""
+        blocks, size, _ = self.factors.shape
+        x = white.reshape(blocks, size, -1).clone()
         for index in reversed(range(blocks)):
             if index + 1 < blocks:
                 x[index] -= self.couplings[index].mT @ x[index + 1]

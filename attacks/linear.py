@@ -134,8 +134,20 @@ class Linear(RecoveryAttack):
         self.noise.fill_(self._measure_noise(adversary.faces, seed))
         adversary.report(3, 3)
         self.eval()
-        states = self.reader.mechanism.states()
-        return FitReport(states_seen=states, details=details | {"noise": float(self.noise), "rank": self.prior.rank})
+        return FitReport(
+            saturated=self._converges(),
+            states_seen=self.reader.mechanism.states(),
+            details=details | {"noise": float(self.noise), "rank": self.prior.rank},
+        )
+
+    def _converges(self) -> bool | None:
+        """Whether conjugate gradients come to rest within their iterations; None where none are used."""
+        keys, operators = self._operators()
+        factored = self.options.solver == "auto" and isinstance(operators[0], SeparableSum)
+        if factored or self.options.solver == "factor":
+            return None
+        posterior = self._posterior((keys[0],), operators[:1])
+        return posterior.converges() if isinstance(posterior, IterativePosterior) else None
 
     def _measure_noise(self, faces: Tensor, seed: int) -> float:
         """Standard deviation of what is sent around the exact map."""

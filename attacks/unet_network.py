@@ -166,7 +166,7 @@ class UNetNetwork(nn.Module):
         linear = 0.0 if self.bypass is None else self.bypass(x)[..., :size, :size].float()
 
         ramp = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
-        ramps = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij")).expand(len(x), -1, -1, -1)
+        ramps = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij")).expand(x.shape[0], -1, -1, -1)
         x = torch.cat((x, ramps), dim=1)
         x = functional.pixel_unshuffle(x, self.stride) if self.stride > 1 else x
         skips: list[Tensor] = []

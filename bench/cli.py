@@ -50,6 +50,40 @@ AttackOptions = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 
+# Settings of a run that `bench run` and `bench sweep` share.
+Dataset = Annotated[str | None, typer.Option(help="Dataset (bench list datasets) [default: synthetic].")]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder or file of the dataset.")]
+Preset = Annotated[str | None, typer.Option(help="quick | cpu | gpu | paper [default: cpu].")]
+Backbone = Annotated[str | None, typer.Option(help="Recogniser network (bench list backbones).")]
+Head = Annotated[str | None, typer.Option(help="Margin head (bench list heads).")]
+ImageSize = Annotated[int | None, typer.Option(help="Height and width of the faces in pixels.")]
+EvaluatorFile = Annotated[
+    Path | None, typer.Option(help="ONNX recogniser that judges identity leakage; without it one is trained.")
+]
+Probes = Annotated[int | None, typer.Option(help="Victim images to attack.")]
+Queries = Annotated[int | None, typer.Option(help="Intercepted representations per victim image.")]
+Device = Annotated[str | None, typer.Option(help="auto | cpu | cuda | cuda:N | mps.")]
+OutFolder = Annotated[Path | None, typer.Option("--out", help="Folder for runs and their cache.")]
+Utility = Annotated[
+    bool | None,
+    typer.Option(
+        "--utility/--no-utility",
+        help="Measure recognition behind the defence; without it the attack alone is run [default: utility].",
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AXIS=VALUES",
+        help="Strength curve over what the attacker spends: data (public faces), k (interceptions per face) or an "
+        "axis of the attack (bench list attacks), e.g. data=0.25,0.5,1 or k=8 for 1,2,4,8.",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, e.g. training.epochs=8; repeatable."),
+]
+
 
 def _version(value: bool) -> None:
     if value:
@@ -70,44 +104,26 @@ def _root(
 def run(
     defense: Annotated[str | None, typer.Option(help="Defence to test (bench list defenses).")] = None,
     attack: Annotated[str | None, typer.Option(help="Attack to run against it (bench list attacks).")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Dataset (bench list datasets) [default: synthetic].")] = None,
-    data_root: Annotated[Path | None, typer.Option(help="Folder or file of the dataset.")] = None,
-    preset: Annotated[str | None, typer.Option(help="quick | cpu | gpu | paper [default: cpu].")] = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    preset: Preset = None,
     knowledge: Annotated[
         str | None, typer.Option(help="blackbox | whitebox | oracle: what the adversary knows [default: whitebox].")
     ] = None,
-    backbone: Annotated[str | None, typer.Option(help="Recogniser network (bench list backbones).")] = None,
-    head: Annotated[str | None, typer.Option(help="Margin head (bench list heads).")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Height and width of the faces in pixels.")] = None,
-    evaluator: Annotated[
-        Path | None, typer.Option(help="ONNX recogniser that judges identity leakage; without it one is trained.")
-    ] = None,
-    probes: Annotated[int | None, typer.Option(help="Victim images to attack.")] = None,
-    queries: Annotated[int | None, typer.Option(help="Intercepted representations per victim image.")] = None,
+    backbone: Backbone = None,
+    head: Head = None,
+    image_size: ImageSize = None,
+    evaluator: EvaluatorFile = None,
+    probes: Probes = None,
+    queries: Queries = None,
     seed: Annotated[int | None, typer.Option(help="The one seed [default: 0].")] = None,
-    device: Annotated[str | None, typer.Option(help="auto | cpu | cuda | cuda:N | mps.")] = None,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for runs and their cache.")] = None,
-    utility: Annotated[
-        bool | None,
-        typer.Option(
-            "--utility/--no-utility",
-            help="Measure recognition behind the defence; without it the attack alone is run [default: utility].",
-        ),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="AXIS=VALUES",
-            help="Strength curve over what the attacker spends: data (public faces), k (interceptions per face) or an "
-            "axis of the attack (bench list attacks), e.g. data=0.25,0.5,1 or k=8 for 1,2,4,8.",
-        ),
-    ] = None,
+    device: Device = None,
+    out_dir: OutFolder = None,
+    utility: Utility = None,
+    budget: Budget = None,
     defense_option: Options = None,
     attack_option: AttackOptions = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, e.g. training.epochs=8; repeatable."),
-    ] = None,
+    settings: Settings = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
     as_json: AsJson = False,
     dry_run: Annotated[
@@ -118,33 +134,31 @@ def run(
     ] = None,
 ) -> None:
     """Train behind a defence, attack it, and print how well it recognises and what leaks."""
-    from bench.config import merge as merge_settings
     from bench.config import nested, parse_assignments, resolve
 
-    given = {
-        "defense": defense,
-        "attack": attack,
-        "dataset": dataset,
-        "data_root": data_root,
-        "preset": preset,
-        "knowledge": knowledge,
-        "backbone": backbone,
-        "training": {"head": head} if head else None,
-        "image_size": image_size,
-        "evaluator": evaluator,
-        "probes": probes,
-        "queries": queries,
-        "utility": utility,
-        "budget": budget,
-        "seed": seed,
-        "device": device,
-        "out": out_dir,
-        "resume": resume,
-        "defense_options": parse_assignments(defense_option or [], "-o") or None,
-        "attack_options": nested(parse_assignments(attack_option or [], "-a"), "-a") or None,
-    }
-    flags = {key: value for key, value in given.items() if value is not None}
-    flags = merge_settings(nested(parse_assignments(settings or [], "--set")), flags)
+    flags = _run_flags(
+        settings,
+        head,
+        defense=defense,
+        attack=attack,
+        dataset=dataset,
+        data_root=data_root,
+        preset=preset,
+        knowledge=knowledge,
+        backbone=backbone,
+        image_size=image_size,
+        evaluator=evaluator,
+        probes=probes,
+        queries=queries,
+        utility=utility,
+        budget=budget,
+        seed=seed,
+        device=device,
+        out=out_dir,
+        resume=resume,
+        defense_options=parse_assignments(defense_option or [], "-o") or None,
+        attack_options=nested(parse_assignments(attack_option or [], "-a"), "-a") or None,
+    )
     resolved = resolve(flags, os.environ, config)
 
     from bench.pipeline import Pipeline
@@ -170,6 +184,120 @@ def run(
         from reports.console import render_result
 
         out.print(render_result(result, pipeline.directory))
+
+
+def _run_flags(settings: list[str] | None, head: str | None, **given: Any) -> dict[str, Any]:
+    """The settings of a run that were given: those with a flag of their own over those of ``--set``."""
+    from bench.config import merge, nested, parse_assignments
+
+    given["training"] = {"head": head} if head else None
+    flags = {key: value for key, value in given.items() if value is not None}
+    return merge(nested(parse_assignments(settings or [], "--set")), flags)
+
+
+@app.command()
+def sweep(
+    defenses: Annotated[str | None, typer.Option(metavar="A,B,...", help="Defences to test.")] = None,
+    attacks: Annotated[str | None, typer.Option(metavar="X,Y,...", help="Attacks to run against each.")] = None,
+    knowledge: Annotated[
+        str | None, typer.Option(metavar="RUNG,...", help="What the adversary knows [default: whitebox].")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,...", help="Seeds [default: 0].")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="local (this machine) | ray (a Ray cluster) [default: local].")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, e.g. auto or HOST:6379; without it one is started here.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Cells at the same time, each in a process of its own (local) [default: 1].")
+    ] = None,
+    cpus_per_cell: Annotated[int | None, typer.Option(help="Processor threads of a cell.")] = None,
+    gpus_per_cell: Annotated[
+        float | None, typer.Option(help="Accelerators of a cell, also a part of one (ray).")
+    ] = None,
+    retries: Annotated[
+        int | None, typer.Option(help="New attempts at a cell whose process or machine was lost [default: 2].")
+    ] = None,
+    dataset: Dataset = None,
+    data_root: DataRoot = None,
+    preset: Preset = None,
+    backbone: Backbone = None,
+    head: Head = None,
+    image_size: ImageSize = None,
+    evaluator: EvaluatorFile = None,
+    probes: Probes = None,
+    queries: Queries = None,
+    device: Device = None,
+    out_dir: OutFolder = None,
+    utility: Utility = None,
+    budget: Budget = None,
+    defense_option: Annotated[
+        list[str] | None,
+        typer.Option("-o", metavar="[NAME.]KEY=VALUE", help="Option of all defences, or of one; repeatable."),
+    ] = None,
+    attack_option: Annotated[
+        list[str] | None,
+        typer.Option("-a", metavar="[NAME.]KEY=VALUE", help="Option of all attacks, or of one; repeatable."),
+    ] = None,
+    settings: Settings = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with settings, those of the sweep in a table [sweep].")
+    ] = None,
+    as_json: AsJson = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells; compute nothing.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume/--no-resume", help="Leave finished cells as they are [default: resume]."),
+    ] = None,
+) -> None:
+    """Run every combination of defences, attacks, rungs and seeds; exit code 3 if any of them failed."""
+    from bench.sweep.options import read_request
+    from bench.sweep.sweep import Sweep
+    from reports.sweep_table import render_sweep
+
+    axes = {"defenses": defenses, "attacks": attacks, "knowledge": knowledge, "seeds": seeds}
+    machines = {
+        "engine": engine,
+        "address": address,
+        "jobs": jobs,
+        "cpus_per_cell": cpus_per_cell,
+        "gpus_per_cell": gpus_per_cell,
+        "retries": retries,
+    }
+    flags = _run_flags(
+        settings,
+        head,
+        dataset=dataset,
+        data_root=data_root,
+        preset=preset,
+        backbone=backbone,
+        image_size=image_size,
+        evaluator=evaluator,
+        probes=probes,
+        queries=queries,
+        device=device,
+        out=out_dir,
+        utility=utility,
+        budget=budget,
+        resume=resume,
+    )
+    request = read_request(
+        {name: value for name, value in (axes | machines).items() if value is not None},
+        flags,
+        os.environ,
+        config,
+        defense_options=defense_option,
+        attack_options=attack_option,
+    )
+    asked = Sweep(request, console=err)
+    state = asked.plan() if dry_run else asked.run()
+    if as_json:
+        _print_json(state.to_json())
+    else:
+        out.print(render_sweep(state))
+    if not dry_run and state.count("failed"):
+        raise typer.Exit(BenchError.exit_code)
 
 
 Kind = Literal["defenses", "attacks", "datasets", "backbones", "heads", "metrics"]
@@ -244,7 +372,9 @@ def _bars() -> Any:
 
 @data_app.command()
 def info(
-    path: Annotated[Path, typer.Argument(help="A folder of identities, an InsightFace folder, a .rec or a .bin.")],
+    path: Annotated[
+        Path, typer.Argument(help="A folder of identities, an InsightFace folder, a .rec, a .bin or .tar shards.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Describe a dataset from its headers."""
@@ -274,7 +404,9 @@ def info(
 
 @data_app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="A folder of identities, an InsightFace folder, a .rec or a .bin.")],
+    path: Annotated[
+        Path, typer.Argument(help="A folder of identities, an InsightFace folder, a .rec, a .bin or .tar shards.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Decode every image and list what is damaged or suspicious; exit code 3 if anything is damaged."""
@@ -329,6 +461,9 @@ def report(
     embed_faces: Annotated[
         bool, typer.Option("--embed-faces", help="Show real faces, too; without it only synthetic ones are shown.")
     ] = False,
+    benchmarks: Annotated[
+        list[Path] | None, typer.Option("--benchmark", help="A file that pytest --benchmark-json wrote; repeatable.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write what runs found as one HTML page without network, Markdown, LaTeX and CSV."""
@@ -336,7 +471,9 @@ def report(
 
     if embed_faces and not images:
         raise UsageError("--embed-faces and --no-images contradict each other: give one of them")
-    _print_files(write_report(runs, out_dir, images=images, embed_faces=embed_faces), as_json)
+    _print_files(
+        write_report(runs, out_dir, images=images, embed_faces=embed_faces, benchmarks=benchmarks or []), as_json
+    )
 
 
 @app.command()
@@ -441,6 +578,29 @@ def compare(
         from reports.gate_table import render_difference
 
         out.print(render_difference(found))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    what: Annotated[str, typer.Option(help="recogniser | attack: which of the run's networks.")],
+    out_file: Annotated[Path, typer.Option("--out", help="The .onnx file to write.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's recogniser, or its attack's network, as ONNX; onnxruntime has to agree with torch on it."""
+    from bench.export import export as export_network
+
+    written = export_network(run, what, out_file)
+    if as_json:
+        _print_json(written.model_dump_json(indent=2))
+        return
+    shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in written.inputs.items())
+    use = "; can be an --evaluator" if written.evaluator else ""
+    out.print(
+        f"{escape(written.file)}: {shapes} -> {written.output}, at most {written.difference:.1g} from torch{use}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

@@ -52,13 +52,14 @@ class View:
     recovery: Table | None
 
 
-def report_page(settings: Sequence[Setting], *, images: bool, embed_faces: bool) -> str:
+def report_page(settings: Sequence[Setting], *, images: bool, embed_faces: bool, speed: Table | None = None) -> str:
     """The whole report as one HTML document.
 
     Args:
         settings: the runs, grouped.
         images: whether any faces are shown.
         embed_faces: whether real ones are, too.
+        speed: a table of benchmarks.
 
     Raises:
         MissingError: a picture of a run is not one.
@@ -76,6 +77,7 @@ def report_page(settings: Sequence[Setting], *, images: bool, embed_faces: bool)
         warnings=warnings(settings),
         runs=len(cells),
         failures=failed,
+        speed=speed,
         provenance=provenance(settings),
         records=records(settings),
         sources=_sources(settings),

@@ -51,12 +51,13 @@ def escape(text: str) -> str:
     return _SPECIAL.sub(lambda match: _ESCAPES[match[0]], " ".join(text.split()))
 
 
-def report_latex(settings: Sequence[Setting]) -> str:
+def report_latex(settings: Sequence[Setting], speed: Table | None = None) -> str:
     """The summaries of all settings, each as tables that fit a page."""
     parts = ["% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc} with \\usepackage{textcomp}."]
     for number, setting in enumerate(settings, start=1):
         parts.append(f"% {escape(subject(setting))}")
         parts += _tables(summary(setting, number))
+    parts += [] if speed is None else _tables(speed)
     return "\n\n".join(parts) + "\n"
 
 

@@ -29,7 +29,7 @@ def escape(text: str) -> str:
     return _REFERRED.sub(lambda match: _REFERENCES[match[0].lower()], literal)
 
 
-def report_markdown(settings: Sequence[Setting]) -> str:
+def report_markdown(settings: Sequence[Setting], speed: Table | None = None) -> str:
     """The report without its figures."""
     parts = ["# What leaks, and what it costs"]
     failed = [f"- **failed:** {escape(f'{label}: {reason}')}" for label, reason in failures(settings)]
@@ -40,6 +40,8 @@ def report_markdown(settings: Sequence[Setting]) -> str:
         parts += [f"## {escape(subject(setting))}", "\n".join(f"- {escape(str(one))}" for one in findings(setting))]
         tables = (summary(setting, number), recovery_table(setting, number))
         parts += [table_markdown(table) for table in tables if table is not None]
+    if speed is not None:
+        parts += ["## Speed", table_markdown(speed)]
     parts += ["## Provenance", table_markdown(provenance(settings))]
     return "\n\n".join(parts) + "\n"
 

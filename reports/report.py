@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.files import write_text
+from reports.benchmarks import benchmark_table
 from reports.cells import settings
 from reports.html import report_page
 from reports.latex import report_latex
@@ -14,7 +15,14 @@ from reports.runs import load_runs
 from reports.tables_csv import report_csv
 
 
-def write_report(runs: Sequence[Path], out: Path, *, images: bool = True, embed_faces: bool = False) -> list[Path]:
+def write_report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    images: bool = True,
+    embed_faces: bool = False,
+    benchmarks: Sequence[Path] = (),
+) -> list[Path]:
     """Write ``report.html``, ``report.md``, ``report.tex`` and ``measures.csv``.
 
     Args:
@@ -22,6 +30,7 @@ def write_report(runs: Sequence[Path], out: Path, *, images: bool = True, embed_
         out: folder to write to; made if it is not there.
         images: whether the page shows faces.
         embed_faces: whether real ones, too; synthetic ones need no leave.
+        benchmarks: files that pytest-benchmark wrote.
 
     Returns:
         The files.
@@ -29,13 +38,13 @@ def write_report(runs: Sequence[Path], out: Path, *, images: bool = True, embed_
     Raises:
         MissingError: a folder is no run directory, or a file of one cannot be read.
     """
-    grouped = settings(load_runs(runs))
+    grouped, speed = settings(load_runs(runs)), benchmark_table(benchmarks)
     return write_files(
         out,
         {
-            "report.html": report_page(grouped, images=images, embed_faces=embed_faces),
-            "report.md": report_markdown(grouped),
-            "report.tex": report_latex(grouped),
+            "report.html": report_page(grouped, images=images, embed_faces=embed_faces, speed=speed),
+            "report.md": report_markdown(grouped, speed),
+            "report.tex": report_latex(grouped, speed),
             "measures.csv": report_csv(grouped),
         },
     )

@@ -132,7 +132,8 @@ def test_every_import_is_declared() -> None:
     undeclared = {name: who for name, who in third_party(sources()).items() if name not in everything}
     assert undeclared == {}
     # An optional package may be imported inside a function of the harness; one that only tests need may not.
-    for_tests = declared(EXTRAS["test"]) | declared(EXTRAS["lint"])
+    optional_for_users = declared([r for name in ("export", "ray", "timm", "translation") for r in EXTRAS[name]])
+    for_tests = (declared(EXTRAS["test"]) | declared(EXTRAS["lint"])) - optional_for_users
     # The plug-in of pytest is loaded by pytest, and by nothing else.
     imported = third_party([path for path in sources() if path != Path("bench/pytest_plugin.py")])
     test_only = {name: who for name, who in imported.items() if name in for_tests - runtime}
@@ -181,7 +182,7 @@ def test_tox_names_every_environment() -> None:
     tox = ConfigParser(interpolation=None)
     tox.read(ROOT / "tox.ini", encoding="utf-8")
     listed = set(tox["tox"]["env_list"].replace(",", " ").split())
-    assert listed == {"py311", "py312", "py313", "lint", "type", "smoke", "browser", "perf", "lowest"}
+    assert listed == {"py311", "py312", "py313", "lint", "type", "smoke", "browser", "docs", "perf", "lowest"}
     supported = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
     assert {f"py{version.replace('.', '')}" for version in supported} <= listed
 

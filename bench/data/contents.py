@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.data.decode import read_image_file, shown
+from bench.data.decode import MIN_SIDE, read_image_file, shown
 from bench.data.faceset import Skipped
 from bench.data.folder import PAIRS, locate_pairs, scan_tree
 from bench.data.insightface import fold_numbers, image_records, pack_identities
 from bench.data.layout import Layout, layout_of
 from bench.data.pairs import read_pairs
 from bench.data.recordio import RecordFile
+from bench.data.stream.webdataset_source import WebDatasetSource
 from bench.data.verification_pack import read_pack
 
 
@@ -82,6 +83,8 @@ def opened(path: Path) -> Iterator[tuple[Layout, tuple[Part, ...]]]:
             parts.append(_records(stack.enter_context(RecordFile(file)), file))
         if layout is Layout.PACK:
             parts.append(_pack(path))
+        if layout is Layout.SHARDS:
+            parts.append(_shards(path))
         if layout is Layout.INSIGHTFACE:
             parts += [_pack(pack) for pack in sorted(path.glob("*.bin"))]
         yield layout, tuple(parts)
@@ -115,6 +118,12 @@ def _records(records: RecordFile, path: Path) -> Part:
         lambda i: records.record(int(keys[i])).payload,
         lambda i: f"{shown(path.name)} record {keys[i]}",
     )
+
+
+def _shards(path: Path) -> Part:
+    source = WebDatasetSource(path, MIN_SIDE)
+    names = tuple(source.name(label) for label in range(source.identities))
+    return Part(shown(path.name) or ".", names, source.labels.astype(np.int64), source.encoded, source.where)
 
 
 def _pack(path: Path) -> Part:

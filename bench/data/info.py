@@ -72,7 +72,7 @@ class DatasetInfo(BaseModel):
 
 
 def info(path: Path, *, report: Report = no_report) -> DatasetInfo:
-    """Describe the dataset at ``path``: a folder, an InsightFace folder, a ``.rec`` or a ``.bin``.
+    """Describe the dataset at ``path``: a folder, an InsightFace folder, a ``.rec``, a ``.bin`` or tar shards.
 
     Raises:
         MissingError: there is nothing.

@@ -91,6 +91,17 @@ def _folder() -> Dataset:
     )
 
 
+def _webdataset() -> Dataset:
+    from bench.data.stream.whole import WebDatasetOptions, load_webdataset
+
+    return Dataset(
+        "WebDataset tar shards: a folder of them, one, or name-{0000..0123}.tar",
+        WebDatasetOptions,
+        needs_root=True,
+        load=lambda request: load_webdataset(_root(request), request.image_size, report=request.report),
+    )
+
+
 def _lfw() -> Dataset:
     from bench.data.lfw import LfwOptions, load_lfw
 
@@ -111,6 +122,7 @@ DATASETS: Registry[Dataset] = Registry("dataset")
 DATASETS.add("synthetic", _synthetic)
 DATASETS.add("insightface", _insightface)
 DATASETS.add("folder", _folder)
+DATASETS.add("webdataset", _webdataset)
 DATASETS.add("lfw", _lfw)
 
 

@@ -16,7 +16,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from bench.data.decode import workers
 from bench.data.faceset import FaceSet, to_float
+from bench.data.stream import EpochOrder, RecordSource, StreamLoader
 from bench.errors import BenchError, DataError, UsageError
 from bench.randomness import Streams
 from bench.recognition.augmentation import augment
@@ -136,7 +138,7 @@ def epoch_order(images: int, views: int, steps: int, generator: torch.Generator)
 
 def train(
     recogniser: Recogniser,
-    faces: FaceSet,
+    faces: FaceSet | RecordSource,
     defense: Defense,
     options: TrainingOptions,
     *,
@@ -159,12 +161,12 @@ def train(
 
     Args:
         recogniser: built for ``defense.representation_shape``.
-        faces: the provider's training faces, labels 0..K-1.
+        faces: the provider's training faces, labels 0..K-1, in memory or streamed from disk.
         defense: fitted, frozen; it is moved to Fabric's device.
         options: the hyper-parameters.
         fabric: device, precision and processes, launched.
         seed: of the head's centres, shuffling, augmentation, states and dropout.
-        head: over all ``len(faces.names)`` identities; None for the one that ``options`` name.
+        head: over all K identities; None for the one that ``options`` name.
         checkpoint: a folder for the training's state after each epoch, the same for all processes; an unfinished
             training found there is resumed, by any number of processes, a finished one only loaded. None to keep
             nothing.
@@ -186,7 +188,7 @@ def train(
 
 def _train(
     recogniser: Recogniser,
-    faces: FaceSet,
+    faces: FaceSet | RecordSource,
     defense: Defense,
     options: TrainingOptions,
     fabric: Fabric,
@@ -196,12 +198,11 @@ def _train(
     report: Report,
 ) -> TrainingReport:
     processes = processes_of(fabric)
-    if len(faces.used_names) < 2:
-        raise DataError(
-            f"training needs faces of at least 2 identities, got {len(faces)} faces of {len(faces.used_names)}"
-        )
+    own = faces.labels if isinstance(faces, FaceSet) else torch.from_numpy(faces.labels.astype("int64"))
+    identities = len(faces.names) if isinstance(faces, FaceSet) else faces.identities
+    if (people := len(torch.unique(own))) < 2:
+        raise DataError(f"training needs faces of at least 2 identities, got {len(faces)} faces of {people}")
     streams = Streams(seed)
-    identities = len(faces.names)
     if head is None:
         head = build_head(options, identities, seed=streams.seed_for("training/head"), processes=processes)
     known = head.classes if isinstance(head, PartialFC) else len(head.weight)
@@ -215,11 +216,12 @@ def _train(
             f"{processes.size} processes cannot share batches of {per_epoch // steps}: start fewer, or raise "
             f"training.batch_size to {2 * processes.size} or more"
         )
-    given = flip_labels(faces.labels, identities, options.label_noise, streams.generator("training/label-noise"))
+    given = flip_labels(own, identities, options.label_noise, streams.generator("training/label-noise"))
 
     device = fabric.device
     defense = defense.to(device)
-    images = faces.images.to(device)  # uint8, all of them: batching is one gather, and no loader to feed
+    if isinstance(faces, FaceSet):
+        faces = faces.to(device)  # uint8, all of them: batching is one gather, and no loader to feed
     learner = make_learner(recogniser, head, options, fabric)
     progress = _Progress(per_epoch * options.epochs, report if fabric.is_global_zero else no_report, processes)
     state = None
@@ -229,24 +231,23 @@ def _train(
         state.resume(progress)
 
     for epoch in range(len(progress.losses), options.epochs):
-        order = epoch_order(len(faces), views, steps, streams.generator(f"training/order/{epoch}"))
+        batches = _batches(faces, epoch, views, options.batch_size, streams, processes, device)
         generator = streams.generator(f"training/faces/{epoch}/{processes.rank}")
         if isinstance(head, PartialFC):
             head.reseed(streams.seed_for(f"training/centres/{epoch}"))
         progress.start_epoch(epoch)
         with _seeded(streams.seed_for(f"training/dropout/{epoch}/{processes.rank}"), device):
-            for step, batch in enumerate(order):
+            for step, (chosen, pixels, total) in enumerate(batches):
                 rate = learning_rate(options, epoch + (step + 1) / steps)
                 for name, value in margins(options, epoch + step / steps).items():
                     setattr(head, name, value)
-                chosen = batch[processes.rank :: processes.size]
                 labels = given[chosen]
                 with torch.no_grad():
-                    seen = augment(to_float(images[chosen.to(device)]), options.augmentation, generator)
+                    seen = augment(to_float(pixels), options.augmentation, generator)
                     protected = defense.protect(seen, generator, labels=labels).representation
 
-                loss, hits = learner.step(protected, labels.to(device), rate=rate, total=len(batch))
-                progress.add(loss, hits, len(batch))
+                loss, hits = learner.step(protected, labels.to(device), rate=rate, total=total)
+                progress.add(loss, hits, total)
                 if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
                     progress.look(step, steps, rate)
         progress.finish_epoch()
@@ -263,9 +264,39 @@ def _train(
         views=views,
         identities=identities,
         processes=processes.size,
-        flipped_labels=int((given != faces.labels).sum()),
+        flipped_labels=int((given != own).sum()),
         overfull_steps=head.overfull_everywhere() if isinstance(head, PartialFC) else 0,
     )
+
+
+def _batches(
+    faces: FaceSet | RecordSource,
+    epoch: int,
+    views: int,
+    batch_size: int,
+    streams: Streams,
+    processes: Processes,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """This process's part of each batch: indices int64 (n,), uint8 (n, 3, H, W) on the device, and the whole's size."""
+    if isinstance(faces, FaceSet):
+        steps = max(1, round(len(faces) * views / batch_size))
+        for batch in epoch_order(len(faces), views, steps, streams.generator(f"training/order/{epoch}")):
+            chosen = batch[processes.rank :: processes.size]
+            yield chosen, faces.images[chosen.to(device)], len(batch)
+        return
+    order = EpochOrder(
+        images=len(faces),
+        batch_size=batch_size,
+        seed=streams.seed_for("training/order"),
+        views=views,
+        rank=processes.rank,
+        size=processes.size,
+    )
+    loader = StreamLoader(faces, order, workers=workers(), pin_memory=device.type == "cuda")
+    loader.epoch = epoch
+    for step, read in enumerate(loader):
+        yield read.rows, read.images.to(device, non_blocking=True), order.batch_total(step)
 
 
 class _Progress:
@@ -331,14 +362,20 @@ class _Progress:
         self.seconds += time.perf_counter() - self._started
 
 
-def _identity(options: TrainingOptions, seed: int, faces: FaceSet, defense: Defense, recogniser: Recogniser) -> str:
+def _identity(
+    options: TrainingOptions, seed: int, faces: FaceSet | RecordSource, defense: Defense, recogniser: Recogniser
+) -> str:
     """A digest of everything that decides the course of a training, weights of the start apart."""
+    labels = faces.labels.numpy() if isinstance(faces, FaceSet) else faces.labels
+    shape = (len(faces), 3, *(2 * [faces.size if isinstance(faces, FaceSet) else faces.image_size]))
+    # Streamed pixels are too many to be summed; each image's own label is checked when it is read.
+    pixels = int(faces.images.sum(dtype=torch.int64)) if isinstance(faces, FaceSet) else str(faces.path)
     content: dict[str, Any] = {
         "options": options.model_dump(mode="json"),
         "seed": seed,
-        "labels": hashlib.sha256(faces.labels.numpy().tobytes()).hexdigest(),
-        "images": list(faces.images.shape),
-        "pixels": int(faces.images.sum(dtype=torch.int64)),
+        "labels": hashlib.sha256(labels.tobytes()).hexdigest(),
+        "images": shape,
+        "pixels": pixels,
         "defense": defense.describe(),
         "defense_state": _digest(defense.state_dict()),
         "recogniser": asdict(recogniser.spec),

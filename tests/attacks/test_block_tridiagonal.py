@@ -32,6 +32,12 @@ def test_solution_is_that_of_the_dense_matrix(matrix):
     assert torch.equal(right, kept)
 
 
+def test_draws_have_the_inverse_as_their_covariance(matrix):
+    blocks, dense = matrix
+    drawn = blocks.cholesky().draw(torch.eye(12, dtype=torch.float64))
+    torch.testing.assert_close(drawn @ drawn.T, torch.linalg.inv(dense))
+
+
 def test_weighted_sum(matrix):
     blocks, dense = matrix
     torch.testing.assert_close(blocks.plus(blocks, -0.25) @ torch.eye(12, dtype=torch.float64), 0.75 * dense)

@@ -150,6 +150,38 @@ def test_a_few_conjugate_gradient_steps_stay_near_the_mean():
     assert 0 < float(few) < float(many)
 
 
+class Moved:
+    """Pixels in another order, some of them lost."""
+
+    offset = torch.zeros((), dtype=torch.float64)
+
+    def __init__(self, share):
+        draws = torch.Generator().manual_seed(1)
+        self._order = torch.randperm(3 * SIZE**2, generator=draws)
+        self._kept = (torch.rand(3 * SIZE**2, generator=draws) < share).double()
+
+    def __call__(self, faces):
+        return (faces.flatten(1)[:, self._order] * self._kept).view_as(faces)
+
+    def adjoint(self, representation):
+        return (representation.flatten(1) * self._kept)[:, self._order.argsort()].view_as(representation)
+
+
+def test_pixels_that_were_only_moved_are_put_back_within_a_few_steps():
+    operator, prior = Moved(1.0), prior_for(banded(0))
+    faces = smooth(4, SIZE, seed=3).double() / 255
+    mean = prior.to_faces(prior.mean[None])
+    posterior = IterativePosterior(prior, operator, 1e-6, 10)
+    torch.testing.assert_close(mean + posterior(operator(faces - mean)), faces, rtol=0, atol=1e-5)
+    assert posterior.converges()
+
+
+def test_too_few_steps_are_told():
+    operator, prior = Moved(0.3), prior_for(banded(0))
+    assert not IterativePosterior(prior, operator, 1e-6, 4).converges()
+    assert IterativePosterior(prior, operator, 1e-6, 300).converges()
+
+
 def test_huge_noise_leaves_the_mean():
     operator = banded(0)
     prior = prior_for(operator)

@@ -20,11 +20,13 @@ def small_jpeg(size: int, seed: int = 0) -> bytes:
 
 
 def write_big_records(path: Path, images: int, per_identity: int, jpeg: bytes) -> None:
-    """Write ``path`` and its index: ``images`` images, ``per_identity`` of each person, in the layout of InsightFace."""
+    """Write ``path`` and its index as InsightFace lays them out: ``images`` images, ``per_identity`` of each person."""
     people = images // per_identity
     assert people * per_identity == images
     body = np.frombuffer(jpeg + bytes(-len(jpeg) % 4), dtype=np.uint8)
-    record = np.dtype([("part", "<u4", 2), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8", 2), ("body", "u1", len(body))])
+    record = np.dtype(
+        [("part", "<u4", 2), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8", 2), ("body", "u1", len(body))]
+    )
     pair = np.dtype([("part", "<u4", 2), ("flag", "<u4"), ("label", "<f4"), ("id", "<u8", 2), ("labels", "<f4", 2)])
     with path.open("wb") as file:
         _pairs(pair, np.array([0]), np.array([[images + 1, images + 1 + people]])).tofile(file)

@@ -7,14 +7,12 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from run_folders import write_run
 
 from bench.cache import StageCache
 from bench.errors import BenchError
 from bench.results import RunResult, read_result
 from bench.store import run_id
 from bench.sweep.options import read_request
-from bench.sweep.sweep import Sweep
 
 QUIET = Console(quiet=True)
 
@@ -31,6 +29,8 @@ def grid(out, **changes):
 
 def sweep(out, runner, **changes):
     """A sweep that runs ``runner`` instead of the pipeline."""
+    from bench.sweep.sweep import Sweep  # what it imports, no worker needs
+
     return Sweep(grid(out, **changes), console=QUIET, runner=runner)
 
 
@@ -59,6 +59,8 @@ def light(config):
 
 def full(config):
     """A successful run with everything that reports read."""
+    from run_folders import write_run
+
     note(config)
     directory = config.out / run_id(config)
     shutil.rmtree(directory, ignore_errors=True)
@@ -96,18 +98,16 @@ def killed_once(config):
     return light(config)
 
 
-def always_killed(config):
-    """The process is killed at seed 1, every time."""
+def every_end(config):
+    """By seed: well, failing, killed, killed after its work."""
     if config.seed == 1:
-        note(config, "killed")
+        raise BenchError("the loss is not finite")
+    if config.seed == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    return light(config)
-
-
-def killed_after_its_work(config):
-    """The process is killed when the result is written, before it can say so."""
-    light(config)
-    os.kill(os.getpid(), signal.SIGKILL)
+    result = light(config)
+    if config.seed == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
 
 
 def exits(config):
@@ -125,6 +125,14 @@ def endless(config):
         raise
 
 
+def until_a_loss(config):
+    """Takes until the test has taken a machine away."""
+    note(config, "began")
+    while not (config.out / "lost").exists():
+        time.sleep(0.1)
+    return light(config)
+
+
 def sharing(config):
     """All cells need one stage, which takes a while to make; each reads what was made."""
     with StageCache(config.out / "cache").entry("stage", "shared") as entry:
@@ -140,6 +148,9 @@ def sharing(config):
 if __name__ == "__main__":  # a sweep in a process of its own, to be interrupted
     import sys
 
+    import bench.sweep.pool
+
+    bench.sweep.pool.START = sys.argv[2]
     try:
         sweep(Path(sys.argv[1]), endless, jobs=2).run()
     except KeyboardInterrupt:

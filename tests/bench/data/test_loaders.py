@@ -13,7 +13,7 @@ from bench.registry import Registry
 
 
 def test_names():
-    assert list(DATASETS) == ["folder", "insightface", "lfw", "synthetic"]
+    assert list(DATASETS) == ["folder", "insightface", "lfw", "synthetic", "webdataset"]
     for name in DATASETS:
         dataset = DATASETS.get(name)
         assert dataset.summary

@@ -1,0 +1,136 @@
+"""The sweep's state in the run store: ``<out>/sweeps/<id>/sweep.json``, whole at any moment.
+
+What is finished is known from the run store, not from here: a run directory with a successful result counts, whoever
+made it. The journal adds what the run store cannot know: refusals, attempts, lost workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from bench.errors import BenchError, DataError
+from bench.files import write_text
+from bench.sweep.attempt import Outcome, finished
+from bench.sweep.cells import Cell
+from bench.sweep.state import CellState, SweepState, outcome_of
+
+ID_LENGTH = 8
+LOCK = "lock"
+
+
+def sweep_directory(cells: Sequence[Cell]) -> Path:
+    """Where the state of a sweep lies: the same cells are the same sweep, in whatever order and on whatever engine."""
+    digest = hashlib.sha256("\n".join(sorted(cell.run_id for cell in cells)).encode()).hexdigest()
+    return cells[0].config.out / "sweeps" / digest[:ID_LENGTH]
+
+
+def survey(cells: Sequence[Cell], *, again: bool = False) -> SweepState:
+    """The state of a sweep before it goes on: what the run store holds is done, unless it is to be done ``again``.
+
+    Raises:
+        DataError: there is a journal, and it cannot be read.
+    """
+    directory = sweep_directory(cells)
+    before = _before(directory / "sweep.json")
+    states = []
+    for cell in cells:
+        state = cell.state()
+        known = before.get(cell.run_id, state)
+        state = state.changed(attempts=known.attempts)
+        result = None if again or cell.refusal else finished(cell.config)
+        if result is not None:
+            seconds = known.seconds if known.status == "success" else round(sum(result.seconds.values()), 3)
+            found = {"status": "success", "seconds": seconds, **outcome_of(result)}
+            state = state.changed(directory=_run_directory(cell), **found)
+        states.append(state)
+    return SweepState(sweep=directory.name, directory=str(directory), cells=states)
+
+
+class Journal:
+    """Keeps the state of a sweep and writes it down after every change. Made by :func:`opened`."""
+
+    def __init__(self, state: SweepState) -> None:
+        self._head = state
+        self._cells = {cell.run_id: cell for cell in state.cells}
+        self.write()
+
+    @property
+    def directory(self) -> Path:
+        """The sweep's."""
+        return Path(self._head.directory)
+
+    @property
+    def state(self) -> SweepState:
+        """The state now."""
+        return self._head.model_copy(update={"cells": list(self._cells.values())})
+
+    def of(self, cell: Cell) -> CellState:
+        """The state of one cell."""
+        return self._cells[cell.run_id]
+
+    def started(self, cell: Cell) -> None:
+        """A cell is handed to a worker; what an earlier run of it left cannot be taken for what this one finds."""
+        (cell.config.out / cell.run_id / "metrics.json").unlink(missing_ok=True)
+        attempts = self.of(cell).attempts + 1
+        self._change(cell, status="running", attempts=attempts, directory=_run_directory(cell), error=None)
+
+    def ended(self, cell: Cell, outcome: Outcome) -> None:
+        """An attempt ended for good."""
+        if outcome.result is not None:
+            self._change(cell, status="success", seconds=outcome.seconds, error=None, **outcome_of(outcome.result))
+        else:
+            self._change(cell, status="failed", seconds=outcome.seconds, error=outcome.error)
+
+    def put_back(self, cell: Cell, error: str | None = None) -> None:
+        """A cell has to be run again: its worker was lost, or the sweep was interrupted."""
+        self._change(cell, status="pending", error=error)
+
+    def write(self) -> None:
+        """Write ``sweep.json``."""
+        write_text(self.directory / "sweep.json", self.state.to_json())
+
+    def _change(self, cell: Cell, **changes: Any) -> None:
+        self._cells[cell.run_id] = self.of(cell).changed(**changes)
+        self.write()
+
+
+@contextmanager
+def opened(cells: Sequence[Cell], *, again: bool = False) -> Iterator[Journal]:
+    """The journal of a sweep, which nobody else runs meanwhile; what is in it: :func:`survey`.
+
+    Raises:
+        BenchError: somebody does.
+    """
+    directory = sweep_directory(cells)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BenchError(f"this sweep is running already ({directory}): wait for it, or stop it first") from None
+    try:
+        yield Journal(survey(cells, again=again))
+    finally:
+        lock.release()
+
+
+def _run_directory(cell: Cell) -> str:
+    return str(cell.config.out / cell.run_id)
+
+
+def _before(file: Path) -> dict[str, CellState]:
+    """The cells as an earlier call left them."""
+    try:
+        document = SweepState.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValidationError as error:
+        raise DataError(f"{file} is damaged ({error.errors()[0]['msg']}): delete it; finished runs are kept") from None
+    return {cell.run_id: cell for cell in document.cells}

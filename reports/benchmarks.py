@@ -1,0 +1,91 @@
+"""What pytest-benchmark stored (``--benchmark-json``), as a table of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bench.errors import MissingError
+from reports.table import Column, Entry, Row, Table
+
+
+class _Stats(BaseModel):
+    """Seconds of a call."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    median: float = Field(ge=0, allow_inf_nan=False)
+    q1: float = Field(ge=0, allow_inf_nan=False)
+    q3: float = Field(ge=0, allow_inf_nan=False)
+    rounds: int
+
+
+class _Benchmark(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    stats: _Stats
+    extra_info: dict[str, Any] = {}
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    machine_info: dict[str, Any] = {}
+    benchmarks: list[_Benchmark]
+
+
+def benchmark_table(files: Sequence[Path]) -> Table | None:
+    """A row per benchmark of every file: seconds, and what else it recorded; None without files.
+
+    Raises:
+        MissingError: a file cannot be read, or was not written by pytest-benchmark.
+    """
+    if not files:
+        return None
+    rows = []
+    for file in files:
+        document = _read(file)
+        machine = str(document.machine_info.get("node", file.name))
+        rows += [_row(one, machine) for one in document.benchmarks]
+    columns = (
+        Column("benchmark", numeric=False),
+        Column("median, ms", "of a call"),
+        Column("rounds", "calls timed"),
+        Column("recorded", "what the benchmark noted besides", numeric=False),
+        Column("machine", numeric=False),
+    )
+    return Table("benchmarks", "Speed (pytest-benchmark); in brackets the quartiles.", columns, tuple(rows))
+
+
+def _read(file: Path) -> _Document:
+    try:
+        return _Document.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise MissingError(f"{file} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "document"
+        raise MissingError(f"{file} was not written by pytest --benchmark-json: {where}: {first['msg']}") from None
+
+
+def _row(one: _Benchmark, machine: str) -> Row:
+    stats = one.stats
+    spread = f"[{1e3 * stats.q1:,.4g}, {1e3 * stats.q3:,.4g}]"
+    noted = "; ".join(f"{name}: {_shown(value)}" for name, value in one.extra_info.items())
+    return Row(
+        (
+            Entry(one.name),
+            Entry(f"{1e3 * stats.median:,.4g}", 1e3 * stats.median, spread),
+            Entry(f"{stats.rounds}", stats.rounds),
+            Entry(noted),
+            Entry(machine),
+        )
+    )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,171 @@
+"""The grid: every combination once, resolved through all layers; what cannot be run is refused before any compute."""
+
+import pytest
+from sweep_at_work import grid
+
+from bench.errors import MissingError, UsageError
+from bench.sweep.cells import Cell, check, expand
+from bench.sweep.journal import sweep_directory
+from bench.sweep.options import SweepOptions
+
+
+def names(configs):
+    return [(config.seed, config.defense, config.attack, config.knowledge) for config in configs]
+
+
+def test_every_combination_those_of_one_recogniser_together(tmp_path):
+    configs = expand(grid(tmp_path, attacks="unet,linkage", knowledge="whitebox,oracle"))
+    assert len(configs) == 16
+    assert names(configs)[:4] == [
+        (0, "none", "unet", "whitebox"),
+        (0, "none", "unet", "oracle"),
+        (0, "none", "linkage", "whitebox"),
+        (0, "none", "linkage", "oracle"),
+    ]
+    groups = [Cell(config).group for config in configs]
+    assert [groups.count(group) for group in dict.fromkeys(groups)] == [4, 4, 4, 4]
+    assert groups == sorted(groups, key=list(dict.fromkeys(groups)).index)
+    assert all(config.preset == "quick" and config.backbone == "ir-tiny" for config in configs)
+
+
+def test_what_is_given_twice_is_one_cell(tmp_path):
+    assert len(expand(grid(tmp_path, defenses="none,none", seeds="0, 1,0"))) == 2
+
+
+def test_options_of_all_and_of_one(tmp_path):
+    request = grid(
+        tmp_path,
+        defenses="fixed-subset,partialface",
+        attacks="unet,composite",
+        seeds="0",
+        defense_options=["partialface.subset-size=9", "fixed-subset.channels=1,2"],
+        attack_options=["unet.images=128", "composite.unet.images=300", "composite.attacks=unet,linear"],
+    )
+    found = {(one.defense, one.attack): (one.defense_options, one.attack_options) for one in expand(request)}
+    composite = {"unet": {"images": "300"}, "attacks": "unet,linear"}
+    assert found == {
+        ("fixed-subset", "unet"): ({"channels": "1,2"}, {"images": "128"}),
+        ("fixed-subset", "composite"): ({"channels": "1,2"}, composite),
+        ("partialface", "unet"): ({"subset_size": "9"}, {"images": "128"}),
+        ("partialface", "composite"): ({"subset_size": "9"}, composite),
+    }
+
+
+FILE = """
+preset = "quick"
+seed = 5
+[defense_options]
+subset_size = 3
+[sweep]
+defenses = ["partialface"]
+attacks = ["unet", "linear"]
+seeds = [3, 4]
+jobs = 2
+[sweep.defense_options.partialface]
+subset_size = 9
+[sweep.attack_options.unet]
+images = 128
+"""
+
+
+def test_flag_beats_environment_beats_table_beats_the_rest_of_the_file(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text(FILE)
+
+    def cells(**changes):
+        return expand(grid(tmp_path, file=file, **{"defenses": None, "attacks": None, "seeds": None, **changes}))
+
+    by_table = cells()
+    assert [(one.seed, one.attack, one.attack_options) for one in by_table] == [
+        (3, "unet", {"images": 128}),
+        (3, "linear", {}),
+        (4, "unet", {"images": 128}),
+        (4, "linear", {}),
+    ]
+    assert {one.defense_options["subset_size"] for one in by_table} == {9}
+    assert {one.seed for one in cells(environment={"BENCH_SEED": "8"})} == {8}
+    assert {one.seed for one in cells(environment={"BENCH_SEED": "8"}, seeds="7")} == {7}
+    by_flag = cells(defense_options=["subset_size=4"])
+    assert {one.defense_options["subset_size"] for one in by_flag} == {"4"}
+    by_name = cells(defense_options=["subset_size=4", "partialface.subset_size=5"])
+    assert {one.defense_options["subset_size"] for one in by_name} == {"5"}
+    assert grid(tmp_path, file=file, defenses=None).options.jobs == 2
+    assert grid(tmp_path, file=file, jobs=3).options.jobs == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"defenses": None}, "needs --defenses and --attacks"),
+        ({"defenses": "none,"}, "single commas"),
+        ({"seeds": "0,one"}, "seeds"),
+        ({"seeds": "-1"}, "seeds"),
+        ({"knowledge": "psychic"}, "knowledge"),
+        ({"engine": "slurm"}, "engine"),
+        ({"jobs": 0}, "jobs"),
+        ({"retries": -1}, "retries"),
+        ({"workers": 2}, "unknown key 'workers'"),
+        ({"address": "auto"}, "need --engine ray"),
+        ({"engine": "ray", "jobs": 2}, "jobs is for --engine local"),
+        ({"engine": "ray", "gpus_per_cell": 1.5}, "whole number"),
+        ({"attack_options": ["unet.images"]}, "write key=value"),
+    ],
+)
+def test_bad_settings_are_one_line(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        grid(tmp_path, **changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_for_something_that_is_not_swept():
+    with pytest.raises(ValueError, match="'blur', which is not in the sweep"):
+        SweepOptions(defenses=["none"], attacks=["unet"], defense_options={"blur": {"sigma": 2}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"defenses": "none,partialfase"}, "did you mean 'partialface'"),
+        ({"attacks": "unet,u-net"}, "unknown attack 'u-net'"),
+        ({"defense_options": ["subset_size=9"]}, "unknown key 'subset_size'"),  # `none` has no such option
+        ({"defense_options": ["partialfase.subset_size=9"]}, "unknown key 'partialfase'"),
+        ({"attacks": "unet,composite", "attack_options": ["composite.attacks=unet,u-net"]}, "unknown attack 'u-net'"),
+        ({"flags": {"backbone": "ir-19"}}, "none of the 4 cells can be run: unknown backbone 'ir-19'"),
+        ({"flags": {"device": "gpu"}}, "unknown device"),
+        ({"flags": {"budget": "colours=1,2"}}, "no axis 'colours'"),
+    ],
+)
+def test_a_mistake_refuses_the_sweep(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        check(expand(grid(tmp_path, **changes)))
+
+
+def test_a_missing_evaluator_refuses_the_sweep(tmp_path):
+    with pytest.raises(MissingError, match=r"no\.onnx does not exist"):
+        check(expand(grid(tmp_path, flags={"evaluator": tmp_path / "no.onnx"})))
+
+
+def test_pairs_that_do_not_go_together_are_refused_cells(tmp_path):
+    cells = check(expand(grid(tmp_path, attacks="unet,unet-ensemble", knowledge="whitebox,blackbox", seeds="0")))
+    refused = {(cell.config.attack, cell.config.knowledge): cell.refusal for cell in cells if cell.refusal}
+    assert set(refused) == {("unet-ensemble", "blackbox")}
+    assert "does not grant" in refused["unet-ensemble", "blackbox"]
+    state = next(cell for cell in cells if cell.refusal).state()
+    assert (state.status, state.error) == ("refused", refused["unet-ensemble", "blackbox"])
+    # An axis that only one of the attacks has.
+    cells = check(expand(grid(tmp_path, attacks="unet,linear", seeds="0", flags={"budget": "steps=64,128"})))
+    assert {cell.config.attack for cell in cells if cell.refusal} == {"linear"}
+
+
+def test_a_device_that_only_other_machines_have_is_theirs_to_refuse(tmp_path):
+    configs = expand(grid(tmp_path, flags={"device": "cuda:99"}))
+    assert not any(cell.refusal for cell in check(configs, here=False))
+
+
+def test_the_same_cells_are_the_same_sweep(tmp_path):
+    def directory(**changes):
+        return sweep_directory([Cell(config) for config in expand(grid(tmp_path, **changes))])
+
+    assert directory() == directory(seeds="1,0", jobs=2, retries=0)
+    assert directory() != directory(seeds="0,2")
+    assert directory().parent == tmp_path / "sweeps"

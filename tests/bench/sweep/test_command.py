@@ -1,0 +1,134 @@
+"""``bench sweep`` on the command line: one document or one table, exit codes, and what a report makes of it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from sweep_at_work import calls, failing, full, interrupted
+
+import bench.sweep.sweep as sweep_module
+from bench import cli
+from bench.sweep.state import SweepState
+
+GRID = ("sweep", "--defenses", "none,partialface", "--attacks", "unet", "--preset", "quick", "--device", "cpu")
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys, tmp_path):
+    """Run the command here with a runner in the pipeline's place: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("BENCH_")]:
+        monkeypatch.delenv(name)
+
+    def call(*arguments, runner=full):
+        monkeypatch.setattr(sweep_module, "run_pipeline", lambda config, console=None: runner(config))
+        monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_a_table_of_cells_and_the_folders_that_a_report_takes(bench, tmp_path):
+    code, out, err = bench(*GRID, "--seeds", "0,1", "--out", "runs")
+    assert code == 0, err
+    assert err == ""
+    assert "4 cells: 4 success" in out
+    assert "0.700 (0.400 to 0.990)" in out
+    directories = [line for line in out.splitlines() if line.startswith("runs/")]
+    assert len(directories) == 4
+    code, _, err = bench("report", *directories, "--out", "report")
+    assert code == 0, err
+    assert (tmp_path / "report").is_dir()
+
+
+def test_one_json_document(bench):
+    code, out, _ = bench(*GRID, "--json")
+    assert code == 0
+    document = json.loads(out)
+    state = SweepState.model_validate(document)
+    assert state.count("success") == 2
+    assert document["cells"][0]["figures"]["ssim"]["value"]["ci95"] is not None
+
+
+def test_a_failed_cell_is_exit_code_3(bench):
+    code, out, err = bench(*GRID, "--seeds", "0,1", "--out", "runs", runner=failing)
+    assert code == 3
+    assert err == ""
+    assert "2 success, 2 failed" in out
+    assert "failed: unet (whitebox) on none, seed 1: the loss is not finite" in out
+    code, out, _ = bench(*GRID, "--seeds", "0,1", "--out", "runs", "--json", runner=failing)
+    assert code == 3
+    assert [cell["status"] for cell in json.loads(out)["cells"]].count("failed") == 2
+
+
+def test_dry_run_lists_the_cells_and_runs_none(bench, tmp_path):
+    arguments = [*GRID, "--attacks", "unet,unet-ensemble", "--knowledge", "blackbox", "--dry-run"]
+    code, out, _ = bench(*arguments)
+    assert code == 0
+    assert "4 cells: 2 pending, 2 refused" in out
+    assert "does not grant" in out
+    assert json.loads(bench(*arguments, "--json")[1])["cells"][0]["status"] == "pending"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interruption(bench):
+    code, out, err = bench(*GRID, "--seeds", "0,1", "--out", "runs", runner=interrupted)
+    assert (code, out) == (130, "")
+    assert "the same command goes on" in err
+    code, out, _ = bench(*GRID, "--seeds", "0,1", "--out", "runs")
+    assert code == 0
+    assert calls("runs") == ["none 0", "none 1", "partialface 0", "partialface 1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("sweep",), 2, "--defenses and --attacks"),
+        ((*GRID, "--defenses", "nothing"), 2, "unknown defence 'nothing'"),
+        ((*GRID, "--jobs", "0"), 2, "jobs"),
+        ((*GRID, "--address", "auto"), 2, "--engine ray"),
+        ((*GRID, "--config", "no.toml"), 5, "no.toml does not exist"),
+        ((*GRID, "-o", "partialface.colour=red"), 2, "unknown key 'colour'"),
+        ((*GRID, "--set", "training.epoch=3"), 2, "unknown key 'training.epoch'"),
+    ],
+)
+def test_bad_input_is_one_line(bench, arguments, code, message):
+    got, out, err = bench(*arguments)
+    assert (got, out) == (code, "")
+    assert len(err.splitlines()) == 1
+    assert message in err
+
+
+def test_settings_of_a_run_reach_the_cells(bench):
+    seen = []
+
+    def look(config):
+        seen.append(config)
+        return full(config)
+
+    flags = ("--no-utility", "--budget", "k=1,2", "--head", "arcface", "--set", "training.epochs=7", "--probes", 9)
+    assert bench(*GRID, *flags, "--out", "elsewhere", runner=look)[0] == 0
+    for config in seen:
+        assert (config.utility, config.budget, config.probes, str(config.out)) == (False, "k=1,2", 9, "elsewhere")
+        assert (config.training.head, config.training.epochs) == ("arcface", 7)
+    assert len(seen) == 2
+
+
+def test_ray_that_is_not_installed(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = bench(*GRID, "--engine", "ray")
+    assert code == 5
+    assert "pip install ppfr-bench[ray]" in err
+
+
+def test_help_needs_neither_torch_nor_ray():
+    code = "import sys, bench.cli; sys.argv = ['bench', 'sweep', '--help']\ntry: bench.cli.main()\n"
+    code += "except SystemExit: pass\nassert not {'torch', 'ray', 'numpy'} & set(sys.modules), 'heavy import'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--gpus-per-cell" in done.stdout

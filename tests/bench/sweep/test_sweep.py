@@ -1,0 +1,190 @@
+"""A sweep in this process: what is recorded, what is run again, and how it ends."""
+
+import json
+
+import pytest
+from filelock import FileLock
+from sweep_at_work import QUIET, buggy, calls, failing, full, grid, interrupted, light, sweep
+
+from bench.errors import BenchError, DataError, UsageError
+from bench.results import RunResult
+from bench.sweep.attempt import finished, run_pipeline
+from bench.sweep.cells import Cell, expand
+from bench.sweep.state import SweepState
+from bench.sweep.sweep import Sweep
+
+ALL = ["none 0", "none 1", "partialface 0", "partialface 1"]
+
+
+def stored(state):
+    """What lies on the disk is what was returned."""
+    path = next(iter([f"{state.directory}/sweep.json"]))
+    with open(path) as file:  # noqa: PTH123
+        document = json.load(file)
+    assert SweepState.model_validate(document) == state
+    return {(cell["defense"], cell["seed"]): cell for cell in document["cells"]}
+
+
+def test_all_cells_run_and_are_not_run_again(tmp_path):
+    state = sweep(tmp_path, light).run()
+    assert [(cell.status, cell.attempts) for cell in state.cells] == [("success", 1)] * 4
+    assert calls(tmp_path) == ALL
+    first = stored(state)["none", 0]
+    assert first["directory"] == str(tmp_path / first["run_id"])
+    again = sweep(tmp_path, light, seeds="1,0", jobs=2).run()
+    assert again.sweep == state.sweep
+    assert [(cell.status, cell.attempts) for cell in again.cells] == [("success", 1)] * 4
+    assert calls(tmp_path) == ALL
+
+
+def test_what_a_larger_sweep_or_a_single_run_did_counts(tmp_path):
+    light(expand(grid(tmp_path))[0])  # as `bench run` would have left it
+    sweep(tmp_path, light, seeds="0").run()
+    sweep(tmp_path, light).run()
+    assert calls(tmp_path) == ALL
+
+
+def test_no_resume_runs_finished_cells_again_but_keeps_what_cells_share(tmp_path):
+    sweep(tmp_path, light).run()
+    seen = []
+
+    def look(config):
+        seen.append(config.resume)
+        return light(config)
+
+    state = sweep(tmp_path, look, flags={"resume": False}).run()
+    assert [(cell.status, cell.attempts) for cell in state.cells] == [("success", 2)] * 4
+    assert seen == [True] * 4  # a cell that made a stage anew would take it away from another one
+
+
+def test_a_result_of_another_protocol_is_not_finished(tmp_path):
+    state = sweep(tmp_path, light).run()
+    config = expand(grid(tmp_path))[0]
+    assert finished(config) is not None
+    old = RunResult(run_id=state.cells[0].run_id, status="success", protocol="0")
+    (tmp_path / old.run_id / "metrics.json").write_text(old.to_json())
+    assert finished(config) is None
+    (tmp_path / old.run_id / "metrics.json").write_text("{")
+    assert finished(config) is None
+
+
+def test_a_failed_cell_is_recorded_and_tried_again_by_the_next_call(tmp_path):
+    state = sweep(tmp_path, failing).run()
+    assert [cell.status for cell in state.cells] == ["success", "success", "failed", "failed"]
+    cell = stored(state)["none", 1]
+    assert cell["error"] == "the loss is not finite"
+    assert cell["attempts"] == 1  # it would fail again: no retry
+    state = sweep(tmp_path, light).run()
+    assert [(cell.status, cell.attempts, cell.error) for cell in state.cells] == [
+        ("success", 1, None),
+        ("success", 1, None),
+        ("success", 2, None),
+        ("success", 2, None),
+    ]
+
+
+def test_a_bug_is_one_line(tmp_path):
+    state = sweep(tmp_path, buggy, seeds="0", defenses="none").run()
+    assert state.cells[0].error == "ZeroDivisionError: of all things"
+
+
+def test_refused_cells_stay_in_the_document(tmp_path):
+    state = sweep(tmp_path, light, attacks="unet-ensemble", knowledge="whitebox,blackbox", defenses="none").run()
+    assert [cell.status for cell in state.cells] == ["success", "refused"] * 2
+    assert all("does not grant" in cell.error and cell.directory is None for cell in state.cells[1::2])
+    assert calls(tmp_path) == ["none 0", "none 1"]
+
+
+def test_an_interruption_keeps_what_is_done_and_puts_the_rest_back(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tmp_path, interrupted).run()
+    state = sweep(tmp_path, light).plan()
+    assert [cell.status for cell in state.cells] == ["success", "success", "pending", "pending"]
+    with open(f"{state.directory}/sweep.json") as file:  # noqa: PTH123
+        assert [cell["status"] for cell in json.load(file)["cells"]] == ["success", "success", "pending", "pending"]
+    sweep(tmp_path, light).run()
+    assert calls(tmp_path) == ALL
+
+
+def test_a_plan_writes_nothing(tmp_path):
+    assert [cell.status for cell in sweep(tmp_path / "runs", light).plan().cells] == ["pending"] * 4
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_calls_of_one_sweep_do_not_mix(tmp_path):
+    one = sweep(tmp_path, light)
+    state = one.run()
+    with FileLock(f"{state.directory}/lock"), pytest.raises(BenchError, match="running already"):
+        sweep(tmp_path, light).run()
+    assert one.run() == state  # the lock was given back
+
+
+def test_a_damaged_journal_is_named(tmp_path):
+    state = sweep(tmp_path, light).run()
+    with open(f"{state.directory}/sweep.json", "w") as file:  # noqa: PTH123
+        file.write("{}")
+    with pytest.raises(DataError, match=r"sweep\.json is damaged.*delete it"):
+        sweep(tmp_path, light).run()
+
+
+def test_key_figures_stand_between_floor_and_ceiling(tmp_path):
+    attacks = "unet,template,linkage"
+    state = sweep(tmp_path, full, attacks=attacks, seeds="0", defenses="partialface").run()
+    unet, template, linkage = state.cells
+    assert set(unet.figures) == {"accuracy", "ssim", "type1_tar"}
+    figure = unet.figures["ssim"]
+    assert (figure.value.value, figure.floor.value, figure.ceiling.value) == (pytest.approx(0.7), 0.4, 0.99)
+    figure = unet.figures["type1_tar"]
+    assert (figure.value.value, figure.floor.value, figure.ceiling.value) == (0.5, 0.1, 0.9)
+    assert unet.figures["accuracy"].ceiling.value == 0.97
+    assert set(linkage.figures) == {"accuracy", "linkage"}
+    assert (linkage.figures["linkage"].value.value, linkage.figures["linkage"].ceiling.value) == (0.8, 0.95)
+    assert [cell.unsaturated for cell in (unet, template, linkage)] == [False, True, False]
+    assert unet.warnings == ["synthetic faces: for trying the suite"]
+    # A call that finds it in the run store says the same.
+    found = sweep(tmp_path, full, attacks=attacks, seeds="0", defenses="partialface").plan()
+    assert [cell.figures for cell in found.cells] == [cell.figures for cell in state.cells]
+
+
+def test_torchrun_is_refused(tmp_path, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="without torchrun"):
+        sweep(tmp_path, light)
+
+
+def test_ray_gives_each_cell_its_own_device(tmp_path):
+    with pytest.raises(UsageError, match="use --device cuda"):
+        sweep(tmp_path, light, engine="ray", flags={"device": "cuda:1"})
+
+
+def test_cells_of_one_recogniser_are_told_by_defence_options_and_seed(tmp_path):
+    def group(**changes):
+        return Cell(expand(grid(tmp_path, defenses="partialface", **changes))[0]).group
+
+    assert group() == group(attacks="linear", knowledge="oracle")
+    assert len({group(), group(seeds="1"), group(defense_options=["subset_size=9"])}) == 3
+
+
+TINY = {
+    "device": "cpu",
+    "image_size": 32,
+    "probes": 12,
+    "bootstrap": 100,
+    "dataset_options": {"identities": 40, "images_per_identity": 4},
+    "training": {"epochs": 1, "warmup_epochs": 0, "views": 1, "precision": "32-true", "embedding_size": 32},
+}
+
+
+@pytest.mark.slow
+def test_the_real_thing_trains_each_recogniser_once(tmp_path):
+    unet = [f"unet.{option}" for option in ("widths=4,8", "stem_stride=2", "images=256", "batch_size=16")]
+    request = grid(tmp_path, attacks="unet,linear", seeds="0", defenses="none", attack_options=unet, flags=TINY)
+    state = Sweep(request, console=QUIET, runner=run_pipeline).run()
+    assert [(cell.status, cell.error) for cell in state.cells] == [("success", None)] * 2
+    assert all(set(cell.figures) == {"accuracy", "ssim", "type1_tar"} for cell in state.cells)
+    events = [(tmp_path / cell.run_id / "events.jsonl").read_text().splitlines() for cell in state.cells]
+    trained = [json.loads(line)["stage"] for lines in events for line in lines if '"event": "stage"' in line]
+    trained = [stage for stage in trained if stage.startswith("recogniser")]
+    assert sorted(trained) == ["recogniser-evaluator-none", "recogniser-provider-none"]

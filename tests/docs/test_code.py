@@ -1,0 +1,237 @@
+"""The code of the pages works as it is printed: installed as its reader would, and run through the pipeline."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from bench import plugins
+from bench.config import resolve
+from bench.errors import UsageError
+from bench.metrics.throughput import measure
+from bench.pipeline import Pipeline
+from bench.results import Quality, RunResult
+
+DOCS = Path(__file__).parents[2] / "docs"
+SIZE = 24
+#: How far above a floor an attack on noise may stand by chance.
+CHANCE = 0.05
+
+WORLD = {
+    "preset": "quick",
+    "device": "cpu",
+    "image_size": SIZE,
+    "probes": 16,
+    "bootstrap": 100,
+    "utility": False,
+    "dataset_options": {"identities": 40, "images_per_identity": 6},
+    "shares": {"provider": 0.2, "public": 0.5, "evaluator": 0.0, "victims": 0.3},
+}
+
+_BLOCK = re.compile(r'^```\w+ title="(?P<file>[^"]+)"\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+def files(page: str) -> dict[str, str]:
+    """The files that a page prints; several blocks of one name are parts of one file."""
+    found: dict[str, str] = {}
+    for block in _BLOCK.finditer((DOCS / page).read_text(encoding="utf-8")):
+        name = block["file"]
+        found[name] = found[name] + "\n\n" + block["code"] if name in found else block["code"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Both pages' packages on the path, with the metadata that an installer writes."""
+    site = tmp_path_factory.mktemp("site")
+    modules = set()
+    for page in ("write-a-defence.md", "write-an-attack.md"):
+        printed = files(page)
+        project = tomllib.loads(printed.pop("pyproject.toml"))["project"]
+        metadata = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        )
+        groups = [
+            "\n".join([f"[{group}]", *(f"{name} = {target}" for name, target in entries.items())])
+            for group, entries in project["entry-points"].items()
+        ]
+        (metadata / "entry_points.txt").write_text("\n\n".join(groups) + "\n")
+        for name, code in printed.items():
+            (site / name).write_text(code, encoding="utf-8")
+            modules.add(Path(name).stem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(site)
+        plugins.defenses.cache_clear()
+        plugins.attacks.cache_clear()
+        yield
+    for module in modules:
+        sys.modules.pop(module, None)
+    plugins.defenses.cache_clear()
+    plugins.attacks.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluator of fixed random projections: as independent of every attack as can be."""
+    weights = np.random.default_rng(0).normal(size=(3 * 7 * 7, 32)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("AveragePool", ["input"], ["cells"], kernel_shape=[16, 16], strides=[16, 16]),
+            helper.make_node("Flatten", ["cells"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["embedding"]),
+        ],
+        "projection",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3, 112, 112])],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 32])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    path = tmp_path_factory.mktemp("judge") / "projection.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), str(path))
+    return path
+
+
+Run = Callable[..., RunResult]
+
+
+@pytest.fixture(scope="module")
+def run(installed: None, judge: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """One cell through the whole pipeline, at a size of seconds; how fast anything is, is no question here."""
+    out = tmp_path_factory.mktemp("runs")
+
+    def one(defense: str, attack: str, knowledge: str = "whitebox", **options: Any) -> RunResult:
+        asked = {
+            **WORLD,
+            "defense": defense,
+            "attack": attack,
+            "knowledge": knowledge,
+            "evaluator": judge,
+            "out": out,
+            **options,
+        }
+        return Pipeline(resolve(asked, {}), console=Console(quiet=True)).run()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bench.speed.measure", functools.partial(measure, warmup=0, min_time=0.0))
+        yield one
+
+
+def ssim(quality: Quality) -> float:
+    assert quality.ssim.value is not None
+    return quality.ssim.value
+
+
+def best_floor(result: RunResult) -> float:
+    assert result.recovery is not None
+    return max(ssim(floor) for floor in result.recovery.floors.values())
+
+
+def faces(count: int) -> torch.Tensor:
+    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_pages_print_the_files_that_are_tested():
+    assert set(files("write-a-defence.md")) == {"tile_shuffle.py", "pyproject.toml"}
+    assert set(files("write-an-attack.md")) == {"ridge.py", "pyproject.toml"}
+
+
+def test_thirty_lines_are_thirty_lines():
+    """The body of the first class, as the title promises: code, without blank lines and imports."""
+    first = next(_BLOCK.finditer((DOCS / "write-a-defence.md").read_text(encoding="utf-8")))["code"]
+    body = first[first.index("class TileShuffle(Defense)") : first.index("\n\n\ndef shuffled")]
+    assert 20 < len([line for line in body.splitlines() if line.strip()]) <= 31
+
+
+@pytest.mark.parametrize("name", ["tile-shuffle", "secret-tile-shuffle"])
+class TestTheDefence:
+    """Against pixels that were moved by hand, and the parts of the contract that it claims."""
+
+    def test_tiles_are_where_the_key_says(self, installed, name):
+        defense = plugins.make_defense(name, {"tiles": "2", "keys": "3"}, "quick", SIZE)
+        protected = defense.protect(faces(6), torch.Generator().manual_seed(1))
+        half = SIZE // 2
+        corners = [(slice(i * half, (i + 1) * half), slice(j * half, (j + 1) * half)) for i in (0, 1) for j in (0, 1)]
+        for face, sent, (row,) in zip(faces(6), protected.representation, protected.state.tolist(), strict=True):
+            for place, source in enumerate(defense.keys[row].tolist()):
+                assert torch.equal(sent[:, *corners[place]], face[:, *corners[source]])
+
+    def test_states_are_what_is_drawn(self, installed, name):
+        defense = plugins.make_defense(name, {}, "quick", SIZE)
+        drawn = defense.draw(200, torch.Generator().manual_seed(0))
+        assert torch.equal(drawn.unique(dim=0), defense.states())
+        assert defense.entropy_bits == 3
+        assert len(defense.protect(faces(0), torch.Generator()).representation) == 0
+
+    def test_differentiable(self, installed, name):
+        defense = plugins.make_defense(name, {}, "quick", SIZE)
+        pixels = faces(2).requires_grad_()
+        defense.protect(pixels, torch.Generator()).representation.square().sum().backward()
+        torch.testing.assert_close(pixels.grad, 2 * pixels.detach())
+
+    def test_bad_options_are_one_line(self, installed, name):
+        with pytest.raises(UsageError, match="7 tiles do not divide 24 pixels"):
+            plugins.make_defense(name, {"tiles": "7"}, "quick", SIZE)
+
+
+def test_the_secret_is_guessed(installed):
+    defense = plugins.make_defense("secret-tile-shuffle", {}, "quick", SIZE)
+    guess, again = (defense.guess(torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(guess.secret["keys"], again.secret["keys"])
+    assert not torch.equal(guess.secret["keys"], defense.secret["keys"])
+
+
+def test_the_linear_operator_is_the_transform(installed):
+    defense = plugins.make_defense("secret-tile-shuffle", {}, "quick", SIZE)
+    state = torch.tensor([3])
+    operator = defense.linear_operator(state)
+    sent = defense.protect(faces(2), torch.Generator(), state=state.expand(2, 1)).representation
+    assert torch.equal(operator(faces(2)), sent)
+    other = torch.rand(sent.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x = faces(2).double()
+    assert torch.equal(operator.adjoint(operator(x)), x)
+    assert float((operator(x) * other).sum()) == pytest.approx(float((x * operator.adjoint(other)).sum()))
+
+
+def test_who_knows_the_key_gets_the_face_back(run):
+    result = run("secret-tile-shuffle", "linear", "oracle", defense_options={"keys": 2})
+    assert ssim(result.recovery) > 0.99
+    assert result.defense.states == 2
+
+
+def test_ridge_walks_through_an_open_door(run):
+    result = run("none", "ridge")
+    assert ssim(result.recovery) > best_floor(result) + 0.1
+    assert result.recovery.identity.cosine.value > 0.9
+    assert not any("broken" in warning for warning in result.warnings)
+
+
+def test_ridge_gets_nothing_out_of_noise(run):
+    result = run("noise", "ridge", defense_options={"scale": 1e5})
+    assert ssim(result.recovery) < best_floor(result) + CHANCE
+
+
+def test_ridge_against_the_shuffle(run):
+    """One page's attack on the other's defence, trained on every state it emits."""
+    result = run("tile-shuffle", "ridge", defense_options={"keys": 2})
+    assert result.attack.states_covered is True
+    assert ssim(result.recovery) < ssim(result.recovery.ceiling)
+
+
+def test_ridge_at_blackbox_guesses_the_keys(run):
+    result = run("secret-tile-shuffle", "ridge", "blackbox", defense_options={"keys": 2})
+    known = run("secret-tile-shuffle", "ridge", "whitebox", defense_options={"keys": 2})
+    assert result.attack.states_covered is None
+    assert ssim(result.recovery) < ssim(known.recovery)
