@@ -98,6 +98,11 @@ class StageCache:
                 shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(exist_ok=True)
             yield Entry(path, partial, complete=False)
+            if self.resume and path.is_dir():
+                # Made by a machine whose files this one saw late (network file systems do that): somebody may be
+                # reading them, and they are as good.
+                shutil.rmtree(partial)
+                return
             if path.exists():
                 shutil.rmtree(path)
             partial.rename(path)

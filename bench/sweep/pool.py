@@ -18,7 +18,7 @@ from bench.sweep.cells import Cell
 from bench.sweep.worker import work
 
 #: How processes are made: anew, since neither threads nor accelerators survive a fork.
-START: Literal["spawn", "forkserver"] = "spawn"
+START: Literal["spawn"] = "spawn"
 
 #: Seconds that a process gets to end by itself: to write down that it was cancelled, or to exit after its work.
 GRACE = 15.0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,12 @@ class RayWorkers:
         self._place = Place.here(directory)
         self._tasks: dict[Any, _Task] = {}
         environment = {name: value for name, value in os.environ.items() if name in OTHERS}
-        _connect(self._ray, address)
+        self._leave = ExitStack()
+        # What Ray has to say of machines and workers goes to stdout: the result has that for itself.
+        self._leave.enter_context(redirect_stdout(sys.stderr))
         try:
+            _connect(self._ray, address)
+            self._leave.callback(self._ray.shutdown)
             if address is not None:
                 self._check_machines()
             if self._room() < 1:
@@ -63,7 +69,7 @@ class RayWorkers:
             self._work = self._remote(_work, num_cpus=cpus, num_gpus=gpus)
             self._shared = [self._ray.put(one) for one in (runner, self._place, environment, cpus)]
         except BaseException:
-            self._ray.shutdown()
+            self._leave.close()
             raise
 
     def _remote(self, function: Any, **needs: Any) -> Any:
@@ -75,17 +81,16 @@ class RayWorkers:
         """Ask every machine whether it may be trusted with a cell."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        problem = self._remote(Place.problem, num_cpus=0)
-        for problem_there in self._ray.get(
-            [
-                problem.options(
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-                ).remote(self._place)
-                for node in self._machines()
-            ]
-        ):
-            if problem_there is not None:
-                raise BenchError(problem_there)
+        ask = self._remote(Place.problem, num_cpus=0)
+        on = [NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False) for node in self._machines()]
+        try:
+            problems = self._ray.get([ask.options(scheduling_strategy=one).remote(self._place) for one in on])
+        except self._ray.exceptions.RayError as error:
+            cause = _first_line(getattr(error, "cause", error))
+            raise BenchError(f"a machine of the Ray cluster cannot run ppfr-bench: {cause}") from None
+        for problem in problems:
+            if problem is not None:
+                raise BenchError(problem)
 
     def _machines(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
@@ -144,7 +149,7 @@ class RayWorkers:
         for reference in left:
             self._ray.cancel(reference, force=True)
         self._tasks.clear()
-        self._ray.shutdown()
+        self._leave.close()
 
 
 def _work(runner: Runner, place: Place, environment: Mapping[str, str], threads: int, config: RunConfig) -> Outcome:

@@ -31,6 +31,18 @@ def test_second_use_finds_the_first(tmp_path):
     assert not cache.holds("stage", "other")
 
 
+def test_what_another_machine_finished_meanwhile_is_not_taken_away(tmp_path):
+    cache = StageCache(tmp_path)
+    with cache.entry("stage", "k") as entry:
+        (entry.partial / "file").write_text("ours")
+        theirs = entry.path / "file"
+        theirs.parent.mkdir()
+        theirs.write_text("theirs")
+    assert theirs.read_text() == "theirs"
+    assert not entry.partial.exists()
+    assert make(cache).complete
+
+
 def test_a_killed_stage_keeps_its_partial_work_and_is_not_complete(tmp_path):
     cache = StageCache(tmp_path)
     with pytest.raises(KeyboardInterrupt):
