@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-import bench  # noqa: F401  (sets what torch reads from the environment when it is imported)
+import bench as _  # noqa: F401  (sets what torch reads from the environment when it is imported)
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,22 @@ def real_faces_root() -> Path:
     if not root:
         pytest.skip("BENCH_DATA_ROOT is not set")
     return Path(root)
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys, tmp_path):
+    """Run the command in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("BENCH_", "GITHUB_"))]:
+        monkeypatch.delenv(name)
+
+    def call(*arguments):
+        from bench import cli
+
+        monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out, captured.err
+
+    return call

@@ -1,26 +1,9 @@
 """``bench report`` and ``bench leaderboard``: what they print, and one clear line for bad input."""
 
 import json
-import sys
 
 import pytest
 from run_folders import write_run
-
-from bench import cli
-
-
-@pytest.fixture
-def bench(monkeypatch, capsys):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_report_prints_its_files(bench, tmp_path):

@@ -1,30 +1,9 @@
 """``bench baseline``, ``bench gate`` and ``bench compare``: output and exit codes."""
 
 import json
-import os
-import sys
 
 import pytest
 from gate_world import make_run
-
-from bench import cli
-
-
-@pytest.fixture
-def bench(monkeypatch, capsys, tmp_path):
-    """Run the command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith(("BENCH_", "GITHUB_"))]:
-        monkeypatch.delenv(name)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """``bench sweep`` on the command line: one document or one table, exit codes, and what a report makes of it."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -9,26 +8,18 @@ import pytest
 from sweep_at_work import calls, failing, full, interrupted
 
 import bench.sweep.sweep as sweep_module
-from bench import cli
 from bench.sweep.state import SweepState
 
 GRID = ("sweep", "--defenses", "none,partialface", "--attacks", "unet", "--preset", "quick", "--device", "cpu")
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys, tmp_path):
-    """Run the command here with a runner in the pipeline's place: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("BENCH_")]:
-        monkeypatch.delenv(name)
+def bench(bench, monkeypatch):
+    """The command with a runner in the pipeline's place."""
 
     def call(*arguments, runner=full):
         monkeypatch.setattr(sweep_module, "run_pipeline", lambda config, console=None: runner(config))
-        monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return caught.value.code or 0, captured.out, captured.err
+        return bench(*arguments)
 
     return call
 
