@@ -35,13 +35,14 @@ from bench.attempt import Attempt
 from bench.cache import make_key
 from bench.data.faceset import FaceSet, to_float
 from bench.data.nested import whole_identities
+from bench.data_stages import DATA_CODE, Job, save_tensors
 from bench.files import replacing, write_text
 from bench.metrics.identity import content_ids
 from bench.metrics.throughput import synchronise
 from bench.probes import Probes, select_probes
 from bench.progress import Report
 from bench.service import Enrolment, Service, class_centres, traffic
-from bench.stages import DATA_CODE, DEFENSE_CODE, Job, Stages, failing_as, save_tensors
+from bench.stages import DEFENSE_CODE, Stages, failing_as
 from bench.state_inference import named_states, places_right
 from defenses.base import Defense
 

@@ -41,6 +41,10 @@ class RunConfig(BaseModel):
     Attributes:
         defense, attack, dataset, backbone: registry names.
         data_root: folder or file of the dataset.
+        stream: whether the faces that recognisers train on stay on disk (datasets ``insightface``, ``folder`` and
+            ``webdataset``).
+        stream_images: public images, and victim images, of a streamed dataset that are held in memory at most.
+        stream_on_error: whether a streamed image that cannot be decoded is refused, or left out and counted.
         preset: the layer of defaults that was used.
         knowledge: the adversary's rung.
         image_size: height and width of the faces in pixels.
@@ -63,6 +67,9 @@ class RunConfig(BaseModel):
     attack: str
     dataset: str = "synthetic"
     data_root: Path | None = None
+    stream: bool = False
+    stream_images: int = Field(20_000, ge=2)
+    stream_on_error: Literal["refuse", "skip"] = "refuse"
     preset: Literal["quick", "cpu", "gpu", "paper"] = "cpu"
     knowledge: Literal["blackbox", "whitebox", "oracle"] = "whitebox"
     image_size: int = Field(112, ge=16, le=1024)

@@ -20,7 +20,8 @@ from bench.cache import StageCache
 from bench.channel_energy import channel_energy
 from bench.composite import check_attempt, members
 from bench.config import RunConfig
-from bench.data.loaders import DATASETS
+from bench.data.loaders import DATASETS, check_stream
+from bench.data_stages import Job
 from bench.device import make_fabric
 from bench.errors import MissingError
 from bench.launch import Launch
@@ -31,7 +32,7 @@ from bench.recognition.heads import HEADS
 from bench.recovery_run import run_recovery
 from bench.results import DatasetInfo, DefenseInfo, RunPlan, RunResult
 from bench.speed import provider_speed
-from bench.stages import Job, Stages
+from bench.stages import Stages
 from bench.store import RunStore
 from bench.team import Team
 from bench.utility import measure_utility
@@ -71,6 +72,8 @@ class Pipeline:
             (HEADS, config.training.head),
         ):
             registry.get(name)
+        if config.stream:
+            check_stream(config.dataset)
         if config.evaluator is not None and not config.evaluator.is_file():
             raise MissingError(f"evaluator {config.evaluator} does not exist: give the path of an ONNX recogniser")
 
@@ -183,28 +186,32 @@ class Pipeline:
             warnings.append(
                 f"{share:.0%} of the provider's training labels were wrong on purpose (training.label_noise)"
             )
+        if left := dataset.details.get("public_left_on_disk"):
+            warnings.append(
+                f"the attacker learnt from {dataset.images['public']} of the {dataset.images['public'] + left} public "
+                "images (stream_images): one who uses all may get more"
+            )
         if dataset.skipped:
             warnings.append(f"{dataset.skipped} images or identities were left out; events.jsonl lists them")
         return warnings
 
     def _dataset(self, stages: Stages, probes: int) -> DatasetInfo:
         source, splits = stages.source, stages.splits
-        parts = {"provider": splits.provider, "public": splits.public, "victims": splits.victims}
-        if splits.evaluator is not None:
-            parts["evaluator"] = splits.evaluator
         skipped = [*source.faces.skipped, *(source.victims.skipped if source.victims else ()), *splits.dropped]
         for item in skipped:
             stages.log("skipped", where=item.where, reason=item.reason)
+        for name, left in splits.left_on_disk.items():
+            stages.log("left_on_disk", part=name, images=left)
         return DatasetInfo(
             name=source.name,
             synthetic=source.synthetic,
             image_size=self.config.image_size,
-            identities={name: len(part.used_names) for name, part in parts.items()},
-            images={name: len(part) for name, part in parts.items()},
+            identities={name: len(part.used_names) for name, part in splits.parts.items()},
+            images={name: len(part) for name, part in splits.parts.items()},
             pairs=len(splits.pairs),
             probes=probes,
             skipped=len(skipped),
-            details=source.details,
+            details=source.details | {f"{name}_left_on_disk": left for name, left in splits.left_on_disk.items()},
         )
 
     # -- dry run ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,9 +22,11 @@ from bench.attempt import Attempt
 from bench.composite import members
 from bench.config import RunConfig
 from bench.data.faceset import FaceSet, Source
+from bench.data.stream.scan import Scan
+from bench.data_stages import Job
 from bench.recognition.recogniser import Recogniser, build_recogniser
 from bench.results import PlannedStage, RunPlan
-from bench.stages import Job, Stages
+from bench.stages import Stages
 from bench.store import run_id
 from defenses.base import Defense
 
@@ -96,6 +99,18 @@ def make_plan(config: RunConfig, attempts: Sequence[Attempt], attacks: AttackSta
             seconds = _estimate(stages.load_source)
             planned.append(PlannedStage(name="data", what="render faces", cached=False, seconds=seconds))
             stages.source = stand_in(config, config.seed)
+    if config.stream:
+        scan = stages.scan_job()
+        cached = stages.cache.holds(scan.stage, scan.key)
+        planned.append(
+            PlannedStage(name=scan.stage, what=scan.what, cached=cached, seconds=None if cached else _time_job(scan))
+        )
+        if not cached:
+            # Nothing was looked at yet: what a scan would have found and left out is passed over.
+            faces = stages.opened.faces
+            tolerant = replace(faces, source=faces.source.reading("skip"))
+            stages.opened = replace(stages.opened, faces=tolerant)
+            stages.assume(scan, Scan.unknown(tolerant))
     defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
     defense = defense.to(stages.fabric.device)
     plain = plugins.make_defense("none", {}, config.preset, config.image_size).to(stages.fabric.device)
@@ -155,7 +170,7 @@ def _recognisers(
 def _training(config: RunConfig, stages: Stages, role: str) -> str:
     faces = stages.splits.evaluator if role == "evaluator" else stages.splits.provider
     assert faces is not None  # the role is there only with its identities
-    return f"train on {len(faces)} images of {len(faces.names)} identities, {config.training.epochs} epochs"
+    return f"train on {len(faces)} images of {faces.identities} identities, {config.training.epochs} epochs"
 
 
 def _fitting(attempt: Attempt, attacks: AttackStages) -> str:

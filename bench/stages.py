@@ -3,142 +3,43 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import defenses as defenses_package
 from bench import plugins
-from bench.cache import StageCache, make_key
-from bench.config import RunConfig
-from bench.data.faceset import FaceSet, Source, to_float
-from bench.data.loaders import load
-from bench.data.splits import Splits, split
+from bench.cache import make_key
+from bench.data.faceset import FaceSet, to_float
+from bench.data.nested import whole_identities
+from bench.data.stream.view import IdentityView
+from bench.data_stages import DATA_CODE, DataStages, Job, save_tensors
 from bench.errors import BenchError, UsageError
-from bench.files import write_text
 from bench.metrics.evaluator import Evaluator, OnnxEvaluator, RecogniserEvaluator
 from bench.metrics.verification import pair_scores
-from bench.progress import ProgressBars, Report
-from bench.randomness import Streams
+from bench.progress import Report
 from bench.recognition.checkpoint import load_recogniser, save_recogniser
 from bench.recognition.options import TrainingOptions
 from bench.recognition.recogniser import Recogniser, build_recogniser
 from bench.recognition.training import TrainingReport, train
 from bench.recognition.verification import embed_faces
-from bench.team import Team, TrainingOrder
+from bench.team import TrainingOrder
 from defenses.base import Defense
 
-T = TypeVar("T")
-Log = Callable[..., None]
-
 # Code that a kind of stage depends on: a change in it makes the stage anew.
-DATA_CODE = ("bench.data",)
 DEFENSE_CODE = tuple(f"defenses.{module}" for module in sorted(defenses_package.SUPPORT_MODULES))
 RECOGNITION_CODE = ("bench.recognition", *DEFENSE_CODE, *DATA_CODE)
 
 
-@dataclass(frozen=True, slots=True)
-class Job(Generic[T]):
-    """One stage: how it is called and keyed, how it is made in a folder and read back from it."""
-
-    stage: str
-    key: str
-    what: str
-    make: Callable[[Path, Report], None]
-    read: Callable[[Path], T]
-
-
-class Stages:
-    """Makes, stores and reloads what the stages of one run produce.
-
-    Args:
-        config: the resolved configuration.
-        fabric: device and precision.
-        cache: where finished stages lie.
-        bars: progress.
-        log: called as ``log(event, **fields)``.
-        team: processes that help to train recognisers, if there are any.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        fabric: Fabric,
-        cache: StageCache,
-        bars: ProgressBars,
-        log: Log,
-        team: Team | None = None,
-    ) -> None:
-        self.config = config
-        self.team = team
-        self.fabric = fabric
-        self.cache = cache
-        self.bars = bars
-        self.log = log
-        self.streams = Streams(config.seed)
-        self.seconds: dict[str, float] = {}
-        self.cached: list[str] = []
-        self._results: dict[tuple[str, str], Any] = {}
-
-    # -- data ------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def data_key(self) -> str:
-        """Key of the data: what was asked for and, for data on disk, what lies there."""
-        config = self.config
-        return make_key(
-            {
-                "dataset": config.dataset,
-                "options": config.dataset_options,
-                "image_size": config.image_size,
-                "seed": self.streams.seed_for("data"),
-                "files": _fingerprint(config.data_root) if config.dataset != "synthetic" else None,
-            },
-            DATA_CODE,
-        )
-
-    @functools.cached_property
-    def source(self) -> Source:
-        """The decoded faces. Rendered ones are stored; files on disk are quick to decode again."""
-        if self.config.dataset != "synthetic":
-            with self.timed("data"), self.bars.task("decode faces") as report:
-                return self.load_source(report)
-        return self.do(Job("data", self.data_key, "render faces", self._make_source, _read_source))
-
-    def load_source(self, report: Report) -> Source:
-        config = self.config
-        return load(
-            config.dataset,
-            data_root=config.data_root,
-            image_size=config.image_size,
-            seed=self.streams.seed_for("data"),
-            options=config.dataset_options,
-            report=report,
-        )
-
-    def _make_source(self, folder: Path, report: Report) -> None:
-        _write_source(folder, self.load_source(report))
-
-    @functools.cached_property
-    def splits(self) -> Splits:
-        """Identity-disjoint provider, public, evaluator and victim faces."""
-        shares = self.config.shares.model_dump()
-        if self.config.evaluator is not None:
-            # Nothing is trained to judge: the others share out that part in proportion.
-            spare = shares.pop("evaluator")
-            shares = {name: share / (1 - spare) for name, share in shares.items()} | {"evaluator": 0.0}
-        return split(self.source, **shares, generator=self.streams.generator("split"))
+class Stages(DataStages):
+    """What the provider makes of its data, and the judge; see :class:`bench.data_stages.DataStages` for the rest."""
 
     # -- defence ---------------------------------------------------------------------------------
 
@@ -146,9 +47,9 @@ class Stages:
         """The defence, on the device, fitted where it is trainable."""
         defense = plugins.make_defense(name, dict(options), self.config.preset, self.config.image_size)
         if defense.trainable:
-            faces = self.splits.provider
 
             def make(folder: Path, report: Report) -> None:
+                faces = self._provider_in_memory()
                 with failing_as(f"defence {name}"):
                     defense.fit(to_float(faces.images), faces.labels, self.streams.generator("defense"))
                 save_tensors(defense.state_dict(), folder / "defense.safetensors")
@@ -159,6 +60,13 @@ class Stages:
 
             self.do(Job("defense", self.defense_key(defense), f"fit {name}", make, read))
         return defense.to(self.fabric.device)
+
+    def _provider_in_memory(self) -> FaceSet:
+        """The provider's faces, of streamed ones as many as may be held, for a defence that is fitted to them."""
+        faces = self.splits.provider
+        if isinstance(faces, FaceSet):
+            return faces
+        return whole_identities(faces, self.config.stream_images, self.streams.generator("defense/faces")).load()
 
     def defense_key(self, defense: Defense) -> str:
         """Key of the defence, as it is fitted."""
@@ -182,7 +90,7 @@ class Stages:
         return make_key(
             {
                 "role": role,
-                "data": self.data_key,
+                "data": self.faces_key,
                 "shares": config.shares,
                 "evaluator_file": config.evaluator is not None,
                 "defense": self.defense_key(defense),
@@ -225,7 +133,7 @@ class Stages:
         defense.load_state_dict(dict(order.state))
         self._train(defense, order.role, self._faces(order.role), order.folder, lambda *_, **__: None)
 
-    def _faces(self, role: str) -> FaceSet:
+    def _faces(self, role: str) -> FaceSet | IdentityView:
         faces = self.splits.provider if role == "provider" else self.splits.evaluator
         if faces is None:
             raise UsageError("the evaluator has no identities to train on: give shares.evaluator or --evaluator")
@@ -237,7 +145,7 @@ class Stages:
         return training if role == "provider" else training.model_copy(update={"label_noise": 0.0})
 
     def _train(
-        self, defense: Defense, role: str, faces: FaceSet, folder: Path, report: Report
+        self, defense: Defense, role: str, faces: FaceSet | IdentityView, folder: Path, report: Report
     ) -> tuple[Recogniser, TrainingReport]:
         config, options = self.config, self._training(role)
         seed = self.streams.seed_for(f"training/{role}")
@@ -274,7 +182,8 @@ class Stages:
         def read(folder: Path) -> Tensor:
             return load_file(folder / "scores.safetensors")["scores"]
 
-        key = make_key({"recogniser": self.recogniser_key(defense, "provider")}, ("bench.metrics",))
+        content = {"recogniser": self.recogniser_key(defense, "provider"), "data": self.data_key}
+        key = make_key(content, ("bench.metrics",))
         return self.do(Job(f"verify-{defense.name}", key, f"verify on {defense.name}", make, read))
 
     # -- evaluator -------------------------------------------------------------------------------
@@ -319,47 +228,6 @@ class Stages:
         )
         return self.do(Job("evaluate", key, f"embed victims with {evaluator.name}", make, read))
 
-    # -- how stages are kept ---------------------------------------------------------------------
-
-    def platform(self) -> dict[str, str]:
-        """What else decides the figures of a stage that computes with torch."""
-        return {"torch": torch.__version__, "device": self.fabric.device.type}
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Charge the block to ``stage``, without the stages that it asks for."""
-        started = time.perf_counter()
-        nested = sum(self.seconds.values())
-        try:
-            yield
-        finally:
-            # Verifying, for one, is not charged for training the recogniser.
-            inner = sum(self.seconds.values()) - nested
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started - inner
-
-    def assume(self, job: Job[T], value: T) -> None:
-        """Take ``value`` for the result of a stage, in this run only; nothing is stored."""
-        self._results[job.stage, job.key] = value
-
-    def do(self, job: Job[T]) -> T:
-        """Make the stage unless it is there, and read it back.
-
-        It is read back in either case, so that a fresh result and a cached one cannot differ. Asked for again in the
-        same run, it is the same object: not read twice, and not counted as reused.
-        """
-        if (job.stage, job.key) not in self._results:
-            with self.timed(job.stage), self.cache.entry(job.stage, job.key) as entry:
-                if entry.complete:
-                    self.cached.append(job.stage)
-                    self.log("cached", stage=job.stage, key=job.key)
-                else:
-                    self.log("stage", stage=job.stage, key=job.key)
-                    with self.bars.task(job.what) as report:
-                        job.make(entry.partial, report)
-            self._results[job.stage, job.key] = job.read(entry.path)
-        result: T = self._results[job.stage, job.key]
-        return result
-
 
 @contextmanager
 def failing_as(what: str) -> Iterator[None]:
@@ -372,37 +240,3 @@ def failing_as(what: str) -> Iterator[None]:
         yield
     except (ValueError, ArithmeticError) as error:
         raise BenchError(f"{what}: {error}") from error
-
-
-def _fingerprint(root: Path | None) -> list[tuple[str, int, int]]:
-    """Name, size and modification time of every file: cheap, and changes when the data does."""
-    if root is None:
-        return []
-    files: Sequence[Path] = sorted(root.rglob("*")) if root.is_dir() else [root]
-    stats = [(file, file.stat()) for file in files if file.is_file()]
-    return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write named tensors, from any device, as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _write_source(folder: Path, source: Source) -> None:
-    if source.victims is not None or source.pairs is not None:
-        raise TypeError("only a source without a verification set of its own is stored")
-    save_tensors({"images": source.faces.images, "labels": source.faces.labels}, folder / "faces.safetensors")
-    head = {
-        "name": source.name,
-        "names": source.faces.names,
-        "synthetic": source.synthetic,
-        "details": source.details,
-    }
-    write_text(folder / "faces.json", json.dumps(head))
-
-
-def _read_source(folder: Path) -> Source:
-    tensors = load_file(folder / "faces.safetensors")
-    head = json.loads((folder / "faces.json").read_text(encoding="utf-8"))
-    faces = FaceSet(tensors["images"], tensors["labels"], tuple(head["names"]))
-    return Source(head["name"], faces, synthetic=head["synthetic"], details=head["details"])

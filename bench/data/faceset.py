@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -51,6 +54,11 @@ class FaceSet:
         return len(self.labels)
 
     @property
+    def identities(self) -> int:
+        """K: labels are in 0..K-1; some may have no image."""
+        return len(self.names)
+
+    @property
     def size(self) -> int:
         """Height (= width) of the faces in pixels."""
         return int(self.images.shape[-1])
@@ -59,6 +67,15 @@ class FaceSet:
     def used_names(self) -> frozenset[str]:
         """Names of the identities that have at least one image here."""
         return frozenset(self.names[i] for i in torch.unique(self.labels).tolist())
+
+    def name(self, label: int) -> str:
+        """What the identity ``label`` is called."""
+        return self.names[label]
+
+    def where_true(self, kept: NDArray[np.bool_]) -> Self:
+        """The faces at ``kept`` (N,), and what was skipped; identities are unchanged, some may have no face left."""
+        mask = torch.from_numpy(kept)
+        return replace(self, images=self.images[mask], labels=self.labels[mask])
 
     def subset(self, index: Tensor) -> FaceSet:
         """The faces at ``index`` (int64 or bool), labels and names unchanged."""

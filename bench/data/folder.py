@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from bench.data.decode import DEFAULT_LIMITS, SUFFIXES, Limits, Report, decode_files, no_report, shown
+from bench.data.decode import DEFAULT_LIMITS, SUFFIXES, Decoded, Limits, Report, decode_files, no_report, shown
 from bench.data.faceset import FaceSet, PairProtocol, Skipped, Source
 from bench.data.pairs import NamedPair, PairList, read_pairs
 from bench.errors import DataError, MissingError
@@ -161,8 +161,54 @@ def load_tree(
             )
         present = np.unique(labels)
         return Source(name, _with_skipped(everyone.of_identities(torch.from_numpy(present)), skipped))
+    ends = _decoded_ends(tree, listed, pairs, pairs_file, decoded)
+    wanted = np.unique(np.asarray(tree.labels)[pairs])
+    others = np.setdiff1d(np.unique(labels), wanted)
+    if len(others) < 2:
+        raise DataError(
+            f"{shown(pairs_file)} names all but {len(others)} of the people in {shown(tree.root)}: at least 2 others "
+            "are needed to learn from (use_pairs=false splits everyone by seed instead)"
+        )
+    victims, protocol = _listed_people(everyone, wanted, ends, listed)
+    faces = everyone.of_identities(torch.from_numpy(others))
+    return Source(name, _with_skipped(faces, skipped), victims, protocol)
+
+
+def load_listed(
+    tree: Tree, listed: PairList, pairs_file: Path, image_size: int, *, crop: float = 1.0, report: Report = no_report
+) -> tuple[FaceSet, PairProtocol]:
+    """The people whom a pair list names, with all their images, and the pairs.
+
+    Args:
+        tree: at least these people.
+        listed: the list.
+        pairs_file: where it lies.
+        image_size: side of the faces in pixels.
+        crop: see :class:`FolderOptions`.
+        report: progress.
+
+    Raises:
+        DataError: a pair names what is not there or cannot be decoded.
+    """
+    pairs = locate_pairs(tree, listed, pairs_file)
+    wanted = np.unique(np.asarray(tree.labels)[pairs])
+    decoded = decode_files(list(tree.paths), tree.root, image_size, crop=crop, report=report)
+    ends = _decoded_ends(tree, listed, pairs, pairs_file, decoded)
+    labels = torch.tensor(tree.labels)[decoded.kept]
+    victims, protocol = _listed_people(FaceSet(decoded.images, labels, tree.names), wanted, ends, listed)
+    return _with_skipped(victims, decoded.skipped), protocol
+
+
+def _decoded_ends(
+    tree: Tree, listed: PairList, pairs: NDArray[np.int64], pairs_file: Path, decoded: Decoded
+) -> NDArray[np.int64]:
+    """``pairs`` (P, 2), indices into the tree, as indices into what could be decoded.
+
+    Raises:
+        DataError: one of them could not.
+    """
     position = np.full(len(tree.paths), -1, dtype=np.int64)
-    position[kept] = np.arange(len(kept))
+    position[decoded.kept.numpy()] = np.arange(len(decoded.kept))
     lost = np.flatnonzero((position[pairs] < 0).any(axis=1))
     if len(lost):
         row = pairs[lost[0]]
@@ -173,28 +219,18 @@ def load_tree(
             f"{shown(pairs_file)} line {listed.pairs[int(lost[0])].line} needs {where}, "
             f"which cannot be used: {reasons[where]}"
         )
-    wanted = np.unique(np.asarray(tree.labels)[pairs])
-    others = np.setdiff1d(np.unique(labels), wanted)
-    if len(others) < 2:
-        raise DataError(
-            f"{shown(pairs_file)} names all but {len(others)} of the people in {shown(tree.root)}: at least 2 others "
-            "are needed to learn from (use_pairs=false splits everyone by seed instead)"
-        )
-    victims = everyone.of_identities(torch.from_numpy(wanted))
-    faces = everyone.of_identities(torch.from_numpy(others))
-    within = np.cumsum(np.isin(labels, wanted)) - 1  # position among the victims, for images that are theirs
-    ends = torch.from_numpy(within[position[pairs]])
-    return Source(
-        name,
-        _with_skipped(faces, skipped),
-        victims,
-        PairProtocol(
-            ends[:, 0].clone(),
-            ends[:, 1].clone(),
-            torch.from_numpy(listed.same.copy()),
-            torch.from_numpy(_folds(listed)),
-        ),
-    )
+    return position[pairs]
+
+
+def _listed_people(
+    everyone: FaceSet, wanted: NDArray[np.int64], ends: NDArray[np.int64], listed: PairList
+) -> tuple[FaceSet, PairProtocol]:
+    """The identities ``wanted``, and the pairs ``ends`` (P, 2), indices into ``everyone``, over them."""
+    within = np.cumsum(np.isin(everyone.labels.numpy(), wanted)) - 1
+    first, second = torch.from_numpy(within[ends]).unbind(1)
+    same, folds = torch.from_numpy(listed.same.copy()), torch.from_numpy(_folds(listed))
+    protocol = PairProtocol(first.clone(), second.clone(), same, folds)
+    return everyone.of_identities(torch.from_numpy(wanted)), protocol
 
 
 def _folds(listed: PairList) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -68,20 +69,12 @@ def load_insightface(
         DataError: a damaged file; an image of the pack that cannot be decoded; nothing left to train on.
     """
     options = options or InsightfaceOptions()
-    if not root.is_dir():
-        raise MissingError(f"{shown(root)} is not a folder: point --data-root at one with train.rec and a .bin pack")
-    if not (root / "train.rec").is_file():
-        raise MissingError(f"{shown(root)} has no train.rec (for folders of images use --dataset folder)")
-    pack_path = find_pack(root, options.pack)
-    pack = read_pack(pack_path)
+    verification = PackedVictims.open(root, options)
     with RecordFile(root / "train.rec") as records:
         keys, identities = image_records(records)
-        chosen = _first(identities, options.max_identities, options.max_images_per_identity)
+        chosen = first_rows(identities, options.max_identities, options.max_images_per_identity)
         keys, identities = keys[chosen], identities[chosen]
-        names, owner, naming = pack_identities(pack, root / "pairs.txt", pack_path.stem)
-        image_of, unique = _unique_images(pack, owner)
-        total = len(keys) + len(unique)
-
+        total = len(keys) + len(verification)
         decoded = decode_all(
             len(keys),
             lambda i: records.record(int(keys[i])).payload,
@@ -91,32 +84,90 @@ def load_insightface(
             report=lambda done, _: report(done, total),
         )
     faces = _faces(decoded, identities)
-    victims = decode_all(
-        len(unique),
-        lambda i: pack.images[unique[i]],
-        lambda i: f"image {unique[i]}",
-        image_size,
-        limits=limits,
-        report=lambda done, _: report(len(keys) + done, total),
+    victims, pairs = verification.load(
+        image_size, limits=limits, report=lambda done, _: report(len(keys) + done, total)
     )
-    if victims.skipped:
-        first = victims.skipped[0]
-        raise DataError(
-            f"{shown(pack_path)}: {len(victims.skipped)} of its images cannot be used, and its pairs need them all; "
-            f"the first is {first.where}: {first.reason}"
+    return Source("insightface", faces, victims, pairs, details=verification.details)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedVictims:
+    """A verification pack, opened, and who is who in it.
+
+    Attributes:
+        path: the file.
+        pack: its encoded images.
+        names: identities.
+        owner: int64 (2 P,), the identity of each image slot.
+        naming: where the names come from.
+        image_of: int64 (2 P,), which stored image each slot shows.
+        unique: int64 (M,), the slot that each stored image is taken from.
+    """
+
+    path: Path
+    pack: VerificationPack
+    names: tuple[str, ...]
+    owner: NDArray[np.int64]
+    naming: str
+    image_of: NDArray[np.int64]
+    unique: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, root: Path, options: InsightfaceOptions) -> PackedVictims:
+        """The pack of a folder with a ``train.rec``.
+
+        Raises:
+            MissingError: no folder, no ``train.rec`` or no pack.
+            DataError: a damaged pack.
+        """
+        if not root.is_dir():
+            raise MissingError(
+                f"{shown(root)} is not a folder: point --data-root at one with train.rec and a .bin pack"
+            )
+        if not (root / "train.rec").is_file():
+            raise MissingError(f"{shown(root)} has no train.rec (for folders of images use --dataset folder)")
+        path = find_pack(root, options.pack)
+        pack = read_pack(path)
+        names, owner, naming = pack_identities(pack, root / "pairs.txt", path.stem)
+        return cls(path, pack, names, owner, naming, *_unique_images(pack, owner))
+
+    def __len__(self) -> int:
+        return len(self.unique)
+
+    @property
+    def details(self) -> dict[str, str | int | float]:
+        """What a result says of it."""
+        return {"pack": self.path.name, "pack_pairs": len(self.pack.same), "pack_identities_from": self.naming}
+
+    def load(
+        self, image_size: int, *, limits: Limits = DEFAULT_LIMITS, report: Report = no_report
+    ) -> tuple[FaceSet, PairProtocol]:
+        """Decode it.
+
+        Raises:
+            DataError: an image cannot be decoded.
+        """
+        victims = decode_all(
+            len(self.unique),
+            lambda i: self.pack.images[self.unique[i]],
+            lambda i: f"image {self.unique[i]}",
+            image_size,
+            limits=limits,
+            report=report,
         )
-    return Source(
-        name="insightface",
-        faces=faces,
-        victims=FaceSet(victims.images, torch.from_numpy(owner[unique]), names),
-        pairs=PairProtocol(
-            torch.from_numpy(image_of[0::2]),
-            torch.from_numpy(image_of[1::2]),
-            torch.from_numpy(pack.same.copy()),
-            torch.from_numpy(fold_numbers(len(pack.same))),
-        ),
-        details={"pack": pack_path.name, "pack_pairs": len(pack.same), "pack_identities_from": naming},
-    )
+        if victims.skipped:
+            first = victims.skipped[0]
+            raise DataError(
+                f"{shown(self.path)}: {len(victims.skipped)} of its images cannot be used, and its pairs need them "
+                f"all; the first is {first.where}: {first.reason}"
+            )
+        pairs = PairProtocol(
+            torch.from_numpy(self.image_of[0::2]),
+            torch.from_numpy(self.image_of[1::2]),
+            torch.from_numpy(self.pack.same.copy()),
+            torch.from_numpy(fold_numbers(len(self.pack.same))),
+        )
+        return FaceSet(victims.images, torch.from_numpy(self.owner[self.unique]), self.names), pairs
 
 
 def find_pack(root: Path, name: str | None) -> Path:
@@ -169,7 +220,7 @@ def image_records(records: RecordFile) -> tuple[NDArray[np.int64], NDArray[np.in
     return keys, labels.astype(np.int64)
 
 
-def _first(identities: NDArray[np.int64], most: int | None, each: int | None) -> NDArray[np.int64]:
+def first_rows(identities: NDArray[np.signedinteger], most: int | None, each: int | None) -> NDArray[np.int64]:
     """Rows of the first ``most`` identities and the first ``each`` images of every one."""
     rows = np.arange(len(identities))
     if most is not None:

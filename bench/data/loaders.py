@@ -14,6 +14,7 @@ from bench.registry import Registry
 
 if TYPE_CHECKING:
     from bench.data.faceset import Source
+    from bench.data.stream.sets import StreamedSource
 
 Report = Callable[..., None]
 
@@ -44,12 +45,14 @@ class Dataset:
         Options: its option model.
         needs_root: whether it cannot do without a data root.
         load: the loader.
+        stream: opens it with the faces left on disk; None where it cannot be streamed.
     """
 
     summary: str
     Options: type[BaseModel]
     needs_root: bool
     load: Callable[[Request], Source]
+    stream: Callable[[Request], StreamedSource] | None = None
 
 
 def _report_nothing(done: int, total: int) -> None:
@@ -69,6 +72,7 @@ def _synthetic() -> Dataset:
 
 def _insightface() -> Dataset:
     from bench.data.insightface import InsightfaceOptions, load_insightface
+    from bench.data.stream.sets import stream_insightface
 
     return Dataset(
         "InsightFace packs: train.rec/.idx and a .bin verification pack",
@@ -77,21 +81,29 @@ def _insightface() -> Dataset:
         load=lambda request: load_insightface(
             _root(request), request.image_size, request.options, report=request.report
         ),
+        stream=lambda request: stream_insightface(
+            _root(request), request.image_size, request.options, report=request.report
+        ),
     )
 
 
 def _folder() -> Dataset:
     from bench.data.folder import FolderOptions, load_folder
+    from bench.data.stream.sets import stream_folder
 
     return Dataset(
         "root/identity/image.*, with an optional LFW-style pairs.txt",
         FolderOptions,
         needs_root=True,
         load=lambda request: load_folder(_root(request), request.image_size, request.options, report=request.report),
+        stream=lambda request: stream_folder(
+            _root(request), request.image_size, request.options, report=request.report
+        ),
     )
 
 
 def _webdataset() -> Dataset:
+    from bench.data.stream.sets import stream_webdataset
     from bench.data.stream.whole import WebDatasetOptions, load_webdataset
 
     return Dataset(
@@ -99,6 +111,7 @@ def _webdataset() -> Dataset:
         WebDatasetOptions,
         needs_root=True,
         load=lambda request: load_webdataset(_root(request), request.image_size, report=request.report),
+        stream=lambda request: stream_webdataset(_root(request), request.image_size),
     )
 
 
@@ -174,10 +187,53 @@ def load(
         MissingError: no data root, or nothing there.
         DataError: data that cannot be used.
     """
+    dataset, request = _request(name, data_root, image_size, seed, options, report)
+    return dataset.load(request)
+
+
+def open_stream(
+    name: str,
+    *,
+    data_root: Path | None,
+    image_size: int,
+    seed: int,
+    options: Mapping[str, Any] | None = None,
+    report: Report = _report_nothing,
+) -> StreamedSource:
+    """Open a dataset by name with the faces left on disk, not yet scanned; takes and raises what :func:`load` does.
+
+    Raises:
+        UsageError: the dataset cannot be streamed.
+    """
+    check_stream(name)
+    dataset, request = _request(name, data_root, image_size, seed, options, report)
+    assert dataset.stream is not None
+    return dataset.stream(request)
+
+
+def check_stream(name: str) -> None:
+    """Refuse to stream what cannot be streamed.
+
+    Raises:
+        UsageError: unknown dataset, or one of these; names those that can.
+    """
+    if DATASETS.get(name).stream is None:
+        able = ", ".join(other for other in DATASETS if DATASETS.get(other).stream is not None)
+        raise UsageError(f"stream=true: dataset {name!r} cannot be streamed (those that can: {able})")
+
+
+def _request(
+    name: str,
+    data_root: Path | None,
+    image_size: int,
+    seed: int,
+    options: Mapping[str, Any] | None,
+    report: Report,
+) -> tuple[Dataset, Request]:
     if image_size < 8:
         raise UsageError(f"the image size must be at least 8 pixels, got {image_size}")
     dataset = DATASETS.get(name)
     parsed = parse_options(name, options or {}, image_size=image_size, seed=seed)
     if dataset.needs_root and data_root is None:
         raise MissingError(f"dataset {name!r} needs to know where its data lie: set --data-root or BENCH_DATA_ROOT")
-    return dataset.load(Request(data_root, image_size, parsed, report))
+    return dataset, Request(data_root, image_size, parsed, report)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
 from bench.data.faceset import FaceSet
+from bench.data.stream.view import IdentityView
 from bench.errors import DataError
+
+Faces = TypeVar("Faces", FaceSet, IdentityView)
 
 #: One to learn from, one to validate on.
 _LEAST_IDENTITIES = 2
 
 
-def whole_identities(faces: FaceSet, budget: float, generator: torch.Generator) -> FaceSet:
+def whole_identities(faces: Faces, budget: float, generator: torch.Generator) -> Faces:
     """The faces of as many people as fit into a budget, everyone with all their images.
 
     People are taken in one random order as long as they fit, so that with generators of one state a smaller budget
     gives a part of what a larger one gives. Two people are taken whatever they cost.
 
     Args:
-        faces: the set.
+        faces: the set, in memory or on disk.
         budget: a share up to 1 of its faces, or a number of faces above 1.
         generator: draws the order.
 
@@ -37,9 +42,10 @@ def whole_identities(faces: FaceSet, budget: float, generator: torch.Generator) 
     """
     if not budget > 0:
         raise DataError(f"a budget of faces must be above 0, got {budget}")
-    people = torch.unique(faces.labels)
+    labels = torch.as_tensor(faces.labels)
+    people = torch.unique(labels)
     order = people[torch.randperm(len(people), generator=generator)]
-    costs = torch.bincount(faces.labels, minlength=len(faces.names))[order].cumsum(0)
+    costs = torch.bincount(labels, minlength=faces.identities)[order].cumsum(0)
     limit = budget * len(faces) if budget <= 1 else budget
     # Of a share such as 0.1 of 30, the product may fall short of the whole number by its rounding.
     count = max(int((costs <= limit + 1e-6).sum()), min(_LEAST_IDENTITIES, len(people)))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TypeVar, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from bench.data.faceset import FaceSet, Skipped
+from bench.data.stream.contents import Contents, is_blank
+from bench.data.stream.view import IdentityView
+
+#: Faces in memory, whose pixels are compared, or on disk, where the digests of a scan stand for them.
+Faces = TypeVar("Faces", bound=FaceSet | IdentityView)
 
 
-def drop_victims(faces: FaceSet, victims: FaceSet) -> tuple[FaceSet, tuple[Skipped, ...]]:
+def drop_victims(faces: Faces, victims: FaceSet) -> tuple[Faces, tuple[Skipped, ...]]:
     """Leave out of ``faces`` every identity that is a victim, by name or by an identical image.
 
     Datasets name people in ways of their own, so equal names prove an overlap and different ones prove nothing;
@@ -28,18 +33,18 @@ def drop_victims(faces: FaceSet, victims: FaceSet) -> tuple[FaceSet, tuple[Skipp
         The faces that remain, and one entry per identity left out.
     """
     named = victims.used_names
-    hits = _found_in(faces.images, victims.images)
-    shared = set(faces.labels[hits].tolist())
+    labels = np.asarray(faces.labels)
+    shared = set(np.unique(labels[_shown_too(faces, victims.images)]).tolist())
     reasons = {}
-    for identity in torch.unique(faces.labels).tolist():
-        if faces.names[identity] in named:
+    for identity in np.unique(labels).tolist():
+        if faces.name(identity) in named:
             reasons[identity] = "a victim has this name"
         elif identity in shared:
             reasons[identity] = "shares an identical image with a victim"
     return _without(faces, reasons)
 
 
-def drop_twins(faces: FaceSet) -> tuple[FaceSet, tuple[Skipped, ...]]:
+def drop_twins(faces: Faces) -> tuple[Faces, tuple[Skipped, ...]]:
     """Leave out identities that share an identical image with another one: most likely one person under two labels.
 
     Large collections gathered from the web have such people, and a split that took the labels at their word would
@@ -52,14 +57,12 @@ def drop_twins(faces: FaceSet) -> tuple[FaceSet, tuple[Skipped, ...]]:
     Returns:
         The faces that remain, and one entry per identity left out.
     """
-    groups = _identical(faces.images)
-    labels = faces.labels.numpy()
-    ends = [(labels[group[0]], labels[other]) for group in groups for other in group[1:]]
-    ends = [(a, b) for a, b in ends if a != b]
-    if not ends:
+    labels = np.asarray(faces.labels)
+    links = labels[_equal(faces)]
+    links = links[links[:, 0] != links[:, 1]]
+    if not len(links):
         return faces, ()
-    links = np.asarray(ends, dtype=np.int64)
-    size = len(faces.names)
+    size = faces.identities
     graph = coo_array((np.ones(len(links), dtype=np.int8), (links[:, 0], links[:, 1])), shape=(size, size))
     _, component = connected_components(graph, directed=False)
     counts = np.bincount(labels, minlength=size)
@@ -69,16 +72,45 @@ def drop_twins(faces: FaceSet) -> tuple[FaceSet, tuple[Skipped, ...]]:
         stays = int(linked[np.argmax(counts[linked])])
         for identity in linked.tolist():
             if identity != stays:
-                reasons[identity] = f"shares an identical image with {faces.names[stays]} or with another twin of it"
+                reasons[identity] = f"shares an identical image with {faces.name(stays)} or with another twin of it"
     return _without(faces, reasons)
 
 
-def _without(faces: FaceSet, reasons: dict[int, str]) -> tuple[FaceSet, tuple[Skipped, ...]]:
+def _without(faces: Faces, reasons: dict[int, str]) -> tuple[Faces, tuple[Skipped, ...]]:
     if not reasons:
         return faces, ()
-    keep = ~torch.isin(faces.labels, torch.tensor(sorted(reasons), dtype=torch.int64))
-    remaining = FaceSet(faces.images[keep], faces.labels[keep], faces.names, faces.skipped)
-    return remaining, tuple(Skipped(faces.names[i], reason) for i, reason in sorted(reasons.items()))
+    kept = ~np.isin(np.asarray(faces.labels), sorted(reasons))
+    remaining = cast("Faces", faces.where_true(kept))  # each kind gives its own
+    return remaining, tuple(Skipped(faces.name(i), reason) for i, reason in sorted(reasons.items()))
+
+
+def _contents(faces: IdentityView) -> Contents:
+    if faces.contents is None:
+        raise ValueError("the faces were not scanned: nothing is known of their copies")
+    return faces.contents
+
+
+def _equal(faces: FaceSet | IdentityView) -> NDArray[np.int64]:
+    """int64 (L, 2): every image that is equal to others and not blank, linked to the first of them."""
+    if isinstance(faces, FaceSet):
+        groups = _identical(faces.images)
+        links = [(group[0], other) for group in groups for other in group[1:]]
+        return np.asarray(links, dtype=np.int64).reshape(-1, 2)
+    contents = _contents(faces)
+    rows = np.flatnonzero(~contents.blank)
+    order = rows[np.argsort(contents.digests[rows], kind="stable")]
+    ordered = contents.digests[order]
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    first = order[new][np.cumsum(new) - 1]
+    return np.stack((first, order), axis=1)[~new]
+
+
+def _shown_too(faces: FaceSet | IdentityView, others: Tensor) -> NDArray[np.bool_]:
+    """bool (N,), whether each image is among the others, pixel for pixel."""
+    if isinstance(faces, FaceSet):
+        return _found_in(faces.images, others)
+    return np.isin(_contents(faces).digests, Contents.of(others).digests)
 
 
 def _rows(images: Tensor) -> NDArray[np.uint8]:
@@ -101,13 +133,12 @@ def _identical(images: Tensor) -> list[list[int]]:
     for group in alike.values():
         if len(group) > 1:
             for i in group:
-                if rows[i].std() >= 2:
+                if not is_blank(rows[i]):
                     equal.setdefault(hashlib.blake2b(rows[i].tobytes(), digest_size=16).digest(), []).append(i)
     return [group for group in equal.values() if len(group) > 1]
 
 
-def _found_in(images: Tensor, others: Tensor) -> Tensor:
-    """bool (N,), whether each image is among the others, pixel for pixel."""
+def _found_in(images: Tensor, others: Tensor) -> NDArray[np.bool_]:
     pixels, wanted = _rows(images), _rows(others)
     candidates: dict[bytes, list[int]] = {}
     for i, key in enumerate(_probe(wanted)):
@@ -116,4 +147,4 @@ def _found_in(images: Tensor, others: Tensor) -> Tensor:
         any(np.array_equal(pixels[i], wanted[k]) for k in candidates.get(key.tobytes(), ()))
         for i, key in enumerate(_probe(pixels))
     ]
-    return torch.tensor(hits, dtype=torch.bool)
+    return np.array(hits, dtype=bool)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from bench.data.decode import Report, no_report
 from bench.data.faceset import FaceSet, PairProtocol, Skipped, Source
+from bench.data.nested import whole_identities
 from bench.data.overlap import drop_twins, drop_victims
 from bench.data.pairs import draw_pairs
+from bench.data.stream.sets import StreamedSource
+from bench.data.stream.view import IdentityView
 from bench.errors import DataError, UsageError
+
+#: Images of each part of a streamed dataset that are held in memory, unless told otherwise.
+HOLD = 20_000
 
 #: Identities each part needs: a margin head needs two classes, pairs in two folds need two each.
 MINIMUM = {"provider": 2, "public": 2, "evaluator": 2, "victims": 4}
@@ -23,39 +31,48 @@ class Splits:
     """Identity-disjoint parts of a dataset, each labelled 0..K-1.
 
     Attributes:
-        provider: trains the recogniser (and the defence).
+        provider: trains the recogniser (and the defence); on disk where the dataset is streamed.
         public: is what the attacker learns from.
-        evaluator: trains the second recogniser that judges identity leakage; None where none is asked for.
+        evaluator: trains the second recogniser that judges identity leakage; None where none is asked for; on disk
+            where the dataset is streamed.
         victims: are verified and attacked.
         pairs: the verification protocol over ``victims``.
         dropped: identities left out because they are somebody else as well: a victim, or another learner.
+        left_on_disk: part -> images of it that were not loaded, of a streamed dataset.
     """
 
-    provider: FaceSet
+    provider: FaceSet | IdentityView
     public: FaceSet
-    evaluator: FaceSet | None
+    evaluator: FaceSet | IdentityView | None
     victims: FaceSet
     pairs: PairProtocol
     dropped: tuple[Skipped, ...] = ()
+    left_on_disk: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        parts = {"provider": self.provider, "public": self.public, "victims": self.victims}
-        if self.evaluator is not None:
-            parts["evaluator"] = self.evaluator
-        for (one, a), (two, b) in itertools.combinations(parts.items(), 2):
-            if shared := sorted(a.used_names & b.used_names):
+        names = {name: part.used_names for name, part in self.parts.items()}
+        for (one, a), (two, b) in itertools.combinations(names.items(), 2):
+            if shared := sorted(a & b):
                 more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
                 raise DataError(f"{one} and {two} share {len(shared)} identities: {', '.join(shared[:5])}{more}")
 
+    @property
+    def parts(self) -> dict[str, FaceSet | IdentityView]:
+        """The parts that there are, by name."""
+        parts = {"provider": self.provider, "public": self.public, "victims": self.victims, "evaluator": self.evaluator}
+        return {name: part for name, part in parts.items() if part is not None}
+
 
 def split(
-    source: Source,
+    source: Source | StreamedSource,
     *,
     provider: float,
     public: float,
     evaluator: float,
     victims: float,
     generator: torch.Generator,
+    hold: int = HOLD,
+    report: Report = no_report,
 ) -> Splits:
     """Share out the identities of a dataset at random.
 
@@ -63,11 +80,16 @@ def split(
     dataset has victims of its own the victims' share is passed to the others, in proportion. Whoever would stand on
     both sides is dropped and listed (:func:`bench.data.overlap.drop_victims` and ``drop_twins``).
 
+    Of a streamed dataset the same people fall into the same parts as where it is loaded as a whole. Those who train
+    recognisers stay on disk; the public faces and the victims are loaded, as many as may be held.
+
     Args:
-        source: the dataset.
+        source: the dataset; a streamed one has been scanned.
         provider, public, evaluator, victims: shares, at least 0, at most 1 together; only ``evaluator`` (and
             ``victims``, where the dataset has its own) may be 0. What is left over is not used.
         generator: source of the draws.
+        hold: images of a streamed dataset that each part in memory may have, of whole identities drawn at random.
+        report: progress of loading them, part by part.
 
     Returns:
         The parts. That they are disjoint is checked, always.
@@ -87,7 +109,7 @@ def split(
         scale = total / math.fsum(shares.values())
         shares = {name: share * scale for name, share in shares.items()}
     shares = {name: share for name, share in shares.items() if share > 0}
-    images_of = torch.bincount(faces.labels, minlength=len(faces.names))
+    images_of = torch.bincount(torch.as_tensor(faces.labels), minlength=faces.identities)
     people = int((images_of > 0).sum())
     counts = _counts(people, shares)
     if not _enough(counts):
@@ -99,12 +121,26 @@ def split(
         )
     dealt = _deal(images_of, counts, generator)
     parts = {name: faces.of_identities(identities) for name, identities in dealt.items()}
+    held: dict[str, FaceSet] = {}
+    left_on_disk: dict[str, int] = {}
+    for name in ("public", "victims"):
+        if name in parts:
+            held[name] = _held(parts[name], hold, generator, report)
+            if left := len(parts[name]) - len(held[name]):
+                left_on_disk[name] = left
     if source.victims is not None:
         victim_set = source.victims.of_identities(torch.unique(source.victims.labels))  # same order, hence same pairs
     else:
-        victim_set = parts["victims"]
+        victim_set = held["victims"]
     pairs = source.pairs if source.pairs is not None else draw_pairs(victim_set.labels, generator)
-    return Splits(parts["provider"], parts["public"], parts.get("evaluator"), victim_set, pairs, dropped)
+    return Splits(parts["provider"], held["public"], parts.get("evaluator"), victim_set, pairs, dropped, left_on_disk)
+
+
+def _held(part: FaceSet | IdentityView, most: int, generator: torch.Generator, report: Report) -> FaceSet:
+    """As much of a part as memory may hold; nothing is drawn where all of it may."""
+    if isinstance(part, FaceSet):
+        return part
+    return (part if len(part) <= most else whole_identities(part, most, generator)).load(report)
 
 
 def _check_shares(shares: dict[str, float], *, own_victims: bool) -> None:

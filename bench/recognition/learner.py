@@ -30,14 +30,14 @@ class Learner(Protocol):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of :meth:`tensors`."""
 
-    def save_more(self, folder: Path, epoch: int) -> None:
-        """Write this process's part of what is too large for one file; called by every process."""
+    def save_more(self, folder: Path, tag: str) -> None:
+        """Write this process's part of what is too large for one file, under a tag; called by every process."""
 
-    def load_more(self, folder: Path, epoch: int) -> None:
+    def load_more(self, folder: Path, tag: str) -> None:
         """The inverse of :meth:`save_more`."""
 
-    def forget_more(self, folder: Path, epoch: int) -> None:
-        """Delete what :meth:`save_more` wrote at other epochs; called by one process."""
+    def forget_more(self, folder: Path, tag: str) -> None:
+        """Delete what :meth:`save_more` wrote under other tags; called by one process."""
 
 
 class Classifier(nn.Module):
@@ -115,13 +115,13 @@ class WholeLearner(_Dense):
         self.stepper.step()
         return loss.detach(), hits
 
-    def save_more(self, folder: Path, epoch: int) -> None:
+    def save_more(self, folder: Path, tag: str) -> None:
         """Nothing: one file holds it all."""
 
-    def load_more(self, folder: Path, epoch: int) -> None:
+    def load_more(self, folder: Path, tag: str) -> None:
         """Nothing: one file holds it all."""
 
-    def forget_more(self, folder: Path, epoch: int) -> None:
+    def forget_more(self, folder: Path, tag: str) -> None:
         """Nothing: one file holds it all."""
 
 
@@ -149,14 +149,14 @@ class ShardedLearner(_Dense):
         self.head.update(learning_rate=rate, momentum=options.momentum, weight_decay=options.weight_decay)
         return loss.detach(), hits
 
-    def save_more(self, folder: Path, epoch: int) -> None:
-        save_centres(self.head, folder / f"centres-{epoch}")
+    def save_more(self, folder: Path, tag: str) -> None:
+        save_centres(self.head, folder / f"centres-{tag}")
 
-    def load_more(self, folder: Path, epoch: int) -> None:
-        load_centres(self.head, folder / f"centres-{epoch}")
+    def load_more(self, folder: Path, tag: str) -> None:
+        load_centres(self.head, folder / f"centres-{tag}")
 
-    def forget_more(self, folder: Path, epoch: int) -> None:
-        drop_centres(folder, but=f"centres-{epoch}")
+    def forget_more(self, folder: Path, tag: str) -> None:
+        drop_centres(folder, but=f"centres-{tag}")
 
     def _clip(self, largest: float) -> None:
         """As ``torch.nn.utils.clip_grad_norm_`` over the recogniser and the centres of all processes."""

@@ -113,5 +113,5 @@ def noticing_lost_processes(processes: Processes) -> Iterator[None]:
         reason = " ".join(str(error).split())
         raise LostProcess(
             f"process {processes.rank} of {processes.size} lost another one ({reason[:200]}); look at that one's "
-            "output, then give the same command again: training goes on from its last finished epoch"
+            "output, then give the same command again: training goes on from where it was last stored"
         ) from error

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,13 +15,14 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from bench.data.decode import workers
 from bench.data.faceset import FaceSet, to_float
-from bench.data.stream import EpochOrder, RecordSource, StreamLoader
-from bench.errors import BenchError, DataError, UsageError
+from bench.data.stream import RecordSource
+from bench.errors import DataError, UsageError
 from bench.randomness import Streams
 from bench.recognition.augmentation import augment
+from bench.recognition.batches import Batches, MemoryBatches, StreamBatches
 from bench.recognition.heads import HEADS, MarginHead
+from bench.recognition.history import History, Report, no_report
 from bench.recognition.label_noise import flip_labels
 from bench.recognition.learner import make_learner, processes_of
 from bench.recognition.options import TrainingOptions
@@ -33,15 +33,8 @@ from bench.recognition.shared_statistics import shared_statistics
 from bench.recognition.training_state import TrainingState
 from defenses.base import Defense
 
-#: Called as ``report(done, total, **fields)`` in images; the harness turns it into a progress bar and a log.
-Report = Callable[..., None]
-
 #: Steps between two looks at the loss: each look makes a GPU wait.
 LOOK_EVERY = 10
-
-
-def no_report(done: int, total: int, **fields: float) -> None:
-    """A :data:`Report` for callers that want none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +118,6 @@ def margins(options: TrainingOptions, epochs_done: float) -> dict[str, float]:
     return found
 
 
-def epoch_order(images: int, views: int, steps: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Batches of one epoch: every image ``views`` times, fully shuffled, split evenly.
-
-    An even split leaves no small last batch, whose statistics would be noise to batch norm, and drops no image.
-
-    Returns:
-        ``steps`` int64 tensors of indices into the images, whose sizes differ by at most one.
-    """
-    return torch.tensor_split(torch.randperm(images * views, generator=generator) % images, steps)
-
-
 def train(
     recogniser: Recogniser,
     faces: FaceSet | RecordSource,
@@ -152,7 +134,8 @@ def train(
 
     Every epoch shows each image ``views`` times; each copy is flipped and augmented as a camera would see it and then
     protected under a state of its own. All randomness of an epoch derives from ``seed`` and its number, so
-    a training that was killed goes on from its last finished epoch as if nothing had happened.
+    a training that was killed goes on from its last finished epoch as if nothing had happened. Of streamed faces, whose
+    epochs are long, all randomness of a step derives from its number too, and a training goes on within an epoch.
 
     Several processes share each batch; the images of a batch, the learning rate and, with ``sync_batch_norm``, the
     statistics are those of one process, so losses agree with one process's up to the order of sums (float32: within
@@ -167,9 +150,9 @@ def train(
         fabric: device, precision and processes, launched.
         seed: of the head's centres, shuffling, augmentation, states and dropout.
         head: over all K identities; None for the one that ``options`` name.
-        checkpoint: a folder for the training's state after each epoch, the same for all processes; an unfinished
-            training found there is resumed, by any number of processes, a finished one only loaded. None to keep
-            nothing.
+        checkpoint: a folder for the training's state after each epoch, and of streamed faces about every minute
+            (:data:`bench.recognition.training_state.SAVE_SECONDS`), the same for all processes; an unfinished training
+            found there is resumed, by any number of processes, a finished one only loaded. None to keep nothing.
         report: called as ``report(done, total, epoch=, loss=, accuracy=, learning_rate=, images_per_second=)``,
             counting images, a few times a second at most.
 
@@ -220,24 +203,36 @@ def _train(
 
     device = fabric.device
     defense = defense.to(device)
+    batches: Batches
     if isinstance(faces, FaceSet):
-        faces = faces.to(device)  # uint8, all of them: batching is one gather, and no loader to feed
+        faces = faces.to(device)  # uint8, all of them
+        batches = MemoryBatches(faces, views, steps, streams, processes)
+    else:
+        batches = StreamBatches(faces, views, options.batch_size, streams, processes, device)
     learner = make_learner(recogniser, head, options, fabric)
-    progress = _Progress(per_epoch * options.epochs, report if fabric.is_global_zero else no_report, processes)
+    history = History(per_epoch * options.epochs, report if fabric.is_global_zero else no_report, processes)
     state = None
     if checkpoint is not None:
         identity = _identity(options, seed, faces, defense, recogniser)
         state = TrainingState(checkpoint, identity, learner, fabric)
-        state.resume(progress)
+        if (reached := state.resume(history)) is not None:
+            batches.resume(reached)
 
-    for epoch in range(len(progress.losses), options.epochs):
-        batches = _batches(faces, epoch, views, options.batch_size, streams, processes, device)
-        generator = streams.generator(f"training/faces/{epoch}/{processes.rank}")
+    generator = torch.Generator()
+
+    def reseed(place: str) -> None:
+        generator.manual_seed(streams.seed_for(f"training/faces/{place}/{processes.rank}"))
+        torch.manual_seed(streams.seed_for(f"training/dropout/{place}/{processes.rank}"))
         if isinstance(head, PartialFC):
-            head.reseed(streams.seed_for(f"training/centres/{epoch}"))
-        progress.start_epoch(epoch)
-        with _seeded(streams.seed_for(f"training/dropout/{epoch}/{processes.rank}"), device):
-            for step, (chosen, pixels, total) in enumerate(batches):
+            head.reseed(streams.seed_for(f"training/centres/{place}"))
+
+    for epoch in range(len(history.losses), options.epochs):
+        history.start_epoch(epoch)
+        with _forked(device):
+            reseed(f"{epoch}")
+            for step, chosen, pixels, total in batches.epoch(epoch):
+                if batches.resumable:
+                    reseed(f"{epoch}/{step}")
                 rate = learning_rate(options, epoch + (step + 1) / steps)
                 for name, value in margins(options, epoch + step / steps).items():
                     setattr(head, name, value)
@@ -247,19 +242,22 @@ def _train(
                     protected = defense.protect(seen, generator, labels=labels).representation
 
                 loss, hits = learner.step(protected, labels.to(device), rate=rate, total=total)
-                progress.add(loss, hits, total)
-                if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
-                    progress.look(step, steps, rate)
-        progress.finish_epoch()
+                history.add(loss, hits, total)
+                last = step + 1 == steps
+                if (step + 1) % LOOK_EVERY == 0 or last:
+                    history.look(step, steps, rate)
+                    if state is not None and batches.resumable and not last and state.due():
+                        state.save(history, batches.reached())
+        history.finish_epoch()
         if state is not None:
-            state.save(progress)
+            state.save(history)
     recogniser.eval()
     head.eval()
     return TrainingReport(
-        losses=tuple(progress.losses),
-        accuracies=tuple(progress.accuracies),
-        images_per_second=per_epoch * options.epochs / max(progress.seconds, 1e-9),
-        seconds=progress.seconds,
+        losses=tuple(history.losses),
+        accuracies=tuple(history.accuracies),
+        images_per_second=per_epoch * options.epochs / max(history.seconds, 1e-9),
+        seconds=history.seconds,
         parameters=recogniser.parameter_count,
         views=views,
         identities=identities,
@@ -267,99 +265,6 @@ def _train(
         flipped_labels=int((given != own).sum()),
         overfull_steps=head.overfull_everywhere() if isinstance(head, PartialFC) else 0,
     )
-
-
-def _batches(
-    faces: FaceSet | RecordSource,
-    epoch: int,
-    views: int,
-    batch_size: int,
-    streams: Streams,
-    processes: Processes,
-    device: torch.device,
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """This process's part of each batch: indices int64 (n,), uint8 (n, 3, H, W) on the device, and the whole's size."""
-    if isinstance(faces, FaceSet):
-        steps = max(1, round(len(faces) * views / batch_size))
-        for batch in epoch_order(len(faces), views, steps, streams.generator(f"training/order/{epoch}")):
-            chosen = batch[processes.rank :: processes.size]
-            yield chosen, faces.images[chosen.to(device)], len(batch)
-        return
-    order = EpochOrder(
-        images=len(faces),
-        batch_size=batch_size,
-        seed=streams.seed_for("training/order"),
-        views=views,
-        rank=processes.rank,
-        size=processes.size,
-    )
-    loader = StreamLoader(faces, order, workers=workers(), pin_memory=device.type == "cuda")
-    loader.epoch = epoch
-    for step, read in enumerate(loader):
-        yield read.rows, read.images.to(device, non_blocking=True), order.batch_total(step)
-
-
-class _Progress:
-    """Sums of the epoch under way, its finiteness check, and the history of those behind it."""
-
-    def __init__(self, total: int, report: Report, processes: Processes) -> None:
-        self.total = total
-        self.report = report
-        self.processes = processes
-        self.losses: list[float] = []
-        self.accuracies: list[float] = []
-        self.seconds = 0.0
-        self.done = 0
-        self._reported = -math.inf
-
-    def start_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._loss = self._hits = 0.0
-        self._count = 0
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self._started = time.perf_counter()
-
-    def add(self, loss: Tensor, hits: Tensor, count: int) -> None:
-        """Note one step over ``count`` images; both tensors stay on the device until the next look."""
-        self._pending.append((loss * len(hits), hits.sum()))
-        self._count += count
-        self.done += count
-
-    def look(self, step: int, steps: int, rate: float) -> None:
-        """Fetch the losses noted since the last look, add those of the other processes, check and report them.
-
-        Raises:
-            BenchError: one of them is not finite, in any process.
-        """
-        losses = self.processes.sum(torch.stack([loss for loss, _ in self._pending]).double()).cpu()
-        finite = torch.isfinite(losses)
-        if not finite.all():
-            culprit = step - len(losses) + 1 + int((~finite).int().argmax())
-            raise BenchError(
-                f"training diverged: the loss is not finite at epoch {self._epoch + 1}, step {culprit + 1} of {steps} "
-                f"(learning rate {rate:.3g}); try a lower learning_rate, a longer warmup_epochs, "
-                "clip_gradient_norm=5 or precision=32-true"
-            )
-        self._loss += float(losses.sum())
-        self._hits += float(self.processes.sum(torch.stack([hits for _, hits in self._pending]).sum()))
-        self._pending.clear()
-        now = time.perf_counter()
-        if now - self._reported >= 0.25 or step + 1 == steps:
-            self._reported = now
-            self.report(
-                self.done,
-                self.total,
-                epoch=self._epoch + 1,
-                loss=self._loss / self._count,
-                accuracy=self._hits / self._count,
-                learning_rate=rate,
-                images_per_second=self.done / max(self.seconds + now - self._started, 1e-9),
-            )
-
-    def finish_epoch(self) -> None:
-        self.losses.append(self._loss / self._count)
-        self.accuracies.append(self._hits / self._count)
-        self.seconds += time.perf_counter() - self._started
 
 
 def _identity(
@@ -392,8 +297,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators, which dropout draws from, start at ``seed`` within and are restored after."""
+def _forked(device: torch.device) -> Iterator[None]:
+    """Torch's global generators, which dropout draws from, may be seeded within and are restored after."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
         yield

@@ -10,8 +10,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from bench.data.faceset import FaceSet
+from bench.recognition.history import Report, no_report
 from bench.recognition.recogniser import Recogniser
-from bench.recognition.training import Report, no_report
 from defenses.base import Defense
 
 

@@ -15,20 +15,21 @@ from bench.data.stream.folder_source import FolderSource
 from bench.data.stream.loader import StreamLoader
 from bench.data.stream.recordio_source import RecordIOSource
 from bench.data.stream.sampler import EpochOrder
-from bench.data.stream.source import Batch, IdentityView, OnError, RecordSource
+from bench.data.stream.source import Batch, EncodedSource, OnError, RecordSource
+from bench.data.stream.view import IdentityView
 from bench.data.stream.webdataset_source import WebDatasetSource
 from bench.errors import UsageError
 
 __all__ = ["Batch", "EpochOrder", "IdentityView", "RecordSource", "StreamLoader", "open_source"]
 
-SOURCES: dict[str, Callable[..., RecordSource]] = {
+SOURCES: dict[str, Callable[..., EncodedSource]] = {
     "insightface": RecordIOSource,
     "folder": FolderSource,
     "webdataset": WebDatasetSource,
 }
 
 
-def open_source(kind: str, path: Path, *, image_size: int = 112, on_error: OnError = "refuse") -> RecordSource:
+def open_source(kind: str, path: Path, *, image_size: int = 112, on_error: OnError = "refuse") -> EncodedSource:
     """Open a training set for streaming.
 
     Args:

@@ -23,6 +23,7 @@ class FolderSource(EncodedSource):
         image_size: S, in pixels.
         on_error: what becomes of an image that cannot be read or decoded.
         limits: what one image may cost.
+        crop: side of the central square of each image that is kept, as a share of its shorter side.
 
     Raises:
         MissingError: there is no such folder.
@@ -30,7 +31,13 @@ class FolderSource(EncodedSource):
     """
 
     def __init__(
-        self, path: Path, image_size: int, *, on_error: OnError = "refuse", limits: Limits = DEFAULT_LIMITS
+        self,
+        path: Path,
+        image_size: int,
+        *,
+        on_error: OnError = "refuse",
+        limits: Limits = DEFAULT_LIMITS,
+        crop: float = 1.0,
     ) -> None:
         if not path.is_dir():
             raise MissingError(f"{shown(path)} is not a folder: expected one with a sub-folder of images per identity")
@@ -52,7 +59,7 @@ class FolderSource(EncodedSource):
             )
         labels = np.repeat(np.arange(len(people), dtype=np.int32), counts)
         self._files, self._first = names, np.cumsum(counts) - counts
-        super().__init__(path, image_size, labels, people, on_error=on_error, limits=limits)
+        super().__init__(path, image_size, labels, people, on_error=on_error, limits=limits, crop=crop)
 
     def name(self, label: int) -> str:
         """The identity's folder."""

@@ -56,7 +56,9 @@ def is_plain_jpeg(data: memoryview | bytes, size: int) -> bool:
     return False
 
 
-def decode_batch(encoded: list[Tensor], size: int, limits: Limits = DEFAULT_LIMITS) -> tuple[Tensor, dict[int, str]]:
+def decode_batch(
+    encoded: list[Tensor], size: int, limits: Limits = DEFAULT_LIMITS, *, crop: float = 1.0, exact: bool = False
+) -> tuple[Tensor, dict[int, str]]:
     """Decode images on the calling thread; the interpreter lock is free during most of it.
 
     Args:
@@ -64,21 +66,25 @@ def decode_batch(encoded: list[Tensor], size: int, limits: Limits = DEFAULT_LIMI
         size: S, in pixels; images of another size are cropped and resized as :func:`bench.data.decode.decode_image`
             does.
         limits: what one image may cost.
+        crop: side of the central square that is kept, as a share of the shorter side.
+        exact: whether every image goes the long way. Two builds of libjpeg may round differently: pixels that are
+            compared with those of a set in memory must come from the same one.
 
     Returns:
         uint8 (N, 3, S, S), and why images could not be decoded, by their number; those are left black.
     """
     images = torch.empty(len(encoded), 3, size, size, dtype=torch.uint8)
     target, failed = images.numpy(), {}
+    native = None if exact or crop != 1 else _decode_native
     for i, data in enumerate(encoded):
         view = data.numpy().data
-        if _decode_native is not None and len(view) <= limits.max_bytes and is_plain_jpeg(view, size):
+        if native is not None and len(view) <= limits.max_bytes and is_plain_jpeg(view, size):
             # What this cannot decode goes the long way, which says why, or makes do with it as everywhere else.
             with contextlib.suppress(RuntimeError):
-                target[i] = _decode_native(data, _RGB, False).numpy()
+                target[i] = native(data, _RGB, False).numpy()
                 continue
         try:
-            images[i] = decode_image(bytes(view), size, limits=limits)
+            images[i] = decode_image(bytes(view), size, crop=crop, limits=limits)
         except ImageError as error:
             images[i], failed[i] = 0, str(error)
     return images, failed

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from bench.data.stream.sampler import EpochOrder
 from bench.data.stream.source import Batch, RecordSource
 from bench.errors import BenchError, DataError, UsageError
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 #: Batches that each worker may be ahead.
 AHEAD = 4
@@ -96,7 +99,7 @@ class StreamLoader:
         if self.workers and self.kind == "processes":
             batches = _by_processes(reader, rows, self.workers)
         elif self.workers:
-            batches = _by_threads(reader, rows, self.workers)
+            batches = by_threads(reader, rows, self.workers)
         else:
             batches = map(reader, rows)
         for batch in batches:
@@ -143,14 +146,16 @@ class _Reader(Dataset[Any]):
     __getitem__ = __call__
 
 
-def _by_threads(reader: _Reader, rows: Iterator[NDArray[np.int64]], workers: int) -> Iterator[Batch | BenchError]:
+def by_threads(work: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
+    """``map(work, items)``, done ahead by threads; however many items there are, few are on their way at a time."""
+    coming = iter(items)
     with ThreadPoolExecutor(workers, thread_name_prefix="bench-stream") as pool:
-        waiting = deque(pool.submit(reader, batch) for batch in itertools.islice(rows, AHEAD * workers))
+        waiting = deque(pool.submit(work, item) for item in itertools.islice(coming, AHEAD * workers))
         try:
             while waiting:
-                batch = waiting.popleft().result()
-                waiting.extend(pool.submit(reader, more) for more in itertools.islice(rows, 1))
-                yield batch
+                done = waiting.popleft().result()
+                waiting.extend(pool.submit(work, item) for item in itertools.islice(coming, 1))
+                yield done
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

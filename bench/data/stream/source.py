@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -38,17 +38,19 @@ class Batch(NamedTuple):
 
 
 class RecordSource(Protocol):
-    """Images on disk, of which memory holds the index only. Reading is safe from any thread and after a fork.
+    """Images on disk, of which memory holds the index only. Reading is safe from any thread and after a fork."""
 
-    Attributes:
-        path: what was opened.
-        image_size: S, side of the faces in pixels.
-        labels: int32 (N,), the identity of every image, in 0..K-1.
-    """
+    @property
+    def path(self) -> Path:
+        """What was opened."""
 
-    path: Path
-    image_size: int
-    labels: NDArray[np.int32]
+    @property
+    def image_size(self) -> int:
+        """S, side of the faces in pixels."""
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """int32 (N,), the identity of every image, in 0..K-1."""
 
     @property
     def identities(self) -> int:
@@ -80,6 +82,7 @@ class EncodedSource(ABC):
         names: of the K identities.
         on_error: what becomes of an image that cannot be decoded.
         limits: what one image may cost.
+        crop: side of the central square of each image that is kept, as a share of its shorter side.
     """
 
     def __init__(
@@ -91,13 +94,15 @@ class EncodedSource(ABC):
         *,
         on_error: OnError = "refuse",
         limits: Limits = DEFAULT_LIMITS,
+        crop: float = 1.0,
     ) -> None:
         if image_size < 8:
             raise UsageError(f"the image size must be at least 8 pixels, got {image_size}")
         if on_error not in ("refuse", "skip"):
             raise UsageError(f"on_error must be refuse or skip, got {on_error!r}")
         self.path, self.image_size, self.labels = path, image_size, labels
-        self.on_error, self.limits = on_error, limits
+        self.on_error, self.limits, self.crop = on_error, limits, crop
+        self.exact = False
         self._names = names
 
     def __len__(self) -> int:
@@ -111,6 +116,18 @@ class EncodedSource(ABC):
     def name(self, label: int) -> str:
         """What the identity ``label`` is called."""
         return str(self._names[label])
+
+    def reading(self, on_error: OnError, *, exact: bool = False) -> Self:
+        """This source, read in another way.
+
+        Args:
+            on_error: what becomes of an image that cannot be decoded.
+            exact: whether images are decoded bit for bit as sets in memory are, which is slower: to be compared with
+                them.
+        """
+        other = copy.copy(self)
+        other.on_error, other.exact = on_error, exact
+        return other
 
     @abstractmethod
     def where(self, row: int) -> str:
@@ -134,7 +151,9 @@ class EncodedSource(ABC):
         Raises:
             DataError: a damaged file; or an image that cannot be decoded, unless those are skipped.
         """
-        images, failed = decode_batch(self._encoded(rows), self.image_size, self.limits)
+        images, failed = decode_batch(
+            self._encoded(rows), self.image_size, self.limits, crop=self.crop, exact=self.exact
+        )
         if failed and self.on_error == "refuse":
             place, reason = next(iter(failed.items()))
             raise DataError(
@@ -147,69 +166,3 @@ class EncodedSource(ABC):
         kept[list(failed)] = False
         skipped = tuple(Skipped(self.where(int(rows[place])), reason) for place, reason in failed.items())
         return Batch(images[kept], labels[kept], found[kept], skipped)
-
-
-@dataclass(frozen=True, slots=True)
-class IdentityView:
-    """Some identities of a source, relabelled 0..K-1 in the order given.
-
-    Attributes:
-        source: the whole.
-        chosen: int64 (K,), labels of the source.
-        rows: int64 (N,), the images of these identities, as the source counts them.
-        labels: int32 (N,), their labels here.
-    """
-
-    source: RecordSource
-    chosen: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    labels: NDArray[np.int32]
-
-    @classmethod
-    def of(cls, source: RecordSource, identities: NDArray[np.int64]) -> IdentityView:
-        """The view of ``identities`` (K,), distinct labels of ``source``.
-
-        Raises:
-            ValueError: an identity that the source does not have, or one twice.
-        """
-        if len(np.unique(identities)) < len(identities):
-            raise ValueError("an identity is chosen twice")
-        if len(identities) and not 0 <= identities.min() <= identities.max() < source.identities:
-            raise ValueError(f"identities must be labels of the source, 0 to {source.identities - 1}")
-        lookup = np.full(source.identities, -1, dtype=np.int32)
-        lookup[identities] = np.arange(len(identities), dtype=np.int32)
-        rows = np.flatnonzero(lookup[source.labels] >= 0)
-        return cls(source, identities, rows, lookup[source.labels[rows]])
-
-    @property
-    def path(self) -> Path:
-        """Of the source."""
-        return self.source.path
-
-    @property
-    def image_size(self) -> int:
-        """Of the source."""
-        return self.source.image_size
-
-    @property
-    def identities(self) -> int:
-        """K, how many people there are here."""
-        return len(self.chosen)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def name(self, label: int) -> str:
-        """What the source calls the identity."""
-        return self.source.name(int(self.chosen[label]))
-
-    def where(self, row: int) -> str:
-        """What the source calls the image."""
-        return self.source.where(int(self.rows[row]))
-
-    def read(self, rows: NDArray[np.int64]) -> Batch:
-        """As the source does, with the labels of the view."""
-        read = self.source.read(self.rows[rows])
-        back = np.searchsorted(self.rows, read.rows.numpy())
-        labels = torch.from_numpy(self.labels[back].astype(np.int64))
-        return Batch(read.images, labels, torch.from_numpy(back), read.skipped)

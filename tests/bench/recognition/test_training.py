@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 from bench.data.faceset import FaceSet, to_float
 from bench.errors import BenchError, DataError, UsageError
 from bench.recognition.augmentation import AugmentationOptions
+from bench.recognition.batches import epoch_order
 from bench.recognition.checkpoint import load_tensors
 from bench.recognition.heads import ArcFace
 from bench.recognition.options import TrainingOptions
@@ -17,7 +18,6 @@ from bench.recognition.recogniser import Recogniser, build_recogniser
 from bench.recognition.training import (
     TrainingReport,
     build_head,
-    epoch_order,
     learning_rate,
     margins,
     train,

@@ -72,3 +72,10 @@ def test_what_cannot_be_decoded_is_named_and_black(kinds):
 def test_limits_hold_for_plain_ones_too(kinds):
     _, failed = decode_batch([tensor(kinds["plain"])], 112, Limits(max_bytes=100))
     assert "limit is 100" in failed[0]
+
+
+@pytest.mark.parametrize("crop", [1.0, 0.5])
+def test_exactly_and_cropped_they_are_those_of_the_long_way_to_the_bit(kinds, crop):
+    images, _ = decode_batch([tensor(data) for data in kinds.values()], 112, crop=crop, exact=crop == 1)
+    expected = [decode_image(data, 112, crop=crop) for data in kinds.values()]
+    assert torch.equal(images, torch.stack(expected))

@@ -1,0 +1,81 @@
+"""Small training sets of the same people in every layout that can be streamed, with what real ones have wrong."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from bench.data.recordio import RecordWriter
+from bench.data.verification_pack import VerificationPack, write_pack
+
+#: Encoded images of one person.
+Person = Sequence[bytes]
+
+
+def picture(person: int, image: int, size: int = 32) -> bytes:
+    """A JPEG: smooth noise that is the person's, and a little that is the image's."""
+    own = np.random.default_rng(person).integers(0, 256, (4, 4, 3))
+    more = np.random.default_rng((person, image)).integers(-40, 41, (4, 4, 3))
+    pixels = (own + more).clip(0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def people(count: int, images: int, size: int = 32, first: int = 0) -> list[list[bytes]]:
+    """Numbered from ``first``."""
+    return [[picture(first + person, image, size) for image in range(images)] for person in range(count)]
+
+
+def write_records(root: Path, everyone: Sequence[Person], victims: Sequence[Person]) -> Path:
+    """``train.rec`` and a verification pack of a genuine and an impostor pair per victim."""
+    root.mkdir(parents=True, exist_ok=True)
+    total, key, starts = sum(map(len, everyone)), 1, []
+    with RecordWriter(root / "train.rec") as writer:
+        writer.write(0, (total + 1.0, total + 1.0 + len(everyone)))
+        for label, person in enumerate(everyone):
+            starts.append(key)
+            for image in person:
+                writer.write(key, (float(label),), image)
+                key += 1
+        for label, person in enumerate(everyone):
+            writer.write(key + label, (float(starts[label]), float(starts[label] + len(person))))
+    slots: list[bytes] = []
+    for i, person in enumerate(victims):
+        slots += [person[0], person[1], person[0], victims[(i + 1) % len(victims)][1]]
+    write_pack(root / "lfw.bin", VerificationPack(tuple(slots), np.tile([True, False], len(victims))))
+    return root
+
+
+def write_folder(root: Path, everyone: Sequence[Person], victims: Sequence[Person] = ()) -> Path:
+    """One folder a person, and a ``pairs.txt`` over the victims where there are any."""
+    for prefix, group in (("p", everyone), ("v", victims)):
+        for label, person in enumerate(group):
+            folder = root / f"{prefix}{label:03d}"
+            folder.mkdir(parents=True)
+            for number, image in enumerate(person, 1):
+                (folder / f"{folder.name}_{number:04d}.jpg").write_bytes(image)
+    if victims:
+        same = [f"v{i:03d}\t1\t2" for i in range(len(victims))]
+        other = [f"v{i:03d}\t1\tv{(i + 1) % len(victims):03d}\t2" for i in range(len(victims))]
+        (root / "pairs.txt").write_text("\n".join([str(len(victims)), *same, *other]) + "\n")
+    return root
+
+
+def write_shards(root: Path, everyone: Sequence[Person], shards: int = 2) -> Path:
+    """Tar shards, the images of a person spread over them; gives the pattern that means them all."""
+    root.mkdir(parents=True, exist_ok=True)
+    images = [(label, image) for label, person in enumerate(everyone) for image in person]
+    for shard in range(shards):
+        with tarfile.open(root / f"faces-{shard:04d}.tar", "w") as tar:
+            for number, (label, image) in enumerate(images[shard::shards]):
+                for suffix, data in (("jpg", image), ("cls", b"%d" % label)):
+                    entry = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    return root / f"faces-{{0000..{shards - 1:04d}}}.tar"
