@@ -31,6 +31,9 @@ FIELDS = frozenset(
         "budget",
         "utility",
         "resume",
+        "stream",
+        "stream_images",
+        "stream_on_error",
     }
 )
 
