@@ -23,5 +23,6 @@ SUPPORT_MODULES = frozenset(
         "ssim",
         "state_reader",
         "unet_network",
+        "widths",
     }
 )

@@ -8,10 +8,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,6 +21,7 @@ from attacks.exposure import chunks, to_float
 from attacks.plateau import Plateau
 from attacks.schedule import WarmHoldDecay
 from attacks.seeds import derived
+from attacks.widths import Widths
 
 #: Maps of at least this side are halved by the first convolution: what a face needs, at a quarter of the cost.
 _STRIDED_FROM = 32
@@ -409,16 +410,6 @@ def _cover(faces: Tensor, *, top: Tensor, left: Tensor, side: Tensor) -> Tensor:
 
 
 # -- training -----------------------------------------------------------------------------------------
-
-
-def _split(value: object) -> object:
-    """``"16,32,64"``, as the command line passes it, to its parts."""
-    return [part for part in value.replace(" ", "").split(",") if part] if isinstance(value, str) else value
-
-
-Widths = Annotated[
-    tuple[Annotated[int, Field(ge=1, le=8192)], ...], BeforeValidator(_split), Field(min_length=1, max_length=8)
-]
 
 
 class TrainingOptions(AttackOptions):

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import AttackOptions
-
-
-def _split(value: object) -> object:
-    """``"16,32,64"``, as the command line passes it, to its parts."""
-    return [part for part in value.replace(" ", "").split(",") if part] if isinstance(value, str) else value
-
-
-Widths = Annotated[
-    tuple[Annotated[int, Field(ge=1, le=8192)], ...], BeforeValidator(_split), Field(min_length=1, max_length=8)
-]
+from attacks.widths import Widths
 
 
 class NetworkOptions(AttackOptions):
