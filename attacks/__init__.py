@@ -1,28 +1,4 @@
-"""Recovery attacks, one file each; ``base`` holds the contract."""
+"""Recovery and linkage attacks, one file each; ``base`` holds the contract, ``parts`` what several share."""
 
 #: Modules of this package that are not attacks; every other file is one, named after its file.
-SUPPORT_MODULES = frozenset(
-    {
-        "base",
-        "block_tridiagonal",
-        "checkpoint",
-        "descent",
-        "eigenfaces",
-        "encoder",
-        "exposure",
-        "gaussian_prior",
-        "generator",
-        "inversion",
-        "inversion_losses",
-        "layout",
-        "places",
-        "plateau",
-        "posterior",
-        "schedule",
-        "seeds",
-        "ssim",
-        "state_reader",
-        "unet_network",
-        "widths",
-    }
-)
+SUPPORT_MODULES = frozenset({"base", "parts"})

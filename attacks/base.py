@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from lightning_fabric import Fabric
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 
 from defenses.base import Defense
@@ -276,3 +276,13 @@ class CompositeAttack(Attack):
     @abstractmethod
     def members(self) -> tuple[tuple[str, dict[str, Any]], ...]:
         """Names of the attacks and the options asked for each."""
+
+
+def _split(value: object) -> object:
+    """``"16,32,64"``, as the command line passes it, to its parts."""
+    return [part for part in value.replace(" ", "").split(",") if part] if isinstance(value, str) else value
+
+
+Widths = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=8192)], ...], BeforeValidator(_split), Field(min_length=1, max_length=8)
+]

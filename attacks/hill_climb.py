@@ -11,8 +11,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from attacks.base import AttackOptions
-from attacks.eigenfaces import EigenfaceSearch, EigenfaceSearchOptions, LatentScores, directions
-from attacks.seeds import derived
+from attacks.parts.eigenfaces import EigenfaceSearch, EigenfaceSearchOptions, LatentScores, directions
+from bench.randomness import derived
 
 #: Candidates this far apart, in standard deviations of the latent, show different people: no larger steps.
 _LARGEST_RADIUS = 1.0

@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation, RecoveryAttack
-from attacks.exposure import check_public_faces, chunks, to_float
-from attacks.gaussian_prior import GaussianPrior
-from attacks.layout import row_numbers
-from attacks.posterior import IterativePosterior, Posterior
-from attacks.seeds import base_seed, derived
-from attacks.state_reader import StateReader
+from attacks.parts.exposure import check_public_faces, chunks, to_float
+from attacks.parts.gaussian_prior import GaussianPrior
+from attacks.parts.posterior import IterativePosterior, Posterior
+from attacks.parts.states import StateReader
+from bench.randomness import base_seed, derived
 from defenses.base import Defense, LinearOperator, SeparableSum
+from defenses.layout import row_numbers
 
 #: Faces whose representations are compared with the exact map to measure the noise.
 _NOISE_FACES = 128
@@ -58,9 +58,9 @@ class LinearOptions(AttackOptions):
 class Linear(RecoveryAttack):
     """Gaussian-prior least squares (LMMSE) through the defence's own linear operator.
 
-    The estimate is the posterior mean under :class:`~attacks.gaussian_prior.GaussianPrior` fitted to public faces, with
-    the noise that transmission adds, measured on public faces. ``whitebox`` reads the state off each representation,
-    ``blackbox`` also infers the secret table from intercepted traffic (:class:`~attacks.state_reader.StateReader`).
+    The estimate is the posterior mean under a Gaussian prior of public faces (:mod:`attacks.parts.gaussian_prior`),
+    with the noise that transmission adds, measured on public faces. ``whitebox`` reads the state off what is sent,
+    ``blackbox`` also infers the secret table from intercepted traffic (:class:`~attacks.parts.states.StateReader`).
     Interceptions of one face are combined in one posterior.
     """
 

@@ -14,19 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, LinkageAttack
-from attacks.descent import Outcome, SeenStates
-from attacks.encoder import (
-    Encoder,
-    MarginSoftmax,
-    OnnxEncoder,
-    Trainer,
-    Training,
-    TrainingOptions,
-    at,
-)
-from attacks.exposure import Exposure, check_public_faces, chunks, split_identities, to_float
-from attacks.seeds import base_seed, derived
-from attacks.state_reader import StateReader
+from attacks.parts.encoder import Encoder, MarginSoftmax
+from attacks.parts.exposure import Exposure, check_public_faces, chunks, split_identities, to_float
+from attacks.parts.states import StateReader
+from attacks.parts.training import Outcome, SeenStates, Trainer, Training, TrainingOptions, at
+from bench.nets.onnx import OnnxEncoder
+from bench.randomness import base_seed, derived
 
 #: Held-out faces that give the loss curves.
 _VALIDATION_FACES = 256

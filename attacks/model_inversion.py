@@ -13,10 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attacks import inversion_losses
 from attacks.base import Adversary, Capability, FitReport, Knowledge, Observation, RecoveryAttack
-from attacks.exposure import check_public_faces, chunks, to_float
-from attacks.generator import (
+from attacks.parts import losses as inversion_losses
+from attacks.parts.exposure import check_public_faces, chunks, to_float
+from attacks.parts.generator import (
     FaceGenerator,
     GeneratorOptions,
     build_generator,
@@ -25,8 +25,8 @@ from attacks.generator import (
     fit_generator,
     hold_out,
 )
-from attacks.seeds import base_seed, derived
-from attacks.ssim import ssim
+from bench.images import ssim
+from bench.randomness import base_seed, derived
 from defenses.base import Defense
 
 #: Faces at once where no gradient is needed.
@@ -58,7 +58,7 @@ _PIXEL_STEP = 0.01
 
 
 class ModelInversionOptions(GeneratorOptions):
-    """Options of :class:`ModelInversion`; those of the generator are :class:`attacks.generator.GeneratorOptions`.
+    """Options of :class:`ModelInversion`; those of the generator are :class:`attacks.parts.generator.GeneratorOptions`.
 
     Attributes:
         prior: ``generator``, a generator of faces trained on public ones, whose codes are optimised (GMI, KED-MI), or

@@ -14,17 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import Adversary, AttackOptions, Capability, EmbeddingQuery, FitReport, Observation, RecoveryAttack
-from attacks.exposure import Exposure, check_public_faces, chunks, to_float
-from attacks.generator import (
-    DecoderTraining,
-    FaceDecoder,
-    TrainingPlan,
-    change_view,
-    draw_views,
-)
-from attacks.inversion_losses import cosine
-from attacks.seeds import base_seed, derived
-from attacks.ssim import ssim
+from attacks.parts.exposure import Exposure, check_public_faces, chunks, to_float
+from attacks.parts.generator import DecoderTraining, FaceDecoder, TrainingPlan, change_view, draw_views
+from attacks.parts.losses import cosine
+from bench.images import ssim
+from bench.randomness import base_seed, derived
 
 #: Faces at once outside training, and faces whose embeddings give the input statistics.
 _CHUNK = 64

@@ -12,13 +12,13 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.base import Adversary, AttackOptions, Capability, Knowledge, Observation
-from attacks.exposure import Exposure, check_public_faces, chunks, to_float
-from attacks.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
-from attacks.layout import row_numbers
-from attacks.seeds import base_seed, derived
-from attacks.state_reader import StateReader
-from attacks.unet_network import UNetNetwork
+from attacks.parts.exposure import Exposure, check_public_faces, chunks, to_float
+from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
+from attacks.parts.states import StateReader
+from attacks.parts.unet_network import UNetNetwork
+from bench.randomness import base_seed, derived
 from defenses.base import Defense
+from defenses.layout import row_numbers
 
 #: Faces whose representations give the input statistics.
 _STATISTICS_FACES = 512
@@ -72,7 +72,7 @@ class UNet(InversionAttack):
 
     Trained to minimise L1(g(z), X) over faces X of public identities, protected afresh in every step.
     ``oracle`` knows each state and undoes the layout (:meth:`Defense.canonical`). ``whitebox`` knows the table of
-    states: where :class:`~attacks.state_reader.StateReader` can tell them apart, it does the same with the inferred
+    states: where :class:`~attacks.parts.states.StateReader` can tell them apart, it does the same with the inferred
     state, else it trains on the mixture. ``blackbox`` infers the table or, where that cannot be done, guesses the
     secret. Of k > 1 interceptions the recoveries are averaged.
 

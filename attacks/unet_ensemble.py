@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, Capability, Knowledge, Observation
-from attacks.exposure import Exposure, check_public_faces, chunks, to_float
-from attacks.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
-from attacks.layout import row_numbers
-from attacks.seeds import base_seed, derived
-from attacks.unet_network import UNetNetwork
+from attacks.parts.exposure import Exposure, check_public_faces, chunks, to_float
+from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
+from attacks.parts.unet_network import UNetNetwork
+from bench.randomness import base_seed, derived
 from defenses.base import Defense, Protected
+from defenses.layout import row_numbers
 
 _STATISTICS_FACES = 64
 _CHUNK = 64
@@ -50,7 +50,7 @@ class _Members(nn.Module):
 
 
 class UNetEnsemble(InversionAttack):
-    """One :class:`~attacks.unet_network.UNetNetwork` per state, each trained on faces protected under it alone.
+    """One :class:`~attacks.parts.unet_network.UNetNetwork` per state, each trained on faces protected under it alone.
 
     ``oracle`` asks the member of the true state. ``whitebox`` asks every member, protects each answer again under that
     member's state and keeps the answer that comes nearest to what was intercepted: the original is not needed to tell

@@ -17,11 +17,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, Observation
-from attacks.exposure import Exposure, chunks, split_identities, to_float
-from attacks.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
 from attacks.linear import Linear, LinearOptions
-from attacks.seeds import base_seed, derived
-from attacks.unet_network import UNetNetwork
+from attacks.parts.exposure import Exposure, chunks, split_identities, to_float
+from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
+from attacks.parts.unet_network import UNetNetwork
+from bench.randomness import base_seed, derived
 
 #: Public faces per kind of state whose linear estimates show how far these are off, and where.
 _ERROR_FACES = 64

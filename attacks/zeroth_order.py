@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.base import AttackOptions
-from attacks.eigenfaces import EigenfaceSearch, EigenfaceSearchOptions, LatentScores, directions
-from attacks.seeds import derived
+from attacks.parts.eigenfaces import EigenfaceSearch, EigenfaceSearchOptions, LatentScores, directions
+from bench.randomness import derived
 
 #: Of Adam; one second moment for all latents, which share a scale.
 _BETA1, _BETA2 = 0.9, 0.999

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from bench import __version__
 from bench.errors import BenchError, UsageError
-from bench.launch import Launch
+from bench.run.launch import Launch
 
 app = typer.Typer(
     name="bench",
@@ -134,7 +134,7 @@ def run(
     ] = None,
 ) -> None:
     """Train behind a defence, attack it, and print how well it recognises and what leaks."""
-    from bench.config import nested, parse_assignments, resolve
+    from bench.run.config import nested, parse_assignments, resolve
 
     flags = _run_flags(
         settings,
@@ -161,7 +161,7 @@ def run(
     )
     resolved = resolve(flags, os.environ, config)
 
-    from bench.pipeline import Pipeline
+    from bench.run.pipeline import Pipeline
 
     pipeline = Pipeline(resolved, console=err)
     if not Launch.here().leads:
@@ -173,7 +173,7 @@ def run(
         if as_json:
             _print_json(plan.model_dump_json(indent=2))
         else:
-            from reports.console import render_plan
+            from reports.terminal import render_plan
 
             out.print(render_plan(plan))
         return
@@ -181,14 +181,14 @@ def run(
     if as_json:
         _print_json(result.to_json())
     else:
-        from reports.console import render_result
+        from reports.terminal import render_result
 
         out.print(render_result(result, pipeline.directory))
 
 
 def _run_flags(settings: list[str] | None, head: str | None, **given: Any) -> dict[str, Any]:
     """The settings of a run that were given: those with a flag of their own over those of ``--set``."""
-    from bench.config import merge, nested, parse_assignments
+    from bench.run.config import merge, nested, parse_assignments
 
     given["training"] = {"head": head} if head else None
     flags = {key: value for key, value in given.items() if value is not None}
@@ -254,7 +254,7 @@ def sweep(
     """Run every combination of defences, attacks, rungs and seeds; exit code 3 if any of them failed."""
     from bench.sweep.options import read_request
     from bench.sweep.sweep import Sweep
-    from reports.sweep_table import render_sweep
+    from reports.terminal import render_sweep
 
     axes = {"defenses": defenses, "attacks": attacks, "knowledge": knowledge, "seeds": seeds}
     machines = {
@@ -306,7 +306,7 @@ Kind = Literal["defenses", "attacks", "datasets", "backbones", "heads", "metrics
 @app.command(name="list")
 def list_(kind: Annotated[Kind, typer.Argument(help="What to list.")], as_json: AsJson = False) -> None:
     """List what can be named on the command line."""
-    from bench.catalogue import catalogue
+    from bench.commands.catalogue import catalogue
 
     rows = catalogue(kind)
     if as_json:
@@ -346,8 +346,8 @@ def protect(
     as_json: AsJson = False,
 ) -> None:
     """Protect faces as a client would, and write the representations."""
-    from bench.config import parse_assignments
-    from bench.protect import protect_files
+    from bench.commands.protect import protect_files
+    from bench.run.config import parse_assignments
 
     summary = protect_files(
         images,
@@ -378,7 +378,7 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Describe a dataset from its headers."""
-    from bench.data.info import info as describe
+    from bench.data.tools.info import info as describe
 
     with _bars().task("read headers") as report:
         found = describe(path, report=report)
@@ -410,7 +410,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Decode every image and list what is damaged or suspicious; exit code 3 if anything is damaged."""
-    from bench.data.verify import verify as check
+    from bench.data.tools.verify import verify as check
 
     with _bars().task("decode images") as report:
         found = check(path, report=report)
@@ -436,7 +436,7 @@ def pack(
     as_json: AsJson = False,
 ) -> None:
     """Pack a folder of identities into InsightFace files."""
-    from bench.data.pack import pack as pack_folder
+    from bench.data.tools.pack import pack as pack_folder
 
     with _bars().task("pack images") as report:
         packed = pack_folder(folder, out_dir, image_size=image_size, overwrite=overwrite, report=report)
@@ -506,9 +506,8 @@ def baseline(
     as_json: AsJson = False,
 ) -> None:
     """Write down what runs measured, for `bench gate`; runs of one cell and several seeds say how much seeds differ."""
-    from bench.gate.baseline import read_baseline, write_baseline
-    from bench.gate.make import make_baseline
-    from reports.runs import load_runs
+    from bench.gate.baseline import make_baseline, read_baseline, write_baseline
+    from bench.run.archive import load_runs
 
     if out_file.exists() and not overwrite:
         raise UsageError(f"{out_file} exists: choose another file, or replace it with --overwrite")
@@ -517,7 +516,7 @@ def baseline(
     if as_json:
         _print_json(made.to_json())
     else:
-        from reports.gate_table import render_baseline
+        from reports.terminal import render_baseline
 
         out.print(render_baseline(made, str(out_file)))
 
@@ -537,10 +536,9 @@ def gate(
 ) -> None:
     """Say whether runs leak more than their baseline: exit code 0 no, 1 yes (or a broken attack), 4 undecided."""
     from bench.gate.baseline import read_baseline
+    from bench.gate.formats import append_summary, workflow_commands, write_junit
     from bench.gate.gate import gate as judge
-    from bench.gate.outputs.github import append_summary, workflow_commands
-    from bench.gate.outputs.junit import write_junit
-    from reports.runs import load_runs
+    from bench.run.archive import load_runs
 
     report = judge(
         read_baseline(baseline_file), load_runs(runs), name=str(baseline_file), ignore_options=ignore_options
@@ -555,7 +553,7 @@ def gate(
     if as_json:
         _print_json(report.model_dump_json(indent=2))
     else:
-        from reports.gate_table import render_gate
+        from reports.terminal import render_gate
 
         out.print(render_gate(report))
     raise typer.Exit(report.exit_code)
@@ -569,13 +567,13 @@ def compare(
 ) -> None:
     """Show what differs between two runs: settings, machine, and every figure with its interval."""
     from bench.gate.compare import compare as compare_runs
-    from reports.runs import load_run
+    from bench.run.archive import load_run
 
     found = compare_runs(load_run(first), load_run(second))
     if as_json:
         _print_json(found.model_dump_json(indent=2))
     else:
-        from reports.gate_table import render_difference
+        from reports.terminal import render_difference
 
         out.print(render_difference(found))
 
@@ -588,7 +586,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a run's recogniser, or its attack's network, as ONNX; onnxruntime has to agree with torch on it."""
-    from bench.export import export as export_network
+    from bench.commands.export import export as export_network
 
     written = export_network(run, what, out_file)
     if as_json:
@@ -606,8 +604,8 @@ def export(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what works on this machine, what is missing and how to get it."""
-    from bench.doctor import diagnose
-    from bench.environment import known_variables
+    from bench.commands.doctor import diagnose
+    from bench.run.config import known_variables
 
     checks = diagnose(known_variables=known_variables())
     if as_json:

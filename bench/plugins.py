@@ -73,20 +73,16 @@ def _fill(registry: Registry[type[Any]], package: ModuleType, base: str, group: 
 @functools.cache
 def defenses() -> Registry[type[Defense]]:
     """All defences by name."""
-    import defenses as package
-
     registry: Registry[type[Defense]] = Registry("defence")
-    _fill(registry, package, "Defense", "bench.defenses")
+    _fill(registry, importlib.import_module("defenses"), "Defense", "bench.defenses")
     return registry
 
 
 @functools.cache
 def attacks() -> Registry[type[Attack]]:
     """All attacks by name."""
-    import attacks as package
-
     registry: Registry[type[Attack]] = Registry("attack")
-    _fill(registry, package, "Attack", "bench.attacks")
+    _fill(registry, importlib.import_module("attacks"), "Attack", "bench.attacks")
     return registry
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reports.runs import Run
+from bench.run.archive import Run
 
 #: Options named in a label at most; provenance has them all.
 _SHOWN_OPTIONS = 3

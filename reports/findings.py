@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.measures import KINDS, interval, leak, shown
 from bench.results import Measure
 from reports.cells import Cell, Setting
-from reports.measures import KINDS, interval, leak, shown
 from reports.summary import lowest_accuracy
 from reports.worst import worst_case
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.measures import KINDS
+from bench.run.archive import Samples, Victim
 from reports.cells import Cell, Setting
-from reports.measures import KINDS
-from reports.samples import Samples, Victim
 from reports.worst import own_rows
 
 #: Columns that are the same for every attack on a defence.

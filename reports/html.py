@@ -14,6 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from bench import __version__
+from bench.measures import KINDS
+from bench.run.archive import data_uri
 from reports.cells import Cell, Setting
 from reports.figures.frequencies import frequency_figures
 from reports.figures.pareto import pareto
@@ -24,10 +26,8 @@ from reports.figures.svg import Drawing
 from reports.figures.training import training_figures
 from reports.findings import Finding, findings
 from reports.gallery import Sheet, may_show, sheets
-from reports.measures import KINDS
 from reports.provenance import provenance, records, warnings
 from reports.published import Source, matching
-from reports.samples import data_uri
 from reports.summary import failures, recovery_table, subject, summary
 from reports.table import Table
 

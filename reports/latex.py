@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from bench.measures import MISSING
 from reports.cells import Setting
-from reports.measures import MISSING
 from reports.summary import subject, summary
 from reports.table import Column, Entry, Row, Table
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from bench.run.archive import load_runs
 from reports.cells import Setting, settings
 from reports.html import page
 from reports.markdown import escape, table_markdown
 from reports.provenance import provenance, warnings
 from reports.report import write_files
-from reports.runs import load_runs
 from reports.summary import COLUMNS, LEAKS, failures, lowest_accuracy, subject, worst_rows
 from reports.table import Table
 from reports.tables_csv import text

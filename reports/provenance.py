@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from bench.measures import MISSING
 from reports.cells import Cell, Setting
-from reports.measures import MISSING
 from reports.summary import same_attacks
 from reports.table import Column, Entry, Row, Table
 

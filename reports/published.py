@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from bench.measures import KINDS
 from bench.results import Measure
-from reports.measures import KINDS
 
 
 class Source(BaseModel):

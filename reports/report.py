@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.files import write_text
+from bench.run.archive import load_runs
 from reports.benchmarks import benchmark_table
 from reports.cells import settings
 from reports.html import report_page
 from reports.latex import report_latex
 from reports.markdown import report_markdown
-from reports.runs import load_runs
 from reports.tables_csv import report_csv
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from bench.measures import MISSING, leak
 from bench.results import Measure, Quality, Quartiles, RunResult
 from reports.cells import Cell, Setting
-from reports.measures import MISSING, leak
 from reports.published import Figure, matching
 from reports.table import Column, Entry, Row, Table, column, measured
 from reports.worst import LEAKAGE, Worst, worst_case

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from bench.measures import KINDS, MISSING, interval, shown
 from bench.results import Measure
-from reports.measures import KINDS, MISSING, interval, shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from bench.measures import KINDS, leak
 from bench.results import Measure, RunResult
 from reports.cells import Cell
-from reports.measures import KINDS, leak
 
 #: Figures that are known of each victim, so that the worst case can be taken victim by victim.
 _PER_IMAGE = ("ssim", "psnr", "psnr_aligned", "ms_ssim", "lpips", "type1_tar", "type2_tar", "rank1", "cosine")

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import bench as _  # noqa: F401  (sets what torch reads from the environment when it is imported)
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One worker a core: more threads would only get in each other's way. This runs before a test imports torch, and
     # child processes inherit it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-import bench as _  # noqa: F401  (sets what torch reads from the environment when it is imported)
 
 
 @pytest.fixture(scope="session")

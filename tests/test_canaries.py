@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from bench import plugins
-from bench.config import resolve
-from bench.pipeline import Pipeline
 from bench.results import Quality, RunResult
+from bench.run.config import resolve
+from bench.run.pipeline import Pipeline
 
 SIZE = 32
 #: Pixels of the judge's view, each side.

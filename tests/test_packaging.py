@@ -135,7 +135,7 @@ def test_every_import_is_declared() -> None:
     optional_for_users = declared([r for name in ("export", "ray", "timm", "translation") for r in EXTRAS[name]])
     for_tests = (declared(EXTRAS["test"]) | declared(EXTRAS["lint"])) - optional_for_users
     # The plug-in of pytest is loaded by pytest, and by nothing else.
-    imported = third_party([path for path in sources() if path != Path("bench/pytest_plugin.py")])
+    imported = third_party([path for path in sources() if path != Path("bench/gate/pytest_plugin.py")])
     test_only = {name: who for name, who in imported.items() if name in for_tests - runtime}
     assert test_only == {}
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from bench.data.decode import DEFAULT_LIMITS, SUFFIXES, Decoded, Limits, Report, decode_files, no_report, shown
-from bench.data.faceset import FaceSet, PairProtocol, Skipped, Source
+from bench.data.faces import FaceSet, PairProtocol, Skipped, Source
 from bench.data.pairs import NamedPair, PairList, read_pairs
 from bench.errors import DataError, MissingError
 

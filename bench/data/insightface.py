@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from bench.data.decode import DEFAULT_LIMITS, Decoded, Limits, Report, decode_all, no_report, shown
-from bench.data.faceset import FaceSet, PairProtocol, Source
+from bench.data.faces import FaceSet, PairProtocol, Source
 from bench.data.pairs import PairList, read_pairs
 from bench.data.recordio import RecordFile
 from bench.data.verification_pack import VerificationPack, read_pack

@@ -30,7 +30,7 @@ import pooch
 from pydantic import BaseModel, ConfigDict, Field
 
 from bench.data.decode import DEFAULT_LIMITS, Limits, Report, no_report, shown
-from bench.data.faceset import Source
+from bench.data.faces import Source
 from bench.data.folder import load_tree, scan_tree
 from bench.data.pairs import read_pairs
 from bench.errors import DataError, MissingError

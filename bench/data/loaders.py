@@ -13,8 +13,8 @@ from bench.errors import MissingError, UsageError
 from bench.registry import Registry
 
 if TYPE_CHECKING:
-    from bench.data.faceset import Source
-    from bench.data.stream.sets import StreamedSource
+    from bench.data.faces import Source
+    from bench.data.sources.sets import StreamedSource
 
 Report = Callable[..., None]
 
@@ -72,7 +72,7 @@ def _synthetic() -> Dataset:
 
 def _insightface() -> Dataset:
     from bench.data.insightface import InsightfaceOptions, load_insightface
-    from bench.data.stream.sets import stream_insightface
+    from bench.data.sources.sets import stream_insightface
 
     return Dataset(
         "InsightFace packs: train.rec/.idx and a .bin verification pack",
@@ -89,7 +89,7 @@ def _insightface() -> Dataset:
 
 def _folder() -> Dataset:
     from bench.data.folder import FolderOptions, load_folder
-    from bench.data.stream.sets import stream_folder
+    from bench.data.sources.sets import stream_folder
 
     return Dataset(
         "root/identity/image.*, with an optional LFW-style pairs.txt",
@@ -103,8 +103,7 @@ def _folder() -> Dataset:
 
 
 def _webdataset() -> Dataset:
-    from bench.data.stream.sets import stream_webdataset
-    from bench.data.stream.whole import WebDatasetOptions, load_webdataset
+    from bench.data.sources.sets import WebDatasetOptions, load_webdataset, stream_webdataset
 
     return Dataset(
         "WebDataset tar shards: a folder of them, one, or name-{0000..0123}.tar",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.data.decode import shown
-from bench.data.faceset import PairProtocol
+from bench.data.faces import PairProtocol
 from bench.errors import DataError, MissingError
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bench.errors import DataError, UsageError
-from bench.gate.baseline import Baseline, Cell, Expected
+from bench.gate.baseline import Baseline, Cell, Expected, check_protocol, resolved_options
 from bench.gate.comparison import Change, Variance, change, references
 from bench.gate.decision import decide
-from bench.gate.figures import FIGURES
-from bench.gate.make import check_protocol, resolved_options
-from bench.gate.scores import RunScores, cell_key, run_scores
+from bench.gate.scores import FIGURES, RunScores, cell_key, run_scores
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, exit_code, worst
-from reports.runs import Run
+from bench.run.archive import Run
 
 
 def gate(

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from bench.gate.figures import Role
+from bench.gate.scores import Role
 from bench.results import Direction
 
 Outcome = Literal["pass", "regress", "broken attack", "inconclusive", "missing", "failed"]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import DataError
-from bench.metrics.estimate import Estimate
+from bench.measures import Estimate
 from bench.metrics.verification import far_not_measurable, fold_accuracies, roc
 
 #: Replicates behind every interval; the ends of a 95 % interval then rest on 25 replicates each.

@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.data.faceset import to_float
 from bench.errors import DataError
+from bench.images import to_float
 
 #: Names of the floors, in the order in which tables show them.
 FLOORS = ("mean_face", "grey", "noise", "nearest")

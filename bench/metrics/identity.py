@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.data.faces import FaceSet
 from bench.errors import DataError
 
 #: How near the person must be found for ``rank5``.
@@ -274,3 +275,45 @@ def knn_distance(recovered: Tensor, attacked: Tensor, plain: Tensor, identities:
     cosine = torch.cat(nearest) if nearest else probe.new_empty(0)
     # Unit vectors: |a - b|^2 = 2 - 2 <a, b>.
     return torch.where(cosine.isinf(), torch.nan, (2 - 2 * cosine).clamp_min(0).sqrt())
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """Victim images, as indices into the victims' faces.
+
+    Attributes:
+        attacked: int64 (V,), the images that are protected, intercepted and recovered.
+        gallery: int64 (G,), one other plain image of every victim who has one.
+    """
+
+    attacked: Tensor
+    gallery: Tensor
+
+
+def select_probes(victims: FaceSet, count: int, generator: torch.Generator) -> Probes:
+    """Draw at most ``count`` images to attack, as many people as possible before a second image of anyone.
+
+    Only people with another image take part, so that type II acceptance and rank-1 are defined for every probe.
+
+    Raises:
+        DataError: nobody has two different images.
+    """
+    division = split_gallery(victims.labels, generator, content=content_ids(victims.images))
+    if not len(division.gallery):
+        raise DataError("no victim has two different images: identity leakage cannot be measured; use a larger dataset")
+    enrolled = torch.zeros(len(victims.names), dtype=torch.bool)
+    enrolled[victims.labels[division.gallery]] = True
+    candidates = division.probes[enrolled[victims.labels[division.probes]]]
+    candidates = candidates[torch.randperm(len(candidates), generator=generator)]
+    turn = _occurrence(victims.labels[candidates])
+    return Probes(candidates[turn.argsort(stable=True)][:count], division.gallery)
+
+
+def _occurrence(labels: Tensor) -> Tensor:
+    """For each position, how often its label stood before it: int64 (N,)."""
+    order = labels.argsort(stable=True)
+    ranked = labels[order]
+    first = torch.searchsorted(ranked, ranked)
+    occurrence = torch.empty_like(order)
+    occurrence[order] = torch.arange(len(order)) - first
+    return occurrence

@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.errors import DataError
+from bench.measures import Estimate
 from bench.metrics.bootstrap import REPLICATES, draw_identities
-from bench.metrics.estimate import Estimate
 from bench.metrics.verification import checked_pairs
 
 #: What D_sys of an unlinkable system may come to by chance, on average.

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.data.faceset import PairProtocol
+from bench.data.faces import PairProtocol
 from bench.errors import DataError
-from bench.metrics.estimate import Estimate
+from bench.measures import Estimate
 
 # Weights times pairs held at once per fold; about 64 MB of float64 with the intermediates.
 _CHUNK_ELEMENTS = 2_000_000

@@ -2,20 +2,89 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from lightning_fabric import Fabric
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.recognition.centre_store import drop_centres, load_centres, save_centres
-from bench.recognition.heads import MarginHead
+from bench.errors import BenchError, DataError
+from bench.files import replacing
+from bench.nets.heads import MarginHead
+from bench.nets.recogniser import Recogniser
 from bench.recognition.options import TrainingOptions
 from bench.recognition.partial_fc import PartialFC
-from bench.recognition.processes import Processes
-from bench.recognition.recogniser import Recogniser
+
+#: Rows of a file: 2^16 centres of 512 values and their momentum are a quarter of a gigabyte.
+BLOCK_ROWS = 2**16
+
+_NAME = re.compile(r"rows-(\d+)-(\d+)\.safetensors")
+
+
+def save_centres(head: PartialFC, folder: Path) -> None:
+    """Write this process's centres and momentum; all processes write into the same folder.
+
+    Raises:
+        BenchError: a file cannot be written.
+    """
+    owned = head.owned
+    try:
+        for first in range(owned.start, owned.stop, BLOCK_ROWS):
+            stop = min(first + BLOCK_ROWS, owned.stop)
+            rows = slice(first - owned.start, stop - owned.start)
+            block = {
+                "weight": head.weight[rows].cpu().contiguous(),
+                "momentum": head.momentum[rows].cpu().contiguous(),
+            }
+            with replacing(folder / f"rows-{first:010d}-{stop:010d}.safetensors") as temporary:
+                save_file(block, temporary)
+    except (OSError, SafetensorError) as error:
+        raise BenchError(
+            f"cannot write centres to {folder}: {error}; free some space or choose another --out"
+        ) from error
+
+
+@torch.no_grad()
+def load_centres(head: PartialFC, folder: Path) -> None:
+    """Read this process's centres and momentum, however many processes wrote them.
+
+    Raises:
+        DataError: a file is damaged, or some rows are in none.
+    """
+    owned, filled = head.owned, 0
+    for file in sorted(folder.glob("rows-*.safetensors")):
+        match = _NAME.fullmatch(file.name)
+        if match is None:
+            continue
+        first, stop = max(int(match[1]), owned.start), min(int(match[2]), owned.stop)
+        if first >= stop:
+            continue
+        try:
+            with safe_open(file, framework="pt") as content:
+                for name, target in (("weight", head.weight), ("momentum", head.momentum)):
+                    rows = content.get_slice(name)[first - int(match[1]) : stop - int(match[1])]
+                    target[first - owned.start : stop - owned.start] = rows.to(target.device)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise DataError(f"cannot read centres {file}: {error}; delete {folder.parent} to start again") from error
+        filled += stop - first
+    if filled != len(owned):
+        raise DataError(
+            f"{folder} holds {filled} of the {len(owned)} centres {owned.start} to {owned.stop - 1}: it is incomplete "
+            f"or not on a disk that all processes share; delete {folder.parent} to start again"
+        )
+
+
+def drop_centres(folder: Path, *, but: str) -> None:
+    """Delete the centres of other epochs beside the folder called ``but``."""
+    for old in folder.glob("centres-*"):
+        if old.name != but:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 class Learner(Protocol):
@@ -176,8 +245,3 @@ def make_learner(
     if isinstance(head, PartialFC):
         return ShardedLearner(recogniser, head, options, fabric)
     return WholeLearner(recogniser, head, options, fabric)
-
-
-def processes_of(fabric: Fabric) -> Processes:
-    """The processes among which a launched Fabric trains."""
-    return Processes(fabric.global_rank, fabric.world_size)

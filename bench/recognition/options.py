@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bench.recognition.augmentation import AugmentationOptions
+from bench.nets.options import AugmentationOptions
+from bench.registry import Registry
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+if TYPE_CHECKING:
+    from torch import nn
 
 #: Options that a head takes beside its sizes and scale.
 _PLAIN = ("margin", "label_smoothing")
@@ -39,7 +42,7 @@ class TrainingOptions(BaseModel):
         milestones: epochs after which ``step`` divides.
         warmup_epochs: epochs of linear warm-up from zero; may be a fraction.
         clip_gradient_norm: largest norm of the gradient; None for no limit.
-        head: margin head, a name in :data:`bench.recognition.heads.HEADS`.
+        head: margin head, a name in :data:`HEADS`.
         embedding_size: D.
         scale: s of the margin head.
         margin: m of the margin head; for ``combined`` and ``partial-fc`` the one in radians, in cos(m1 t + m) - m3.
@@ -134,31 +137,13 @@ PUBLISHED = TrainingOptions(
 )
 
 
-def native_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` computes in bfloat16 faster than in float32.
-
-    CUDA from Ampere on; processors with AVX512-BF16 or AMX. A processor that only emulates bfloat16 is slower in it
-    than in float32, which is why oneDNN's own 'supported' is not asked.
-    """
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        # Private in torch 2.6 to 2.x and without a public counterpart: absent simply means float32.
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in probes)
-    return False
+def _of_module(module: str, name: str) -> Callable[[], type[nn.Module]]:
+    return lambda: cast("type[nn.Module]", getattr(importlib.import_module(module), name))
 
 
-def resolve_precision(precision: str, device: torch.device) -> Precision:
-    """The Fabric precision that ``precision`` stands for on ``device``.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    match precision:
-        case "auto":
-            return "bf16-mixed" if native_bfloat16(device) else "32-true"
-        case "32-true" | "bf16-mixed" | "16-mixed":
-            return precision
-        case _:
-            raise ValueError(f"unknown precision {precision!r}: auto, 32-true, bf16-mixed or 16-mixed")
+#: Margin heads by name; all are called with embeddings and labels and give a loss and hits.
+HEADS: Registry[type[nn.Module]] = Registry("head")
+HEADS.add("arcface", _of_module("bench.nets.heads", "ArcFace"))
+HEADS.add("combined", _of_module("bench.nets.heads", "Combined"))
+HEADS.add("cosface", _of_module("bench.nets.heads", "CosFace"))
+HEADS.add("partial-fc", _of_module("bench.recognition.partial_fc", "PartialFC"))

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from lightning_fabric import Fabric
+from torch import Tensor, nn
 
 from bench.errors import BenchError
+from bench.nets.recogniser import InputNormalisation
 
 #: How the backends of torch.distributed say that somebody no longer answers.
 _LOST = re.compile(r"gloo|nccl|socket|connection (closed|reset|refused)|broken pipe|timed? ?out|store", re.IGNORECASE)
@@ -115,3 +117,96 @@ def noticing_lost_processes(processes: Processes) -> Iterator[None]:
             f"process {processes.rank} of {processes.size} lost another one ({reason[:200]}); look at that one's "
             "output, then give the same command again: training goes on from where it was last stored"
         ) from error
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes. Each one's loss depends on it, so gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, processes: Processes) -> Tensor:
+        ctx.processes = processes
+        return processes.sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        return ctx.processes.sum(gradients[0].clone()), None
+
+
+def _moments(x: Tensor, processes: Processes) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of each channel of (N, C, ...) over all processes, (C,), and how many values each has."""
+    dimensions = [d for d in range(x.ndim) if d != 1]
+    count = processes.sum(torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64, device=x.device))
+    scale = count.to(x.dtype).reciprocal()
+    mean: Tensor = _Sum.apply(x.sum(dimensions) * scale, processes)
+    centred = x - mean.view(1, -1, *[1] * (x.ndim - 2))
+    # In two passes: the mean of squares less the square of the mean would cancel.
+    variance: Tensor = _Sum.apply(centred.square().sum(dimensions) * scale, processes)
+    return mean, variance, count
+
+
+class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    processes: Processes
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        x = input.float()
+        mean, variance, count = _moments(x, self.processes)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            unbiased = variance * (count / (count - 1)).to(variance.dtype)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        factor = torch.rsqrt(variance + self.eps)
+        factor = factor if self.weight is None else factor * self.weight
+        normed = (x - mean.view(shape)) * factor.view(shape)
+        return (normed if self.bias is None else normed + self.bias.view(shape)).to(input.dtype)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any shape (N, C, ...): the layer this one stands in for has taken it."""
+
+
+class _SharedInputNormalisation(InputNormalisation):
+    processes: Processes
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, variance, _ = _moments(x, self.processes)
+        return mean, variance
+
+
+@contextmanager
+def shared_statistics(module: nn.Module, processes: Processes) -> Iterator[None]:
+    """Within the block, batch norms and the input normalisation of ``module`` measure the batches of all processes.
+
+    Exact up to rounding, whatever the number of images in each process. Names and values of the layers stay as they
+    are: only what they compute changes, and changes back. CUDA devices use :class:`torch.nn.SyncBatchNorm`.
+    """
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for layer in module.modules() if processes.size > 1 else ():
+            kind: type[nn.Module] | None = None
+            if isinstance(layer, InputNormalisation):
+                kind = _SharedInputNormalisation
+            elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+                cuda = layer.running_mean is not None and layer.running_mean.is_cuda
+                kind = nn.SyncBatchNorm if cuda else _SharedBatchNorm
+            if kind is not None:
+                changed.append((layer, type(layer)))
+                layer.__class__ = kind
+                layer.processes = processes  # type: ignore[assignment]
+                layer.process_group = None  # type: ignore[assignment]  # of SyncBatchNorm: all processes
+        yield
+    finally:
+        for layer, original in changed:
+            layer.__class__ = original
+            del layer.processes, layer.process_group
+
+
+def processes_of(fabric: Fabric) -> Processes:
+    """The processes among which a launched Fabric trains."""
+    return Processes(fabric.global_rank, fabric.world_size)

@@ -9,29 +9,159 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from bench.data.faceset import FaceSet, to_float
-from bench.data.stream import RecordSource
+from bench.data.decode import workers
+from bench.data.faces import FaceSet
+from bench.data.sources.source import RecordSource
+from bench.data.stream.loader import StreamLoader
+from bench.data.stream.sampler import EpochOrder
 from bench.errors import DataError, UsageError
+from bench.images import to_float
+from bench.nets.augmentation import augment
+from bench.nets.heads import MarginHead
+from bench.nets.recogniser import Recogniser
 from bench.randomness import Streams
-from bench.recognition.augmentation import augment
-from bench.recognition.batches import Batches, MemoryBatches, StreamBatches
-from bench.recognition.heads import HEADS, MarginHead
-from bench.recognition.history import History, Report, no_report
-from bench.recognition.label_noise import flip_labels
-from bench.recognition.learner import make_learner, processes_of
-from bench.recognition.options import TrainingOptions
+from bench.recognition.learner import make_learner
+from bench.recognition.options import HEADS, TrainingOptions
 from bench.recognition.partial_fc import PartialFC
-from bench.recognition.processes import Processes, noticing_lost_processes
-from bench.recognition.recogniser import Recogniser
-from bench.recognition.shared_statistics import shared_statistics
-from bench.recognition.training_state import TrainingState
+from bench.recognition.processes import Processes, noticing_lost_processes, processes_of, shared_statistics
+from bench.recognition.state import History, Report, TrainingState, no_report
 from defenses.base import Defense
+
+
+class Batches(Protocol):
+    """Every image so many times an epoch, in an order of the epoch's own.
+
+    Attributes:
+        resumable: whether a training can go on behind any batch, and not only behind a whole epoch.
+    """
+
+    resumable: ClassVar[bool]
+
+    def epoch(self, epoch: int) -> Iterator[tuple[int, Tensor, Tensor, int]]:
+        """Of each batch its number, this process's part (indices int64 (n,) and uint8 (n, 3, H, W)), the whole's size.
+
+        The epoch that :meth:`resume` names starts where that says.
+        """
+
+    def reached(self) -> dict[str, Any]:
+        """What to :meth:`resume` from: JSON, empty unless resumable."""
+
+    def resume(self, reached: Mapping[str, Any]) -> None:
+        """Go on behind the batch after which :meth:`reached` was called.
+
+        Raises:
+            DataError: that was another order.
+        """
+
+
+def epoch_order(images: int, views: int, steps: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Batches of one epoch: every image ``views`` times, fully shuffled, split evenly.
+
+    An even split leaves no small last batch, whose statistics would be noise to batch norm, and drops no image.
+
+    Returns:
+        ``steps`` int64 tensors of indices into the images, whose sizes differ by at most one.
+    """
+    return torch.tensor_split(torch.randperm(images * views, generator=generator) % images, steps)
+
+
+class MemoryBatches:
+    """Of faces in memory, on the device: batching is one gather, and no loader to feed."""
+
+    resumable: ClassVar[bool] = False
+
+    def __init__(self, faces: FaceSet, views: int, steps: int, streams: Streams, processes: Processes) -> None:
+        self._faces, self._views, self._steps = faces, views, steps
+        self._streams, self._processes = streams, processes
+
+    def epoch(self, epoch: int) -> Iterator[tuple[int, Tensor, Tensor, int]]:
+        """See :class:`Batches`."""
+        generator, images = self._streams.generator(f"training/order/{epoch}"), self._faces.images
+        for step, batch in enumerate(epoch_order(len(images), self._views, self._steps, generator)):
+            chosen = batch[self._processes.rank :: self._processes.size]
+            yield step, chosen, images[chosen.to(images.device)], len(batch)
+
+    def reached(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def resume(self, reached: Mapping[str, Any]) -> None:
+        """Refuse.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError("faces in memory are trained on by whole epochs, the checkpoint was left within one")
+
+
+class StreamBatches:
+    """Of faces on disk, read ahead by threads."""
+
+    resumable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        faces: RecordSource,
+        views: int,
+        batch_size: int,
+        streams: Streams,
+        processes: Processes,
+        device: torch.device,
+    ) -> None:
+        self._device, self._processes = device, processes
+        self._order = EpochOrder(
+            images=len(faces),
+            batch_size=batch_size,
+            seed=streams.seed_for("training/order"),
+            views=views,
+            rank=processes.rank,
+            size=processes.size,
+        )
+        self._loader = StreamLoader(faces, self._order, workers=workers(), pin_memory=device.type == "cuda")
+
+    def epoch(self, epoch: int) -> Iterator[tuple[int, Tensor, Tensor, int]]:
+        """See :class:`Batches`.
+
+        Raises:
+            DataError: what cannot be read; an image that cannot be decoded, where several processes share a batch.
+        """
+        loader = self._loader
+        if loader.epoch != epoch:
+            loader.epoch, loader.position = epoch, 0
+        for step, read in enumerate(loader, loader.position):
+            if read.skipped and self._processes.size > 1:
+                bad = read.skipped[0]
+                raise DataError(f"{bad.where}: {bad.reason}; several processes cannot skip images (on_error=refuse)")
+            total = self._order.batch_total(step) - len(read.skipped)
+            yield step, read.rows, read.images.to(self._device, non_blocking=True), total
+
+    def reached(self) -> dict[str, Any]:
+        """See :class:`Batches`."""
+        return self._loader.state_dict()
+
+    def resume(self, reached: Mapping[str, Any]) -> None:
+        """See :class:`Batches`."""
+        self._loader.load_state_dict(reached)
+
+
+def flip_labels(labels: Tensor, classes: int, share: float, generator: torch.Generator) -> Tensor:
+    """A copy of int64 ``labels`` (N,) with ``round(share * N)`` of them replaced by another identity's.
+
+    Which ones and by what is uniform (symmetric label noise), and the same for the same generator.
+    """
+    chosen = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    # A shift by 1..C-1 never comes back to where it started.
+    shift = torch.randint(1, classes, (len(chosen),), generator=generator)
+    flipped = labels.clone()
+    flipped[chosen] = (labels[chosen] + shift) % classes
+    return flipped
+
 
 #: Steps between two looks at the loss: each look makes a GPU wait.
 LOOK_EVERY = 10
@@ -151,7 +281,7 @@ def train(
         seed: of the head's centres, shuffling, augmentation, states and dropout.
         head: over all K identities; None for the one that ``options`` name.
         checkpoint: a folder for the training's state after each epoch, and of streamed faces about every minute
-            (:data:`bench.recognition.training_state.SAVE_SECONDS`), the same for all processes; an unfinished training
+            (:data:`bench.recognition.state.SAVE_SECONDS`), the same for all processes; an unfinished training
             found there is resumed, by any number of processes, a finished one only loaded. None to keep nothing.
         report: called as ``report(done, total, epoch=, loss=, accuracy=, learning_rate=, images_per_second=)``,
             counting images, a few times a second at most.

@@ -12,10 +12,10 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
-from bench.config import RunConfig
 from bench.errors import BenchError
 from bench.results import PROTOCOL_VERSION, RunResult, read_result
-from bench.store import run_id
+from bench.run.config import RunConfig
+from bench.run.store import run_id
 
 #: Runs a cell, leaves it in the run store and returns what it found. Must be importable by name: workers pickle it.
 Runner = Callable[[RunConfig], RunResult]
@@ -40,7 +40,7 @@ class Outcome:
 
 def run_pipeline(config: RunConfig, console: Console | None = None) -> RunResult:
     """The :data:`Runner` of real sweeps; progress goes to ``console``."""
-    from bench.pipeline import Pipeline
+    from bench.run.pipeline import Pipeline
 
     return Pipeline(config, console=console or Console(quiet=True)).run()
 

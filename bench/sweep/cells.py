@@ -3,20 +3,143 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, Self
 
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from bench import plugins
-from bench.attempt import Attempt
-from bench.composite import members
-from bench.config import RunConfig, merge, resolve
 from bench.errors import UsageError
-from bench.pipeline import Pipeline
-from bench.store import run_id
+from bench.results import Measure, Quality, RunResult
+from bench.run.attack_config import AttackConfig, members
+from bench.run.config import RunConfig, merge, resolve
+from bench.run.pipeline import Pipeline
+from bench.run.store import run_id
 from bench.sweep.options import SweepRequest
-from bench.sweep.state import CellState
+
+SCHEMA_VERSION = "1"
+
+Status = Literal["pending", "running", "success", "failed", "refused"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
+
+
+class KeyFigure(_Model):
+    """A figure with what it has to be read against.
+
+    Attributes:
+        value: as measured.
+        floor: what the best guess without an attack scores, where there is one.
+        ceiling: the same figure of unprotected faces.
+    """
+
+    value: Measure
+    floor: Measure | None = None
+    ceiling: Measure | None = None
+
+
+class CellState(_Model):
+    """One cell of a sweep.
+
+    Attributes:
+        defense, attack, knowledge, seed: what it is.
+        defense_options, attack_options: as asked for.
+        run_id: name of its run directory; two cells with the same one are the same cell.
+        directory: the run directory, once the cell has been started.
+        status: ``refused`` cells cannot be run, for the reason in ``error``.
+        attempts: how often it was started, in all calls of the sweep.
+        seconds: of the last attempt.
+        error: one line: why it failed or was refused, or how it lost its worker before the next attempt.
+        unsaturated: the attack would have gained from more training: its figures are lower bounds.
+        figures: the key figures, by name.
+        warnings: of its result.
+    """
+
+    defense: str
+    attack: str
+    knowledge: str
+    seed: int
+    defense_options: dict[str, Any] = {}
+    attack_options: dict[str, Any] = {}
+    run_id: str
+    directory: str | None = None
+    status: Status = "pending"
+    attempts: int = 0
+    seconds: float | None = None
+    error: str | None = None
+    unsaturated: bool = False
+    figures: dict[str, KeyFigure] = {}
+    warnings: list[str] = []
+
+    @property
+    def name(self) -> str:
+        """The cell in words."""
+        return f"{self.attack} ({self.knowledge}) on {self.defense}, seed {self.seed}"
+
+    def changed(self, **changes: Any) -> Self:
+        """This state with some fields replaced."""
+        return self.model_copy(update=changes)
+
+
+class SweepState(_Model):
+    """All cells of a sweep, in the order in which they are run."""
+
+    schema_: str = Field(SCHEMA_VERSION, alias="schema")
+    sweep: str
+    directory: str
+    cells: list[CellState]
+
+    def count(self, *statuses: Status) -> int:
+        """How many cells are in one of ``statuses``."""
+        return sum(cell.status in statuses for cell in self.cells)
+
+    def to_json(self) -> str:
+        """The document as stored and printed."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+def outcome_of(result: RunResult) -> dict[str, Any]:
+    """What a cell's state takes over from the result of its run."""
+    return {
+        "figures": key_figures(result),
+        "warnings": result.warnings,
+        "unsaturated": result.attack is not None and result.attack.saturated is False,
+    }
+
+
+def key_figures(result: RunResult) -> dict[str, KeyFigure]:
+    """Recognition behind the defence and the leading figures of what leaks; those that were measured.
+
+    Names are those of :data:`bench.measures.KINDS`. Chance is the floor of the linkage accuracy and has no measure.
+    """
+    figures = {}
+    if (utility := result.utility) is not None:
+        figures["accuracy"] = KeyFigure(value=utility.accuracy, ceiling=utility.unprotected.accuracy)
+    if (recovery := result.recovery) is not None:
+        floors = recovery.floors.values()
+        for name in ("ssim", "type1_tar"):
+            figures[name] = KeyFigure(
+                value=_figure(recovery, name),
+                floor=_highest(_figure(floor, name) for floor in floors),
+                ceiling=_figure(recovery.ceiling, name),
+            )
+    if (linkage := result.linkage) is not None:
+        figures["linkage"] = KeyFigure(value=linkage.protected_plain.accuracy, ceiling=linkage.plain.accuracy)
+    return figures
+
+
+def _figure(quality: Quality, name: str) -> Measure:
+    measure: Measure = getattr(quality if name in Quality.model_fields else quality.identity, name)
+    return measure
+
+
+def _highest(measures: Iterable[Measure]) -> Measure | None:
+    known = [(measure.value, measure) for measure in measures if measure.value is not None]
+    return max(known, key=lambda pair: pair[0])[1] if known else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +216,7 @@ def check(configs: Sequence[RunConfig], *, here: bool = True) -> list[Cell]:
     """
     for config in configs:
         plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
-        members(Attempt(config.attack, config.preset, config.attack_options))
+        members(AttackConfig(config.attack, config.preset, config.attack_options))
     cells = [Cell(config, _refusal(config, here)) for config in configs]
     if all(cell.refusal for cell in cells):
         of_all = f"none of the {len(cells)} cells can be run: " if len(cells) > 1 else ""

@@ -18,8 +18,7 @@ from pydantic import ValidationError
 from bench.errors import BenchError, DataError
 from bench.files import write_text
 from bench.sweep.attempt import Outcome, finished
-from bench.sweep.cells import Cell
-from bench.sweep.state import CellState, SweepState, outcome_of
+from bench.sweep.cells import Cell, CellState, SweepState, outcome_of
 
 ID_LENGTH = 8
 LOCK = "lock"

@@ -20,10 +20,9 @@ from pydantic import (
     model_validator,
 )
 
-from bench.config import merge, nested, parse_assignments, read_file
-from bench.environment import read_environment
 from bench.errors import UsageError
 from bench.plugins import explain
+from bench.run.config import merge, nested, parse_assignments, read_environment, read_file
 
 #: Setting of a sweep -> the setting of a run that it goes through.
 AXES = {"defenses": "defense", "attacks": "attack", "knowledge": "knowledge", "seeds": "seed"}
@@ -128,7 +127,7 @@ def read_request(
 
     Args:
         sweep: flags with the names of :class:`SweepOptions`; absent ones left out.
-        flags: flags with the names of :class:`bench.config.RunConfig`; absent ones left out.
+        flags: flags with the names of :class:`bench.run.config.RunConfig`; absent ones left out.
         environment: usually ``os.environ``.
         file: a TOML file.
         defense_options, attack_options: ``KEY=VALUE`` for all, ``NAME.KEY=VALUE`` for one defence or attack.

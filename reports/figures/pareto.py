@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
+from bench.measures import KINDS, leak
 from bench.results import Measure
 from reports.cells import Setting
 from reports.figures.svg import INK, MARKERS, MUTED, SERIES, Drawing, draw, entry
-from reports.measures import KINDS, leak
 from reports.summary import fastest, lowest_accuracy
 from reports.worst import worst_case
 

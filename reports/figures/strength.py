@@ -5,10 +5,10 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from bench.measures import KINDS
 from bench.results import Measure, StrengthCurve
 from reports.cells import Cell, Setting
 from reports.figures.svg import LINES, MARKERS, SERIES, Drawing, draw, entry
-from reports.measures import KINDS
 
 #: What the axes of a budget count, and the figures of a curve that are drawn.
 _AXES = {"data": "public faces", "k": "interceptions per face", "steps": "training steps", "queries": "queries"}

@@ -5,16 +5,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from attacks.base import (
-    GRANTS,
-    Adversary,
-    AttackOptions,
-    Capability,
-    FitReport,
-    Knowledge,
-    Observation,
-    RecoveryAttack,
-)
+from attacks.base import GRANTS, Adversary, AttackOptions, Capability, FitReport, Knowledge, Observation, RecoveryAttack
 
 
 class Returns(RecoveryAttack):

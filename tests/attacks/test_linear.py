@@ -3,9 +3,9 @@ import torch
 from linear_world import SIZE, adversary_of, defense_of, error, faces_of, observe
 
 from attacks.base import Observation
-from attacks.layout import probe
 from attacks.linear import Linear, LinearOptions
 from defenses.base import Defense
+from defenses.layout import probe
 
 SMALL = {"rank": 12, "place_faces": 120, "traffic": 240}
 

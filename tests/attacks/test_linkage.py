@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
-import attacks.descent
+import attacks.parts.training
 from attacks.linkage import Linkage, LinkageOptions, _HeldOut
 
 SIZE = 16
@@ -398,7 +398,7 @@ def test_a_stored_fit_links_as_before(on_pick, make_adversary, pick):
 @pytest.mark.parametrize("killed_at", [4, 9], ids=["teacher", "student"])
 def test_a_killed_fit_goes_on_where_it_stopped(make_adversary, pick, monkeypatch, tmp_path, killed_at):
     whole, report = fit(make_adversary(pick(), faces=PUBLIC), **BRIEF)
-    monkeypatch.setattr(attacks.descent, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(attacks.parts.training, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
 
     def kill(done, total, **fields):
         if done == 24 * killed_at:

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from attacks.base import GRANTS, Knowledge, Observation
-from attacks.generator import build_generator, hold_out
 from attacks.model_inversion import CodeEstimate, ModelInversion, ModelInversionOptions, _Codes, _Goal, _Pixels
-from attacks.seeds import base_seed
+from attacks.parts.generator import build_generator, hold_out
+from bench.randomness import base_seed
 
 SIZE = 16
 TINY = {

@@ -10,7 +10,7 @@ from pictures import blends
 from pydantic import ValidationError
 from torch.nn import functional
 
-import attacks.descent
+import attacks.parts.training
 from attacks.base import GRANTS, Capability, Knowledge, Observation
 from attacks.template import Template, TemplateDecoder, TemplateOptions
 
@@ -204,7 +204,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("knowledge", ["blackbox", "whitebox"])
 def test_a_resumed_fit_equals_an_unbroken_one(scene, pick, tmp_path, monkeypatch, knowledge):
-    monkeypatch.setattr(attacks.descent, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(attacks.parts.training, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     unbroken, expected, _ = fitted(scene, pick(), knowledge)
     calls = itertools.count(1)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-import attacks.descent
+import attacks.parts.training
 from attacks.base import Attack, Observation
+from attacks.parts.unet_network import UNetNetwork
 from attacks.unet import UNet, UNetOptions, invariant_view
-from attacks.unet_network import UNetNetwork
 
 SIZE = 16
 TINY = {"widths": (8, 8), "stem_stride": 2, "batch_size": 10, "images": 200}
@@ -374,7 +374,7 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("stop", [1, 9, 13, 20])
 def test_a_resumed_fit_equals_an_unbroken_one(make_adversary, pick, tmp_path, monkeypatch, stop):
-    monkeypatch.setattr(attacks.descent, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(attacks.parts.training, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     options = UNetOptions(**TINY | {"early_stop": True})
     unbroken = UNet(options)
     expected = unbroken.fit(make_adversary(pick()))

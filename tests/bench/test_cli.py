@@ -71,7 +71,7 @@ def test_attacks_are_listed_with_what_they_take(bench):
 
 
 def test_run_passes_its_flags_on(bench, monkeypatch):
-    from bench.pipeline import Pipeline
+    from bench.run.pipeline import Pipeline
 
     seen = []
 
@@ -292,7 +292,7 @@ class TestBadRuns:
         assert not Path("p.npz").exists()
 
     def test_interrupt(self, bench, monkeypatch):
-        from bench.pipeline import Pipeline
+        from bench.run.pipeline import Pipeline
 
         def interrupt(self):
             raise KeyboardInterrupt
@@ -303,7 +303,7 @@ class TestBadRuns:
         assert "interrupted" in one_line(err)
 
     def test_a_bug_is_one_line_too(self, bench, monkeypatch):
-        from bench.pipeline import Pipeline
+        from bench.run.pipeline import Pipeline
 
         def bug(self):
             raise RuntimeError("oops")

@@ -18,11 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from bench import plugins
-from bench.config import resolve
 from bench.errors import UsageError
-from bench.metrics.throughput import measure
-from bench.pipeline import Pipeline
 from bench.results import Quality, RunResult
+from bench.run.config import resolve
+from bench.run.pipeline import Pipeline
+from bench.run.speed import measure
 
 DOCS = Path(__file__).parents[2] / "docs"
 SIZE = 24
@@ -125,7 +125,7 @@ def run(installed: None, judge: Path, tmp_path_factory: pytest.TempPathFactory) 
         return Pipeline(resolve(asked, {}), console=Console(quiet=True)).run()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.speed.measure", functools.partial(measure, warmup=0, min_time=0.0))
+        patch.setattr("bench.run.speed.measure", functools.partial(measure, warmup=0, min_time=0.0))
         yield one
 
 

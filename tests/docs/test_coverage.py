@@ -12,12 +12,11 @@ import typer
 
 from attacks.base import GRANTS, Capability, Knowledge
 from bench import plugins
-from bench.catalogue import catalogue
 from bench.cli import app
-from bench.config import RunConfig
+from bench.commands.catalogue import catalogue
 from bench.metrics.floors import FLOORS
-from bench.presets import PRESETS
 from bench.results import PROTOCOL_VERSION
+from bench.run.config import PRESETS, RunConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -131,7 +130,7 @@ def test_the_presets_are_those_there_are():
 def test_the_config_file_is_one():
     import tomllib
 
-    from bench.config import resolve
+    from bench.run.config import resolve
 
     block = re.search(r"```toml\n(.*?)```", text("cli.md"), re.DOTALL)
     assert block is not None

@@ -106,6 +106,6 @@ def test_the_reference_names_modules_that_exist():
     named = {
         name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     }
-    assert {"defenses.base", "attacks.base", "bench.results", "bench.pytest_plugin"} <= named
+    assert {"defenses.base", "attacks.base", "bench.results", "bench.gate.pytest_plugin"} <= named
     for name in named:
         assert importlib.import_module(name).__doc__, f"{name} has nothing to show"

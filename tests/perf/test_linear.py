@@ -16,8 +16,8 @@ from lightning_fabric import Fabric
 from pictures import smooth
 
 from attacks.base import Adversary, Knowledge, Observation
-from attacks.gaussian_prior import NEIGHBOURS
 from attacks.linear import Linear, LinearOptions
+from attacks.parts.gaussian_prior import NEIGHBOURS
 from bench.metrics.image_quality import ssim
 from bench.plugins import make_defense
 

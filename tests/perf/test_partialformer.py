@@ -13,8 +13,8 @@ import time
 import pytest
 import torch
 
-from bench.recognition.cost import backbone_cost, images_per_second
-from bench.recognition.recogniser import build_recogniser
+from bench.nets.recogniser import build_recogniser
+from tests.support.cost import backbone_cost, images_per_second
 
 #: What PartialFace sends of a 64 px face.
 SHAPE, BATCH = (27, 64, 64), 16
@@ -74,7 +74,7 @@ def test_cost(benchmark):
 @pytest.mark.slow
 def test_head_scaling_in_place_beats_moving_the_heads_last(benchmark):
     """Why :class:`HeadScaling` multiplies from the left, both ways in one process."""
-    from bench.recognition.partialformer.attention import HeadScaling
+    from bench.nets.partialformer import HeadScaling
 
     if benchmark.disabled:
         pytest.skip("a timing; enable with --benchmark-enable")

@@ -12,10 +12,12 @@ import psutil
 import pytest
 import torch
 from big_records import small_jpeg, write_big_records
+from open_source import open_source
 
 from bench.data.decode import decode_image, workers
 from bench.data.recordio import RecordFile
-from bench.data.stream import EpochOrder, StreamLoader, open_source
+from bench.data.stream.loader import StreamLoader
+from bench.data.stream.sampler import EpochOrder
 
 REQUIRED_RATIO = 3.0
 BATCH = 256

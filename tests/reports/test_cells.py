@@ -2,8 +2,8 @@
 
 from run_folders import write_run
 
+from bench.run.archive import load_runs
 from reports.cells import settings
-from reports.runs import load_runs
 
 
 def grouped(*folders):

@@ -9,6 +9,7 @@ import pytest
 from run_folders import VICTIMS, write_run
 from sklearn.metrics import roc_curve
 
+from bench.run.archive import load_runs
 from reports.cells import settings
 from reports.figures.frequencies import frequency_figures
 from reports.figures.pareto import _front, pareto
@@ -17,7 +18,6 @@ from reports.figures.states import confusion_figures, state_figure
 from reports.figures.strength import strength_figures
 from reports.figures.svg import draw, entry, spread
 from reports.figures.training import training_figures
-from reports.runs import load_runs
 
 SVG = "{http://www.w3.org/2000/svg}"
 

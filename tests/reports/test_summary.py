@@ -2,10 +2,10 @@
 
 from run_folders import write_run
 
+from bench.run.archive import load_runs
 from reports.cells import settings
 from reports.provenance import warnings
 from reports.published import matching, published
-from reports.runs import load_runs
 from reports.summary import COLUMNS, summary, worst_rows
 
 

@@ -3,8 +3,8 @@
 import pytest
 from run_folders import VICTIMS, write_run
 
+from bench.run.archive import load_runs
 from reports.cells import settings
-from reports.runs import load_runs
 from reports.worst import worst_case
 
 

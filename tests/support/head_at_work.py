@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from bench.recognition.heads import ArcFace
+from bench.nets.heads import ArcFace
 from bench.recognition.partial_fc import PartialFC
 
 DIMENSIONS, SCALE, MARGIN = 512, 64.0, 0.5

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import BenchError
-from bench.recognition.centre_store import load_centres, save_centres
+from bench.recognition.learner import load_centres, save_centres
 from bench.recognition.partial_fc import PartialFC
 from bench.recognition.processes import LostProcess, Processes, noticing_lost_processes
 

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import pytest
 from rich.console import Console
 
-from bench import plugins, speed
-from bench.config import resolve
-from bench.pipeline import Pipeline
+from bench import plugins
+from bench.run import speed
+from bench.run.config import resolve
+from bench.run.pipeline import Pipeline
 
 
 @contextmanager

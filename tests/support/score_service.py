@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from attacks.base import Observation
-from attacks.eigenfaces import Eigenfaces, LatentScores
+from attacks.parts.eigenfaces import Eigenfaces, LatentScores
 
 SIZE = 16
 VICTIMS = 12

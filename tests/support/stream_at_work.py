@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from open_source import open_source
 from training_at_work import OPTIONS, fabric_for
 
-from bench.data.stream import open_source
 from bench.errors import BenchError
-from bench.recognition import training, training_state
+from bench.nets.recogniser import build_recogniser
+from bench.recognition import state as training_state
+from bench.recognition import training
 from bench.recognition.options import TrainingOptions
 from bench.recognition.processes import Processes
-from bench.recognition.recogniser import build_recogniser
 from defenses.none import Unprotected
 
 SIZE = 16

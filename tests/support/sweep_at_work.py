@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.cache import StageCache
 from bench.errors import BenchError
 from bench.results import RunResult, read_result
-from bench.store import run_id
+from bench.run.stage import StageCache
+from bench.run.store import run_id
 from bench.sweep.options import read_request
 
 QUIET = Console(quiet=True)
@@ -149,9 +149,9 @@ def sharing(config):
 if __name__ == "__main__":  # a sweep in a process of its own, to be interrupted
     import sys
 
-    import bench.sweep.pool
+    import bench.sweep.workers
 
-    bench.sweep.pool.START = sys.argv[2]
+    bench.sweep.workers.START = sys.argv[2]
     try:
         sweep(Path(sys.argv[1]), endless, jobs=2).run()
     except KeyboardInterrupt:

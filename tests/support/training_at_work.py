@@ -10,12 +10,12 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
 
-from bench.data.faceset import FaceSet
+from bench.data.faces import FaceSet
 from bench.errors import BenchError
-from bench.recognition.augmentation import AugmentationOptions
+from bench.nets.options import AugmentationOptions
+from bench.nets.recogniser import build_recogniser
 from bench.recognition.options import TrainingOptions
 from bench.recognition.processes import Processes
-from bench.recognition.recogniser import build_recogniser
 from bench.recognition.training import train
 from defenses.none import Unprotected
 
@@ -41,7 +41,7 @@ def faces() -> FaceSet:
     return FaceSet(images, torch.arange(5).repeat_interleave(5), tuple("abcde"))
 
 
-class _Gang(TorchElasticEnvironment):
+class _TrainingProcesses(TorchElasticEnvironment):
     """The processes that are connected already."""
 
     def __init__(self, processes: Processes) -> None:
@@ -66,7 +66,7 @@ def fabric_for(processes: Processes) -> Fabric:
     fabric = Fabric(
         accelerator="cpu",
         devices=processes.size,
-        strategy=DDPStrategy(cluster_environment=_Gang(processes)),
+        strategy=DDPStrategy(cluster_environment=_TrainingProcesses(processes)),
         precision="32-true",
     )
     fabric.launch()

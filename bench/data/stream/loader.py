@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from bench.data.sources.source import Batch, RecordSource
 from bench.data.stream.sampler import EpochOrder
-from bench.data.stream.source import Batch, RecordSource
 from bench.errors import BenchError, DataError, UsageError
 
 A = TypeVar("A")

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from bench.data.decode import Report, no_report, own_limits, workers
-from bench.data.faceset import Skipped
-from bench.data.stream.contents import Contents
+from bench.data.faces import Skipped
+from bench.data.sources.source import OnError
 from bench.data.stream.loader import by_threads
-from bench.data.stream.source import OnError
-from bench.data.stream.view import AT_ONCE, IdentityView
+from bench.data.stream.view import AT_ONCE, Contents, IdentityView
 from bench.errors import DataError
 from bench.files import write_text
 

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from bench.data.faceset import FaceSet, Source
+from bench.data.faces import FaceSet, Source
 from bench.data.synthetic.anatomy import draw_identities
 from bench.data.synthetic.nuisance import Conditions, draw_conditions
 from bench.data.synthetic.renderer import MIN_SIZE, Report, render

@@ -1,3 +1,5 @@
+"""Smaller budgets of faces are parts of larger ones, by whole people."""
+
 from __future__ import annotations
 
 import itertools
@@ -5,10 +7,114 @@ import itertools
 import pytest
 import torch
 
-from bench.data.faceset import FaceSet, PairProtocol, Source
-from bench.data.overlap import drop_victims
-from bench.data.splits import Splits, split
+from bench.data.faces import FaceSet, PairProtocol, Skipped, Source
+from bench.data.splits import Splits, drop_twins, drop_victims, split, whole_identities
 from bench.errors import DataError, UsageError
+
+IMAGES_OF = (3, 1, 4, 2, 5, 1)
+
+
+@pytest.fixture(scope="module")
+def six_people():
+    labels = torch.repeat_interleave(torch.arange(6), torch.tensor(IMAGES_OF))
+    pixels = torch.arange(16, dtype=torch.uint8)[:, None, None, None].expand(16, 3, 8, 8).clone()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    return FaceSet(pixels, labels[order], tuple("abcdef"))
+
+
+def take(six_people, budget, seed=0):
+    return whole_identities(six_people, budget, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_budget_is_a_part_of_the_next(six_people, seed):
+    smaller = None
+    for budget in range(2, 17):
+        taken = take(six_people, budget, seed)
+        images = set(taken.images[:, 0, 0, 0].tolist())
+        assert len(taken) <= budget or len(taken.names) == 2
+        assert smaller is None or smaller <= images
+        # Everybody with all their images, under their own name.
+        for label, name in enumerate(taken.names):
+            assert int((taken.labels == label).sum()) == IMAGES_OF["abcdef".index(name)]
+        smaller = images
+    assert smaller == set(range(16))
+
+
+def test_shares_are_of_the_faces(six_people):
+    assert take(six_people, 1) is six_people
+    assert take(six_people, 1000) is six_people
+    assert take(six_people, 0.5).names == take(six_people, 8).names
+    # A tenth of a set of 30 is 3, whatever the product is rounded to.
+    thirty = FaceSet(torch.zeros(30, 3, 8, 8, dtype=torch.uint8), torch.arange(30), tuple(map(str, range(30))))
+    assert len(take(thirty, 0.1)) == 3
+
+
+def test_two_people_are_the_least(six_people):
+    assert len(take(six_people, 0.001).names) == 2
+
+
+def test_no_budget_is_refused(six_people):
+    with pytest.raises(DataError, match="above 0"):
+        take(six_people, 0)
+
+
+def make(values: list[int], labels: list[int], names: tuple[str, ...]) -> FaceSet:
+    images = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
+    return FaceSet(images, torch.tensor(labels), names, (Skipped("a", "b"),))
+
+
+def test_disjoint_sets_are_left_alone():
+    faces = make([1, 2, 3], [0, 0, 1], ("a", "b"))
+    kept, dropped = drop_victims(faces, make([4, 5], [0, 1], ("c", "d")))
+    assert kept is faces
+    assert dropped == ()
+
+
+def test_whole_identities_go_and_labels_stay():
+    faces = make([1, 2, 3, 4, 5], [0, 0, 1, 1, 2], ("a", "b", "c"))
+    kept, dropped = drop_victims(faces, make([9, 2, 8], [0, 1, 1], ("c", "x")))
+    assert kept.images[:, 0, 0, 0].tolist() == [3, 4]
+    assert kept.labels.tolist() == [1, 1]
+    assert kept.names == faces.names
+    assert kept.skipped == faces.skipped
+    assert [(s.where, s.reason.split()[-1]) for s in dropped] == [("a", "victim"), ("c", "name")]
+
+
+def test_names_without_images_are_nobody():
+    faces = make([1, 2], [0, 1], ("a", "b"))
+    kept, dropped = drop_victims(faces, make([9], [0], ("z", "a")))  # nobody is called a there
+    assert len(kept) == 2
+    assert dropped == ()
+
+
+def noise(seeds: list[int], labels: list[int]) -> FaceSet:
+    images = torch.stack(
+        [torch.randint(0, 256, (3, 8, 8), generator=torch.Generator().manual_seed(s), dtype=torch.uint8) for s in seeds]
+    )
+    return FaceSet(images, torch.tensor(labels), tuple("abcdef"))
+
+
+def test_twins_are_reduced_to_the_one_with_most_images():
+    #            a  a  b  b  b  c  c  d  e  e  f
+    faces = noise([1, 2, 2, 3, 4, 4, 5, 6, 7, 7, 8], [0, 0, 1, 1, 1, 2, 2, 3, 4, 4, 5])
+    kept, dropped = drop_twins(faces)
+    # a - b by image 2, b - c by image 4; e repeats an image of its own, which links it to nobody.
+    assert kept.used_names == {"b", "d", "e", "f"}
+    assert len(kept) == 7
+    assert [s.where for s in dropped] == ["a", "c"]
+    assert all("shares an identical image with b" in s.reason for s in dropped)
+
+
+def test_blank_and_nearly_equal_images_make_no_twins():
+    faces = noise([1, 2, 3, 4], [0, 1, 2, 3])
+    faces.images[0] = faces.images[1] = 7
+    faces.images[3] = faces.images[2]
+    faces.images[3, 1, 4, 4] ^= 1
+    kept, dropped = drop_twins(faces)
+    assert kept is faces
+    assert dropped == ()
+
 
 SHARES = {"provider": 0.5, "public": 0.2, "evaluator": 0.1, "victims": 0.2}
 

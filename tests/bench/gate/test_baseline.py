@@ -7,10 +7,9 @@ import pytest
 from gate_world import IMAGES, PEOPLE, make_run
 
 from bench.errors import DataError, MissingError, UsageError
-from bench.gate.baseline import Baseline, read_baseline, write_baseline
-from bench.gate.figures import FIGURES, harm_sign
-from bench.gate.make import make_baseline
-from reports.runs import load_run, load_runs
+from bench.gate.baseline import Baseline, make_baseline, read_baseline, write_baseline
+from bench.gate.scores import FIGURES, harm_sign
+from bench.run.archive import load_run, load_runs
 
 
 @pytest.fixture

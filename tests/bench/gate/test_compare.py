@@ -5,7 +5,7 @@ from gate_world import make_run
 
 from bench.errors import UsageError
 from bench.gate.compare import compare
-from reports.runs import load_run
+from bench.run.archive import load_run
 
 
 def compared(tmp_path, first, second):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench.gate.baseline import Expected
+from bench.gate.baseline import Expected, _expected
 from bench.gate.comparison import (
     PRIOR_WEIGHT,
     Change,
@@ -21,7 +21,6 @@ from bench.gate.comparison import (
     victims_variance,
 )
 from bench.gate.decision import decide, holm
-from bench.gate.make import _expected
 from bench.gate.scores import RunScores, Scores
 
 NAME = "recovery.ssim"

@@ -6,9 +6,9 @@ import pytest
 from gate_world import make_run
 
 from bench.errors import DataError, UsageError
+from bench.gate.baseline import make_baseline
 from bench.gate.gate import gate
-from bench.gate.make import make_baseline
-from reports.runs import load_run, load_runs
+from bench.run.archive import load_run, load_runs
 
 
 def figures(verdict):

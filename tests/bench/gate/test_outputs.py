@@ -7,11 +7,10 @@ from xml.etree import ElementTree as ET
 import pytest
 from gate_world import make_run
 
+from bench.gate.baseline import make_baseline
+from bench.gate.formats import append_summary, junit, summary, workflow_commands, write_junit
 from bench.gate.gate import gate
-from bench.gate.make import make_baseline
-from bench.gate.outputs.github import append_summary, summary, workflow_commands
-from bench.gate.outputs.junit import junit, write_junit
-from reports.runs import load_run, load_runs
+from bench.run.archive import load_run, load_runs
 
 HOSTILE = "<script>alert(1)</script>|`x`[a](http://b)\n::error::owned%0A\x1b[31m\x00$(rm)&amp;@all"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from bench.errors import DataError
+from bench.measures import Estimate
 from bench.metrics import bootstrap
 from bench.metrics.bootstrap import (
     difference_estimate,
@@ -220,3 +223,14 @@ def test_contradictions_are_refused() -> None:
         mean_estimate(torch.tensor([1.0, torch.inf]), torch.tensor([0, 1]), seeded())
     with pytest.raises(DataError, match="identities and replicates"):
         draw_identities(0, seeded())
+
+
+@pytest.mark.parametrize("fields", [(None, None, 3), (0.5, None, 3), (None, (0.0, 1.0), 3)])
+def test_what_is_missing_needs_a_reason(fields: tuple[Any, Any, int]) -> None:
+    with pytest.raises(ValueError, match="must say why"):
+        Estimate(*fields)
+
+
+def test_an_interval_needs_a_value() -> None:
+    with pytest.raises(ValueError, match="an interval needs a value"):
+        Estimate(None, (0.0, 1.0), 3, "no data")

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torch import nn
 
-from bench.data.faceset import PairProtocol
+from bench.data.faces import PairProtocol
 from bench.data.verification_pack import read_pack
 from bench.errors import DataError, MissingError
 from bench.metrics.evaluator import OnnxEvaluator, RecogniserEvaluator

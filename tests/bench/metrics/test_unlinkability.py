@@ -7,13 +7,7 @@ import torch
 from scipy import integrate, stats
 
 from bench.errors import DataError
-from bench.metrics.unlinkability import (
-    LARGEST_BIAS,
-    chance_level,
-    choose_bins,
-    unlinkability,
-    unlinkability_estimate,
-)
+from bench.metrics.unlinkability import LARGEST_BIAS, chance_level, choose_bins, unlinkability, unlinkability_estimate
 
 
 def normal(mated: int, non_mated: int, shift: float, *, spread: float = 1.0, seed: int = 0):

@@ -9,7 +9,7 @@ from scipy.interpolate import interp1d
 from scipy.optimize import brentq
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from bench.data.faceset import PairProtocol
+from bench.data.faces import PairProtocol
 from bench.errors import DataError
 from bench.metrics.verification import (
     eer,

@@ -7,7 +7,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from bench.data.faceset import FaceSet
+from bench.data.faces import FaceSet
 from defenses.base import Defense, DefenseOptions
 
 SIZE = 16

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bench.recognition import options as module
-from bench.recognition.options import PUBLISHED, TrainingOptions, native_bfloat16, resolve_precision
+from bench.recognition.options import PUBLISHED, TrainingOptions
+from bench.run.machines import native_bfloat16, resolve_precision
 
 
 @pytest.mark.parametrize(

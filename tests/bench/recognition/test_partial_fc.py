@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.errors import UsageError
 from bench.recognition import partial_fc as module
-from bench.recognition import partial_sgd
+from bench.recognition import partial_fc as partial_sgd
 from bench.recognition.partial_fc import PartialFC
 from bench.recognition.processes import Processes
 

@@ -9,12 +9,12 @@ import partial_fc_at_work as work
 import pytest
 import torch
 import torch.nn.functional as F
-from gang import gang
+from in_processes import in_processes
 from partial_fc_at_work import CLASSES, DIMENSIONS, SGD, batches, make, start
 from torch import Tensor
 
 from bench.errors import UsageError
-from bench.recognition.heads import ArcFace, Combined, CosFace, MarginHead
+from bench.nets.heads import ArcFace, Combined, CosFace, MarginHead
 from bench.recognition.processes import Processes
 
 WHOLE = [
@@ -35,7 +35,7 @@ def outcome(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]
     """By process, case and step."""
     if request.param == 1:
         return [work.train(Processes(), CASES)]
-    return gang(request.param, tmp_path_factory.mktemp("gang"), work.train, CASES)
+    return in_processes(request.param, tmp_path_factory.mktemp("processes"), work.train, CASES)
 
 
 def full_head(options: dict[str, float]) -> MarginHead:
@@ -134,13 +134,13 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 def test_a_wrong_label_in_one_process_is_refused_by_all(tmp_path: Path) -> None:
-    for answer in gang(2, tmp_path, work.refuse_labels):
+    for answer in in_processes(2, tmp_path, work.refuse_labels):
         assert answer == f"labels must lie in [0, {CLASSES}), got 0 to {CLASSES}"
 
 
 @pytest.mark.parametrize("silently", [False, True])
 def test_a_lost_process_is_one_clear_error(tmp_path: Path, silently: bool) -> None:
-    ((message, seconds),) = gang(2, tmp_path, work.lose_one, silently, patience=1, lost=(1,))
+    ((message, seconds),) = in_processes(2, tmp_path, work.lose_one, silently, patience=1, lost=(1,))
     assert "process 0 of 2 lost another one" in message
     assert "\n" not in message
     assert seconds < 5
@@ -152,13 +152,13 @@ def test_centres_load_on_another_number_of_processes(tmp_path: Path, writers: in
     if writers == 1:
         work.store(Processes(), folder)
     else:
-        gang(writers, tmp_path / "w", work.store, folder)
+        in_processes(writers, tmp_path / "w", work.store, folder)
     # Reading talks to nobody.
     assert [work.read(Processes(rank, readers), folder) for rank in range(readers)] == [True] * readers
 
 
 def test_missing_and_truncated_centres_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.recognition.centre_store.BLOCK_ROWS", 10)
+    monkeypatch.setattr("bench.recognition.learner.BLOCK_ROWS", 10)
     work.store(Processes(), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         f"rows-{first:010d}-{stop:010d}.safetensors" for first, stop in ((0, 10), (10, 20), (20, 23))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import training_at_work as work
-from gang import gang
+from in_processes import in_processes
 
 from bench.errors import UsageError
 from bench.recognition.options import TrainingOptions
@@ -38,7 +38,7 @@ def alone() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    return gang(2, tmp_path_factory.mktemp("gang"), work.learn, CHANGES)
+    return in_processes(2, tmp_path_factory.mktemp("processes"), work.learn, CHANGES)
 
 
 @pytest.mark.parametrize("case", range(3))
@@ -106,7 +106,7 @@ def test_it_goes_on_in_another_number_of_processes(
         if size == 1:
             return [work.learn(Processes(), [WHOLE], tmp_path / "resume", **more)[0]]
         arguments = ([WHOLE], tmp_path / "resume", more.get("poisoned_epoch"))
-        return [found[0] for found in gang(size, tmp_path / name, work.learn, *arguments)]
+        return [found[0] for found in in_processes(size, tmp_path / name, work.learn, *arguments)]
 
     for killed in learn(before, "before", poisoned_epoch=1):
         # Only the last process computed anything that was not finite.
@@ -118,12 +118,12 @@ def test_it_goes_on_in_another_number_of_processes(
 def test_centres_that_are_gone_are_an_error_in_all_processes(tmp_path: Path) -> None:
     work.learn(Processes(), [{**WHOLE, "epochs": 1}], tmp_path / "resume")
     next((tmp_path / "resume" / "centres-1").iterdir()).unlink()
-    for (found,) in gang(2, tmp_path / "gang", work.learn, [{**WHOLE, "epochs": 1}], tmp_path / "resume"):
+    for (found,) in in_processes(2, tmp_path / "processes", work.learn, [{**WHOLE, "epochs": 1}], tmp_path / "resume"):
         assert re.match("(DataError|BenchError): .*centres-1 holds 0 of the", found["error"])
 
 
 def test_a_batch_too_small_for_the_processes_is_refused(tmp_path: Path) -> None:
-    for (found,) in gang(2, tmp_path, work.learn, [{"batch_size": 3}]):
+    for (found,) in in_processes(2, tmp_path, work.learn, [{"batch_size": 3}]):
         assert found["error"] == (
             "UsageError: 2 processes cannot share batches of 3: start fewer, or raise training.batch_size to 4 or more"
         )

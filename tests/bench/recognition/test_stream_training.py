@@ -10,21 +10,24 @@ import pytest
 import stream_at_work as work
 import torch
 from alive import Alive
-from gang import gang
+from in_processes import in_processes
 from lightning_fabric import Fabric
+from open_source import open_source
 from small_sets import people, write_folder
 
-from bench.data.stream import EpochOrder, open_source
+from bench.data.sources.source import EncodedSource
 from bench.data.stream.loader import AHEAD
-from bench.data.stream.source import EncodedSource
+from bench.data.stream.sampler import EpochOrder
 from bench.errors import DataError
+from bench.nets.recogniser import Recogniser, build_recogniser
 from bench.randomness import Streams
-from bench.recognition import batches, training, training_state
-from bench.recognition.batches import StreamBatches
-from bench.recognition.checkpoint import load_tensors
+from bench.recognition import state as training_state
+from bench.recognition import training
+from bench.recognition import training as batches
 from bench.recognition.options import TrainingOptions
 from bench.recognition.processes import Processes
-from bench.recognition.recogniser import Recogniser, build_recogniser
+from bench.recognition.state import load_tensors
+from bench.recognition.training import StreamBatches
 
 SIZE = 16
 OPTIONS = TrainingOptions(
@@ -128,7 +131,7 @@ def test_images_are_in_memory_for_a_moment_only(
 ) -> None:
     folder = write_folder(tmp_path / "many", people(20, 60, SIZE))
     read, alive = EncodedSource.read, Alive()
-    monkeypatch.setattr("bench.recognition.batches.workers", lambda: 2)
+    monkeypatch.setattr("bench.recognition.training.workers", lambda: 2)
     monkeypatch.setattr(EncodedSource, "read", lambda self, rows: alive.watch(read(self, rows)))
     run(folder, make_defense(), OPTIONS.model_copy(update={"epochs": 1}))
     assert alive.seen == 1200
@@ -152,7 +155,7 @@ def test_several_processes_do_not_skip_images(folder: Path) -> None:
 def test_two_processes_leave_off_and_one_goes_on(folder: Path, tmp_path: Path) -> None:
     change = {"head": "partial-fc", "sample_rate": 1.0, "epochs": 2, "batch_size": 6}
     expected = work.learn(Processes(), folder, change, tmp_path / "alone")
-    assert gang(2, tmp_path / "gang", work.learn, folder, change, tmp_path / "resume", 16) == [(), ()]
+    assert in_processes(2, tmp_path / "processes", work.learn, folder, change, tmp_path / "resume", 16) == [(), ()]
     _, details = load_tensors(tmp_path / "resume" / "training.safetensors")
     assert (details["reached"]["epoch"], details["reached"]["position"]) == (1, 4)
     losses = work.learn(Processes(), folder, change, tmp_path / "resume")

@@ -7,21 +7,54 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from bench.data.faceset import FaceSet, to_float
+from bench.data.faces import FaceSet
 from bench.errors import BenchError, DataError, UsageError
-from bench.recognition.augmentation import AugmentationOptions
-from bench.recognition.batches import epoch_order
-from bench.recognition.checkpoint import load_tensors
-from bench.recognition.heads import ArcFace
+from bench.images import to_float
+from bench.nets.heads import ArcFace
+from bench.nets.options import AugmentationOptions
+from bench.nets.recogniser import Recogniser, build_recogniser
 from bench.recognition.options import TrainingOptions
-from bench.recognition.recogniser import Recogniser, build_recogniser
+from bench.recognition.state import load_tensors
 from bench.recognition.training import (
     TrainingReport,
     build_head,
+    epoch_order,
+    flip_labels,
     learning_rate,
     margins,
     train,
 )
+
+
+def flip(labels: torch.Tensor, share: float, seed: int = 0) -> torch.Tensor:
+    return flip_labels(labels, 7, share, torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.99])
+def test_exactly_the_share_is_flipped_and_never_to_itself(share: float) -> None:
+    labels = torch.arange(7).repeat(1000)
+    before = labels.clone()
+    flipped = flip(labels, share)
+    assert int((flipped != labels).sum()) == round(share * 7000)
+    assert torch.equal(labels, before)
+    assert flipped.min() >= 0
+    assert flipped.max() < 7
+
+
+def test_wrong_labels_are_uniform() -> None:
+    labels = torch.arange(7).repeat(6000)
+    flipped = flip(labels, 0.5)
+    wrong = flipped != labels
+    shift = (flipped[wrong] - labels[wrong]) % 7
+    assert (shift.bincount(minlength=7)[1:] / wrong.sum() - 1 / 6).abs().max() < 0.01
+    assert (labels[wrong].bincount() / wrong.sum() - 1 / 7).abs().max() < 0.01
+
+
+def test_the_generator_decides() -> None:
+    labels = torch.arange(7).repeat(10)
+    assert torch.equal(flip(labels, 0.3), flip(labels, 0.3))
+    assert not torch.equal(flip(labels, 0.3), flip(labels, 0.3, seed=1))
+
 
 OPTIONS = TrainingOptions(
     epochs=3,

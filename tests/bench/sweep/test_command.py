@@ -8,7 +8,7 @@ import pytest
 from sweep_at_work import calls, failing, full, interrupted
 
 import bench.sweep.sweep as sweep_module
-from bench.sweep.state import SweepState
+from bench.sweep.cells import SweepState
 
 GRID = ("sweep", "--defenses", "none,partialface", "--attacks", "unet", "--preset", "quick", "--device", "cpu")
 

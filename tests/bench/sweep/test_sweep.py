@@ -9,8 +9,7 @@ from sweep_at_work import QUIET, buggy, calls, failing, full, grid, interrupted,
 from bench.errors import BenchError, DataError, UsageError
 from bench.results import RunResult
 from bench.sweep.attempt import finished, run_pipeline
-from bench.sweep.cells import Cell, expand
-from bench.sweep.state import SweepState
+from bench.sweep.cells import Cell, SweepState, expand
 from bench.sweep.sweep import Sweep
 
 ALL = ["none 0", "none 1", "partialface 0", "partialface 1"]

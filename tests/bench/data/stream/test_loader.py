@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench.data.faceset import Skipped
+from bench.data.faces import Skipped
+from bench.data.sources.source import Batch
 from bench.data.stream.loader import StreamLoader
 from bench.data.stream.sampler import EpochOrder
-from bench.data.stream.source import Batch
 from bench.errors import BenchError, DataError, UsageError
 
 

@@ -1,0 +1,1 @@
+"""What several attacks share: networks, priors, the training loop, the inference of states."""

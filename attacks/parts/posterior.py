@@ -1,0 +1,364 @@
+"""The posterior mean of a face under a Gaussian prior, given what a linear defence sent of it.
+
+With x = mean + U a + e, a ~ N(0, D), e ~ N(0, Q^-1) and z = A x + noise of variance s^2, let gain(r) be the posterior
+mean of e for the residual r = z - A mean if a were zero. Then (Woodbury; Rasmussen and Williams 2006, appendix A.3)
+
+    h = U^T Q gain(r),  H = U^T Q gain(A U),  a = (D^-1 + H)^-1 h,  x = mean + gain(r) + (U - gain(A U)) a.
+
+gain works on the three planes of the :class:`GaussianPrior` one by one. Where each value that is
+sent looks at few rows of the face, gain(r) = (Q + A^T A / s^2)^-1 A^T r / s^2 by a block-tridiagonal factorisation;
+where a single map of rows and columns mixes far rows, in the space of the singular vectors that stand out of the noise.
+Any other linear map is inverted with conjugate gradients in the space of what is sent.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from attacks.parts.gaussian_prior import REACH, BlockCholesky, BlockTridiagonal, GaussianPrior
+from defenses.base import LinearOperator, SeparableSum
+
+#: Pixels in a block up to which a factorisation is cheaper than working with singular vectors.
+_LARGEST_BLOCK = 1024
+#: Entries of a Gram matrix below this share of the largest are rounding.
+_NEGLIGIBLE = 1e-14
+#: A singular vector whose share of the prior lies this far below the noise says nothing.
+_BELOW_NOISE = 1e-3
+#: Of conjugate gradients: steps that show whether preconditioning helps; what their last half has to gain to count, and
+#: the error, relative to the mean face's, below which nothing is left to gain.
+_TRIAL_ITERATIONS = 20
+_GAIN = 0.03
+_EXACT = 1e-3
+_CG_TOLERANCE = 1e-9
+#: The largest ratio of what an observation says to what the prior says that double precision still resolves. Beyond it
+#: (less noise than rounding leaves over) the noise is taken to be larger than it is.
+_DYNAMIC_RANGE = 1e11
+
+
+class _Gain(ABC):
+    """gain(r) of one plane for one set of operators."""
+
+    @abstractmethod
+    def from_maps(self, adjoint: Tensor, maps: Tensor | None) -> Tensor:
+        """float64 (n, N) from A^T r (n, N), and r itself (N, h, w) where the gain asked for it."""
+
+    @abstractmethod
+    def from_faces(self, faces: Tensor) -> Tensor:
+        """gain(A f) of planes f, float64 (n, k)."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+
+class _BandedGain(_Gain):
+    """(Q + G / s^2)^-1 by block-tridiagonal Cholesky, with G = A^T A."""
+
+    def __init__(self, precision: BlockTridiagonal, gram: BlockTridiagonal, information: float, pixels: int) -> None:
+        self._gram = gram
+        self._information = information
+        self._factor: BlockCholesky = precision.plus(gram, information).cholesky()
+        self._pixels = pixels
+        self._padded = gram.diagonal.shape[0] * gram.diagonal.shape[1]
+
+    def _pad(self, x: Tensor) -> Tensor:
+        extra = self._padded - self._pixels
+        return torch.cat((x, x.new_zeros(extra, x.shape[1]))) if extra else x
+
+    def from_maps(self, adjoint: Tensor, maps: Tensor | None) -> Tensor:
+        return self._factor.solve(self._pad(adjoint) * self._information)[: self._pixels]
+
+    def from_faces(self, faces: Tensor) -> Tensor:
+        return self._factor.solve((self._gram @ self._pad(faces)) * self._information)[: self._pixels]
+
+    @property
+    def nbytes(self) -> int:
+        return self._factor.nbytes
+
+
+class _SingularGain(_Gain):
+    """Q^-1 B^T (B Q^-1 B^T + s^2)^-1 with B the rows of A, in its singular vectors, that stand out of the noise."""
+
+    def __init__(
+        self, prior: GaussianPrior, plane: int, precision: BlockTridiagonal, operator: SeparableSum, information: float
+    ) -> None:
+        pixels = prior.size**2
+        row, column = (f[0].to(prior.mean) for f in (operator.row_factors, operator.column_factors))
+        left_row, values_row, right_row = torch.linalg.svd(row, full_matrices=False)
+        left_column, values_column, right_column = torch.linalg.svd(column, full_matrices=False)
+        values = values_row[:, None] * values_column
+        components = prior.components[plane].double().view(prior.size, prior.size, -1)
+        turned = torch.einsum("ih,hwr,jw->ijr", right_row, components, right_column)
+        # What the components leave is smooth: in the fine patterns that decide, it varies no more than its innovations.
+        variance = turned.square() @ prior.variances + prior.innovations[plane].mean()
+        self._keep = (values.square() * variance * information > _BELOW_NOISE).nonzero()
+        i, j = self._keep.unbind(1)
+        self._left = left_row, left_column
+        self._values = values[i, j]
+        directions = torch.einsum("mh,mw->hwm", right_row[i], right_column[j]).flatten(0, 1)
+        self._rows = directions * self._values  # B^T, (n, m)
+        factor = precision.cholesky()
+        extra = precision.diagonal.shape[0] * precision.diagonal.shape[1] - pixels
+        padded = torch.cat((self._rows, self._rows.new_zeros(extra, len(i))))
+        self._spread = factor.solve(padded)[:pixels]  # Q^-1 B^T
+        system = self._rows.T @ self._spread
+        system.diagonal().add_(1 / information)
+        self._system = torch.linalg.cholesky(system)
+
+    def _from_coefficients(self, coefficients: Tensor) -> Tensor:
+        out: Tensor = self._spread @ torch.cholesky_solve(coefficients, self._system)
+        return out
+
+    def from_maps(self, adjoint: Tensor, maps: Tensor | None) -> Tensor:
+        assert maps is not None
+        left_row, left_column = self._left
+        turned = left_row.T @ maps @ left_column
+        i, j = self._keep.unbind(1)
+        return self._from_coefficients(turned[:, i, j].T)
+
+    def from_faces(self, faces: Tensor) -> Tensor:
+        return self._from_coefficients(self._rows.T @ faces)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self._rows, self._spread, self._system))
+
+
+def row_reach(operators: Sequence[SeparableSum]) -> int:
+    """How many rows apart two pixels may be that the same sent value depends on."""
+    reach = 0
+    for operator in operators:
+        gram = (operator.row_factors.mT @ operator.row_factors).abs().amax(dim=0)
+        at = (gram > _NEGLIGIBLE * gram.max()).nonzero()
+        reach = max(reach, int((at[:, 0] - at[:, 1]).abs().max()))
+    return reach
+
+
+def gram_blocks(operator: SeparableSum, size: int, rows: int, device: torch.device) -> BlockTridiagonal:
+    """A^T A of one plane, sum over the operator's maps of (R^T R) x (C^T C), as blocks of ``rows`` image rows."""
+    blocks = -(-size // rows)
+    row_factors, column_factors = operator.row_factors.to(device), operator.column_factors.to(device)
+    vertical = row_factors.mT @ row_factors  # (K, H, H)
+    horizontal = column_factors.mT @ column_factors
+    padded = torch.zeros(len(vertical), blocks * rows, blocks * rows, dtype=torch.float64, device=device)
+    padded[:, :size, :size] = vertical
+    tiles = padded.view(len(vertical), blocks, rows, blocks, rows)
+    index = torch.arange(blocks, device=device)
+
+    def blow_up(part: Tensor) -> Tensor:  # (K, m, rows, rows) to (m, rows W, rows W)
+        side = rows * size
+        return torch.einsum("kmij,kab->miajb", part, horizontal).reshape(-1, side, side)
+
+    diagonal = blow_up(tiles[:, index, :, index].movedim(0, 1))
+    lower = blow_up(tiles[:, index[1:], :, index[:-1]].movedim(0, 1))
+    return BlockTridiagonal(diagonal, lower)
+
+
+def _resolved(gram: BlockTridiagonal, prior: GaussianPrior, plane: int) -> float:
+    """The most information per unit of the Gram matrix that double precision still adds to the prior's own."""
+    largest = float(gram.diagonal.abs().sum(dim=-1).max())
+    return _DYNAMIC_RANGE / (largest * float(prior.innovations[plane].mean()))
+
+
+class Posterior:
+    """The posterior for one set of states, factored once and then applied to any number of faces.
+
+    Args:
+        prior: the fitted prior.
+        weighted: its :meth:`GaussianPrior.weighted_components`, which all posteriors share.
+        operators: the maps of the interceptions that are combined (k of them, or fewer where states repeat).
+        noise: standard deviation of what is sent around A x + offset.
+    """
+
+    def __init__(self, prior: GaussianPrior, weighted: Tensor, operators: Sequence[SeparableSum], noise: float) -> None:
+        self._prior = prior
+        self._weighted = weighted
+        size, device = prior.size, prior.mean.device
+        pixels = size * size
+        reach = row_reach(operators)
+        rows = max(REACH, reach)
+        mixing = rows * size > _LARGEST_BLOCK
+        if mixing and (len(operators) > 1 or len(operators[0].row_factors) > 1):
+            raise ValueError(
+                f"the sent maps mix pixels {reach} rows apart: more than one such map cannot be factored; use solver=cg"
+            )
+        #: Whether :meth:`__call__` needs the residual maps and not only A^T of them.
+        self.needs_maps = mixing
+        gram = None
+        if not mixing:
+            grams = [gram_blocks(operator, size, rows, device) for operator in operators]
+            gram = grams[0]
+            for other in grams[1:]:
+                gram = gram.plus(other, 1.0)
+        rank = prior.rank
+        self._gains: list[_Gain | None] = []
+        #: Standard deviation of the noise of each plane's maps that is reckoned with: at least what can be resolved.
+        self.plane_noise: list[float] = []
+        self._directions = torch.empty(3, pixels, rank, dtype=torch.float64, device=device)
+        system = torch.diag(1 / prior.variances.clamp(min=1e-12 * float(prior.variances.max())))
+        for plane, strength in enumerate(prior.strengths.tolist()):
+            components = prior.components[plane].double()
+            precision = prior.precision(plane, REACH if mixing else rows)
+            information = strength / noise**2
+            if gram is not None:
+                information = min(information, _resolved(gram, prior, plane))
+            gain: _Gain | None = None
+            if information > 0:
+                if gram is None:
+                    gain = _SingularGain(prior, plane, precision, operators[0], information)
+                else:
+                    gain = _BandedGain(precision, gram, information, pixels)
+            self._gains.append(gain)
+            self.plane_noise.append(information**-0.5 if information > 0 else math.inf)
+            self._directions[plane] = components
+            if gain is not None:
+                seen = gain.from_faces(components)
+                self._directions[plane] -= seen
+                system += weighted[plane].T @ seen
+        self._system = torch.linalg.cholesky((system + system.T) / 2)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        own = (self._directions, self._system)
+        gains = sum(gain.nbytes for gain in self._gains if gain is not None)
+        return gains + sum(t.numel() * t.element_size() for t in own)
+
+    def __call__(self, adjoint: Tensor, maps: Tensor | None = None) -> Tensor:
+        """x - mean in planes.
+
+        Args:
+            adjoint: A^T r of each plane for r = (z - offset) - A mean, each plane's r scaled to x -> R x C^T (that is,
+                divided by its strength): float64 (N, 3, H, W).
+            maps: r itself, float64 (N, 3, h, w), where :attr:`needs_maps`.
+
+        Returns:
+            float64 (N, 3, H, W).
+        """
+        count = len(adjoint)
+        update = torch.zeros(3, self._prior.size**2, count, dtype=torch.float64, device=adjoint.device)
+        response = torch.zeros(self._prior.rank, count, dtype=torch.float64, device=adjoint.device)
+        for plane, gain in enumerate(self._gains):
+            if gain is None:
+                continue
+            right = adjoint[:, plane].flatten(1).T
+            update[plane] = gain.from_maps(right, None if maps is None else maps[:, plane])
+            response += self._weighted[plane].T @ update[plane]
+        coefficients = torch.cholesky_solve(response, self._system)
+        update += self._directions @ coefficients
+        return update.permute(2, 0, 1).reshape(count, 3, self._prior.size, self._prior.size)
+
+
+# -- conjugate gradients ----------------------------------------------------------------------------------
+
+
+class IterativePosterior:
+    """The same posterior mean for any linear operator, by conjugate gradients on (A S A^T + s^2) y = r.
+
+    S is the prior's covariance; x = mean + S A^T y. Stopped after ``iterations`` steps: early stopping shrinks towards
+    the mean, so that an unconverged answer is a cautious one (Hanke, *Conjugate Gradient Type Methods for Ill-Posed
+    Problems*, 1995).
+
+    Where little noise is added, the system is as badly conditioned as S is. A S^-1 A^T then serves as a preconditioner:
+    it is the inverse where A only moves pixels about, and near it where A drops some. Where noise prevails it would do
+    harm. Which of both gets further is tried on a face drawn from the prior.
+
+    Args:
+        prior: the fitted prior.
+        operator: any linear operator.
+        noise: standard deviation of the noise.
+        iterations: steps at most.
+    """
+
+    def __init__(self, prior: GaussianPrior, operator: LinearOperator, noise: float, iterations: int) -> None:
+        self._prior, self._operator, self._noise, self._iterations = prior, operator, noise, iterations
+        self._precisions = [prior.precision(plane, REACH) for plane in range(3)]
+        self._factors = [precision.cholesky() for precision in self._precisions]
+        self._weighted = prior.weighted_components()
+        inner = torch.einsum("pir,pis->rs", prior.components.double(), self._weighted)
+        variances = prior.variances.clamp(min=1e-12 * float(prior.variances.max()))
+        self._inner = torch.linalg.cholesky((inner + inner.T) / 2 + torch.diag(1 / variances))
+        tried = {way: self._error_on_a_draw(_TRIAL_ITERATIONS, way) for way in (False, True)}
+        self._preconditioned = tried[True] < tried[False]
+
+    def converges(self) -> bool:
+        """Whether the last half of the iterations gains next to nothing, on a face drawn from the prior."""
+        half, whole = (
+            self._error_on_a_draw(count, self._preconditioned) for count in (self._iterations // 2, self._iterations)
+        )
+        return whole >= (1 - _GAIN) * half or whole <= _EXACT
+
+    def _planes(self, planes: Tensor, apply: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """``apply`` to each plane of (3, N, HW), padded to whole blocks."""
+        out = torch.empty_like(planes)
+        for plane, precision in enumerate(self._precisions):
+            padded = planes.new_zeros(precision.diagonal.shape[0] * precision.diagonal.shape[1], planes.shape[1])
+            padded[: planes.shape[2]] = planes[plane].T
+            out[plane] = apply(plane, padded)[: planes.shape[2]].T
+        return out
+
+    def _covariance(self, gradient: Tensor) -> Tensor:
+        """S g for faces g (N, 3, H, W), in RGB."""
+        prior = self._prior
+        planes = torch.einsum("cp,nchw->pnhw", torch.linalg.inv(prior.planes), gradient).flatten(2)
+        components = prior.components.double()
+        coefficients = torch.einsum("pir,pni->nr", components, planes) * prior.variances
+        out = torch.einsum("pir,nr->pni", components, coefficients)
+        out += self._planes(planes, lambda plane, right: self._factors[plane].solve(right))
+        return prior.to_faces(out.transpose(0, 1).reshape(gradient.shape))
+
+    def _precision(self, faces: Tensor) -> Tensor:
+        """S^-1 f for faces f (N, 3, H, W), in RGB, by the identity of Woodbury."""
+        planes = torch.einsum("pc,nchw->pnhw", self._prior.planes, faces).flatten(2)
+        right = torch.einsum("pir,pni->rn", self._weighted, planes)
+        explained = torch.einsum("pir,rn->pni", self._weighted, torch.cholesky_solve(right, self._inner))
+        out = self._planes(planes, lambda plane, right: self._precisions[plane] @ right) - explained
+        return torch.einsum("pc,pnhw->nchw", self._prior.planes, out.view(3, *faces[:, 0].shape))
+
+    def _error_on_a_draw(self, iterations: int, preconditioned: bool) -> float:
+        """Root mean square error of the estimate of a face drawn from the prior, over that of the mean face."""
+        prior, draws = self._prior, torch.Generator().manual_seed(0)
+        planes = torch.zeros(3, 1, prior.size**2, dtype=torch.float64, device=prior.mean.device)
+        code = torch.randn(prior.rank, generator=draws, dtype=torch.float64).to(planes) * prior.variances.sqrt()
+        planes[:, 0] = torch.einsum("pir,r->pi", prior.components.double(), code)
+        white = torch.randn(planes.shape, generator=draws, dtype=torch.float64).to(planes)
+        planes += self._planes(white, lambda plane, right: self._factors[plane].draw(right))
+        face = prior.to_faces(planes.transpose(0, 1).reshape(1, 3, prior.size, prior.size))
+        sent = self._operator(face)
+        noise = torch.randn(sent.shape, generator=draws, dtype=torch.float64).to(sent)
+        found = self._solve(sent + self._noise * noise, iterations, preconditioned)
+        return float(((found - face).square().mean() / face.square().mean()).sqrt())
+
+    def __call__(self, residual: Tensor) -> Tensor:
+        """x - mean in RGB, float64 (N, 3, H, W), from r = z - offset - A mean, float64 (N, C, h, w)."""
+        return self._solve(residual, self._iterations, self._preconditioned)
+
+    def _solve(self, residual: Tensor, iterations: int, preconditioned: bool) -> Tensor:
+        operator = self._operator
+
+        def near_inverse(r: Tensor) -> Tensor:
+            return operator(self._precision(operator.adjoint(r))) if preconditioned else r
+
+        y, r = torch.zeros_like(residual), residual.clone()
+        z = near_inverse(r)
+        p = z.clone()
+        power = (r * z).sum(dim=(1, 2, 3), keepdim=True)
+        first = power.clone()
+        for _ in range(iterations):
+            q = operator(self._covariance(operator.adjoint(p))) + self._noise**2 * p
+            step = power / (p * q).sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-300)
+            y += step * p
+            r -= step * q
+            z = near_inverse(r)
+            new = (r * z).sum(dim=(1, 2, 3), keepdim=True)
+            if bool((new <= _CG_TOLERANCE**2 * first).all()):
+                break
+            p = z + new / power.clamp(min=1e-300) * p
+            power = new
+        return self._covariance(operator.adjoint(y))

@@ -1,0 +1,351 @@
+"""Reads the state of each intercepted face, and under a black box the secret table itself, off what was intercepted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from attacks.base import Adversary, Knowledge
+from attacks.parts.exposure import Exposure, chunks, to_float
+from bench.randomness import derived
+from defenses.base import Defense
+from defenses.layout import ChannelLayout, probe
+
+#: Maps at once.
+_CHUNK = 64
+#: Relative to a map's mean energy, below which a row or column counts as empty.
+_FLOOR = 1e-4
+_RIDGE = 1e-2
+#: What a layout has to gain, in units of the bits that it takes to write it down.
+_PRICE = 2.0
+_ROUNDS = 6
+_REREADINGS = 4
+
+
+class PlaceClassifier(nn.Module):
+    """Linear discriminant analysis of maps into the places of a canonical layout.
+
+    Features are the logarithms of the energies of a map's rows and columns and of the whole map; classes are the
+    places, a mean each and one pooled covariance.
+
+    Attributes:
+        weight: float32 (F, places); bias: float32 (places,). The log likelihood of place p up to a constant of the map
+            is ``features @ weight + bias``; places never seen have a bias of minus infinity.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, height: int, width: int, places: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(height + width + 1, places))
+        self.register_buffer("bias", torch.zeros(places))
+
+    @staticmethod
+    def features(representations: Tensor) -> Tensor:
+        """float32 (N, C, h + w + 1) of representations (N, C, h, w)."""
+        energy = representations.float().square()
+        total = energy.mean(dim=(2, 3), keepdim=True)
+        relative = energy / total.clamp(min=1e-20)
+        rows, columns = relative.mean(dim=3), relative.mean(dim=2)
+        profile = torch.cat((rows, columns), dim=2)
+        return torch.cat((torch.log(profile + _FLOOR), torch.log(total[..., 0] + 1e-12)), dim=2)
+
+    def fit(self, features: Tensor, places: Tensor) -> None:
+        """Estimate from maps whose place is known.
+
+        Args:
+            features: float32 (M, F).
+            places: int64 (M,).
+        """
+        count = len(self.bias)
+        features, places = features.double(), places.to(features.device)
+        counts = torch.bincount(places, minlength=count).double()
+        means = torch.zeros(count, features.shape[1], dtype=torch.float64, device=features.device)
+        means.index_add_(0, places, features)
+        means /= counts.clamp(min=1)[:, None]
+        centred = features - means[places]
+        covariance = centred.T @ centred / max(1, len(features) - count)
+        covariance.diagonal().add_(_RIDGE * covariance.diagonal().mean() + 1e-12)
+        weight = torch.linalg.solve(covariance, means.T)
+        bias = -0.5 * (means.T * weight).sum(dim=0)
+        bias[counts == 0] = -torch.inf
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+
+    def forward(self, representations: Tensor) -> Tensor:
+        """Log likelihoods float32 (N, C, places) of representations (N, C, h, w), up to a constant of each map."""
+        parts = [
+            self.features(one.to(self.weight.device)) @ self.weight + self.bias for one in _pieces(representations)
+        ]
+        return torch.cat(parts) if parts else self.weight.new_zeros(0, representations.shape[1], len(self.bias))
+
+    def rows(self, likelihood: Tensor, table: Tensor) -> Tensor:
+        """The row of ``table`` (K, C) under which each face (N, C, places) is likeliest: int64 (N,)."""
+        score = torch.zeros(len(likelihood), len(table), dtype=torch.float64, device=likelihood.device)
+        for channel in range(likelihood.shape[1]):
+            score += likelihood[:, channel].double()[:, table[:, channel].to(likelihood.device)]
+        return score.argmax(dim=1)
+
+
+def _pieces(representations: Tensor) -> Iterable[Tensor]:
+    return (representations[start : start + _CHUNK] for start in range(0, len(representations), _CHUNK))
+
+
+@torch.no_grad()
+def fit_places(
+    classifier: PlaceClassifier, faces: Tensor, exposure: Exposure, layout: ChannelLayout | None, seed: int, count: int
+) -> float:
+    """Fit ``classifier`` on ``count`` public faces, and return the share of maps of as many more that it gets right.
+
+    Args:
+        classifier: to be fitted.
+        faces: uint8 (M, 3, H, W), the attacker's public faces.
+        exposure: shows them through the mechanism, or through guesses of it.
+        layout: of the mechanism in use, or None to ask each guess for its own.
+        seed: of the draws.
+        count: faces to fit on.
+    """
+    device = classifier.weight.device
+    index = torch.randint(len(faces), (2 * count,), generator=derived(seed, "places"))
+    features, places = [], []
+    for number, chunk in enumerate(chunks(faces[index.to(faces.device)], _CHUNK)):
+        for protected, own in exposure.protect_with_layouts(to_float(chunk.to(device)), layout, "places", number):
+            if protected.state is None:
+                raise ValueError("the defence lists states but says of no face which was drawn")
+            features.append(classifier.features(protected.representation).flatten(0, 1))
+            places.append(own.places[own.row_of(protected.state)].flatten())
+    values, truth = torch.cat(features), torch.cat(places)
+    half = len(values) // 2
+    classifier.fit(values[:half], truth[:half])
+    predicted = (values[half:] @ classifier.weight + classifier.bias).argmax(dim=1)
+    return float((predicted == truth[half:]).float().mean())
+
+
+def assign(likelihood: Tensor) -> Tensor:
+    """The likeliest assignment of the channels to distinct places.
+
+    Args:
+        likelihood: (C, places), of one face or summed over faces that share a layout.
+
+    Returns:
+        int64 (C,).
+    """
+    cost = -likelihood.double().cpu().numpy()
+    cost = np.where(np.isfinite(cost), cost, 1e12)
+    return torch.from_numpy(linear_sum_assignment(cost)[1])
+
+
+def infer_table(likelihoods: Tensor, states: int) -> tuple[Tensor, Tensor]:
+    """The layouts that a secret table holds, from faces whose layouts are unknown.
+
+    Mixture of layouts by hard expectation-maximisation: each face goes to the layout under which it is likeliest, and
+    each layout is read from the likelihoods of all its faces together, which leaves misreadings of single faces no
+    chance. It starts with the faces that the layouts found so far explain worst, read by themselves (farthest-first
+    traversal, Gonzalez 1985), and starts again with such faces wherever two layouts turn out to be one.
+
+    Args:
+        likelihoods: (N, C, places), from :class:`PlaceClassifier`.
+        states: how many layouts there are at most.
+
+    Returns:
+        int64 (K, C), K <= ``states``, the commonest first, and int64 (K,), how many faces showed each.
+    """
+    likelihoods = likelihoods.double().cpu()
+    own = torch.stack([assign(one) for one in likelihoods])
+    best = likelihoods.gather(2, own[:, :, None])[..., 0].sum(dim=1)
+    table, found = own[best.argmax()][None], 0
+    for _ in range(_ROUNDS):
+        while len(table) < states:
+            regret = best - _scores(likelihoods, table).amax(dim=1)
+            worst = regret.argmax()
+            if float(regret[worst]) <= 0:
+                break
+            table = torch.cat((table, own[worst][None]))
+        for _ in range(_REREADINGS):
+            members = _scores(likelihoods, table).argmax(dim=1)
+            held = torch.unique(members)
+            table = torch.unique(torch.stack([assign(likelihoods[members == row].sum(dim=0)) for row in held]), dim=0)
+        pruned = _prune(likelihoods, table)
+        if len(pruned) == states or len(pruned) == found:
+            table = pruned
+            break
+        table, found = pruned, len(pruned)
+    counts = torch.bincount(_scores(likelihoods, table).argmax(dim=1), minlength=len(table))
+    order = counts.argsort(descending=True, stable=True)
+    return table[order], counts[order]
+
+
+def _prune(likelihoods: Tensor, table: Tensor) -> Tensor:
+    """``table`` without the layouts that explain hardly more than the others do: misreadings, not states.
+
+    A layout has to gain more likelihood than it takes to write it down (minimum description length, Rissanen 1978).
+    """
+    price = _PRICE * likelihoods.shape[1] * math.log(likelihoods.shape[2])
+    while len(table) > 1:
+        best = _scores(likelihoods, table).topk(2, dim=1)
+        gain = torch.zeros(len(table), dtype=torch.float64)
+        gain.index_add_(0, best.indices[:, 0], best.values[:, 0] - best.values[:, 1])
+        if float(gain.min()) >= price:
+            break
+        table = table[torch.arange(len(table)) != gain.argmin()]
+    return table
+
+
+def _scores(likelihoods: Tensor, table: Tensor) -> Tensor:
+    """The log likelihood of each face (N, C, places) under each layout (K, C): float64 (N, K)."""
+    score = torch.zeros(len(likelihoods), len(table), dtype=torch.float64)
+    for channel in range(likelihoods.shape[1]):
+        score += likelihoods[:, channel][:, table[:, channel]]
+    return score
+
+
+@dataclass(frozen=True)
+class _Situation:
+    """What the reader was prepared for; outside the module's attributes, as a defence is not a part of an attack."""
+
+    knowledge: Knowledge
+    mechanism: Defense
+    layout: ChannelLayout | None
+    device: torch.device
+
+
+class StateReader(nn.Module):
+    """Which of its states a defence drew for each representation.
+
+    * ``oracle``: told.
+    * ``whitebox``: the known table's row that is likeliest under :class:`~attacks.parts.states.PlaceClassifier`.
+    * ``blackbox``: as there, in a table that is inferred from intercepted traffic first, and becomes
+      the :attr:`mechanism` the attack works with.
+
+    A defence whose layout never varies (and is no secret) has one state, which needs no reading.
+
+    Attributes:
+        classifier: of maps into places, or None where nothing is to be told apart.
+        table: int64 (K, C) buffer, the places of each state; under a black box rows of -1 stand for states not found.
+    """
+
+    table: Tensor
+    classifier: PlaceClassifier | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._situation: _Situation | None = None
+        self._imitation: tuple[Tensor, Defense] | None = None
+
+    def prepare(self, adversary: Adversary, seed: int) -> None:
+        """Build what :meth:`fit` fills."""
+        device = adversary.fabric.device
+        mechanism = adversary.mechanism(derived(seed, "mechanism")).to(device)
+        layout = probe(mechanism, mechanism.states())
+        secret = adversary.knowledge is Knowledge.BLACKBOX and bool(mechanism.secret)
+        if layout is None or not (layout.varies or secret):
+            self.classifier = None
+            self.register_buffer("table", torch.zeros(0, 0, dtype=torch.int64))
+        else:
+            height, width = mechanism.representation_shape[1:]
+            self.classifier = PlaceClassifier(height, width, layout.width)
+            self.register_buffer("table", torch.full_like(layout.places, -1) if secret else layout.places.clone())
+        self._situation = _Situation(adversary.knowledge, mechanism, layout, device)
+        self._imitation = None
+        self.to(device)
+
+    def _prepared(self) -> _Situation:
+        if self._situation is None:
+            raise ValueError("the reader of states has to be prepared before it is used")
+        return self._situation
+
+    @property
+    def infers_secret(self) -> bool:
+        """Whether the table has to be inferred."""
+        situation = self._prepared()
+        return situation.knowledge is Knowledge.BLACKBOX and self.classifier is not None
+
+    @property
+    def inferable(self) -> bool:
+        """Whether the defence can be described by a table that was inferred."""
+        return type(self._prepared().mechanism).with_places is not Defense.with_places
+
+    @property
+    def mechanism(self) -> Defense:
+        """The defence in use or, under a black box, what was found out about it."""
+        situation = self._prepared()
+        if not self.infers_secret:
+            return situation.mechanism
+        found = self.table[(self.table >= 0).all(dim=1)]
+        if not len(found):
+            return situation.mechanism
+        if self._imitation is None or not torch.equal(self._imitation[0], found):
+            self._imitation = found.clone(), situation.mechanism.with_places(found).to(situation.device)
+        return self._imitation[1]
+
+    def fit(self, adversary: Adversary, seed: int, *, faces: int, traffic: int) -> dict[str, Any]:
+        """Fit the classifier on public faces and, under a black box, infer the table from intercepted traffic.
+
+        Args:
+            adversary: as for :meth:`prepare`.
+            seed: of the draws.
+            faces: public faces to fit the classifier on (as many more check it).
+            traffic: intercepted faces to infer the table from.
+
+        Returns:
+            ``map_accuracy`` on public faces; under a black box also ``intercepted`` and ``states_found``.
+
+        Raises:
+            ValueError: a black box without intercepted traffic.
+        """
+        situation = self._prepared()
+        if self.classifier is None:
+            return {}
+        exposure = Exposure(adversary, seed)
+        layout = None if self.infers_secret else situation.layout
+        accuracy = fit_places(self.classifier, adversary.faces, exposure, layout, seed, faces)
+        details: dict[str, Any] = {"map_accuracy": accuracy}
+        if self.infers_secret:
+            if not self.inferable:
+                raise ValueError(f"{situation.mechanism.name} is not described by the places of its channels")
+            if adversary.traffic is None:
+                raise ValueError("a secret table is inferred from intercepted traffic, and none was given")
+            likelihoods = torch.cat([self.classifier(batch).cpu() for batch in adversary.traffic(traffic)])
+            found, counts = infer_table(likelihoods, len(self.table))
+            # The defence knows what layouts it can have (PartialFace: the same for every colour), a reading does not.
+            imitation = situation.mechanism.with_places(found.to(situation.device))
+            consistent = probe(imitation, imitation.states())
+            if consistent is not None:
+                found = consistent.places
+            self.table.fill_(-1)
+            self.table[: len(found)] = found.to(self.table.device)
+            details |= {"intercepted": len(likelihoods), "states_found": len(found), "faces_per_state": counts.tolist()}
+        return details
+
+    def rows(self, representations: Tensor, states: Tensor | None) -> Tensor:
+        """The row of :attr:`mechanism`'s states that each representation (N, C, h, w) was sent under: int64 (N,).
+
+        Args:
+            representations: what was intercepted.
+            states: int64 (N, D), the true states, where they are known.
+        """
+        situation = self._prepared()
+        if situation.knowledge is Knowledge.ORACLE and situation.layout is not None:
+            if states is None and situation.mechanism.states() is not None:
+                raise ValueError("at oracle the states of the intercepted faces are needed")
+            if states is not None:
+                return situation.layout.row_of(states)
+        if self.classifier is None:
+            return torch.zeros(len(representations), dtype=torch.int64, device=situation.device)
+        known = self.table[(self.table >= 0).all(dim=1)]
+        return self.classifier.rows(self.classifier(representations), known if len(known) else self.table.clamp(min=0))
+
+    def places(self, rows: Tensor) -> Tensor | None:
+        """The canonical place of each channel, int64 (N, C), for rows from :meth:`rows`; None without a layout."""
+        situation = self._prepared()
+        if self.classifier is not None:
+            return self.table[rows.to(self.table.device)]
+        return None if situation.layout is None else situation.layout.places[rows.to(situation.device)]

@@ -1,0 +1,171 @@
+"""The U-Net of the inversion attacks, and its options."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from attacks.base import AttackOptions, Widths
+
+
+class NetworkOptions(AttackOptions):
+    """Options of :class:`UNetNetwork`; the defaults are the published ones where there are any.
+
+    Attributes:
+        widths: channels per level, from the finest to the bottleneck.
+        stem_stride: the finest level works on pixels gathered in squares of this side (lossless
+            space-to-depth); 1 is the published network, 2 is several times cheaper.
+        bypass: side of a linear convolution from the input straight to the output; 0 for none.
+        norm: normalisation after each convolution.
+    """
+
+    widths: Widths = (64, 128, 256, 512, 1024)
+    stem_stride: Literal[1, 2, 4] = 1
+    bypass: Literal[0, 1, 3, 5, 7] = 3
+    norm: Literal["batch", "none"] = "batch"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_strides(cls, values: Any) -> Any:
+        """``stem_stride=2`` and ``bypass=3`` reach a Literal of integers as strings from the command line."""
+        if isinstance(values, dict):
+            values = dict(values)
+            for name in ("stem_stride", "bypass"):
+                if isinstance(values.get(name), str) and values[name].strip().isdigit():
+                    values[name] = int(values[name])
+        return values
+
+
+class _DoubleConvolution(nn.Sequential):
+    """Two 3x3 convolutions, each with normalisation and ReLU (Ronneberger et al. 2015, padded)."""
+
+    def __init__(self, inputs: int, outputs: int, norm: str) -> None:
+        layers: list[nn.Module] = []
+        for channels in (inputs, outputs):
+            layers.append(nn.Conv2d(channels, outputs, 3, padding=1, bias=norm == "none"))
+            if norm == "batch":
+                layers.append(nn.BatchNorm2d(outputs))
+            layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
+
+
+class _Projection(nn.Module):
+    """A 1x1 convolution whose weights follow the places of the channels, sample by sample."""
+
+    def __init__(self, width: int, channels: int, outputs: int) -> None:
+        """
+        Args:
+            width: places there are.
+            channels: places filled in any one sample.
+            outputs: channels out.
+        """
+        super().__init__()
+        bound = (3 / channels) ** 0.5
+        self.weight = nn.Parameter(torch.empty(width, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor, places: Tensor | None) -> Tensor:
+        """float (N, C, h, w) and int64 (N, C) to (N, outputs, h, w), channels last."""
+        n, _, height, width = x.shape
+        weight = self.weight.expand(n, -1, -1) if places is None else self.weight[places]
+        flat = x.flatten(2).transpose(1, 2)
+        out = torch.bmm(flat, weight)
+        out = out + self.bias.to(out.dtype)
+        return out.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+class UNetNetwork(nn.Module):
+    """Representation (N, C, h, w) to face (N, 3, H, W): mean face + linear bypass + U-Net.
+
+    The output is linear, not squashed. Both trained terms start at zero, so that an untrained network
+    returns the mean public face. Two ramps with the pixel's row and column join the input: faces are
+    aligned, so position says what to expect, and where a defence has lost the low frequencies they
+    must be put back by position.
+    """
+
+    mean: Tensor
+    std: Tensor
+    mean_face: Tensor
+
+    def __init__(self, channels: int, image_size: int, options: NetworkOptions, *, width: int | None = None) -> None:
+        """
+        Args:
+            channels: C of the input.
+            image_size: H = W of the faces.
+            options: widths and layout.
+            width: how many places the channels of a sample may take; None where they are always the same.
+        """
+        super().__init__()
+        self.image_size, self.stride = image_size, options.stem_stride
+        widths = options.widths
+        self.register_buffer("mean", torch.zeros(width or channels))
+        self.register_buffer("std", torch.ones(width or channels))
+        self.register_buffer("mean_face", torch.full((3, image_size, image_size), 0.5))
+        # Gathering s x s pixels multiplies the input channels by s^2; a projection first keeps a wide
+        # representation from costing more than all the rest.
+        self.project: _Projection | None = None
+        if width is not None or (self.stride > 1 and channels > widths[0]):
+            self.project = _Projection(width or channels, channels, min(channels, widths[0]))
+            channels = min(channels, widths[0])
+        self.bypass: nn.Module | None = None
+        if options.bypass:
+            self.bypass = nn.Conv2d(channels, 3, options.bypass, padding=options.bypass // 2)
+            nn.init.zeros_(self.bypass.weight)
+            assert self.bypass.bias is not None
+            nn.init.zeros_(self.bypass.bias)
+        first = (channels + 2) * self.stride**2
+        self.down = nn.ModuleList(
+            _DoubleConvolution(a, b, options.norm) for a, b in zip((first, *widths), widths, strict=False)
+        )
+        # A 1x1 convolution to four channels a pixel and a shuffle is a 2x2 transposed convolution, and
+        # faster on a CPU.
+        self.up = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)) for a, b in itertools.pairwise(widths)
+        )
+        self.merge = nn.ModuleList(_DoubleConvolution(2 * a, a, options.norm) for a in widths[:-1])
+        self.head = nn.Conv2d(widths[0], 3 * self.stride**2, 1)
+        nn.init.zeros_(self.head.weight)
+        assert self.head.bias is not None
+        nn.init.zeros_(self.head.bias)
+
+    def _standardise(self, x: Tensor, places: Tensor | None) -> Tensor:
+        mean, std = (self.mean, self.std) if places is None else (self.mean[places], self.std[places])
+        return (x - mean[..., None, None]) / std[..., None, None]
+
+    def _fit_to_face(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to (N, C, H, W) by interpolation, then padded to what the levels divide."""
+        size = self.image_size
+        if x.shape[-2:] != (size, size):
+            shrinks = x.shape[-2] > size or x.shape[-1] > size
+            x = functional.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=shrinks)
+        extra = -size % (self.stride * 2 ** (len(self.down) - 1))
+        return functional.pad(x, (0, extra, 0, extra), mode="replicate") if extra else x
+
+    def forward(self, representation: Tensor, places: Tensor | None = None) -> Tensor:
+        """float (N, C, h, w), and int64 (N, C) where the places vary, to float32 (N, 3, H, W), not clipped."""
+        x = self._fit_to_face(self._standardise(representation, places))
+        if self.project is not None:
+            x = self.project(x, places)
+        x = x.contiguous(memory_format=torch.channels_last)
+        size = self.image_size
+        linear = 0.0 if self.bypass is None else self.bypass(x)[..., :size, :size].float()
+
+        ramp = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
+        ramps = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij")).expand(x.shape[0], -1, -1, -1)
+        x = torch.cat((x, ramps), dim=1)
+        x = functional.pixel_unshuffle(x, self.stride) if self.stride > 1 else x
+        skips: list[Tensor] = []
+        for level, block in enumerate(self.down):
+            x = block(functional.max_pool2d(x, 2) if level else x)
+            skips.append(x)
+        skips.pop()
+        for up, merge, skip in zip(reversed(self.up), reversed(self.merge), reversed(skips), strict=True):
+            x = merge(torch.cat((skip, up(x)), dim=1))
+        x = self.head(x)
+        x = functional.pixel_shuffle(x, self.stride) if self.stride > 1 else x
+        return self.mean_face + linear + x[..., :size, :size].float()

@@ -1,0 +1,1 @@
+"""Readers of face data, one file per format."""

@@ -1,0 +1,216 @@
+"""WebDataset tar shards as a source: the images stay in their shards, memory holds where they begin.
+
+A sample is a run of neighbouring members that agree up to the first dot of their file name: ``a/b/000017.jpg`` and
+``a/b/000017.cls``. The image has one of the suffixes that the suite reads; the identity is the whole number or name in
+``.cls``, or the value of ``label``, ``cls``, ``identity`` or ``class`` in ``.json``. Shards are plain tar: a compressed
+one has no place to jump to.
+
+Source: the WebDataset file format (T. Breuel), POSIX.1-2001 for tar.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench.data.decode import DEFAULT_LIMITS, SUFFIXES, Limits, shown, workers
+from bench.data.sources.ranges import read_ranges
+from bench.data.sources.source import EncodedSource, OnError
+from bench.errors import DataError, MissingError
+
+LABEL_KEYS = ("label", "cls", "identity", "class")
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+#: What says who somebody is takes a line, not a megabyte.
+_MOST_LABEL_BYTES = 2**20
+
+
+def find_shards(path: Path) -> list[Path]:
+    """The shards that ``path`` means: a tar file, the tar files of a folder, or ``name-{0000..0123}.tar``.
+
+    Raises:
+        MissingError: there are none, or one of those named is not there.
+    """
+    if match := _BRACES.search(path.name):
+        first, last = match[1], match[2]
+        names = [
+            path.name[: match.start()] + str(n).zfill(len(first)) + path.name[match.end() :]
+            for n in range(int(first), int(last) + 1)
+        ]
+        shards = [path.with_name(name) for name in names]
+        absent = [shard for shard in shards if not shard.is_file()]
+        if absent or not shards:
+            what = f"{shown(absent[0])} does not exist" if absent else f"{shown(path)} names no shard"
+            raise MissingError(f"{what} ({len(absent)} of {len(shards)} shards are missing)")
+        return shards
+    if path.is_dir():
+        shards = sorted(shard for shard in path.glob("*.tar") if not shard.name.startswith("."))
+        if not shards:
+            raise MissingError(f"{shown(path)} has no tar shards (*.tar)")
+        return shards
+    if not path.is_file():
+        raise MissingError(f"{shown(path)} does not exist")
+    return [path]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """What one shard holds: offset and size of each image, and the identity as it is written."""
+
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    people: list[str]
+
+
+class WebDatasetSource(EncodedSource):
+    """Images in tar shards.
+
+    Opening walks the headers of all members, once; images are passed over.
+
+    Args:
+        path: see :func:`find_shards`.
+        image_size: S, in pixels.
+        on_error: what becomes of an image that cannot be decoded.
+        limits: what one image may cost.
+
+    Attributes:
+        shards: the files.
+        file: int32 (N,), the shard of each image.
+        offsets: int64 (N,), and sizes: int64 (N,), the image within it, in bytes.
+
+    Raises:
+        MissingError: a shard is not there.
+        DataError: a shard is no tar, compressed or cut off, or a sample has no image or no identity.
+    """
+
+    def __init__(
+        self, path: Path, image_size: int, *, on_error: OnError = "refuse", limits: Limits = DEFAULT_LIMITS
+    ) -> None:
+        self.shards = find_shards(path)
+        with ThreadPoolExecutor(workers()) as pool:
+            found = list(pool.map(_index, self.shards))
+        self.file = np.repeat(np.arange(len(found), dtype=np.int32), [len(shard.offsets) for shard in found])
+        self.offsets = np.concatenate([shard.offsets for shard in found])
+        self.sizes = np.concatenate([shard.sizes for shard in found])
+        names = sorted({person for shard in found for person in shard.people}, key=_natural)
+        number = {person: i for i, person in enumerate(names)}
+        labels = np.fromiter(
+            (number[person] for shard in found for person in shard.people), dtype=np.int32, count=len(self.file)
+        )
+        if not len(labels):
+            raise DataError(f"{shown(path)} holds no samples")
+        super().__init__(path, image_size, labels, names, on_error=on_error, limits=limits)
+
+    def where(self, row: int) -> str:
+        """Shard and offset."""
+        return f"{shown(self.shards[self.file[row]].name)} image at offset {self.offsets[row]}"
+
+    def _encoded(self, rows: NDArray[np.int64]) -> list[Tensor]:
+        sizes = self.sizes[rows]
+        buffer, begin = read_ranges(self.shards, self.file[rows].astype(np.int64), self.offsets[rows], sizes)
+        data = torch.from_numpy(buffer)
+        return [data[a:b] for a, b in zip(begin.tolist(), (begin + sizes).tolist(), strict=True)]
+
+
+def _natural(name: str) -> tuple[int, str]:
+    return (int(name), name) if name.isdecimal() else (2**63, name)
+
+
+def _index(shard: Path) -> _Shard:
+    offsets, sizes, people = [], [], []
+    once: dict[str, str] = {}  # one string per person, not one per image
+    with shard.open("rb") as file:
+        for key, members in _samples(shard, file):
+            images = [member for suffix, member in members.items() if f".{suffix.rpartition('.')[2]}" in SUFFIXES]
+            where = f"{shown(shard.name)}: sample {shown(key)!r} at offset {next(iter(members.values())).offset}"
+            if len(images) != 1:
+                raise DataError(f"{where} has {len(images)} images, not one")
+            person = _person(where, members, file)
+            offsets.append(images[0].offset_data)
+            sizes.append(images[0].size)
+            people.append(once.setdefault(person, person))
+    return _Shard(np.asarray(offsets, dtype=np.int64), np.asarray(sizes, dtype=np.int64), people)
+
+
+def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Key of each sample, and its members by suffix, lower case."""
+    key = ""
+    members: dict[str, tarfile.TarInfo] = {}
+    for member in _members(shard, file):
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        found, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
+        if members and found != key:
+            yield key, members
+            members = {}
+        if suffix in members:
+            raise DataError(
+                f"{shown(shard.name)}: {shown(member.name)!r} at offset {member.offset} is there twice in one sample"
+            )
+        key, members[suffix] = found, member
+    if members:
+        yield key, members
+
+
+def _members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar, one at a time.
+
+    Raises:
+        DataError: it is none, or it was cut off.
+    """
+    end = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                vars(tar)["members"].clear()  # else it remembers every member of the shard
+                end = member.offset_data + member.size
+                if member.isfile() and not PurePosixPath(member.name).name.startswith((".", "__")):
+                    yield member
+            closed = tar.offset + tarfile.BLOCKSIZE <= os.fstat(file.fileno()).st_size
+    except tarfile.ReadError as error:
+        raise DataError(f"{shown(shard)} is damaged or truncated behind offset {end}: {error}") from error
+    if not closed:
+        raise DataError(f"{shown(shard)} is truncated: it ends at offset {end} without the end mark of an archive")
+
+
+def _person(where: str, members: dict[str, tarfile.TarInfo], file: BinaryIO) -> str:
+    """The identity of a sample.
+
+    Raises:
+        DataError: it says none, or not in a way that is understood.
+    """
+    for suffix in ("cls", "json"):
+        if suffix not in members:
+            continue
+        member = members[suffix]
+        if member.size > _MOST_LABEL_BYTES:
+            raise DataError(f"{where}: its .{suffix} has {member.size} bytes")
+        # Not through tarfile, whose position in the file the next member is found by.
+        text = os.pread(file.fileno(), member.size, member.offset_data)
+        try:
+            value = text.decode().strip() if suffix == "cls" else _labelled(json.loads(text))
+        except ValueError as error:
+            raise DataError(f"{where}: its .{suffix} cannot be read: {error}") from error
+        if value:
+            return value
+        raise DataError(f"{where}: its .{suffix} says no identity (looked for {', '.join(LABEL_KEYS)})")
+    raise DataError(f"{where} has neither .cls nor .json: nothing says whose face it is")
+
+
+def _labelled(content: object) -> str:
+    if isinstance(content, dict):
+        for key in LABEL_KEYS:
+            if isinstance(content.get(key), (str, int)) and not isinstance(content[key], bool):
+                return str(content[key]).strip()
+    return ""

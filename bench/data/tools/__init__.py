@@ -1,0 +1,1 @@
+"""What looks at face data, checks it and packs it."""

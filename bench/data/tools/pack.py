@@ -1,0 +1,209 @@
+"""``bench data pack``: a folder of identities to InsightFace files."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+
+from bench.data.decode import ImageError, Report, decode_image, no_report, open_image, read_image_file, shown
+from bench.data.faces import Skipped
+from bench.data.folder import PAIRS, Tree, locate_pairs, scan_tree
+from bench.data.pairs import PairList, read_pairs
+from bench.data.recordio import RecordWriter
+from bench.data.verification_pack import VerificationPack, write_pack
+from bench.errors import DataError, UsageError
+
+#: Quality of what has to be encoded anew, as InsightFace's own packer has it.
+JPEG_QUALITY = 95
+
+#: Labels and counts are stored as float32, which is exact up to here.
+_MAX_EXACT = 2**24
+
+_EXIF_ORIENTATION = 0x0112
+
+
+class Packed(BaseModel):
+    """What :func:`pack` wrote.
+
+    Attributes:
+        out: the folder.
+        files: their names.
+        identities, images: in ``train.rec``.
+        pairs: in the verification pack; 0 without one.
+        copied: images stored byte for byte, because they were JPEGs of the right size already.
+        skipped: image files left out, as (where, reason).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    out: str
+    files: tuple[str, ...]
+    identities: int
+    images: int
+    pairs: int
+    copied: int
+    skipped: tuple[tuple[str, str], ...]
+
+
+def pack(
+    folder: Path,
+    out: Path,
+    *,
+    image_size: int = 112,
+    name: str = "lfw",
+    overwrite: bool = False,
+    report: Report = no_report,
+) -> Packed:
+    """Pack ``folder/identity/image.*`` as ``train.rec``, ``train.idx`` and ``property``.
+
+    With a ``pairs.txt`` in the folder, the pairs go into ``<name>.bin``, the list is copied beside it, and the people
+    it names are left out of ``train.rec``, so that both stay disjoint. JPEGs of the right size are stored as
+    they are; everything else is decoded, cropped and resized as the loaders do it, and encoded as JPEG. Everything is
+    written beside ``out`` and renamed when complete.
+
+    Args:
+        folder: the folder of identities.
+        out: the folder to write; made if need be.
+        image_size: side of the stored faces in pixels; InsightFace packs have 112.
+        name: stem of the verification pack.
+        overwrite: replace files of these names in ``out``.
+        report: progress in images.
+
+    Raises:
+        UsageError: a file to be written exists and ``overwrite`` is not set, or ``name`` is no file stem.
+        MissingError: no such folder.
+        DataError: no usable image, an image that a pair needs cannot be used, or writing failed.
+    """
+    if Path(name).name != name or not name:
+        raise UsageError(f"{shown(name)!r} is no name for a verification pack")
+    tree = scan_tree(folder)
+    listed = read_pairs(folder / PAIRS) if (folder / PAIRS).exists() else None
+    ends = None if listed is None else locate_pairs(tree, listed, folder / PAIRS)
+    files = ["train.rec", "train.idx", "property", *([f"{name}.bin", PAIRS] if listed is not None else [])]
+    present = [file for file in files if (out / file).exists()]
+    if present and not overwrite:
+        raise UsageError(f"{shown(out / present[0])} exists already: choose another folder or allow overwriting")
+
+    skipped: list[Skipped] = list(tree.ignored)
+    copied = done = 0
+    total = len(tree.paths)
+
+    def encoded(i: int) -> bytes:
+        nonlocal copied, done
+        done += 1
+        if done % 50 == 0 or done == total:
+            report(done, total)
+        data, as_it_was = _encode(read_image_file(tree.paths[i]), image_size)
+        copied += as_it_was
+        return data
+
+    scratch: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+        victims = set() if ends is None else {tree.labels[i] for i in ends.ravel()}
+        learners = [i for i, label in enumerate(tree.labels) if label not in victims]
+        identities, images = _write_records(scratch / "train.rec", tree, learners, encoded, skipped)
+        if identities < 2:
+            raise DataError(f"{shown(folder)} leaves {identities} identities to learn from, at least 2 are needed")
+        (scratch / "property").write_text(f"{identities},{image_size},{image_size}", encoding="ascii")
+        if listed is not None and ends is not None:
+            blobs: dict[int, bytes] = {}
+            for row, pair in zip(ends.tolist(), listed.pairs, strict=True):
+                for i in row:
+                    if i not in blobs:
+                        try:
+                            blobs[i] = encoded(i)
+                        except ImageError as error:
+                            where = shown(tree.paths[i].relative_to(folder))
+                            raise DataError(f"{PAIRS} line {pair.line} needs {where}: {error}") from error
+            write_pack(scratch / f"{name}.bin", VerificationPack(_slots(ends, blobs), listed.same))
+            (scratch / PAIRS).write_text(_as_text(listed), encoding="utf-8", newline="\n")
+        scratch.chmod(0o755)  # mkdtemp's is private
+        if out.exists():
+            for file in files:
+                os.replace(scratch / file, out / file)  # noqa: PTH105 - rename over what is there
+        else:
+            scratch.rename(out)
+        report(total, total)
+    except OSError as error:
+        raise DataError(f"{shown(out)} cannot be written: {error.strerror or error}") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return Packed(
+        out=str(out),
+        files=tuple(files),
+        identities=identities,
+        images=images,
+        pairs=0 if listed is None else len(listed.pairs),
+        copied=copied,
+        skipped=tuple((entry.where, entry.reason) for entry in skipped),
+    )
+
+
+def _write_records(
+    file: Path, tree: Tree, chosen: list[int], encoded: Callable[[int], bytes], skipped: list[Skipped]
+) -> tuple[int, int]:
+    """Write the chosen images; returns how many identities and images there are."""
+    ranges: list[list[int]] = []  # first image record of each identity, and the one after its last
+    key, person = 1, -1
+    with RecordWriter(file) as writer:
+        # The header comes first and knows how many images follow, which is known at the end. Its length is fixed.
+        writer.write(0, (0.0, 0.0))
+        for i in chosen:
+            try:
+                data = encoded(i)
+            except ImageError as error:
+                skipped.append(Skipped(shown(tree.paths[i].relative_to(tree.root)), str(error)))
+                continue
+            if tree.labels[i] != person:
+                person = tree.labels[i]
+                ranges.append([key, key])
+            writer.write(key, (float(len(ranges) - 1),), data)
+            key += 1
+            ranges[-1][1] = key
+        if key + len(ranges) > _MAX_EXACT:
+            raise DataError(f"{key - 1} images are more than the format can count ({_MAX_EXACT})")
+        for offset, (start, stop) in enumerate(ranges):
+            writer.write(key + offset, (float(start), float(stop)))
+        writer.rewrite_first((float(key), float(key + len(ranges))))
+    return len(ranges), key - 1
+
+
+def _slots(ends: NDArray[np.int64], blobs: dict[int, bytes]) -> tuple[bytes, ...]:
+    return tuple(blobs[int(i)] for i in ends.ravel())
+
+
+def _as_text(listed: PairList) -> str:
+    each = len(listed.pairs) // (2 * listed.folds)
+    lines = [f"{listed.folds}\t{each}" if listed.folds > 1 else f"{each}"]
+    for pair in listed.pairs:
+        (name, number), (other, last) = pair.first, pair.second
+        lines.append(f"{name}\t{number}\t{last}" if pair.same else f"{name}\t{number}\t{other}\t{last}")
+    return "\n".join(lines) + "\n"
+
+
+def _encode(data: bytes, image_size: int) -> tuple[bytes, bool]:
+    """(JPEG of the right size, whether it is ``data`` itself)."""
+    pixels = decode_image(data, image_size)  # also for what is copied: a truncated file must not get in
+    image = open_image(data)
+    if (
+        image.format == "JPEG"
+        and image.mode == "RGB"
+        and image.size == (image_size, image_size)
+        and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+    ):
+        return data, True
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue(), False

@@ -1,0 +1,184 @@
+"""``bench data verify``: decode everything and report what is damaged or suspicious."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from bench.data.decode import Report, decode_image, no_report, own_limits, shown, workers
+from bench.data.recordio import RecordFile, read_property
+from bench.data.tools.inventory import Layout, Part, layout_of, opened
+from bench.errors import DataError
+
+#: Below this on the shorter side, features of a face are a pixel or two.
+SMALL_SIDE = 32
+
+_CHUNK = 64
+
+
+class Finding(BaseModel):
+    """Something wrong with a file or an image.
+
+    Attributes:
+        where: the file or image.
+        severity: ``damaged`` cannot be used; ``suspicious`` can, and should be looked at.
+        reason: one line.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    where: str
+    severity: Literal["damaged", "suspicious"]
+    reason: str
+
+
+class Verification(BaseModel):
+    """What :func:`verify` found.
+
+    Attributes:
+        path: as given.
+        kind: the layout.
+        images: images looked at.
+        findings: everything found, in order.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    kind: str
+    images: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def damaged(self) -> int:
+        """How many findings are of damage."""
+        return sum(finding.severity == "damaged" for finding in self.findings)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged."""
+        return self.damaged == 0
+
+
+def verify(path: Path, *, report: Report = no_report) -> Verification:
+    """Decode every image and check what the files say of each other.
+
+    Looked for: images that cannot be decoded; blank, tiny or non-square images; identical images under one or two
+    names; a genuine pair of identical images; nobody with two images; ``property`` and record counts that
+    disagree; stray files. Where the structure of a file is damaged, that is the finding, and the next file is
+    looked at.
+
+    Raises:
+        MissingError: there is nothing at ``path``.
+        DataError: ``path`` is a file of another kind.
+    """
+    layout = layout_of(path)
+    files = [path]
+    if layout is Layout.INSIGHTFACE:
+        files = [file for file in (path / "train.rec",) if file.is_file()] + sorted(path.glob("*.bin"))
+    findings: list[Finding] = []
+    images = 0
+    for file in files:
+        try:
+            with opened(file) as (_, parts):
+                for part in parts:
+                    findings += _part(part, images, images + len(part), report)
+                    images += len(part)
+                    if part.name.endswith(".rec"):
+                        findings += _beside(file, len(part.names))
+        except DataError as error:
+            findings.append(Finding(where=shown(file.name), severity="damaged", reason=str(error)))
+    return Verification(path=str(path), kind=layout.value, images=images, findings=tuple(findings))
+
+
+def _part(part: Part, before: int, total: int, report: Report) -> list[Finding]:
+    digests: list[bytes | None] = [None] * len(part)
+
+    def look(start: int) -> list[Finding]:
+        found = []
+        for i in range(start, min(start + _CHUNK, len(part))):
+            try:
+                data = part.read(i)
+                digests[i] = hashlib.blake2b(data, digest_size=16).digest()
+                image = decode_image(data)
+            except DataError as error:  # an image, or the record that should hold it
+                found.append(Finding(where=part.where(i), severity="damaged", reason=str(error)))
+                continue
+            found += [_suspicious(part.where(i), reason) for reason in _oddities(image)]
+        return found
+
+    findings = [_suspicious(entry.where, entry.reason) for entry in part.ignored]
+    with own_limits(), ThreadPoolExecutor(workers()) as pool:
+        try:
+            for number, found in enumerate(pool.map(look, range(0, len(part), _CHUNK)), 1):
+                findings += found
+                report(before + min(number * _CHUNK, len(part)), total)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    findings += _duplicates(part, digests)
+    counts = np.bincount(part.identities, minlength=len(part.names))
+    if counts.max() < 2:
+        findings.append(_suspicious(part.name, "nobody has two images"))
+    return findings
+
+
+def _suspicious(where: str, reason: str) -> Finding:
+    return Finding(where=where, severity="suspicious", reason=reason)
+
+
+def _oddities(image: torch.Tensor) -> list[str]:
+    _, height, width = image.shape
+    reasons = []
+    if min(height, width) < SMALL_SIDE:
+        reasons.append(f"{width}x{height} pixels, hardly a face")
+    if height != width:
+        reasons.append(f"{width}x{height} pixels, not square: the ends of the longer side will be cut")
+    if float(image.to(torch.float32).std()) < 2.0:
+        reasons.append("blank: all pixels are nearly equal")
+    return reasons
+
+
+def _duplicates(part: Part, digests: list[bytes | None]) -> list[Finding]:
+    findings: list[Finding] = []
+    if part.pairs is not None:
+        for number in np.flatnonzero(part.pairs.same).tolist():
+            first, second = int(part.pairs.first[number]), int(part.pairs.second[number])
+            if digests[first] is not None and digests[first] == digests[second]:
+                findings.append(_suspicious(part.where(first), f"genuine pair {number} is one image twice"))
+        if part.pairs.file == part.name:
+            return findings  # packs repeat images by design
+    seen: dict[bytes, int] = {}
+    for i, digest in enumerate(digests):
+        if digest is None or (first := seen.setdefault(digest, i)) == i:
+            continue
+        names = part.names[int(part.identities[first])], part.names[int(part.identities[i])]
+        who = "of the same person" if names[0] == names[1] else f"although these are {names[0]} and {names[1]}"
+        findings.append(_suspicious(part.where(i), f"identical to {part.where(first)}, {who}"))
+    return findings
+
+
+def _beside(file: Path, identities: int) -> list[Finding]:
+    """What the record file, its index and its ``property`` say of each other."""
+    findings = []
+    with RecordFile(file) as records:
+        found = records.scan()  # also what no image needs, such as the ranges of the identities
+        if records.index is None:
+            findings.append(_suspicious(shown(file.name), "has no .idx beside it: the file is scanned instead"))
+        elif strays := len(np.setxor1d(found, records.offsets)):
+            findings.append(
+                _suspicious(shown(records.index.name), f"disagrees with {shown(file.name)} on {strays} records")
+            )
+    claimed = read_property(file.with_name("property"))
+    if claimed is None:
+        findings.append(_suspicious("property", "missing: InsightFace's own loaders want it"))
+    elif claimed.identities != identities:
+        findings.append(
+            _suspicious("property", f"claims {claimed.identities} identities, {shown(file.name)} has {identities}")
+        )
+    return findings

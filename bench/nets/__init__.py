@@ -1,0 +1,1 @@
+"""Networks that anybody may build: backbones, margin heads, recognisers, augmentation, ONNX."""

@@ -1,0 +1,107 @@
+"""The backbones by name.
+
+A name may carry what it is to be changed by, after a colon: ``partialformer-tiny:no-small-nets``, ``timm:resnet18``. So
+everything that names a backbone (flags, configurations, caches, checkpoints) carries variants too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+from torch import nn
+
+from bench.registry import Registry
+
+
+class BackboneBuilder(Protocol):
+    """Builds a network from (N, C, h, w) to float32 embeddings (N, D), not normalised."""
+
+    def __call__(
+        self, *, in_channels: int, input_size: tuple[int, int], embedding_size: int, dropout: float = 0.0
+    ) -> nn.Module:
+        """``in_channels`` C, ``input_size`` (h, w), ``embedding_size`` D, ``dropout`` before the last linear layer."""
+
+
+def _iresnet(layers: Sequence[int]) -> Callable[[], BackboneBuilder]:
+    def load() -> BackboneBuilder:
+        from bench.nets.iresnet import IResNet
+
+        return partial(IResNet, layers)
+
+    return load
+
+
+def _tiny() -> BackboneBuilder:
+    from bench.nets.iresnet import TinyIResNet
+
+    return TinyIResNet
+
+
+def _mobilefacenet() -> BackboneBuilder:
+    from bench.nets.mobilefacenet import MobileFaceNet
+
+    return MobileFaceNet
+
+
+def _vit(size: str, modifiers: str) -> BackboneBuilder:
+    from bench.nets.vit import vit
+
+    return vit(size, modifiers)
+
+
+def _partialformer(size: str, modifiers: str) -> BackboneBuilder:
+    from bench.nets.partialformer import partialformer
+
+    return partialformer(size, modifiers)
+
+
+def _timm(name: str) -> BackboneBuilder:
+    from bench.nets.timm_backbone import TimmBackbone, check_name
+
+    check_name(name)
+    return partial(TimmBackbone, name)
+
+
+class Backbones(Registry[BackboneBuilder]):
+    """A registry in which some names stand for a family, whose members are called ``FAMILY:VARIANT``."""
+
+    def __init__(self) -> None:
+        super().__init__("backbone")
+        self._families: dict[str, Callable[[str], BackboneBuilder]] = {}
+
+    def add_family(self, name: str, loader: Callable[[str], BackboneBuilder]) -> None:
+        """Register a family; ``loader`` turns what stands after the colon into a builder, or raises UsageError."""
+        self._families[name] = loader
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or str(name).partition(":")[0] in self._families
+
+    def get(self, name: str) -> BackboneBuilder:
+        """The builder of the backbone called ``name``.
+
+        Raises:
+            UsageError: there is none; the message lists what exists and the nearest match.
+            MissingError: it needs a package that is not installed.
+        """
+        family, colon, variant = name.partition(":")
+        if family in self._families and (colon or not super().__contains__(name)):
+            return self._families[family](variant)
+        return super().get(name)
+
+
+BACKBONES = Backbones()
+BACKBONES.add("ir-tiny", _tiny)
+BACKBONES.add("ir-18", _iresnet((2, 2, 2, 2)))
+BACKBONES.add("ir-34", _iresnet((3, 4, 6, 3)))
+BACKBONES.add("ir-50", _iresnet((3, 4, 14, 3)))
+BACKBONES.add("ir-100", _iresnet((3, 13, 30, 3)))
+BACKBONES.add("mobilefacenet", _mobilefacenet)
+for _size in ("tiny", "small"):
+    BACKBONES.add(f"partialformer-{_size}", partial(_partialformer, _size, ""))
+    BACKBONES.add_family(f"partialformer-{_size}", partial(_partialformer, _size))
+for _size in ("tiny", "tiny-equal", "small", "small-equal"):
+    BACKBONES.add(f"vit-{_size}", partial(_vit, _size, ""))
+    BACKBONES.add_family(f"vit-{_size}", partial(_vit, _size))
+BACKBONES.add_family("timm", _timm)

@@ -1,0 +1,203 @@
+"""The recogniser: input normalisation, backbone, embedding."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.errors import UsageError
+from bench.nets.backbones import BACKBONES
+
+
+class InputNormalisation(nn.Module):
+    """Brings representations of any scale to one: channels to mean 0 and variance 1, then maps to mean square 1.
+
+    Defences send what they send: colours in [0, 1], DCT coefficients of +-750. A batch norm without affine parameters
+    would do, but it would measure 27 maps of full resolution at every step, a fifth of a training step on two cores,
+    for statistics that do not move. This layer measures the first batches of training and then keeps what it has.
+    Training and inference see the same map.
+
+    Each map is then divided by its own root mean square. A random defence sends, in one channel, maps that differ in
+    energy by orders of magnitude from face to face (PartialFace: another frequency for every state); on a common scale
+    the faint ones would hardly reach the network. Of a picture this takes the contrast, which says nothing of a
+    person. Maps of fewer than :attr:`smallest_map` values (templates) keep their size, which is what they carry.
+
+    Attributes:
+        mean, variance: float32 (C,), over all images and places measured.
+        batches: int64 scalar, batches measured so far.
+    """
+
+    #: Batches measured. 64 batches of 128 faces at 64x64 give each channel 33 million values.
+    measured = 64
+    #: Relative to a channel's mean square: a constant channel maps to about zero, never to amplified rounding noise.
+    epsilon = 1e-6
+    #: Values in a map from which on its size is no more than its contrast.
+    smallest_map = 64
+    #: Root mean square below which a map is taken for empty: a constant map must not become amplified rounding noise.
+    faintest = 1e-3
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self._seen = 0
+        self.register_load_state_dict_post_hook(_recount)  # type: ignore[no-untyped-call]
+
+    def forward(self, representation: Tensor) -> Tensor:
+        """(N, C, h, w) of any scale to float32 (N, C, h, w)."""
+        x = representation.float()
+        # A Python count spares a GPU one synchronisation a step; the buffer is what checkpoints carry.
+        if self.training and self._seen < self.measured:
+            self._seen = int(self.batches)
+            if self._seen < self.measured:
+                self._measure(x)
+        floor = self.epsilon * (self.variance + self.mean.square()) + 1e-12
+        x = F.batch_norm(x, self.mean, self.variance + floor, eps=0.0)
+        if x.shape[2] * x.shape[3] < self.smallest_map:
+            return x
+        power = x.square().mean((2, 3), keepdim=True)
+        return x * torch.rsqrt(power.clamp_min(self.faintest**2))
+
+    @torch.no_grad()
+    def _measure(self, x: Tensor) -> None:
+        mean, variance = self._moments(x)
+        self.batches += 1
+        self._seen += 1
+        # The variance over batches is the mean of their variances plus the variance of their means (Chan et al. 1979).
+        weight = 1 / self.batches.to(mean.dtype)
+        shift = mean - self.mean
+        self.mean += weight * shift
+        self.variance.mul_(1 - weight).add_(weight * (variance + (1 - weight) * shift.square()))
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each channel of a batch, (C,); overridden where several processes share a batch."""
+        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        return mean, variance
+
+
+def _recount(module: nn.Module, _keys: object) -> None:
+    assert isinstance(module, InputNormalisation)
+    module._seen = int(module.batches)
+
+
+@dataclass(frozen=True, slots=True)
+class RecogniserSpec:
+    """What a recogniser is built from.
+
+    Attributes:
+        backbone: a name in :data:`bench.nets.backbones.BACKBONES`.
+        representation_shape: (C, h, w) of its input.
+        embedding_size: D.
+        dropout: before the last linear layer, in training.
+    """
+
+    backbone: str
+    representation_shape: tuple[int, int, int]
+    embedding_size: int
+    dropout: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that :meth:`from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> RecogniserSpec:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            TypeError, ValueError: fields missing, unknown or of another type.
+        """
+        channels, height, width = (int(n) for n in value["representation_shape"])
+        return cls(**{**value, "representation_shape": (channels, height, width)})
+
+
+class Recogniser(nn.Module):
+    """Maps a protected representation to an embedding.
+
+    Args:
+        spec: what to build; weights come from torch's global generator (see :func:`build_recogniser`).
+
+    Raises:
+        UsageError: an unknown backbone or sizes that cannot be.
+    """
+
+    def __init__(self, spec: RecogniserSpec) -> None:
+        super().__init__()
+        if len(spec.representation_shape) != 3 or min(spec.representation_shape) < 1:
+            raise UsageError(f"a recogniser takes representations (C, h, w), got {spec.representation_shape}")
+        if spec.embedding_size < 2:
+            raise UsageError(f"embedding_size must be at least 2, got {spec.embedding_size}")
+        if not 0 <= spec.dropout < 1:
+            raise UsageError(f"dropout must lie in [0, 1), got {spec.dropout}")
+        self.spec = spec
+        channels, height, width = spec.representation_shape
+        self.normalisation = InputNormalisation(channels)
+        self.backbone = BACKBONES.get(spec.backbone)(
+            in_channels=channels,
+            input_size=(height, width),
+            embedding_size=spec.embedding_size,
+            dropout=spec.dropout,
+        )
+
+    @property
+    def parameter_count(self) -> int:
+        """Learned values, all layers."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, representation: Tensor) -> Tensor:
+        """Embeddings, float32 (N, D), not normalised, from representations (N, C, h, w) of any scale.
+
+        Raises:
+            ValueError: another shape than the recogniser was built for.
+        """
+        if tuple(representation.shape[1:]) != self.spec.representation_shape:
+            raise ValueError(
+                f"this recogniser takes representations (N, {', '.join(map(str, self.spec.representation_shape))}), "
+                f"got {tuple(representation.shape)}"
+            )
+        device = representation.device.type
+        x = self.normalisation(representation)
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        # Narrow first, reorder second: reordering moves half the bytes that way.
+        embedding: Tensor = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        return embedding
+
+    def embed(self, representation: Tensor) -> Tensor:
+        """Unit embeddings, float32 (N, D), whose dot products are cosines."""
+        return F.normalize(self(representation).float())
+
+
+def build_recogniser(
+    backbone: str,
+    representation_shape: tuple[int, int, int],
+    embedding_size: int,
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Recogniser:
+    """A recogniser with fresh weights, the same for the same ``seed``; torch's global generator is left as it was.
+
+    Args:
+        backbone: a name in :data:`bench.nets.backbones.BACKBONES`.
+        representation_shape: (C, h, w) of its input.
+        embedding_size: D.
+        dropout: before the last linear layer, in training.
+        seed: of the initial weights.
+
+    Raises:
+        UsageError: an unknown backbone or sizes that cannot be.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        recogniser = Recogniser(RecogniserSpec(backbone, representation_shape, embedding_size, dropout))
+    return recogniser.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, unused-ignore]

@@ -1,0 +1,96 @@
+"""Backbones of timm (PyTorch Image Models), an optional dependency: ``--backbone timm:NAME``."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import MissingError, UsageError
+from bench.nets.iresnet import EmbeddingOutput
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingError("backbones timm:NAME need timm: pip install ppfr-bench[timm]") from error
+    return timm
+
+
+class TimmBackbone(nn.Module):
+    """A timm network without its classifier, and ArcFace's output layer on its pooled features.
+
+    The weights are fresh: nothing is downloaded. A network that must know its input size (Vision Transformers and
+    their kin) is built for ``input_size``.
+
+    Args:
+        name: as in ``timm.list_models()``.
+        in_channels: channels C of the input.
+        input_size: (h, w) of the input.
+        embedding_size: D, dimensions of the embedding.
+        dropout: before the last linear layer.
+
+    Raises:
+        UsageError: the network does not take such an input.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        in_channels: int,
+        input_size: tuple[int, int],
+        embedding_size: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        timm = _timm()
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        sizes = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
+        # Some networks keep tables (of relative positions, say) that no checkpoint holds, so that they cannot start on
+        # the meta device and get their values later. Only there is the generator restored: the weights are thrown away.
+        meta = torch.get_default_device().type == "meta"
+        try:
+            with torch.device("cpu" if meta else torch.get_default_device()), torch.random.fork_rng([], enabled=meta):
+                self.features = timm.create_model(
+                    name, pretrained=False, in_chans=in_channels, num_classes=0, **sizes
+                ).eval()
+                with torch.no_grad():
+                    pooled = self.features(torch.zeros(1, in_channels, *input_size))
+            if pooled.ndim != 2:
+                raise ValueError(f"its features have shape {tuple(pooled.shape)}, expected one row per image")
+        except (ValueError, RuntimeError, AssertionError, TypeError) as error:
+            shape = (in_channels, *input_size)
+            raise UsageError(
+                f"backbone timm:{name} cannot take representations {shape}: {_first_line(error)}"
+            ) from error
+        self.features.train()
+        self.output = EmbeddingOutput((pooled.shape[1], 1, 1), embedding_size, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to float32 embeddings (N, D), not normalised."""
+        embedding: Tensor = self.output(self.features(x)[..., None, None])
+        return embedding
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def check_name(name: str) -> None:
+    """Whether timm has such a network.
+
+    Raises:
+        MissingError: timm is not installed.
+        UsageError: it has none; the message names the nearest.
+    """
+    timm = _timm()
+    if not name:
+        raise UsageError("backbone timm: which? Write timm:NAME, for example timm:resnet18")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, cast("list[str]", timm.list_models()), n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(f'timm:{other}' for other in near)}?" if near else "see timm.list_models()"
+        raise UsageError(f"timm has no network {name!r}: {hint}")

@@ -1,0 +1,75 @@
+"""Embeddings of protected faces, as a verification protocol wants them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from bench.data.faces import FaceSet
+from bench.nets.recogniser import Recogniser
+from bench.recognition.state import Report, no_report
+from defenses.base import Defense
+
+
+@torch.inference_mode()
+def embed_faces(
+    recogniser: Recogniser,
+    defense: Defense,
+    faces: FaceSet,
+    *,
+    generator: torch.Generator,
+    batch_size: int = 256,
+    flip: bool = True,
+    fabric: Fabric | None = None,
+    report: Report = no_report,
+) -> Tensor:
+    """Unit embeddings of faces seen through a defence.
+
+    Each face is one query: the defence draws one state for it. With ``flip``, the face and its mirror image are both
+    protected under that state and their embeddings are added before normalising (the usual protocol; two states a query
+    would tell the recogniser, and an eavesdropper, more than the defence means to send).
+
+    Args:
+        recogniser: on any device; its mode is restored afterwards.
+        defense: is moved to that device.
+        faces: N faces of the defence's size.
+        generator: a CPU generator: draws states and noise, in the order of the faces.
+        batch_size: faces at a time.
+        flip: add the embedding of the mirror image.
+        fabric: computes in its precision; None for float32.
+        report: called as ``report(done, total)`` after each batch, counting faces.
+
+    Returns:
+        float32 (N, D) on the CPU, rows of norm 1.
+    """
+    device = next(recogniser.parameters()).device
+    defense = defense.to(device)
+    was_training = recogniser.training
+    recogniser.eval()
+    try:
+        parts = []
+        for start in range(0, len(faces), batch_size):
+            batch = faces.subset(torch.arange(start, min(start + batch_size, len(faces)))).to(device)
+            images = next(batch.batches(batch_size))
+            # The defence computes in float32 whatever the recogniser does: it is the client's.
+            protected = defense.protect(images, generator)
+            embedding = _embed(recogniser, protected.representation, fabric)
+            if flip:
+                mirrored = defense.protect(images.flip(-1), generator, state=protected.state)
+                embedding = embedding + _embed(recogniser, mirrored.representation, fabric)
+            parts.append(F.normalize(embedding).cpu())
+            report(min(start + batch_size, len(faces)), len(faces))
+        return torch.cat(parts) if parts else torch.empty(0, recogniser.spec.embedding_size)
+    finally:
+        recogniser.train(was_training)
+
+
+def _embed(recogniser: Recogniser, representation: Tensor, fabric: Fabric | None) -> Tensor:
+    """float32 embeddings (N, D), not normalised, in the precision of ``fabric``."""
+    with nullcontext() if fabric is None else fabric.autocast():
+        embedding: Tensor = recogniser(representation)
+    return embedding.float()

@@ -1,0 +1,293 @@
+"""Reads run directories: everything that a report shows comes from here."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bench.errors import MissingError
+from bench.files import sha256
+from bench.results import RunResult
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Victim(BaseModel):
+    """One victim image and what became of it.
+
+    Attributes:
+        image: its index in the dataset's victims.
+        roles: ``worst`` (most leaks), ``median``, ``best``; ``first`` for those that every run on them shows.
+        caption: its figures.
+        files: column -> name of a PNG in the folder.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    image: int
+    roles: tuple[str, ...]
+    caption: str
+    files: dict[str, str]
+
+
+class _Index(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    columns: tuple[str, ...]
+    victims: tuple[Victim, ...]
+
+
+class Samples(BaseModel):
+    """The pictures of a run.
+
+    Attributes:
+        folder: holds them.
+        columns: what there is of each victim, from left to right; empty where there is only a ready sheet.
+        victims: those that were kept.
+        sheet: a ready contact sheet, where there is one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: Path
+    columns: tuple[str, ...] = ()
+    victims: tuple[Victim, ...] = ()
+    sheet: Path | None = None
+
+
+def read_samples(folder: Path) -> Samples | None:
+    """The pictures in ``folder``; None where there are none.
+
+    Raises:
+        MissingError: the index is damaged, or names a file outside the folder or one that is not there.
+    """
+    sheet = folder / "contact-sheet.png"
+    ready = sheet if sheet.is_file() else None
+    path = folder / "samples.json"
+    if not path.is_file():
+        return None if ready is None else Samples(folder=folder, sheet=ready)
+    try:
+        index = _Index.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise MissingError(f"{path} is not an index of samples") from None
+    for victim in index.victims:
+        for name in victim.files.values():
+            if Path(name).name != name or not (folder / name).is_file() or (folder / name).is_symlink():
+                raise MissingError(f"{path} names {name!r}, which is no file of this folder")
+    return Samples(folder=folder, columns=index.columns, victims=index.victims, sheet=ready)
+
+
+def data_uri(path: Path) -> str:
+    """A PNG file as a ``data:`` address.
+
+    Raises:
+        MissingError: it is no PNG.
+    """
+    content = path.read_bytes()
+    if not content.startswith(_PNG):
+        raise MissingError(f"{path} is not a PNG picture")
+    return f"data:image/png;base64,{base64.b64encode(content).decode('ascii')}"
+
+
+#: Columns that a table of raw values must have to be of use.
+_COLUMNS = {
+    "per_image": {"image", "identity", "method"},
+    "scores": {"same", "protected", "unprotected"},
+    "state_inference": {"attack", "drawn", "named"},
+    "linkage": {"same", "protected_plain", "protected_protected", "plain"},
+}
+
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class Manifest(BaseModel):
+    """``manifest.json``: what was asked for, on what machine, and the hashes of what was written."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    protocol: str
+    run_id: str
+    status: str
+    config: dict[str, Any]
+    started: str = ""
+    updated: str = ""
+    version: str = ""
+    git_commit: str | None = None
+    python: str = ""
+    packages: dict[str, str] = {}
+    device: str = ""
+    device_name: str = ""
+    precision: str = ""
+    threads: int | None = None
+    deterministic: bool | None = None
+    artefacts: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Losses:
+    """A training curve out of ``events.jsonl``: (examples seen, loss), as far as progress was logged."""
+
+    task: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory.
+
+    Attributes:
+        directory: where it lies.
+        manifest: as read.
+        result: as read; of a run that was killed or still runs, one with the status ``error``.
+        per_image: a row per victim image and method; None where the run has none.
+        scores: a row per pair, of the provider's recogniser.
+        linkage: a row per pair, of a linkage attack.
+        states: a row per interception, of attacks that name states: the one drawn and the one named, -1 for none.
+        losses: training curves of recognisers.
+        samples: pictures of single victims.
+        altered: files that are not as the manifest recorded them.
+    """
+
+    directory: Path
+    manifest: Manifest
+    result: RunResult
+    per_image: pd.DataFrame | None = None
+    scores: pd.DataFrame | None = None
+    linkage: pd.DataFrame | None = None
+    states: pd.DataFrame | None = None
+    losses: tuple[Losses, ...] = ()
+    samples: Samples | None = None
+    altered: tuple[str, ...] = field(default=())
+
+    @property
+    def failed(self) -> bool:
+        """Whether there are no figures."""
+        return self.result.status != "success"
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether its faces were made up; a run that does not say so counts as one on real faces."""
+        return self.result.dataset is not None and self.result.dataset.synthetic
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The run directories among ``paths``, or one level below them, each once, in order.
+
+    Raises:
+        MissingError: a path that neither is nor holds a run.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            raise MissingError(f"{path} is not a run directory: there is no such folder")
+        own = (path / "manifest.json").is_file()
+        below = [path] if own else sorted(file.parent for file in path.glob("*/manifest.json"))
+        if not below:
+            raise MissingError(f"{path} is not a run directory: {path / 'manifest.json'} does not exist")
+        found.update((directory.resolve(), directory) for directory in below)
+    return list(found.values())
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Every run among ``paths`` (:func:`find_runs`).
+
+    Raises:
+        MissingError: a folder without a run, or a file that cannot be read; the message names it.
+    """
+    return [load_run(directory) for directory in find_runs(paths)]
+
+
+def load_run(directory: Path) -> Run:
+    """One run directory.
+
+    Raises:
+        MissingError: a file of it is missing, damaged or of another schema; the message names it.
+    """
+    manifest = _model(directory / "manifest.json", Manifest)
+    result_file = directory / "metrics.json"
+    if not result_file.is_file() and manifest.status == "started":
+        error = "never finished: it was killed, or it is still running"
+        result = RunResult(run_id=manifest.run_id, protocol=manifest.protocol, status="error", error=error)
+    else:
+        result = _model(result_file, RunResult)
+    read = [
+        name for name in ("metrics.json", *(f"{table}.parquet" for table in _COLUMNS)) if name in manifest.artefacts
+    ]
+    altered = [name for name in read if _hash(directory / name) != manifest.artefacts[name]]
+    return Run(
+        directory=directory,
+        manifest=manifest,
+        result=result,
+        per_image=_table(directory, "per_image"),
+        scores=_table(directory, "scores"),
+        linkage=_table(directory, "linkage"),
+        states=_table(directory, "state_inference"),
+        losses=tuple(_losses(directory / "events.jsonl")),
+        samples=read_samples(directory / "samples"),
+        altered=tuple(altered),
+    )
+
+
+def _model(path: Path, model: type[_M]) -> _M:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise MissingError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise MissingError(f"{path} is not a file of this schema: {where or 'document'}: {first['msg']}") from None
+
+
+def _hash(path: Path) -> str | None:
+    return sha256(path) if path.is_file() else None
+
+
+def _table(directory: Path, name: Literal["per_image", "scores", "linkage", "state_inference"]) -> pd.DataFrame | None:
+    path = directory / f"{name}.parquet"
+    if not path.is_file():
+        return None
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are among these
+        raise MissingError(f"{path} is not a readable Parquet file: {error}") from None
+    missing = _COLUMNS[name] - set(table.columns)
+    if missing:
+        raise MissingError(f"{path} lacks the columns {', '.join(sorted(missing))}")
+    return table
+
+
+def _losses(path: Path) -> Iterable[Losses]:
+    """Training curves of the recognisers, which the events alone hold; attacks keep theirs in the result."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for event in _events(path):
+        task = event.get("task")
+        done, loss = event.get("done"), event.get("loss")
+        if (
+            isinstance(task, str)
+            and " recogniser " in task
+            and isinstance(done, int | float)
+            and isinstance(loss, int | float)
+        ):
+            points.setdefault(task, []).append((done, loss))
+    return (Losses(task, tuple(curve)) for task, curve in points.items() if len(curve) > 1)
+
+
+def _events(path: Path) -> Iterable[dict[str, Any]]:
+    if not path.is_file():
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            raise MissingError(f"{path} is damaged: line {number} is not JSON") from None
+        if isinstance(event, dict):
+            yield event

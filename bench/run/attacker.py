@@ -1,0 +1,538 @@
+"""What the attacks of a run are handed, and the stages that fit them and let them loose on the victims."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+import attacks as attacks_package
+from attacks.base import (
+    GRANTS,
+    OF_RECOGNISER,
+    Adversary,
+    Attack,
+    Capability,
+    FitReport,
+    Knowledge,
+    LinkageAttack,
+    Observation,
+    RecoveryAttack,
+    Traffic,
+    no_report,
+)
+from bench.data.faces import FaceSet
+from bench.data.splits import whole_identities
+from bench.files import replacing, write_text
+from bench.images import to_float
+from bench.metrics.identity import Probes, content_ids, select_probes
+from bench.progress import Report
+from bench.run.attack_config import AttackConfig
+from bench.run.machines import synchronise
+from bench.run.provider import DATA_CODE, DEFENSE_CODE, Stages, failing_as
+from bench.run.service import Enrolment, Service, class_centres, traffic
+from bench.run.stage import Job, make_key, save_tensors
+from defenses.base import Defense
+from defenses.layout import probe
+
+
+def places_right(inferred: Tensor, states: Tensor, defense: Defense) -> Tensor | None:
+    """Which channels were put in their place.
+
+    Args:
+        inferred: int64 (N, k, C), where the attack believes each channel belongs.
+        states: int64 (N, k, D), what the defence drew.
+        defense: the one in use.
+
+    Returns:
+        bool (N, k, C) on the CPU; None where a state of this defence does not place channels.
+
+    Raises:
+        ValueError: ``inferred`` has another shape or type.
+    """
+    expected = (*states.shape[:2], defense.channels)
+    if tuple(inferred.shape) != expected or inferred.dtype != torch.int64:
+        raise ValueError(
+            f"inferred places must be int64 {expected}, got {str(inferred.dtype).removeprefix('torch.')} "
+            f"{tuple(inferred.shape)}"
+        )
+    drawn = states.flatten(0, 1)
+    # Only what was drawn is probed: a defence may have more states than can be listed.
+    layout = probe(defense, torch.unique(drawn, dim=0))
+    if layout is None:
+        return None
+    true = layout.places[layout.row_of(drawn)].unflatten(0, states.shape[:2])
+    return torch.eq(inferred.cpu(), true.cpu())
+
+
+def named_states(inferred: Tensor, states: Tensor, defense: Defense) -> Tensor | None:
+    """Which state was drawn and which the attack named, as rows of :meth:`Defense.states`.
+
+    Args:
+        inferred: int64 (N, k, C), where the attack believes each channel belongs.
+        states: int64 (N, k, D), what the defence drew.
+        defense: the one in use.
+
+    Returns:
+        int64 (N, k, 2) on the CPU, (drawn, named), -1 where the layout named is that of no state; None where states
+        cannot be listed or do not place channels.
+    """
+    listed = defense.states()
+    layout = None if listed is None else probe(defense, listed)
+    if layout is None:
+        return None
+    drawn = layout.row_of(states.flatten(0, 1))
+    same = (inferred.flatten(0, 1)[:, None].to(layout.places.device) == layout.places).all(dim=2)
+    named = torch.where(same.any(dim=1), same.int().argmax(dim=1), -1)
+    pairs: Tensor = torch.stack((drawn, named), dim=1).unflatten(0, states.shape[:2])
+    return pairs.cpu()
+
+
+# Code that what an attack learns depends on: a change in it makes the stage anew.
+ATTACK_CODE = tuple(f"attacks.{module}" for module in sorted(attacks_package.SUPPORT_MODULES))
+
+#: Representation values intercepted at once: 256 MiB of them.
+REPRESENTATION_VALUES = 2**28 // 4
+
+
+@dataclass(frozen=True, slots=True)
+class Interception:
+    """What is intercepted of a batch of victim images.
+
+    Attributes:
+        observation: what the attack sees of it.
+        states: int64 (N, k, D), what the defence drew, which only the harness knows; None where nothing is drawn.
+        service: answers the attack's score queries and counts them; None where it asks for nothing of the provider.
+    """
+
+    observation: Observation
+    states: Tensor | None
+    service: Service | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What an attack made of the attacked images.
+
+    Attributes:
+        faces: float32 (V, 3, H, W) in [0, 1], on the CPU, in the order of the probes.
+        right: bool (V, k, C), which channels the attack put in their place; None where it inferred none.
+        named: int64 (V, k, 2), the state drawn and the one named (:func:`bench.run.attacker.named_states`), or None.
+        queries: score queries sent in all; None where the attack sends none.
+        batch_faces: int64 (B,), the faces recovered at once.
+        batch_seconds: float64 (B,), what each of these batches took.
+    """
+
+    faces: Tensor
+    right: Tensor | None
+    named: Tensor | None
+    queries: int | None
+    batch_faces: Tensor
+    batch_seconds: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """A linkage attack's embeddings of all victim images: float32 (N, D), unit rows, on the CPU.
+
+    Attributes:
+        first, second: of two independent interceptions of each image.
+        plain: of the images themselves.
+    """
+
+    first: Tensor
+    second: Tensor
+    plain: Tensor
+
+
+class AttackStages:
+    """The attacker's side of a run, on top of the provider's.
+
+    Args:
+        stages: data, defences and recognisers of the run.
+    """
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages = stages
+        self.config = stages.config
+        self.fabric = stages.fabric
+        self.streams = stages.streams
+        self._public: dict[float, FaceSet] = {}
+
+    @functools.cached_property
+    def selection(self) -> Probes:
+        """Which victim images are attacked, and which are the plain gallery."""
+        return select_probes(self.stages.splits.victims, self.config.probes, self.streams.generator("probes"))
+
+    # -- what an attack is handed ----------------------------------------------------------------
+
+    def given(self, attack: Attack) -> frozenset[Capability]:
+        """What the attack needs, and of what else it can use what the rung grants."""
+        return attack.needs | (attack.uses & GRANTS[Knowledge(self.config.knowledge)])
+
+    def asks_provider(self, attack: Attack) -> bool:
+        """Whether the provider's recogniser has to exist for this attack."""
+        return bool(self.given(attack) & OF_RECOGNISER)
+
+    def public(self, attack_config: AttackConfig) -> FaceSet:
+        """The public faces that an attack's budget pays for; a smaller budget gets a part of what a larger one gets."""
+        if attack_config.public not in self._public:
+            draws = self.streams.generator("budget")
+            self._public[attack_config.public] = whole_identities(
+                self.stages.splits.public, attack_config.public, draws
+            )
+        return self._public[attack_config.public]
+
+    def mechanism(self, defense: Defense) -> Callable[[torch.Generator], Defense]:
+        """What the adversary can protect faces with: guesses of the defence under a black box, else the one in use."""
+        if Knowledge(self.config.knowledge) is Knowledge.BLACKBOX:
+            return defense.guess
+        return lambda generator: defense
+
+    def adversary(
+        self,
+        attack: Attack,
+        defense: Defense,
+        *,
+        public: FaceSet | None = None,
+        service: Service | None = None,
+        checkpoint: Path | None = None,
+        report: Report = no_report,
+    ) -> Adversary:
+        """What the chosen rung hands to the attack, and nothing else.
+
+        Args:
+            attack: decides by its needs what of the rung it is handed.
+            defense: the one in use.
+            public: the attacker's faces; None for all public ones.
+            service: answers embedding queries; None makes one where they are needed.
+            checkpoint: a folder for resuming the fit, or None.
+            report: progress of the fit.
+        """
+        public = self.stages.splits.public if public is None else public
+        given = self.given(attack)
+        if Capability.EMBEDDINGS in given and service is None:
+            service = self.service(defense, "fit")
+        return Adversary(
+            faces=public.images,
+            identities=public.labels,
+            knowledge=Knowledge(self.config.knowledge),
+            mechanism=self.mechanism(defense),
+            generator=self.streams.generator("attack"),
+            fabric=self.fabric,
+            recogniser=self.stages.recogniser(defense) if Capability.RECOGNISER in given else None,
+            embed=service.embed if service and Capability.EMBEDDINGS in given else None,
+            traffic=self._traffic(defense) if Capability.TRAFFIC in given else None,
+            checkpoint=checkpoint,
+            report=report,
+        )
+
+    def service(self, defense: Defense, purpose: str) -> Service:
+        """The provider's service, whose clients draw their states from a stream of the ``purpose``'s own."""
+        generator = self.streams.generator(f"service/{purpose}")
+        return Service(self.stages.recogniser(defense), defense, generator, batch_size=self.config.batch_size)
+
+    def _traffic(self, defense: Defense) -> Traffic:
+        def intercept(count: int) -> Iterator[Tensor]:
+            return traffic(
+                defense,
+                self.stages.splits.victims,
+                self.selection.attacked,
+                self.streams.generator("traffic"),
+                count=count,
+                batch_size=self.config.batch_size,
+                device=self.fabric.device,
+            )
+
+        return intercept
+
+    # -- fitting ---------------------------------------------------------------------------------
+
+    def _fit_key(self, attack: Attack, public: FaceSet, defense: Defense) -> str:
+        config, stages = self.config, self.stages
+        everyone = len(public) == len(stages.splits.public)
+        return make_key(
+            {
+                "data": stages.data_key,
+                "shares": config.shares,
+                "evaluator_file": config.evaluator is not None,
+                "public": None if everyone else len(public),
+                "defense": stages.defense_key(defense),
+                "attack": {"name": attack.name, "options": attack.options.model_dump(mode="json")},
+                "knowledge": config.knowledge,
+                "probes": config.probes if Capability.TRAFFIC in self.given(attack) else None,
+                "recogniser": stages.recogniser_key(defense, "provider") if self.asks_provider(attack) else None,
+                "seed": config.seed,
+                **stages.platform(),
+            },
+            (*ATTACK_CODE, type(attack).__module__, *DEFENSE_CODE, *DATA_CODE, "bench.run.service"),
+        )
+
+    def fitted(self, attack_config: AttackConfig, defense: Defense) -> tuple[Attack, FitReport]:
+        """The attack, fitted against ``defense`` on the public faces of its budget."""
+        return self.stages.do(self.fit_job(attack_config, defense))
+
+    def fit_job(self, attack_config: AttackConfig, defense: Defense) -> Job[tuple[Attack, FitReport]]:
+        """The stage that fits the attack."""
+        attack, public = attack_config.make(), self.public(attack_config)
+
+        def make(folder: Path, report: Report) -> None:
+            torch.manual_seed(self.streams.seed_for("attack"))
+            fitted = attack_config.make()
+            service = self.service(defense, "fit") if Capability.EMBEDDINGS in self.given(fitted) else None
+            adversary = self.adversary(
+                fitted, defense, public=public, service=service, checkpoint=folder / "resume", report=report
+            )
+            with _tallied(service, folder / "queries") as spent, failing_as(f"attack {fitted.name} on {defense.name}"):
+                outcome = fitted.fit(adversary)
+            if service is not None:
+                outcome = replace(outcome, details={**outcome.details, "fit_queries": spent()})
+            save_tensors(fitted.state_dict(), folder / "attack.safetensors")
+            _write_report(folder, outcome)
+            shutil.rmtree(folder / "resume", ignore_errors=True)
+
+        def read(folder: Path) -> tuple[Attack, FitReport]:
+            attack.prepare(self.adversary(attack, defense, public=public))
+            attack.load_state_dict(load_file(folder / "attack.safetensors"))
+            attack.to(self.fabric.device).eval()
+            return attack, _read_report(folder)
+
+        key = self._fit_key(attack, public, defense)
+        what = f"train {attack.name} on {defense.name}"
+        return Job(f"attack-{attack.name}-{defense.name}", key, what, make, read)
+
+    # -- interceptions ---------------------------------------------------------------------------
+
+    def interceptions(
+        self, defense: Defense, images: Tensor, count: int, *, stream: str = "victims", batch_size: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """What is sent for the victim ``images``, batch by batch, each image ``count`` times.
+
+        Each of the ``count`` turns has a random stream of its own: fewer interceptions are a part of more.
+
+        Yields the images' indices (n,), representations (n, k, C, h, w) and true states (n, k, D), None where none are
+        drawn.
+        """
+        values = count * defense.bytes_per_face() // torch.float32.itemsize
+        batch_size = max(1, min(batch_size or self.config.batch_size, REPRESENTATION_VALUES // values))
+        turns = [self.streams.generator(f"{stream}/{turn}" if turn else stream) for turn in range(count)]
+        for index in images.split(batch_size):
+            faces = to_float(self.stages.splits.victims.images[index].to(self.fabric.device))
+            sent = [defense.protect(faces, generator) for generator in turns]
+            states = [one.state for one in sent if one.state is not None]
+            representations = torch.stack([one.representation for one in sent], dim=1)
+            yield index, representations, torch.stack(states, dim=1) if states else None
+
+    def observations(self, attack: Attack, defense: Defense, probes: Tensor, count: int) -> Iterator[Interception]:
+        """What ``attack`` gets to see of the victim images ``probes``, batch by batch, each ``count`` times."""
+        given = self.given(attack)
+        reveal = Knowledge(self.config.knowledge) is Knowledge.ORACLE
+        stolen, scored = Capability.TEMPLATES in given, Capability.SCORES in given
+        enrolment = self.service(defense, "enrolment") if stolen else None
+        draws, victims = self.streams.generator("enrolment"), self.stages.splits.victims
+        content = content_ids(victims.images) if stolen else torch.empty(0)
+        for number, (index, representations, states) in enumerate(self.interceptions(defense, probes, count)):
+            templates = enrolled = score = service = None
+            if stolen or scored:
+                # One a batch: what a batch is answered does not depend on the batches before it.
+                service = self.service(defense, f"observe/{number}")
+                embedded = service.embed_representations(representations.flatten(0, 1))
+                templates = embedded.unflatten(0, representations.shape[:2])
+                if scored:
+                    score = Enrolment(service, templates[:, 0]).score
+            if enrolment is not None:
+                enrolled = class_centres(enrolment, victims, content, index, draws)
+            observation = Observation(
+                representations,
+                states=states if reveal else None,
+                templates=templates if stolen else None,
+                enrolled=enrolled,
+                score=score,
+            )
+            yield Interception(observation, states, service if scored else None)
+
+    # -- recovery --------------------------------------------------------------------------------
+
+    def recovered(self, attack_config: AttackConfig, defense: Defense, probes: Tensor) -> Recovered:
+        """What the attack recovers of the victim images ``probes``."""
+        return self.stages.do(self.recover_job(attack_config, defense, probes))
+
+    def recover_job(self, attack_config: AttackConfig, defense: Defense, probes: Tensor) -> Job[Recovered]:
+        """The stage that recovers faces; each batch is kept as it is done, so that a killed run goes on after it."""
+
+        def make(folder: Path, report: Report) -> None:
+            fitted, _ = self.fitted(attack_config, defense)
+            if not isinstance(fitted, RecoveryAttack):
+                raise TypeError(f"{fitted.name} recovers no faces")
+            parts = []
+            done = 0
+            for number, batch in enumerate(self.observations(fitted, defense, probes, attack_config.interceptions)):
+                part = folder / f"part-{number}.safetensors"
+                if not part.is_file():
+                    with (
+                        replacing(part) as temporary,
+                        failing_as(f"attack {fitted.name} on {defense.name}"),
+                    ):
+                        save_tensors(_recover(fitted, batch, defense, self.fabric.device), temporary)
+                parts.append(part)
+                done += len(batch.observation)
+                report(done, len(probes))
+            loaded = [load_file(part) for part in parts]
+            kept = set.intersection(*(set(one) for one in loaded))
+            joined = {name: torch.cat([one[name] for one in loaded]) for name in kept}
+            save_tensors(joined, folder / "recovered.safetensors")
+            for part in parts:
+                part.unlink()
+
+        def read(folder: Path) -> Recovered:
+            tensors = load_file(folder / "recovered.safetensors")
+            queries = tensors.get("queries")
+            return Recovered(
+                faces=tensors["faces"],
+                right=tensors.get("right"),
+                named=tensors.get("named"),
+                queries=None if queries is None else int(queries.sum()),
+                batch_faces=tensors["batch_faces"],
+                batch_seconds=tensors["batch_seconds"],
+            )
+
+        key = self._victims_key(attack_config, defense, {"probes": probes.tolist()})
+        what = f"recover from {defense.name}"
+        return Job(f"recover-{attack_config.name}-{defense.name}", key, what, make, read)
+
+    def _victims_key(self, attack_config: AttackConfig, defense: Defense, inputs: dict[str, object]) -> str:
+        attack = attack_config.make()
+        return make_key(
+            {
+                "attack": self._fit_key(attack, self.public(attack_config), defense),
+                "interceptions": attack_config.interceptions,
+                "batch_size": self.config.batch_size,
+                **inputs,
+            },
+            ("bench.run.attacker", "bench.run.service", "bench.run.scorer"),
+        )
+
+    # -- linkage ---------------------------------------------------------------------------------
+
+    def linked(self, attack_config: AttackConfig, defense: Defense) -> Linked:
+        """The linkage attack's embeddings of all victim images, twice protected and plain."""
+        return self.stages.do(self.link_job(attack_config, defense))
+
+    def link_job(self, attack_config: AttackConfig, defense: Defense) -> Job[Linked]:
+        """The stage that embeds the victims; several interceptions of an image give one mean embedding."""
+
+        def make(folder: Path, report: Report) -> None:
+            fitted, _ = self.fitted(attack_config, defense)
+            if not isinstance(fitted, LinkageAttack):
+                raise TypeError(f"{fitted.name} links no representations")
+            everyone = torch.arange(len(self.stages.splits.victims))
+            columns: dict[str, list[Tensor]] = {"first": [], "second": [], "plain": []}
+            done = 0
+            with failing_as(f"attack {fitted.name} on {defense.name}"), torch.no_grad():
+                for name in ("first", "second"):
+                    stream = f"linkage/{name}"
+                    sent = self.interceptions(defense, everyone, attack_config.interceptions, stream=stream)
+                    for _, representations, _ in sent:
+                        count = representations.shape[:2]
+                        embedded = fitted.embed_representations(representations.flatten(0, 1))
+                        found = _checked(embedded, count.numel(), fitted.name).unflatten(0, count)
+                        columns[name].append(F.normalize(found.mean(dim=1), dim=1))
+                        done += len(representations)
+                        report(done, 3 * len(everyone))
+                for faces in self.stages.splits.victims.batches(self.config.batch_size):
+                    found = fitted.embed_faces(faces.to(self.fabric.device))
+                    columns["plain"].append(F.normalize(_checked(found, len(faces), fitted.name), dim=1))
+                    done += len(faces)
+                    report(done, 3 * len(everyone))
+            save_tensors({name: torch.cat(found) for name, found in columns.items()}, folder / "linked.safetensors")
+
+        def read(folder: Path) -> Linked:
+            return Linked(**load_file(folder / "linked.safetensors"))
+
+        key = self._victims_key(attack_config, defense, {})
+        return Job(f"link-{attack_config.name}-{defense.name}", key, f"link {defense.name}", make, read)
+
+
+@contextmanager
+def _tallied(service: Service | None, tally: Path) -> Iterator[Callable[[], int]]:
+    """Count the queries of a fit over all its tries: those of one that was killed were sent as well."""
+    before = int(tally.read_text(encoding="utf-8")) if tally.is_file() else 0
+
+    def spent() -> int:
+        return before + (service.queries if service else 0)
+
+    try:
+        yield spent
+    finally:
+        if service is not None:
+            write_text(tally, str(spent()))
+
+
+def _recover(attack: RecoveryAttack, batch: Interception, defense: Defense, device: torch.device) -> dict[str, Tensor]:
+    """One batch as it is stored: see :class:`Recovered`.
+
+    Raises:
+        ValueError: faces of another size, or places of another shape.
+    """
+    synchronise(device)
+    started = time.perf_counter()
+    faces = attack.recover(batch.observation)
+    synchronise(device)
+    size = defense.image_size
+    if faces.shape[-2:] != (size, size):
+        raise ValueError(f"{attack.name} recovered {tuple(faces.shape[-2:])} pixels of faces of {size} x {size}")
+    found = {
+        "faces": faces,
+        "batch_faces": torch.tensor([len(faces)]),
+        "batch_seconds": torch.tensor([time.perf_counter() - started], dtype=torch.float64),
+    }
+    if batch.service is not None:
+        found["queries"] = torch.tensor([batch.service.queries])
+    if batch.states is not None:
+        with torch.no_grad():
+            inferred = attack.infer_places(batch.observation)
+        if inferred is not None:
+            measured = {
+                "right": places_right(inferred, batch.states, defense),
+                "named": named_states(inferred, batch.states, defense),
+            }
+            found |= {name: one for name, one in measured.items() if one is not None}
+    return found
+
+
+def _checked(embeddings: Tensor, count: int, name: str) -> Tensor:
+    """Embeddings float32 (count, D) on the CPU.
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+    """
+    if embeddings.ndim != 2 or len(embeddings) != count:
+        raise ValueError(f"{name} returned {tuple(embeddings.shape)} for {count} faces, expected (N, D)")
+    if not torch.isfinite(embeddings).all():
+        raise ValueError(f"{name} returned embeddings that are not finite")
+    return embeddings.float().cpu()
+
+
+def _write_report(folder: Path, report: FitReport) -> None:
+    document = {"saturated": report.saturated, "curve": report.curve, "details": report.details}
+    states = None if report.states_seen is None else report.states_seen.tolist()
+    write_text(folder / "report.json", json.dumps({**document, "states_seen": states}, indent=2))
+
+
+def _read_report(folder: Path) -> FitReport:
+    document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    states = document.pop("states_seen")
+    curve = tuple((int(seen), float(loss)) for seen, loss in document.pop("curve"))
+    return FitReport(
+        states_seen=None if states is None else torch.tensor(states, dtype=torch.int64), curve=curve, **document
+    )

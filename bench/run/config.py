@@ -1,0 +1,380 @@
+"""The resolved configuration of a run: flag > ``BENCH_*`` environment > config file > preset > default."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+
+from bench.errors import MissingError, UsageError
+from bench.plugins import explain
+from bench.recognition.options import TrainingOptions
+
+#: The axes that every attack has: public faces, and interceptions per victim image.
+DATA = "data"
+INTERCEPTIONS = "k"
+
+#: A single value V stands for these parts of it, each twice the one before.
+_PARTS = (1 / 8, 1 / 4, 1 / 2, 1)
+
+#: Budgets nearer than this factor are no doubling: that they hardly differ says nothing about saturation.
+DOUBLING = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """An axis and at least two rising values on it; the last is the run's own.
+
+    Attributes:
+        axis: ``data``, ``k``, or one that the attack names.
+        values: for ``data`` all shares in (0, 1] of the public faces, or all whole numbers of them above 1; for every
+            other axis whole numbers above 0.
+    """
+
+    axis: str
+    values: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """``"k=1,2,4"``, or ``"k=8"`` for an eighth, a quarter, half and all of it (whole numbers where those are due).
+
+        Raises:
+            ValueError: anything else.
+        """
+        axis, equals, listed = (part.strip() for part in text.partition("="))
+        if not equals or not axis or not listed:
+            raise ValueError(f"write AXIS=VALUES, such as {DATA}=0.25,0.5,1 or {INTERCEPTIONS}=1,2,4,8")
+        try:
+            values = [float(value) for value in listed.split(",")]
+        except ValueError:
+            raise ValueError(f"{listed!r} is not a list of numbers") from None
+        if not all(math.isfinite(value) and value > 0 for value in values):
+            raise ValueError("budgets are above 0")
+        shares = axis == DATA and all(value <= 1 for value in values)
+        if len(values) == 1:
+            values = [values[0] * part for part in _PARTS]
+            if not shares:
+                values = [float(math.floor(value)) for value in values]
+                values = sorted({value for value in values if value >= 1})
+        if not shares and not all(value.is_integer() and value >= 1 for value in values):
+            also = ", or all shares up to 1" if axis == DATA else ""
+            raise ValueError(f"budgets of {axis} are whole numbers{also}, got {listed}")
+        if axis == DATA and not shares and min(values) <= 1:
+            raise ValueError(f"budgets of {DATA} are all shares up to 1 or all numbers of faces, got {listed}")
+        if len(values) < 2 or any(after <= before for before, after in itertools.pairwise(values)):
+            raise ValueError(f"at least two budgets are needed, each above the one before, got {listed}")
+        return cls(axis, tuple(values))
+
+
+PREFIX = "BENCH_"
+
+#: Fields of :class:`bench.run.config.RunConfig` that a variable can set: all that hold one value.
+FIELDS = frozenset(
+    {
+        "defense",
+        "attack",
+        "dataset",
+        "data_root",
+        "preset",
+        "knowledge",
+        "image_size",
+        "backbone",
+        "evaluator",
+        "evaluator_backbone",
+        "seed",
+        "device",
+        "out",
+        "probes",
+        "queries",
+        "bootstrap",
+        "batch_size",
+        "budget",
+        "utility",
+        "resume",
+        "stream",
+        "stream_images",
+        "stream_on_error",
+    }
+)
+
+#: Variables that are not fields of a run: weights, download cache, tracebacks.
+OTHERS = frozenset({"BENCH_LPIPS_WEIGHTS", "BENCH_CACHE", "BENCH_DEBUG"})
+
+
+def known_variables() -> frozenset[str]:
+    """Names of the environment variables that mean something."""
+    return OTHERS | {PREFIX + field.upper() for field in FIELDS}
+
+
+def read_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The values of the ``BENCH_*`` variables that are fields of a run; empty ones count as absent.
+
+    Raises:
+        UsageError: a ``BENCH_*`` variable that means nothing.
+    """
+    values = {}
+    for name, value in environment.items():
+        if not name.startswith(PREFIX) or name in OTHERS:
+            continue
+        if name not in known_variables():
+            raise UsageError(f"unknown environment variable {name} (known: {', '.join(sorted(known_variables()))})")
+        if value:
+            values[name.removeprefix(PREFIX).lower()] = value
+    return values
+
+
+#: How the rendered identities are shared out. The evaluator's network is the slowest to train on a processor.
+_SYNTHETIC_SHARES = {"provider": 0.4, "public": 0.25, "evaluator": 0.12, "victims": 0.15}
+
+#: For hundreds of identities instead of the published tens of thousands: a gentler margin, and augmentation that takes
+#: away the shortcuts which small sets offer (crop, exposure, colour).
+_SMALL_SET = {
+    "head": "cosface",
+    "scale": 24.0,
+    "margin": 0.1,
+    "learning_rate": 0.15,
+    "augmentation": {
+        "shift": 0.08,
+        "zoom": 0.12,
+        "brightness": 0.2,
+        "contrast": 0.3,
+        "saturation": 0.4,
+        "grey": 0.05,
+    },
+}
+
+#: The hyper-parameters of the PartialFace paper (Mi et al., ICCV 2023, section 5.1).
+_PUBLISHED = {
+    "epochs": 24,
+    "batch_size": 64,
+    "learning_rate": 0.1,
+    "schedule": "step",
+    "milestones": (10, 18, 22),
+    "warmup_epochs": 0,
+    "head": "arcface",
+    "embedding_size": 512,
+    "scale": 64.0,
+    "margin": 0.5,
+}
+
+
+def _synthetic(identities: int, images: int, **more: Any) -> Mapping[str, Any]:
+    options = {"identities": identities, "images_per_identity": images}
+    return {"dataset_options": options, "shares": _SYNTHETIC_SHARES, **more}
+
+
+#: Dataset -> preset -> fields of a run. Only the synthetic dataset is as large as one asks for.
+DATASET_PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "synthetic": {
+        "quick": _synthetic(80, 10),
+        # Thousands of images, not tens of thousands: smaller batches for more steps.
+        "cpu": _synthetic(420, 16, training={"epochs": 12, "batch_size": 64, "learning_rate": 0.1, "views": 1}),
+        "gpu": _synthetic(4000, 24),
+        "paper": _synthetic(4000, 24),
+    }
+}
+
+#: Preset name -> fields of :class:`bench.run.config.RunConfig`.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # For CI: everything runs, nothing is converged.
+    "quick": {
+        "image_size": 64,
+        "backbone": "ir-tiny",
+        "probes": 64,
+        "bootstrap": 300,
+        "training": {**_SMALL_SET, "epochs": 4, "views": 1, "batch_size": 64},
+    },
+    # Two cores, some minutes.
+    "cpu": {"image_size": 64, "backbone": "ir-tiny", "training": {**_SMALL_SET, "epochs": 12}},
+    # One accelerator: 112 px and the published network widths.
+    "gpu": {"image_size": 112, "backbone": "ir-18", "probes": 1000, "training": {**_SMALL_SET, "epochs": 24}},
+    "paper": {"image_size": 112, "backbone": "ir-50", "probes": 1000, "training": _PUBLISHED},
+}
+
+
+class Shares(BaseModel):
+    """How the identities of a dataset are shared out; parts are disjoint and renormalised as needed.
+
+    Attributes:
+        provider: trains the recognisers (and trainable defences).
+        public: what the attacker has.
+        evaluator: trains the judging recogniser; unused when an evaluator file is given.
+        victims: unused when the dataset has a verification set of its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    provider: float = Field(0.6, gt=0, lt=1)
+    public: float = Field(0.16, gt=0, lt=1)
+    evaluator: float = Field(0.12, ge=0, lt=1)
+    victims: float = Field(0.12, ge=0, lt=1)
+
+
+class RunConfig(BaseModel):
+    """Everything that decides what a run computes, and where it puts it.
+
+    Attributes:
+        defense, attack, dataset, backbone: registry names.
+        data_root: folder or file of the dataset.
+        stream: whether the faces that recognisers train on stay on disk (datasets ``insightface``, ``folder`` and
+            ``webdataset``).
+        stream_images: public images, and victim images, of a streamed dataset that are held in memory at most.
+        stream_on_error: whether a streamed image that cannot be decoded is refused, or left out and counted.
+        preset: the layer of defaults that was used.
+        knowledge: the adversary's rung.
+        image_size: height and width of the faces in pixels.
+        evaluator: an ONNX recogniser to judge identity leakage; None trains one.
+        evaluator_backbone: architecture of the trained evaluator.
+        seed: the one seed that all random streams derive from.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        probes: victim images to attack.
+        queries: intercepted representations per victim image, each with a fresh state.
+        bootstrap: replicates of the bootstrap over identities.
+        batch_size: faces at once outside training.
+        utility: whether recognition behind the defence is measured; without it no recogniser is trained that the
+            attack does not need.
+        budget: ``AXIS=VALUES`` of a strength curve (:class:`bench.run.config.Budget`), or None.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    defense: str
+    attack: str
+    dataset: str = "synthetic"
+    data_root: Path | None = None
+    stream: bool = False
+    stream_images: int = Field(20_000, ge=2)
+    stream_on_error: Literal["refuse", "skip"] = "refuse"
+    preset: Literal["quick", "cpu", "gpu", "paper"] = "cpu"
+    knowledge: Literal["blackbox", "whitebox", "oracle"] = "whitebox"
+    image_size: int = Field(112, ge=16, le=1024)
+    backbone: str = "ir-18"
+    evaluator: Path | None = None
+    evaluator_backbone: str = "mobilefacenet"
+    seed: int = Field(0, ge=0, lt=2**63)
+    device: str = "auto"
+    out: Path = Path("runs")
+    probes: PositiveInt = 256
+    queries: PositiveInt = 1
+    bootstrap: int = Field(1000, ge=100)
+    batch_size: PositiveInt = 64
+    utility: bool = True
+    budget: str | None = None
+    resume: bool = True
+    dataset_options: dict[str, Any] = {}
+    defense_options: dict[str, Any] = {}
+    attack_options: dict[str, Any] = {}
+    shares: Shares = Shares()
+    training: TrainingOptions = TrainingOptions()
+
+    @model_validator(mode="after")
+    def _evaluator_differs(self) -> Self:
+        if self.evaluator is None and self.evaluator_backbone == self.backbone:
+            raise ValueError(
+                f"evaluator_backbone must differ from backbone ({self.backbone!r}): it judges independently"
+            )
+        return self
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_is_readable(cls, text: str | None) -> str | None:
+        if text is not None:
+            Budget.parse(text)
+        return text
+
+    def identifying(self) -> dict[str, Any]:
+        """The part that decides the figures: all but where files go and what is reused."""
+        return self.model_dump(mode="json", exclude={"out", "resume"})
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings; later layers win."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+                merged[key] = merge(merged[key], value)
+            else:
+                merged[key] = dict(value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def parse_assignments(assignments: list[str], flag: str) -> dict[str, str]:
+    """``["a=1", "b=x"]`` to a mapping.
+
+    Raises:
+        UsageError: an item without ``=`` or an empty key, or a key given twice.
+    """
+    values: dict[str, str] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise UsageError(f"{flag} {assignment!r}: write key=value")
+        if key in values:
+            raise UsageError(f"{flag} {key} is given twice")
+        values[key] = value.strip()
+    return values
+
+
+def nested(values: Mapping[str, Any], flag: str = "--set") -> dict[str, Any]:
+    """``{"training.epochs": 3}`` to ``{"training": {"epochs": 3}}``.
+
+    Raises:
+        UsageError: a key is given a value and a part, named with its ``flag``.
+    """
+    tree: dict[str, Any] = {}
+    for dotted, value in values.items():
+        *parents, leaf = dotted.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UsageError(f"{flag} {dotted}: {parent} is set to a value already")
+        if isinstance(node.get(leaf), dict):
+            raise UsageError(f"{flag} {dotted}: a part of it is set already")
+        node[leaf] = value
+    return tree
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A TOML config file.
+
+    Raises:
+        MissingError: it is not there.
+        UsageError: it is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingError(f"config file {path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file {path} is not valid TOML: {error}") from None
+
+
+def resolve(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None) -> RunConfig:
+    """The configuration of a run from all its layers.
+
+    Args:
+        flags: what was given on the command line; absent flags must be left out.
+        environment: usually ``os.environ``.
+        file: a TOML file with the fields of :class:`RunConfig`.
+
+    Raises:
+        UsageError: an unknown key or an invalid value, in one line.
+    """
+    layers = [read_file(file) if file else {}, read_environment(environment), flags]
+    asked = merge(*layers)
+    preset = str(asked.get("preset", RunConfig.model_fields["preset"].default))
+    dataset = str(asked.get("dataset", RunConfig.model_fields["dataset"].default))
+    defaults = merge(PRESETS.get(preset, {}), DATASET_PRESETS.get(dataset, {}).get(preset, {}))
+    try:
+        return RunConfig.model_validate(merge(defaults, asked))
+    except ValidationError as error:
+        raise UsageError(explain(error, "configuration")) from None

@@ -1,0 +1,230 @@
+"""A run of a linkage attack: whether it tells who is who, beside what it can tell from plain faces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bench.data.faces import PairProtocol
+from bench.errors import DataError
+from bench.metrics.bootstrap import REPLICATES, mean_estimate, verification_differences
+from bench.metrics.identity import Probes, identity_leakage
+from bench.metrics.unlinkability import chance_level, choose_bins, unlinkability_estimate
+from bench.metrics.verification import pair_scores
+from bench.results import Linkage, Measure, StrengthCurve
+from bench.run.attack_config import AttackConfig
+from bench.run.attacker import AttackStages, Linked
+from bench.run.config import Budget
+from bench.run.findings import LINKAGE_TOLERANCE, Findings, attack_info, mark_unsaturated, spent, strength_curve
+from bench.run.pictures import write_sheet
+from bench.run.scorer import LEAKAGE, to_measure
+from bench.run.speed import linkage_speed
+from bench.run.store import RunStore
+from bench.run.verification import FARS, score_table, verification
+from defenses.base import Defense
+
+
+def linkage_scores(first: Tensor, second: Tensor, plain: Tensor, pairs: PairProtocol) -> dict[str, Tensor]:
+    """Cosines of the pairs of a protocol, by what is compared; both sides of a pair never share a draw of the defence.
+
+    Args:
+        first: float (N, D), embeddings of every image as intercepted once.
+        second: float (N, D), as intercepted once more, under states drawn anew.
+        plain: float (N, D), of the plain images.
+        pairs: P pairs over the N images.
+
+    Returns:
+        Of each pair (i, j), float32 (P,): ``protected_plain`` the first interception of i against the plain image j,
+        ``protected_protected`` the first of i against the second of j, ``plain`` both as they are.
+
+    Raises:
+        DataError: shapes differ, or the protocol indexes images that have no embedding.
+    """
+    if first.ndim != 2 or not first.shape == second.shape == plain.shape:
+        raise DataError(
+            "a linkage attack embeds every image twice protected and once plain, (N, D) each, got "
+            f"{tuple(first.shape)}, {tuple(second.shape)} and {tuple(plain.shape)}"
+        )
+    return {
+        "protected_plain": _across(first, plain, pairs),
+        "protected_protected": _across(first, second, pairs),
+        "plain": pair_scores(plain, pairs),
+    }
+
+
+def assess_linkage(
+    first: Tensor,
+    second: Tensor,
+    plain: Tensor,
+    *,
+    labels: Tensor,
+    pairs: PairProtocol,
+    probes: Probes,
+    seed: int,
+    replicates: int = REPLICATES,
+    fars: Mapping[str, float] = FARS,
+) -> Linkage:
+    """How well an attack links, from its embeddings of all N victim images.
+
+    Every figure starts its bootstrap at ``seed``: intervals rest on the same resampled people, so that conditions
+    compare.
+
+    Args:
+        first, second, plain: float (N, D), as :func:`linkage_scores`.
+        labels: int64 (N,), the person on each image.
+        pairs: the victims' protocol.
+        probes: the intercepted images that look for their person, and the plain images that stand for the people.
+        seed: of the bootstrap.
+        replicates: of the bootstrap.
+        fars: name in the result -> false acceptance rate.
+
+    Raises:
+        DataError: shapes differ, embeddings are not finite, or the protocol does not suit the labels.
+    """
+    scores = linkage_scores(first, second, plain, pairs)
+    people = torch.stack([labels[pairs.first], labels[pairs.second]], dim=1)
+
+    def draws() -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
+    verified = {
+        name: verification(values, pairs, labels, draws(), replicates=replicates, fars=fars)
+        for name, values in scores.items()
+    }
+    d_sys = {
+        name: to_measure(
+            unlinkability_estimate(scores[name], pairs.same, people, draws(), replicates=replicates), LEAKAGE
+        )
+        for name in ("protected_protected", "protected_plain")
+    }
+    mated, non_mated = int(pairs.same.sum()), int((~pairs.same).sum())
+    return Linkage(
+        **verified,
+        rank1=_rank1(first, plain, labels, probes, draws(), replicates),
+        d_sys=d_sys,
+        d_sys_chance=chance_level(choose_bins(mated, non_mated), mated, non_mated),
+    )
+
+
+def _across(one: Tensor, other: Tensor, pairs: PairProtocol) -> Tensor:
+    """Cosines of ``one[pairs.first]`` and ``other[pairs.second]``."""
+    shifted = PairProtocol(pairs.first, pairs.second + len(one), pairs.same, pairs.fold)
+    if len(pairs) and int(pairs.first.max()) >= len(one):
+        raise DataError(f"the verification pairs index beyond the {len(one)} embeddings")
+    return pair_scores(torch.cat([one, other]), shifted)
+
+
+def _rank1(
+    first: Tensor, plain: Tensor, labels: Tensor, probes: Probes, generator: torch.Generator, replicates: int
+) -> Measure:
+    """Share of intercepted probes whose own person is the nearest in the plain gallery, among one image a person."""
+    identities = labels[probes.attacked]
+    leakage = identity_leakage(
+        first[probes.attacked],
+        plain[probes.attacked],
+        identities,
+        plain[probes.gallery],
+        labels[probes.gallery],
+        threshold=0.0,  # of acceptance, which is no part of a rank
+    )
+    return to_measure(mean_estimate(leakage.rank1, identities, generator, replicates=replicates), LEAKAGE)
+
+
+#: Accuracy of guessing.
+_CHANCE = 0.5
+
+
+def run_linkage(
+    attacks: AttackStages, attack_configs: Sequence[AttackConfig], defense: Defense, plain: Defense, store: RunStore
+) -> Findings:
+    """Let a linkage attack embed what was intercepted of the victims, and measure how well it tells them apart.
+
+    Its ceiling is itself on plain faces: no other run is needed, and ``plain`` is not used.
+
+    Args:
+        attacks: hands the attack what it may have, and runs it.
+        attack_configs: one per budget; the last is the run's own.
+        defense: the one attacked.
+        plain: the defence that does nothing.
+        store: takes the contact sheet.
+
+    Raises:
+        BenchError: the attack gave up, or was trained on less than what the defence emits.
+    """
+    stages, own = attacks.stages, attack_configs[-1]
+    probes = attacks.selection.attacked
+    info = attack_info(attacks, own, defense)
+    found = [attacks.linked(attack_config, defense) for attack_config in attack_configs]
+    with stages.timed("measure"):
+        assessed = [_assess(attacks, linked) for linked in found]
+        strength = _strength(attacks, attack_configs, found, assessed) if attacks.config.budget else None
+    info, warnings = mark_unsaturated(info, strength)
+    pairs = stages.splits.pairs
+    scores = linkage_scores(found[-1].first, found[-1].second, found[-1].plain, pairs)
+    store.write_table("linkage", score_table(pairs, scores))
+    _, representations, _ = next(iter(attacks.interceptions(defense, probes, 2)))
+    write_sheet(attacks, defense, probes, {"sent again": representations[:, 1].float().cpu()}, (), store)
+    with stages.timed("throughput"):
+        throughput = {"link": linkage_speed(attacks, own, defense, probes)}
+    return Findings(
+        attack=info,
+        warnings=[*warnings, *_broken(assessed[-1])],
+        linkage=assessed[-1],
+        strength=strength,
+        throughput=throughput,
+    )
+
+
+def _assess(attacks: AttackStages, linked: Linked) -> Linkage:
+    splits = attacks.stages.splits
+    return assess_linkage(
+        linked.first,
+        linked.second,
+        linked.plain,
+        labels=splits.victims.labels,
+        pairs=splits.pairs,
+        probes=attacks.selection,
+        seed=attacks.streams.seed_for("bootstrap"),
+        replicates=attacks.config.bootstrap,
+    )
+
+
+def _strength(
+    attacks: AttackStages, attack_configs: Sequence[AttackConfig], found: Sequence[Linked], assessed: Sequence[Linkage]
+) -> StrengthCurve:
+    splits = attacks.stages.splits
+    pairs, labels = splits.pairs, splits.victims.labels
+
+    def gain(name: str) -> Measure:
+        after, before = (
+            linkage_scores(linked.first, linked.second, linked.plain, pairs)["protected_plain"]
+            for linked in (found[-1], found[-2])
+        )
+        differences = verification_differences(
+            after,
+            before,
+            pairs.same,
+            pairs.fold,
+            torch.stack([labels[pairs.first], labels[pairs.second]], dim=1),
+            attacks.streams.generator("bootstrap"),
+            replicates=attacks.config.bootstrap,
+        )
+        return to_measure(getattr(differences, name), LEAKAGE)
+
+    budget = Budget.parse(attacks.config.budget or "")
+    leakage: list[Mapping[str, Measure]] = [
+        {"accuracy": one.protected_plain.accuracy, "auc": one.protected_plain.auc, "rank1": one.rank1}
+        for one in assessed
+    ]
+    return strength_curve(budget.axis, spent(attacks, attack_configs, budget), leakage, gain, LINKAGE_TOLERANCE)
+
+
+def _broken(linkage: Linkage) -> list[str]:
+    """A warning where the attack cannot even tell plain faces apart."""
+    accuracy = linkage.plain.accuracy
+    least = accuracy.ci95[0] if accuracy.ci95 else accuracy.value
+    if least is not None and least > _CHANCE:
+        return []
+    return ["the attack cannot be told from guessing on plain faces: it is broken"]

@@ -1,0 +1,196 @@
+"""Chooses device and precision, through Lightning Fabric, for one process or for several that train together."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor
+
+from bench.errors import UsageError
+from bench.recognition.processes import LostProcess, Processes, noticing_lost_processes, processes_of
+from bench.run.launch import Launch
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` computes in bfloat16 faster than in float32.
+
+    CUDA from Ampere on; processors with AVX512-BF16 or AMX. A processor that only emulates bfloat16 is slower in it
+    than in float32, which is why oneDNN's own 'supported' is not asked.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        # Private in torch 2.6 to 2.x and without a public counterpart: absent simply means float32.
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in probes)
+    return False
+
+
+def resolve_precision(precision: str, device: torch.device) -> Precision:
+    """The Fabric precision that ``precision`` stands for on ``device``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    match precision:
+        case "auto":
+            return "bf16-mixed" if native_bfloat16(device) else "32-true"
+        case "32-true" | "bf16-mixed" | "16-mixed":
+            return precision
+        case _:
+            raise ValueError(f"unknown precision {precision!r}: auto, 32-true, bf16-mixed or 16-mixed")
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until everything launched on ``device`` has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+#: How long a process waits for another one within a training step before it takes it for lost.
+PATIENCE = timedelta(minutes=10)
+
+
+def make_fabric(device: str, precision: str, launch: Launch | None = None) -> Fabric:
+    """A single-device Fabric.
+
+    Args:
+        device: ``auto`` (CUDA, then MPS, then CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        precision: ``auto`` or a Fabric precision such as ``32-true``, ``bf16-mixed``, ``16-mixed``.
+        launch: of several processes, each takes the device of its number on its machine.
+
+    Raises:
+        UsageError: an unknown device, or one that is not here.
+    """
+    kind, number = _choose(device, launch or Launch())
+    devices: int | list[int] = 1 if number is None else [number]
+    return Fabric(accelerator=kind, devices=devices, precision=_precision(precision, kind, number))
+
+
+def make_shared_fabric(device: str, precision: str, launch: Launch, patience: timedelta = PATIENCE) -> Fabric:
+    """A Fabric for data-parallel training in the processes of ``launch``, launched: gloo on the CPU, NCCL on CUDA.
+
+    Args:
+        device, precision: as for :func:`make_fabric`.
+        launch: this process and the others; each calls it.
+        patience: how long one waits for another before it takes it for lost.
+
+    Raises:
+        UsageError: a device that several processes cannot share, or one that is not here.
+    """
+    kind, number = _choose(device, launch)
+    if kind == "mps":
+        raise UsageError("several processes need --device cpu or cuda: MPS is one device")
+    fabric = Fabric(
+        accelerator=kind,
+        devices=launch.local_size,
+        num_nodes=launch.size // launch.local_size,
+        strategy=DDPStrategy(timeout=patience),
+        precision=_precision(precision, kind, number),
+    )
+    fabric.launch()
+    return fabric
+
+
+def _choose(device: str, launch: Launch) -> tuple[str, int | None]:
+    """Kind of device, and the number of a CUDA one."""
+    match = re.fullmatch(r"(auto|cpu|mps|cuda)(?::(\d+))?", device)
+    if match is None or (match[2] and match[1] != "cuda"):
+        raise UsageError(f"unknown device {device!r}: use auto, cpu, cuda, cuda:N or mps")
+    kind = match[1]
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device here: use --device cpu or auto (bench doctor says what was found)")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("no MPS device here: use --device cpu or auto")
+    if kind != "cuda":
+        return kind, None
+    if match[2] and launch.size > 1:
+        raise UsageError(
+            f"--device {device} is one device: under torchrun use --device cuda, each process takes its own"
+        )
+    number = int(match[2] or launch.local_rank)
+    if number >= torch.cuda.device_count():
+        raise UsageError(f"no device cuda:{number} here: there are {torch.cuda.device_count()}")
+    return kind, number
+
+
+def _precision(precision: str, kind: str, number: int | None) -> Precision:
+    # Fabric announces the precision on stderr; the manifest has it.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    return resolve_precision(precision, torch.device(kind) if number is None else torch.device(kind, number))
+
+
+#: How long the others wait for the first to call them: it may run attacks for days between two trainings.
+LONGEST_WAIT = timedelta(days=30)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingOrder:
+    """What the first process tells the others to train with it.
+
+    Attributes:
+        defense, options: name and resolved options of the defence.
+        state: its fitted values.
+        role: ``provider`` or ``evaluator``.
+        folder: where the unfinished training lies.
+    """
+
+    defense: str
+    options: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+    role: str
+    folder: Path
+
+
+class ConnectedProcesses:
+    """The processes of ``launch``, connected. A process that ends is noticed by all others, whatever they wait for.
+
+    Args:
+        device, precision: as for :func:`bench.run.machines.make_fabric`.
+        launch: this process and the others; each makes a processes.
+    """
+
+    def __init__(self, device: str, precision: str, launch: Launch) -> None:
+        self.launch = launch
+        with noticing_lost_processes(Processes(launch.rank, launch.size)):
+            self.fabric = make_shared_fabric(device, precision, launch)
+            self._control = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+
+    def call(self, order: TrainingOrder | None) -> None:
+        """In the first process: tell the others what to do now; None lets them go."""
+        self._broadcast(order)
+
+    def orders(self) -> Iterator[TrainingOrder]:
+        """In the others: what the first one calls for, until it lets them go or ends (and says why itself)."""
+        try:
+            while (order := self._broadcast(None)) is not None:
+                yield order
+        except LostProcess:
+            return
+
+    def meet(self) -> None:
+        """Return when all have come here, however long one of them reads its data."""
+        with noticing_lost_processes(processes_of(self.fabric)):
+            dist.barrier(group=self._control)  # type: ignore[arg-type, unused-ignore]
+
+    def _broadcast(self, order: TrainingOrder | None) -> TrainingOrder | None:
+        message = [order]
+        with noticing_lost_processes(processes_of(self.fabric)):
+            dist.broadcast_object_list(message, src=0, group=self._control)  # type: ignore[arg-type, unused-ignore]
+        return message[0]

@@ -1,0 +1,232 @@
+"""One run from end to end: data, defence, recognisers, attack, recovery, measures, result."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from rich.console import Console
+
+from attacks.base import LinkageAttack
+from bench import plugins
+from bench.data.loaders import DATASETS, check_stream
+from bench.errors import MissingError
+from bench.nets.backbones import BACKBONES
+from bench.progress import ProgressBars
+from bench.recognition.options import HEADS
+from bench.results import DatasetInfo, DefenseInfo, RunPlan, RunResult
+from bench.run.attack_config import attack_configs, check_attack_config, members
+from bench.run.attacker import AttackStages
+from bench.run.config import RunConfig
+from bench.run.launch import Launch
+from bench.run.linkage import run_linkage
+from bench.run.machines import ConnectedProcesses, make_fabric
+from bench.run.provider import Stages, channel_energy
+from bench.run.recovery import run_recovery
+from bench.run.speed import provider_speed
+from bench.run.stage import Job, StageCache
+from bench.run.store import RunStore
+from bench.run.verification import measure_utility
+
+
+class Pipeline:
+    """Runs one cell: a defence against an attack on a dataset.
+
+    Everything that can be refused is refused here, before any compute.
+
+    Args:
+        config: the resolved configuration.
+        console: where progress goes.
+
+    Raises:
+        UsageError: an unknown name, bad options, or an attack that the rung does not grant what it needs.
+    """
+
+    def __init__(self, config: RunConfig, *, console: Console) -> None:
+        self.config = config
+        self.console = console
+        self._check()
+        self.launch = Launch.here()
+        self.fabric: Fabric = make_fabric(config.device, config.training.precision, self.launch)
+        self.store: RunStore | None = None
+
+    def _check(self) -> None:
+        config = self.config
+        plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
+        self.attack_configs = attack_configs(config)
+        for attack_config in self.attack_configs:
+            check_attack_config(attack_config, config.knowledge, config.evaluator)
+        for registry, name in (
+            (DATASETS, config.dataset),
+            (BACKBONES, config.backbone),
+            (BACKBONES, config.evaluator_backbone),
+            (HEADS, config.training.head),
+        ):
+            registry.get(name)
+        if config.stream:
+            check_stream(config.dataset)
+        if config.evaluator is not None and not config.evaluator.is_file():
+            raise MissingError(f"evaluator {config.evaluator} does not exist: give the path of an ONNX recogniser")
+
+    @property
+    def directory(self) -> Path:
+        """The run's folder."""
+        if self.store is None:
+            raise RuntimeError("the run has not started")
+        return self.store.directory
+
+    def run(self) -> RunResult:
+        """Compute everything and write the run's folder.
+
+        A run that fails or is interrupted leaves a result that says so, and every finished stage for the next try.
+        """
+        config = self.config
+        store = self.store = RunStore(config)
+        device, precision = str(self.fabric.device), str(self.fabric._precision.precision)
+        store.write_manifest("started", device, precision)
+        store.log("started", run_id=store.run_id)
+        try:
+            processes = self._connect_processes()
+            result = self._compute(store, processes)
+            if processes is not None:
+                processes.call(None)
+        except BaseException as error:
+            status = "cancelled" if isinstance(error, KeyboardInterrupt) else "error"
+            message = " ".join(str(error).split()) or type(error).__name__
+            store.log(status, error=message, traceback=traceback.format_exc())
+            store.write_result(RunResult(run_id=store.run_id, status=status, error=message))
+            store.write_manifest(status, device, precision)
+            raise
+        store.write_result(result)
+        store.log("success", seconds=sum(result.seconds.values()))
+        store.write_manifest("success", device, precision)
+        return result
+
+    def help(self) -> None:
+        """Train along with the first of several processes until it needs no more help; print and write nothing."""
+        processes = self._connect_processes()
+        assert processes is not None
+        stages = self._stages(lambda *_, **__: None, processes)
+        for order in processes.orders():
+            stages.train_along(order)
+
+    def _connect_processes(self) -> ConnectedProcesses | None:
+        launch = self.launch
+        return (
+            ConnectedProcesses(self.config.device, self.config.training.precision, launch) if launch.size > 1 else None
+        )
+
+    def _stages(self, log: Any, processes: ConnectedProcesses | None = None) -> Stages:
+        # Helpers always take the data that the first process has just stored.
+        cache = StageCache(self.config.out / "cache", resume=self.config.resume or not self.launch.leads)
+        console = self.console if self.launch.leads else Console(quiet=True)
+        return Stages(
+            self.config, fabric=self.fabric, cache=cache, bars=ProgressBars(console, log), log=log, processes=processes
+        )
+
+    def _compute(self, store: RunStore, processes: ConnectedProcesses | None) -> RunResult:
+        config = self.config
+        stages = self._stages(store.log, processes)
+        attacks = AttackStages(stages)
+        defense = stages.defense(config.defense, config.defense_options)
+        plain = stages.defense("none", {})
+        probes = attacks.selection.attacked
+
+        utility = measure_utility(stages, defense, plain, store) if config.utility else None
+        run = run_linkage if isinstance(self.attack_configs[-1].make(), LinkageAttack) else run_recovery
+        findings = run(attacks, self.attack_configs, defense, plain, store)
+
+        parts = members(self.attack_configs[-1])
+        recognised = config.utility or any(attacks.asks_provider(member.make()) for member in parts.values())
+        with stages.timed("throughput"):
+            speed = provider_speed(attacks, defense, probes, recognise=recognised)
+        kept: dict[str, Job[Any]] = {}
+        if recognised:
+            kept["recogniser"] = stages.recogniser_job(defense, "provider")
+        for name, member in parts.items():
+            kept["attack" if len(parts) == 1 else f"attack-{name}"] = attacks.fit_job(member, defense)
+        for name, job in kept.items():
+            file = f"{name.partition('-')[0]}.safetensors"
+            store.keep_checkpoint(stages.cache.path(job.stage, job.key) / file, f"{name}.safetensors")
+
+        dataset = self._dataset(stages, len(probes))
+        described = defense.describe()
+        return RunResult(
+            run_id=store.run_id,
+            status="success",
+            warnings=[*self._warnings(dataset), *findings.warnings],
+            defense=DefenseInfo.of(described | channel_energy(described, stages.splits.public.images)),
+            attack=findings.attack,
+            evaluator=findings.evaluator,
+            dataset=dataset,
+            utility=utility,
+            recovery=findings.recovery,
+            linkage=findings.linkage,
+            state_inference=findings.state_inference,
+            strength=findings.strength,
+            throughput={**speed, **findings.throughput},
+            seconds={stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},
+            cached=list(dict.fromkeys(stages.cached)),
+            peak_memory=_peak_memory(self.fabric.device),
+        )
+
+    def _warnings(self, dataset: DatasetInfo) -> list[str]:
+        warnings = []
+        if dataset.synthetic:
+            warnings.append("synthetic faces: for trying the suite and for CI, not for claims about people")
+        if not self.config.utility:
+            warnings.append("utility was not measured (--no-utility): say nothing of the defence's worth from this run")
+        if self.config.training.label_noise:
+            share = self.config.training.label_noise
+            warnings.append(
+                f"{share:.0%} of the provider's training labels were wrong on purpose (training.label_noise)"
+            )
+        if left := dataset.details.get("public_left_on_disk"):
+            warnings.append(
+                f"the attacker learnt from {dataset.images['public']} of the {dataset.images['public'] + left} public "
+                "images (stream_images): one who uses all may get more"
+            )
+        if dataset.skipped:
+            warnings.append(f"{dataset.skipped} images or identities were left out; events.jsonl lists them")
+        return warnings
+
+    def _dataset(self, stages: Stages, probes: int) -> DatasetInfo:
+        source, splits = stages.source, stages.splits
+        skipped = [*source.faces.skipped, *(source.victims.skipped if source.victims else ()), *splits.dropped]
+        for item in skipped:
+            stages.log("skipped", where=item.where, reason=item.reason)
+        for name, left in splits.left_on_disk.items():
+            stages.log("left_on_disk", part=name, images=left)
+        return DatasetInfo(
+            name=source.name,
+            synthetic=source.synthetic,
+            image_size=self.config.image_size,
+            identities={name: len(part.used_names) for name, part in splits.parts.items()},
+            images={name: len(part) for name, part in splits.parts.items()},
+            pairs=len(splits.pairs),
+            probes=probes,
+            skipped=len(skipped),
+            details=source.details | {f"{name}_left_on_disk": left for name, left in splits.left_on_disk.items()},
+        )
+
+    # -- dry run ---------------------------------------------------------------------------------
+
+    def plan(self) -> RunPlan:
+        """What a run would do, what of it lies in the cache, and about how long the rest takes."""
+        from bench.run.plan import make_plan
+
+        return make_plan(self.config, self.attack_configs, AttackStages(self._stages(lambda *_, **__: None)))
+
+
+def _peak_memory(device: torch.device) -> dict[str, int]:
+    """Peak bytes of the process, and of the accelerator."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["device_bytes"] = torch.cuda.max_memory_allocated(device)
+    return peak

@@ -1,0 +1,183 @@
+"""``bench run --dry-run``: what would be done, and about how long it takes.
+
+The estimate is measured, not looked up: every stage that is not in the cache is started for real on stand-in faces
+and stopped as soon as its own progress says how fast it goes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from attacks.base import LinkageAttack
+from bench import plugins
+from bench.data.faces import FaceSet, Source
+from bench.data.stream.scan import Scan
+from bench.nets.recogniser import Recogniser, build_recogniser
+from bench.results import PlannedStage, RunPlan
+from bench.run.attack_config import AttackConfig, members
+from bench.run.attacker import AttackStages
+from bench.run.config import RunConfig
+from bench.run.provider import Stages
+from bench.run.stage import Job
+from bench.run.store import run_id
+from defenses.base import Defense
+
+#: Seconds after which a started stage has shown its pace.
+ENOUGH_SECONDS = 3.0
+
+
+class _Enough(Exception):
+    """Raised from a progress report to stop a stage whose pace is known."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+class _Pace:
+    """A progress report that extrapolates and stops.
+
+    The first report starts the clock: what comes before it (building, warming up) happens once.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[float, int] | None = None
+
+    def __call__(self, done: int, total: int, **fields: float) -> None:
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = (now, done)
+            return
+        started, before = self._first
+        if done > before and now - started >= ENOUGH_SECONDS:
+            raise _Enough((now - started) / (done - before) * total)
+
+
+def _estimate(start: Callable[[Callable[..., None]], object]) -> float:
+    """Seconds that ``start(report)`` would take to its end."""
+    began = time.perf_counter()
+    try:
+        start(_Pace())
+    except _Enough as enough:
+        return enough.seconds
+    return time.perf_counter() - began
+
+
+def _time_job(job: Job[Any]) -> float:
+    with TemporaryDirectory() as folder:
+        return _estimate(lambda report: job.make(Path(folder), report))
+
+
+def stand_in(config: RunConfig, seed: int) -> Source:
+    """Random pictures in the numbers that the synthetic dataset would have: enough to time training on."""
+    identities = int(config.dataset_options["identities"])
+    images = int(config.dataset_options["images_per_identity"])
+    generator = torch.Generator().manual_seed(seed)
+    size = config.image_size
+    pixels = torch.randint(0, 256, (identities * images, 3, size, size), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(identities).repeat_interleave(images)
+    return Source("synthetic", FaceSet(pixels, labels, tuple(str(i) for i in range(identities))), synthetic=True)
+
+
+def make_plan(config: RunConfig, attack_configs: Sequence[AttackConfig], attacks: AttackStages) -> RunPlan:
+    """The plan of a run; trains nothing to its end and writes nothing.
+
+    Recovering and linking cannot be timed before an attack is fitted: they are listed without an estimate.
+    """
+    stages = attacks.stages
+    planned = []
+    if config.dataset == "synthetic":
+        cached = stages.cache.holds("data", stages.data_key)
+        if not cached:
+            seconds = _estimate(stages.load_source)
+            planned.append(PlannedStage(name="data", what="render faces", cached=False, seconds=seconds))
+            stages.source = stand_in(config, config.seed)
+    if config.stream:
+        scan = stages.scan_job()
+        cached = stages.cache.holds(scan.stage, scan.key)
+        planned.append(
+            PlannedStage(name=scan.stage, what=scan.what, cached=cached, seconds=None if cached else _time_job(scan))
+        )
+        if not cached:
+            # Nothing was looked at yet: what a scan would have found and left out is passed over.
+            faces = stages.opened.faces
+            tolerant = replace(faces, source=faces.source.reading("skip"))
+            stages.opened = replace(stages.opened, faces=tolerant)
+            stages.assume(scan, Scan.unknown(tolerant))
+    defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
+    defense = defense.to(stages.fabric.device)
+    plain = plugins.make_defense("none", {}, config.preset, config.image_size).to(stages.fabric.device)
+    members_of = [members(attack_config) for attack_config in attack_configs]
+    own = attack_configs[-1].make()
+    linkage = isinstance(own, LinkageAttack)
+    # A linkage attack is its own ceiling: it links plain faces as well. The others are run on unprotected ones.
+    targets = [(part, defense) for parts in members_of for part in parts.values()]
+    targets += [] if linkage else [(part, plain) for part in members_of[-1].values()]
+
+    jobs: list[tuple[Job[Any], str, bool]] = []
+    for role, one in _recognisers(config, targets, attacks, defense, plain):
+        job = stages.recogniser_job(one, role)
+        jobs.append((job, _training(config, stages, role), True))
+        if not stages.cache.holds(job.stage, job.key):
+            # For attacks that query it: an untrained one is as fast.
+            stages.assume(job, _untrained(config, stages, one))
+    for attack_config, target in targets:
+        jobs.append((attacks.fit_job(attack_config, target), _fitting(attack_config, attacks), True))
+    probes = attacks.selection.attacked
+    for attack_config, target in targets:
+        if linkage:
+            what = f"embed {len(stages.splits.victims)} victim images, twice protected and plain"
+            jobs.append((attacks.link_job(attack_config, target), what, False))
+        else:
+            what = f"recover {len(probes)} victim images, k = {attack_config.interceptions}"
+            jobs.append((attacks.recover_job(attack_config, target, probes), what, False))
+    for job, what, timed in {(job.stage, job.key): (job, what, timed) for job, what, timed in jobs}.values():
+        cached = stages.cache.holds(job.stage, job.key)
+        estimate = _time_job(job) if timed and not cached else None
+        planned.append(PlannedStage(name=job.stage, what=what, cached=cached, seconds=estimate))
+    return RunPlan(
+        run_id=run_id(config),
+        device=str(stages.fabric.device),
+        precision=str(stages.fabric._precision.precision),
+        config=config.model_dump(mode="json"),
+        stages=planned,
+        seconds=sum(stage.seconds or 0.0 for stage in planned),
+    )
+
+
+def _recognisers(
+    config: RunConfig,
+    targets: Sequence[tuple[AttackConfig, Defense]],
+    attacks: AttackStages,
+    defense: Defense,
+    plain: Defense,
+) -> list[tuple[str, Defense]]:
+    """Role and defence of every recogniser that the run trains."""
+    found = [("provider", defense), ("provider", plain)] if config.utility else []
+    found += [("provider", target) for attack_config, target in targets if attacks.asks_provider(attack_config.make())]
+    if config.evaluator is None and not isinstance(targets[0][0].make(), LinkageAttack):
+        found.append(("evaluator", plain))
+    return list(dict.fromkeys(found))
+
+
+def _training(config: RunConfig, stages: Stages, role: str) -> str:
+    faces = stages.splits.evaluator if role == "evaluator" else stages.splits.provider
+    assert faces is not None  # the role is there only with its identities
+    return f"train on {len(faces)} images of {faces.identities} identities, {config.training.epochs} epochs"
+
+
+def _fitting(attack_config: AttackConfig, attacks: AttackStages) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in attack_config.options.items())
+    images = len(attacks.public(attack_config))
+    return f"train {attack_config.name} on {images} public images{f' ({options})' if options else ''}"
+
+
+def _untrained(config: RunConfig, stages: Stages, defense: Defense) -> Recogniser:
+    shape, size = defense.representation_shape, config.training.embedding_size
+    return build_recogniser(config.backbone, shape, size, seed=0).to(stages.fabric.device).eval()

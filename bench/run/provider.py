@@ -1,0 +1,486 @@
+"""The stages of a run, each cached under its resolved options, the versions of its inputs and of its code."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from safetensors.torch import load_file
+from torch import Tensor
+
+import defenses as defenses_package
+from bench import plugins
+from bench.data.faces import FaceSet, Source
+from bench.data.loaders import load, open_stream
+from bench.data.sources.sets import StreamedSource
+from bench.data.sources.webdataset import find_shards
+from bench.data.splits import Splits, split, whole_identities
+from bench.data.stream.scan import Scan, scan
+from bench.data.stream.view import IdentityView
+from bench.errors import BenchError, UsageError
+from bench.files import write_text
+from bench.images import to_float
+from bench.metrics.evaluator import Evaluator, OnnxEvaluator, RecogniserEvaluator
+from bench.metrics.verification import pair_scores
+from bench.nets.recogniser import Recogniser, build_recogniser
+from bench.progress import ProgressBars, Report
+from bench.randomness import Streams
+from bench.recognition.embed import embed_faces
+from bench.recognition.options import TrainingOptions
+from bench.recognition.state import load_recogniser, save_recogniser
+from bench.recognition.training import TrainingReport, train
+from bench.run.config import RunConfig
+from bench.run.machines import ConnectedProcesses, TrainingOrder
+from bench.run.stage import Job, StageCache, T, make_key, save_tensors
+from defenses.base import Defense
+
+_FACES = 256
+_BATCH = 16
+
+
+@torch.no_grad()
+def channel_energy(described: dict[str, Any], faces: Tensor) -> dict[str, list[float]]:
+    """Mean magnitude of each channel (Mi et al., ICCV 2023, section 3.2: energy = mean abs(x)), summed over colours.
+
+    Args:
+        described: what a defence says of itself.
+        faces: uint8 (M, 3, H, H), public faces; the first 256 are measured.
+
+    Returns:
+        ``channel_energy``: 64 values, channel 8 u + v; nothing where the defence names no frequencies that it keeps.
+    """
+    if "kept_channels" not in described:
+        return {}
+    everything = plugins.make_defense("arcface-fd", {}, "cpu", faces.shape[-1])
+    sample = faces[:_FACES]
+    total = torch.zeros(everything.channels)
+    for part in sample.split(_BATCH):
+        sent = everything.protect(to_float(part), torch.Generator().manual_seed(0)).representation
+        total += sent.abs().mean(dim=(2, 3)).sum(dim=0)
+    per_channel: Tensor = (total / len(sample)).view(3, -1).sum(dim=0)
+    return {"channel_energy": per_channel.tolist()}
+
+
+Log = Callable[..., None]
+
+#: Code that the data depends on: a change in it makes the stage anew.
+DATA_CODE = ("bench.data",)
+
+
+class DataStages:
+    """Makes, stores and reloads what the stages of one run produce; this part, its data.
+
+    Args:
+        config: the resolved configuration.
+        fabric: device and precision.
+        cache: where finished stages lie.
+        bars: progress.
+        log: called as ``log(event, **fields)``.
+        processes: processes that help to train recognisers, if there are any.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        fabric: Fabric,
+        cache: StageCache,
+        bars: ProgressBars,
+        log: Log,
+        processes: ConnectedProcesses | None = None,
+    ) -> None:
+        self.config = config
+        self.processes = processes
+        self.fabric = fabric
+        self.cache = cache
+        self.bars = bars
+        self.log = log
+        self.streams = Streams(config.seed)
+        self.seconds: dict[str, float] = {}
+        self.cached: list[str] = []
+        self._results: dict[tuple[str, str], Any] = {}
+
+    # -- data ------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def faces_key(self) -> str:
+        """Key of all faces that there are: what was asked for and, for data on disk, what lies there."""
+        config = self.config
+        return make_key(
+            {
+                "dataset": config.dataset,
+                "options": config.dataset_options,
+                "image_size": config.image_size,
+                "seed": self.streams.seed_for("data"),
+                "files": fingerprint(config.data_root) if config.dataset != "synthetic" else None,
+                "stream": {"on_error": config.stream_on_error} if config.stream else None,
+            },
+            DATA_CODE,
+        )
+
+    @functools.cached_property
+    def data_key(self) -> str:
+        """Key of the faces that are used: recognisers, which train on the disk, do not depend on what memory holds."""
+        if not self.config.stream:
+            return self.faces_key
+        return make_key({"faces": self.faces_key, "hold": self.config.stream_images}, ())
+
+    @functools.cached_property
+    def source(self) -> Source | StreamedSource:
+        """The decoded faces. Rendered ones are stored; files on disk are quick to decode again, or stay there."""
+        if self.config.stream:
+            return replace(self.opened, faces=self.do(self.scan_job()).applied_to(self.opened.faces))
+        if self.config.dataset != "synthetic":
+            with self.timed("data"), self.bars.task("decode faces") as report:
+                return self.load_source(report)
+        return self.do(Job("data", self.data_key, "render faces", self._make_source, _read_source))
+
+    def load_source(self, report: Report) -> Source:
+        return load(self.config.dataset, **self._wanted(report))
+
+    def _wanted(self, report: Report) -> dict[str, Any]:
+        return {
+            "data_root": self.config.data_root,
+            "image_size": self.config.image_size,
+            "seed": self.streams.seed_for("data"),
+            "options": self.config.dataset_options,
+            "report": report,
+        }
+
+    @functools.cached_property
+    def opened(self) -> StreamedSource:
+        """The faces on disk, before anything is known of their pixels."""
+        with self.timed("data"), self.bars.task("open faces") as report:
+            return open_stream(self.config.dataset, **self._wanted(report))
+
+    def scan_job(self) -> Job[Scan]:
+        """The stage that looks through all faces on disk for copies and for what cannot be decoded."""
+
+        def make(folder: Path, report: Report) -> None:
+            scan(self.opened.faces, self.config.stream_on_error, report).save(folder)
+
+        return Job("scan", self.faces_key, "look through all faces for copies", make, Scan.read)
+
+    def _make_source(self, folder: Path, report: Report) -> None:
+        _write_source(folder, self.load_source(report))
+
+    @functools.cached_property
+    def splits(self) -> Splits:
+        """Identity-disjoint provider, public, evaluator and victim faces."""
+        shares = self.config.shares.model_dump()
+        if self.config.evaluator is not None:
+            # Nothing is trained to judge: the others share out that part in proportion.
+            spare = shares.pop("evaluator")
+            shares = {name: share / (1 - spare) for name, share in shares.items()} | {"evaluator": 0.0}
+        source, generator = self.source, self.streams.generator("split")
+        if not self.config.stream:
+            return split(source, **shares, generator=generator)
+        with self.timed("data"), self.bars.task("decode faces") as report:
+            return split(source, **shares, generator=generator, hold=self.config.stream_images, report=report)
+
+    # -- how stages are kept ---------------------------------------------------------------------
+
+    def platform(self) -> dict[str, str]:
+        """What else decides the figures of a stage that computes with torch."""
+        return {"torch": torch.__version__, "device": self.fabric.device.type}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Charge the block to ``stage``, without the stages that it asks for."""
+        started = time.perf_counter()
+        nested = sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            # Verifying, for one, is not charged for training the recogniser.
+            inner = sum(self.seconds.values()) - nested
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started - inner
+
+    def assume(self, job: Job[T], value: T) -> None:
+        """Take ``value`` for the result of a stage, in this run only; nothing is stored."""
+        self._results[job.stage, job.key] = value
+
+    def do(self, job: Job[T]) -> T:
+        """Make the stage unless it is there, and read it back.
+
+        It is read back in either case, so that a fresh result and a cached one cannot differ. Asked for again in the
+        same run, it is the same object: not read twice, and not counted as reused.
+        """
+        if (job.stage, job.key) not in self._results:
+            with self.timed(job.stage), self.cache.entry(job.stage, job.key) as entry:
+                if entry.complete:
+                    self.cached.append(job.stage)
+                    self.log("cached", stage=job.stage, key=job.key)
+                else:
+                    self.log("stage", stage=job.stage, key=job.key)
+                    with self.bars.task(job.what) as report:
+                        job.make(entry.partial, report)
+            self._results[job.stage, job.key] = job.read(entry.path)
+        result: T = self._results[job.stage, job.key]
+        return result
+
+
+def fingerprint(root: Path | None) -> str | None:
+    """A digest of name, size and modification time of every file that ``root`` means, cheap however many there are.
+
+    Raises:
+        MissingError: a tar shard is not there.
+    """
+    if root is None:
+        return None
+    digest = hashlib.sha256()
+    for file in _files(root):
+        stat = file.stat()
+        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _files(root: Path) -> Iterator[Path]:
+    if root.is_dir():
+        for folder, within, names in os.walk(root):
+            within.sort()
+            yield from (file for name in sorted(names) if (file := Path(folder, name)).is_file())
+    elif root.suffix == ".tar":
+        yield from find_shards(root)
+    elif root.is_file():
+        yield root
+
+
+def _write_source(folder: Path, source: Source) -> None:
+    if source.victims is not None or source.pairs is not None:
+        raise TypeError("only a source without a verification set of its own is stored")
+    save_tensors({"images": source.faces.images, "labels": source.faces.labels}, folder / "faces.safetensors")
+    head = {
+        "name": source.name,
+        "names": source.faces.names,
+        "synthetic": source.synthetic,
+        "details": source.details,
+    }
+    write_text(folder / "faces.json", json.dumps(head))
+
+
+def _read_source(folder: Path) -> Source:
+    tensors = load_file(folder / "faces.safetensors")
+    head = json.loads((folder / "faces.json").read_text(encoding="utf-8"))
+    faces = FaceSet(tensors["images"], tensors["labels"], tuple(head["names"]))
+    return Source(head["name"], faces, synthetic=head["synthetic"], details=head["details"])
+
+
+# Code that a kind of stage depends on: a change in it makes the stage anew.
+DEFENSE_CODE = tuple(f"defenses.{module}" for module in sorted(defenses_package.SUPPORT_MODULES))
+RECOGNITION_CODE = ("bench.recognition", *DEFENSE_CODE, *DATA_CODE)
+
+
+class Stages(DataStages):
+    """What the provider makes of its data, and the judge; see :class:`bench.run.provider.DataStages` for the rest."""
+
+    # -- defence ---------------------------------------------------------------------------------
+
+    def defense(self, name: str, options: Mapping[str, Any]) -> Defense:
+        """The defence, on the device, fitted where it is trainable."""
+        defense = plugins.make_defense(name, dict(options), self.config.preset, self.config.image_size)
+        if defense.trainable:
+
+            def make(folder: Path, report: Report) -> None:
+                faces = self._provider_in_memory()
+                with failing_as(f"defence {name}"):
+                    defense.fit(to_float(faces.images), faces.labels, self.streams.generator("defense"))
+                save_tensors(defense.state_dict(), folder / "defense.safetensors")
+
+            def read(folder: Path) -> Defense:
+                defense.load_state_dict(load_file(folder / "defense.safetensors"))
+                return defense
+
+            self.do(Job("defense", self.defense_key(defense), f"fit {name}", make, read))
+        return defense.to(self.fabric.device)
+
+    def _provider_in_memory(self) -> FaceSet:
+        """The provider's faces, of streamed ones as many as may be held, for a defence that is fitted to them."""
+        faces = self.splits.provider
+        if isinstance(faces, FaceSet):
+            return faces
+        return whole_identities(faces, self.config.stream_images, self.streams.generator("defense/faces")).load()
+
+    def defense_key(self, defense: Defense) -> str:
+        """Key of the defence, as it is fitted."""
+        return make_key(
+            {
+                "data": self.data_key if defense.trainable else None,
+                "shares": self.config.shares if defense.trainable else None,
+                "seed": self.config.seed if defense.trainable else None,
+                "defense": {"name": defense.name, "options": defense.options.model_dump(mode="json")},
+                "image_size": self.config.image_size,
+            },
+            (*DEFENSE_CODE, type(defense).__module__),
+        )
+
+    # -- recognition -----------------------------------------------------------------------------
+
+    def recogniser_key(self, defense: Defense, role: str) -> str:
+        """Key of the recogniser of the provider or the evaluator."""
+        config = self.config
+        backbone = config.backbone if role == "provider" else config.evaluator_backbone
+        return make_key(
+            {
+                "role": role,
+                "data": self.faces_key,
+                "shares": config.shares,
+                "evaluator_file": config.evaluator is not None,
+                "defense": self.defense_key(defense),
+                "backbone": backbone,
+                "training": self._training(role).model_dump(mode="json"),
+                "seed": config.seed,
+                **self.platform(),
+            },
+            RECOGNITION_CODE,
+        )
+
+    def recogniser(self, defense: Defense, role: str = "provider") -> Recogniser:
+        """A recogniser trained on representations of the provider's (or the evaluator's) faces."""
+        return self.do(self.recogniser_job(defense, role))
+
+    def recogniser_job(self, defense: Defense, role: str) -> Job[Recogniser]:
+        """The stage that trains a recogniser."""
+        faces = self._faces(role)
+
+        def make(folder: Path, report: Report) -> None:
+            if self.processes is not None:
+                state = {name: tensor.cpu() for name, tensor in defense.state_dict().items()}
+                options = defense.options.model_dump(mode="json")
+                self.processes.call(TrainingOrder(defense.name, options, state, role, folder))
+            recogniser, outcome = self._train(defense, role, faces, folder, report)
+            save_recogniser(recogniser, folder / "recogniser.safetensors", asdict(outcome))
+            shutil.rmtree(folder / "resume", ignore_errors=True)
+
+        def read(folder: Path) -> Recogniser:
+            recogniser, _ = load_recogniser(folder / "recogniser.safetensors", self.fabric.device)
+            return recogniser
+
+        key = self.recogniser_key(defense, role)
+        what = f"train {role} recogniser on {defense.name}"
+        return Job(f"recogniser-{role}-{defense.name}", key, what, make, read)
+
+    def train_along(self, order: TrainingOrder) -> None:
+        """Do this process's part of a training that the first one of the processes makes."""
+        defense = plugins.make_defense(order.defense, dict(order.options), self.config.preset, self.config.image_size)
+        defense.load_state_dict(dict(order.state))
+        self._train(defense, order.role, self._faces(order.role), order.folder, lambda *_, **__: None)
+
+    def _faces(self, role: str) -> FaceSet | IdentityView:
+        faces = self.splits.provider if role == "provider" else self.splits.evaluator
+        if faces is None:
+            raise UsageError("the evaluator has no identities to train on: give shares.evaluator or --evaluator")
+        return faces
+
+    def _training(self, role: str) -> TrainingOptions:
+        """The evaluator judges: it never learns from labels that are wrong on purpose."""
+        training = self.config.training
+        return training if role == "provider" else training.model_copy(update={"label_noise": 0.0})
+
+    def _train(
+        self, defense: Defense, role: str, faces: FaceSet | IdentityView, folder: Path, report: Report
+    ) -> tuple[Recogniser, TrainingReport]:
+        config, options = self.config, self._training(role)
+        seed = self.streams.seed_for(f"training/{role}")
+        recogniser = build_recogniser(
+            config.backbone if role == "provider" else config.evaluator_backbone,
+            defense.representation_shape,
+            options.embedding_size,
+            dropout=options.dropout,
+            seed=seed,
+        )
+        if self.processes is not None:
+            self.processes.meet()
+        fabric = self.fabric if self.processes is None else self.processes.fabric
+        outcome = train(
+            recogniser, faces, defense, options, fabric=fabric, seed=seed, checkpoint=folder / "resume", report=report
+        )
+        return recogniser, outcome
+
+    def verification_scores(self, defense: Defense) -> Tensor:
+        """Cosine per pair of the victims' protocol, each image protected under one random state: (P,)."""
+
+        def make(folder: Path, report: Report) -> None:
+            embeddings = embed_faces(
+                self.recogniser(defense),
+                defense,
+                self.splits.victims,
+                generator=self.streams.generator("queries"),
+                batch_size=self.config.batch_size,
+                fabric=self.fabric,
+            )
+            scores = pair_scores(embeddings, self.splits.pairs)
+            save_tensors({"scores": scores}, folder / "scores.safetensors")
+
+        def read(folder: Path) -> Tensor:
+            return load_file(folder / "scores.safetensors")["scores"]
+
+        content = {"recogniser": self.recogniser_key(defense, "provider"), "data": self.data_key}
+        key = make_key(content, ("bench.metrics",))
+        return self.do(Job(f"verify-{defense.name}", key, f"verify on {defense.name}", make, read))
+
+    # -- evaluator -------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """The recogniser that judges identity leakage; neither defence nor attack ever sees it."""
+        if self.config.evaluator is not None:
+            return OnnxEvaluator(self.config.evaluator, device=self.fabric.device)
+        recogniser = self.recogniser(self._plain(), "evaluator")
+        size = (self.config.image_size, self.config.image_size)
+        return RecogniserEvaluator(recogniser, f"trained {self.config.evaluator_backbone}", size, self.fabric.device)
+
+    def _plain(self) -> Defense:
+        return plugins.make_defense("none", {}, self.config.preset, self.config.image_size)
+
+    def plain_embeddings(self) -> Tensor:
+        """The evaluator's embeddings of all plain victim faces, unit rows: float32 (N, D)."""
+        evaluator = self.evaluator
+
+        def make(folder: Path, report: Report) -> None:
+            faces = self.splits.victims
+            embeddings: list[Tensor] = []
+            for batch in faces.batches(self.config.batch_size):
+                embeddings.append(evaluator.embed(batch.to(self.fabric.device)).cpu())
+                report(sum(len(e) for e in embeddings), len(faces))
+            save_tensors({"embeddings": torch.cat(embeddings)}, folder / "embeddings.safetensors")
+
+        def read(folder: Path) -> Tensor:
+            return load_file(folder / "embeddings.safetensors")["embeddings"]
+
+        key = make_key(
+            {
+                "data": self.data_key,
+                "shares": self.config.shares,
+                "seed": self.config.seed,
+                "evaluator": evaluator.describe(),
+                "recogniser": None if self.config.evaluator else self.recogniser_key(self._plain(), "evaluator"),
+                **self.platform(),
+            },
+            ("bench.metrics.evaluator",),
+        )
+        return self.do(Job("evaluate", key, f"embed victims with {evaluator.name}", make, read))
+
+
+@contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """Name the plug-in in the one line that the person sees when it gives up.
+
+    Plug-ins know nothing of the harness: they say what is wrong with ``ValueError`` (input, options) and
+    ``ArithmeticError`` (a loss that is not finite).
+    """
+    try:
+        yield
+    except (ValueError, ArithmeticError) as error:
+        raise BenchError(f"{what}: {error}") from error

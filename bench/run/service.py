@@ -1,0 +1,128 @@
+"""The provider's service as an attacker can reach it: queries, stolen templates, intercepted traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.data.faces import FaceSet
+from bench.images import to_float
+from bench.nets.recogniser import Recogniser
+from defenses.base import Defense
+
+#: Images of a person, other than the attacked one, whose mean embedding is the person's class centre.
+ENROLMENT_IMAGES = 8
+
+
+class Service:
+    """Protects what it is sent, as a client does, and embeds it, as the provider does.
+
+    Args:
+        recogniser: the provider's, trained behind ``defense``.
+        defense: the one in use, with its true secret.
+        generator: the states and noise of the clients.
+        batch_size: faces at once.
+    """
+
+    def __init__(
+        self, recogniser: Recogniser, defense: Defense, generator: torch.Generator, *, batch_size: int
+    ) -> None:
+        self._recogniser = recogniser.eval()
+        self._defense = defense
+        self._generator = generator
+        self._batch_size = batch_size
+        self._device = next(recogniser.parameters()).device
+        self.queries = 0
+
+    @torch.no_grad()
+    def embed_representations(self, representations: Tensor) -> Tensor:
+        """Unit embeddings float32 (N, D) of representations (N, C, h, w)."""
+        parts = [self._recogniser.embed(one.to(self._device)) for one in representations.split(self._batch_size)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def embed(self, faces: Tensor) -> Tensor:
+        """An :data:`attacks.base.EmbeddingQuery`; the embeddings come on the device of ``faces``."""
+        self.queries += len(faces)
+        parts = []
+        for batch in faces.split(self._batch_size):
+            sent = self._defense.protect(batch.detach().to(self._device), self._generator)
+            parts.append(self._recogniser.embed(sent.representation))
+        return torch.cat(parts).to(faces.device) if parts else faces.new_zeros(0, self._recogniser.spec.embedding_size)
+
+
+class Enrolment:
+    """Persons enrolled with one template each, and the scores that the service answers with.
+
+    Args:
+        service: does the comparing.
+        templates: float32 (N, D), unit rows.
+    """
+
+    def __init__(self, service: Service, templates: Tensor) -> None:
+        self._service = service
+        self._templates = templates
+
+    def score(self, faces: Tensor, persons: Tensor) -> Tensor:
+        """An :data:`attacks.base.ScoreQuery`.
+
+        Raises:
+            ValueError: not one person per face, or a person who is not enrolled.
+        """
+        if persons.shape != faces.shape[:1] or persons.dtype != torch.int64:
+            raise ValueError(f"a score query names one person, int64, per face: {len(faces)} faces, {persons.shape}")
+        if len(persons) and not 0 <= int(persons.min()) <= int(persons.max()) < len(self._templates):
+            raise ValueError(f"persons are numbered 0..{len(self._templates) - 1}")
+        templates = self._templates.to(faces.device)[persons.to(faces.device)]
+        return (self._service.embed(faces) * templates).sum(dim=1)
+
+
+def class_centres(
+    service: Service, victims: FaceSet, content: Tensor, index: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The class centre of the person on each image of ``index``, from other images of that person: float32 (N, D).
+
+    At most :data:`ENROLMENT_IMAGES` images, drawn at random, none of them a copy of the attacked one.
+
+    Args:
+        service: embeds them.
+        victims: all their images.
+        content: int64, :func:`~bench.metrics.identity.content_ids` of these images.
+        index: int64 (N,), the attacked ones.
+        generator: of the draws.
+
+    Raises:
+        ValueError: a person has no other image.
+    """
+    centres = []
+    for image in index.tolist():
+        same = (victims.labels == victims.labels[image]) & (content != content[image])
+        others = same.nonzero().flatten()
+        if not len(others):
+            raise ValueError(f"{victims.names[int(victims.labels[image])]} has no other image to be enrolled with")
+        chosen = others[torch.randperm(len(others), generator=generator)[:ENROLMENT_IMAGES]]
+        centres.append(F.normalize(service.embed(to_float(victims.images[chosen])).mean(dim=0), dim=0))
+    return torch.stack(centres)
+
+
+def traffic(
+    defense: Defense,
+    victims: FaceSet,
+    attacked: Tensor,
+    generator: torch.Generator,
+    *,
+    count: int,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """An :data:`attacks.base.Traffic`: ``count`` requests of images that are not attacked, repeated where need be."""
+    mask = torch.ones(len(victims), dtype=torch.bool)
+    mask[attacked] = False
+    others = mask.nonzero().flatten()
+    order = others[torch.randperm(len(others), generator=generator)]
+    index = order[torch.arange(count) % len(order)]
+    for part in index.split(batch_size):
+        yield defense.protect(to_float(victims.images[part].to(device)), generator).representation

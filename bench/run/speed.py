@@ -1,0 +1,151 @@
+"""How fast a run's operations are: protecting, recognising, and what the attack does with an interception."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attacks.base import LinkageAttack, RecoveryAttack
+from bench.errors import DataError
+from bench.images import to_float
+from bench.results import Quartiles, Throughput
+from bench.run.attack_config import AttackConfig
+from bench.run.attacker import AttackStages, Recovered
+from bench.run.machines import synchronise
+from defenses.base import Defense
+
+_MIN_REPEATS = 5
+_MAX_REPEATS = 1000
+
+
+def measure(
+    operation: Callable[[Tensor], object],
+    batch: Tensor,
+    *,
+    warmup: int = 2,
+    min_time: float = 1.0,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> Throughput:
+    """Time ``operation`` on ``batch`` and on its first element alone.
+
+    Calls are repeated for at least ``min_time`` seconds and at least five times (at most a thousand), each timed by
+    itself between two synchronisations, so that a kernel still running counts for the call that launched it.
+
+    Args:
+        operation: what is measured; it runs without gradients.
+        batch: (N, ...), N > 0, on the device to measure.
+        warmup: calls that are not timed, for each of the two sizes.
+        min_time: seconds to spend on each of the two sizes.
+        clock: monotonic time in nanoseconds.
+
+    Raises:
+        DataError: an empty batch.
+
+    Example:
+        >>> import torch
+        >>> result = measure(lambda x: x.square(), torch.zeros(8, 3), min_time=0.01)
+        >>> result.batch, result.dtype, result.device
+        (8, 'float32', 'cpu')
+    """
+    if not len(batch):
+        raise DataError("throughput needs at least one face")
+    whole = _times(operation, batch, warmup, min_time, clock)
+    single = _times(operation, batch[:1], warmup, min_time, clock)
+    return Throughput(
+        images_per_second=_quartiles(len(batch) / whole),
+        latency_ms=_quartiles(single * 1e3),
+        batch=len(batch),
+        repeats=len(whole),
+        dtype=str(batch.dtype).removeprefix("torch."),
+        device=str(batch.device),
+    )
+
+
+@torch.no_grad()
+def _times(
+    operation: Callable[[Tensor], object], batch: Tensor, warmup: int, min_time: float, clock: Callable[[], int]
+) -> Tensor:
+    """Seconds of each timed call, float64 (repeats,)."""
+    for _ in range(warmup):
+        operation(batch)
+    synchronise(batch.device)
+    times: list[int] = []
+    while len(times) < _MIN_REPEATS or (sum(times) < min_time * 1e9 and len(times) < _MAX_REPEATS):
+        start = clock()
+        operation(batch)
+        synchronise(batch.device)
+        times.append(clock() - start)
+    # A clock that did not tick between two readings would make the rate infinite.
+    return torch.tensor(times, dtype=torch.float64).clamp_min(1) / 1e9
+
+
+def _quartiles(samples: Tensor) -> Quartiles:
+    q1, median, q3 = torch.quantile(samples, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    return Quartiles(median=median, q1=q1, q3=q3)
+
+
+#: A batch that takes longer than this many seconds is not repeated for its speed: the run itself has timed it.
+SLOW = 1.0
+
+
+def provider_speed(
+    attacks: AttackStages, defense: Defense, probes: Tensor, *, recognise: bool
+) -> dict[str, Throughput]:
+    """Speed of the client and, where a recogniser is there, of the provider."""
+    faces = _some_faces(attacks, probes)
+    generator = attacks.streams.generator("throughput")
+    sent = defense.protect(faces, generator).representation
+    timed = {"protect": measure(lambda batch: defense.protect(batch, generator).representation, faces)}
+    if recognise:
+        timed["recognise"] = measure(attacks.stages.recogniser(defense).embed, sent)
+    return timed
+
+
+def recovery_speed(
+    attacks: AttackStages, attack_config: AttackConfig, defense: Defense, probes: Tensor, recovered: Recovered
+) -> Throughput:
+    """Speed of recovering faces; of an attack that takes its time, as it was when the victims' were recovered."""
+    attack, _ = attacks.fitted(attack_config, defense)
+    if not isinstance(attack, RecoveryAttack):
+        raise TypeError(f"{attack_config.name} recovers no faces")
+    index = _some(attacks, probes)
+    observation = next(iter(attacks.observations(attack, defense, index, attack_config.interceptions))).observation
+    seconds = recovered.batch_seconds
+    if float(seconds.median()) < SLOW:
+        return measure(lambda batch: attack.recover(observation.first(len(batch))), observation.representations)
+    device = attacks.fabric.device
+    synchronise(device)
+    started = time.perf_counter()
+    attack.recover(observation.first(1))
+    synchronise(device)
+    latency = 1e3 * (time.perf_counter() - started)
+    return Throughput(
+        images_per_second=_quartiles(recovered.batch_faces / seconds),
+        latency_ms=Quartiles(median=latency, q1=latency, q3=latency),
+        batch=int(recovered.batch_faces.max()),
+        repeats=len(seconds),
+        dtype=str(observation.representations.dtype).removeprefix("torch."),
+        device=str(device),
+    )
+
+
+def linkage_speed(attacks: AttackStages, attack_config: AttackConfig, defense: Defense, probes: Tensor) -> Throughput:
+    """Speed of embedding intercepted representations."""
+    attack, _ = attacks.fitted(attack_config, defense)
+    if not isinstance(attack, LinkageAttack):
+        raise TypeError(f"{attack_config.name} links no representations")
+    sent = defense.protect(_some_faces(attacks, probes), attacks.streams.generator("throughput")).representation
+    return measure(attack.embed_representations, sent)
+
+
+def _some(attacks: AttackStages, probes: Tensor) -> Tensor:
+    """A full batch of victim images, repeated where there are fewer."""
+    return probes[torch.arange(attacks.config.batch_size) % len(probes)]
+
+
+def _some_faces(attacks: AttackStages, probes: Tensor) -> Tensor:
+    images = attacks.stages.splits.victims.images[_some(attacks, probes)]
+    return to_float(images.to(attacks.fabric.device))

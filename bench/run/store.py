@@ -1,0 +1,135 @@
+"""The run store: one folder a run, written beside and renamed, never half a file.
+
+``manifest.json`` says what was asked for and on what machine, ``metrics.json`` what came out,
+``per_image.parquet`` and ``scores.parquet`` the raw values (no faces), ``events.jsonl`` what happened when,
+``samples/`` the pictures, ``checkpoints/`` the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from bench import __version__
+from bench.errors import UsageError
+from bench.files import replacing, sha256, write_text
+from bench.results import PROTOCOL_VERSION, SCHEMA_VERSION, RunResult
+from bench.run.config import RunConfig
+from bench.run.launch import Launch
+
+#: Packages whose versions may change a figure.
+PACKAGES = ("torch", "torchvision", "lightning-fabric", "numpy", "scipy", "scikit-image", "lpips", "onnxruntime")
+
+
+def run_id(config: RunConfig) -> str:
+    """Readable and unique to the configuration, so that the same command continues the same run."""
+    digest = hashlib.sha256(json.dumps(config.identifying(), sort_keys=True, default=str).encode()).hexdigest()
+    parts = (config.defense, config.attack, config.knowledge, config.dataset, f"seed{config.seed}", digest[:8])
+    return "-".join(parts)
+
+
+class RunStore:
+    """Writes the folder of one run.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.run_id = run_id(config)
+        self.directory = config.out / self.run_id
+        try:
+            (self.directory / "samples").mkdir(parents=True, exist_ok=True)
+            probe = self.directory / f".write-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(
+                f"--out {config.out} cannot be written ({error.strerror}): choose another folder"
+            ) from None
+        # A result of an earlier attack_config must not stand beside the events of this one.
+        (self.directory / "metrics.json").unlink(missing_ok=True)
+        (self.directory / "events.jsonl").unlink(missing_ok=True)
+        self._started = datetime.now(UTC)
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append one line to ``events.jsonl``."""
+        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields})
+        with (self.directory / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def write_manifest(self, status: str, device: str, precision: str) -> None:
+        """Write ``manifest.json``; once at the start, once at the end with the artefacts' hashes."""
+        artefacts = {
+            str(path.relative_to(self.directory)): sha256(path)
+            for path in sorted(self.directory.rglob("*"))
+            if path.is_file() and path.name not in ("manifest.json", "events.jsonl")
+        }
+        document = {
+            "schema": SCHEMA_VERSION,
+            "protocol": PROTOCOL_VERSION,
+            "run_id": self.run_id,
+            "status": status,
+            "started": self._started.isoformat(timespec="seconds"),
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "version": __version__,
+            "git_commit": _git_commit(),
+            "config": self.config.model_dump(mode="json"),
+            "python": platform.python_version(),
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES} | {"torch": torch.__version__},
+            "device": device,
+            "device_name": torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine(),
+            "precision": precision,
+            "processes": Launch.here().size,
+            "threads": torch.get_num_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "artefacts": artefacts,
+        }
+        write_text(self.directory / "manifest.json", json.dumps(document, indent=2) + "\n")
+
+    def write_result(self, result: RunResult) -> None:
+        """Write ``metrics.json``."""
+        write_text(self.directory / "metrics.json", result.to_json())
+
+    def write_table(self, name: str, table: pd.DataFrame) -> None:
+        """Write a table of raw values as Parquet."""
+        with replacing(self.directory / f"{name}.parquet") as temporary:
+            table.to_parquet(temporary, index=False)
+
+    def keep_checkpoint(self, source: Path, name: str) -> None:
+        """Keep a finished file of the cache as ``checkpoints/<name>``: linked where the disk can, else copied."""
+        target = self.directory / "checkpoints" / name
+        target.parent.mkdir(exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that the code runs from, '+' if it was changed; None outside one."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None

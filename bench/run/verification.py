@@ -1,0 +1,76 @@
+"""Verification figures of scored pairs, with their intervals, as they stand in the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from bench.data.faces import PairProtocol
+from bench.metrics.bootstrap import REPLICATES, verification_estimates
+from bench.metrics.verification import lfw_accuracy
+from bench.results import Utility, Verification
+from bench.run.provider import Stages
+from bench.run.scorer import to_measure
+from bench.run.store import RunStore
+from defenses.base import Defense
+
+#: False acceptance rates at which the true acceptance rate is given.
+FARS: Mapping[str, float] = MappingProxyType({"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3})
+
+
+def verification(
+    scores: Tensor,
+    pairs: PairProtocol,
+    labels: Tensor,
+    generator: torch.Generator,
+    *,
+    replicates: int = REPLICATES,
+    fars: Mapping[str, float] = FARS,
+) -> Verification:
+    """Accuracy, AUC, EER and TAR@FAR of scored pairs, with intervals over identities.
+
+    Args:
+        scores: float (P,), one per pair, higher is more alike.
+        pairs: the protocol over N images.
+        labels: int64 (N,), the person on each image.
+        generator: source of the bootstrap's draws.
+        replicates: of the bootstrap.
+        fars: name in the result -> false acceptance rate.
+
+    Raises:
+        DataError: shapes differ, scores are not finite, a class or a second fold is absent, or pairs contradict labels.
+    """
+    people = torch.stack([labels[pairs.first], labels[pairs.second]], dim=1)
+    estimates = verification_estimates(
+        scores, pairs.same, pairs.fold, people, generator, fars=list(fars.values()), replicates=replicates
+    )
+    return Verification(
+        accuracy=to_measure(estimates.accuracy, "utility"),
+        auc=to_measure(estimates.auc, "utility"),
+        eer=to_measure(estimates.eer, "privacy"),
+        tar_at_far={name: to_measure(estimates.tar_at_far[far], "utility") for name, far in fars.items()},
+        accuracy_std=lfw_accuracy(scores, pairs.same, pairs.fold).std,
+        pairs=len(pairs),
+    )
+
+
+def measure_utility(stages: Stages, defense: Defense, plain: Defense, store: RunStore) -> Utility:
+    """Verification of the victims' pairs, protected and plain; the scores go to ``scores.parquet``."""
+    pairs, labels = stages.splits.pairs, stages.splits.victims.labels
+    scores = {"protected": stages.verification_scores(defense), "unprotected": stages.verification_scores(plain)}
+    store.write_table("scores", score_table(pairs, scores))
+    protected, unprotected = (
+        verification(values, pairs, labels, stages.streams.generator("bootstrap"), replicates=stages.config.bootstrap)
+        for values in scores.values()
+    )
+    return Utility(**protected.model_dump(), unprotected=unprotected)
+
+
+def score_table(pairs: PairProtocol, scores: Mapping[str, Tensor]) -> pd.DataFrame:
+    """One row per pair: whether it shows one person, its fold, and its score by each name, float (P,) each."""
+    columns = {"same": pairs.same, "fold": pairs.fold, **scores}
+    return pd.DataFrame({name: values.numpy() for name, values in columns.items()})

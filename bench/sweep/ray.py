@@ -1,0 +1,267 @@
+"""Runs cells as Ray tasks, on a cluster or on this machine. Ray is an optional dependency."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bench.errors import BenchError, MissingError, UsageError
+from bench.run.config import OTHERS, RunConfig
+from bench.run.stage import code_version
+from bench.sweep.attempt import Outcome, Runner, attempt
+from bench.sweep.cells import Cell
+from bench.sweep.journal import LOCK
+
+#: What decides a cell's figures and cache keys.
+_CODE = ("attacks", "bench", "defenses")
+
+
+def _code() -> tuple[str, ...]:
+    return tuple(code_version(package) for package in _CODE)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a sweep was started.
+
+    Attributes:
+        folder: the current folder there; paths on the command line are relative to it.
+        journal: the sweep's directory, absolute; its lock is held there.
+        code: versions of the code there.
+    """
+
+    folder: Path
+    journal: Path
+    code: tuple[str, ...]
+
+    @classmethod
+    def here(cls, journal: Path) -> Place:
+        """This machine, which holds the lock of the sweep in ``journal``."""
+        return cls(Path.cwd(), journal.resolve(), _code())
+
+    def problem(self) -> str | None:
+        """Why the process that calls this must not run a cell, in one line; None where it may.
+
+        It has to see the sweep's files, and its lock: without locks across machines two cells would make the same
+        stage in the same folder.
+        """
+        host = platform.node()
+        if not self.folder.is_dir():
+            return f"{host} has no folder {self.folder}: start the sweep in a folder that all machines share"
+        lock = self.journal / LOCK
+        if not lock.exists():
+            return f"{host} does not see {self.journal}: --out must lie on a file system that all machines share"
+        try:
+            with FileLock(lock, timeout=0):
+                return (
+                    f"{host} is not kept out by the lock on {lock}: --out needs a file system with locks (NFS 4, say)"
+                )
+        except Timeout:
+            pass  # as it should be: whoever started the sweep holds it
+        if self.code != _code():
+            return (
+                f"{host} runs other code than the sweep was started with: install one version, and leave it meanwhile"
+            )
+        return None
+
+    def enter(self) -> None:
+        """Make the paths of the command line mean what they meant there."""
+        os.chdir(self.folder)
+
+
+#: Seconds after which the size of the cluster is looked at again.
+LOOK = 2.0
+
+#: Seconds that a task gets to write down that it was cancelled.
+GRACE = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    cell: Cell
+    began: float
+
+
+class RayWorkers:
+    """The machines of a Ray cluster.
+
+    Args:
+        runner: runs a cell.
+        directory: of the sweep, whose lock is held.
+        address: of a running cluster; None starts one on this machine for the time of the sweep.
+        cpus, gpus: what a cell needs.
+
+    Raises:
+        MissingError: Ray is not installed.
+        BenchError: no cluster there, or one of its machines does not share the files or the code.
+        UsageError: no machine has what a cell needs.
+    """
+
+    def __init__(self, runner: Runner, directory: Path, *, address: str | None, cpus: int, gpus: float) -> None:
+        self._ray = _import_ray()
+        self._cpus, self._gpus = cpus, gpus
+        self._place = Place.here(directory)
+        self._tasks: dict[Any, _Task] = {}
+        environment = {name: value for name, value in os.environ.items() if name in OTHERS}
+        self._leave = ExitStack()
+        # What Ray has to say of machines and workers goes to stdout: the result has that for itself.
+        self._leave.enter_context(redirect_stdout(sys.stderr))
+        try:
+            _connect(self._ray, address)
+            self._leave.callback(self._ray.shutdown)
+            if address is not None:
+                self._check_machines()
+            if self._room() < 1:
+                needs = f"{cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+                raise UsageError(f"no machine of the Ray cluster has {needs}: lower --cpus-per-cell or --gpus-per-cell")
+            self._work = self._remote(_work, num_cpus=cpus, num_gpus=gpus)
+            self._shared = [self._ray.put(one) for one in (runner, self._place, environment, cpus)]
+        except BaseException:
+            self._leave.close()
+            raise
+
+    def _remote(self, function: Any, **needs: Any) -> Any:
+        # Lost workers are retried by the sweep, which counts and writes down. A process runs one cell only: its
+        # memory and its accelerator are free after it.
+        return self._ray.remote(max_retries=0, max_calls=1, **needs)(function)
+
+    def _check_machines(self) -> None:
+        """Ask every machine whether it may be trusted with a cell."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        ask = self._remote(Place.problem, num_cpus=0)
+        on = [NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False) for node in self._machines()]
+        try:
+            problems = self._ray.get([ask.options(scheduling_strategy=one).remote(self._place) for one in on])
+        except self._ray.exceptions.RayError as error:
+            cause = _first_line(getattr(error, "cause", error))
+            raise BenchError(f"a machine of the Ray cluster cannot run ppfr-bench: {cause}") from None
+        for problem in problems:
+            if problem is not None:
+                raise BenchError(problem)
+
+    def _machines(self) -> list[dict[str, Any]]:
+        return [node for node in self._ray.nodes() if node["Alive"]]
+
+    def _room(self) -> int:
+        """How many cells fit on the machines that are there now."""
+        needs = {name: need for name, need in (("CPU", self._cpus), ("GPU", self._gpus)) if need}
+        fits = [
+            min(int(round(node["Resources"].get(name, 0.0) / need, 6)) for name, need in needs.items())
+            for node in self._machines()
+        ]
+        return sum(fits)
+
+    @property
+    def slots(self) -> int:
+        """As many cells as fit. Where machines were lost, one waits until others come."""
+        return max(1, self._room())
+
+    def start(self, cell: Cell) -> None:
+        """Submit a cell."""
+        self._tasks[self._work.remote(*self._shared, cell.config)] = _Task(cell, time.monotonic())
+
+    def wait(self) -> list[tuple[Cell, Outcome]]:
+        """The cells that ended within a short time."""
+        ended, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=LOOK)
+        return [self._collect(reference) for reference in ended]
+
+    def _collect(self, reference: Any) -> tuple[Cell, Outcome]:
+        task = self._tasks.pop(reference)
+        errors = self._ray.exceptions
+        try:
+            return task.cell, self._ray.get(reference)
+        except errors.RayTaskError as error:
+            # Not the cell's own error, which is an outcome: the worker could not even begin.
+            outcome = Outcome(error=f"the Ray worker failed: {_first_line(error.cause)}")
+        except errors.RayError as error:
+            lost = (
+                errors.WorkerCrashedError,
+                errors.NodeDiedError,
+                errors.OutOfMemoryError,
+                errors.LocalRayletDiedError,
+                errors.ObjectLostError,
+            )
+            what = f"the Ray worker was lost: {_first_line(error)}"
+            seconds = round(time.monotonic() - task.began, 3)
+            outcome = Outcome(error=what, lost=isinstance(error, lost), seconds=seconds)
+        return task.cell, outcome
+
+    def stop(self) -> None:
+        """Cancel what still runs and leave the cluster."""
+        left = list(self._tasks)
+        for reference in left:
+            self._ray.cancel(reference)
+        if left:
+            _, left = self._ray.wait(left, num_returns=len(left), timeout=GRACE)
+        for reference in left:
+            self._ray.cancel(reference, force=True)
+        self._tasks.clear()
+        self._leave.close()
+
+
+def _work(runner: Runner, place: Place, environment: Mapping[str, str], threads: int, config: RunConfig) -> Outcome:
+    """The Ray task: run one cell."""
+    import torch
+
+    problem = place.problem()
+    if problem is not None:
+        return Outcome(error=problem, lost=True)
+    place.enter()
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    return attempt(runner, config)
+
+
+def _import_ray() -> Any:
+    # A privacy benchmark does not report home.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingError("--engine ray needs Ray: pip install ppfr-bench[ray]") from error
+    return ray
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    """Start a cluster here, or join one, and keep what the command line does on SIGTERM."""
+    _check_address(address)
+    handler = signal.getsignal(signal.SIGTERM)
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address is None:
+            ray.init(address="local", include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise BenchError(f"no Ray cluster at {address or 'this machine'}: {_first_line(error)}") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _check_address(address: str | None) -> None:
+    """Find out quickly what Ray finds out in minutes: that nobody listens at ``HOST:PORT``."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=GRACE).close()
+    except (OSError, OverflowError) as error:
+        raise BenchError(f"no Ray cluster at {address}: {error} (ray start --head prints the address)") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

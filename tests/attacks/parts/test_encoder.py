@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+from torch.nn import functional
+
+from attacks.parts.encoder import Encoder, MapNormalisation, MarginSoftmax, PlacedConvolution
+from attacks.parts.training import TrainingOptions, vary
+from bench.nets.onnx import OnnxEncoder
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def encoder(shape, **options):
+    torch.manual_seed(0)
+    return Encoder(shape, **{"widths": (4, 6), "blocks": 1, "embedding_size": 5} | options)
+
+
+# -- normalisation ------------------------------------------------------------------------------------
+
+
+def test_channels_and_maps_of_any_scale_come_out_alike():
+    scales = torch.tensor([1e-3, 1.0, 750.0])[:, None, None]
+    sent = torch.randn(40, 3, 8, 8, generator=seeded()) * scales + 5 * scales
+    sent[7] *= 1e-2  # one faint face
+    layer = MapNormalisation(3)
+    layer.measure([(sent[:15], None), (sent[15:], None)])
+    torch.testing.assert_close(layer.mean, sent.mean(dim=(0, 2, 3)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(layer.std, sent.std(dim=(0, 2, 3), correction=0), rtol=1e-4, atol=0)
+    power = layer(sent).square().mean(dim=(2, 3))
+    torch.testing.assert_close(power, torch.ones(40, 3))
+
+
+def test_a_constant_channel_is_not_blown_up():
+    sent = torch.randn(4, 2, 8, 8, generator=seeded())
+    sent[:, 1] = 3.3
+    layer = MapNormalisation(2)
+    layer.measure([(sent, None)])
+    assert layer(sent)[:, 1].abs().max() < 1e-2
+
+
+def test_templates_keep_their_size():
+    sent = torch.randn(30, 2, 1, 1, generator=seeded())
+    layer = MapNormalisation(2)
+    layer.measure([(sent, None)])
+    expected = (sent - sent.mean(dim=0)) / sent.std(dim=0, correction=0)
+    torch.testing.assert_close(layer(sent), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_follow_the_places():
+    scales = torch.tensor([1.0, 10.0, 100.0])
+    places = torch.stack([torch.randperm(3, generator=seeded(i))[:2] for i in range(50)])
+    sent = (torch.randn(50, 2, 8, 8, generator=seeded()) + 2) * scales[places][..., None, None]
+    layer = MapNormalisation(3)
+    layer.measure([(sent[:20], places[:20]), (sent[20:], places[20:])])
+    torch.testing.assert_close(layer.std, scales, rtol=0.1, atol=0)
+    torch.testing.assert_close(layer.mean, 2 * scales, rtol=0.1, atol=0)
+    torch.testing.assert_close(layer(sent, places).square().mean(dim=(2, 3)), torch.ones(50, 2))
+
+
+# -- the network --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(8, 8), (7, 9)])
+def test_a_placed_convolution_is_a_convolution_of_the_spread_maps(stride, size):
+    torch.manual_seed(0)
+    layer = PlacedConvolution(5, 2, 3, stride)
+    places = torch.tensor([[4, 1], [0, 2]])
+    sent = torch.randn(2, 2, *size)
+    spread = torch.zeros(2, 5, *size).scatter(1, places[:, :, None, None].expand_as(sent), sent)
+    weight = layer.weight.view(5, 9, 3).permute(2, 0, 1).reshape(3, 5, 3, 3)
+    expected = functional.conv2d(spread, weight, padding=1, stride=stride)
+    torch.testing.assert_close(layer(sent, places), expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (27, 33, 47), (1, 8, 8), (16, 7, 7), (512, 1, 1), (2, 40, 3)])
+def test_any_representation_gets_an_embedding(shape):
+    network = encoder(shape, widths=(4, 6, 8), blocks=2)
+    embeddings = network(torch.rand(3, *shape))
+    assert embeddings.shape == (3, 5)
+    assert embeddings.dtype == torch.float32
+    assert embeddings.requires_grad
+
+
+def test_a_template_is_not_squeezed_through_the_layers_for_pictures():
+    def widths(shape):
+        network = encoder(shape, widths=(4, 8, 64))
+        return [maps.shape[1] for maps in network.stage_outputs(torch.rand(2, *shape))]
+
+    assert widths((40, 1, 1)) == widths((16, 7, 7)) == [64, 64, 64]
+    assert widths((3, 8, 8)) == [4, 8, 64]
+
+
+def test_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"\(N, 3, 16, 16\), got \(2, 4, 16, 16\)"):
+        encoder((3, 16, 16))(torch.rand(2, 4, 16, 16))
+
+
+def test_the_forward_pass_reads_out_the_last_stage():
+    network = encoder((3, 16, 16)).eval()
+    faces = torch.rand(2, 3, 16, 16)
+    outputs = network.stage_outputs(faces)
+    assert [tuple(maps.shape[1:]) for maps in outputs] == [(4, 16, 16), (6, 8, 8)]
+    torch.testing.assert_close(network.read_out(outputs[-1]), network(faces))
+
+
+def test_a_student_takes_over_all_but_the_first_layer_and_the_statistics():
+    teacher, student = encoder((3, 16, 16)), encoder((27, 16, 16))
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(1)
+    teacher.normalisation.mean.fill_(7)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    taken = student.start_from(teacher)
+    after, source = student.state_dict(), teacher.state_dict()
+    kept = {"first.weight", "normalisation.mean", "normalisation.std"}
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+    assert all(torch.equal(after[name], source[name]) for name in after if name not in kept)
+    assert taken == sum(value.numel() for name, value in source.items() if name not in kept)
+
+
+def test_a_student_of_plain_faces_takes_over_everything():
+    teacher, student = encoder((3, 16, 16)), encoder((3, 16, 16))
+    nn.init.normal_(teacher.first.weight)
+    student.start_from(teacher)
+    faces = torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(student.eval()(faces), teacher.eval()(faces))
+
+
+def test_a_student_can_start_with_the_mean_and_spread_of_what_it_imitates():
+    network = encoder((3, 16, 16)).train()
+    targets = torch.randn(200, 5, generator=seeded()) * torch.tensor([0.1, 1, 2, 3, 4]) + 3
+    network.aim_at(targets)
+    embeddings = network(torch.rand(64, 3, 16, 16, generator=seeded(1))).detach()
+    torch.testing.assert_close(embeddings.mean(dim=0), targets.mean(dim=0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(embeddings.std(dim=0, correction=0), targets.std(dim=0, correction=0), rtol=1e-2, atol=0)
+
+
+# -- the margin softmax -------------------------------------------------------------------------------
+
+
+def test_the_loss_is_cosface():
+    torch.manual_seed(0)
+    head = MarginSoftmax(4, 3, scale=10.0, margin=0.3)
+    embeddings, identities = torch.randn(5, 4), torch.tensor([0, 2, 1, 1, 0])
+    cosine = functional.cosine_similarity(embeddings[:, None], head.centres[None], dim=2)
+    total = 0.0
+    for row, identity in zip(cosine.tolist(), identities.tolist(), strict=True):
+        logits = [10 * (c - 0.3 * (j == identity)) for j, c in enumerate(row)]
+        total += math.log(sum(math.exp(x) for x in logits)) - logits[identity]
+    assert float(head(embeddings, identities).detach()) == pytest.approx(total / 5, rel=1e-5)
+    assert float(head(3 * embeddings, identities).detach()) == pytest.approx(total / 5, rel=1e-5)
+
+
+# -- augmentation -------------------------------------------------------------------------------------
+
+
+def test_without_strength_faces_are_only_mirrored():
+    faces = torch.rand(64, 3, 8, 8, generator=seeded())
+    varied = vary(faces, 0.0, seeded(1))
+    mirrored = (varied == faces.flip(-1)).flatten(1).all(dim=1)
+    kept = (varied == faces).flatten(1).all(dim=1)
+    assert bool((mirrored | kept).all())
+    assert 16 < int(mirrored.sum()) < 48
+
+
+def test_varied_faces_differ_stay_in_range_and_follow_the_generator():
+    faces = torch.rand(32, 3, 12, 12, generator=seeded())
+    before = faces.clone()
+    varied = vary(faces, 1.0, seeded(1))
+    assert torch.equal(faces, before)
+    assert float(varied.min()) >= 0
+    assert float(varied.max()) <= 1
+    assert not bool((varied == faces).flatten(1).all(dim=1).any())
+    assert torch.equal(varied, vary(faces, 1.0, seeded(1)))
+    assert not torch.equal(varied, vary(faces, 1.0, seeded(2)))
+
+
+def test_half_of_the_faces_keep_their_finest_detail():
+    """A checkerboard survives a change of colour; resampling by fractions of a pixel blurs it."""
+    board = (torch.arange(16)[:, None] + torch.arange(16)).remainder(2).float().mul(0.2).add(0.4)
+    varied = vary(board.expand(200, 3, 16, 16), 0.5, seeded())
+    contrast = (varied[:, 0, 7:9, :2].diff(dim=-1)).abs().mean(dim=(1, 2))
+    assert 60 < int((contrast > 0.15).sum()) < 140
+
+
+def test_stronger_augmentation_changes_more():
+    faces = torch.rand(64, 3, 8, 8, generator=seeded())
+    changes = [float((vary(faces, s, seeded(3)) - vary(faces, 0.0, seeded(3))).abs().mean()) for s in (0.25, 0.5, 1.0)]
+    assert changes == sorted(changes)
+    assert changes[0] > 0
+
+
+# -- published encoders -------------------------------------------------------------------------------
+
+WEIGHTS = np.random.default_rng(0).normal(size=(3 * 8 * 8, 4)).astype(np.float32)
+
+
+def make_model(path, *, shape=("n", 3, 8, 8), weights=WEIGHTS, outputs=("n", 4)):
+    """``flatten(x) @ weights`` as an ONNX file."""
+    nodes = [
+        helper.make_node("Flatten", ["input"], ["flat"], axis=1),
+        helper.make_node("MatMul", ["flat", "w"], ["embedding"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, list(shape))],
+        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, list(outputs))],
+        [helper.make_tensor("w", TensorProto.FLOAT, weights.shape, weights.flatten())],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+CPU = torch.device("cpu")
+
+
+def test_an_onnx_file_is_fed_what_the_field_feeds_it(tmp_path):
+    path = make_model(tmp_path / "r.onnx")
+    network = OnnxEncoder(path, CPU)
+    faces = torch.rand(3, 3, 8, 8, generator=seeded())
+    expected = ((255 * faces - 127.5) / 128).flatten(1) @ torch.from_numpy(WEIGHTS)
+    torch.testing.assert_close(network(faces), expected, rtol=1e-4, atol=1e-4)
+    assert network.embedding_size == 4
+    assert bytes(network.digest.tolist()) == hashlib.sha256(path.read_bytes()).digest()
+
+
+def test_other_sizes_are_resized_and_fixed_batches_filled(tmp_path):
+    network = OnnxEncoder(make_model(tmp_path / "r.onnx", shape=(2, 3, 8, 8), outputs=(2, 4)), CPU)
+    faces = torch.rand(5, 3, 16, 16, generator=seeded())
+    small = functional.interpolate(faces, (8, 8), mode="bilinear", antialias=True).clamp(0, 1)
+    assert network(faces).shape == (5, 4)
+    torch.testing.assert_close(network(faces), network(small))
+
+
+def test_files_that_are_no_recogniser_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"absent\.onnx does not exist"):
+        OnnxEncoder(tmp_path / "absent.onnx", CPU)
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(ValueError, match="no ONNX model"):
+        OnnxEncoder(tmp_path / "text.onnx", CPU)
+    with pytest.raises(ValueError, match=r"must map \(N, 3, H, W\)"):
+        OnnxEncoder(make_model(tmp_path / "grey.onnx", shape=("n", 1, 8, 24)), CPU)
+
+
+def test_weights_of_another_file_are_found_out(tmp_path):
+    network = OnnxEncoder(make_model(tmp_path / "a.onnx"), CPU)
+    other = OnnxEncoder(make_model(tmp_path / "b.onnx", weights=2 * WEIGHTS), CPU)
+    other.load_state_dict(network.state_dict())
+    with pytest.raises(ValueError, match="not the file"):
+        other(torch.rand(1, 3, 8, 8))
+
+
+def test_embeddings_that_are_not_finite_are_refused(tmp_path):
+    network = OnnxEncoder(make_model(tmp_path / "nan.onnx", weights=WEIGHTS * np.nan), CPU)
+    with pytest.raises(ValueError, match="not finite"):
+        network(torch.rand(1, 3, 8, 8))
+
+
+# -- options ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"widths": ""}, {"widths": "8,x"}, {"blocks": 0}, {"warmup": 0.5, "decay": 0.9}, {"batch_size": 1}]
+)
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainingOptions.model_validate(wrong)
+
+
+def test_widths_parse_from_the_command_line():
+    assert TrainingOptions.model_validate({"widths": "16, 32,64"}).widths == (16, 32, 64)

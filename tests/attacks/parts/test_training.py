@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attacks.parts import training as checkpoint
+from attacks.parts.training import Plateau, WarmHoldDecay
+
+
+def test_round_trip_of_tensors_and_json(tmp_path):
+    folder = tmp_path / "deep" / "fit"
+    tensors = {"scalar": torch.tensor(3.5), "view": torch.arange(6).view(2, 3).T, "flags": torch.tensor([True])}
+    checkpoint.save(folder, tensors, {"step": 7, "curve": [[1, 0.5]]})
+    loaded, meta = checkpoint.load(folder)
+    assert meta == {"step": 7, "curve": [[1, 0.5]]}
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_a_second_save_replaces_the_first_and_leaves_nothing_beside_it(tmp_path):
+    checkpoint.save(tmp_path, {"x": torch.zeros(1)}, {"step": 1})
+    checkpoint.save(tmp_path, {"x": torch.ones(1)}, {"step": 2})
+    tensors, meta = checkpoint.load(tmp_path)
+    assert (tensors["x"].item(), meta["step"]) == (1.0, 2)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_save_that_fails_keeps_the_last_one(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, {"x": torch.zeros(1)}, {"step": 1})
+
+    def half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(tmp_path, {"x": torch.ones(1)}, {"step": 2})
+    assert checkpoint.load(tmp_path)[1] == {"step": 1}
+
+
+def test_nothing_stored_is_none(tmp_path):
+    assert checkpoint.load(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_a_damaged_file_is_named(tmp_path, content):
+    checkpoint.save(tmp_path, {"x": torch.zeros(1)}, {"step": 1})
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=path.name):
+        checkpoint.load(tmp_path)
+
+
+def test_an_optimizer_continues_as_if_never_stopped(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        return layer, torch.optim.Adam(layer.parameters(), lr=0.1)
+
+    def step(layer, optimizer):
+        optimizer.zero_grad()
+        layer(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+
+    layer, optimizer = build()
+    for _ in range(3):
+        step(layer, optimizer)
+    other, resumed = build()
+    other.load_state_dict(layer.state_dict())
+    checkpoint.save(tmp_path, checkpoint.flatten_optimizer(optimizer.state_dict()), {})
+    checkpoint.restore_optimizer(resumed, checkpoint.load(tmp_path)[0])
+    step(layer, optimizer)
+    step(other, resumed)
+    assert torch.equal(layer.weight, other.weight)
+
+
+FLOOR = 0.2
+
+
+def test_a_flat_last_doubling_is_a_plateau_whatever_came_before():
+    assert Plateau().reached([(1, 0.2), (2, 0.1), (4, 0.0995)], FLOOR)
+
+
+def test_a_falling_last_doubling_is_none():
+    assert not Plateau().reached([(1, 0.11), (2, 0.1), (4, 0.09)], FLOOR)
+
+
+@pytest.mark.parametrize(("loss", "reached"), [(0.0971, True), (0.0969, False)])
+def test_the_relative_tolerance_is_a_share_of_the_earlier_loss(loss, reached):
+    assert Plateau(relative=0.03, absolute=1e-9).reached([(100, 0.1), (200, loss)], FLOOR) is reached
+
+
+@pytest.mark.parametrize(("loss", "reached"), [(0.0081, True), (0.0079, False)])
+def test_the_absolute_tolerance_is_a_share_of_the_floor(loss, reached):
+    assert Plateau(relative=1e-9, absolute=0.01).reached([(100, 0.01), (200, loss)], FLOOR) is reached
+
+
+def test_a_rising_loss_is_a_plateau():
+    assert Plateau().reached([(1, 0.1), (2, 0.12)], FLOOR)
+
+
+@pytest.mark.parametrize("curve", [[], [(8, 0.1)], [(5, 0.1), (8, 0.1)], [(1, 0.1), (8, 0.1)]])
+def test_without_a_point_near_half_nothing_is_claimed(curve):
+    assert Plateau().gain(curve) is None
+    assert not Plateau().reached(curve, FLOOR)
+
+
+@pytest.mark.parametrize(("loss", "reached"), [(1.02, True), (1.04, False)])
+def test_what_does_worse_than_the_floor_has_not_come_to_rest(loss, reached):
+    assert Plateau(relative=0.03).reached([(100, loss * FLOOR), (200, loss * FLOOR)], FLOOR) is reached
+
+
+def test_the_point_nearest_to_half_is_compared():
+    assert Plateau().gain([(30, 0.5), (50, 0.3), (60, 0.25), (100, 0.2)]) == pytest.approx(0.1)
+
+
+def test_rises_holds_and_falls():
+    schedule = WarmHoldDecay(steps=100, warmup=0.1, decay=0.3)
+    factors = [schedule.factor(step) for step in range(schedule.end())]
+    assert len(factors) == 100
+    assert factors[0] == pytest.approx(1 / 11)
+    assert factors[10:70] == [1.0] * 60
+    assert factors[70] == pytest.approx(30 / 31)
+    assert factors[99] == pytest.approx(1 / 31)
+    assert factors[:10] == sorted(factors[:10])
+    assert factors[70:] == sorted(factors[70:], reverse=True)
+
+
+def test_an_early_decay_keeps_the_shares():
+    schedule = WarmHoldDecay(steps=1000, warmup=0.0, decay=0.2)
+    assert schedule.end(400) == 500
+    assert schedule.factor(399, 400) == 1.0
+    assert schedule.factor(499, 400) == pytest.approx(1 / 101)
+    assert schedule.end(800) == schedule.end() == 1000
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9])
+def test_every_step_has_a_positive_factor_even_in_the_shortest_training(steps, decay):
+    schedule = WarmHoldDecay(steps=steps, warmup=0.5, decay=decay)
+    assert 1 <= schedule.hold_end <= steps
+    assert all(0 < schedule.factor(step) <= 1 for step in range(steps))
+
+
+def test_checks_end_with_the_hold_and_hold_its_half():
+    schedule = WarmHoldDecay(steps=100, warmup=0.0, decay=0.2)
+    assert schedule.checks()[-1] == schedule.hold_end == 80
+    assert 40 in schedule.checks()
+    assert schedule.checks() == sorted(set(schedule.checks()))
+    assert WarmHoldDecay(1, 0.0, 0.0).checks() == [1]

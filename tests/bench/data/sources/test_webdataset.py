@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from open_source import open_source
+
+from bench.data.decode import decode_image
+from bench.data.loaders import load
+from bench.data.sources.webdataset import find_shards
+from bench.data.tools.info import info
+from bench.data.tools.verify import verify
+from bench.errors import DataError, MissingError, UsageError
+
+
+def write_shard(path, members, mode="w"):
+    with tarfile.open(path, mode, format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path, make_jpeg):
+    """Two shards of three samples each; identities 10, 2, 10 and 2, 10, 7."""
+    for shard, people in enumerate(((10, 2, 10), (2, 10, 7))):
+        members = []
+        for i, person in enumerate(people):
+            key = f"part.one/{shard}{i:04d}"
+            members += [(f"{key}.jpg", make_jpeg(10 * shard + i)), (f"{key}.cls", b"%d\n" % person)]
+        write_shard(tmp_path / f"faces-{shard:04d}.tar", members)
+    return tmp_path
+
+
+@pytest.mark.parametrize("how", ["faces-{0000..0001}.tar", "."])
+def test_images_and_identities(shards, make_jpeg, how):
+    source = open_source("webdataset", shards / how, image_size=48)
+    assert (len(source), source.identities) == (6, 3)
+    # In the order of the numbers, as the shards' own labels are.
+    assert [source.name(k) for k in range(3)] == ["2", "7", "10"]
+    assert source.labels.tolist() == [2, 0, 2, 0, 2, 1]
+    batch = source.read(np.array([5, 0, 3, 3]))
+    assert batch.labels.tolist() == [1, 2, 0, 0]
+    for image, seed in zip(batch.images, (12, 0, 10, 10), strict=True):
+        assert (image.int() - decode_image(make_jpeg(seed), 48).int()).abs().max() <= 2
+
+
+def test_one_shard(shards):
+    assert len(open_source("webdataset", shards / "faces-0001.tar")) == 3
+
+
+@pytest.mark.parametrize("key", ["label", "cls", "identity", "class"])
+def test_identities_in_json(tmp_path, make_jpeg, key):
+    long = "x" * 200  # beyond the name field of a tar header
+    write_shard(
+        tmp_path / "a.tar",
+        [
+            (f"{long}/1.json", json.dumps({"width": 112, key: "Ann"}).encode()),
+            (f"{long}/1.JPG", make_jpeg(0)),
+            (f"{long}/2.seg.png", make_jpeg(1)),
+            (f"{long}/2.json", json.dumps({key: 5}).encode()),
+        ],
+    )
+    source = open_source("webdataset", tmp_path / "a.tar")
+    assert [source.name(label) for label in source.labels] == ["Ann", "5"]
+    assert len(source.read(np.arange(2)).images) == 2
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("1.cls", b"0")], r"a\.tar: sample '1' at offset 0 has 0 images, not one"),
+        ([("1.jpg", b"x"), ("1.png", b"x"), ("1.cls", b"0")], "has 2 images"),
+        ([("1.jpg", b"x"), ("2.cls", b"0")], "neither .cls nor .json"),
+        ([("1.jpg", b"x"), ("1.cls", b" \n")], r"its \.cls says no identity"),
+        ([("1.jpg", b"x"), ("1.cls", b"\xff")], r"its \.cls cannot be read"),
+        ([("1.jpg", b"x"), ("1.json", b"{")], r"its \.json cannot be read"),
+        ([("1.jpg", b"x"), ("1.json", b'{"name": 1, "label": true}')], r"its \.json says no identity"),
+        ([("1.jpg", b"x"), ("1.jpg", b"x")], "at offset 1024 is there twice"),
+        ([], "holds no samples"),
+    ],
+)
+def test_samples_that_are_none(tmp_path, members, message):
+    with pytest.raises(DataError, match=message):
+        open_source("webdataset", write_shard(tmp_path / "a.tar", members))
+
+
+def test_a_shard_that_was_cut_off(shards):
+    path = shards / "faces-0001.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1]
+    path.write_bytes(whole[: last.offset_data - 700])  # within an image
+    with pytest.raises(DataError, match=r"faces-0001\.tar is damaged or truncated behind offset \d+"):
+        open_source("webdataset", shards)
+    path.write_bytes(whole[: last.offset])  # where a reader would not notice
+    with pytest.raises(DataError, match=r"faces-0001\.tar is truncated: it ends at offset \d+ without the end mark"):
+        open_source("webdataset", shards)
+
+
+def test_a_shard_that_is_cut_off_later(shards):
+    source = open_source("webdataset", shards)
+    (shards / "faces-0001.tar").write_bytes((shards / "faces-0001.tar").read_bytes()[:2000])
+    source.read(np.arange(3))
+    with pytest.raises(DataError, match=r"faces-0001\.tar is truncated: it has 2000 bytes"):
+        source.read(np.array([0, 5]))
+
+
+def test_compressed_shards_and_other_files(tmp_path, make_jpeg):
+    write_shard(tmp_path / "a.tar", [("1.jpg", make_jpeg(0)), ("1.cls", b"0")], "w:gz")
+    with pytest.raises(DataError, match=r"a\.tar is damaged or truncated"):
+        open_source("webdataset", tmp_path)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path, make_jpeg):
+    write_shard(tmp_path / "a.tar", [("1.jpg", b"no"), ("1.cls", b"0"), ("2.jpg", make_jpeg(0)), ("2.cls", b"0")])
+    with pytest.raises(DataError, match=r"a\.tar image at offset 512: not a JPEG"):
+        open_source("webdataset", tmp_path).read(np.arange(2))
+    batch = open_source("webdataset", tmp_path, on_error="skip").read(np.arange(2))
+    assert batch.rows.tolist() == [1]
+
+
+def test_which_shards_are_meant(shards):
+    assert [path.name for path in find_shards(shards / "faces-{0000..0001}.tar")] == [
+        "faces-0000.tar",
+        "faces-0001.tar",
+    ]
+    with pytest.raises(MissingError, match=r"faces-0002\.tar does not exist \(2 of 4 shards are missing\)"):
+        find_shards(shards / "faces-{0000..0003}.tar")
+    with pytest.raises(MissingError, match="names no shard"):
+        find_shards(shards / "faces-{0003..0001}.tar")
+    (shards / "none").mkdir()
+    with pytest.raises(MissingError, match="has no tar shards"):
+        find_shards(shards / "none")
+    with pytest.raises(UsageError, match="'tfrecord' cannot be streamed: choose insightface, folder, webdataset"):
+        open_source("tfrecord", shards)
+
+
+def test_the_whole_set_as_a_dataset(shards, make_jpeg):
+    source = load("webdataset", data_root=shards, image_size=48, seed=0)
+    assert source.faces.names == ("2", "7", "10")
+    assert source.faces.labels.tolist() == [2, 0, 2, 0, 2, 1]
+    for image, seed in zip(source.faces.images, (0, 1, 2, 10, 11, 12), strict=True):
+        assert torch.equal(image, decode_image(make_jpeg(seed), 48))
+
+
+def test_a_whole_set_without_the_images_that_are_damaged(tmp_path, make_jpeg):
+    people = [("1", b"no", b"Ann"), ("2", make_jpeg(0), b"Bob"), ("3", make_jpeg(1), b"Bob")]
+    members = [(f"{key}.{kind}", data) for key, image, name in people for kind, data in (("jpg", image), ("cls", name))]
+    write_shard(tmp_path / "a.tar", members)
+    faces = load("webdataset", data_root=tmp_path, image_size=32, seed=0).faces
+    assert faces.names == ("Bob",)
+    assert [entry.where for entry in faces.skipped] == ["a.tar image at offset 512"]
+    write_shard(tmp_path / "a.tar", members[:4])
+    with pytest.raises(DataError, match=r"nobody in .* has two usable images \(1 images skipped\)"):
+        load("webdataset", data_root=tmp_path, image_size=32, seed=0)
+
+
+def test_info_and_verify_read_shards(shards, make_jpeg):
+    (part,) = info(shards).parts
+    assert (info(shards).kind, part.images, part.identities) == ("tar shards", 6, 3)
+    assert part.sizes == {"112x112 RGB": 6}
+    assert verify(shards / "faces-{0000..0001}.tar").ok
+    write_shard(
+        shards / "faces-0002.tar", [("1.jpg", b"no"), ("1.cls", b"2"), ("2.jpg", make_jpeg(0)), ("2.cls", b"7")]
+    )
+    findings = verify(shards).findings
+    assert [(entry.severity, entry.where) for entry in findings] == [
+        ("damaged", "faces-0002.tar image at offset 512"),
+        ("suspicious", "faces-0002.tar image at offset 2560"),
+    ]
+    (shards / "faces-0002.tar").write_bytes(b"nonsense" * 200)
+    assert [entry.severity for entry in verify(shards).findings] == ["damaged"]

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+
+from bench.data.tools.info import info
+from bench.data.tools.pack import pack
+from bench.errors import DataError, MissingError
+
+PAIRS = "2\t1\nAnn\t1\t2\nAnn\t1\tBob\t2\nCy\t1\t2\nCy\t2\tBob\t1\n"
+PEOPLE = {"Ann": 3, "Bob": 2, "Cy": 2, "Dee": 5, "Eve": 1}
+
+
+def test_folder(make_tree, make_image, make_encoded):
+    root = make_tree(PEOPLE)
+    (root / "pairs.txt").write_text(PAIRS)
+    (root / "Ann/notes.txt").write_text("x")
+    (root / "Eve/Eve_0001.jpg").write_bytes(make_encoded(make_image(0, (60, 40), "L")))
+    (root / "Dee/Dee_0005.jpg").write_bytes(b"rubbish")
+    seen: list[tuple[int, int]] = []
+    found = info(root, report=lambda *args: seen.append(args))
+    assert found.kind == "folder"
+    (part,) = found.parts
+    assert (part.identities, part.images, part.single_image_identities, part.ignored) == (5, 13, 1, 1)
+    assert part.images_per_identity == {"min": 1, "q25": 2, "median": 2, "q75": 3, "max": 5}
+    assert part.sizes == {"112x112 RGB": 11, "60x40 L": 1, "unreadable": 1}
+    assert part.pairs is not None
+    assert (part.pairs.pairs, part.pairs.genuine, part.pairs.folds) == (4, 2, 2)
+    assert seen[-1] == (13, 13)
+
+
+def test_insightface_and_its_files(make_tree, tmp_path):
+    root = make_tree(PEOPLE)
+    (root / "pairs.txt").write_text(PAIRS)
+    out = tmp_path / "out"
+    pack(root, out)
+    found = info(out)
+    assert found.kind == "insightface"
+    records, pairs = found.parts
+    assert (records.name, records.identities, records.images, records.pairs) == ("train.rec", 2, 6, None)
+    assert (pairs.name, pairs.identities, pairs.images) == ("lfw.bin", 3, 8)
+    assert pairs.pairs is not None
+    assert (pairs.pairs.pairs, pairs.pairs.genuine) == (4, 2)
+    assert info(out / "train.rec").parts == (records,)
+    assert info(out / "lfw.bin").parts == (pairs,)
+    assert found.model_validate_json(found.model_dump_json()) == found
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(MissingError, match="does not exist"):
+        info(tmp_path / "none")
+    with pytest.raises(DataError, match="holds no images"):
+        info(tmp_path)
+    (tmp_path / "x.zip").touch()
+    with pytest.raises(DataError, match=r"neither a folder nor a \.rec or \.bin"):
+        info(tmp_path / "x.zip")

@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.errors import UsageError
+from bench.nets.backbones import BACKBONES
+from bench.nets.vit import patch_size
+from tests.support.cost import backbone_cost, images_per_second
+
+CONVOLUTIONAL = ("ir-tiny", "ir-18", "ir-34", "ir-50", "ir-100", "mobilefacenet")
+PLAIN = ("vit-tiny", "vit-tiny-equal", "vit-small", "vit-small-equal")
+TRANSFORMERS = ("partialformer-tiny", "partialformer-small", *PLAIN)
+NAMES = CONVOLUTIONAL + TRANSFORMERS
+#: Without one of its parts, or with tokens of another kind.
+VARIANTS = (
+    "partialformer-tiny:no-small-nets",
+    "partialformer-tiny:no-head-scaling",
+    "partialformer-tiny:no-residual-attention",
+    "partialformer-tiny:channels",
+    "partialformer-tiny:class-token",
+    "partialformer-tiny:mean",
+    "partialformer-tiny:no-small-nets+no-head-scaling+no-residual-attention+channels+class-token",
+    "vit-tiny:channels+class-token",
+)
+
+
+def build(name: str, channels: int, size: tuple[int, int], dimensions: int = 512, **options: float) -> torch.nn.Module:
+    return BACKBONES.get(name)(in_channels=channels, input_size=size, embedding_size=dimensions, **options)
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_the_registry_holds_these_names() -> None:
+    assert set(BACKBONES) == set(NAMES)
+    with pytest.raises(UsageError, match="did you mean 'ir-50'"):
+        BACKBONES.get("ir50")
+
+
+@pytest.mark.parametrize(
+    ("size", "channels"),
+    [((112, 112), 3), ((112, 112), 192), ((64, 64), 27), ((57, 57), 27), ((40, 23), 3), ((7, 7), 16), ((1, 1), 1)],
+)
+@pytest.mark.parametrize("name", NAMES + VARIANTS)
+def test_any_channels_and_size_give_one_embedding(name: str, size: tuple[int, int], channels: int) -> None:
+    # The meta device computes shapes alone, so that the deep networks cost nothing.
+    with torch.device("meta"):
+        net = build(name, channels, size, 96)
+        assert net(torch.empty(2, channels, *size)).shape == (2, 96)
+
+
+@pytest.mark.parametrize("name", ["ir-tiny", "ir-18", "mobilefacenet", "vit-tiny", "partialformer-tiny", *VARIANTS])
+def test_values_and_gradients_are_finite(name: str) -> None:
+    torch.manual_seed(0)
+    net = build(name, 27, (33, 33), 64)
+    embedding = net(torch.randn(4, 27, 33, 33))
+    assert embedding.shape == (4, 64)
+    assert embedding.dtype == torch.float32
+    embedding.square().sum().backward()
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert torch.isfinite(parameter.grad).all()
+
+
+# Published sizes at 112x112 RGB: the authors' IResNet with 512 dimensions, MobileFaceNet with 128.
+@pytest.mark.parametrize(
+    ("name", "dimensions", "millions", "tolerance"),
+    [
+        ("ir-18", 512, 24.03, 0.01),
+        ("ir-34", 512, 34.14, 0.01),
+        ("ir-50", 512, 43.59, 0.01),
+        ("ir-100", 512, 65.16, 0.01),
+        ("mobilefacenet", 128, 0.99, 0.02),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, dimensions: int, millions: float, tolerance: float) -> None:
+    with torch.device("meta"):
+        net = build(name, 3, (112, 112), dimensions)
+    assert parameters(net) / 1e6 == pytest.approx(millions, abs=tolerance)
+
+
+def test_more_channels_widen_the_first_convolution_only() -> None:
+    with torch.device("meta"):
+        three, many = (build("ir-50", channels, (112, 112)) for channels in (3, 27))
+    assert parameters(many) - parameters(three) == 24 * 64 * 9
+
+
+def likeness_of_opposite_corners(name: str) -> float:
+    """Cosine of a fresh network's embeddings of two pictures, each with a bright square in another corner."""
+    torch.manual_seed(0)
+    net = build(name, 3, (64, 64)).eval()
+    images = torch.zeros(2, 3, 64, 64)
+    images[0, :, :16, :16] = 1
+    images[1, :, -16:, -16:] = 1
+    first, second = torch.nn.functional.normalize(net(images)).detach()
+    return float(first @ second)
+
+
+def test_the_output_layer_tells_places_apart() -> None:
+    # Averages over places would map a face and its mirror image to nearly the same embedding.
+    assert likeness_of_opposite_corners("ir-tiny") < 0.9
+    assert likeness_of_opposite_corners("partialformer-tiny") < 0.95 < likeness_of_opposite_corners("vit-tiny:mean")
+
+
+@pytest.mark.parametrize("name", ["partialformer-tiny:mean", "vit-tiny:class-token"])
+@torch.no_grad()
+def test_positions_are_what_tells_patches_apart(name: str) -> None:
+    torch.manual_seed(0)
+    net = build(name, 3, (64, 64)).eval()
+    image = torch.randn(1, 3, 64, 64)
+    moved = image.roll((8, 24), (2, 3))  # by whole patches
+    assert not torch.allclose(net(moved), net(image), rtol=0, atol=1e-4)
+    net.get_parameter("tokens.positions").zero_()
+    torch.testing.assert_close(net(moved), net(image), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ir-tiny", "mobilefacenet", "partialformer-tiny"])
+def test_dropout_acts_in_training_only(name: str) -> None:
+    torch.manual_seed(0)
+    net = build(name, 3, (32, 32), 64, dropout=0.5)
+    images = torch.randn(4, 3, 32, 32)
+    assert not torch.equal(net(images), net(images))
+    net.eval()
+    assert torch.equal(net(images), net(images))
+
+
+def test_the_tiny_network_stays_within_its_budget() -> None:
+    """Multiply-accumulates per face, which decide what two cores can train."""
+    macs = 0
+
+    def count(module: torch.nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal macs
+        assert isinstance(module.weight, torch.Tensor)
+        macs += output[0].numel() * module.weight[0].numel()
+
+    with torch.device("meta"):
+        net = build("ir-tiny", 27, (64, 64), 256)
+        for layer in net.modules():
+            if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+                layer.register_forward_hook(count)
+        net(torch.empty(2, 27, 64, 64))
+    assert macs < 60e6
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("partialformer-tiny:no-ffn", "partialformer-tiny: unknown modifier 'no-ffn'; available: .*no-small-nets"),
+        ("vit-small:no-small-nets", "vit-small: unknown modifier 'no-small-nets'; available: channels, class-token"),
+        ("vit-tiny:channels+channels", "'channels' is given twice"),
+        ("vit-tiny:mean+class-token", "exclude each other"),
+        ("ir-18:channels", "unknown backbone 'ir-18:channels': did you mean 'ir-18'"),
+        ("partialformr-tiny", "did you mean 'partialformer-tiny'"),
+    ],
+)
+def test_variants_are_checked(name: str, message: str) -> None:
+    assert "partialformer-tiny:no-small-nets" in BACKBONES
+    with pytest.raises(UsageError, match=message):
+        BACKBONES.get(name)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+@pytest.mark.parametrize("shape", [(3, 112, 112), (27, 64, 64)])
+def test_plain_transformers_have_the_same_width_or_the_same_parameters(size: str, shape: tuple[int, int, int]) -> None:
+    with torch.device("meta"):
+        ours, same_width, same_parameters = (
+            build(name, shape[0], shape[1:]) for name in (f"partialformer-{size}", f"vit-{size}", f"vit-{size}-equal")
+        )
+    assert ours.get_parameter("tokens.positions").shape == same_width.get_parameter("tokens.positions").shape
+    layers = (
+        len(list(net.get_submodule(path).children()))
+        for net, path in ((ours, "encoder.layers"), (same_width, "encoder"))
+    )
+    assert next(layers) + 1 == next(layers)  # a plain encoder's norm stands in line with its layers
+    assert parameters(same_width) > 1.2 * parameters(ours)
+    assert parameters(same_parameters) == pytest.approx(parameters(ours), rel=0.03)
+
+
+def test_each_part_of_partialformer_can_be_taken_away() -> None:
+    with torch.device("meta"):
+        whole = build("partialformer-tiny", 27, (64, 64))
+        counts = {
+            part: parameters(whole) - parameters(build(f"partialformer-tiny:no-{part}", 27, (64, 64)))
+            for part in ("small-nets", "head-scaling", "residual-attention")
+        }
+    width, head, depth = 128, 16, 6
+    assert counts["small-nets"] == depth * (head * 64 + 64 + 64 * head + head)
+    # The global map: its norm, queries and keys of 16 heads.
+    assert counts["residual-attention"] == 2 * width + 2 * (width * 256 + 256)
+    # 8 heads instead of 16 in values, gate, output and the global map, and no network across heads.
+    narrower = 3 * width * 128 + 2 * 128
+    assert counts["head-scaling"] == depth * (narrower + 8 * 16 + 16 + 16 * 16 + 16) + 2 * (width * 128 + 128)
+
+
+@pytest.mark.parametrize(
+    ("size", "grid", "patch"),
+    [((112, 112), 14, 8), ((112, 112), 8, 16), ((64, 64), 8, 8), ((57, 57), 8, 8), ((40, 23), 8, 8), ((7, 7), 8, 1)],
+)
+def test_patches_are_as_small_as_the_grid_allows(size: tuple[int, int], grid: int, patch: int) -> None:
+    assert patch_size(size, grid) == patch
+
+
+@torch.no_grad()
+def test_patches_cover_the_whole_picture() -> None:
+    """A size that patches do not divide: the last row and column still reach the embedding."""
+    torch.manual_seed(0)
+    net = build("vit-tiny", 1, (57, 57), 32).eval()
+    picture = torch.zeros(1, 1, 57, 57)
+    for corner in ((0, 0), (56, 56), (0, 56)):
+        marked = picture.clone()
+        marked[0, 0, corner[0], corner[1]] = 1
+        assert not torch.allclose(net(marked), net(picture), atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_channel_token_is_a_whole_map() -> None:
+    net = build("vit-tiny:channels", 5, (9, 7), 32)
+    tokens = net.get_submodule("tokens")
+    x = torch.randn(2, 5, 9, 7)
+    linear, positions = net.get_submodule("tokens.embed"), net.get_parameter("tokens.positions")
+    assert isinstance(linear, torch.nn.Linear)
+    for channel in range(5):
+        expected = linear.weight @ x[1, channel].flatten() + linear.bias + positions[0, channel]
+        torch.testing.assert_close(tokens(x)[1, channel], expected)
+
+
+def test_costs_are_those_of_the_definition() -> None:
+    """A plain layer by hand: T tokens of width d take 12 T d^2 + 2 T^2 d multiply-accumulates."""
+    cost = backbone_cost("vit-tiny", (27, 64, 64), 512)
+    tokens, width, patch = 64, 128, 8
+    layer = 12 * tokens * width**2 + 2 * tokens**2 * width
+    assert cost.flops == 2 * (tokens * 27 * patch**2 * width + 6 * layer + width * 512)
+    with torch.device("meta"):
+        assert cost.parameters == parameters(build("vit-tiny", 27, (64, 64)))
+
+
+def test_costs_of_partialformer_are_those_of_the_definition() -> None:
+    cost = backbone_cost("partialformer-tiny", (27, 64, 64), 512)
+    tokens, width, head, heads, many, patch = 64, 128, 16, 8, 16, 8
+    projections = tokens * width * (2 * width + 3 * many * head)
+    attention = tokens**2 * (width + many * head) + tokens**2 * (heads * many + many * many)
+    small = tokens * many * 2 * head * 64
+    global_map = tokens * width * 2 * many * head + tokens**2 * many * head
+    expected = tokens * 27 * patch**2 * width + global_map + 6 * (projections + attention + small) + width * 512
+    assert cost.flops == 2 * expected
+
+
+def test_throughput_counts_images() -> None:
+    net = build("ir-tiny", 3, (16, 16), 32)
+    median, lower, upper = images_per_second(net, torch.randn(4, 3, 16, 16), rounds=3, training=True)
+    assert 0 < lower <= median <= upper
+    assert net.training
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore")  # the exporter that needs no further package is on its way out
+@pytest.mark.parametrize("name", ["partialformer-tiny", "partialformer-tiny:channels+class-token", "vit-tiny"])
+def test_exported_transformers_take_any_number_of_faces(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    net = build(name, 5, (24, 24), 16).eval()
+    file = tmp_path / "net.onnx"
+    torch.onnx.export(
+        net, (torch.randn(2, 5, 24, 24),), str(file), input_names=["x"], dynamic_axes={"x": {0: "n"}}, dynamo=False
+    )
+    faces = torch.randn(3, 5, 24, 24)
+    (embedding,) = onnxruntime.InferenceSession(str(file)).run(None, {"x": faces.numpy()})
+    torch.testing.assert_close(torch.from_numpy(embedding), net(faces).detach(), rtol=1e-4, atol=1e-5)

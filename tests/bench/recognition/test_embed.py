@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+
+from bench.data.faces import FaceSet
+from bench.images import to_float
+from bench.nets.recogniser import Recogniser, build_recogniser
+from bench.recognition.embed import embed_faces
+
+
+@pytest.fixture
+def recogniser(make_defense: Any) -> Recogniser:
+    recogniser = build_recogniser("ir-tiny", make_defense().representation_shape, 16)
+    recogniser(700 * torch.rand(8, 3, 16, 16) - 350)  # statistics
+    return recogniser.eval()
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(11)
+
+
+def test_the_embedding_is_image_plus_mirror_image_under_one_state(
+    recogniser: Recogniser, faces: FaceSet, make_defense: Any
+) -> None:
+    defense = make_defense()
+    embeddings = embed_faces(recogniser, defense, faces, generator=generator())
+    images = to_float(faces.images)
+    state = make_defense().draw(len(faces), generator())
+    with torch.no_grad():
+        views = [defense.protect(view, generator(), state=state).representation for view in (images, images.flip(-1))]
+        expected = F.normalize(recogniser(views[0]) + recogniser(views[1]))
+    torch.testing.assert_close(embeddings, expected)
+    assert embeddings.shape == (24, 16)
+    assert embeddings.dtype == torch.float32
+    assert not embeddings.requires_grad
+
+
+def test_without_flip_it_is_the_image_alone(recogniser: Recogniser, faces: FaceSet, make_defense: Any) -> None:
+    embeddings = embed_faces(recogniser, make_defense(), faces, generator=generator(), flip=False)
+    protected = make_defense().protect(to_float(faces.images), generator()).representation
+    with torch.no_grad():
+        torch.testing.assert_close(embeddings, recogniser.embed(protected))
+
+
+def test_each_query_draws_one_state_of_its_own(recogniser: Recogniser, faces: FaceSet, make_defense: Any) -> None:
+    defense = make_defense()
+    embed_faces(recogniser, defense, faces, generator=generator(), batch_size=10)
+    assert defense.labels == [None, None, None]  # one draw a batch, and no labels at a client
+    assert [len(images) for images, _ in defense.calls] == [10, 10, 10, 10, 4, 4]
+    states = [state for _, state in defense.calls]
+    for image, mirror in zip(states[::2], states[1::2], strict=True):
+        assert torch.equal(image, mirror)
+    assert len(torch.cat(states[::2]).unique()) == 3
+
+
+def test_the_batch_size_changes_nothing(recogniser: Recogniser, faces: FaceSet, make_defense: Any) -> None:
+    one, many = (
+        embed_faces(recogniser, make_defense(), faces, generator=generator(), batch_size=size) for size in (5, 24)
+    )
+    torch.testing.assert_close(one, many, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_and_statistics_are_left_as_they_were(
+    recogniser: Recogniser, faces: FaceSet, make_defense: Any, training: bool
+) -> None:
+    recogniser.train(training)
+    before = {name: value.clone() for name, value in recogniser.state_dict().items()}
+    embed_faces(recogniser, make_defense(), faces, generator=generator())
+    assert recogniser.training is training
+    assert all(torch.equal(value, before[name]) for name, value in recogniser.state_dict().items())
+
+
+def test_the_defence_keeps_float32_when_the_recogniser_does_not(
+    recogniser: Recogniser, faces: FaceSet, make_defense: Any
+) -> None:
+    defense = make_defense()
+    inside: list[bool] = []
+    original = defense.transform
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        inside.append(torch.is_autocast_enabled("cpu"))
+        result: torch.Tensor = original(*arguments)
+        return result
+
+    defense.transform = spy
+    mixed = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    half = embed_faces(recogniser, defense, faces, generator=generator(), fabric=mixed)
+    full = embed_faces(recogniser, make_defense(), faces, generator=generator())
+    assert inside == [False, False]
+    assert not torch.equal(half, full)
+    assert float((half * full).sum(1).min()) > 0.99
+
+
+def test_progress_counts_faces(recogniser: Recogniser, faces: FaceSet, make_defense: Any) -> None:
+    calls: list[tuple[int, int]] = []
+    embed_faces(
+        recogniser,
+        make_defense(),
+        faces,
+        generator=generator(),
+        batch_size=10,
+        report=lambda done, total, **_: calls.append((done, total)),
+    )
+    assert calls == [(10, 24), (20, 24), (24, 24)]
+
+
+def test_no_faces_give_no_rows(recogniser: Recogniser, faces: FaceSet, make_defense: Any) -> None:
+    none = faces.subset(torch.zeros(len(faces), dtype=torch.bool))
+    assert embed_faces(recogniser, make_defense(), none, generator=generator()).shape == (0, 16)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bench.errors import BenchError, DataError, MissingError
+from bench.nets.recogniser import build_recogniser
+from bench.recognition.state import FORMAT, load_recogniser, load_tensors, save_recogniser, save_tensors
+
+SHAPE = (3, 16, 16)
+
+
+def test_a_recogniser_survives_the_file(tmp_path: Path) -> None:
+    recogniser = build_recogniser("ir-tiny", SHAPE, 32, dropout=0.25, seed=3)
+    representation = torch.randn(4, *SHAPE)
+    recogniser(representation)  # moves the statistics off their start
+    save_recogniser(recogniser, tmp_path / "deep" / "r.safetensors", {"losses": [1.5, 0.5]})
+    loaded, details = load_recogniser(tmp_path / "deep" / "r.safetensors")
+    assert details == {"losses": [1.5, 0.5]}
+    assert loaded.spec == recogniser.spec
+    assert not loaded.training
+    assert torch.equal(loaded.embed(representation), recogniser.eval().embed(representation))
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["r.safetensors"]
+    frozen = dict(recogniser.named_parameters())
+    assert {n: p.requires_grad for n, p in loaded.named_parameters()} == {n: p.requires_grad for n, p in frozen.items()}
+
+
+def test_tensors_of_any_layout_and_type_survive(tmp_path: Path) -> None:
+    tensors = {
+        "last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "count": torch.tensor(7),
+        "half": torch.randn(3).bfloat16(),
+    }
+    save_tensors(tmp_path / "t", tensors, {"a": [1, None, "x"]})
+    loaded, details = load_tensors(tmp_path / "t")
+    assert details == {"a": [1, None, "x"]}
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor)
+        assert loaded[name].dtype == tensor.dtype
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t"
+    save_tensors(path, {"x": torch.zeros(1)}, {"version": 1})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bench.recognition.state.os.fsync", full)
+    with pytest.raises(BenchError, match=r"cannot write .*No space left on device.*--out"):
+        save_tensors(path, {"x": torch.ones(1)}, {"version": 2})
+    assert load_tensors(path)[1] == {"version": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BenchError, match="cannot write"):
+        save_tensors(tmp_path / "file" / "t", {}, {})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=r"no checkpoint at .*none\.safetensors"):
+        load_recogniser(tmp_path / "none.safetensors")
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.safetensors"
+    save_recogniser(build_recogniser("ir-tiny", SHAPE, 32), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"r\.safetensors"):
+        load_recogniser(path)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"format": "other", "details": "{}"},
+        {"format": FORMAT, "details": "[1]"},
+        {"format": FORMAT, "details": "{"},
+        {"format": FORMAT},
+    ],
+)
+def test_a_file_of_another_format_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "t", metadata=metadata)
+    with pytest.raises(DataError, match="cannot read checkpoint"):
+        load_tensors(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"backbone": "ir-tiny", "representation_shape": [3, 64, 64], "embedding_size": 32},  # other weights
+        {"backbone": "nothing", "representation_shape": [3, 16, 16], "embedding_size": 32},
+        {"backbone": "ir-tiny", "representation_shape": [3, 16], "embedding_size": 32},
+        {"backbone": "ir-tiny", "representation_shape": [3, 16, 16], "embedding_size": 32, "colour": 1},
+        {"backbone": "ir-tiny"},
+    ],
+)
+def test_weights_that_do_not_fit_their_spec_are_refused(tmp_path: Path, spec: dict[str, object]) -> None:
+    weights = build_recogniser("ir-tiny", SHAPE, 32).state_dict()
+    save_tensors(tmp_path / "r", weights, {"spec": json.loads(json.dumps(spec)), "details": {}})
+    with pytest.raises(DataError, match="holds no usable recogniser"):
+        load_recogniser(tmp_path / "r")

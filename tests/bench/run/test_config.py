@@ -1,0 +1,223 @@
+"""Configuration: precedence, strictness, one-line errors."""
+
+from typing import ClassVar
+
+import pytest
+from pydantic import BaseModel
+
+from bench import plugins
+from bench.errors import MissingError, UsageError
+from bench.run.attack_config import AttackConfig, attack_configs
+from bench.run.config import (
+    FIELDS,
+    Budget,
+    RunConfig,
+    known_variables,
+    merge,
+    nested,
+    parse_assignments,
+    read_environment,
+    resolve,
+)
+
+UNET = {"defense": "none", "attack": "unet"}
+
+
+@pytest.mark.parametrize(
+    ("text", "axis", "values"),
+    [
+        ("k=1,2,4", "k", (1, 2, 4)),
+        ("k=8", "k", (1, 2, 4, 8)),
+        ("k=2", "k", (1, 2)),  # no eighth of an interception
+        (" steps = 1000 ", "steps", (125, 250, 500, 1000)),
+        ("data=1", "data", (0.125, 0.25, 0.5, 1)),
+        ("data=0.4", "data", (0.05, 0.1, 0.2, 0.4)),
+        ("data=0.1,1", "data", (0.1, 1)),
+        ("data=500,1000", "data", (500, 1000)),
+        ("data=1000", "data", (125, 250, 500, 1000)),
+    ],
+)
+def test_values_are_read(text, axis, values):
+    budget = Budget.parse(text)
+    assert (budget.axis, budget.values) == (axis, pytest.approx(values))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("k", "write AXIS=VALUES"),
+        ("=1,2", "write AXIS=VALUES"),
+        ("k=", "write AXIS=VALUES"),
+        ("k=1,a", "not a list of numbers"),
+        ("k=1,,2", "not a list of numbers"),
+        ("k=0,1", "above 0"),
+        ("k=1,inf", "above 0"),
+        ("k=1", "at least two"),
+        ("k=2,1", "each above the one before"),
+        ("k=2,2", "each above the one before"),
+        ("k=1,2.5", "whole numbers"),
+        ("steps=0.5,1", "whole numbers"),
+        ("data=0.5,1.5", "whole numbers, or all shares up to 1"),
+        ("data=1,500", "all shares up to 1 or all numbers of faces"),
+    ],
+)
+def test_what_cannot_be_is_one_line(text, message):
+    with pytest.raises(ValueError, match=message):
+        Budget.parse(text)
+    with pytest.raises(UsageError, match=message):
+        resolve({**UNET, "budget": text}, {})
+
+
+def test_a_run_without_one_has_one_attempt():
+    config = resolve({**UNET, "queries": 3, "attack_options": {"images": "77"}}, {})
+    assert attack_configs(config) == [AttackConfig("unet", "cpu", {"images": "77"}, interceptions=3)]
+
+
+class TestAttackConfigs:
+    @pytest.fixture(autouse=True)
+    def _axis(self, monkeypatch):
+        class Stepping(plugins.attacks().get("unet")):
+            budgets: ClassVar = {"steps": "images"}
+
+        monkeypatch.setitem(plugins.attacks()._loaded, "unet", Stepping)
+
+    def test_the_last_is_the_runs_own(self):
+        config = resolve({**UNET, "budget": "steps=100,200", "attack_options": {"widths": "4,8"}}, {})
+        first, last = attack_configs(config)
+        assert first.make().options.images == 100
+        assert last.make().options.images == 200
+        assert last.make().options.widths == first.make().options.widths == (4, 8)
+        config = resolve({**UNET, "budget": "data=0.5,1", "queries": 2}, {})
+        assert [(one.public, one.interceptions) for one in attack_configs(config)] == [(0.5, 2), (1, 2)]
+        config = resolve({**UNET, "budget": "k=1,4"}, {})
+        assert [(one.public, one.interceptions) for one in attack_configs(config)] == [(1, 1), (1, 4)]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"budget": "images=1,2"}, r"unet has no axis 'images' \(axes: data, k, steps\)"),
+            ({"budget": "steps=1,2", "attack_options": {"images": "3"}}, "both set images of unet"),
+            ({"budget": "k=1,2", "queries": 4}, "--queries 4 is not the largest"),
+        ],
+    )
+    def test_contradictions_are_refused(self, changes, message):
+        with pytest.raises(UsageError, match=message):
+            attack_configs(resolve({**UNET, **changes}, {}))
+
+
+BASE = {"defense": "partialface", "attack": "unet"}
+
+
+def test_flag_beats_environment_beats_file_beats_preset(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("probes = 11\nqueries = 2\nimage_size = 80\n[training]\nepochs = 5\n")
+    config = resolve({**BASE, "probes": 33}, {"BENCH_PROBES": "22", "BENCH_QUERIES": "4"}, file)
+    assert config.probes == 33  # flag
+    assert config.queries == 4  # environment
+    assert config.image_size == 80  # file over the preset's 64
+    assert config.training.epochs == 5
+    assert config.backbone == "ir-tiny"  # preset over the field's default
+    assert config.bootstrap == 1000  # default
+
+
+def test_the_preset_itself_can_come_from_any_layer(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "quick"\n')
+    assert resolve(BASE, {}, file).probes == resolve({**BASE, "preset": "quick"}, {}).probes
+    assert resolve(BASE, {"BENCH_PRESET": "gpu"}, file).image_size == 112
+
+
+def test_synthetic_sizes_are_only_for_the_synthetic_dataset():
+    assert "identities" in resolve(BASE, {}).dataset_options
+    assert resolve({**BASE, "dataset": "insightface"}, {}).dataset_options == {}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"probes": 0}, "probes"),
+        ({"seed": -1}, "seed"),
+        ({"preset": "fast"}, "preset"),
+        ({"knowledge": "psychic"}, "knowledge"),
+        ({"image_size": 4}, "image_size"),
+        ({"colour": "red"}, "unknown key 'colour'"),
+        ({"training": {"epoch": 3}}, "unknown key 'training.epoch'"),
+        ({"training": {"epochs": 0}}, "training.epochs"),
+        ({"shares": {"provider": 2}}, "shares.provider"),
+        ({"evaluator_backbone": "ir-tiny"}, "must differ"),
+    ],
+)
+def test_bad_values_are_one_line(flags, message):
+    with pytest.raises(UsageError) as caught:
+        resolve({**BASE, **flags}, {})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_names_are_asked_for():
+    with pytest.raises(UsageError, match="defense"):
+        resolve({"attack": "unet"}, {})
+
+
+def test_unknown_keys_in_the_file_are_errors(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("epochs = 3\n")
+    with pytest.raises(UsageError, match="unknown key 'epochs'"):
+        resolve(BASE, {}, file)
+
+
+def test_a_missing_file_and_a_broken_one(tmp_path):
+    with pytest.raises(MissingError, match=r"no\.toml does not exist"):
+        resolve(BASE, {}, tmp_path / "no.toml")
+    file = tmp_path / "bad.toml"
+    file.write_text("a = = 1")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        resolve(BASE, {}, file)
+
+
+def test_assignments():
+    assert parse_assignments(["a=1", "subset-size = 9", "widths=1,2"], "-o") == {
+        "a": "1",
+        "subset_size": "9",
+        "widths": "1,2",
+    }
+    for bad in (["a"], ["=1"]):
+        with pytest.raises(UsageError, match="write key=value"):
+            parse_assignments(bad, "-o")
+    with pytest.raises(UsageError, match="given twice"):
+        parse_assignments(["a=1", "a=2"], "-a")
+
+
+def test_nested_and_merge():
+    assert nested({"training.epochs": "3", "seed": "1"}) == {"training": {"epochs": "3"}, "seed": "1"}
+    with pytest.raises(UsageError, match="set to a value already"):
+        nested({"training": "3", "training.epochs": "1"})
+    for both in ({"a": "1", "a.b": "2"}, {"a.b": "2", "a": "1"}):
+        with pytest.raises(UsageError, match="-a a"):
+            nested(both, "-a")
+    low = {"training": {"epochs": 1, "views": 2}}
+    assert merge(low, {"training": {"epochs": 9}}) == {"training": {"epochs": 9, "views": 2}}
+    assert low == {"training": {"epochs": 1, "views": 2}}
+
+
+def test_identity_of_a_run_ignores_where_it_is_kept():
+    one = resolve({**BASE, "out": "a"}, {}).identifying()
+    assert one == resolve({**BASE, "out": "b", "resume": False}, {}).identifying()
+    for changes in ({"seed": 1}, {"utility": False}, {"budget": "k=1,2"}):
+        assert one != resolve({**BASE, **changes}, {}).identifying()
+
+
+def test_the_variables_are_the_fields_that_hold_one_value():
+    single = {name for name, field in RunConfig.model_fields.items() if not isinstance(field.default, dict | BaseModel)}
+    assert single == FIELDS
+
+
+def test_unknown_variable_is_an_error():
+    with pytest.raises(UsageError, match="unknown environment variable BENCH_DATAROOT"):
+        read_environment({"BENCH_DATAROOT": "/x"})
+
+
+def test_values_are_read_and_empty_ones_are_absent():
+    environment = {"BENCH_LPIPS_WEIGHTS": "/x", "PATH": "/bin", "BENCH_SEED": "3", "BENCH_DEVICE": ""}
+    assert read_environment(environment) == {"seed": "3"}
+    assert {"BENCH_DATA_ROOT", "BENCH_EVALUATOR", "BENCH_DEBUG"} <= known_variables()

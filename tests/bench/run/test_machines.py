@@ -1,0 +1,158 @@
+"""Devices and precision by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench.run.machines as device_module
+from bench.errors import UsageError
+from bench.run.launch import Launch
+from bench.run.machines import make_fabric, make_shared_fabric
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+def test_cpu():
+    fabric = make_fabric("cpu", "32-true")
+    assert fabric.device == torch.device("cpu")
+    assert fabric._precision.precision == "32-true"
+
+
+def test_auto_takes_what_is_there():
+    kind = make_fabric("auto", "auto").device.type
+    assert kind == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cpu:1", "cuda:x", "", "mps:0"])
+def test_unknown(name):
+    with pytest.raises(UsageError, match="unknown device"):
+        make_fabric(name, "auto")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_absent():
+    with pytest.raises(UsageError, match="no CUDA device here"):
+        make_fabric("cuda", "auto")
+
+
+def test_without_torchrun_there_is_one_process():
+    assert Launch.here({}) == Launch.here({"WORLD_SIZE": "4", "RANK": "1"}) == Launch(0, 1, 0, 1)  # another launcher's
+    assert Launch.here({}).leads
+
+
+def test_torchrun_is_noticed():
+    launch = Launch.here(TORCHRUN)
+    assert launch == Launch(rank=3, size=4, local_rank=1, local_size=2)
+    assert not launch.leads
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"WORLD_SIZE": "x"}, "torchrun's environment is incomplete"),
+        ({"WORLD_SIZE": "5"}, "5 processes do not divide into machines of 2"),
+    ],
+)
+def test_an_impossible_launch_is_refused(change, message):
+    with pytest.raises(UsageError, match=message):
+        Launch.here(TORCHRUN | change)
+    with pytest.raises(UsageError, match="incomplete"):
+        Launch.here({name: value for name, value in TORCHRUN.items() if name != "RANK"})
+
+
+@pytest.fixture
+def four_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_each_process_takes_the_gpu_of_its_number():
+    choose = device_module._choose
+    assert choose("cuda", Launch.here(TORCHRUN)) == ("cuda", 1)
+    assert choose("auto", Launch()) == ("cuda", 0)
+    assert choose("cuda:2", Launch()) == ("cuda", 2)
+    with pytest.raises(UsageError, match="cuda:2 is one device: under torchrun use --device cuda"):
+        choose("cuda:2", Launch.here(TORCHRUN))
+    with pytest.raises(UsageError, match="no device cuda:4 here: there are 4"):
+        choose("cuda", Launch(4, 5, 4, 5))
+
+
+def test_processes_cannot_share_mps(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="MPS is one device"):
+        make_shared_fabric("mps", "32-true", Launch(0, 2, 0, 2))
+
+
+ROOT = Path(__file__).parents[2]
+RUN = (
+    *("run", "--defense", "none", "--attack", "linear", "--preset", "quick", "--head", "partial-fc", "--device", "cpu"),
+    *("--image-size", "32", "--probes", "4", "--set", "training.epochs=2", "--set", "training.batch_size=16"),
+    *("--set", "training.sample_rate=0.5", "--set", "dataset_options.identities=30"),
+    *("--set", "dataset_options.images_per_identity=6", "--json"),
+)
+
+
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "bench",
+            *arguments,
+        ],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, *RUN)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)  # one document: one process printed
+    assert result["status"] == "success"
+    (directory,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "cache")
+    assert json.loads((directory / "metrics.json").read_text())["run_id"] == result["run_id"]
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert (manifest["processes"], manifest["status"]) == (2, "success")
+    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events].count("started") == 1
+    trained = [event for event in events if event.get("task", "").startswith("train provider")]
+    assert trained[-1]["done"] == trained[-1]["total"]
+    details = _details(next((tmp_path / "runs" / "cache").glob("recogniser-provider-none-*/recogniser.safetensors")))
+    assert details["processes"] == 2
+    assert not list((tmp_path / "runs" / "cache").glob("*.partial"))
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_ends_in_all_processes_with_one_line(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, *RUN, "--set", "training.learning_rate=1e30")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("bench: ")]
+    assert len(said) == 1
+    assert "training diverged" in said[0]
+    assert json.loads(done.stdout)["status"] == "error"
+
+
+def _details(file: Path) -> dict[str, object]:
+    from bench.recognition.state import load_tensors
+
+    details: dict[str, object] = load_tensors(file)[1]["details"]
+    return details

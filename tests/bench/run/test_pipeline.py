@@ -1,0 +1,256 @@
+"""One run from end to end, tiny: what is written, what is reused, what is refused."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from attacks.base import Adversary, Capability, FitReport, Observation
+from bench import plugins
+from bench.errors import BenchError, UsageError
+from bench.files import sha256
+from bench.results import read_result
+from bench.run.attack_config import check_coverage, check_evaluator, check_needs
+from bench.run.attacker import AttackStages
+from bench.run.config import resolve
+from bench.run.pipeline import Pipeline
+from bench.run.provider import Stages, failing_as
+
+TINY = {
+    "defense": "partialface",
+    "attack": "unet",
+    "preset": "quick",
+    "device": "cpu",
+    "image_size": 32,
+    "probes": 12,
+    "bootstrap": 100,
+    "evaluator_backbone": "mobilefacenet",
+    "dataset_options": {"identities": 40, "images_per_identity": 4},
+    "training": {"epochs": 1, "warmup_epochs": 0, "views": 1, "precision": "32-true", "embedding_size": 32},
+    "attack_options": {"widths": "4,8", "stem_stride": "2", "images": "256", "batch_size": "16"},
+}
+
+
+def pipeline(out, **changes):
+    return Pipeline(resolve({**TINY, "out": out, **changes}, {}), console=Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def finished(out):
+    one = pipeline(out)
+    return one.run(), one.directory
+
+
+@pytest.mark.slow
+class TestFinishedRun:
+    def test_result_is_complete(self, finished):
+        result, directory = finished
+        assert result.status == "success"
+        assert read_result(directory) == result
+        recovery = result.recovery
+        assert set(recovery.floors) == {"mean_face", "grey", "noise", "nearest"}
+        for quality in (recovery, recovery.ceiling, *recovery.floors.values()):
+            assert 0 <= quality.psnr.value <= 100
+            assert -1 <= quality.ssim.value <= 1
+            assert quality.psnr_aligned.value >= quality.psnr.value - 1e-6
+            assert quality.ssim.n == 12
+        assert recovery.ssim.ci95[0] <= recovery.ssim.value <= recovery.ssim.ci95[1]
+        assert result.utility.pairs > 0
+        assert 0 <= result.utility.accuracy.value <= 1
+        assert result.utility.unprotected.accuracy.value is not None
+        assert set(result.throughput) == {"protect", "recognise", "recover"}
+        assert result.defense.states == 18
+        assert result.defense.bytes_per_face == 27 * 32 * 32 * 4
+        assert result.attack.states_covered is True
+        assert result.peak_memory["process_bytes"] > 0
+
+    def test_lpips_without_weights_is_null_with_a_reason(self, finished):
+        lpips = finished[0].recovery.lpips
+        assert (lpips.value is None) == (lpips.reason is not None)
+
+    def test_synthetic_faces_are_named_as_such(self, finished):
+        result, _ = finished
+        assert result.dataset.synthetic
+        assert any("synthetic" in warning for warning in result.warnings)
+
+    def test_identities_are_shared_out(self, finished):
+        identities = finished[0].dataset.identities
+        assert sum(identities.values()) <= 40
+        assert set(identities) == {"provider", "public", "evaluator", "victims"}
+
+    def test_files(self, finished):
+        _, directory = finished
+        manifest = json.loads((directory / "manifest.json").read_text())
+        assert manifest["status"] == "success"
+        assert manifest["artefacts"]["metrics.json"] == sha256(directory / "metrics.json")
+        assert manifest["config"]["seed"] == 0
+        assert manifest["packages"]["torch"] == torch.__version__
+        with Image.open(directory / "samples" / "contact-sheet.png") as sheet:
+            assert sheet.width > 400
+        table = pd.read_parquet(directory / "per_image.parquet")
+        assert set(table["method"]) == {"unet", "ceiling", "mean_face", "grey", "noise", "nearest"}
+        assert len(table) == 6 * 12
+        own = table[table["method"] == "unet"]
+        assert own["ssim"].mean() == pytest.approx(finished[0].recovery.ssim.value, abs=1e-6)
+        scores = pd.read_parquet(directory / "scores.parquet")
+        assert len(scores) == finished[0].utility.pairs
+        events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+        assert events[0]["event"] == "started"
+        assert events[-1]["event"] == "success"
+        assert {path.name for path in (directory / "checkpoints").iterdir()} == {
+            "recogniser.safetensors",
+            "attack.safetensors",
+        }
+
+    def test_the_same_run_again_computes_nothing_and_says_the_same(self, finished, out):
+        first, _ = finished
+        again = pipeline(out).run()
+        assert again.recovery == first.recovery
+        assert again.utility == first.utility
+        assert not {stage for stage in again.seconds if stage.startswith(("recogniser", "attack"))} - set(again.cached)
+
+    def test_a_second_attack_trains_no_recogniser(self, finished, out):
+        changed = {**TINY["attack_options"], "widths": "4,12"}
+        one = pipeline(out, attack_options=changed)
+        one.run()
+        events = [json.loads(line) for line in (one.directory / "events.jsonl").read_text().splitlines()]
+        made = {event["stage"] for event in events if event["event"] == "stage"}
+        assert made == {"attack-unet-partialface", "attack-unet-none", "recover-unet-partialface", "recover-unet-none"}
+
+    def test_what_this_run_made_is_not_called_reused(self, finished):
+        assert finished[0].cached == []
+
+    def test_plan_knows_what_is_cached(self, finished, out):
+        plan = pipeline(out).plan()
+        assert all(stage.cached for stage in plan.stages)
+        assert plan.seconds == 0
+        changed = pipeline(out, seed=1).plan()
+        assert not any(stage.cached for stage in changed.stages)
+        assert changed.seconds > 0
+
+    def test_no_resume_computes_the_same_figures_again(self, finished, out, tmp_path):
+        first, _ = finished
+        fresh = pipeline(tmp_path, resume=False).run()
+        assert fresh.recovery.ssim.value == pytest.approx(first.recovery.ssim.value, abs=1e-4)
+        assert fresh.utility.accuracy.value == pytest.approx(first.utility.accuracy.value, abs=1e-2)
+
+
+def test_a_failing_run_leaves_a_result_that_says_so(out, monkeypatch):
+    def explode(self):
+        raise BenchError("the loss is not finite")
+
+    monkeypatch.setattr(Stages, "load_source", lambda self, report: explode(self))
+    one = pipeline(out, seed=99)
+    with pytest.raises(BenchError, match="not finite"):
+        one.run()
+    result = read_result(one.directory)
+    assert result.status == "error"
+    assert result.error == "the loss is not finite"
+    assert json.loads((one.directory / "manifest.json").read_text())["status"] == "error"
+
+
+def test_a_plugin_that_gives_up_is_named():
+    with pytest.raises(BenchError, match="attack x: the loss became nan at step 3"), failing_as("attack x"):
+        raise FloatingPointError("the loss became nan at step 3")
+    with pytest.raises(TypeError), failing_as("attack x"):  # a bug stays a bug
+        raise TypeError
+
+
+def test_an_interrupted_run_is_cancelled(out, monkeypatch):
+    def interrupt(self, report):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stages, "load_source", interrupt)
+    one = pipeline(out, seed=98)
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    assert read_result(one.directory).status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"defense": "partailface"}, "did you mean 'partialface'"),
+        ({"attack": "unett"}, "did you mean 'unet'"),
+        ({"dataset": "synthetics"}, "did you mean 'synthetic'"),
+        ({"backbone": "ir-19"}, "unknown backbone"),
+        ({"device": "tpu"}, "unknown device"),
+        ({"defense_options": {"colour": "1"}}, "unknown key 'colour'"),
+        ({"attack_options": {"width": "1"}}, "unknown key 'width'"),
+    ],
+)
+def test_refused_before_any_compute(tmp_path, changes, message):
+    with pytest.raises(UsageError, match=message):
+        pipeline(tmp_path / "new", **changes)
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_judge_is_no_teacher(tmp_path):
+    judge, copy, other = (tmp_path / name for name in ("judge.onnx", "copy.onnx", "other.onnx"))
+    judge.write_bytes(b"a recogniser")
+    copy.write_bytes(b"a recogniser")
+    other.write_bytes(b"another one")
+    check_evaluator(plugins.make_attack("linkage", {"teacher": other}, "quick"), judge)
+    check_evaluator(plugins.make_attack("linkage", {}, "quick"), judge)
+    with pytest.raises(UsageError, match=r"-a teacher=.*copy\.onnx is the evaluator"):
+        check_evaluator(plugins.make_attack("linkage", {"teacher": copy}, "quick"), judge)
+
+
+def test_needs_are_checked_against_the_rung():
+    class Greedy(plugins.attacks().get("unet")):
+        needs = frozenset({Capability.STATE})
+
+    with pytest.raises(UsageError, match=r"needs known state.*use --knowledge oracle"):
+        check_needs(Greedy, "whitebox")
+    check_needs(Greedy, "oracle")
+
+
+class TestCoverage:
+    defense = plugins.make_defense("partialface", {}, "cpu", 32)
+
+    def test_all_states(self):
+        assert check_coverage(FitReport(states_seen=self.defense.states()), self.defense, "whitebox") is True
+
+    def test_half_the_states_fail_loudly(self):
+        half = FitReport(states_seen=self.defense.states()[:9])
+        with pytest.raises(BenchError, match="trained on 9 of the 18 states"):
+            check_coverage(half, self.defense, "oracle")
+
+    def test_guessed_states_are_not_the_real_ones(self):
+        assert check_coverage(FitReport(states_seen=self.defense.states()[:1]), self.defense, "blackbox") is None
+
+    def test_nothing_to_cover(self):
+        plain = plugins.make_defense("none", {}, "cpu", 32)
+        assert check_coverage(FitReport(), plain, "whitebox") is None
+
+
+@pytest.mark.slow
+def test_an_attack_cannot_reach_the_victims(out, monkeypatch):
+    """Whatever an attack can get hold of, the victims' pixels are not in it."""
+    stages = pipeline(out)._stages(lambda *_, **__: None)
+    attacks = AttackStages(stages)
+    victims = stages.splits.victims.images
+    defense = stages.defense("partialface", {})
+    attack = plugins.make_attack("unet", TINY["attack_options"], "quick")
+    adversary = attacks.adversary(attack, defense)
+    observation = next(attacks.observations(attack, defense, torch.arange(8), 1)).observation
+    seen = [value for value in vars(adversary).values() if isinstance(value, torch.Tensor)]
+    seen += [observation.representations]
+    pixels = {victim.numpy().tobytes() for victim in victims}
+    for tensor in seen:
+        if tensor.dtype == torch.uint8 and tensor.ndim == 4:
+            assert not pixels & {image.numpy().tobytes() for image in tensor}
+    assert isinstance(adversary, Adversary)
+    assert isinstance(observation, Observation)
+    assert observation.states is None  # whitebox
+    names = stages.splits.victims.used_names
+    assert not names & stages.splits.public.used_names
+    assert not names & stages.splits.provider.used_names

@@ -1,0 +1,390 @@
+"""Runs of small attacks whose outcome is known: one that echoes, two that see a half each, one that reads states."""
+
+import json
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from registered import finished, registered
+from rich.console import Console
+from safetensors.torch import load_file
+from torch.nn.functional import interpolate
+
+from attacks.base import AttackOptions, Capability, FitReport, RecoveryAttack
+from bench.errors import BenchError, UsageError
+from bench.results import read_result
+from bench.run.config import resolve
+from bench.run.pipeline import Pipeline
+from defenses.layout import probe
+
+TINY = {
+    "defense": "pixelate",
+    "attack": "echo",
+    "preset": "quick",
+    "device": "cpu",
+    "image_size": 32,
+    "probes": 12,
+    "bootstrap": 100,
+    "utility": False,
+    "dataset_options": {"identities": 40, "images_per_identity": 4},
+    "training": {"epochs": 1, "warmup_epochs": 0, "views": 1, "precision": "32-true", "embedding_size": 32},
+}
+
+
+class EchoOptions(AttackOptions):
+    steps: int = 4
+    batch_limit: int = 0
+
+
+class Echo(RecoveryAttack):
+    """Returns what was sent, greyer the fewer its steps; from four on nothing is grey."""
+
+    name = "echo"
+    summary = "for tests"
+    Options: ClassVar = EchoOptions
+    budgets: ClassVar = {"steps": "steps"}
+
+    def prepare(self, adversary):
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
+
+    def fit(self, adversary):
+        self.prepare(adversary)
+        self.seen.copy_(torch.tensor([len(adversary.faces), len(adversary.identities.unique())]))
+        return FitReport(details={"faces": len(adversary.faces), "people": int(self.seen[1])})
+
+    def run(self, observation):
+        share = min(1.0, self.options.steps / 4)
+        faces = interpolate(observation.representations.mean(dim=1)[:, :3], (32, 32))
+        return faces * share + 0.5 * (1 - share)
+
+
+class Half(Echo):
+    """Sees one half of the picture and knows nothing of the other."""
+
+    columns: ClassVar = slice(0, 16)
+
+    def run(self, observation):
+        faces = super().run(observation)
+        seen = torch.full_like(faces, 0.5)
+        seen[..., self.columns] = faces[..., self.columns]
+        return seen
+
+
+class LeftHalf(Half):
+    name = "left-half"
+
+
+class RightHalf(Half):
+    name = "right-half"
+    columns: ClassVar = slice(16, 32)
+
+
+class Reader(Echo):
+    """Reads off the places of all channels, and gets one channel of every other face wrong."""
+
+    name = "reader"
+    needs: ClassVar = frozenset({Capability.STATE})
+
+    def prepare(self, adversary):
+        super().prepare(adversary)
+        mechanism = adversary.mechanism(adversary.generator)
+        # Not a part of its weights.
+        object.__setattr__(self, "layout", None if mechanism.states() is None else probe(mechanism, mechanism.states()))
+
+    def infer_places(self, observation):
+        if self.layout is None:
+            return None
+        states = observation.states
+        places = self.layout.places[self.layout.row_of(states.flatten(0, 1))].unflatten(0, states.shape[:2]).clone()
+        places[::2, :, 0] += 1
+        return places
+
+
+class Asker(Echo):
+    """Asks three score queries a victim, and embedding queries for ten public faces while it is fitted."""
+
+    name = "asker"
+    needs: ClassVar = frozenset({Capability.EMBEDDINGS, Capability.SCORES})
+
+    def fit(self, adversary):
+        adversary.embed(adversary.faces[:10].float() / 255)
+        return super().fit(adversary)
+
+    def run(self, observation):
+        for _ in range(3):
+            faces = super().run(observation)
+            scores = observation.score(faces, torch.arange(len(faces)))
+            assert scores.shape == (len(faces),)
+        return faces
+
+
+class Small(Echo):
+    """Returns pictures of another size than the faces have."""
+
+    name = "small"
+
+    def run(self, observation):
+        return observation.representations[:, 0, :, :8, :8]
+
+
+class Failing(Echo):
+    """Gives up in its second batch unless it is told that the time has come."""
+
+    name = "failing"
+    calls: ClassVar = []
+    patient: ClassVar = False
+
+    def run(self, observation):
+        type(self).calls.append(len(observation))
+        if len(self.calls) == 2 and not self.patient:
+            raise ValueError("tired")
+        return super().run(observation)
+
+
+ATTACKS = (Echo, LeftHalf, RightHalf, Reader, Asker, Small, Failing)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    with registered(*ATTACKS):
+        yield
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def run(out):
+    return lambda **changes: finished(**{**TINY, "out": out, **changes})
+
+
+def made(directory):
+    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    return [event["stage"] for event in events if event["event"] == "stage"]
+
+
+@pytest.fixture(scope="module")
+def echoed(run):
+    return run(budget="steps=8")
+
+
+@pytest.mark.slow
+class TestStrength:
+    def test_each_point_is_a_run_of_its_own(self, echoed):
+        result, directory = echoed
+        curve = result.strength
+        assert curve.axis == "steps"
+        assert [point.budget for point in curve.points] == [1, 2, 4, 8]
+        ssim = [point.values["ssim"].value for point in curve.points]
+        assert ssim[0] < ssim[1] < ssim[2] == ssim[3]
+        assert set(curve.points[0].values) == {"ssim", "psnr", "psnr_aligned", "cosine", "type1_tar"}
+        assert curve.points[-1].values["ssim"] == result.recovery.ssim
+        assert result.attack.options["steps"] == 8
+        table = pd.read_parquet(directory / "per_image.parquet")
+        assert {"echo", "echo steps=1", "echo steps=2", "echo steps=4", "ceiling"} <= set(table["method"])
+        assert read_result(directory) == result
+
+    def test_a_flat_last_doubling_is_saturated(self, echoed):
+        result, _ = echoed
+        assert result.strength.unsaturated is False
+        assert result.strength.gain_of_last_doubling["ssim"].value == 0
+        assert result.attack.saturated is None  # the attack itself says nothing
+        assert not any("unsaturated" in warning for warning in result.warnings)
+
+    def test_a_steep_last_doubling_is_not(self, run, echoed):
+        result, directory = run(budget="steps=1,2,4")
+        curve = result.strength
+        assert curve.unsaturated is True
+        assert result.attack.saturated is False
+        assert any("unsaturated in steps" in warning for warning in result.warnings)
+        gain = curve.gain_of_last_doubling["ssim"]
+        before, last = curve.points[-2].values["ssim"], curve.points[-1].values["ssim"]
+        assert gain.value == pytest.approx(last.value - before.value, abs=1e-6)
+        # Paired: the victims differ far more from each other than the two budgets do on one victim.
+        assert gain.ci95[1] - gain.ci95[0] < 0.5 * (last.ci95[1] - last.ci95[0])
+        # All that the first curve fitted on this defence is there already.
+        assert set(made(directory)) <= {"attack-echo-none", "recover-echo-none"}
+
+    def test_close_budgets_are_no_doubling(self, run):
+        result, _ = run(budget="steps=1,4,5")
+        assert result.strength.unsaturated is None
+        assert "less than a factor 1.5" in result.strength.gain_of_last_doubling["ssim"].reason
+
+    def test_less_data_is_whole_people(self, run):
+        result, _ = run(budget="data=1")
+        points = [point.budget for point in result.strength.points]
+        assert points[-1] == result.attack.details["faces"] == result.dataset.images["public"]
+        assert points == sorted(points)
+        assert all(count % 4 == 0 for count in points)  # four images a person
+        full, _ = run()
+        assert full.recovery == result.recovery
+
+    def test_the_fit_gets_the_faces_of_the_budget(self, run):
+        result, _ = run(budget="data=9,20")
+        assert result.attack.details == {"faces": 20, "people": 5}
+
+    def test_more_interceptions_include_the_fewer(self, run):
+        result, directory = run(budget="k=1,2", defense="noise", defense_options={"scale": "0.2"})
+        curve = result.strength
+        # The mean of two noisy copies is nearer to the face than one.
+        assert curve.points[1].values["psnr"].value > curve.points[0].values["psnr"].value + 1
+        assert made(directory).count("attack-echo-noise") == 1  # the fit does not depend on them
+        same, _ = run(queries=2, defense="noise", defense_options={"scale": "0.2"})
+        assert same.recovery.psnr == curve.points[1].values["psnr"]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"budget": "epochs=1,2"}, r"echo has no axis 'epochs' \(axes: data, k, steps\)"),
+            ({"budget": "steps=1,2", "attack_options": {"steps": "2"}}, "both set steps"),
+            ({"budget": "k=1,2", "queries": 3}, "not the largest budget"),
+        ],
+    )
+    def test_refused_before_any_compute(self, run, changes, message):
+        with pytest.raises(UsageError, match=message):
+            run(**changes)
+
+
+@pytest.fixture(scope="module")
+def composed(run):
+    options = {"attacks": "left-half,right-half", "left_half": {"batch_limit": "3"}}
+    return run(attack="composite", attack_options=options)
+
+
+@pytest.mark.slow
+class TestComposite:
+    def test_each_victim_suffers_the_worst_by_every_measure(self, composed):
+        result, directory = composed
+        table = pd.read_parquet(directory / "per_image.parquet").set_index(["method", "image"])
+        left, right, both = (table.loc[name] for name in ("left-half", "right-half", "composite"))
+        for name in ("ssim", "psnr", "psnr_aligned", "ms_ssim", "cosine", "type1_tar", "type2_tar", "rank1", "rank5"):
+            np.testing.assert_array_equal(both[name], np.maximum(left[name], right[name]))
+        np.testing.assert_array_equal(both["knn_distance"], np.minimum(left["knn_distance"], right["knn_distance"]))
+        better = left["ssim"] > right["ssim"]
+        assert 0 < better.sum() < len(better)  # neither half is the better one for everybody
+        ssim = result.recovery.ssim
+        assert ssim.value == pytest.approx(both["ssim"].mean(), abs=1e-6)
+        assert ssim.ci95[0] < ssim.value < ssim.ci95[1]
+
+    def test_members_stand_beside_it(self, composed):
+        result, directory = composed
+        recovery = result.recovery
+        assert set(recovery.members) == set(result.attack.members) == {"left-half", "right-half"}
+        assert all(recovery.ssim.value > member.ssim.value for member in recovery.members.values())
+        assert recovery.ceiling.ssim.value > recovery.ssim.value
+        assert result.attack.members["left-half"].options["batch_limit"] == 3
+        assert result.attack.members["right-half"].options["batch_limit"] == 0
+        assert {"recover left-half", "recover right-half"} <= set(result.throughput)
+        assert (directory / "checkpoints" / "attack-left-half.safetensors").is_file()
+        assert (directory / "samples" / "contact-sheet.png").is_file()
+
+    def test_a_member_is_not_run_again(self, run, composed):
+        result, directory = run(attack="right-half")
+        assert made(directory) == []
+        assert result.recovery.ssim == composed[0].recovery.members["right-half"].ssim
+
+    @pytest.mark.parametrize(
+        ("attacks", "message"),
+        [
+            ("echo,composite", "composite"),
+            ("echo,nobody", "unknown attack 'nobody'"),
+            ("echo", "at least 2"),
+            ("echo,reader", "attack reader needs known state"),
+        ],
+    )
+    def test_refused_before_any_compute(self, run, attacks, message):
+        with pytest.raises(UsageError, match=message):
+            run(attack="composite", attack_options={"attacks": attacks})
+
+    def test_budgets_are_those_that_all_members_have(self, run):
+        with pytest.raises(UsageError, match=r"composite has no axis 'steps' \(axes: data, k\)"):
+            run(attack="composite", attack_options={"attacks": "echo,left-half"}, budget="steps=1,2")
+
+
+@pytest.mark.slow
+class TestWithoutUtility:
+    def test_no_recogniser_of_the_provider_is_trained(self, echoed):
+        result, directory = echoed
+        assert result.utility is None
+        assert any("utility was not measured" in warning for warning in result.warnings)
+        assert set(result.throughput) == {"protect", "recover"}
+        assert not any(stage.startswith(("recogniser-provider", "verify")) for stage in result.seconds)
+        assert not (directory / "scores.parquet").exists()
+        assert not (directory / "checkpoints" / "recogniser.safetensors").exists()
+
+    def test_one_is_trained_for_an_attack_that_asks_it(self, run):
+        result, directory = run(attack="asker", probes=5)
+        assert result.utility is None
+        assert "recogniser-provider-pixelate" in result.seconds
+        assert "recognise" in result.throughput
+        assert not any(stage.startswith("verify") for stage in result.seconds)
+        # Counted, and read back from the cache.
+        assert result.attack.details["fit_queries"] == 10
+        assert result.attack.details["queries_per_victim"] == 3
+        again, directory = run(attack="asker", probes=5)
+        assert made(directory) == []
+        assert again.attack.details == result.attack.details
+
+
+@pytest.mark.slow
+class TestStateInference:
+    def test_the_hit_rate_is_what_it_is(self, run):
+        result, _ = run(attack="reader", defense="partialface", knowledge="oracle", queries=2)
+        inference = result.state_inference
+        assert inference.faces.value == 0.5
+        assert inference.channels.value == pytest.approx(1 - 0.5 / 27)
+        assert inference.faces.n == 12
+        assert inference.faces.ci95 is not None
+        assert inference.chance == pytest.approx(1 / 18)
+
+    def test_nothing_inferred_nothing_said(self, echoed):
+        assert echoed[0].state_inference is None
+
+
+@pytest.mark.slow
+def test_faces_of_another_size_are_the_attacks_fault(run):
+    with pytest.raises(BenchError, match=r"attack small on pixelate: small recovered \(8, 8\) pixels"):
+        run(attack="small")
+
+
+@pytest.mark.slow
+def test_a_killed_recovery_goes_on_after_the_batches_it_had_done(run):
+    changes = {"attack": "failing", "batch_size": 5}
+    with pytest.raises(BenchError, match="attack failing on pixelate: tired"):
+        run(**changes)
+    assert Failing.calls == [5, 5]
+    Failing.patient = True
+    _, directory = run(**changes)
+    # The first batch is not done again: the second and third of this defence, then three without one.
+    assert Failing.calls[2:7] == [5, 2, 5, 5, 2]
+    stored = next(path for path in (directory.parent / "cache").glob("recover-failing-pixelate-*") if path.is_dir())
+    tensors = load_file(stored / "recovered.safetensors")
+    assert tensors["batch_faces"].tolist() == [5, 5, 2]
+    assert len(tensors["faces"]) == 12
+    assert {path.name for path in stored.iterdir()} == {"recovered.safetensors"}
+
+
+@pytest.mark.slow
+def test_the_plan_knows_every_part(out, run, composed, echoed):
+    def plan(**changes):
+        return Pipeline(resolve({**TINY, "out": out, **changes}, {}), console=Console(quiet=True)).plan()
+
+    names = [stage.name for stage in plan(budget="steps=8").stages]
+    assert names.count("attack-echo-pixelate") == names.count("recover-echo-pixelate") == 4
+    assert names.count("attack-echo-none") == 1
+    assert not any(name.startswith("recogniser-provider") for name in names)
+    options = {"attacks": "left-half,right-half", "left_half": {"batch_limit": "3"}}
+    parts = plan(attack="composite", attack_options=options)
+    assert all(stage.cached for stage in parts.stages)
+    assert {"attack-left-half-pixelate", "attack-right-half-none"} <= {stage.name for stage in parts.stages}
+    new = plan(attack="asker", seed=7)
+    assert not any(stage.cached for stage in new.stages)
+    assert {"recogniser-provider-pixelate", "recogniser-provider-none"} <= {stage.name for stage in new.stages}
+    assert {stage.name for stage in new.stages if stage.seconds is None} == {
+        "recover-asker-pixelate",
+        "recover-asker-none",
+    }

@@ -1,0 +1,91 @@
+"""The provider's service: what queries return, and what they must not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import plugins
+from bench.data.faces import FaceSet
+from bench.images import to_float
+from bench.metrics.identity import content_ids
+from bench.nets.recogniser import build_recogniser
+from bench.run.service import Enrolment, Service, class_centres, traffic
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def defense():
+    return plugins.make_defense("partialface", {}, "quick", SIZE)
+
+
+@pytest.fixture(scope="module")
+def victims():
+    pixels = torch.randint(0, 256, (9, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    pixels[2] = pixels[0]  # person 0 shows one picture twice
+    return FaceSet(pixels, torch.arange(9) // 3, ("a", "b", "c"))
+
+
+@pytest.fixture
+def service(defense):
+    recogniser = build_recogniser("ir-tiny", defense.representation_shape, 16, seed=3)
+    return Service(recogniser, defense, torch.Generator().manual_seed(5), batch_size=4)
+
+
+def test_embedding_queries_are_counted_and_give_unit_rows(service, victims):
+    embeddings = service.embed(to_float(victims.images))
+    assert embeddings.shape == (9, 16)
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(9))
+    assert service.queries == 9
+
+
+def test_every_query_draws_states_of_its_own(service, victims):
+    face = to_float(victims.images[:1])
+    assert not torch.allclose(service.embed(face), service.embed(face))
+
+
+def test_a_score_is_the_cosine_to_the_named_persons_template(service, victims, defense):
+    templates = F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    persons = torch.tensor([2, 0, 2, 1])
+    faces = to_float(victims.images[:4])
+    scores = Enrolment(service, templates).score(faces, persons)
+    again = Service(service._recogniser, defense, torch.Generator().manual_seed(5), batch_size=4)
+    expected = (again.embed(faces) * templates[persons]).sum(1)
+    torch.testing.assert_close(scores, expected)
+    assert service.queries == 4
+
+
+@pytest.mark.parametrize("persons", [torch.tensor([0]), torch.tensor([0, 3]), torch.tensor([0.0, 1.0])])
+def test_a_score_query_names_an_enrolled_person_per_face(service, victims, persons):
+    with pytest.raises(ValueError, match="person"):
+        Enrolment(service, torch.ones(3, 16)).score(to_float(victims.images[:2]), persons)
+
+
+def test_a_class_centre_is_made_of_other_images_of_the_person(service, victims, defense):
+    index = torch.tensor([0, 4])
+    seen = []
+    service.embed = lambda faces: (seen.append(faces), torch.eye(16)[: len(faces)])[1]
+    centres = class_centres(service, victims, content_ids(victims.images), index, torch.Generator().manual_seed(0))
+    assert centres.shape == (2, 16)
+    # Image 2 is a copy of image 0: only image 1 is another image of that person.
+    torch.testing.assert_close(seen[0], to_float(victims.images[[1]]))
+    assert len(seen[1]) == 2
+    assert not (seen[1] == to_float(victims.images[4])).all(dim=(1, 2, 3)).any()
+
+
+def test_traffic_leaves_the_attacked_images_out_and_repeats(defense, victims):
+    attacked = torch.tensor([0, 1, 3])
+    plain = plugins.make_defense("none", {}, "quick", SIZE)
+
+    def intercept(count):
+        generator = torch.Generator().manual_seed(7)
+        batches = traffic(plain, victims, attacked, generator, count=count, batch_size=4, device=torch.device("cpu"))
+        return torch.cat(list(batches))
+
+    sent = intercept(14)
+    assert len(sent) == 14
+    torch.testing.assert_close(intercept(5), sent[:5])
+    # Images 0 and 2 show the same picture, so 1 and 3 are the ones that must be missing.
+    for image in (1, 3):
+        assert not (sent == to_float(victims.images[image])).all(dim=(1, 2, 3)).any()
+    assert len(torch.unique(sent.flatten(1), dim=0)) == 6

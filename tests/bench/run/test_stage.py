@@ -1,0 +1,102 @@
+"""The stage cache: what is finished is reused, what is killed is resumed, what changed is made anew."""
+
+import sys
+
+import pytest
+
+from bench.run import stage as cache_module
+from bench.run.stage import StageCache, code_version, make_key
+
+
+def make(cache, key="k", content="x"):
+    with cache.entry("stage", key) as entry:
+        if not entry.complete:
+            (entry.partial / "file").write_text(content)
+    return entry
+
+
+def killed(cache):
+    with cache.entry("stage", "k") as entry:
+        (entry.partial / "epoch").write_text("3")
+        raise KeyboardInterrupt
+
+
+def test_second_use_finds_the_first(tmp_path):
+    cache = StageCache(tmp_path)
+    assert not make(cache).complete
+    again = make(cache, content="y")
+    assert again.complete
+    assert (again.path / "file").read_text() == "x"
+    assert cache.holds("stage", "k")
+    assert not cache.holds("stage", "other")
+
+
+def test_what_another_machine_finished_meanwhile_is_not_taken_away(tmp_path):
+    cache = StageCache(tmp_path)
+    with cache.entry("stage", "k") as entry:
+        (entry.partial / "file").write_text("ours")
+        theirs = entry.path / "file"
+        theirs.parent.mkdir()
+        theirs.write_text("theirs")
+    assert theirs.read_text() == "theirs"
+    assert not entry.partial.exists()
+    assert make(cache).complete
+
+
+def test_a_killed_stage_keeps_its_partial_work_and_is_not_complete(tmp_path):
+    cache = StageCache(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        killed(cache)
+    assert not cache.holds("stage", "k")
+    with StageCache(tmp_path).entry("stage", "k") as entry:
+        assert not entry.complete
+        assert (entry.partial / "epoch").read_text() == "3"
+
+
+def test_no_resume_starts_anew_but_reuses_its_own(tmp_path):
+    make(StageCache(tmp_path), content="old")
+    fresh = StageCache(tmp_path, resume=False)
+    assert not fresh.holds("stage", "k")
+    entry = make(fresh, content="new")
+    assert (entry.path / "file").read_text() == "new"
+    assert make(fresh, content="newer").complete
+
+
+def test_no_resume_forgets_partial_work(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        killed(StageCache(tmp_path))
+    with StageCache(tmp_path, resume=False).entry("stage", "k") as entry:
+        assert list(entry.partial.iterdir()) == []
+
+
+def test_key_depends_on_inputs_and_code(monkeypatch):
+    one = make_key({"a": 1, "b": [1, 2]}, ("bench.errors",))
+    assert one == make_key({"b": [1, 2], "a": 1}, ("bench.errors",))
+    assert one != make_key({"a": 2, "b": [1, 2]}, ("bench.errors",))
+    assert one != make_key({"a": 1, "b": [1, 2]}, ("bench.registry",))
+    monkeypatch.setattr(cache_module, "code_version", lambda module: "changed")
+    assert one != make_key({"a": 1, "b": [1, 2]}, ("bench.errors",))
+
+
+def test_code_version_sees_every_file_of_a_package(tmp_path, monkeypatch):
+    package = tmp_path / "some_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "part.py").write_text("a = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        before = code_version("some_package")
+        code_version.cache_clear()
+        assert code_version("some_package") == before
+        (package / "part.py").write_text("a = 2")
+        code_version.cache_clear()
+        assert code_version("some_package") != before
+        assert code_version("some_package.part") != code_version("some_package")
+    finally:
+        sys.modules.pop("some_package", None)
+        code_version.cache_clear()
+
+
+def test_code_version_of_nothing():
+    with pytest.raises(ModuleNotFoundError):
+        code_version("no_such_module_here")

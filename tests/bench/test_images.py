@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from bench.images import ssim
+
+
+def reference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """scikit-image over the valid positions, which is what it averages too."""
+    return structural_similarity(
+        first.permute(1, 2, 0).double().numpy(),
+        second.permute(1, 2, 0).double().numpy(),
+        channel_axis=2,
+        data_range=1.0,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("size", [(11, 11), (24, 17), (64, 64)])
+def test_equals_scikit_image(size, noise):
+    generator = torch.Generator().manual_seed(0)
+    first = torch.rand(3, 3, *size, generator=generator)
+    second = (first + noise * torch.randn(3, 3, *size, generator=generator)).clamp(0, 1)
+    expected = [reference(a, b) for a, b in zip(first, second, strict=True)]
+    torch.testing.assert_close(ssim(first, second), torch.tensor(expected).float(), atol=1e-4, rtol=0)
+
+
+def test_gradient_leads_to_the_target():
+    target = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    guess = torch.full_like(target, 0.5).requires_grad_()
+    optimizer = torch.optim.Adam([guess], lr=0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (1 - ssim(guess, target)).mean().backward()
+        optimizer.step()
+    assert ssim(guess, target).item() > 0.95
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 10])
+def test_faces_smaller_than_the_window_are_compared_with_a_smaller_one(size):
+    faces = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ssim(faces, faces), torch.ones(2))
+    assert (ssim(faces, 1 - faces) < 0.9).all()
+
+
+def test_different_shapes_are_refused():
+    with pytest.raises(ValueError, match="one shape"):
+        ssim(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 15))
