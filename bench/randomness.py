@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,3 +58,7 @@ class Streams:
         CPU generators are used on every device, so that a run draws the same numbers everywhere.
         """
         return torch.Generator().manual_seed(self.seed_for(name))
+
+    def numbered(self, name: str) -> Callable[[int], torch.Generator]:
+        """A stream for every number: what is drawn for one thing does not depend on what came before it."""
+        return lambda number: self.generator(f"{name}/{number}")

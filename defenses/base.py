@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -200,6 +200,39 @@ class Defense(nn.Module, ABC):
         if state is None:
             state = self.draw(len(faces), generator, labels)
         return Protected(self.transform(faces, state, generator), state)
+
+    def protect_each(
+        self, faces: Tensor, generators: Sequence[torch.Generator], *, state: Tensor | None = None
+    ) -> Protected:
+        """Protect a batch with a random stream of its own for every face, so that none depends on its turn.
+
+        States are drawn one by one. A defence that draws more than its state (noise) is asked for one face at a time.
+
+        Args:
+            faces: as for :meth:`protect`.
+            generators: N, one per face; a stream that stands there twice goes on where it was.
+            state: int64 (N, D) to pin the states instead of drawing them.
+
+        Raises:
+            ValueError: as :meth:`protect`.
+        """
+        if state is None:
+            drawn = [self.draw(1, generator) for generator in generators]
+            state = torch.cat([one for one in drawn if one is not None]) if drawn and drawn[0] is not None else None
+
+        def alone(row: int) -> Protected:
+            pinned = None if state is None else state[row : row + 1]
+            return self.protect(faces[row : row + 1], generators[row], state=pinned)
+
+        if not generators:
+            return self.protect(faces, torch.Generator(), state=state)
+        before = generators[0].get_state()
+        sent = [alone(0)]
+        if not torch.equal(before, generators[0].get_state()):
+            sent += [alone(row) for row in range(1, len(faces))]
+        elif len(faces) > 1:
+            sent.append(self.protect(faces[1:], generators[1], state=None if state is None else state[1:]))
+        return Protected(torch.cat([part.representation for part in sent]), state)
 
     def linear_operator(self, state: Tensor | None) -> LinearOperator | None:
         """The map for one ``state``, int64 (D,), where it is linear up to an offset and noise, else None."""

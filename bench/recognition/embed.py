@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -21,7 +22,7 @@ def embed_faces(
     defense: Defense,
     faces: FaceSet,
     *,
-    generator: torch.Generator,
+    generators: Callable[[int], torch.Generator],
     batch_size: int = 256,
     flip: bool = True,
     fabric: Fabric | None = None,
@@ -37,7 +38,7 @@ def embed_faces(
         recogniser: on any device; its mode is restored afterwards.
         defense: is moved to that device.
         faces: N faces of the defence's size.
-        generator: a CPU generator: draws states and noise, in the order of the faces.
+        generators: gives the CPU generator from which state and noise of the face with that number are drawn.
         batch_size: faces at a time.
         flip: add the embedding of the mirror image.
         fabric: computes in its precision; None for float32.
@@ -55,11 +56,12 @@ def embed_faces(
         for start in range(0, len(faces), batch_size):
             batch = faces.subset(torch.arange(start, min(start + batch_size, len(faces)))).to(device)
             images = next(batch.batches(batch_size))
+            draws = [generators(number) for number in range(start, start + len(images))]
             # The defence computes in float32 whatever the recogniser does: it is the client's.
-            protected = defense.protect(images, generator)
+            protected = defense.protect_each(images, draws)
             embedding = _embed(recogniser, protected.representation, fabric)
             if flip:
-                mirrored = defense.protect(images.flip(-1), generator, state=protected.state)
+                mirrored = defense.protect_each(images.flip(-1), draws, state=protected.state)
                 embedding = embedding + _embed(recogniser, mirrored.representation, fabric)
             parts.append(F.normalize(embedding).cpu())
             report(min(start + batch_size, len(faces)), len(faces))

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-import attacks as attacks_package
 from attacks.base import (
     GRANTS,
     OF_RECOGNISER,
@@ -39,9 +38,9 @@ from bench.metrics.identity import Probes, content_ids, select_probes
 from bench.progress import Report
 from bench.run.attack_config import AttackConfig
 from bench.run.machines import synchronise
-from bench.run.provider import DATA_CODE, DEFENSE_CODE, Stages, failing_as
+from bench.run.provider import Stages, failing_as
 from bench.run.service import Enrolment, Service, class_centres, traffic
-from bench.run.stage import Job, make_key, save_tensors
+from bench.run.stage import CODE, Job, make_key, plugin_code, save_tensors
 from defenses.base import Defense
 from defenses.layout import probe
 
@@ -97,9 +96,6 @@ def named_states(inferred: Tensor, states: Tensor, defense: Defense) -> Tensor |
     pairs: Tensor = torch.stack((drawn, named), dim=1).unflatten(0, states.shape[:2])
     return pairs.cpu()
 
-
-# Code that what an attack learns depends on: a change in it makes the stage anew.
-ATTACK_CODE = tuple(f"attacks.{module}" for module in sorted(attacks_package.SUPPORT_MODULES))
 
 #: Representation values intercepted at once: 256 MiB of them.
 REPRESENTATION_VALUES = 2**28 // 4
@@ -239,8 +235,8 @@ class AttackStages:
 
     def service(self, defense: Defense, purpose: str) -> Service:
         """The provider's service, whose clients draw their states from a stream of the ``purpose``'s own."""
-        generator = self.streams.generator(f"service/{purpose}")
-        return Service(self.stages.recogniser(defense), defense, generator, batch_size=self.config.batch_size)
+        draws = self.streams.numbered(f"service/{purpose}")
+        return Service(self.stages.recogniser(defense), defense, draws, batch_size=self.config.batch_size)
 
     def _traffic(self, defense: Defense) -> Traffic:
         def intercept(count: int) -> Iterator[Tensor]:
@@ -248,7 +244,7 @@ class AttackStages:
                 defense,
                 self.stages.splits.victims,
                 self.selection.attacked,
-                self.streams.generator("traffic"),
+                self.streams.numbered("traffic"),
                 count=count,
                 batch_size=self.config.batch_size,
                 device=self.fabric.device,
@@ -258,15 +254,14 @@ class AttackStages:
 
     # -- fitting ---------------------------------------------------------------------------------
 
-    def _fit_key(self, attack: Attack, public: FaceSet, defense: Defense) -> str:
+    def _fit_key(self, attack: Attack, public: float, defense: Defense) -> str:
         config, stages = self.config, self.stages
-        everyone = len(public) == len(stages.splits.public)
         return make_key(
             {
                 "data": stages.data_key,
                 "shares": config.shares,
                 "evaluator_file": config.evaluator is not None,
-                "public": None if everyone else len(public),
+                "public": public,
                 "defense": stages.defense_key(defense),
                 "attack": {"name": attack.name, "options": attack.options.model_dump(mode="json")},
                 "knowledge": config.knowledge,
@@ -275,7 +270,7 @@ class AttackStages:
                 "seed": config.seed,
                 **stages.platform(),
             },
-            (*ATTACK_CODE, type(attack).__module__, *DEFENSE_CODE, *DATA_CODE, "bench.run.service"),
+            (*plugin_code(type(attack).__module__), *CODE["attack"]),
         )
 
     def fitted(self, attack_config: AttackConfig, defense: Defense) -> tuple[Attack, FitReport]:
@@ -284,9 +279,10 @@ class AttackStages:
 
     def fit_job(self, attack_config: AttackConfig, defense: Defense) -> Job[tuple[Attack, FitReport]]:
         """The stage that fits the attack."""
-        attack, public = attack_config.make(), self.public(attack_config)
+        attack = attack_config.make()
 
         def make(folder: Path, report: Report) -> None:
+            public = self.public(attack_config)
             torch.manual_seed(self.streams.seed_for("attack"))
             fitted = attack_config.make()
             service = self.service(defense, "fit") if Capability.EMBEDDINGS in self.given(fitted) else None
@@ -302,12 +298,12 @@ class AttackStages:
             shutil.rmtree(folder / "resume", ignore_errors=True)
 
         def read(folder: Path) -> tuple[Attack, FitReport]:
-            attack.prepare(self.adversary(attack, defense, public=public))
+            attack.prepare(self.adversary(attack, defense, public=self.public(attack_config)))
             attack.load_state_dict(load_file(folder / "attack.safetensors"))
             attack.to(self.fabric.device).eval()
             return attack, _read_report(folder)
 
-        key = self._fit_key(attack, public, defense)
+        key = self._fit_key(attack, attack_config.public, defense)
         what = f"train {attack.name} on {defense.name}"
         return Job(f"attack-{attack.name}-{defense.name}", key, what, make, read)
 
@@ -318,17 +314,18 @@ class AttackStages:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """What is sent for the victim ``images``, batch by batch, each image ``count`` times.
 
-        Each of the ``count`` turns has a random stream of its own: fewer interceptions are a part of more.
+        Each image has a random stream of its own in each of the ``count`` turns: fewer interceptions are a part of
+        more, and what is sent of an image does not depend on the others.
 
         Yields the images' indices (n,), representations (n, k, C, h, w) and true states (n, k, D), None where none are
         drawn.
         """
         values = count * defense.bytes_per_face() // torch.float32.itemsize
         batch_size = max(1, min(batch_size or self.config.batch_size, REPRESENTATION_VALUES // values))
-        turns = [self.streams.generator(f"{stream}/{turn}" if turn else stream) for turn in range(count)]
+        turns = [self.streams.numbered(f"{stream}/{turn}") for turn in range(count)]
         for index in images.split(batch_size):
             faces = to_float(self.stages.splits.victims.images[index].to(self.fabric.device))
-            sent = [defense.protect(faces, generator) for generator in turns]
+            sent = [defense.protect_each(faces, [draws(image) for image in index.tolist()]) for draws in turns]
             states = [one.state for one in sent if one.state is not None]
             representations = torch.stack([one.representation for one in sent], dim=1)
             yield index, representations, torch.stack(states, dim=1) if states else None
@@ -339,19 +336,18 @@ class AttackStages:
         reveal = Knowledge(self.config.knowledge) is Knowledge.ORACLE
         stolen, scored = Capability.TEMPLATES in given, Capability.SCORES in given
         enrolment = self.service(defense, "enrolment") if stolen else None
-        draws, victims = self.streams.generator("enrolment"), self.stages.splits.victims
+        victims = self.stages.splits.victims
         content = content_ids(victims.images) if stolen else torch.empty(0)
-        for number, (index, representations, states) in enumerate(self.interceptions(defense, probes, count)):
+        for index, representations, states in self.interceptions(defense, probes, count):
             templates = enrolled = score = service = None
             if stolen or scored:
-                # One a batch: what a batch is answered does not depend on the batches before it.
-                service = self.service(defense, f"observe/{number}")
+                service = self.service(defense, "observe")
                 embedded = service.embed_representations(representations.flatten(0, 1))
                 templates = embedded.unflatten(0, representations.shape[:2])
                 if scored:
-                    score = Enrolment(service, templates[:, 0]).score
+                    score = Enrolment(service, templates[:, 0], self._draws_of("scores", index)).score
             if enrolment is not None:
-                enrolled = class_centres(enrolment, victims, content, index, draws)
+                enrolled = class_centres(enrolment, victims, content, index, self._draws_of("enrolment", index))
             observation = Observation(
                 representations,
                 states=states if reveal else None,
@@ -361,17 +357,22 @@ class AttackStages:
             )
             yield Interception(observation, states, service if scored else None)
 
+    def _draws_of(self, stream: str, images: Tensor) -> list[torch.Generator]:
+        """A generator per victim image."""
+        return [self.streams.generator(f"{stream}/{image}") for image in images.tolist()]
+
     # -- recovery --------------------------------------------------------------------------------
 
-    def recovered(self, attack_config: AttackConfig, defense: Defense, probes: Tensor) -> Recovered:
-        """What the attack recovers of the victim images ``probes``."""
-        return self.stages.do(self.recover_job(attack_config, defense, probes))
+    def recovered(self, attack_config: AttackConfig, defense: Defense) -> Recovered:
+        """What the attack recovers of the attacked images."""
+        return self.stages.do(self.recover_job(attack_config, defense))
 
-    def recover_job(self, attack_config: AttackConfig, defense: Defense, probes: Tensor) -> Job[Recovered]:
+    def recover_job(self, attack_config: AttackConfig, defense: Defense) -> Job[Recovered]:
         """The stage that recovers faces; each batch is kept as it is done, so that a killed run goes on after it."""
 
         def make(folder: Path, report: Report) -> None:
             fitted, _ = self.fitted(attack_config, defense)
+            probes = self.selection.attacked
             if not isinstance(fitted, RecoveryAttack):
                 raise TypeError(f"{fitted.name} recovers no faces")
             parts = []
@@ -406,20 +407,19 @@ class AttackStages:
                 batch_seconds=tensors["batch_seconds"],
             )
 
-        key = self._victims_key(attack_config, defense, {"probes": probes.tolist()})
+        key = self._victims_key(attack_config, defense, probes=self.config.probes)
         what = f"recover from {defense.name}"
         return Job(f"recover-{attack_config.name}-{defense.name}", key, what, make, read)
 
-    def _victims_key(self, attack_config: AttackConfig, defense: Defense, inputs: dict[str, object]) -> str:
-        attack = attack_config.make()
+    def _victims_key(self, attack_config: AttackConfig, defense: Defense, **inputs: object) -> str:
         return make_key(
             {
-                "attack": self._fit_key(attack, self.public(attack_config), defense),
+                "attack": self._fit_key(attack_config.make(), attack_config.public, defense),
                 "interceptions": attack_config.interceptions,
                 "batch_size": self.config.batch_size,
                 **inputs,
             },
-            ("bench.run.attacker", "bench.run.service", "bench.run.scorer"),
+            CODE["victims"],
         )
 
     # -- linkage ---------------------------------------------------------------------------------
@@ -459,7 +459,7 @@ class AttackStages:
         def read(folder: Path) -> Linked:
             return Linked(**load_file(folder / "linked.safetensors"))
 
-        key = self._victims_key(attack_config, defense, {})
+        key = self._victims_key(attack_config, defense)
         return Job(f"link-{attack_config.name}-{defense.name}", key, f"link {defense.name}", make, read)
 
 

@@ -128,10 +128,9 @@ def write_sheet(
     rows = min(ROWS, len(probes))
     roles = _roles(len(probes), leakage)
     chosen = torch.tensor(sorted({*range(rows), *roles}))
-    sent = _sent(attacks, defense, probes, chosen)
     every = {
         "original": to_float(stages.splits.victims.images[probes[chosen]]),
-        "sent": sent,
+        "sent": _sent(attacks, defense, probes[chosen]),
         **{heading: pictures[chosen] for heading, pictures in columns.items()},
         **{heading: pictures[chosen] for heading, pictures in (members or {}).items()},
     }
@@ -161,20 +160,10 @@ def _roles(count: int, leakage: Tensor | None) -> dict[int, list[str]]:
     return roles
 
 
-def _sent(attacks: AttackStages, defense: Defense, probes: Tensor, chosen: Tensor) -> Tensor:
-    """What was intercepted first of the ``chosen`` victims, float32 (M, C, h, w).
-
-    All of them are protected again up to the last one chosen: what a random defence draws depends on its turn.
-    """
-    found: list[Tensor] = []
-    start = 0
-    for index, representations, _ in attacks.interceptions(defense, probes, 1):
-        here = chosen[(chosen >= start) & (chosen < start + len(index))] - start
-        found.append(representations[here.to(representations.device), 0].float().cpu())
-        start += len(index)
-        if start > int(chosen[-1]):
-            break
-    return torch.cat(found)
+def _sent(attacks: AttackStages, defense: Defense, images: Tensor) -> Tensor:
+    """What was intercepted first of some victim images, float32 (M, C, h, w)."""
+    sent = [representations[:, 0].float().cpu() for _, representations, _ in attacks.interceptions(defense, images, 1)]
+    return torch.cat(sent)
 
 
 def _keep(folder: Path, headings: Sequence[str], victims: list[dict[str, object]]) -> None:

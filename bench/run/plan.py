@@ -136,7 +136,7 @@ def make_plan(config: RunConfig, attack_configs: Sequence[AttackConfig], attacks
             jobs.append((attacks.link_job(attack_config, target), what, False))
         else:
             what = f"recover {len(probes)} victim images, k = {attack_config.interceptions}"
-            jobs.append((attacks.recover_job(attack_config, target, probes), what, False))
+            jobs.append((attacks.recover_job(attack_config, target), what, False))
     for job, what, timed in {(job.stage, job.key): (job, what, timed) for job, what, timed in jobs}.values():
         cached = stages.cache.holds(job.stage, job.key)
         estimate = _time_job(job) if timed and not cached else None

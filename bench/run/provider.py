@@ -19,7 +19,6 @@ from lightning_fabric import Fabric
 from safetensors.torch import load_file
 from torch import Tensor
 
-import defenses as defenses_package
 from bench import plugins
 from bench.data.faces import FaceSet, Source
 from bench.data.loaders import load, open_stream
@@ -29,7 +28,7 @@ from bench.data.splits import Splits, split, whole_identities
 from bench.data.stream.scan import Scan, scan
 from bench.data.stream.view import IdentityView
 from bench.errors import BenchError, UsageError
-from bench.files import write_text
+from bench.files import sha256, write_text
 from bench.images import to_float
 from bench.metrics.evaluator import Evaluator, OnnxEvaluator, RecogniserEvaluator
 from bench.metrics.verification import pair_scores
@@ -42,7 +41,7 @@ from bench.recognition.state import load_recogniser, save_recogniser
 from bench.recognition.training import TrainingReport, train
 from bench.run.config import RunConfig
 from bench.run.machines import ConnectedProcesses, TrainingOrder
-from bench.run.stage import Job, StageCache, T, make_key, save_tensors
+from bench.run.stage import CODE, Job, StageCache, T, make_key, plugin_code, save_tensors
 from defenses.base import Defense
 
 _FACES = 256
@@ -73,9 +72,6 @@ def channel_energy(described: dict[str, Any], faces: Tensor) -> dict[str, list[f
 
 
 Log = Callable[..., None]
-
-#: Code that the data depends on: a change in it makes the stage anew.
-DATA_CODE = ("bench.data",)
 
 
 class DataStages:
@@ -126,15 +122,14 @@ class DataStages:
                 "files": fingerprint(config.data_root) if config.dataset != "synthetic" else None,
                 "stream": {"on_error": config.stream_on_error} if config.stream else None,
             },
-            DATA_CODE,
+            CODE["rendered faces" if config.dataset == "synthetic" else "faces on disk"],
         )
 
     @functools.cached_property
     def data_key(self) -> str:
         """Key of the faces that are used: recognisers, which train on the disk, do not depend on what memory holds."""
-        if not self.config.stream:
-            return self.faces_key
-        return make_key({"faces": self.faces_key, "hold": self.config.stream_images}, ())
+        hold = self.config.stream_images if self.config.stream else None
+        return make_key({"faces": self.faces_key, "hold": hold}, CODE["split"])
 
     @functools.cached_property
     def source(self) -> Source | StreamedSource:
@@ -277,11 +272,6 @@ def _read_source(folder: Path) -> Source:
     return Source(head["name"], faces, synthetic=head["synthetic"], details=head["details"])
 
 
-# Code that a kind of stage depends on: a change in it makes the stage anew.
-DEFENSE_CODE = tuple(f"defenses.{module}" for module in sorted(defenses_package.SUPPORT_MODULES))
-RECOGNITION_CODE = ("bench.recognition", *DEFENSE_CODE, *DATA_CODE)
-
-
 class Stages(DataStages):
     """What the provider makes of its data, and the judge; see :class:`bench.run.provider.DataStages` for the rest."""
 
@@ -322,7 +312,7 @@ class Stages(DataStages):
                 "defense": {"name": defense.name, "options": defense.options.model_dump(mode="json")},
                 "image_size": self.config.image_size,
             },
-            (*DEFENSE_CODE, type(defense).__module__),
+            plugin_code(type(defense).__module__),
         )
 
     # -- recognition -----------------------------------------------------------------------------
@@ -343,7 +333,7 @@ class Stages(DataStages):
                 "seed": config.seed,
                 **self.platform(),
             },
-            RECOGNITION_CODE,
+            (*CODE["recogniser"], *CODE["split"]),
         )
 
     def recogniser(self, defense: Defense, role: str = "provider") -> Recogniser:
@@ -410,13 +400,17 @@ class Stages(DataStages):
 
     def verification_scores(self, defense: Defense) -> Tensor:
         """Cosine per pair of the victims' protocol, each image protected under one random state: (P,)."""
+        return self.do(self.verification_job(defense))
+
+    def verification_job(self, defense: Defense) -> Job[Tensor]:
+        """The stage that scores the victims' pairs."""
 
         def make(folder: Path, report: Report) -> None:
             embeddings = embed_faces(
                 self.recogniser(defense),
                 defense,
                 self.splits.victims,
-                generator=self.streams.generator("queries"),
+                generators=self.streams.numbered("queries"),
                 batch_size=self.config.batch_size,
                 fabric=self.fabric,
             )
@@ -426,9 +420,13 @@ class Stages(DataStages):
         def read(folder: Path) -> Tensor:
             return load_file(folder / "scores.safetensors")["scores"]
 
-        content = {"recogniser": self.recogniser_key(defense, "provider"), "data": self.data_key}
-        key = make_key(content, ("bench.metrics",))
-        return self.do(Job(f"verify-{defense.name}", key, f"verify on {defense.name}", make, read))
+        content = {
+            "recogniser": self.recogniser_key(defense, "provider"),
+            "data": self.data_key,
+            "batch_size": self.config.batch_size,
+        }
+        key = make_key(content, CODE["verification"])
+        return Job(f"verify-{defense.name}", key, f"verify on {defense.name}", make, read)
 
     # -- evaluator -------------------------------------------------------------------------------
 
@@ -446,10 +444,14 @@ class Stages(DataStages):
 
     def plain_embeddings(self) -> Tensor:
         """The evaluator's embeddings of all plain victim faces, unit rows: float32 (N, D)."""
-        evaluator = self.evaluator
+        return self.do(self.evaluation_job())
+
+    def evaluation_job(self) -> Job[Tensor]:
+        """The stage that embeds the victims' plain faces for the evaluator."""
+        file = self.config.evaluator
 
         def make(folder: Path, report: Report) -> None:
-            faces = self.splits.victims
+            faces, evaluator = self.splits.victims, self.evaluator
             embeddings: list[Tensor] = []
             for batch in faces.batches(self.config.batch_size):
                 embeddings.append(evaluator.embed(batch.to(self.fabric.device)).cpu())
@@ -464,13 +466,13 @@ class Stages(DataStages):
                 "data": self.data_key,
                 "shares": self.config.shares,
                 "seed": self.config.seed,
-                "evaluator": evaluator.describe(),
-                "recogniser": None if self.config.evaluator else self.recogniser_key(self._plain(), "evaluator"),
+                "evaluator": self.recogniser_key(self._plain(), "evaluator") if file is None else sha256(file),
+                "batch_size": self.config.batch_size,
                 **self.platform(),
             },
-            ("bench.metrics.evaluator",),
+            CODE["evaluation"],
         )
-        return self.do(Job("evaluate", key, f"embed victims with {evaluator.name}", make, read))
+        return Job("evaluate", key, "embed the victims for the evaluator", make, read)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def floor_recoveries(attacks: AttackStages, defense: Defense, probes: Tensor) ->
     return {
         "mean_face": mean_face(public, count),
         "grey": grey(count, size),
-        "noise": noise(count, size, streams.generator("floors")),
+        "noise": torch.cat([noise(1, size, streams.generator(f"floors/noise/{image}")) for image in probes.tolist()]),
         "nearest": _nearest(attacks, defense, probes),
     }
 
@@ -94,7 +94,7 @@ def outcome(
     """Recover the victim images ``probes`` from ``defense`` and score the faces."""
     found = {}
     for name, member in members(attack_config).items():
-        recovered = attacks.recovered(member, defense, probes)
+        recovered = attacks.recovered(member, defense)
         found[name] = Outcome(scorer.assess(recovered.faces), recovered.faces, recovered)
     if set(found) == {attack_config.name}:
         return found[attack_config.name]
@@ -126,7 +126,7 @@ def run_recovery(
     info = _info(attacks, own, defense)
     for attack_config, target in [*((one, defense) for one in attack_configs), (own, plain)]:
         for member in members(attack_config).values():
-            attacks.recovered(member, target, probes)
+            attacks.recovered(member, target)
     scorer = make_scorer(attacks)
 
     with stages.timed("measure"):
@@ -204,7 +204,7 @@ def _info(attacks: AttackStages, attack_config: AttackConfig, defense: Defense) 
     for name, member in members(attack_config).items():
         # Before anything is recovered: an attack that was mis-driven is not let loose.
         infos[name] = attack_info(attacks, member, defense)
-        queries = attacks.recovered(member, defense, probes).queries
+        queries = attacks.recovered(member, defense).queries
         if queries is not None:
             details = {**infos[name].details, "queries_per_victim": queries / len(probes)}
             infos[name] = infos[name].model_copy(update={"details": details})

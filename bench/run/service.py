@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +23,16 @@ class Service:
     Args:
         recogniser: the provider's, trained behind ``defense``.
         defense: the one in use, with its true secret.
-        generator: the states and noise of the clients.
+        draws: gives the generator of state and noise of the n-th face that is sent.
         batch_size: faces at once.
     """
 
     def __init__(
-        self, recogniser: Recogniser, defense: Defense, generator: torch.Generator, *, batch_size: int
+        self, recogniser: Recogniser, defense: Defense, draws: Callable[[int], torch.Generator], *, batch_size: int
     ) -> None:
         self._recogniser = recogniser.eval()
         self._defense = defense
-        self._generator = generator
+        self._draws = draws
         self._batch_size = batch_size
         self._device = next(recogniser.parameters()).device
         self.queries = 0
@@ -44,12 +44,18 @@ class Service:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def embed(self, faces: Tensor) -> Tensor:
-        """An :data:`attacks.base.EmbeddingQuery`; the embeddings come on the device of ``faces``."""
+    def embed(self, faces: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        """An :data:`attacks.base.EmbeddingQuery`; the embeddings come on the device of ``faces``.
+
+        ``generators``, one per face, stand in for the service's own draws.
+        """
+        if generators is None:
+            generators = [self._draws(number) for number in range(self.queries, self.queries + len(faces))]
         self.queries += len(faces)
         parts = []
-        for batch in faces.split(self._batch_size):
-            sent = self._defense.protect(batch.detach().to(self._device), self._generator)
+        for start in range(0, len(faces), self._batch_size):
+            rows = slice(start, start + self._batch_size)
+            sent = self._defense.protect_each(faces[rows].detach().to(self._device), generators[rows])
             parts.append(self._recogniser.embed(sent.representation))
         return torch.cat(parts).to(faces.device) if parts else faces.new_zeros(0, self._recogniser.spec.embedding_size)
 
@@ -60,11 +66,13 @@ class Enrolment:
     Args:
         service: does the comparing.
         templates: float32 (N, D), unit rows.
+        generators: N; faces that are compared with a person are protected under that person's draws.
     """
 
-    def __init__(self, service: Service, templates: Tensor) -> None:
+    def __init__(self, service: Service, templates: Tensor, generators: Sequence[torch.Generator]) -> None:
         self._service = service
         self._templates = templates
+        self._generators = generators
 
     def score(self, faces: Tensor, persons: Tensor) -> Tensor:
         """An :data:`attacks.base.ScoreQuery`.
@@ -77,11 +85,16 @@ class Enrolment:
         if len(persons) and not 0 <= int(persons.min()) <= int(persons.max()) < len(self._templates):
             raise ValueError(f"persons are numbered 0..{len(self._templates) - 1}")
         templates = self._templates.to(faces.device)[persons.to(faces.device)]
-        return (self._service.embed(faces) * templates).sum(dim=1)
+        draws = [self._generators[person] for person in persons.tolist()]
+        return (self._service.embed(faces, draws) * templates).sum(dim=1)
 
 
 def class_centres(
-    service: Service, victims: FaceSet, content: Tensor, index: Tensor, generator: torch.Generator
+    service: Service,
+    victims: FaceSet,
+    content: Tensor,
+    index: Tensor,
+    generators: Sequence[torch.Generator],
 ) -> Tensor:
     """The class centre of the person on each image of ``index``, from other images of that person: float32 (N, D).
 
@@ -92,19 +105,20 @@ def class_centres(
         victims: all their images.
         content: int64, :func:`~bench.metrics.identity.content_ids` of these images.
         index: int64 (N,), the attacked ones.
-        generator: of the draws.
+        generators: N, of the draws for each attacked image.
 
     Raises:
         ValueError: a person has no other image.
     """
     centres = []
-    for image in index.tolist():
+    for image, generator in zip(index.tolist(), generators, strict=True):
         same = (victims.labels == victims.labels[image]) & (content != content[image])
         others = same.nonzero().flatten()
         if not len(others):
             raise ValueError(f"{victims.names[int(victims.labels[image])]} has no other image to be enrolled with")
         chosen = others[torch.randperm(len(others), generator=generator)[:ENROLMENT_IMAGES]]
-        centres.append(F.normalize(service.embed(to_float(victims.images[chosen])).mean(dim=0), dim=0))
+        images = to_float(victims.images[chosen])
+        centres.append(F.normalize(service.embed(images, [generator] * len(images)).mean(dim=0), dim=0))
     return torch.stack(centres)
 
 
@@ -112,7 +126,7 @@ def traffic(
     defense: Defense,
     victims: FaceSet,
     attacked: Tensor,
-    generator: torch.Generator,
+    draws: Callable[[int], torch.Generator],
     *,
     count: int,
     batch_size: int,
@@ -122,7 +136,9 @@ def traffic(
     mask = torch.ones(len(victims), dtype=torch.bool)
     mask[attacked] = False
     others = mask.nonzero().flatten()
-    order = others[torch.randperm(len(others), generator=generator)]
+    order = others[torch.randperm(len(others), generator=draws(-1))]
     index = order[torch.arange(count) % len(order)]
-    for part in index.split(batch_size):
-        yield defense.protect(to_float(victims.images[part].to(device)), generator).representation
+    for start in range(0, count, batch_size):
+        part = index[start : start + batch_size]
+        generators = [draws(number) for number in range(start, start + len(part))]
+        yield defense.protect_each(to_float(victims.images[part].to(device)), generators).representation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib.util
@@ -22,23 +23,101 @@ from bench.progress import Report
 KEY_LENGTH = 16
 
 
+#: The modules of the harness that decide what a kind of stage makes, beside its options and its inputs. A key holds
+#: options by their values, and plug-ins by their own code (:func:`plugin_code`).
+CODE: Mapping[str, tuple[str, ...]] = {
+    "rendered faces": ("bench.data.synthetic",),
+    "faces on disk": ("bench.data.decode", "bench.data.recordio", "bench.data.sources", "bench.data.verification_pack"),
+    "split": ("bench.data.splits",),
+    "recogniser": (
+        "bench.nets",
+        "bench.recognition.learner",
+        "bench.recognition.partial_fc",
+        "bench.recognition.training",
+        "bench.data.stream.sampler",
+    ),
+    "verification": ("bench.recognition.embed",),
+    "evaluation": ("bench.metrics.evaluator", "bench.nets.onnx"),
+    "attack": ("bench.run.service",),
+    "victims": ("bench.run.attacker", "bench.run.service"),
+}
+
+#: Where the code of plug-ins lives, and what theirs may be built of.
+_PLUGIN_PACKAGES = ("attacks", "defenses", "bench.nets", "bench.images", "bench.randomness")
+
+
 @functools.cache
 def code_version(module: str) -> str:
-    """SHA-256 over the source of a module, or of every module of a package.
+    """SHA-256 over what a module, or every module of a package, does: comments, docstrings and layout do not count.
 
     Raises:
         ModuleNotFoundError: there is no such module.
     """
-    spec = importlib.util.find_spec(module)
+    origin, is_package = _source(module)
+    digest = hashlib.sha256()
+    for file in sorted(origin.parent.rglob("*.py")) if is_package else [origin]:
+        digest.update(f"{file.relative_to(origin.parent)}\0".encode())
+        digest.update(ast.dump(_Code().visit(ast.parse(file.read_bytes()))).encode())
+    return digest.hexdigest()
+
+
+def _source(module: str) -> tuple[Path, bool]:
+    """The file of a module, and whether it is a package."""
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        spec = None
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(module)
-    origin = Path(spec.origin)
-    files = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(origin.parent)}\0".encode())
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return Path(spec.origin), spec.submodule_search_locations is not None
+
+
+class _Code(ast.NodeTransformer):
+    """Takes away what a reader is told: docstrings, and the descriptions of options."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST:
+        told = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return ast.Pass() if told else self.generic_visit(node)
+
+    def visit_keyword(self, node: ast.keyword) -> ast.AST | None:
+        return None if node.arg == "description" else self.generic_visit(node)
+
+
+@functools.cache
+def plugin_code(module: str) -> tuple[str, ...]:
+    """The module of a plug-in and the modules that it is built of.
+
+    These are what it imports, directly or not, of its own package, of the contracts and shared parts of plug-ins, and
+    of the networks that everybody may use.
+    """
+    packages = {module.partition(".")[0], *_PLUGIN_PACKAGES} - {"bench"}
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or not any(f"{name}.".startswith(f"{package}.") for package in packages):
+            continue
+        seen.add(name)
+        file, is_package = _source(name)
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            waiting += _imported(node, name if is_package else name.rpartition(".")[0])
+    return tuple(sorted(seen))
+
+
+def _imported(node: ast.AST, package: str) -> list[str]:
+    """The modules that an import statement names; ``from a import b`` names ``a.b`` where that is a file."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+    if base.partition(".")[0] not in ("bench", "attacks", "defenses", package.partition(".")[0]):
+        return []  # finding a module imports the packages that it lies in
+    file, is_package = _source(base)
+    if not is_package:
+        return [base]
+    parts = {path.stem if path.is_file() else path.name for path in file.parent.iterdir()}
+    return [base, *(f"{base}.{alias.name}" for alias in node.names if alias.name in parts)]
 
 
 def make_key(inputs: Mapping[str, Any], modules: Sequence[str]) -> str:
@@ -50,7 +129,7 @@ def make_key(inputs: Mapping[str, Any], modules: Sequence[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One stage's place in the cache.
+    """Where one stage lies in the cache.
 
     Attributes:
         path: the finished folder.

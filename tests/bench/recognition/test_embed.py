@@ -20,19 +20,19 @@ def recogniser(make_defense: Any) -> Recogniser:
     return recogniser.eval()
 
 
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(11)
+def generators(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(11 + number)
 
 
 def test_the_embedding_is_image_plus_mirror_image_under_one_state(
     recogniser: Recogniser, faces: FaceSet, make_defense: Any
 ) -> None:
     defense = make_defense()
-    embeddings = embed_faces(recogniser, defense, faces, generator=generator())
+    embeddings = embed_faces(recogniser, defense, faces, generators=generators)
     images = to_float(faces.images)
-    state = make_defense().draw(len(faces), generator())
+    state = torch.cat([make_defense().draw(1, generators(number)) for number in range(len(faces))])
     with torch.no_grad():
-        views = [defense.protect(view, generator(), state=state).representation for view in (images, images.flip(-1))]
+        views = [defense.protect(view, generators(0), state=state).representation for view in (images, images.flip(-1))]
         expected = F.normalize(recogniser(views[0]) + recogniser(views[1]))
     torch.testing.assert_close(embeddings, expected)
     assert embeddings.shape == (24, 16)
@@ -41,26 +41,34 @@ def test_the_embedding_is_image_plus_mirror_image_under_one_state(
 
 
 def test_without_flip_it_is_the_image_alone(recogniser: Recogniser, faces: FaceSet, make_defense: Any) -> None:
-    embeddings = embed_faces(recogniser, make_defense(), faces, generator=generator(), flip=False)
-    protected = make_defense().protect(to_float(faces.images), generator()).representation
+    embeddings = embed_faces(recogniser, make_defense(), faces, generators=generators, flip=False)
+    draws = [generators(number) for number in range(len(faces))]
+    protected = make_defense().protect_each(to_float(faces.images), draws).representation
     with torch.no_grad():
         torch.testing.assert_close(embeddings, recogniser.embed(protected))
 
 
 def test_each_query_draws_one_state_of_its_own(recogniser: Recogniser, faces: FaceSet, make_defense: Any) -> None:
     defense = make_defense()
-    embed_faces(recogniser, defense, faces, generator=generator(), batch_size=10)
-    assert defense.labels == [None, None, None]  # one draw a batch, and no labels at a client
-    assert [len(images) for images, _ in defense.calls] == [10, 10, 10, 10, 4, 4]
-    states = [state for _, state in defense.calls]
-    for image, mirror in zip(states[::2], states[1::2], strict=True):
-        assert torch.equal(image, mirror)
-    assert len(torch.cat(states[::2]).unique()) == 3
+    embed_faces(recogniser, defense, faces, generators=generators, batch_size=10)
+    assert set(defense.labels) == {None}  # no labels at a client
+    states = torch.cat([state for _, state in defense.calls])
+    assert len(states) == 2 * len(faces)  # the image and its mirror image
+    assert len(states.unique()) == 3
+
+
+def test_what_is_drawn_for_a_face_does_not_depend_on_the_others(
+    recogniser: Recogniser, faces: FaceSet, make_defense: Any
+) -> None:
+    every = embed_faces(recogniser, make_defense(), faces, generators=generators)
+    last = faces.subset(torch.tensor([len(faces) - 1]))
+    alone = embed_faces(recogniser, make_defense(), last, generators=lambda _: generators(len(faces) - 1))
+    torch.testing.assert_close(alone, every[-1:])
 
 
 def test_the_batch_size_changes_nothing(recogniser: Recogniser, faces: FaceSet, make_defense: Any) -> None:
     one, many = (
-        embed_faces(recogniser, make_defense(), faces, generator=generator(), batch_size=size) for size in (5, 24)
+        embed_faces(recogniser, make_defense(), faces, generators=generators, batch_size=size) for size in (5, 24)
     )
     torch.testing.assert_close(one, many, rtol=0, atol=1e-5)
 
@@ -71,7 +79,7 @@ def test_mode_and_statistics_are_left_as_they_were(
 ) -> None:
     recogniser.train(training)
     before = {name: value.clone() for name, value in recogniser.state_dict().items()}
-    embed_faces(recogniser, make_defense(), faces, generator=generator())
+    embed_faces(recogniser, make_defense(), faces, generators=generators)
     assert recogniser.training is training
     assert all(torch.equal(value, before[name]) for name, value in recogniser.state_dict().items())
 
@@ -90,9 +98,10 @@ def test_the_defence_keeps_float32_when_the_recogniser_does_not(
 
     defense.transform = spy
     mixed = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    half = embed_faces(recogniser, defense, faces, generator=generator(), fabric=mixed)
-    full = embed_faces(recogniser, make_defense(), faces, generator=generator())
-    assert inside == [False, False]
+    half = embed_faces(recogniser, defense, faces, generators=generators, fabric=mixed)
+    full = embed_faces(recogniser, make_defense(), faces, generators=generators)
+    assert inside
+    assert not any(inside)
     assert not torch.equal(half, full)
     assert float((half * full).sum(1).min()) > 0.99
 
@@ -103,7 +112,7 @@ def test_progress_counts_faces(recogniser: Recogniser, faces: FaceSet, make_defe
         recogniser,
         make_defense(),
         faces,
-        generator=generator(),
+        generators=generators,
         batch_size=10,
         report=lambda done, total, **_: calls.append((done, total)),
     )
@@ -112,4 +121,4 @@ def test_progress_counts_faces(recogniser: Recogniser, faces: FaceSet, make_defe
 
 def test_no_faces_give_no_rows(recogniser: Recogniser, faces: FaceSet, make_defense: Any) -> None:
     none = faces.subset(torch.zeros(len(faces), dtype=torch.bool))
-    assert embed_faces(recogniser, make_defense(), none, generator=generator()).shape == (0, 16)
+    assert embed_faces(recogniser, make_defense(), none, generators=generators).shape == (0, 16)

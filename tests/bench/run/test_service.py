@@ -14,6 +14,10 @@ from bench.run.service import Enrolment, Service, class_centres, traffic
 SIZE = 32
 
 
+def draws(number):
+    return torch.Generator().manual_seed(5 + number)
+
+
 @pytest.fixture(scope="module")
 def defense():
     return plugins.make_defense("partialface", {}, "quick", SIZE)
@@ -29,7 +33,7 @@ def victims():
 @pytest.fixture
 def service(defense):
     recogniser = build_recogniser("ir-tiny", defense.representation_shape, 16, seed=3)
-    return Service(recogniser, defense, torch.Generator().manual_seed(5), batch_size=4)
+    return Service(recogniser, defense, draws, batch_size=4)
 
 
 def test_embedding_queries_are_counted_and_give_unit_rows(service, victims):
@@ -48,9 +52,11 @@ def test_a_score_is_the_cosine_to_the_named_persons_template(service, victims, d
     templates = F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     persons = torch.tensor([2, 0, 2, 1])
     faces = to_float(victims.images[:4])
-    scores = Enrolment(service, templates).score(faces, persons)
-    again = Service(service._recogniser, defense, torch.Generator().manual_seed(5), batch_size=4)
-    expected = (again.embed(faces) * templates[persons]).sum(1)
+    scores = Enrolment(service, templates, [draws(person) for person in range(3)]).score(faces, persons)
+    streams = [draws(person) for person in range(3)]  # the second face of a person goes on in that person's stream
+    sent = [defense.protect(face[None], streams[person]) for face, person in zip(faces, persons, strict=True)]
+    embedded = service.embed_representations(torch.cat([one.representation for one in sent]))
+    expected = (embedded * templates[persons]).sum(1)
     torch.testing.assert_close(scores, expected)
     assert service.queries == 4
 
@@ -58,14 +64,14 @@ def test_a_score_is_the_cosine_to_the_named_persons_template(service, victims, d
 @pytest.mark.parametrize("persons", [torch.tensor([0]), torch.tensor([0, 3]), torch.tensor([0.0, 1.0])])
 def test_a_score_query_names_an_enrolled_person_per_face(service, victims, persons):
     with pytest.raises(ValueError, match="person"):
-        Enrolment(service, torch.ones(3, 16)).score(to_float(victims.images[:2]), persons)
+        Enrolment(service, torch.ones(3, 16), [draws(0)] * 3).score(to_float(victims.images[:2]), persons)
 
 
 def test_a_class_centre_is_made_of_other_images_of_the_person(service, victims, defense):
     index = torch.tensor([0, 4])
     seen = []
-    service.embed = lambda faces: (seen.append(faces), torch.eye(16)[: len(faces)])[1]
-    centres = class_centres(service, victims, content_ids(victims.images), index, torch.Generator().manual_seed(0))
+    service.embed = lambda faces, generators: (seen.append(faces), torch.eye(16)[: len(faces)])[1]
+    centres = class_centres(service, victims, content_ids(victims.images), index, [draws(0), draws(1)])
     assert centres.shape == (2, 16)
     # Image 2 is a copy of image 0: only image 1 is another image of that person.
     torch.testing.assert_close(seen[0], to_float(victims.images[[1]]))
@@ -78,8 +84,7 @@ def test_traffic_leaves_the_attacked_images_out_and_repeats(defense, victims):
     plain = plugins.make_defense("none", {}, "quick", SIZE)
 
     def intercept(count):
-        generator = torch.Generator().manual_seed(7)
-        batches = traffic(plain, victims, attacked, generator, count=count, batch_size=4, device=torch.device("cpu"))
+        batches = traffic(plain, victims, attacked, draws, count=count, batch_size=4, device=torch.device("cpu"))
         return torch.cat(list(batches))
 
     sent = intercept(14)
