@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, final
 
 import torch
 from lightning_fabric import Fabric
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn import functional
 
+from bench.randomness import base_seed, derived, seeded
 from defenses.base import Defense
 
 #: Called as ``report(done, total, **fields)``; the harness turns it into a progress bar and a log.
@@ -181,6 +183,9 @@ class FitReport:
 class Attack(nn.Module, ABC):
     """What all attacks share; a concrete one is a recovery, linkage or composite attack.
 
+    A subclass writes :meth:`build` and :meth:`fit`, and what it does with an interception. The harness calls
+    :meth:`prepare` and :meth:`learn`, which keep the adversary and check what is handed over.
+
     Attributes:
         name: as typed on the command line; the file is called the same (dashes as underscores).
         summary: one line for ``bench list``.
@@ -191,6 +196,10 @@ class Attack(nn.Module, ABC):
         Options: the option model.
         presets: options that a preset of the harness (``quick``, ``cpu``, ``gpu``, ``paper``) sets.
         budgets: axis of a strength curve (``steps``, ``queries``) -> the integer option that bounds it.
+        options: of this attack.
+        seed: from which a prepared attack derives all randomness (:func:`bench.randomness.derived`).
+        mechanism: the defence in use or, under a black box, the mechanism with one guessed secret, where the attack
+            needs :attr:`Capability.MECHANISM` and is prepared; no part of the attack's weights.
     """
 
     name: ClassVar[str]
@@ -203,6 +212,8 @@ class Attack(nn.Module, ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     budgets: ClassVar[Mapping[str, str]] = {}
 
+    mechanism: Defense
+
     def __init__(self, options: AttackOptions | None = None) -> None:
         super().__init__()
         if options is None:
@@ -210,14 +221,92 @@ class Attack(nn.Module, ABC):
         if not isinstance(options, self.Options):
             raise TypeError(f"{self.name} takes {self.Options.__name__}, got {type(options).__name__}")
         self.options = options
+        self._adversary: Adversary | None = None
+        self.seed = 0
+
+    # -- what a subclass writes -------------------------------------------------------------------
+
+    def inapplicable(self, defense: Defense) -> str | None:
+        """Why the attack cannot work on ``defense``, asked before any compute; None where it can."""
+        return None
+
+    @abstractmethod
+    def build(self, adversary: Adversary) -> None:
+        """Make the modules and buffers, without training; initial weights are drawn from the attack's seed."""
 
     @abstractmethod
     def fit(self, adversary: Adversary) -> FitReport:
-        """Learn from public faces. Weights live in parameters and buffers, so that a fit can be stored."""
+        """Learn from public faces, once built. What is learnt lives in parameters and buffers, to be stored."""
 
-    @abstractmethod
+    # -- bookkeeping ------------------------------------------------------------------------------
+
+    @final
     def prepare(self, adversary: Adversary) -> None:
-        """Build the modules for this adversary without training, so that stored weights can be loaded."""
+        """Build for this adversary without training, so that stored weights can be loaded.
+
+        Raises:
+            ValueError: public faces are not uint8 (M, 3, H, H), M > 0, with one identity each; or this attack cannot
+                be built for such an adversary.
+        """
+        faces, identities = adversary.faces, adversary.identities
+        if faces.dtype != torch.uint8 or faces.ndim != 4 or faces.shape[1] != 3 or faces.shape[2] != faces.shape[3]:
+            raise ValueError(
+                f"{self.name} expects public faces uint8 (M, 3, H, H), got {faces.dtype} {tuple(faces.shape)}"
+            )
+        if identities.shape != faces.shape[:1] or not len(faces):
+            raise ValueError(
+                f"{self.name} expects one identity per public face, got {len(faces)} faces and "
+                f"{tuple(identities.shape)} identities"
+            )
+        self._adversary, self.seed = adversary, base_seed(adversary.generator)
+        if Capability.MECHANISM in self.needs:
+            # Past nn.Module, for which a module's module is a part of its weights.
+            guess = adversary.mechanism(derived(self.seed, "mechanism"))
+            self.__dict__["mechanism"] = guess.to(adversary.fabric.device)
+        with seeded(self.seed, "weights"):
+            self.build(adversary)
+        self.to(self.device)
+        self.eval()
+
+    @final
+    def learn(self, adversary: Adversary) -> FitReport:
+        """Build for this adversary and fit to its public faces.
+
+        Raises:
+            ValueError: as :meth:`prepare`; or the public faces do not suffice.
+            FloatingPointError: a loss is not finite.
+        """
+        self.prepare(adversary)
+        report = self.fit(adversary)
+        self.eval()
+        return report
+
+    @property
+    def adversary(self) -> Adversary:
+        """Whom the attack was prepared for.
+
+        Raises:
+            ValueError: nobody yet.
+        """
+        if self._adversary is None:
+            raise ValueError(f"{self.name} has to be prepared or fitted before it is used")
+        return self._adversary
+
+    @property
+    def device(self) -> torch.device:
+        """Where the attack's weights lie."""
+        return self.adversary.fabric.device
+
+    def _check_representations(self, representations: Tensor) -> None:
+        """Refuse representations (..., C, h, w) of another shape than the mechanism's, or not finite."""
+        if Capability.MECHANISM in self.needs:
+            expected = tuple(self.mechanism.representation_shape)
+            if tuple(representations.shape[-3:]) != expected:
+                raise ValueError(
+                    f"{self.name} was fitted to representations {expected}, got {tuple(representations.shape[-3:])}"
+                )
+        if not torch.isfinite(representations).all():
+            raise ValueError(f"{self.name} was handed representations that are not finite")
 
 
 class RecoveryAttack(Attack):
@@ -228,31 +317,51 @@ class RecoveryAttack(Attack):
 
     @abstractmethod
     def run(self, observation: Observation) -> Tensor:
-        """Faces (N, 3, H, W) for the observed representations; values outside [0, 1] are clipped."""
+        """Faces (N, 3, H, W) for N > 0 observed representations; values outside [0, 1] are clipped."""
 
+    def infer_layout(self, observation: Observation) -> Tensor | None:
+        """Which canonical channel the attack takes each channel of each interception for: int64 (N, k, C), or None.
+
+        Canonical channels are those of :meth:`defenses.base.Defense.canonical`. The harness, which knows what was
+        drawn, turns them into a hit rate; an attack that infers no state returns None.
+        """
+        return None
+
+    @final
     def recover(self, observation: Observation) -> Tensor:
-        """Recovered faces, float32 (N, 3, H, W) in [0, 1].
+        """Recovered faces, float32 (N, 3, H, W) in [0, 1], on the device of the representations.
 
         Raises:
-            ValueError: the attack returned another shape or values that are not finite.
+            ValueError: the attack is not fitted; representations of another shape; what the attack needs was not
+                observed; something is not finite; or the attack returned faces of another shape.
         """
-        with torch.no_grad() if not self.needs_gradients else torch.enable_grad():
-            faces = self.run(observation).detach().to(torch.float32)
-        if faces.ndim != 4 or faces.shape[0] != len(observation) or faces.shape[1] != 3:
+        size = self.adversary.faces.shape[-1]
+        self._check_observation(observation)
+        self.eval()
+        if not len(observation):
+            return torch.zeros(0, 3, size, size, device=observation.representations.device)
+        with torch.set_grad_enabled(self.needs_gradients):
+            faces = self.run(observation).detach().to(observation.representations.device, torch.float32)
+        if tuple(faces.shape) != (len(observation), 3, size, size):
             raise ValueError(
-                f"{self.name} returned {tuple(faces.shape)} for {len(observation)} faces, expected (N, 3, H, W)"
+                f"{self.name} returned {tuple(faces.shape)} for {len(observation)} faces of {size} x {size} pixels, "
+                "expected (N, 3, H, W)"
             )
         if not torch.isfinite(faces).all():
             raise ValueError(f"{self.name} recovered values that are not finite")
         return faces.clamp(0, 1)
 
-    def infer_places(self, observation: Observation) -> Tensor | None:
-        """Where the attack believes each channel of each interception belongs: int64 (N, k, C), or None.
-
-        Places are those of :meth:`defenses.base.Defense.canonical`. The harness, which knows what was drawn, turns
-        them into a hit rate; an attack that infers no state returns None.
-        """
-        return None
+    def _check_observation(self, observation: Observation) -> None:
+        self._check_representations(observation.representations)
+        given = {Capability.TEMPLATES: observation.templates, Capability.SCORES: observation.score}
+        missing = [
+            capability.value for capability, value in given.items() if capability in self.needs and value is None
+        ]
+        if missing:
+            raise ValueError(f"{self.name} needs {' and '.join(missing)}, and the observation holds none")
+        for name, value in (("templates", observation.templates), ("class centres", observation.enrolled)):
+            if value is not None and not torch.isfinite(value).all():
+                raise ValueError(f"{self.name} was handed {name} that are not finite")
 
 
 class LinkageAttack(Attack):
@@ -262,12 +371,50 @@ class LinkageAttack(Attack):
     """
 
     @abstractmethod
-    def embed_representations(self, representations: Tensor) -> Tensor:
-        """Embeddings of intercepted representations, float (N, C, h, w) to float32 (N, D), unit rows."""
+    def encode_representations(self, representations: Tensor) -> Tensor:
+        """Embeddings of intercepted representations, float (N, C, h, w) to (N, D), of any length."""
 
     @abstractmethod
+    def encode_faces(self, faces: Tensor) -> Tensor:
+        """Embeddings of suspects' plain faces, float (N, 3, H, W) in [0, 1] to (N, D), of any length."""
+
+    @final
+    def embed_representations(self, representations: Tensor) -> Tensor:
+        """Embeddings of intercepted representations, float (N, C, h, w) to float32 (N, D), unit rows.
+
+        Raises:
+            ValueError: the attack is not fitted; representations of another shape; or something is not finite.
+        """
+        self._check_representations(representations)
+        return self._units(self.encode_representations, representations)
+
+    @final
     def embed_faces(self, faces: Tensor) -> Tensor:
-        """Embeddings of suspects' plain faces, float (N, 3, H, W) in [0, 1] to float32 (N, D), unit rows."""
+        """Embeddings of suspects' plain faces, float (N, 3, H, W) in [0, 1] to float32 (N, D), unit rows.
+
+        Raises:
+            ValueError: the attack is not fitted; faces of another shape; or something is not finite.
+        """
+        size = self.adversary.faces.shape[-1]
+        sized = tuple(faces.shape[1:]) == (3, size, size)
+        if not sized or not faces.is_floating_point() or not torch.isfinite(faces).all():
+            raise ValueError(
+                f"{self.name} embeds finite float faces (N, 3, {size}, {size}) in [0, 1], got {faces.dtype} "
+                f"{tuple(faces.shape)}"
+            )
+        return self._units(self.encode_faces, faces)
+
+    @torch.no_grad()
+    def _units(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        self.eval()
+        embeddings = encode(inputs)
+        if embeddings.ndim != 2 or len(embeddings) != len(inputs):
+            raise ValueError(
+                f"{self.name} returned {tuple(embeddings.shape)} for {len(inputs)} inputs, expected (N, D)"
+            )
+        if not torch.isfinite(embeddings).all():
+            raise ValueError(f"{self.name} returned embeddings that are not finite")
+        return functional.normalize(embeddings.to(inputs.device, torch.float32), dim=1)
 
 
 class CompositeAttack(Attack):

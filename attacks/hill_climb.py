@@ -75,7 +75,7 @@ class HillClimb(EigenfaceSearch):
     }
     options: HillClimbOptions
 
-    def search(self, scores: LatentScores, start: Tensor, seed: int) -> Tensor:
+    def search(self, scores: LatentScores, start: Tensor) -> Tensor:
         """See :meth:`EigenfaceSearch.search`."""
         options = self.options
         size = start.shape[1]
@@ -87,7 +87,7 @@ class HillClimb(EigenfaceSearch):
         generations = pilots + math.ceil((scores.left - pilots * options.batch * starts) / options.batch)
 
         latents = start[:, None].repeat(1, starts, 1)
-        latents[:, 1:] += torch.randn(starts - 1, size, generator=derived(seed, "starts")).to(start)
+        latents[:, 1:] += torch.randn(starts - 1, size, generator=derived(self.seed, "starts")).to(start)
         climb = _Climb(latents, options, noise[:, None], generations)
         for generation in range(generations):
             if generation == pilots:
@@ -95,7 +95,7 @@ class HillClimb(EigenfaceSearch):
             # The last generation makes do with what is left, in pairs.
             batch = min(options.batch, scores.left // 2 * 2)
             if batch:
-                climb.step(scores, derived(seed, "generation", generation), batch)
+                climb.step(scores, derived(self.seed, "generation", generation), batch)
         return climb.latents[:, 0]
 
 

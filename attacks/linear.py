@@ -13,11 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation, RecoveryAttack
-from attacks.parts.exposure import check_public_faces, chunks, to_float
+from attacks.parts.exposure import chunks
 from attacks.parts.gaussian_prior import GaussianPrior
 from attacks.parts.posterior import IterativePosterior, Posterior
 from attacks.parts.states import StateReader
-from bench.randomness import base_seed, derived
+from bench.images import to_float
+from bench.randomness import derived
 from defenses.base import Defense, LinearOperator, SeparableSum
 from defenses.layout import row_numbers
 
@@ -91,31 +92,41 @@ class Linear(RecoveryAttack):
 
     # -- fitting ------------------------------------------------------------------------------------
 
-    def prepare(self, adversary: Adversary) -> None:
+    @property
+    def device(self) -> torch.device:
+        """The adversary's, or the CPU where that has no double precision."""
+        device = super().device
+        return torch.device("cpu") if device.type == "mps" else device
+
+    def inapplicable(self, defense: Defense) -> str | None:
+        """It needs the linear map of each state that is drawn."""
+        states = defense.states()
+        state = defense.draw(1, torch.Generator()) if states is None else states
+        if defense.linear_operator(None if state is None else state[0]) is None:
+            return f"{defense.name} is not a linear defence"
+        return None
+
+    def build(self, adversary: Adversary) -> None:
         """Build the prior and the reader of states.
 
         Raises:
-            ValueError: faces are not uint8 (M, 3, H, H), or the defence is not linear.
+            ValueError: the defence is not linear.
         """
         faces = adversary.faces
-        check_public_faces(self.name, adversary)
-        self.reader.prepare(adversary, base_seed(adversary.generator))
+        if reason := self.inapplicable(self.mechanism):
+            raise ValueError(f"{reason}: use another attack")
+        self.reader.prepare(adversary, self.seed)
         self.prior = GaussianPrior(faces.shape[-1], min(self.options.rank, max(1, len(faces) // 2)))
         self.register_buffer("noise", torch.ones((), dtype=torch.float64))
-        device = adversary.fabric.device
-        self.to(torch.device("cpu") if device.type == "mps" else device)  # double precision
         self._forget()
-        if self._operator(self.reader.mechanism, 0) is None:
-            raise ValueError(f"{self.reader.mechanism.name} is not a linear defence: use another attack")
 
     def fit(self, adversary: Adversary) -> FitReport:
         """Fit the prior to public faces, measure the noise, and learn to read states.
 
         Raises:
-            ValueError: as :meth:`prepare`; fewer than two public identities.
+            ValueError: fewer than two public identities.
         """
-        self.prepare(adversary)
-        seed, options = base_seed(adversary.generator), self.options
+        seed, options = self.seed, self.options
         adversary.report(0, 3)
         details = self.reader.fit(adversary, seed, faces=options.place_faces, traffic=options.traffic)
         self._forget()
@@ -133,7 +144,6 @@ class Linear(RecoveryAttack):
         adversary.report(2, 3)
         self.noise.fill_(self._measure_noise(adversary.faces, seed))
         adversary.report(3, 3)
-        self.eval()
         return FitReport(
             saturated=self._converges(),
             states_seen=self.reader.mechanism.states(),
@@ -160,7 +170,7 @@ class Linear(RecoveryAttack):
             protected = mechanism.protect(target, generator)
             for row, members in _groups(self.rows_of(protected.state, len(target))):
                 operator = self._operator(mechanism, row)
-                assert operator is not None  # prepare() saw that it is linear
+                assert operator is not None  # build() saw that it is linear
                 sent = protected.representation[members.to(device)].double()
                 expected = operator(target[members.to(device)].double())
                 squares += float((sent - expected - operator.offset.to(expected)).square().sum())
@@ -225,17 +235,8 @@ class Linear(RecoveryAttack):
     # -- recovering -----------------------------------------------------------------------------------
 
     def run(self, observation: Observation) -> Tensor:
-        """Posterior means (N, 3, H, W), not clipped.
-
-        Raises:
-            ValueError: not fitted, representations of another shape or not finite.
-        """
+        """Posterior means (N, 3, H, W), not clipped."""
         representations = observation.representations
-        expected = self.reader.mechanism.representation_shape
-        if tuple(representations.shape[2:]) != tuple(expected):
-            raise ValueError(f"linear was fitted to representations {expected}, got {tuple(representations.shape[2:])}")
-        if not torch.isfinite(representations).all():
-            raise ValueError("linear was handed representations that are not finite")
         n, k = representations.shape[:2]
         states = None if observation.states is None else observation.states.flatten(0, 1)
         rows = self.reader.rows(representations.flatten(0, 1), states).view(n, k)
@@ -247,7 +248,7 @@ class Linear(RecoveryAttack):
         for part in order.split(self.options.batch_size):
             sent = representations[part.to(representations.device)]
             out[part.to(device)] = self.estimate(sent, rows[part.to(rows.device)])
-        return out.to(representations.device)
+        return out
 
     def estimate(self, representations: Tensor, rows: Tensor) -> Tensor:
         """Posterior means for known states.
@@ -382,7 +383,7 @@ class Linear(RecoveryAttack):
             parts.append(residual)
         return posterior(torch.cat(parts, dim=1))
 
-    def infer_places(self, observation: Observation) -> Tensor | None:
+    def infer_layout(self, observation: Observation) -> Tensor | None:
         """The canonical place of each channel, int64 (N, k, C), where the defence places channels."""
         representations = observation.representations
         states = None if observation.states is None else observation.states.flatten(0, 1)

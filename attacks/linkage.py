@@ -15,11 +15,12 @@ from torch.nn import functional
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, LinkageAttack
 from attacks.parts.encoder import Encoder, MarginSoftmax
-from attacks.parts.exposure import Exposure, check_public_faces, chunks, split_identities, to_float
+from attacks.parts.exposure import Exposure, chunks, split_identities
 from attacks.parts.states import StateReader
 from attacks.parts.training import Outcome, SeenStates, Trainer, Training, TrainingOptions, at
+from bench.images import to_float
 from bench.nets.onnx import OnnxEncoder
-from bench.randomness import base_seed, derived
+from bench.randomness import derived, seeded
 
 #: Held-out faces that give the loss curves.
 _VALIDATION_FACES = 256
@@ -232,42 +233,29 @@ class Linkage(LinkageAttack):
     student: Encoder
     reader: StateReader | None
 
-    def __init__(self, options: AttackOptions | None = None) -> None:
-        super().__init__(options)
-        self._prepared = False
-
     # -- building -----------------------------------------------------------------------------------
 
-    def prepare(self, adversary: Adversary) -> None:
+    def build(self, adversary: Adversary) -> None:
         """Build both encoders and the reader of states.
 
         Raises:
-            ValueError: faces are not uint8 (M, 3, H, H), identities do not match them, or ``teacher`` is no ONNX
-                recogniser.
+            ValueError: ``teacher`` is no ONNX recogniser.
         """
-        faces, options = adversary.faces, self.options
-        check_public_faces(self.name, adversary)
-        seed, device = base_seed(adversary.generator), adversary.fabric.device
+        options = self.options
         self.reader, places = None, None
         if options.infer_state:
             self.reader = StateReader()
-            self.reader.prepare(_without_states(adversary), seed)
-            mechanism = self.reader.mechanism
+            self.reader.prepare(_without_states(adversary), self.seed)
             places = None if self.reader.classifier is None else len(self.reader.classifier.bias)
-        else:
-            mechanism = adversary.mechanism(derived(seed, "mechanism"))
         shape: dict[str, Any] = {"widths": options.widths, "blocks": options.blocks}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived(seed, "weights").initial_seed())
-            if options.teacher is None:
-                size = options.embedding_size
-                self.teacher = Encoder((3, *faces.shape[2:]), **shape, embedding_size=size)
-            else:
-                self.teacher = OnnxEncoder(options.teacher, device)
-                size = self.teacher.embedding_size
-            self.student = Encoder(mechanism.representation_shape, **shape, embedding_size=size, places=places)
-        self.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._prepared = True
+        if options.teacher is None:
+            size = options.embedding_size
+            self.teacher = Encoder((3, *adversary.faces.shape[2:]), **shape, embedding_size=size)
+        else:
+            self.teacher = OnnxEncoder(options.teacher, self.device)
+            size = self.teacher.embedding_size
+        self.student = Encoder(self.mechanism.representation_shape, **shape, embedding_size=size, places=places)
+        self.to(memory_format=torch.channels_last)
 
     def _places(self, representations: Tensor) -> Tensor | None:
         """int64 (N, C): what each map of (N, C, h, w) is, as far as can be told; None where that never varies."""
@@ -281,12 +269,11 @@ class Linkage(LinkageAttack):
         """Train the teacher, where none is given, and then the student; some identities are held out for the curves.
 
         Raises:
-            ValueError: as :meth:`prepare`; too few identities to train and validate with; a black box without
-                intercepted traffic where a secret is to be inferred; or a checkpoint of another fit.
+            ValueError: too few identities to train and validate with; a black box without intercepted traffic where a
+                secret is to be inferred; or a checkpoint of another fit.
             FloatingPointError: a loss is not finite.
         """
-        self.prepare(adversary)
-        options, fabric, seed = self.options, adversary.fabric, base_seed(adversary.generator)
+        options, fabric, seed = self.options, adversary.fabric, self.seed
         share = max(options.validation, 2 / len(torch.unique(adversary.identities)))
         training, held_out = split_identities(adversary.identities, share, derived(seed, "identities"))
         chosen = held_out[torch.randperm(len(held_out), generator=derived(seed, "validation"))[:_VALIDATION_FACES]]
@@ -307,7 +294,6 @@ class Linkage(LinkageAttack):
         self.teacher.eval().requires_grad_(False)
         seen = SeenStates()
         learnt = self._distil(trainer, exposure, held, seen)
-        self.eval()
         return self._report(trainer, held, exposure, taught, learnt, seen, details)
 
     def _images(self, training: int) -> int:
@@ -329,8 +315,7 @@ class Linkage(LinkageAttack):
         lookup[trainer.training.cpu()] = position.cpu()
         lookup = lookup.to(trainer.device)
         teacher.normalisation.measure((to_float(chunk), None) for _, chunk in trainer.statistics(adversary.faces))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived(trainer.seed, "centres").initial_seed())
+        with seeded(trainer.seed, "centres"):
             softmax = MarginSoftmax(options.embedding_size, len(trained), scale=options.scale, margin=options.margin)
         module = _Classifier(teacher, softmax.to(trainer.device))
 
@@ -476,40 +461,13 @@ class Linkage(LinkageAttack):
 
     # -- linking ------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def embed_representations(self, representations: Tensor) -> Tensor:
-        """The student's embeddings, on the device of the representations.
+    def encode_representations(self, representations: Tensor) -> Tensor:
+        """The student's embeddings."""
+        return self._in_chunks(lambda batch: self.student(batch, self._places(batch)), representations)
 
-        Raises:
-            ValueError: not fitted, or representations of another shape or not finite.
-        """
-        self._check_ready()
-        if not torch.isfinite(representations).all():
-            raise ValueError("linkage was handed representations that are not finite")
-
-        def embed(batch: Tensor) -> Tensor:
-            return functional.normalize(self.student(batch, self._places(batch)), dim=1)
-
-        return self._in_chunks(embed, representations)
-
-    @torch.no_grad()
-    def embed_faces(self, faces: Tensor) -> Tensor:
-        """The teacher's embeddings of faces and their mirror images, averaged, on the device of the faces.
-
-        Raises:
-            ValueError: not fitted, or faces of another shape or not finite.
-        """
-        self._check_ready()
-        if faces.ndim != 4 or faces.shape[1] != 3 or not faces.is_floating_point() or not torch.isfinite(faces).all():
-            raise ValueError(
-                f"linkage embeds finite float faces (N, 3, H, W) in [0, 1], got {faces.dtype} {tuple(faces.shape)}"
-            )
+    def encode_faces(self, faces: Tensor) -> Tensor:
+        """The teacher's embeddings of faces and their mirror images, averaged."""
         return self._in_chunks(lambda batch: _plain(self.teacher, batch), faces)
-
-    def _check_ready(self) -> None:
-        if not self._prepared:
-            raise ValueError("linkage has to be prepared or fitted before it is used")
-        self.eval()
 
     def _in_chunks(self, embed: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         device = self.student.normalisation.mean.device

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from attacks.base import Adversary, Capability, FitReport, Knowledge, Observation, RecoveryAttack
 from attacks.parts import losses as inversion_losses
-from attacks.parts.exposure import check_public_faces, chunks, to_float
+from attacks.parts.exposure import chunks
 from attacks.parts.generator import (
     FaceGenerator,
     GeneratorOptions,
@@ -25,9 +25,8 @@ from attacks.parts.generator import (
     fit_generator,
     hold_out,
 )
-from bench.images import ssim
-from bench.randomness import base_seed, derived
-from defenses.base import Defense
+from bench.images import ssim, to_float
+from bench.randomness import derived
 
 #: Faces at once where no gradient is needed.
 _CHUNK = 64
@@ -256,17 +255,6 @@ class _Goal:
 # -- the attack ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """What a prepared attack remembers of its adversary, none of it the attack's own weights."""
-
-    mechanism: Defense
-    recogniser: nn.Module
-    knowledge: Knowledge
-    seed: int
-    device: torch.device
-
-
 class ModelInversion(RecoveryAttack):
     """Model inversion with or without a generative prior.
 
@@ -312,31 +300,22 @@ class ModelInversion(RecoveryAttack):
     feature_std: Tensor
     prior_weight: Tensor
 
-    def __init__(self, options: ModelInversionOptions | None = None) -> None:
-        super().__init__(options)
-        self._setting: _Setting | None = None
-
-    def prepare(self, adversary: Adversary) -> None:
+    def build(self, adversary: Adversary) -> None:
         """Build generator and buffers for the adversary's faces and recogniser.
 
         Raises:
-            ValueError: faces are not uint8 (M, 3, H, H), identities do not match them, or no recogniser is given.
+            ValueError: no recogniser is given.
         """
         faces, identities = adversary.faces, adversary.identities
-        check_public_faces(self.name, adversary)
         if adversary.recogniser is None:
             raise ValueError(f"{self.name} needs the recogniser's weights")
-        device, seed = adversary.fabric.device, base_seed(adversary.generator)
-        mechanism = adversary.mechanism(derived(seed, "mechanism")).to(device)
-        # A copy: the provider's keeps its gradients and its mode.
-        recogniser = copy.deepcopy(adversary.recogniser).requires_grad_(False).eval().to(device)
-        self._setting = _Setting(mechanism, recogniser, adversary.knowledge, seed, device)
-
+        # A copy: the provider's keeps its gradients and its mode. In a tuple: no part of this attack's weights.
+        self._recogniser = (copy.deepcopy(adversary.recogniser).requires_grad_(False).eval().to(self.device),)
         with torch.no_grad():
-            size = self._embed(to_float(faces[:1].to(device)), derived(seed, "probe")).shape[1]
+            size = self._embed(to_float(faces[:1].to(self.device)), derived(self.seed, "probe")).shape[1]
         self.generator, self.estimate = None, None
         if self.options.prior == "generator":
-            self.generator = build_generator(self.options, faces.shape[-1], seed)
+            self.generator = build_generator(self.options, faces.shape[-1], self.seed)
             self.estimate = CodeEstimate(size, self.options.latent_size)
         self.register_buffer("mean_face", torch.zeros(faces.shape[1:]))
         self.register_buffer("mean_embedding", torch.zeros(size))
@@ -344,18 +323,11 @@ class ModelInversion(RecoveryAttack):
         self.register_buffer("feature_mean", torch.zeros(size))
         self.register_buffer("feature_std", torch.ones(size))
         self.register_buffer("prior_weight", torch.zeros(()))
-        self.to(device)
-
-    def _prepared(self) -> _Setting:
-        if self._setting is None:
-            raise ValueError(f"{self.name} has to be prepared or fitted before it is used")
-        return self._setting
 
     def _embed(self, faces: Tensor, generator: torch.Generator, states: Tensor | None = None) -> Tensor:
         """Embeddings float32 (N, D), not normalised, of faces protected under ``states``, or fresh ones."""
-        setting = self._prepared()
-        sent = setting.mechanism.protect(faces, generator, state=states)
-        embeddings: Tensor = setting.recogniser(sent.representation).float()
+        sent = self.mechanism.protect(faces, generator, state=states)
+        embeddings: Tensor = self._recogniser[0](sent.representation).float()
         return embeddings
 
     # -- fitting --------------------------------------------------------------------------------------
@@ -364,24 +336,23 @@ class ModelInversion(RecoveryAttack):
         """Train the generator on public faces, embed public faces, and choose the weight of the prior on them.
 
         Raises:
-            ValueError: unusable faces (see :meth:`prepare`), fewer than two identities, or a checkpoint of another fit.
+            ValueError: fewer than two identities, or a checkpoint of another fit.
             FloatingPointError: the generator's loss, or that of an attack on public faces, is not finite.
         """
-        self.prepare(adversary)
-        setting, report = self._prepared(), FitReport()
+        report = FitReport()
         if self.generator is not None:
             report = fit_generator(
                 self.generator,
                 adversary.faces,
                 adversary.identities,
                 self.options,
-                seed=setting.seed,
+                seed=self.seed,
                 fabric=adversary.fabric,
                 report=adversary.report,
                 folder=adversary.checkpoint,
             )
         self.eval()
-        held_out = hold_out(adversary.identities, self.options.generator_validation, setting.seed)[1]
+        held_out = hold_out(adversary.identities, self.options.generator_validation, self.seed)[1]
         self._learn(adversary.faces, adversary.identities, held_out)
         details = dict(report.details)
         if self.estimate is not None:
@@ -396,20 +367,19 @@ class ModelInversion(RecoveryAttack):
     @torch.no_grad()
     def _learn(self, faces: Tensor, identities: Tensor, held_out: Tensor) -> None:
         """Set all buffers but the weight from embeddings of public faces."""
-        setting = self._prepared()
         mean = torch.zeros(faces.shape[1:], dtype=torch.float64)
         for chunk in chunks(faces, 1024):
             mean += chunk.cpu().double().sum(dim=0) / (255 * len(faces))
         self.mean_face.copy_((mean + mean.flip(-1)) / 2)
 
         # Random, but the first face of each identity before all second ones.
-        order = torch.randperm(len(faces), generator=derived(setting.seed, "public"))
+        order = torch.randperm(len(faces), generator=derived(self.seed, "public"))
         order = order[_occurrence(identities[order]).argsort(stable=True)][:_PUBLIC_FACES]
-        generator = derived(setting.seed, "public states")
+        generator = derived(self.seed, "public states")
         features, codes = [], []
         for number in range(_PUBLIC_ROUNDS):
             for index in order.split(_CHUNK):
-                shown = to_float(faces[index.to(faces.device)].to(setting.device))
+                shown = to_float(faces[index.to(faces.device)].to(self.device))
                 shown = shown.flip(-1) if number % 2 else shown
                 features.append(self._embed(shown, generator))
                 if self.generator is not None:
@@ -422,12 +392,12 @@ class ModelInversion(RecoveryAttack):
         names = torch.unique(identities[order])
         names = names[torch.randperm(len(names), generator=generator)[: len(self.centres)]].sort().values
         row = torch.searchsorted(names, identities[order]).clamp(max=len(names) - 1)
-        member = (names[row] == identities[order]).repeat(_PUBLIC_ROUNDS).to(setting.device)
-        row = row.repeat(_PUBLIC_ROUNDS).to(setting.device)
+        member = (names[row] == identities[order]).repeat(_PUBLIC_ROUNDS).to(self.device)
+        row = row.repeat(_PUBLIC_ROUNDS).to(self.device)
         total = torch.zeros_like(self.centres).index_add_(0, row[member], units[member])
         self.centres.copy_(functional.normalize(total, dim=1))
         if self.estimate is not None:
-            unseen = torch.isin(order, held_out).repeat(_PUBLIC_ROUNDS).to(setting.device)
+            unseen = torch.isin(order, held_out).repeat(_PUBLIC_ROUNDS).to(self.device)
             self.estimate.fit(torch.cat(codes), units, unseen)
 
     def _choose_weight(self, faces: Tensor, identities: Tensor, held_out: Tensor) -> dict[str, float]:
@@ -439,17 +409,16 @@ class ModelInversion(RecoveryAttack):
         Returns:
             For each weight the distance, L1 + SSIM as the generator is trained with, of recovered to true faces.
         """
-        setting = self._prepared()
-        generator = derived(setting.seed, "tuning")
+        generator = derived(self.seed, "tuning")
         chosen = held_out[torch.randperm(len(held_out), generator=generator)[: self.options.tuning_faces]]
         with torch.no_grad():
-            true = to_float(faces[chosen.to(faces.device)].to(setting.device))
-            sent = setting.mechanism.protect(true, generator)
-            own = functional.normalize(setting.recogniser(sent.representation).float(), dim=1)
+            true = to_float(faces[chosen.to(faces.device)].to(self.device))
+            sent = self.mechanism.protect(true, generator)
+            own = functional.normalize(self._recogniser[0](sent.representation).float(), dim=1)
             if self.options.target == "class":
                 goal = _Goal(self._centres_without(chosen, own, faces, identities, generator))
-            elif setting.knowledge is Knowledge.ORACLE and sent.state is not None:
-                goal = _Goal(own, own[:, None], sent.state[:, None].to(setting.device))
+            elif self.adversary.knowledge is Knowledge.ORACLE and sent.state is not None:
+                goal = _Goal(own, own[:, None], sent.state[:, None].to(self.device))
             else:
                 goal = _Goal(own)
         distances = {}
@@ -467,12 +436,12 @@ class ModelInversion(RecoveryAttack):
         self, chosen: Tensor, own: Tensor, faces: Tensor, identities: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The class centre of each chosen public face, from other faces of its identity; its own where it has none."""
-        setting, centres = self._prepared(), []
+        centres = []
         for face, embedding in zip(chosen.tolist(), own, strict=True):
             others = (identities == identities[face]).nonzero().flatten()
             others = others[others != face][:_ENROLMENT]
             if len(others):
-                shown = to_float(faces[others.to(faces.device)].to(setting.device))
+                shown = to_float(faces[others.to(faces.device)].to(self.device))
                 embedding = functional.normalize(self._embed(shown, generator), dim=1).mean(dim=0)
             centres.append(functional.normalize(embedding, dim=0))
         return torch.stack(centres)
@@ -483,14 +452,13 @@ class ModelInversion(RecoveryAttack):
         """Faces (N, 3, H, W) in [0, 1].
 
         Raises:
-            ValueError: not fitted; no target in the observation, one of another size, or one that is not finite.
+            ValueError: no target in the observation, or one of another size.
             FloatingPointError: the loss is not finite.
         """
-        self._prepared()
-        return self._recover(self._goal(observation), "run").to(observation.representations.device)
+        return self._recover(self._goal(observation), "run")
 
     def _goal(self, observation: Observation) -> _Goal:
-        device, what = self._prepared().device, self.options.target
+        device, what = self.device, self.options.target
         known = observation.templates if what == "template" else observation.enrolled
         if known is None:
             raise ValueError(f"{self.name} was handed no {what} to invert")
@@ -499,8 +467,6 @@ class ModelInversion(RecoveryAttack):
                 f"{self.name} was handed a {what} of {known.shape[-1]} values, the recogniser's embeddings have "
                 f"{len(self.mean_embedding)}"
             )
-        if not torch.isfinite(known).all():
-            raise ValueError(f"{self.name} was handed a {what} that is not finite")
         known = functional.normalize(known.to(device, torch.float32), dim=-1)
         if what == "class":
             return _Goal(known)
@@ -513,10 +479,10 @@ class ModelInversion(RecoveryAttack):
         """Faces (N, 3, H, W) for a goal, some victims at a time; ``name`` names the draws."""
         victims = max(1, self.options.batch_size // (self.options.starts * self.options.states))
         faces = [
-            self._invert(goal.pick(slice(start, start + victims)), derived(self._prepared().seed, name, start))
+            self._invert(goal.pick(slice(start, start + victims)), derived(self.seed, name, start))
             for start in range(0, len(goal.targets), victims)
         ]
-        return torch.cat(faces) if faces else self.mean_face.new_zeros(0, *self.mean_face.shape)
+        return torch.cat(faces)
 
     def _invert(self, goal: _Goal, generator: torch.Generator) -> Tensor:
         """The best face for each of the goal's N victims."""

@@ -8,17 +8,16 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from lightning_fabric import Fabric
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import Adversary, AttackOptions, Capability, EmbeddingQuery, FitReport, Observation, RecoveryAttack
-from attacks.parts.exposure import Exposure, check_public_faces, chunks, to_float
+from attacks.parts.exposure import Exposure, chunks
 from attacks.parts.generator import DecoderTraining, FaceDecoder, TrainingPlan, change_view, draw_views
 from attacks.parts.losses import cosine
-from bench.images import ssim
-from bench.randomness import base_seed, derived
+from bench.images import ssim, to_float
+from bench.randomness import derived
 
 #: Faces at once outside training, and faces whose embeddings give the input statistics.
 _CHUNK = 64
@@ -221,71 +220,50 @@ class Template(RecoveryAttack):
 
     network: TemplateDecoder
 
-    def __init__(self, options: TemplateOptions | None = None) -> None:
-        super().__init__(options)
-        self._fabric: Fabric | None = None
-
-    def prepare(self, adversary: Adversary) -> None:
+    def build(self, adversary: Adversary) -> None:
         """Build the decoder for the size of the provider's embeddings, found out with one face.
 
         Raises:
-            ValueError: faces are not uint8 (M, 3, H, H), identities do not match them, or there is no way to embed.
+            ValueError: there is no way to embed.
         """
-        check_public_faces(self.name, adversary)
-        device, seed = adversary.fabric.device, base_seed(adversary.generator)
-        face = to_float(adversary.faces[:1].to(device))
+        face = to_float(adversary.faces[:1].to(self.device))
         if adversary.recogniser is not None:
-            sent = Exposure(adversary, seed).protect(face, "probe")
+            sent = Exposure(adversary, self.seed).protect(face, "probe")
             with torch.no_grad():
-                size = _frozen(adversary.recogniser, device)(sent.representation).shape[1]
+                size = _frozen(adversary.recogniser, self.device)(sent.representation).shape[1]
         elif adversary.embed is not None:
             size = adversary.embed(face).shape[1]
         else:
             raise ValueError(f"{self.name} needs the recogniser's weights or embedding queries")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived(seed, "weights").initial_seed())
-            network = TemplateDecoder(size, adversary.faces.shape[-1], self.options.width)
+        network = TemplateDecoder(size, adversary.faces.shape[-1], self.options.width)
         self.network = network.to(memory_format=torch.channels_last)
-        self.to(device)
-        self._fabric = adversary.fabric
 
     def fit(self, adversary: Adversary) -> FitReport:
         """Train on public faces; some identities are held out for the loss curve.
 
         Raises:
-            ValueError: unusable faces (see :meth:`prepare`), fewer than two identities, or a checkpoint of another fit.
+            ValueError: fewer than two identities, or a checkpoint of another fit.
             FloatingPointError: the loss is not finite.
         """
-        self.prepare(adversary)
-        training = _TemplateTraining(self, adversary, base_seed(adversary.generator))
+        training = _TemplateTraining(self, adversary, self.seed)
         report = training.run(
             self.name,
             report=adversary.report,
             folder=adversary.checkpoint,
             fit={"options": self.options.model_dump(mode="json"), "knowledge": str(adversary.knowledge)},
         )
-        self.eval()
         return replace(report, details={**report.details, **training.details})
 
     def run(self, observation: Observation) -> Tensor:
         """Faces (N, 3, H, W) in [0, 1].
 
         Raises:
-            ValueError: not fitted; no templates in the observation, of another size, or not finite.
+            ValueError: templates of another size.
         """
-        if self._fabric is None:
-            raise ValueError(f"{self.name} has to be prepared or fitted before it is used")
         templates, size = observation.templates, len(self.network.mean)
-        if templates is None:
-            raise ValueError(f"{self.name} was handed no templates to decode")
+        assert templates is not None  # they are among the needs
         if templates.shape[-1] != size:
             raise ValueError(f"{self.name} was trained on templates of {size} values, got {templates.shape[-1]}")
-        if not torch.isfinite(templates).all():
-            raise ValueError(f"{self.name} was handed templates that are not finite")
         unit = functional.normalize(templates.to(self.network.mean), dim=2)
         unit = functional.normalize(unit.mean(dim=1), dim=1)
-        self.eval()
-        faces = [self.network(part) for part in chunks(unit, _CHUNK)]
-        if not faces:
-            return torch.zeros(0, 3, self.network.decoder.image_size, self.network.decoder.image_size)
-        return torch.cat(faces).to(observation.representations.device)
+        return torch.cat([self.network(part) for part in chunks(unit, _CHUNK)])

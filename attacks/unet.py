@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning_fabric import Fabric
 from pydantic import Field
 from torch import Tensor
 
 from attacks.base import Adversary, AttackOptions, Capability, Knowledge, Observation
-from attacks.parts.exposure import Exposure, check_public_faces, chunks, to_float
+from attacks.parts.exposure import Exposure, chunks
 from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
 from attacks.parts.states import StateReader
 from attacks.parts.unet_network import UNetNetwork
-from bench.randomness import base_seed, derived
-from defenses.base import Defense
+from bench.images import to_float
+from bench.randomness import derived
 from defenses.layout import row_numbers
 
 #: Faces whose representations give the input statistics.
@@ -52,19 +50,6 @@ class UNetOptions(InversionOptions):
     traffic: int = Field(default=1000, ge=1)
     guesses: int = Field(default=0, ge=0, le=4096)
     invariance: Literal["none", "sorted", "mean"] = "none"
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """What a prepared attack remembers of its adversary.
-
-    Held outside the module's attributes: the defence is the adversary's, not a part of the attack's weights.
-    """
-
-    knowledge: Knowledge
-    mechanism: Defense
-    fabric: Fabric
-    canonical: bool
 
 
 class UNet(InversionAttack):
@@ -102,20 +87,9 @@ class UNet(InversionAttack):
     reader: StateReader | None
     reads: Tensor
 
-    def __init__(self, options: AttackOptions | None = None) -> None:
-        super().__init__(options)
-        self._setting: _Setting | None = None
-
-    def prepare(self, adversary: Adversary) -> None:
-        """Build the network for the adversary's defence, and the reader of states where one is used.
-
-        Raises:
-            ValueError: faces are not uint8 (M, 3, H, H), or identities do not match them.
-        """
-        faces = adversary.faces
-        check_public_faces(self.name, adversary)
-        seed, device = base_seed(adversary.generator), adversary.fabric.device
-        mechanism = adversary.mechanism(derived(seed, "mechanism")).to(device)
+    def build(self, adversary: Adversary) -> None:
+        """Build the network for the adversary's defence, and the reader of states where one is used."""
+        mechanism, seed = self.mechanism, self.seed
         states, shape = mechanism.states(), mechanism.representation_shape
         knows, invariant = adversary.knowledge is Knowledge.ORACLE, self.options.invariance != "none"
 
@@ -130,27 +104,17 @@ class UNet(InversionAttack):
         self.register_buffer("reads", torch.tensor(knows))
         if invariant:
             channels = invariant_view(torch.zeros(1, *shape), self.options.invariance).shape[1]
-        canonical = knows and self.reader is None and states is not None and not invariant
-        if canonical:
+        self._canonical = knows and self.reader is None and states is not None and not invariant
+        if self._canonical:
             # One zero representation tells how wide the layout is once the state is undone.
-            blank = torch.zeros(1, *shape, device=device)
+            blank = torch.zeros(1, *shape, device=self.device)
             channels = mechanism.canonical(blank, mechanism.draw(1, derived(seed, "shape"))).shape[1]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived(seed, "weights").initial_seed())
-            self.network = UNetNetwork(channels, faces.shape[-1], self.options, width=width)
+        self.network = UNetNetwork(channels, adversary.faces.shape[-1], self.options, width=width)
         self.network = self.network.to(memory_format=torch.channels_last)
         self._build_range(shape[0])
-        self.to(device)
-        self._setting = _Setting(adversary.knowledge, mechanism, adversary.fabric, canonical)
-
-    def _prepared(self) -> _Setting:
-        if self._setting is None:
-            raise ValueError("unet has to be prepared or fitted before it is used")
-        return self._setting
 
     def _see(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What the network takes: the representations and, where the state is undone, their channels' places."""
-        setting = self._prepared()
         if self.options.invariance != "none":
             return invariant_view(representations, self.options.invariance), None
         if self.reader is not None:
@@ -160,8 +124,8 @@ class UNet(InversionAttack):
             return representations, torch.arange(representations.shape[1], device=self.reads.device).expand(
                 len(representations), -1
             )
-        if setting.canonical:
-            return setting.mechanism.canonical(representations, states), None
+        if self._canonical:
+            return self.mechanism.canonical(representations, states), None
         return representations, None
 
     # -- training -----------------------------------------------------------------------------------
@@ -233,35 +197,28 @@ class UNet(InversionAttack):
         """Faces (N, 3, H, W), not clipped; the average over each face's k interceptions.
 
         Raises:
-            ValueError: not fitted; representations of another shape, not finite, or outside the range
-                that training saw (the attack would be driven with input it was never meant for).
+            ValueError: representations outside the range that training saw (the attack would be driven with input it
+                was never meant for), or no states at ``oracle``.
         """
-        setting = self._prepared()
         representations = observation.representations
         n, k = representations.shape[:2]
-        expected = setting.mechanism.representation_shape
-        if tuple(representations.shape[2:]) != tuple(expected):
-            raise ValueError(f"unet was trained on representations {expected}, got {tuple(representations.shape[2:])}")
-        knows = setting.knowledge is Knowledge.ORACLE and setting.mechanism.draw(1, torch.Generator()) is not None
-        if knows and observation.states is None:
+        knows = self.adversary.knowledge is Knowledge.ORACLE
+        if knows and observation.states is None and self.mechanism.draw(1, torch.Generator()) is not None:
             raise ValueError("unet at oracle needs the states of the intercepted faces")
         self._check_range(representations)
         states = None if observation.states is None else observation.states.flatten(0, 1)
-        self.eval()
         device = self.network.mean.device
         recovered = []
         for start in range(0, n * k, _CHUNK):
             part = slice(start, start + _CHUNK)
             seen = self._see(representations.flatten(0, 1)[part].to(device), None if states is None else states[part])
             recovered.append(self.network(*seen))
-        if not recovered:
-            return torch.zeros(0, 3, self.network.image_size, self.network.image_size)
         faces = torch.cat(recovered)
-        return faces.reshape(n, k, *faces.shape[1:]).mean(dim=1).to(representations.device)
+        return faces.reshape(n, k, *faces.shape[1:]).mean(dim=1)
 
-    def infer_places(self, observation: Observation) -> Tensor | None:
+    def infer_layout(self, observation: Observation) -> Tensor | None:
         """The canonical place of each channel, int64 (N, k, C), where states are inferred."""
-        if self.reader is None or not self.reads or self._prepared().knowledge is Knowledge.ORACLE:
+        if self.reader is None or not self.reads or self.adversary.knowledge is Knowledge.ORACLE:
             return None
         representations = observation.representations
         parts = []

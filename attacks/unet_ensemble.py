@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, Capability, Knowledge, Observation
-from attacks.parts.exposure import Exposure, check_public_faces, chunks, to_float
+from attacks.parts.exposure import Exposure, chunks
 from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
 from attacks.parts.unet_network import UNetNetwork
-from bench.randomness import base_seed, derived
+from bench.images import to_float
+from bench.randomness import derived
 from defenses.base import Defense, Protected
 from defenses.layout import row_numbers
 
@@ -74,36 +75,27 @@ class UNetEnsemble(InversionAttack):
     }
     options: UNetEnsembleOptions
 
-    def __init__(self, options: AttackOptions | None = None) -> None:
-        super().__init__(options)
-        self._defense: tuple[Knowledge, Defense] | None = None
+    def inapplicable(self, defense: Defense) -> str | None:
+        """A network per state is too many where there are more than ``most``."""
+        states = defense.states()
+        if states is not None and len(states) > self.options.most:
+            return f"{defense.name} has {len(states)} states, more than most={self.options.most} networks"
+        return None
 
-    def prepare(self, adversary: Adversary) -> None:
+    def build(self, adversary: Adversary) -> None:
         """Build a network per state.
 
         Raises:
-            ValueError: faces are not uint8 (M, 3, H, H), or the defence has more states than ``most``.
+            ValueError: the defence has more states than ``most``.
         """
-        faces = adversary.faces
-        check_public_faces(self.name, adversary)
-        seed, device = base_seed(adversary.generator), adversary.fabric.device
-        mechanism = adversary.mechanism(derived(seed, "mechanism")).to(device)
+        mechanism = self.mechanism
+        if reason := self.inapplicable(mechanism):
+            raise ValueError(reason)
         states = mechanism.states()
         count = 1 if states is None else len(states)
-        if count > self.options.most:
-            raise ValueError(f"{mechanism.name} has {count} states, more than most={self.options.most} networks")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived(seed, "weights").initial_seed())
-            network = _Members(count, mechanism.channels, faces.shape[-1], self.options)
-        self.network = network.to(device).to(memory_format=torch.channels_last)
+        network = _Members(count, mechanism.channels, adversary.faces.shape[-1], self.options)
+        self.network = network.to(memory_format=torch.channels_last)
         self._build_range(mechanism.channels)
-        self.to(device)
-        self._defense = adversary.knowledge, mechanism
-
-    def _prepared(self) -> tuple[Knowledge, Defense]:
-        if self._defense is None:
-            raise ValueError(f"{self.name} has to be prepared or fitted before it is used")
-        return self._defense
 
     @property
     def _members(self) -> list[UNetNetwork]:
@@ -113,11 +105,11 @@ class UNetEnsemble(InversionAttack):
 
     def _state(self, row: int, count: int) -> Tensor | None:
         """The state of that number for ``count`` faces, int64 (count, D)."""
-        states = self._prepared()[1].states()
+        states = self.mechanism.states()
         return None if states is None else states[row].expand(count, -1)
 
     def _rows(self, states: Tensor | None, count: int) -> Tensor:
-        listed = self._prepared()[1].states()
+        listed = self.mechanism.states()
         if states is None or listed is None:
             return torch.zeros(count, dtype=torch.int64, device=self.low.device)
         return row_numbers(states.cpu(), listed.cpu()).to(self.low.device)
@@ -155,19 +147,13 @@ class UNetEnsemble(InversionAttack):
         """Faces (N, 3, H, W), not clipped.
 
         Raises:
-            ValueError: not fitted; representations of another shape, not finite, or outside the range of training.
+            ValueError: representations outside the range of training, or no states at ``oracle``.
         """
-        knowledge, mechanism = self._prepared()
-        representations = observation.representations
-        expected = tuple(mechanism.representation_shape)
-        if tuple(representations.shape[2:]) != expected:
-            raise ValueError(
-                f"{self.name} was trained on representations {expected}, got {tuple(representations.shape[2:])}"
-            )
-        if knowledge is Knowledge.ORACLE and mechanism.states() is not None and observation.states is None:
+        mechanism, representations = self.mechanism, observation.representations
+        knows = self.adversary.knowledge is Knowledge.ORACLE
+        if knows and mechanism.states() is not None and observation.states is None:
             raise ValueError(f"{self.name} at oracle needs the states of the intercepted faces")
         self._check_range(representations)
-        self.eval()
         n, k = representations.shape[:2]
         flat = representations.flatten(0, 1)
         states = None if observation.states is None else observation.states.flatten(0, 1)
@@ -179,11 +165,8 @@ class UNetEnsemble(InversionAttack):
                 faces.append(self.network(sent, self._rows(own, len(sent))))
             else:
                 faces.append(self._most_consistent(sent, mechanism))
-        if not faces:
-            size = self._members[0].image_size
-            return self.low.new_zeros(0, 3, size, size)
         recovered = torch.cat(faces)
-        return recovered.view(n, k, *recovered.shape[1:]).mean(dim=1).to(representations.device)
+        return recovered.view(n, k, *recovered.shape[1:]).mean(dim=1)
 
     def _most_consistent(self, sent: Tensor, mechanism: Defense) -> Tensor:
         """Of all members' answers to (M, C, h, w) the one that is protected to most nearly the same: (M, 3, H, W)."""

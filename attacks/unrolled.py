@@ -12,16 +12,17 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from lightning_fabric import Fabric
 from pydantic import Field
 from torch import Tensor, nn
 
-from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, Observation
+from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation
 from attacks.linear import Linear, LinearOptions
-from attacks.parts.exposure import Exposure, chunks, split_identities, to_float
+from attacks.parts.exposure import Exposure, chunks, split_identities
 from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
 from attacks.parts.unet_network import UNetNetwork
-from bench.randomness import base_seed, derived
+from bench.images import to_float
+from bench.randomness import derived
+from defenses.base import Defense
 
 #: Public faces per kind of state whose linear estimates show how far these are off, and where.
 _ERROR_FACES = 64
@@ -105,31 +106,30 @@ class Unrolled(InversionAttack):
                 memory=chosen.memory,
             )
         )
-        self._knowledge: tuple[Knowledge, Fabric] | None = None
 
     # -- building -----------------------------------------------------------------------------------
 
-    def prepare(self, adversary: Adversary) -> None:
+    def inapplicable(self, defense: Defense) -> str | None:
+        """It starts from what the linear attack makes of it."""
+        return self.linear.inapplicable(defense)
+
+    def build(self, adversary: Adversary) -> None:
         """Build the linear attack and the network.
 
         Raises:
-            ValueError: as :meth:`Linear.prepare`.
+            ValueError: as :meth:`Linear.build`.
         """
-        seed, device = base_seed(adversary.generator), adversary.fabric.device
+        seed = self.seed
         training, _ = split_identities(adversary.identities, self.options.validation, derived(seed, "identities"))
         self.linear.prepare(_only(adversary, training))
         mechanism = self.linear.reader.mechanism
         states = mechanism.states()
         size = adversary.faces.shape[-1]
         self.register_buffer("spread", torch.ones(1 if states is None else len(states), 3, size, size))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived(seed, "weights").initial_seed())
-            network = UNetNetwork(6, size, self.options)
+        network = UNetNetwork(6, size, self.options)
         network.mean_face.zero_()  # it proposes a change, not a face
-        self.network = network.to(device).to(memory_format=torch.channels_last)
+        self.network = network.to(memory_format=torch.channels_last)
         self._build_range(mechanism.channels)
-        self.low, self.high, self.spread = (buffer.to(device) for buffer in (self.low, self.high, self.spread))
-        self._knowledge = adversary.knowledge, adversary.fabric
 
     def _exposure(self, adversary: Adversary, seed: int) -> Exposure:
         return Exposure(adversary, seed, mechanism=self.linear.reader.mechanism)
@@ -138,7 +138,7 @@ class Unrolled(InversionAttack):
 
     def _learn_of_defence(self, adversary: Adversary, training: Tensor, seed: int) -> dict[str, Any]:
         """Fit the linear attack on the training faces, and measure how far its estimates are off on the same."""
-        report: FitReport = self.linear.fit(_only(adversary, training))
+        report: FitReport = self.linear.learn(_only(adversary, training))
         rows = range(len(self.linear.kinds()))
         faces = pick(adversary.faces, training, _ERROR_FACES, derived(seed, "spread faces")).to(self.spread.device)
         mechanism = self.linear.reader.mechanism
@@ -199,18 +199,10 @@ class Unrolled(InversionAttack):
         """Faces (N, 3, H, W), not clipped.
 
         Raises:
-            ValueError: not fitted; representations of another shape, not finite, or outside the range of training.
+            ValueError: representations outside the range of training.
         """
-        if self._knowledge is None:
-            raise ValueError("unrolled has to be prepared or fitted before it is used")
         representations = observation.representations
-        expected = tuple(self.linear.reader.mechanism.representation_shape)
-        if tuple(representations.shape[2:]) != expected:
-            raise ValueError(
-                f"unrolled was trained on representations {expected}, got {tuple(representations.shape[2:])}"
-            )
         self._check_range(representations)
-        self.eval()
         n, k = representations.shape[:2]
         states = None if observation.states is None else observation.states.flatten(0, 1)
         rows = self.linear.reader.rows(representations.flatten(0, 1), states).view(n, k).cpu()
@@ -221,13 +213,11 @@ class Unrolled(InversionAttack):
             single = self._predict(self.network, (self._show(estimate, own.flatten()),))
             faces = single.unflatten(0, own.shape).mean(dim=1)
             parts.append(self.linear.correct(faces, sent, own).to(faces) if self.options.consistent else faces)
-        if not parts:
-            return self.spread.new_zeros(0, *self.spread.shape[1:])
-        return torch.cat(parts).to(representations.device)
+        return torch.cat(parts)
 
-    def infer_places(self, observation: Observation) -> Tensor | None:
+    def infer_layout(self, observation: Observation) -> Tensor | None:
         """As the linear attack infers them."""
-        return self.linear.infer_places(observation)
+        return self.linear.infer_layout(observation)
 
 
 def _only(adversary: Adversary, training: Tensor) -> Adversary:

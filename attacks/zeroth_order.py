@@ -85,13 +85,13 @@ class ZerothOrder(EigenfaceSearch):
     }
     options: ZerothOrderOptions
 
-    def search(self, scores: LatentScores, start: Tensor, seed: int) -> Tensor:
+    def search(self, scores: LatentScores, start: Tensor) -> Tensor:
         """See :meth:`EigenfaceSearch.search`."""
         if self.options.estimator == "filter":
-            return self._filtered(scores, start, seed)
-        return self._differences(scores, start, seed)
+            return self._filtered(scores, start)
+        return self._differences(scores, start)
 
-    def _filtered(self, scores: LatentScores, latents: Tensor, seed: int) -> Tensor:
+    def _filtered(self, scores: LatentScores, latents: Tensor) -> Tensor:
         options, size = self.options, latents.shape[1]
         level, noise = scores.at(latents)
         belief: _Belief | None = None
@@ -100,7 +100,7 @@ class ZerothOrder(EigenfaceSearch):
         steps = math.ceil(scores.left / options.directions)
         for step in range(steps):
             count = min(options.directions, scores.left)
-            moves = radius[..., None] * directions(count, size, derived(seed, "step", step)).to(latents)
+            moves = radius[..., None] * directions(count, size, derived(self.seed, "step", step)).to(latents)
             answers = scores(latents[:, None] + moves)
             spread = answers.var(dim=1, correction=0, keepdim=True)
             if belief is None:
@@ -119,7 +119,7 @@ class ZerothOrder(EigenfaceSearch):
             belief.move(move)
         return latents
 
-    def _differences(self, scores: LatentScores, latents: Tensor, seed: int) -> Tensor:
+    def _differences(self, scores: LatentScores, latents: Tensor) -> Tensor:
         """Adam on fresh finite differences."""
         options, size = self.options, latents.shape[1]
         central = options.estimator == "central"
@@ -127,7 +127,7 @@ class ZerothOrder(EigenfaceSearch):
         steps = scores.left // (2 * count if central else count + 1) if count > 0 else 0
         momentum, power = torch.zeros_like(latents), latents.new_zeros(len(latents), 1)
         for step in range(steps):
-            tried = directions(count, size, derived(seed, "step", step)).to(latents)
+            tried = directions(count, size, derived(self.seed, "step", step)).to(latents)
             moves = options.radius * tried
             others = -moves if central else torch.zeros_like(moves[:1])
             answers = scores(latents[:, None] + torch.cat((moves, others)))

@@ -60,7 +60,6 @@ CANARIES = {
     "unet": Canary("picture", {"widths": "8,16", "images": 1500, "stem_stride": "1"}),
     "unet-ensemble": Canary("picture", {"widths": "8,16", "images": 1500, "stem_stride": "1"}),
     "unrolled": Canary("picture", {"widths": "8,16", "images": 400, "rank": 40}),
-    "composite": Canary("picture", {"attacks": "linear,unet", "unet": {"images": 400, "widths": "4,8"}}),
     "template": Canary("likeness"),
     "model-inversion": Canary("likeness"),
     "hill-climb": Canary("likeness", {"queries": 256}),

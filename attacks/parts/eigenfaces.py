@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation, RecoveryAttack, ScoreQuery
-from attacks.parts.exposure import chunks, to_float
-from bench.randomness import base_seed, derived
+from attacks.parts.exposure import chunks
+from bench.images import to_float
+from bench.randomness import derived
 
 #: Random directions beyond those asked for, and passes over the faces that sharpen them (Halko et al. 2011, section 4).
 _OVERSAMPLING = 16
@@ -226,8 +227,8 @@ class EigenfaceSearch(RecoveryAttack):
     """Recovers the face whose score is highest among combinations of eigenfaces: a subclass says how to search.
 
     It needs no recogniser, no representation and no knowledge of the defence: only the score that a verification
-    service answers with, and faces of other people. All victims try the same directions, drawn from a seed that is
-    stored with the fit, so that a victim's recovery does not depend on who else is attacked beside it.
+    service answers with, and faces of other people. All victims try the same directions, so that a victim's recovery
+    does not depend on who else is attacked beside it.
     """
 
     needs: ClassVar[frozenset[Capability]] = frozenset({Capability.PUBLIC_FACES, Capability.SCORES})
@@ -236,45 +237,24 @@ class EigenfaceSearch(RecoveryAttack):
     options: EigenfaceSearchOptions
 
     prior: Eigenfaces
-    seed: Tensor
 
     @abstractmethod
-    def search(self, scores: LatentScores, start: Tensor, seed: int) -> Tensor:
+    def search(self, scores: LatentScores, start: Tensor) -> Tensor:
         """Latents float32 (N, r) of the recovered faces.
 
         Args:
             scores: the service, and how many queries are left.
             start: float32 (N, r), zeros: the mean face.
-            seed: from which to derive all randomness.
         """
 
-    def prepare(self, adversary: Adversary) -> None:
-        """Build the prior for the size of the public faces.
-
-        Raises:
-            ValueError: the faces are not uint8 (M, 3, H, H), M > 0.
-        """
+    def build(self, adversary: Adversary) -> None:
+        """Build the prior for the size of the public faces."""
         faces = adversary.faces
-        square = faces.ndim == 4 and faces.shape[1] == 3 and faces.shape[2] == faces.shape[3]
-        if faces.dtype != torch.uint8 or not square or not len(faces):
-            raise ValueError(
-                f"{self.name} expects public faces uint8 (M, 3, H, H), M > 0, got {faces.dtype} {tuple(faces.shape)}"
-            )
         self.prior = Eigenfaces(Eigenfaces.rank(faces, self.options.components), faces.shape[-1])
-        self.register_buffer("seed", torch.zeros((), dtype=torch.int64))
-        self.to(adversary.fabric.device)
 
     def fit(self, adversary: Adversary) -> FitReport:
-        """Fit the prior; nothing is trained.
-
-        Raises:
-            ValueError: see :meth:`prepare`.
-        """
-        self.prepare(adversary)
-        seed = base_seed(adversary.generator)
-        self.seed.fill_(seed)
-        self.prior.fit(adversary.faces, derived(seed, "eigenfaces"))
-        self.eval()
+        """Fit the prior; nothing is trained."""
+        self.prior.fit(adversary.faces, derived(self.seed, "eigenfaces"))
         return FitReport(
             details={
                 "components": len(self.prior),
@@ -285,19 +265,9 @@ class EigenfaceSearch(RecoveryAttack):
         )
 
     def run(self, observation: Observation) -> Tensor:
-        """Faces (N, 3, H, W); of the observation only the score queries are used.
-
-        Raises:
-            ValueError: neither fitted nor loaded; no score queries; or scores that are not finite.
-        """
-        if "seed" not in self._buffers:
-            raise ValueError(f"{self.name} has to be prepared or fitted before it is used")
-        if observation.score is None:
-            raise ValueError(f"{self.name} needs score queries: an observation with `score`")
+        """Faces (N, 3, H, W); of the observation only the score queries are used."""
         options, victims = self.options, len(observation)
-        found = self.prior.mean.new_zeros(victims, len(self.prior))
-        if victims:
-            scores = LatentScores(self.prior, observation.score, victims, queries=options.queries, chunk=options.chunk)
-            found = self.search(scores, found, int(self.seed))
-        faces: Tensor = self.prior(found)
-        return faces.to(observation.representations.device)
+        assert observation.score is not None  # it is among the needs
+        scores = LatentScores(self.prior, observation.score, victims, queries=options.queries, chunk=options.chunk)
+        faces: Tensor = self.prior(self.search(scores, self.prior.mean.new_zeros(victims, len(self.prior))))
+        return faces

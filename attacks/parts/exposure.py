@@ -96,31 +96,10 @@ class Exposure:
             yield guess.protect(chunk, generator), found
 
 
-def check_public_faces(name: str, adversary: Adversary) -> None:
-    """Refuse public faces that the attack called ``name`` cannot train on.
-
-    Raises:
-        ValueError: they are not uint8 (M, 3, H, H) with M > 0, or have not one identity each.
-    """
-    faces, identities = adversary.faces, adversary.identities
-    if faces.dtype != torch.uint8 or faces.ndim != 4 or faces.shape[1] != 3 or faces.shape[2] != faces.shape[3]:
-        raise ValueError(f"{name} expects public faces uint8 (M, 3, H, H), got {faces.dtype} {tuple(faces.shape)}")
-    if identities.shape != faces.shape[:1] or not len(faces):
-        raise ValueError(
-            f"{name} expects one identity per public face, got {len(faces)} faces and {tuple(identities.shape)} "
-            f"identities"
-        )
-
-
 def chunks(faces: Tensor, size: int) -> Iterator[Tensor]:
     """``faces`` in order, ``size`` at a time."""
     for start in range(0, len(faces), size):
         yield faces[start : start + size]
-
-
-def to_float(faces: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) in [0, 255] to float32 in [0, 1]."""
-    return faces.to(torch.float32).div_(255.0)
 
 
 def flip_some(faces: Tensor, generator: torch.Generator) -> Tensor:

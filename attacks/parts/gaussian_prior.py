@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attacks.parts.exposure import chunks, split_identities, to_float
-from bench.randomness import derived
+from attacks.parts.exposure import chunks, split_identities
+from bench.images import to_float
+from bench.randomness import derived, seeded
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +198,7 @@ class GaussianPrior(nn.Module):
         self.mean.copy_(centred.mean(dim=0).view_as(self.mean))
         centred -= self.mean.to(centred).flatten(1)
         # The randomised range finder draws from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived(seed, "components").initial_seed())
+        with seeded(seed, "components"):
             basis = torch.svd_lowrank(centred.flatten(1), q=self.rank + min(50, self.rank), niter=1)[2]
         basis = basis[:, : self.rank]
         self.components.copy_(basis.view(3, -1, self.rank))

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import AttackOptions, FitReport, Report, no_report
-from attacks.parts.exposure import chunks, split_identities, to_float
+from attacks.parts.exposure import chunks, split_identities
 from attacks.parts.training import Descent, EpochBatches, Plateau, Player, SeenStates, WarmHoldDecay
-from bench.images import ssim
-from bench.randomness import derived
+from bench.images import ssim, to_float
+from bench.randomness import derived, seeded
 
 #: Held-out faces that give the loss curve, and faces at once outside training.
 _VALIDATION_FACES = 256
@@ -501,8 +501,7 @@ class _GeneratorTraining(DecoderTraining):
 
 def build_generator(options: GeneratorOptions, image_size: int, seed: int) -> FaceGenerator:
     """A generator with fresh weights, the same for the same ``seed``; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived(seed, "generator weights").initial_seed())
+    with seeded(seed, "generator weights"):
         generator = FaceGenerator(options.latent_size, image_size, options.generator_width)
     return generator.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, unused-ignore]
 
@@ -539,8 +538,7 @@ def fit_generator(
     """
     critic = None
     if options.adversarial:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived(seed, "critic weights").initial_seed())
+        with seeded(seed, "critic weights"):
             critic = Critic(generator.image_size, options.generator_width).to(fabric.device)
     plan = TrainingPlan(
         images=options.generator_images,

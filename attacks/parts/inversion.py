@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import Adversary, FitReport, RecoveryAttack
-from attacks.parts.exposure import Exposure, chunks, flip_some, split_identities, to_float
+from attacks.parts.exposure import Exposure, chunks, flip_some, split_identities
 from attacks.parts.training import Descent, EpochBatches, Plateau, Player, SeenStates, WarmHoldDecay
 from attacks.parts.unet_network import NetworkOptions
-from bench.images import ssim
-from bench.randomness import base_seed, derived
+from bench.images import ssim, to_float
+from bench.randomness import derived
 from defenses.base import Protected
 
 #: Held-out faces that give the loss curve, and faces whose mean is the floor it is compared with.
@@ -88,7 +88,7 @@ _Example = tuple[Tensor, tuple[Tensor | None, ...], Tensor | None]
 class InversionAttack(RecoveryAttack):
     """Trains :attr:`network` to minimise L1(prediction, X) over public faces X, protected afresh in each step.
 
-    A subclass builds the network and the buffers in :meth:`prepare` (with :meth:`_build_range`), and says what the
+    A subclass builds the network and the buffers in :meth:`build` (with :meth:`_build_range`), and says what the
     network is shown.
 
     Attributes:
@@ -140,13 +140,11 @@ class InversionAttack(RecoveryAttack):
         """Train on public faces; some identities are held out for the loss curve.
 
         Raises:
-            ValueError: unusable faces (see :meth:`prepare`), fewer than two identities, or a checkpoint
-                of another fit.
+            ValueError: fewer than two identities, or a checkpoint of another fit.
             FloatingPointError: the loss is not finite.
         """
-        self.prepare(adversary)
         options, fabric = self.options, adversary.fabric
-        seed, device = base_seed(adversary.generator), fabric.device
+        seed, device = self.seed, fabric.device
         training, held_out = split_identities(adversary.identities, options.validation, derived(seed, "identities"))
         training_details = self._learn_of_defence(adversary, training, seed)
         exposure = self._exposure(adversary, seed)
@@ -201,7 +199,6 @@ class InversionAttack(RecoveryAttack):
             },
             seen=seen,
         ).run()
-        self.eval()
         return FitReport(
             saturated=outcome.saturated,
             states_seen=seen.states,
@@ -272,12 +269,8 @@ class InversionAttack(RecoveryAttack):
         scale stays inside the range; it is told by a spread below 1 % of that range over eight faces or more.
 
         Raises:
-            ValueError: as above, or values that are not finite.
+            ValueError: as above.
         """
-        if not torch.isfinite(representations).all():
-            raise ValueError(f"{self.name} was handed representations that are not finite")
-        if not representations.numel():
-            return
         values = representations.detach().to(self.low.device)
         width = (self.high - self.low).clamp(min=1e-6)
         low = (self.low - _RANGE_MARGIN * width)[:, None, None]

@@ -13,7 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from attacks.base import Adversary, Knowledge
-from attacks.parts.exposure import Exposure, chunks, to_float
+from attacks.parts.exposure import Exposure, chunks
+from bench.images import to_float
 from bench.randomness import derived
 from defenses.base import Defense
 from defenses.layout import ChannelLayout, probe

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import Adversary, AttackOptions, Report, Widths
-from attacks.parts.exposure import chunks, to_float
+from attacks.parts.exposure import chunks
+from bench.images import to_float
 from bench.randomness import derived
 
 _FILE = "fit.safetensors"

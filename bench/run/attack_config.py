@@ -89,7 +89,7 @@ class Composite(CompositeAttack):
         """
         raise TypeError("a composite attack is not fitted: fit its members")
 
-    def prepare(self, adversary: Adversary) -> NoReturn:
+    def build(self, adversary: Adversary) -> NoReturn:
         """Not how it works.
 
         Raises:

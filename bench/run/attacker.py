@@ -290,7 +290,7 @@ class AttackStages:
                 fitted, defense, public=public, service=service, checkpoint=folder / "resume", report=report
             )
             with _tallied(service, folder / "queries") as spent, failing_as(f"attack {fitted.name} on {defense.name}"):
-                outcome = fitted.fit(adversary)
+                outcome = fitted.learn(adversary)
             if service is not None:
                 outcome = replace(outcome, details={**outcome.details, "fit_queries": spent()})
             save_tensors(fitted.state_dict(), folder / "attack.safetensors")
@@ -300,7 +300,6 @@ class AttackStages:
         def read(folder: Path) -> tuple[Attack, FitReport]:
             attack.prepare(self.adversary(attack, defense, public=self.public(attack_config)))
             attack.load_state_dict(load_file(folder / "attack.safetensors"))
-            attack.to(self.fabric.device).eval()
             return attack, _read_report(folder)
 
         key = self._fit_key(attack, attack_config.public, defense)
@@ -445,13 +444,12 @@ class AttackStages:
                     for _, representations, _ in sent:
                         count = representations.shape[:2]
                         embedded = fitted.embed_representations(representations.flatten(0, 1))
-                        found = _checked(embedded, count.numel(), fitted.name).unflatten(0, count)
+                        found = embedded.cpu().unflatten(0, count)
                         columns[name].append(F.normalize(found.mean(dim=1), dim=1))
                         done += len(representations)
                         report(done, 3 * len(everyone))
                 for faces in self.stages.splits.victims.batches(self.config.batch_size):
-                    found = fitted.embed_faces(faces.to(self.fabric.device))
-                    columns["plain"].append(F.normalize(_checked(found, len(faces), fitted.name), dim=1))
+                    columns["plain"].append(fitted.embed_faces(faces.to(self.fabric.device)).cpu())
                     done += len(faces)
                     report(done, 3 * len(everyone))
             save_tensors({name: torch.cat(found) for name, found in columns.items()}, folder / "linked.safetensors")
@@ -482,15 +480,12 @@ def _recover(attack: RecoveryAttack, batch: Interception, defense: Defense, devi
     """One batch as it is stored: see :class:`Recovered`.
 
     Raises:
-        ValueError: faces of another size, or places of another shape.
+        ValueError: as the attack, or a layout of another shape.
     """
     synchronise(device)
     started = time.perf_counter()
     faces = attack.recover(batch.observation)
     synchronise(device)
-    size = defense.image_size
-    if faces.shape[-2:] != (size, size):
-        raise ValueError(f"{attack.name} recovered {tuple(faces.shape[-2:])} pixels of faces of {size} x {size}")
     found = {
         "faces": faces,
         "batch_faces": torch.tensor([len(faces)]),
@@ -500,7 +495,7 @@ def _recover(attack: RecoveryAttack, batch: Interception, defense: Defense, devi
         found["queries"] = torch.tensor([batch.service.queries])
     if batch.states is not None:
         with torch.no_grad():
-            inferred = attack.infer_places(batch.observation)
+            inferred = attack.infer_layout(batch.observation)
         if inferred is not None:
             measured = {
                 "right": places_right(inferred, batch.states, defense),
@@ -508,19 +503,6 @@ def _recover(attack: RecoveryAttack, batch: Interception, defense: Defense, devi
             }
             found |= {name: one for name, one in measured.items() if one is not None}
     return found
-
-
-def _checked(embeddings: Tensor, count: int, name: str) -> Tensor:
-    """Embeddings float32 (count, D) on the CPU.
-
-    Raises:
-        ValueError: another shape, or values that are not finite.
-    """
-    if embeddings.ndim != 2 or len(embeddings) != count:
-        raise ValueError(f"{name} returned {tuple(embeddings.shape)} for {count} faces, expected (N, D)")
-    if not torch.isfinite(embeddings).all():
-        raise ValueError(f"{name} returned embeddings that are not finite")
-    return embeddings.float().cpu()
 
 
 def _write_report(folder: Path, report: FitReport) -> None:

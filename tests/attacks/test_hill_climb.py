@@ -118,7 +118,7 @@ def test_the_penalty_keeps_the_latents_short(make_adversary, plain, hidden):
     lengths = []
     for penalty in (0.0, 0.01):
         attack = HillClimb(HillClimbOptions(**SMALL | {"penalty": penalty}))
-        attack.fit(make_adversary(plain(image_size=SIZE)))
+        attack.learn(make_adversary(plain(image_size=SIZE)))
         faces = attack.recover(observation(Service(hidden).score))
         lengths.append(float(attack.prior.project(faces).norm(dim=1).mean()))
     assert lengths[1] < 0.7 * lengths[0]
@@ -134,7 +134,7 @@ def test_noisy_scores_are_asked_for_from_further_away():
             return latents[..., 0] + noise * torch.randn(latents.shape[:2], generator=draws)
 
         attack = HillClimb(HillClimbOptions(queries=1000))
-        attack.search(OnLatents(formula, 1000, 4), torch.zeros(4, 20), seed=0)
+        attack.search(OnLatents(formula, 1000, 4), torch.zeros(4, 20))
     exact, noisy = spreads[len(spreads) // 2 - 1], spreads[-1]
     assert noisy > 2 * exact
     assert noisy < 1.5
@@ -152,7 +152,7 @@ def two_hills(latents):
 @pytest.mark.parametrize(("starts", "top"), [(1, -2.0), (12, 3.0)])
 def test_several_starts_find_the_higher_hill(starts, top):
     attack = HillClimb(HillClimbOptions(queries=4000, starts=starts, batch=8, penalty=0))
-    found = attack.search(OnLatents(two_hills, 4000, 3), torch.zeros(3, 2), seed=0)
+    found = attack.search(OnLatents(two_hills, 4000, 3), torch.zeros(3, 2))
     torch.testing.assert_close(found[:, 0], torch.full((3,), top), rtol=0, atol=0.2)
 
 
@@ -171,7 +171,7 @@ def test_same_seed_same_faces_and_another_seed_others(climb):
 
 def test_running_twice_gives_the_same(make_adversary, plain, hidden):
     attack = HillClimb(HillClimbOptions(**SMALL | {"queries": 100}))
-    attack.fit(make_adversary(plain(image_size=SIZE)))
+    attack.learn(make_adversary(plain(image_size=SIZE)))
     before = {name: value.clone() for name, value in attack.state_dict().items()}
     first = attack.recover(observation(Service(hidden, 0.1).score))
     assert torch.equal(attack.recover(observation(Service(hidden, 0.1).score)), first)
@@ -181,7 +181,7 @@ def test_running_twice_gives_the_same(make_adversary, plain, hidden):
 @pytest.mark.parametrize("chunk", [5, 1024])
 def test_a_victim_is_recovered_alike_alone_and_among_others(make_adversary, plain, hidden, chunk):
     attack = HillClimb(HillClimbOptions(**SMALL | {"queries": 150, "chunk": chunk, "starts": 2}))
-    attack.fit(make_adversary(plain(image_size=SIZE)))
+    attack.learn(make_adversary(plain(image_size=SIZE)))
     together = attack.recover(observation(Service(hidden).score))
     few = attack.recover(observation(Service(hidden).score).first(3))
     torch.testing.assert_close(few, together[:3], rtol=0, atol=1e-3)
@@ -191,7 +191,7 @@ def test_a_stored_fit_loads_into_a_prepared_attack(make_adversary, plain, hidden
     adversary = make_adversary(plain(image_size=SIZE))
     options = HillClimbOptions(**SMALL | {"queries": 60})
     attack = HillClimb(options)
-    report = attack.fit(adversary)
+    report = attack.learn(adversary)
     assert report.saturated is None
     assert report.details["components"] == 40
     assert 0.5 < report.details["explained_variance"] <= 1
@@ -216,7 +216,7 @@ def test_it_says_what_it_needs(make_adversary, plain):
 
 def test_nobody_to_attack_gives_no_faces(make_adversary, plain):
     attack = HillClimb(HillClimbOptions(**SMALL))
-    attack.fit(make_adversary(plain(image_size=SIZE)))
+    attack.learn(make_adversary(plain(image_size=SIZE)))
     assert attack.recover(observation(lambda faces, persons: faces, 0)).shape == (0, 3, SIZE, SIZE)
 
 
@@ -225,4 +225,4 @@ def test_nobody_to_attack_gives_no_faces(make_adversary, plain):
 )
 def test_unusable_public_faces_are_refused(make_adversary, plain, wrong):
     with pytest.raises(ValueError, match="uint8"):
-        HillClimb().fit(make_adversary(plain(image_size=SIZE), faces=wrong))
+        HillClimb().learn(make_adversary(plain(image_size=SIZE), faces=wrong))

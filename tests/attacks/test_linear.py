@@ -12,7 +12,7 @@ SMALL = {"rank": 12, "place_faces": 120, "traffic": 240}
 
 def fitted(make_adversary, defense, knowledge="oracle", **options):
     attack = Linear(LinearOptions(**{**SMALL, **options}))
-    report = attack.fit(adversary_of(make_adversary, defense, knowledge))
+    report = attack.learn(adversary_of(make_adversary, defense, knowledge))
     return attack, report
 
 
@@ -71,7 +71,7 @@ def test_the_white_box_reads_the_states_itself(make_adversary):
     _, told = observe(defense, 48)
     layout = probe(defense, defense.states())
     truth = layout.places[layout.row_of(told.states[:, 0])]
-    assert float((attack.infer_places(observation)[:, 0] == truth).all(1).float().mean()) > 0.9
+    assert float((attack.infer_layout(observation)[:, 0] == truth).all(1).float().mean()) > 0.9
     oracle, _ = fitted(make_adversary, defense, "oracle", place_faces=400)
     assert error(attack.recover(observation), faces) < 1.1 * error(oracle.recover(told), faces)
 
@@ -193,7 +193,7 @@ def test_a_stored_fit_recovers_the_same(make_adversary, knowledge):
 def test_the_black_box_needs_traffic(make_adversary):
     attack = Linear(LinearOptions(**SMALL))
     with pytest.raises(ValueError, match="intercepted traffic"):
-        attack.fit(make_adversary(defense_of("partialface"), "blackbox", faces=faces_of(60, 1)))
+        attack.learn(make_adversary(defense_of("partialface"), "blackbox", faces=faces_of(60, 1)))
 
 
 def test_bad_observations_are_refused(make_adversary):

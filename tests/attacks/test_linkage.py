@@ -60,7 +60,7 @@ def linked(attack, defense, faces=UNSEEN, seed=9):
 
 def fit(adversary, **options):
     attack = Linkage(LinkageOptions(**TINY | options))
-    return attack, attack.fit(adversary)
+    return attack, attack.learn(adversary)
 
 
 def weights_of(attack):
@@ -215,7 +215,7 @@ def test_input_that_cannot_be_linked_is_refused(on_plain):
     attack, _ = on_plain
     with pytest.raises(ValueError, match="not finite"):
         attack.embed_representations(torch.full((1, 3, SIZE, SIZE), torch.nan))
-    with pytest.raises(ValueError, match="takes representations"):
+    with pytest.raises(ValueError, match="fitted to representations"):
         attack.embed_representations(torch.rand(1, 4, SIZE, SIZE))
     with pytest.raises(ValueError, match="float faces"):
         attack.embed_faces(UNSEEN)
@@ -265,7 +265,7 @@ def test_a_student_imitates_a_published_teacher(make_adversary, plain, tmp_path)
 def test_a_teacher_that_is_not_there_is_refused(make_adversary, plain, tmp_path):
     attack = Linkage(LinkageOptions(**BRIEF | {"teacher": tmp_path / "absent.onnx"}))
     with pytest.raises(ValueError, match=r"absent\.onnx does not exist"):
-        attack.fit(make_adversary(plain(image_size=SIZE), faces=PUBLIC))
+        attack.learn(make_adversary(plain(image_size=SIZE), faces=PUBLIC))
 
 
 def test_a_published_teacher_needs_no_second_picture_of_anyone(make_adversary, plain, tmp_path):

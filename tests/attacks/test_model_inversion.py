@@ -49,7 +49,7 @@ def stolen(adversary, faces, k=1, *, states=False, seed=9):
 
 def fitted(adversary, **options):
     attack = ModelInversion(ModelInversionOptions(**TINY | options))
-    return attack, attack.fit(adversary)
+    return attack, attack.learn(adversary)
 
 
 def similarity(adversary, faces, observation):
@@ -402,7 +402,7 @@ def test_unusable_input_is_refused(scene, plain, target):
     name = {"template": "templates", "class": "enrolled"}[target]
     known = getattr(observation, name)
     for wrong, message in (
-        (None, f"no {target}"),
+        (None, f"no {target}|needs stolen templates"),
         (known[..., :-1], f"{target} of 19 values.*20"),
         (known * float("nan"), "not finite"),
     ):

@@ -54,7 +54,7 @@ def stolen(service, faces, k=1):
 def fitted(scene, defense, knowledge="whitebox", *, adversary=None, **options):
     given, service = scene(defense, knowledge)
     attack = Template(TemplateOptions(**TINY | options))
-    return attack, attack.fit(adversary or given), service
+    return attack, attack.learn(adversary or given), service
 
 
 # -- options and capabilities -------------------------------------------------------------------------
@@ -158,7 +158,9 @@ def test_several_templates_are_averaged_and_their_norm_says_nothing(scene, pick)
     attack, _, service = fitted(scene, pick())
     observation = stolen(service, blends(5, seed=7), k=3)
     mean = functional.normalize(observation.templates.mean(dim=1), dim=1)
-    expected = attack.recover(replace(observation, representations=torch.zeros(5, 1, 1, 1, 1), templates=mean[:, None]))
+    expected = attack.recover(
+        replace(observation, representations=observation.representations[:, :1], templates=mean[:, None])
+    )
     torch.testing.assert_close(attack.recover(observation), expected)
     louder = replace(observation, templates=observation.templates * torch.tensor([2.0, 5.0, 0.1]).view(1, 3, 1))
     torch.testing.assert_close(attack.recover(louder), expected)
@@ -169,7 +171,7 @@ def test_the_providers_recogniser_is_left_as_it_was(scene, plain):
     adversary, _ = scene(plain(image_size=SIZE))
     adversary.recogniser.train()
     before = adversary.recogniser.weight.detach().clone()
-    Template(TemplateOptions(**TINY)).fit(adversary)
+    Template(TemplateOptions(**TINY)).learn(adversary)
     weight = adversary.recogniser.weight
     assert torch.equal(weight, before)
     assert weight.grad is None
@@ -194,7 +196,7 @@ def test_same_seed_same_weights_and_they_load_into_a_prepared_attack(scene, pick
     observation = stolen(service, blends(5, seed=7))
     assert torch.equal(fresh.recover(observation), attack.recover(observation))
     other = Template(attack.options)
-    other.fit(scene(pick(), knowledge, seed=1)[0])
+    other.learn(scene(pick(), knowledge, seed=1)[0])
     assert not torch.equal(other.network.decoder.head.weight, attack.network.decoder.head.weight)
 
 
@@ -236,7 +238,7 @@ def test_unusable_input_is_refused(scene, plain):
     attack, _, service = fitted(scene, plain(image_size=SIZE))
     observation = stolen(service, blends(3))
     for templates, message in (
-        (None, "no templates"),
+        (None, "needs stolen templates"),
         (observation.templates[..., :-1], "of 20 values, got 19"),
         (observation.templates * float("nan"), "not finite"),
     ):

@@ -118,7 +118,7 @@ def test_the_published_widths_have_the_size_of_the_published_network():
 def test_it_inverts_the_identity_on_faces_it_never_saw(make_adversary, plain, make_faces, loss):
     attack = UNet(UNetOptions(widths=(8, 16), stem_stride=2, batch_size=15, images=3000, loss=loss))
     defense = plain(image_size=SIZE)
-    report = attack.fit(make_adversary(defense))
+    report = attack.learn(make_adversary(defense))
     unseen = make_faces(20, seed=7)
     error = (attack.recover(observe(defense, unseen)) - unseen / 255).abs().mean()
     assert error < 0.03
@@ -130,7 +130,7 @@ def test_it_inverts_the_identity_on_faces_it_never_saw(make_adversary, plain, ma
 def test_same_seed_same_weights_and_another_seed_others(make_adversary, pick):
     def fit(seed):
         attack = UNet(UNetOptions(**TINY))
-        report = attack.fit(make_adversary(pick(), seed=seed))
+        report = attack.learn(make_adversary(pick(), seed=seed))
         return attack.state_dict(), report.curve
 
     torch.manual_seed(0)
@@ -147,12 +147,12 @@ def test_the_global_generator_is_left_alone(make_adversary, plain):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    UNet(UNetOptions(**TINY | {"images": 20})).fit(make_adversary(plain(image_size=SIZE)))
+    UNet(UNetOptions(**TINY | {"images": 20})).learn(make_adversary(plain(image_size=SIZE)))
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_every_state_is_recorded(make_adversary, pick):
-    report = UNet(UNetOptions(**TINY)).fit(make_adversary(pick()))
+    report = UNet(UNetOptions(**TINY)).learn(make_adversary(pick()))
     assert torch.equal(report.states_seen, pick().states())
 
 
@@ -161,14 +161,14 @@ def test_only_the_states_drawn_are_recorded(make_adversary, pick):
         def draw(self, count, generator, labels=None):
             return torch.ones(count, 1, dtype=torch.int64)
 
-    report = UNet(UNetOptions(**TINY | {"infer_state": False})).fit(make_adversary(Stuck()))
+    report = UNet(UNetOptions(**TINY | {"infer_state": False})).learn(make_adversary(Stuck()))
     assert report.states_seen.tolist() == [[1]]
 
 
 @pytest.mark.parametrize("learning_rate", [1e-3, 1e-9])
 def test_a_few_steps_are_flagged_unsaturated_even_where_the_loss_is_flat(make_adversary, plain, learning_rate):
     options = UNetOptions(**TINY | {"images": 60, "learning_rate": learning_rate})
-    report = UNet(options).fit(make_adversary(plain(image_size=SIZE)))
+    report = UNet(options).learn(make_adversary(plain(image_size=SIZE)))
     assert report.saturated is False
     assert report.details["steps"] == 6
 
@@ -179,7 +179,7 @@ def test_a_defence_that_leaks_nothing_saturates_and_stops_early(make_adversary, 
             return torch.rand(faces.shape, generator=generator)
 
     attack = UNet(UNetOptions(**TINY | {"images": 8000, "early_stop": True}))
-    report = attack.fit(make_adversary(Nothing(image_size=SIZE)))
+    report = attack.learn(make_adversary(Nothing(image_size=SIZE)))
     assert report.saturated is True
     assert report.details["stopped_early"] is True
     assert report.details["images_seen"] < 5000
@@ -187,7 +187,7 @@ def test_a_defence_that_leaks_nothing_saturates_and_stops_early(make_adversary, 
 
 def test_the_curve_ends_with_all_images_and_validates_on_other_identities(make_adversary, plain):
     adversary = make_adversary(plain(image_size=SIZE))
-    report = UNet(UNetOptions(**TINY | {"validation": 0.25})).fit(adversary)
+    report = UNet(UNetOptions(**TINY | {"validation": 0.25})).learn(adversary)
     images = [count for count, _ in report.curve]
     assert images == sorted(images)
     assert images[-1] == 200
@@ -198,7 +198,7 @@ def test_the_curve_ends_with_all_images_and_validates_on_other_identities(make_a
 def test_progress_is_reported(make_adversary, plain):
     seen = []
     adversary = make_adversary(plain(image_size=SIZE), report=lambda done, total, **f: seen.append((done, total, f)))
-    UNet(UNetOptions(**TINY)).fit(adversary)
+    UNet(UNetOptions(**TINY)).learn(adversary)
     assert seen[-1][:2] == (200, 200)
     assert seen[-1][2].keys() == {"loss", "images_per_second"}
 
@@ -212,13 +212,13 @@ def test_a_loss_that_is_not_finite_names_the_step(make_adversary, plain):
             return faces * float("nan") if Broken.calls > 5 else faces
 
     with pytest.raises(FloatingPointError, match=r"step \d+.*learning_rate"):
-        UNet(UNetOptions(**TINY)).fit(make_adversary(Broken(image_size=SIZE)))
+        UNet(UNetOptions(**TINY)).learn(make_adversary(Broken(image_size=SIZE)))
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(6, 3, 16, 16), torch.zeros(6, 1, 16, 16, dtype=torch.uint8)])
 def test_unusable_faces_are_refused(make_adversary, plain, wrong):
     with pytest.raises(ValueError, match="uint8"):
-        UNet(UNetOptions(**TINY)).fit(make_adversary(plain(image_size=SIZE), faces=wrong))
+        UNet(UNetOptions(**TINY)).learn(make_adversary(plain(image_size=SIZE), faces=wrong))
 
 
 # -- the rungs ----------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_unusable_faces_are_refused(make_adversary, plain, wrong):
 
 def fitted(make_adversary, defense, knowledge, **options):
     attack = UNet(UNetOptions(**TINY | {"images": 1200} | options))
-    return attack, attack.fit(make_adversary(defense, knowledge))
+    return attack, attack.learn(make_adversary(defense, knowledge))
 
 
 def error_of(attack, defense, faces, **how):
@@ -260,7 +260,7 @@ def test_a_black_box_with_traffic_infers_the_table_and_recovers_as_much_as_a_whi
     known, _ = fitted(make_adversary, defense, "whitebox")
     adversary = replace(make_adversary(defense, "blackbox"), traffic=lambda count: iter(intercepted.split(64)))
     attack = UNet(known.options)
-    report = attack.fit(adversary)
+    report = attack.learn(adversary)
     assert report.details["states_inferred"]
     assert report.details["states_found"] == len(defense.states())
     assert error_of(attack, defense, unseen) == pytest.approx(error_of(known, defense, unseen), rel=0.1)
@@ -311,7 +311,7 @@ def test_several_interceptions_are_averaged(make_adversary, pick, make_faces):
 @pytest.fixture(scope="module")
 def inverter(make_adversary, plain):
     attack = UNet(UNetOptions(**TINY))
-    attack.fit(make_adversary(plain(image_size=SIZE)))
+    attack.learn(make_adversary(plain(image_size=SIZE)))
     return attack
 
 
@@ -330,7 +330,7 @@ def test_unusual_faces_are_not(inverter):
 
 
 def test_input_of_another_shape_or_not_finite_is_refused(inverter):
-    with pytest.raises(ValueError, match="trained on representations"):
+    with pytest.raises(ValueError, match="fitted to representations"):
         inverter.recover(Observation(torch.rand(2, 1, 3, SIZE, SIZE + 1)))
     broken = torch.rand(2, 1, 3, SIZE, SIZE)
     broken[0, 0, 0, 0, 0] = float("nan")
@@ -377,7 +377,7 @@ def test_a_resumed_fit_equals_an_unbroken_one(make_adversary, pick, tmp_path, mo
     monkeypatch.setattr(attacks.parts.training, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
     options = UNetOptions(**TINY | {"early_stop": True})
     unbroken = UNet(options)
-    expected = unbroken.fit(make_adversary(pick()))
+    expected = unbroken.learn(make_adversary(pick()))
 
     calls = itertools.count(1)
 
@@ -386,10 +386,10 @@ def test_a_resumed_fit_equals_an_unbroken_one(make_adversary, pick, tmp_path, mo
             raise Killed
 
     with pytest.raises(Killed):
-        UNet(options).fit(make_adversary(pick(), checkpoint=tmp_path, report=report))
+        UNet(options).learn(make_adversary(pick(), checkpoint=tmp_path, report=report))
     done = []
     resumed = UNet(options)
-    actual = resumed.fit(make_adversary(pick(), checkpoint=tmp_path, report=lambda n, total, **f: done.append(n)))
+    actual = resumed.learn(make_adversary(pick(), checkpoint=tmp_path, report=lambda n, total, **f: done.append(n)))
     assert done[0] == stop * 10  # the step that was killed, and none before it
     assert actual.curve == expected.curve
     assert actual.saturated == expected.saturated
@@ -400,9 +400,9 @@ def test_a_resumed_fit_equals_an_unbroken_one(make_adversary, pick, tmp_path, mo
 
 def test_a_finished_fit_is_not_repeated(make_adversary, plain, tmp_path):
     defense = plain(image_size=SIZE)
-    first = UNet(UNetOptions(**TINY)).fit(make_adversary(defense, checkpoint=tmp_path))
+    first = UNet(UNetOptions(**TINY)).learn(make_adversary(defense, checkpoint=tmp_path))
     done = []
-    second = UNet(UNetOptions(**TINY)).fit(
+    second = UNet(UNetOptions(**TINY)).learn(
         make_adversary(defense, checkpoint=tmp_path, report=lambda n, total, **f: done.append(n))
     )
     assert not done
@@ -411,9 +411,9 @@ def test_a_finished_fit_is_not_repeated(make_adversary, plain, tmp_path):
 
 def test_the_checkpoint_of_another_fit_is_refused(make_adversary, plain, tmp_path):
     adversary = make_adversary(plain(image_size=SIZE), checkpoint=tmp_path)
-    UNet(UNetOptions(**TINY)).fit(adversary)
+    UNet(UNetOptions(**TINY)).learn(adversary)
     with pytest.raises(ValueError, match="another fit"):
-        UNet(UNetOptions(**TINY | {"learning_rate": 0.01})).fit(adversary)
+        UNet(UNetOptions(**TINY | {"learning_rate": 0.01})).learn(adversary)
 
 
 @pytest.mark.parametrize("kind", ["sorted", "mean"])

@@ -11,7 +11,7 @@ TINY = {"widths": (4, 8), "stem_stride": 2, "batch_size": 16, "images": 1500, "l
 def fitted(pick, make_adversary, make_faces):
     defense = pick()
     attack = UNetEnsemble(UNetEnsembleOptions(**TINY))
-    report = attack.fit(make_adversary(defense, "whitebox", faces=make_faces(90)))
+    report = attack.learn(make_adversary(defense, "whitebox", faces=make_faces(90)))
     return defense, attack, report
 
 
@@ -69,7 +69,7 @@ def test_a_stored_fit_recovers_the_same(fitted, make_adversary, make_faces):
 
 def test_a_defence_without_states_has_one_network(plain, make_adversary, make_faces):
     attack = UNetEnsemble(UNetEnsembleOptions(**TINY | {"images": 600}))
-    attack.fit(make_adversary(plain(image_size=16), faces=make_faces(90)))
+    attack.learn(make_adversary(plain(image_size=16), faces=make_faces(90)))
     faces = make_faces(10, seed=8).float() / 255
     assert float((attack.recover(Observation(faces[:, None])) - faces).abs().mean()) < 0.05
 

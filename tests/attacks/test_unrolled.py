@@ -19,7 +19,7 @@ TINY = {
 
 def fitted(make_adversary, defense, knowledge="oracle", **options):
     attack = Unrolled(UnrolledOptions(**{**TINY, **options}))
-    report = attack.fit(adversary_of(make_adversary, defense, knowledge))
+    report = attack.learn(adversary_of(make_adversary, defense, knowledge))
     return attack, report
 
 
@@ -85,7 +85,7 @@ def test_a_stored_fit_recovers_the_same(make_adversary, knowledge):
     again.load_state_dict(attack.state_dict())
     again.eval()
     torch.testing.assert_close(again.recover(observation), attack.recover(observation))
-    assert attack.infer_places(observation).shape == (8, 1, 27)
+    assert attack.infer_layout(observation).shape == (8, 1, 27)
 
 
 def test_a_stored_fit_is_read_back_where_faces_are_fewer_than_components(make_adversary):
@@ -106,4 +106,4 @@ def test_another_scale_of_input_is_refused(partialface):
 
 def test_it_has_to_be_fitted():
     with pytest.raises(ValueError, match="prepared or fitted"):
-        Unrolled().run(Observation(torch.zeros(1, 1, 27, SIZE, SIZE)))
+        Unrolled().recover(Observation(torch.zeros(1, 1, 27, SIZE, SIZE)))

@@ -124,7 +124,7 @@ def test_the_penalty_keeps_the_latents_short(make_adversary, plain, hidden):
     lengths = []
     for penalty in (0.0, 0.01):
         attack = ZerothOrder(ZerothOrderOptions(**SMALL | {"penalty": penalty}))
-        attack.fit(make_adversary(plain(image_size=SIZE)))
+        attack.learn(make_adversary(plain(image_size=SIZE)))
         faces = attack.recover(observation(Service(hidden).score))
         lengths.append(float(attack.prior.project(faces).norm(dim=1).mean()))
     assert lengths[1] < 0.7 * lengths[0]
@@ -140,7 +140,7 @@ def test_noisy_scores_are_asked_for_from_further_away():
             return latents[..., 0] + noise * torch.randn(latents.shape[:2], generator=draws)
 
         attack = ZerothOrder(ZerothOrderOptions(queries=1000))
-        attack.search(OnLatents(formula, 1000, 4), torch.zeros(4, 20), seed=0)
+        attack.search(OnLatents(formula, 1000, 4), torch.zeros(4, 20))
     exact, noisy = spreads[len(spreads) // 2 - 1], spreads[-1]
     assert noisy > 2 * exact
     assert noisy < 1.5
@@ -172,7 +172,7 @@ def test_the_published_setting_asks_17_times_in_each_of_400_steps(make_adversary
         return faces.mean(dim=(1, 2, 3))
 
     attack = ZerothOrder(ZerothOrderOptions(**ZerothOrder.presets["paper"] | {"components": 8}))
-    attack.fit(make_adversary(plain(image_size=SIZE)))
+    attack.learn(make_adversary(plain(image_size=SIZE)))
     attack.recover(observation(score, 1))
     assert calls == [17] * 400
 
@@ -245,7 +245,7 @@ def test_same_seed_same_faces_and_another_seed_others(ascend):
 
 def test_running_twice_gives_the_same(make_adversary, plain, hidden):
     attack = ZerothOrder(ZerothOrderOptions(**SMALL | {"queries": 100}))
-    attack.fit(make_adversary(plain(image_size=SIZE)))
+    attack.learn(make_adversary(plain(image_size=SIZE)))
     before = {name: value.clone() for name, value in attack.state_dict().items()}
     first = attack.recover(observation(Service(hidden, 0.1).score))
     assert torch.equal(attack.recover(observation(Service(hidden, 0.1).score)), first)
@@ -255,7 +255,7 @@ def test_running_twice_gives_the_same(make_adversary, plain, hidden):
 @pytest.mark.parametrize("chunk", [5, 1024])
 def test_a_victim_is_recovered_alike_alone_and_among_others(make_adversary, plain, hidden, chunk):
     attack = ZerothOrder(ZerothOrderOptions(**SMALL | {"queries": 150, "chunk": chunk}))
-    attack.fit(make_adversary(plain(image_size=SIZE)))
+    attack.learn(make_adversary(plain(image_size=SIZE)))
     together = attack.recover(observation(Service(hidden).score))
     few = attack.recover(observation(Service(hidden).score).first(3))
     torch.testing.assert_close(few, together[:3], rtol=0, atol=1e-3)
@@ -265,7 +265,7 @@ def test_a_stored_fit_loads_into_a_prepared_attack(make_adversary, plain, hidden
     adversary = make_adversary(plain(image_size=SIZE))
     options = ZerothOrderOptions(**SMALL | {"queries": 60})
     attack = ZerothOrder(options)
-    report = attack.fit(adversary)
+    report = attack.learn(adversary)
     assert report.saturated is None
     assert report.details["components"] == 40
     assert 0.5 < report.details["explained_variance"] <= 1
@@ -290,7 +290,7 @@ def test_it_says_what_it_needs(make_adversary, plain):
 
 def test_nobody_to_attack_gives_no_faces(make_adversary, plain):
     attack = ZerothOrder(ZerothOrderOptions(**SMALL))
-    attack.fit(make_adversary(plain(image_size=SIZE)))
+    attack.learn(make_adversary(plain(image_size=SIZE)))
     assert attack.recover(observation(lambda faces, persons: faces, 0)).shape == (0, 3, SIZE, SIZE)
 
 
@@ -299,4 +299,4 @@ def test_nobody_to_attack_gives_no_faces(make_adversary, plain):
 )
 def test_unusable_public_faces_are_refused(make_adversary, plain, wrong):
     with pytest.raises(ValueError, match="uint8"):
-        ZerothOrder().fit(make_adversary(plain(image_size=SIZE), faces=wrong))
+        ZerothOrder().learn(make_adversary(plain(image_size=SIZE), faces=wrong))

@@ -41,7 +41,7 @@ def world():
         fabric=Fabric(accelerator="cpu", devices=1),
     )
     attack = Linear(LinearOptions(rank=RANK, place_faces=32))
-    attack.fit(adversary)
+    attack.learn(adversary)
     faces = smooth(BATCH, SIZE, seed=9).float() / 255
     state = defense.states()[torch.arange(BATCH) % len(defense.states())]
     sent = defense.protect(faces, torch.Generator().manual_seed(1), state=state)

@@ -56,6 +56,6 @@ def observation(score, victims=VICTIMS):
 
 def recovered(attack, adversary, hidden, noise=0.0):
     """The faces that the attack, fitted, finds for the hidden ones, and the service that it asked."""
-    attack.fit(adversary)
+    attack.learn(adversary)
     service = Service(hidden, noise)
     return attack.recover(observation(service.score)), service

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 import attacks.parts.generator
 import attacks.parts.training
-from attacks.parts.exposure import check_public_faces
 from attacks.parts.generator import (
     Critic,
     DecoderTraining,
@@ -319,15 +318,6 @@ def test_states_are_noted_once_each(simple):
 
 
 # -- input checks -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "wrong", [torch.zeros(6, 3, 16, 16), torch.zeros(6, 1, 16, 16, dtype=torch.uint8), torch.zeros(0, 3, 8, 8).byte()]
-)
-def test_unusable_faces_are_refused(make_adversary, plain, wrong):
-    adversary = make_adversary(plain(image_size=SIZE), faces=wrong)
-    with pytest.raises(ValueError, match="trial expects"):
-        check_public_faces("trial", adversary)
 
 
 @pytest.mark.parametrize(

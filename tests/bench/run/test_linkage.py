@@ -180,22 +180,21 @@ class Thumbnail(LinkageAttack):
     Options: ClassVar = ThumbnailOptions
     budgets: ClassVar = {"pixels": "side"}
 
-    def prepare(self, adversary):
+    def build(self, adversary):
         self.register_buffer("mean", torch.zeros(3 * self.options.side**2))
 
     def fit(self, adversary):
-        self.prepare(adversary)
         self.mean.copy_(self.thumbnails(adversary.faces.float() / 255).mean(dim=0))
         return FitReport(saturated=True)
 
     def thumbnails(self, faces):
         return F.interpolate(faces, (self.options.side,) * 2, mode="area").flatten(1)
 
-    def embed_faces(self, faces):
-        return F.normalize(self.thumbnails(faces) - self.mean, dim=1)
+    def encode_faces(self, faces):
+        return self.thumbnails(faces) - self.mean
 
-    def embed_representations(self, representations):
-        return self.embed_faces(representations)
+    def encode_representations(self, representations):
+        return self.encode_faces(representations)
 
 
 class Misshapen(Thumbnail):
@@ -203,7 +202,7 @@ class Misshapen(Thumbnail):
 
     name = "misshapen"
 
-    def embed_representations(self, representations):
+    def encode_representations(self, representations):
         return representations
 
 

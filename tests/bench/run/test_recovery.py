@@ -46,11 +46,10 @@ class Echo(RecoveryAttack):
     Options: ClassVar = EchoOptions
     budgets: ClassVar = {"steps": "steps"}
 
-    def prepare(self, adversary):
+    def build(self, adversary):
         self.register_buffer("seen", torch.zeros(2, dtype=torch.int64))
 
     def fit(self, adversary):
-        self.prepare(adversary)
         self.seen.copy_(torch.tensor([len(adversary.faces), len(adversary.identities.unique())]))
         return FitReport(details={"faces": len(adversary.faces), "people": int(self.seen[1])})
 
@@ -87,13 +86,13 @@ class Reader(Echo):
     name = "reader"
     needs: ClassVar = frozenset({Capability.STATE})
 
-    def prepare(self, adversary):
-        super().prepare(adversary)
+    def build(self, adversary):
+        super().build(adversary)
         mechanism = adversary.mechanism(adversary.generator)
         # Not a part of its weights.
         object.__setattr__(self, "layout", None if mechanism.states() is None else probe(mechanism, mechanism.states()))
 
-    def infer_places(self, observation):
+    def infer_layout(self, observation):
         if self.layout is None:
             return None
         states = observation.states
@@ -347,7 +346,7 @@ class TestStateInference:
 
 @pytest.mark.slow
 def test_faces_of_another_size_are_the_attacks_fault(run):
-    with pytest.raises(BenchError, match=r"attack small on pixelate: small recovered \(8, 8\) pixels"):
+    with pytest.raises(BenchError, match=r"attack small on pixelate: small returned \(12, 3, 8, 8\)"):
         run(attack="small")
 
 
