@@ -1,7 +1,7 @@
-"""Finds defences and attacks: every file of the packages ``defenses`` and ``attacks``, and entry points.
+"""Finds defences and attacks, makes them from options, and describes option models.
 
-A built-in plug-in is found by its file: ``defenses/arcface_fd.py`` is ``arcface-fd``. Nothing is imported
-until a plug-in is asked for, so that listing names costs no import of torch.
+Plug-ins are every file of the packages ``defenses`` and ``attacks`` (``defenses/arcface_fd.py`` is ``arcface-fd``), and
+entry points. Nothing is imported until a plug-in is asked for, so that listing names costs no import of torch.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
+from collections.abc import Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from bench.errors import UsageError
 from bench.registry import Registry
@@ -84,6 +87,113 @@ def attacks() -> Registry[type[Attack]]:
     registry: Registry[type[Attack]] = Registry("attack")
     _fill(registry, importlib.import_module("attacks"), "Attack", "bench.attacks")
     return registry
+
+
+class Option(BaseModel):
+    """One field of an option model, as lists and pages show it.
+
+    Attributes:
+        name: of the field; those of a nested model are dotted, ``training.epochs``.
+        type: in words: ``int``, ``quick | cpu``, ``list of float``.
+        default: as in JSON; None also where there is none.
+        required: whether there is no default.
+        range: what values are allowed; empty without a limit.
+        meaning: its description.
+        metavar: what stands for the value in ``--help``.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    type: str
+    default: Any = None
+    required: bool = False
+    range: str = ""
+    meaning: str = ""
+    metavar: str | None = None
+
+
+class _TolerantSchema(GenerateJsonSchema):
+    """Knows no type for what JSON cannot hold, instead of failing."""
+
+    def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> JsonSchemaValue:
+        return {}
+
+
+def describe(model: type[BaseModel]) -> list[Option]:
+    """The fields of an option model in order, those of nested models in their place."""
+    schema = model.model_json_schema(schema_generator=_TolerantSchema)
+    return list(_options(schema, schema.get("$defs", {}), "", {}))
+
+
+def _options(
+    schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str, defaults: Mapping[str, Any]
+) -> Iterator[Option]:
+    documented = _documented(schema.get("description", ""))
+    for name, field in schema.get("properties", {}).items():
+        merged = {**definitions.get(field.get("$ref", "").rpartition("/")[2], {}), **field}
+        default = defaults.get(name, merged.get("default"))
+        if "properties" in merged:
+            yield from _options(
+                definitions[field["$ref"].rpartition("/")[2]], definitions, f"{prefix}{name}.", default or {}
+            )
+            continue
+        yield Option(
+            name=prefix + name,
+            type=_type(merged),
+            default=default,
+            required=name in schema.get("required", ()),
+            range=_range(merged),
+            meaning=field.get("description") or documented.get(name, ""),
+            metavar=merged.get("metavar"),
+        )
+
+
+def _documented(docstring: str) -> dict[str, str]:
+    """The attributes of a class by its docstring, for models whose fields have no descriptions."""
+    entries = re.findall(r"^ {4}([\w, ]+): (.+(?:\n {8}.+)*)", docstring.partition("Attributes:\n")[2], re.MULTILINE)
+    return {name.strip(): " ".join(text.split()) for names, text in entries for name in names.split(",")}
+
+
+_TYPES = {
+    "integer": "int",
+    "number": "float",
+    "string": "text",
+    "boolean": "true | false",
+    "object": "table",
+    "null": "none",
+}
+
+
+def _type(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " | ".join(dict.fromkeys(map(_type, schema["anyOf"])))
+    if "enum" in schema or "const" in schema:
+        return " | ".join(map(str, schema.get("enum", [schema.get("const")])))
+    if schema.get("type") == "array":
+        parts = schema.get("prefixItems")
+        return f"({', '.join(map(_type, parts))})" if parts else f"list of {_type(schema.get('items', {}))}"
+    if schema.get("format") == "path":
+        return "path"
+    return _TYPES.get(schema.get("type", ""), "any")
+
+
+_LIMITS = {"minimum": ">= ", "exclusiveMinimum": "> ", "maximum": "<= ", "exclusiveMaximum": "< "}
+
+
+def _range(schema: Mapping[str, Any]) -> str:
+    limits = [sign + _number(schema[key]) for key, sign in _LIMITS.items() if key in schema]
+    limits += [
+        f"{word} {schema[key]}" for key, word in (("minItems", "at least"), ("maxItems", "at most")) if key in schema
+    ]
+    if inner := _range(schema["items"]) if isinstance(schema.get("items"), Mapping) else "":
+        limits.append(f"each {inner}")
+    return ", ".join([*limits, *filter(None, map(_range, schema.get("anyOf", ())))])
+
+
+def _number(value: float) -> str:
+    power = int(value).bit_length() - 1
+    return f"2^{power}" if power > 20 and value == 2**power else f"{value:g}" if value < 1e6 else str(value)
 
 
 def explain(error: ValidationError, what: str) -> str:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from bench.errors import UsageError
 
 T = TypeVar("T")
+
+
+def pick(kind: str, name: str, choices: Mapping[str, T]) -> T:
+    """The choice called ``name``.
+
+    Raises:
+        UsageError: there is none; the message lists what exists and the nearest match.
+    """
+    if name not in choices:
+        near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"unknown {kind} {name!r}: {hint}available: {', '.join(sorted(choices))}")
+    return choices[name]
 
 
 class Registry(Generic[T]):
@@ -47,10 +60,7 @@ class Registry(Generic[T]):
         Raises:
             UsageError: there is none; the message lists what exists and the nearest match.
         """
-        if name not in self._loaders:
-            near = difflib.get_close_matches(name, self._loaders, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UsageError(f"unknown {self.kind} {name!r}: {hint}available: {', '.join(self)}")
+        loader = pick(self.kind, name, self._loaders)
         if name not in self._loaded:
-            self._loaded[name] = self._loaders[name]()
+            self._loaded[name] = loader()
         return self._loaded[name]

@@ -8,7 +8,6 @@ import) is reported instead of ending the report.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib.metadata
 import json
@@ -24,7 +23,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import typer
+from rich.text import Text
+
+from bench.commands.console import out as stdout
+from bench.commands.console import print_json, table
+from bench.commands.flags import AsJson
+from bench.errors import MissingError
 from bench.files import sha256
+from bench.run.config import PREFIX, unknown_variables
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -449,17 +456,12 @@ def check_lfw(folder: Path) -> Check:
     return Check("LFW", "ok", f"not in {folder}", "only if wanted: --dataset lfw downloads it on first use")
 
 
-def check_variables(environment: Mapping[str, str], known: Collection[str]) -> Check:
-    """BENCH_* variables that mean nothing; a run refuses to start with one."""
-    names = sorted(name for name in environment if name.startswith("BENCH_"))
-    unknown = [name for name in names if name not in known]
-    if not unknown:
-        return Check("environment", "ok", f"set: {', '.join(names)}" if names else "no BENCH_* variable is set")
-    hints = []
-    for name in unknown:
-        near = difflib.get_close_matches(name, sorted(known), n=1)
-        hints.append(f"unset {name}" + (f" (did you mean {near[0]}?)" if near else ""))
-    return Check("environment", "fail", f"unknown: {', '.join(unknown)}", "; ".join(hints))
+def check_variables(environment: Mapping[str, str]) -> Check:
+    """BENCH_* variables; those that mean nothing are warned of, since the prefix may be somebody else's, too."""
+    names = sorted(name for name in environment if name.startswith(PREFIX))
+    if unknown := unknown_variables(environment):
+        return Check("environment", "warn", f"unknown: {', '.join(unknown)}", "unset them if they were meant for bench")
+    return Check("environment", "ok", f"set: {', '.join(names)}" if names else "no BENCH_* variable is set")
 
 
 # -- All of it -------------------------------------------------------------------------------------
@@ -479,14 +481,12 @@ def _guarded(name: str, check: Callable[[], Check | list[Check]]) -> list[Check]
 
 def diagnose(
     *,
-    known_variables: Collection[str],
     out: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> list[Check]:
     """Look at everything a run depends on.
 
     Args:
-        known_variables: names of the ``BENCH_*`` variables that mean something.
         out: the folder for runs; by default ``BENCH_OUT``, else ``runs``.
         environment: environment variables; by default those of this process.
 
@@ -511,6 +511,19 @@ def diagnose(
         ("LPIPS weights", functools.partial(check_lpips, environment)),
         ("data", functools.partial(check_data_root, environment)),
         ("LFW", lambda: check_lfw(cache_folder(environment) / "lfw")),
-        ("environment", functools.partial(check_variables, environment, known_variables)),
+        ("environment", functools.partial(check_variables, environment)),
     ]
     return [check for name, function in each for check in _guarded(name, function)]
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what works on this machine, what is missing and how to get it."""
+    checks = diagnose()
+    if as_json:
+        print_json([asdict(check) for check in checks])
+    else:
+        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+        rows = ((Text(c.status, style=colours[c.status]), c.name, c.detail, c.remedy) for c in checks)
+        stdout.print(table(rows, "", "check", "found", "what to do"))
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(MissingError.exit_code)

@@ -205,13 +205,22 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     return [load_run(directory) for directory in find_runs(paths)]
 
 
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a run directory.
+
+    Raises:
+        MissingError: it is missing, damaged or of another schema.
+    """
+    return _model(directory / "manifest.json", Manifest)
+
+
 def load_run(directory: Path) -> Run:
     """One run directory.
 
     Raises:
         MissingError: a file of it is missing, damaged or of another schema; the message names it.
     """
-    manifest = _model(directory / "manifest.json", Manifest)
+    manifest = read_manifest(directory)
     result_file = directory / "metrics.json"
     if not result_file.is_file() and manifest.status == "started":
         error = "never finished: it was killed, or it is still running"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import itertools
+import logging
 import math
 import tomllib
 from collections.abc import Mapping
@@ -10,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bench.errors import MissingError, UsageError
-from bench.plugins import explain
+from bench.plugins import Option, describe, explain
 from bench.recognition.options import TrainingOptions
 
 #: The axes that every attack has: public faces, and interceptions per victim image.
@@ -70,63 +73,6 @@ class Budget:
         if len(values) < 2 or any(after <= before for before, after in itertools.pairwise(values)):
             raise ValueError(f"at least two budgets are needed, each above the one before, got {listed}")
         return cls(axis, tuple(values))
-
-
-PREFIX = "BENCH_"
-
-#: Fields of :class:`bench.run.config.RunConfig` that a variable can set: all that hold one value.
-FIELDS = frozenset(
-    {
-        "defense",
-        "attack",
-        "dataset",
-        "data_root",
-        "preset",
-        "knowledge",
-        "image_size",
-        "backbone",
-        "evaluator",
-        "evaluator_backbone",
-        "seed",
-        "device",
-        "out",
-        "probes",
-        "queries",
-        "bootstrap",
-        "batch_size",
-        "budget",
-        "utility",
-        "resume",
-        "stream",
-        "stream_images",
-        "stream_on_error",
-    }
-)
-
-#: Variables that are not fields of a run: weights, download cache, tracebacks.
-OTHERS = frozenset({"BENCH_LPIPS_WEIGHTS", "BENCH_CACHE", "BENCH_DEBUG"})
-
-
-def known_variables() -> frozenset[str]:
-    """Names of the environment variables that mean something."""
-    return OTHERS | {PREFIX + field.upper() for field in FIELDS}
-
-
-def read_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The values of the ``BENCH_*`` variables that are fields of a run; empty ones count as absent.
-
-    Raises:
-        UsageError: a ``BENCH_*`` variable that means nothing.
-    """
-    values = {}
-    for name, value in environment.items():
-        if not name.startswith(PREFIX) or name in OTHERS:
-            continue
-        if name not in known_variables():
-            raise UsageError(f"unknown environment variable {name} (known: {', '.join(sorted(known_variables()))})")
-        if value:
-            values[name.removeprefix(PREFIX).lower()] = value
-    return values
 
 
 #: How the rendered identities are shared out. The evaluator's network is the slowest to train on a processor.
@@ -199,79 +145,86 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 class Shares(BaseModel):
-    """How the identities of a dataset are shared out; parts are disjoint and renormalised as needed.
-
-    Attributes:
-        provider: trains the recognisers (and trainable defences).
-        public: what the attacker has.
-        evaluator: trains the judging recogniser; unused when an evaluator file is given.
-        victims: unused when the dataset has a verification set of its own.
-    """
+    """How the identities of a dataset are shared out; parts are disjoint and renormalised as needed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    provider: float = Field(0.6, gt=0, lt=1)
-    public: float = Field(0.16, gt=0, lt=1)
-    evaluator: float = Field(0.12, ge=0, lt=1)
-    victims: float = Field(0.12, ge=0, lt=1)
+    provider: float = Field(0.6, gt=0, lt=1, description="Identities that train the recognisers and the defence.")
+    public: float = Field(0.16, gt=0, lt=1, description="Identities that the attacker has.")
+    evaluator: float = Field(
+        0.12, ge=0, lt=1, description="Identities that train the judging recogniser; unused with an evaluator file."
+    )
+    victims: float = Field(
+        0.12, ge=0, lt=1, description="Victims; unused when the dataset has a verification set of its own."
+    )
 
 
 class RunConfig(BaseModel):
     """Everything that decides what a run computes, and where it puts it.
 
-    Attributes:
-        defense, attack, dataset, backbone: registry names.
-        data_root: folder or file of the dataset.
-        stream: whether the faces that recognisers train on stay on disk (datasets ``insightface``, ``folder`` and
-            ``webdataset``).
-        stream_images: public images, and victim images, of a streamed dataset that are held in memory at most.
-        stream_on_error: whether a streamed image that cannot be decoded is refused, or left out and counted.
-        preset: the layer of defaults that was used.
-        knowledge: the adversary's rung.
-        image_size: height and width of the faces in pixels.
-        evaluator: an ONNX recogniser to judge identity leakage; None trains one.
-        evaluator_backbone: architecture of the trained evaluator.
-        seed: the one seed that all random streams derive from.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        probes: victim images to attack.
-        queries: intercepted representations per victim image, each with a fresh state.
-        bootstrap: replicates of the bootstrap over identities.
-        batch_size: faces at once outside training.
-        utility: whether recognition behind the defence is measured; without it no recogniser is trained that the
-            attack does not need.
-        budget: ``AXIS=VALUES`` of a strength curve (:class:`bench.run.config.Budget`), or None.
+    The only declaration of a setting: flags, ``BENCH_*`` variables, keys of a config file and of ``--set``, docs/cli.md
+    and ``bench list settings`` are made from these fields. What is not given comes from the preset, then from here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    defense: str
-    attack: str
-    dataset: str = "synthetic"
-    data_root: Path | None = None
-    stream: bool = False
-    stream_images: int = Field(20_000, ge=2)
-    stream_on_error: Literal["refuse", "skip"] = "refuse"
-    preset: Literal["quick", "cpu", "gpu", "paper"] = "cpu"
-    knowledge: Literal["blackbox", "whitebox", "oracle"] = "whitebox"
-    image_size: int = Field(112, ge=16, le=1024)
-    backbone: str = "ir-18"
-    evaluator: Path | None = None
-    evaluator_backbone: str = "mobilefacenet"
-    seed: int = Field(0, ge=0, lt=2**63)
-    device: str = "auto"
-    out: Path = Path("runs")
-    probes: PositiveInt = 256
-    queries: PositiveInt = 1
-    bootstrap: int = Field(1000, ge=100)
-    batch_size: PositiveInt = 64
-    utility: bool = True
-    budget: str | None = None
-    resume: bool = True
-    dataset_options: dict[str, Any] = {}
-    defense_options: dict[str, Any] = {}
-    attack_options: dict[str, Any] = {}
+    defense: str = Field(description="Defence to test (bench list defenses).")
+    attack: str = Field(description="Attack to run against it, or several: A,B (bench list attacks).")
+    dataset: str = Field("synthetic", description="Dataset (bench list datasets).")
+    data_root: Path | None = Field(None, description="Folder or file of the dataset.")
+    stream: bool = Field(
+        False,
+        description="Leave the faces that recognisers train on on the disk (datasets insightface, folder, webdataset).",
+    )
+    stream_images: int = Field(
+        20_000, ge=2, description="Public images, and victim images, of a streamed dataset held in memory at most."
+    )
+    stream_on_error: Literal["refuse", "skip"] = Field(
+        "refuse", description="A streamed image that cannot be decoded is refused, or left out and counted."
+    )
+    preset: Literal["quick", "cpu", "gpu", "paper"] = Field("cpu", description="Layer of defaults.")
+    knowledge: Literal["blackbox", "whitebox", "oracle"] = Field("whitebox", description="What the adversary knows.")
+    image_size: int = Field(112, ge=16, le=1024, description="Height and width of the faces in pixels.")
+    backbone: str = Field("ir-18", description="Recogniser network (bench list backbones).")
+    evaluator: Path | None = Field(
+        None, description="ONNX recogniser that judges identity leakage; without it one is trained."
+    )
+    evaluator_backbone: str = Field("mobilefacenet", description="Network of the trained evaluator.")
+    seed: int = Field(0, ge=0, lt=2**63, description="The one seed that all randomness derives from.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
+    out: Path = Field(Path("runs"), description="Folder for runs and their cache.")
+    probes: int = Field(256, ge=1, description="Victim images to attack.")
+    queries: int = Field(1, ge=1, description="Intercepted representations per victim image, a fresh state each.")
+    bootstrap: int = Field(1000, ge=100, description="Replicates of the bootstrap over identities.")
+    batch_size: int = Field(64, ge=1, description="Faces at once outside training.")
+    utility: bool = Field(
+        True, description="Measure recognition behind the defence; without it the attack alone is run."
+    )
+    budget: str | None = Field(
+        None,
+        description="Strength curve over what the attacker spends: data (public faces), k (interceptions per face) or "
+        "an axis of the attack (bench list attacks), such as data=0.25,0.5,1, or k=8 for 1,2,4,8.",
+        json_schema_extra={"metavar": "AXIS=VALUES"},
+    )
+    resume: bool = Field(True, description="Reuse what earlier runs computed.")
+    dataset_options: dict[str, Any] = Field({}, description="Options of the dataset.")
+    defense_options: dict[str, Any] = Field({}, description="Options of the defence (-o).")
+    attack_options: dict[str, Any] = Field({}, description="Options of the attack (-a).")
     shares: Shares = Shares()
     training: TrainingOptions = TrainingOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_below(cls, given: Any) -> Any:
+        """Merge the layers of the preset below what was given, also in a nested model."""
+        if not isinstance(given, Mapping):
+            return given
+        asked = {
+            name: value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+            for name, value in given.items()
+        }
+        names = {name: str(asked.get(name, cls.model_fields[name].default)) for name in ("preset", "dataset")}
+        return merge(*preset_layers(**names), asked)
 
     @model_validator(mode="after")
     def _evaluator_differs(self) -> Self:
@@ -291,6 +244,80 @@ class RunConfig(BaseModel):
     def identifying(self) -> dict[str, Any]:
         """The part that decides the figures: all but where files go and what is reused."""
         return self.model_dump(mode="json", exclude={"out", "resume"})
+
+
+#: Settings of nested models that have a flag and a variable all the same.
+PROMOTED = frozenset({"training.head"})
+
+PREFIX = "BENCH_"
+
+#: Variables that are no settings of a run, and what they say.
+OTHER_VARIABLES: Mapping[str, str] = {
+    "BENCH_LPIPS_WEIGHTS": "file with AlexNet's weights",
+    "BENCH_CACHE": "folder for downloads",
+    "BENCH_DEBUG": "show the traceback of an internal error",
+}
+
+
+class Setting(Option):
+    """A setting of a run and its names.
+
+    Attributes:
+        flag: of ``bench run``, with dashes; None where only ``--set``, ``-o`` or ``-a`` gives it.
+        variable: of the environment; None where there is none.
+        presets: preset -> the value that it sets.
+    """
+
+    flag: str | None = None
+    variable: str | None = None
+    presets: Mapping[str, Any] = Field(default_factory=dict)
+
+
+@functools.cache
+def settings() -> tuple[Setting, ...]:
+    """All settings, in the order of the fields of :class:`RunConfig`."""
+    rows = []
+    for option in describe(RunConfig):
+        named = option.name in PROMOTED or ("." not in option.name and option.type != "table")
+        leaf = option.name.rpartition(".")[2]
+        rows.append(
+            Setting(
+                **dict(option),
+                flag=f"--{leaf.replace('_', '-')}" if named else None,
+                variable=f"{PREFIX}{leaf.upper()}" if named else None,
+                presets={
+                    preset: value for preset in PRESETS if (value := _dig(PRESETS[preset], option.name)) is not None
+                },
+            )
+        )
+    return tuple(rows)
+
+
+def _dig(tree: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def preset_layers(preset: str, dataset: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What a preset sets, and what it sets for one dataset, which wins; unknown names set nothing."""
+    return PRESETS.get(preset, {}), DATASET_PRESETS.get(dataset, {}).get(preset, {})
+
+
+def read_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The settings among the ``BENCH_*`` variables; empty ones count as absent, and unknown ones are warned of."""
+    names = {setting.variable: setting.name for setting in settings() if setting.variable}
+    for name in unknown_variables(environment):
+        logging.getLogger("bench").warning("bench: unknown environment variable %s", name)
+    return nested({name: environment[variable] for variable, name in names.items() if environment.get(variable)})
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """The ``BENCH_*`` variables that mean nothing here, each with the nearest one that does."""
+    known = [*OTHER_VARIABLES, *(setting.variable for setting in settings() if setting.variable)]
+    unknown = sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
+    near = [difflib.get_close_matches(name, known, n=1, cutoff=0.75) for name in unknown]
+    return [f"{name} (did you mean {match[0]}?)" if match else name for name, match in zip(unknown, near, strict=True)]
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -370,11 +397,7 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path
         UsageError: an unknown key or an invalid value, in one line.
     """
     layers = [read_file(file) if file else {}, read_environment(environment), flags]
-    asked = merge(*layers)
-    preset = str(asked.get("preset", RunConfig.model_fields["preset"].default))
-    dataset = str(asked.get("dataset", RunConfig.model_fields["dataset"].default))
-    defaults = merge(PRESETS.get(preset, {}), DATASET_PRESETS.get(dataset, {}).get(preset, {}))
     try:
-        return RunConfig.model_validate(merge(defaults, asked))
+        return RunConfig.model_validate(merge(*layers))
     except ValidationError as error:
         raise UsageError(explain(error, "configuration")) from None

@@ -12,9 +12,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
     ValidationError,
     field_validator,
     model_validator,
@@ -37,41 +34,39 @@ def _items(value: Any) -> Any:
     return list(dict.fromkeys(value)) if isinstance(value, list) else [value]
 
 
-_OneOrMore = Field(min_length=1)
-Names = Annotated[list[str], BeforeValidator(_items), _OneOrMore]
+_LISTED = BeforeValidator(_items)
+Names = Annotated[list[str], _LISTED, Field(min_length=1)]
 
 
 class SweepOptions(BaseModel):
-    """The settings of a sweep beside those of its runs: flags, or the table ``[sweep]`` of a config file.
-
-    Attributes:
-        defenses, attacks, knowledge, seeds: the axes of the grid; lists, or text with commas.
-        engine: ``local`` (this process, or a pool of processes) or ``ray``.
-        address: of a Ray cluster (``auto``: the one that this machine belongs to); None starts one here.
-        jobs: processes of the local engine that run cells at the same time; 1 runs them all in this process.
-        cpus_per_cell: processor threads of a cell; None shares those of this machine out (Ray: 1).
-        gpus_per_cell: accelerators that Ray gives to a cell, also parts of one; None gives it one under
-            ``--device cuda`` and none else.
-        retries: how often a cell is started again after its process or machine was lost.
-        defense_options, attack_options: by defence or attack, options that only it gets.
-    """
+    """The settings of a sweep beside those of its runs: flags, or the table ``[sweep]`` of a config file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    defenses: Names
-    attacks: Names
-    knowledge: Annotated[list[Literal["blackbox", "whitebox", "oracle"]], BeforeValidator(_items), _OneOrMore] = [
-        "whitebox"
-    ]
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], BeforeValidator(_items), _OneOrMore] = [0]
-    engine: Literal["local", "ray"] = "local"
-    address: str | None = None
-    jobs: PositiveInt = 1
-    cpus_per_cell: PositiveInt | None = None
-    gpus_per_cell: NonNegativeFloat | None = None
-    retries: NonNegativeInt = 2
-    defense_options: dict[str, dict[str, Any]] = {}
-    attack_options: dict[str, dict[str, Any]] = {}
+    defenses: Names = Field(description="Defences to test.", json_schema_extra={"metavar": "A,B,..."})
+    attacks: Names = Field(description="Attacks to run against each.", json_schema_extra={"metavar": "X,Y,..."})
+    knowledge: Annotated[list[Literal["blackbox", "whitebox", "oracle"]], _LISTED] = Field(
+        ["whitebox"], min_length=1, description="What the adversary knows.", json_schema_extra={"metavar": "RUNG,..."}
+    )
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], _LISTED] = Field(
+        [0], min_length=1, description="Seeds.", json_schema_extra={"metavar": "N,..."}
+    )
+    engine: Literal["local", "ray"] = Field("local", description="This machine, or a Ray cluster (extra ray).")
+    address: str | None = Field(
+        None,
+        description="The Ray cluster, auto or HOST:PORT; without it one is started here.",
+        json_schema_extra={"metavar": "ADDRESS"},
+    )
+    jobs: int = Field(1, ge=1, description="Cells at the same time, each in a process of its own (local).")
+    cpus_per_cell: int | None = Field(
+        None, ge=1, description="Processor threads of a cell; else those of this machine are shared out (ray: 1)."
+    )
+    gpus_per_cell: float | None = Field(
+        None, ge=0, description="Accelerators of a cell, also a part of one (ray); else one with --device cuda."
+    )
+    retries: int = Field(2, ge=0, description="New starts of a cell whose process or machine was lost.")
+    defense_options: dict[str, dict[str, Any]] = Field({}, description="By defence, options that only it gets.")
+    attack_options: dict[str, dict[str, Any]] = Field({}, description="By attack, options that only it gets.")
 
     @field_validator("gpus_per_cell")
     @classmethod

@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bench.errors import BenchError, MissingError, UsageError
-from bench.run.config import OTHERS, RunConfig
+from bench.run.config import OTHER_VARIABLES, RunConfig
 from bench.run.stage import code_version
 from bench.sweep.attempt import Outcome, Runner, attempt
 from bench.sweep.cells import Cell
@@ -114,7 +114,7 @@ class RayWorkers:
         self._cpus, self._gpus = cpus, gpus
         self._place = Place.here(directory)
         self._tasks: dict[Any, _Task] = {}
-        environment = {name: value for name, value in os.environ.items() if name in OTHERS}
+        environment = {name: value for name, value in os.environ.items() if name in OTHER_VARIABLES}
         self._leave = ExitStack()
         # What Ray has to say of machines and workers goes to stdout: the result has that for itself.
         self._leave.enter_context(redirect_stdout(sys.stderr))

@@ -44,7 +44,7 @@ def test_no_arguments_is_help(bench):
     assert "Usage" in out + err
 
 
-@pytest.mark.parametrize("kind", ["defenses", "attacks", "datasets", "backbones", "heads", "metrics"])
+@pytest.mark.parametrize("kind", ["defenses", "attacks", "datasets", "backbones", "heads", "metrics", "settings"])
 def test_list(bench, kind):
     code, out, _ = bench("list", kind, "--json")
     assert code == 0
@@ -55,39 +55,48 @@ def test_list(bench, kind):
     assert rows[0]["name"] in out
 
 
-def test_attacks_are_listed_with_what_they_take(bench):
-    code, out, _ = bench("list", "attacks", "--json")
+@pytest.mark.parametrize("kind", ["attack", "attacks"])
+def test_what_one_attack_takes(bench, kind):
+    code, out, _ = bench("list", kind, "unet", "--json")
     assert code == 0
-    rows = {row["name"]: row for row in json.loads(out)}
-    assert rows["unet"]["kind"] == "recovery"
-    assert rows["unet"]["needs"] == "mechanism, public faces"
-    assert rows["composite"]["kind"] == "composite"
-    for row in rows.values():
-        assert set(row) >= {"summary", "kind", "needs", "uses", "cost", "budgets", "options", "reference"}
-        assert row["budgets"].startswith("data, k")
-    # Too wide for a table: an entry each.
-    _, out, _ = bench("list", "attacks")
-    assert re.search(r"budgets +data, k", out)
+    entry = json.loads(out)
+    assert entry["kind"] == "recovery"
+    assert entry["needs"] == ["mechanism", "public faces"]
+    assert entry["budgets"][:2] == ["data", "k"]
+    assert entry["presets"]["quick"]["images"] < entry["presets"]["paper"]["images"]
+    images = next(option for option in entry["options"] if option["name"] == "images")
+    assert (images["type"], images["range"], images["default"]) == ("int", ">= 1", 1_000_000)
+    code, out, _ = bench("list", kind, "unet")
+    assert re.search(r"^images +int +1000000 +>= 1", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("kind", ["defence", "defenses", "Defence"])
+def test_either_spelling(bench, kind):
+    assert json.loads(bench("list", kind, "partialface", "--json")[1])["name"] == "partialface"
+
+
+def test_what_cannot_be_listed(bench):
+    code, _, err = bench("list", "atacks")
+    assert (code, "did you mean 'attacks'" in one_line(err)) == (2, True)
+    code, _, err = bench("list", "attack", "unnet")
+    assert (code, "did you mean 'unet'" in one_line(err)) == (2, True)
 
 
 def test_run_passes_its_flags_on(bench, monkeypatch):
-    from bench.run.pipeline import Pipeline
-
     seen = []
 
-    def look(self):
-        seen.append(self.config)
+    def look(config, console):
+        seen.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Pipeline, "run", look)
-    flags = ("--no-utility", "--budget", "k=1,2", "-a", "attacks=unet,linear", "-a", "unet.images=300")
-    bench("run", "--defense", "none", "--attack", "composite", *flags)
-    assert seen[0].utility is False
-    assert seen[0].budget == "k=1,2"
-    assert seen[0].attack_options == {"attacks": "unet,linear", "unet": {"images": "300"}}
-    bench("run", "--defense", "none", "--attack", "unet")
-    assert seen[1].utility is True
-    assert seen[1].budget is None
+    monkeypatch.setattr("bench.run.pipeline.Pipeline", look)
+    flags = ("--no-utility", "--budget", "k=1,2", "-a", "images=70", "-a", "unet.images=300", "--probes", "9")
+    assert bench("run", "--defense", "none", "--attack", "unet,linear", *flags)[0] == 130
+    assert (seen[0].attack, seen[0].utility, seen[0].budget, seen[0].probes) == ("unet,linear", False, "k=1,2", 9)
+    assert seen[0].attack_options == {"images": "70", "unet": {"images": "300"}}
+    bench("run", "--defense", "none", "--attack", "unet", "--head", "arcface", "--set", "training.epochs=3")
+    assert (seen[1].training.head, seen[1].training.epochs) == ("arcface", 3)
+    assert (seen[1].utility, seen[1].budget) == (True, None)
 
 
 class TestProtect:
@@ -196,8 +205,6 @@ class TestBadRuns:
             (("-a", "linear.rank=3"), 2, "unknown key 'linear'"),
             (("--budget", "k=2,1"), 2, "budget"),
             (("--budget", "epochs=1,2"), 2, "axes: data, k"),
-            (("--attack", "composite"), 2, "attacks"),
-            (("--attack", "composite", "-a", "attacks=unet,composite"), 2, "composite"),
             (("--image-size", "5"), 2, "image_size"),
             (("--device", "cuda:99"), 2, "device"),
         ],
@@ -220,11 +227,10 @@ class TestBadRuns:
         assert code == 2
         assert "defense" in one_line(err)
 
-    def test_unknown_environment_variable(self, bench, monkeypatch):
+    def test_an_unknown_environment_variable_is_a_warning(self, bench, monkeypatch, caplog):
         monkeypatch.setenv("BENCH_PRESETS", "quick")
-        code, _, err = bench(*self.RUN)
-        assert code == 2
-        assert "BENCH_PRESETS" in one_line(err)
+        assert bench(*self.RUN, "--device", "nowhere")[0] == 2
+        assert "BENCH_PRESETS (did you mean BENCH_PRESET?)" in caplog.text
 
     @pytest.mark.parametrize(
         "make",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 from attacks.base import GRANTS, Capability, Knowledge
 from bench import plugins
 from bench.cli import app
-from bench.commands.catalogue import catalogue
+from bench.commands.list import catalogue
 from bench.metrics.floors import FLOORS
 from bench.results import PROTOCOL_VERSION
 from bench.run.config import PRESETS, RunConfig
@@ -121,6 +122,16 @@ def test_what_people_are_told_to_type_exists(page, line):
             named = words[words.index(flag) + 1]
             shown = {"my-defense", "ridge", "tile-shuffle", "secret-tile-shuffle"}  # made on the pages
             assert named in registry or named in shown, page
+
+
+def test_what_is_made_from_the_code_is_up_to_date():
+    """Else: python docs/hooks.py"""
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    assert "<!-- made from the code: run_flags" in text("cli.md")
+    for page in PAGES:
+        assert hooks.filled(page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8"), page
 
 
 def test_the_presets_are_those_there_are():

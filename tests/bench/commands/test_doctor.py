@@ -14,8 +14,6 @@ from onnx import TensorProto, helper
 from bench.commands import doctor
 from bench.commands.doctor import Check, diagnose
 
-KNOWN = {"BENCH_DATA_ROOT", "BENCH_EVALUATOR", "BENCH_OUT", "BENCH_SEED", "BENCH_LPIPS_WEIGHTS", "BENCH_CACHE"}
-
 NMS = "operator torchvision::nms does not exist"
 
 
@@ -39,7 +37,7 @@ def fake_package(folder: Path, name: str, source: str) -> None:
 
 
 def test_a_working_installation_has_nothing_failing(environment: dict[str, str], tmp_path: Path) -> None:
-    checks = by_name(diagnose(known_variables=KNOWN, out=tmp_path / "runs", environment=environment))
+    checks = by_name(diagnose(out=tmp_path / "runs", environment=environment))
     assert [check for check in checks.values() if check.status == "fail"] == []
     import torch
     import torchvision
@@ -50,11 +48,6 @@ def test_a_working_installation_has_nothing_failing(environment: dict[str, str],
     assert checks["LPIPS weights"].status == "warn"
     assert doctor.LPIPS_TRUNK_URL in str(checks["LPIPS weights"].remedy)
     assert not (tmp_path / "runs").exists(), "looking must not create the run folder"
-
-
-def test_the_report_is_json(environment: dict[str, str]) -> None:
-    check = Check("a", "warn", "b", "c")
-    assert json.loads(json.dumps(check.as_dict())) == {"name": "a", "status": "warn", "detail": "b", "remedy": "c"}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +66,7 @@ def test_broken_torch_is_reported_and_nothing_else_breaks(
 ) -> None:
     fake_package(tmp_path / "site", "torch", torch_source)
     environment["PYTHONPATH"] = str(tmp_path / "site")
-    checks = by_name(diagnose(known_variables=KNOWN, out=tmp_path / "runs", environment=environment))
+    checks = by_name(diagnose(out=tmp_path / "runs", environment=environment))
     assert checks["torch"].status == "fail"
     assert expected in checks["torch"].detail
     assert "from one place" in str(checks["torch"].remedy)
@@ -98,7 +91,7 @@ def test_a_file_called_torch_in_the_current_folder_is_not_torch(
 def test_mismatched_pair_is_explained(environment: dict[str, str], tmp_path: Path) -> None:
     fake_package(tmp_path / "site", "torchvision", f"raise RuntimeError({NMS!r})")
     environment["PYTHONPATH"] = str(tmp_path / "site")
-    checks = by_name(diagnose(known_variables=KNOWN, out=tmp_path / "runs", environment=environment))
+    checks = by_name(diagnose(out=tmp_path / "runs", environment=environment))
     assert checks["torch"].status == "ok"
     assert checks["torchvision"].status == "fail"
     assert "built for another torch" in checks["torchvision"].detail
@@ -350,12 +343,10 @@ def test_lfw_in_the_cache_is_found(tmp_path: Path) -> None:
     assert "lfw-funneled.tgz" in doctor.check_lfw(tmp_path).detail
 
 
-def test_unknown_variable_fails_with_the_nearest_name() -> None:
-    check = doctor.check_variables({"BENCH_SEDE": "1", "BENCH_SEED": "2", "HOME": "/"}, KNOWN)
-    assert check.status == "fail"
-    assert check.detail == "unknown: BENCH_SEDE"
-    assert check.remedy == "unset BENCH_SEDE (did you mean BENCH_SEED?)"
-    assert doctor.check_variables({"BENCH_SEED": "2", "HOME": "/"}, KNOWN).status == "ok"
+def test_unknown_variables_are_warned_of() -> None:
+    check = doctor.check_variables({"BENCH_SEDE": "1", "BENCH_SEED": "2", "HOME": "/"})
+    assert (check.status, check.detail) == ("warn", "unknown: BENCH_SEDE (did you mean BENCH_SEED?)")
+    assert doctor.check_variables({"BENCH_SEED": "2", "HOME": "/"}).status == "ok"
 
 
 def test_a_check_that_breaks_does_not_end_the_report(
@@ -370,7 +361,7 @@ def test_a_check_that_breaks_does_not_end_the_report(
     monkeypatch.setattr(doctor, "probe", lambda *arguments, **options: {"crash": "not run"})
     monkeypatch.setattr(doctor, "check_python", broken)
     monkeypatch.setattr(doctor, "check_memory", incomplete)
-    checks = by_name(diagnose(known_variables=KNOWN, out=tmp_path, environment=environment))
+    checks = by_name(diagnose(out=tmp_path, environment=environment))
     assert checks["Python"] == Check(
         "Python", "warn", "could not be checked: ValueError: two lines", "please report this"
     )

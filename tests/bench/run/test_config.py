@@ -3,21 +3,21 @@
 from typing import ClassVar
 
 import pytest
-from pydantic import BaseModel
 
 from bench import plugins
 from bench.errors import MissingError, UsageError
+from bench.recognition.options import TrainingOptions
 from bench.run.attack_config import AttackConfig, attack_configs
 from bench.run.config import (
-    FIELDS,
     Budget,
     RunConfig,
-    known_variables,
     merge,
     nested,
     parse_assignments,
     read_environment,
     resolve,
+    settings,
+    unknown_variables,
 )
 
 UNET = {"defense": "none", "attack": "unet"}
@@ -37,7 +37,7 @@ UNET = {"defense": "none", "attack": "unet"}
         ("data=1000", "data", (125, 250, 500, 1000)),
     ],
 )
-def test_values_are_read(text, axis, values):
+def test_budgets_are_read(text, axis, values):
     budget = Budget.parse(text)
     assert (budget.axis, budget.values) == (axis, pytest.approx(values))
 
@@ -207,17 +207,38 @@ def test_identity_of_a_run_ignores_where_it_is_kept():
         assert one != resolve({**BASE, **changes}, {}).identifying()
 
 
-def test_the_variables_are_the_fields_that_hold_one_value():
-    single = {name for name, field in RunConfig.model_fields.items() if not isinstance(field.default, dict | BaseModel)}
-    assert single == FIELDS
+def test_python_means_what_the_command_line_means():
+    for given in ({}, {"preset": "quick"}, {"dataset": "folder", "training": {"epochs": 3}, "probes": 9}):
+        assert RunConfig(**BASE, **given) == resolve({**BASE, **given}, {})
+    config = RunConfig(**BASE, preset="quick", training=TrainingOptions(epochs=3))
+    assert (config.training.epochs, config.training.head, config.image_size) == (3, "cosface", 64)
 
 
-def test_unknown_variable_is_an_error():
-    with pytest.raises(UsageError, match="unknown environment variable BENCH_DATAROOT"):
-        read_environment({"BENCH_DATAROOT": "/x"})
+@pytest.mark.parametrize("change", [{}, {"image_size": 80}, {"training": {"head": "arcface"}}])
+def test_a_written_configuration_is_read_as_it_was(change):
+    config = RunConfig(**BASE, preset="quick", **change)
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_every_setting_says_what_it_means_and_those_of_one_value_have_a_flag():
+    for setting in settings():
+        assert setting.meaning, setting.name
+        assert bool(setting.flag) == bool(setting.variable)
+    assert {"--out", "--head", "--stream", "--bootstrap"} <= {setting.flag for setting in settings()}
+    (head,) = (setting for setting in settings() if setting.flag == "--head")
+    assert (head.name, head.variable, head.presets["quick"]) == ("training.head", "BENCH_HEAD", "cosface")
+    assert {setting.name for setting in settings() if setting.flag is None} >= {"training.epochs", "defense_options"}
+
+
+def test_unknown_variables_are_warned_of_with_the_nearest_name(caplog):
+    environment = {"BENCH_DATAROOT": "/x", "BENCH_XYLOPHONE": "1", "BENCH_SEED": "3", "BENCH_CACHE": ""}
+    assert unknown_variables(environment) == ["BENCH_DATAROOT (did you mean BENCH_DATA_ROOT?)", "BENCH_XYLOPHONE"]
+    assert read_environment(environment) == {"seed": "3"}
+    assert "BENCH_DATAROOT" in caplog.text
+    assert "BENCH_CACHE" not in caplog.text
 
 
 def test_values_are_read_and_empty_ones_are_absent():
-    environment = {"BENCH_LPIPS_WEIGHTS": "/x", "PATH": "/bin", "BENCH_SEED": "3", "BENCH_DEVICE": ""}
-    assert read_environment(environment) == {"seed": "3"}
-    assert {"BENCH_DATA_ROOT", "BENCH_EVALUATOR", "BENCH_DEBUG"} <= known_variables()
+    environment = {"BENCH_LPIPS_WEIGHTS": "/x", "BENCH_HEAD": "arcface", "BENCH_DEVICE": ""}
+    assert read_environment(environment) == {"training": {"head": "arcface"}}

@@ -36,18 +36,17 @@ def test_options_of_all_and_of_one(tmp_path):
     request = grid(
         tmp_path,
         defenses="fixed-subset,partialface",
-        attacks="unet,composite",
+        attacks="unet,linear",
         seeds="0",
         defense_options=["partialface.subset-size=9", "fixed-subset.channels=1,2"],
-        attack_options=["unet.images=128", "composite.unet.images=300", "composite.attacks=unet,linear"],
+        attack_options=["unet.images=128", "flip=no"],
     )
-    found = {(one.defense, one.attack): (one.defense_options, one.attack_options) for one in expand(request)}
-    composite = {"unet": {"images": "300"}, "attacks": "unet,linear"}
-    assert found == {
-        ("fixed-subset", "unet"): ({"channels": "1,2"}, {"images": "128"}),
-        ("fixed-subset", "composite"): ({"channels": "1,2"}, composite),
-        ("partialface", "unet"): ({"subset_size": "9"}, {"images": "128"}),
-        ("partialface", "composite"): ({"subset_size": "9"}, composite),
+    options = {(one.defense, one.attack): (one.defense_options, one.attack_options) for one in expand(request)}
+    assert options == {
+        ("fixed-subset", "unet"): ({"channels": "1,2"}, {"images": "128", "flip": "no"}),
+        ("fixed-subset", "linear"): ({"channels": "1,2"}, {"flip": "no"}),
+        ("partialface", "unet"): ({"subset_size": "9"}, {"images": "128", "flip": "no"}),
+        ("partialface", "linear"): ({"subset_size": "9"}, {"flip": "no"}),
     }
 
 
@@ -129,7 +128,6 @@ def test_options_for_something_that_is_not_swept():
         ({"attacks": "unet,u-net"}, "unknown attack 'u-net'"),
         ({"defense_options": ["subset_size=9"]}, "unknown key 'subset_size'"),  # `none` has no such option
         ({"defense_options": ["partialfase.subset_size=9"]}, "unknown key 'partialfase'"),
-        ({"attacks": "unet,composite", "attack_options": ["composite.attacks=unet,u-net"]}, "unknown attack 'u-net'"),
         ({"flags": {"backbone": "ir-19"}}, "none of the 4 cells can be run: unknown backbone 'ir-19'"),
         ({"flags": {"device": "gpu"}}, "unknown device"),
         ({"flags": {"budget": "colours=1,2"}}, "no axis 'colours'"),

@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bench import cli, plugins
-from bench.commands import export
 from bench.errors import BenchError, DataError, MissingError, UsageError
 from bench.images import to_float
 from bench.metrics.evaluator import OnnxEvaluator, RecogniserEvaluator
 from bench.nets.recogniser import build_recogniser
 from bench.recognition.state import save_recogniser
+from bench.run import export
 from bench.run.config import resolve
 
 SIZE = 32

@@ -1,0 +1,65 @@
+"""What commands print: the result on stdout, as tables or as one JSON document; all else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+#: Width of tables where nobody's terminal limits it.
+FILE_WIDTH = 120
+
+out = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+err = Console(stderr=True)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document: a model, its text, or what :mod:`json` can write."""
+    if isinstance(document, BaseModel):
+        document = document.model_dump_json(indent=2)
+    elif not isinstance(document, str):
+        document = json.dumps(document, indent=2)
+    sys.stdout.write(document.rstrip("\n") + "\n")
+
+
+def show(document: Any, as_json: bool, render: Callable[[], RenderableType]) -> None:
+    """Print a result as JSON, or as what ``render`` makes of it."""
+    if as_json:
+        print_json(document)
+    else:
+        out.print(render())
+
+
+def show_files(files: Iterable[Path], as_json: bool) -> None:
+    """Print the names of the files that a command wrote."""
+    if as_json:
+        print_json({"files": [str(file) for file in files]})
+        return
+    for file in files:
+        out.print(escape(str(file)), highlight=False, soft_wrap=True)
+
+
+def table(rows: Iterable[Iterable[Any]], *columns: str, title: str | None = None) -> Table:
+    """A plain table; texts are printed as they are."""
+    made = Table(*columns, title=title and escape(title), title_justify="left", box=None, pad_edge=False)
+    made.header_style = "bold"
+    for column in made.columns:
+        column.overflow = "fold"
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row))
+    return made
+
+
+def progress_bars() -> Any:
+    """Progress on stderr, for commands that keep no log."""
+    from bench.progress import ProgressBars
+
+    return ProgressBars(err, log=lambda *_, **__: None)

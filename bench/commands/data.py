@@ -1,0 +1,87 @@
+"""``bench data``: look at, check and pack face data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from bench.commands.console import err, out, print_json, progress_bars, show, table
+from bench.commands.flags import AsJson
+from bench.errors import BenchError
+
+data = typer.Typer(name="data", help="Look at, check and pack face data.", no_args_is_help=True)
+
+Dataset = Annotated[
+    Path, typer.Argument(help="A folder of identities, an InsightFace folder, a .rec, a .bin or .tar shards.")
+]
+
+
+@data.command()
+def info(path: Dataset, as_json: AsJson = False) -> None:
+    """Describe a dataset from its headers."""
+    from bench.data.tools.info import info as describe
+
+    with progress_bars().task("read headers") as report:
+        dataset = describe(path, report=report)
+    rows = [
+        (
+            part.name,
+            f"{part.identities:,}",
+            f"{part.images:,}",
+            "{min:g} to {max:g}, median {median:g}".format_map(part.images_per_identity),
+            ", ".join(f"{size}: {count:,}" for size, count in list(part.sizes.items())[:4]),
+            f"{part.pairs.pairs} in {part.pairs.folds} folds ({part.pairs.file})" if part.pairs else "-",
+        )
+        for part in dataset.parts
+    ]
+    columns = ("part", "identities", "images", "per identity", "sizes", "pairs")
+    show(dataset, as_json, lambda: table(rows, *columns, title=f"{dataset.path} ({dataset.kind})"))
+
+
+@data.command()
+def verify(path: Dataset, as_json: AsJson = False) -> None:
+    """Decode every image and list what is damaged or suspicious; exit code 3 if anything is damaged."""
+    from bench.data.tools.verify import verify as check
+
+    with progress_bars().task("decode images") as report:
+        checked = check(path, report=report)
+    if as_json:
+        print_json(checked)
+    else:
+        for finding in checked.findings:
+            colour = "red" if finding.severity == "damaged" else "yellow"
+            out.print(
+                f"[{colour}]{finding.severity}[/] {escape(finding.where)}: {escape(finding.reason)}", soft_wrap=True
+            )
+        out.print(f"{checked.images:,} images checked, {len(checked.findings):,} findings")
+    if any(finding.severity == "damaged" for finding in checked.findings):
+        raise typer.Exit(BenchError.exit_code)
+
+
+@data.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(help="Folder of identities: folder/identity/image.*")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for train.rec, train.idx, property (and a .bin).")],
+    image_size: Annotated[int, typer.Option(min=16, max=1024, help="Side of the stored faces in pixels.")] = 112,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pack a folder of identities into InsightFace files."""
+    from bench.data.tools.pack import pack as pack_folder
+
+    with progress_bars().task("pack images") as report:
+        packed = pack_folder(folder, out_dir, image_size=image_size, overwrite=overwrite, report=report)
+    if as_json:
+        print_json(packed)
+        return
+    for where, reason in packed.skipped:
+        err.print(f"left out {escape(where)}: {escape(reason)}", style="yellow", soft_wrap=True)
+    out.print(
+        f"{escape(packed.out)}: {packed.images:,} images of {packed.identities:,} identities, {packed.pairs:,} pairs "
+        f"({', '.join(packed.files)})",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,80 @@
+"""Flags that several commands share, and flags made from declared settings."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from bench.plugins import Option
+from bench.run.config import Setting, nested
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of them.")]
+DefenseOptions = Annotated[
+    list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="Option of the defence; repeatable.")
+]
+AttackOptions = Annotated[
+    list[str] | None,
+    typer.Option("-a", metavar="KEY=VALUE", help="Option of the attack, or ATTACK.KEY=VALUE of one; repeatable."),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting (bench list settings), e.g. training.epochs=8."),
+]
+
+_METAVARS = {"int": "N", "float": "X", "path": "PATH"}
+
+
+def with_flags(options: Iterable[Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for every option; it gets those that were given, nested by name, as ``flags``.
+
+    Values arrive as typed, as they do from the environment and a file: the model is the one place that checks them.
+    """
+    parameters = {option.name.rpartition(".")[2]: option for option in options}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def parsed(**given: Any) -> None:
+            values = {option.name: given.pop(name) for name, option in parameters.items()}
+            command(**given, flags=nested({name: value for name, value in values.items() if value is not None}))
+
+        own = inspect.signature(command, eval_str=True)
+        both = [_parameter(name, option) for name, option in parameters.items()]
+        both += [parameter for name, parameter in own.parameters.items() if name != "flags"]
+        parsed.__signature__ = own.replace(parameters=both)  # type: ignore[attr-defined]
+        parsed.__annotations__ = {parameter.name: parameter.annotation for parameter in both}
+        return parsed
+
+    return decorate
+
+
+def _parameter(name: str, option: Option) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    boolean = option.type == "true | false"
+    metavar = option.metavar or _METAVARS.get(option.type.partition(" | ")[0], "NAME")
+    choices = option.type.replace(" ", "") if " | " in option.type and not option.type.endswith("none") else ""
+    info = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if boolean else flag,
+        metavar=None if boolean else option.metavar or choices or metavar,
+        help=escape(option.meaning + default_text(option, " [default: {}]")),
+    )
+    annotation = Annotated[bool | None, info] if boolean else Annotated[str | None, info]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def default_text(option: Option, template: str = "{}") -> str:
+    """The default of an option in ``template``; nothing where there is none."""
+    if isinstance(option, Setting) and option.presets:
+        return template.format("by preset")
+    if option.default is None:
+        return ""
+    value = option.default
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    return template.format(",".join(map(str, value)) if isinstance(value, list) else value)

@@ -1,0 +1,201 @@
+"""``bench list``: what can be named on the command line, and what each name takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+
+from bench.commands.console import show, table
+from bench.commands.flags import AsJson, default_text
+from bench.plugins import Option, attacks, defenses, describe
+from bench.registry import pick
+from bench.run.config import DATA, INTERCEPTIONS, Setting, settings
+
+if TYPE_CHECKING:
+    from attacks.base import Attack
+    from defenses.base import Defense
+
+
+def list_(
+    kind: Annotated[str, typer.Argument(help="defenses, attacks, datasets, backbones, heads, metrics or settings.")],
+    name: Annotated[str | None, typer.Argument(help="One of them, with all its options.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what can be named on the command line; with a NAME its options, their types, defaults, ranges, meanings."""
+    entries = catalogue(kind)
+    if name is None:
+        show(entries, as_json, lambda: _table(entries))
+        return
+    entry = pick(kind.lower().removesuffix("s"), name, {entry["name"]: entry for entry in entries})
+    show(entry, as_json, lambda: _entry(entry))
+
+
+def catalogue(kind: str) -> list[dict[str, Any]]:
+    """The entries of ``bench list KIND``; a kind may be written in the singular, and defences with a c.
+
+    Raises:
+        UsageError: there is no such list.
+    """
+    return pick("list", kind.lower().replace("defence", "defense").removesuffix("s") + "s", _MAKERS)()
+
+
+def _defenses() -> list[dict[str, Any]]:
+    return [_plugin(defenses().get(name)) for name in defenses()]
+
+
+def _attacks() -> list[dict[str, Any]]:
+    entries = []
+    for name in attacks():
+        plugin = attacks().get(name)
+        entry = _plugin(plugin)
+        entry["kind"] = _kind(plugin)
+        entry["needs"] = sorted(plugin.needs)
+        entry["uses"] = sorted(plugin.uses)
+        entry["cost"] = plugin.cost
+        entry["budgets"] = [DATA, INTERCEPTIONS, *plugin.budgets]
+        entries.append(entry)
+    return entries
+
+
+def _plugin(plugin: type[Attack] | type[Defense]) -> dict[str, Any]:
+    return {
+        "name": plugin.name,
+        "summary": plugin.summary,
+        "reference": plugin.reference,
+        "presets": {preset: dict(options) for preset, options in plugin.presets.items()},
+        "options": [option.model_dump(mode="json", exclude={"metavar"}) for option in describe(plugin.Options)],
+    }
+
+
+def _kind(plugin: type[Attack]) -> str:
+    from attacks.base import LinkageAttack, RecoveryAttack
+
+    return (
+        "linkage"
+        if issubclass(plugin, LinkageAttack)
+        else "recovery"
+        if issubclass(plugin, RecoveryAttack)
+        else "composite"
+    )
+
+
+def _datasets() -> list[dict[str, Any]]:
+    from bench.data.loaders import DATASETS
+
+    return [
+        {
+            "name": name,
+            "summary": dataset.summary,
+            "needs": ["--data-root"] if dataset.needs_root else [],
+            "options": [option.model_dump(mode="json", exclude={"metavar"}) for option in describe(dataset.Options)],
+        }
+        for name in DATASETS
+        for dataset in [DATASETS.get(name)]
+    ]
+
+
+def _backbones() -> list[dict[str, Any]]:
+    import torch
+
+    from bench.nets.backbones import BACKBONES
+    from bench.nets.recogniser import Recogniser, RecogniserSpec
+
+    rows = []
+    for name in BACKBONES:
+        with torch.device("meta"):
+            recogniser = Recogniser(RecogniserSpec(name, (3, 112, 112), 512))
+        rows.append({"name": name, "parameters (RGB, 112 px, 512-d)": f"{recogniser.parameter_count / 1e6:.2f} M"})
+    return rows
+
+
+def _heads() -> list[dict[str, Any]]:
+    from bench.recognition.options import HEADS
+
+    return [{"name": name, "summary": (HEADS.get(name).__doc__ or "").strip().splitlines()[0]} for name in HEADS]
+
+
+def _metrics() -> list[dict[str, Any]]:
+    entries = {
+        "accuracy": ("utility", "%", "pair accuracy, threshold from the other folds (LFW View 2)"),
+        "auc": ("utility", "%", "area under the ROC curve of the pairs"),
+        "eer": ("utility", "%", "equal error rate; lower is better"),
+        "tar_at_far": ("utility", "%", "genuine pairs accepted at a given share of accepted impostors"),
+        "ssim": ("recovery", "-1..1", "structural similarity to the original, Gaussian window 11, sigma 1.5"),
+        "psnr": ("recovery", "dB", "peak signal-to-noise ratio, per image"),
+        "psnr_aligned": ("recovery", "dB", "PSNR after a per-channel affine fit to the original"),
+        "ms_ssim": ("recovery", "0..1", "multi-scale SSIM"),
+        "lpips": ("recovery", ">= 0", "LPIPS v0.1, AlexNet trunk; higher is less alike"),
+        "type1_tar": ("identity", "%", "recovered face accepted against the same original image"),
+        "type2_tar": ("identity", "%", "recovered face accepted against another image of the person"),
+        "rank1": ("identity", "%", "recovered face finds its person in a gallery of other images"),
+        "rank5": ("identity", "%", "its person is among the five nearest in that gallery"),
+        "cosine": ("identity", "-1..1", "evaluator's cosine between recovered and original"),
+        "knn_distance": (
+            "identity",
+            "0..2",
+            "distance to another image of the person; lower leaks more",
+        ),
+        "linkage accuracy": (
+            "linkage",
+            "%",
+            "pair accuracy of an attack: protected against plain, or against protected",
+        ),
+        "linkage rank1": ("linkage", "%", "a representation finds its person among plain faces"),
+        "d_sys": ("linkage", "0..1", "global unlinkability measure: 0 unlinkable, 1 fully linkable"),
+        "states": ("state inference", "%", "interceptions, and channels, of which the attack names what was drawn"),
+    }
+    return [
+        {"name": name, "group": group, "unit": unit, "summary": summary}
+        for name, (group, unit, summary) in entries.items()
+    ]
+
+
+def _settings() -> list[dict[str, Any]]:
+    return [setting.model_dump(mode="json", exclude={"metavar"}) for setting in settings()]
+
+
+_MAKERS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "defenses": _defenses,
+    "attacks": _attacks,
+    "datasets": _datasets,
+    "backbones": _backbones,
+    "heads": _heads,
+    "metrics": _metrics,
+    "settings": _settings,
+}
+
+#: What the table of all leaves to the page of one.
+_DETAILS = ("options", "presets", "reference", "uses", "cost", "budgets")
+
+
+def _table(entries: list[dict[str, Any]]) -> RenderableType:
+    if "meaning" in entries[0]:
+        return _options(map(Setting.model_validate, entries))
+    columns = [column for column in entries[0] if column not in _DETAILS]
+    return table(([_text(entry[column]) for column in columns] for entry in entries), *columns)
+
+
+def _entry(entry: dict[str, Any]) -> RenderableType:
+    """All of one entry: a line per fact, then its options."""
+    facts = [(key, _text(value)) for key, value in entry.items() if key not in ("name", "options")]
+    parts: list[RenderableType] = [table((fact for fact in facts if fact[1]), entry["name"], "")]
+    if entry.get("options"):
+        parts += ["", _options(map(Option.model_validate, entry["options"]))]
+    return Group(*parts)
+
+
+def _options(options: Iterable[Option]) -> RenderableType:
+    rows = ((o.name, o.type, "required" if o.required else default_text(o), o.range, o.meaning) for o in options)
+    return table(rows, "option", "type", "default", "range", "meaning")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(
+            f"{key}: {', '.join(f'{k}={v}' for k, v in inner.items()) if isinstance(inner, dict) else inner}"
+            for key, inner in value.items()
+        )
+    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)

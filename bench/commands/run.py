@@ -1,0 +1,53 @@
+"""``bench run``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bench.commands.console import err, show
+from bench.commands.flags import AsJson, Assignments, AttackOptions, DefenseOptions, with_flags
+from bench.run.config import merge, nested, parse_assignments, resolve, settings
+from bench.run.launch import Launch
+
+
+@with_flags(setting for setting in settings() if setting.flag)
+def run(
+    *,
+    flags: dict[str, Any],
+    defense_option: DefenseOptions = None,
+    attack_option: AttackOptions = None,
+    assignments: Assignments = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+    as_json: AsJson = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and an estimate; compute nothing.")
+    ] = False,
+) -> None:
+    """Train behind a defence, attack it, and print how well it recognises and what leaks."""
+    options = {
+        "defense_options": parse_assignments(defense_option or [], "-o"),
+        "attack_options": nested(parse_assignments(attack_option or [], "-a"), "-a"),
+    }
+    given = merge(nested(parse_assignments(assignments or [], "--set")), flags, options)
+    resolved = resolve(given, os.environ, config)
+
+    from bench.run.pipeline import Pipeline
+
+    pipeline = Pipeline(resolved, console=err)
+    if not Launch.here().leads:
+        if not dry_run:
+            pipeline.help()
+        return
+
+    from reports.terminal import render_plan, render_result
+
+    if dry_run:
+        plan = pipeline.plan()
+        show(plan, as_json, lambda: render_plan(plan))
+    else:
+        result = pipeline.run()
+        show(result.to_json(), as_json, lambda: render_result(result, pipeline.directory))
