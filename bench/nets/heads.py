@@ -111,7 +111,7 @@ class MarginHead(nn.Module, ABC):
         """cos t_j of (N, D) embeddings to the K centres: float32 (N, K) in [-1, 1]."""
         # float32 whatever autocast says: with s = 64, bfloat16's 8 bits of mantissa put steps of 0.25 into the logits.
         with torch.autocast(embeddings.device.type, enabled=False):
-            cosine = F.linear(F.normalize(embeddings.float()), F.normalize(self.weight.float()))
+            cosine = F.linear(F.normalize(embeddings.to(self.weight.dtype)), F.normalize(self.weight))
         return cosine.clamp(-1.0, 1.0)
 
     def logits(self, embeddings: Tensor, labels: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ class EmbeddingOutput(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, h, w) to float32 embeddings (N, embedding_size), not normalised."""
         embedding = self.linear(torch.flatten(self.dropout(self.norm(features)), 1))
-        # float32: the batch variance of an embedding dimension decides its scale against all the others.
-        normed: Tensor = self.embedding_norm(embedding.float())
+        # In full precision: the batch variance of an embedding dimension decides its scale against all the others.
+        normed: Tensor = self.embedding_norm(embedding.to(self.embedding_norm.weight.dtype))
         return normed
 
 

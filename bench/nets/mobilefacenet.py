@@ -92,5 +92,5 @@ class MobileFaceNet(nn.Module):
         """(N, C, h, w) to float32 embeddings (N, D), not normalised."""
         pooled = torch.flatten(self.global_depthwise(self.features(x)), 1)
         embedding = self.linear(self.dropout(pooled))
-        normed: Tensor = self.embedding_norm(embedding.float())  # float32, as in EmbeddingOutput
+        normed: Tensor = self.embedding_norm(embedding.to(self.embedding_norm.weight.dtype))
         return normed

@@ -54,7 +54,7 @@ class InputNormalisation(nn.Module):
 
     def forward(self, representation: Tensor) -> Tensor:
         """(N, C, h, w) of any scale to float32 (N, C, h, w)."""
-        x = representation.float()
+        x = representation.to(self.mean.dtype)
         # A Python count spares a GPU one synchronisation a step; the buffer is what checkpoints carry.
         if self.training and self._seen < self.measured:
             self._seen = int(self.batches)

@@ -102,7 +102,7 @@ class Cosines(torch.autograd.Function):
             active = centres.active
             inverse = torch.linalg.vector_norm(active, dim=1).clamp_min_(SHORTEST).reciprocal_()
             narrow = active.to(dtype)
-            cosine = (unit.to(dtype) @ narrow.T).float().mul_(inverse)
+            cosine = (unit.to(dtype) @ narrow.T).to(active.dtype).mul_(inverse)
             own = (unit[rows] * active[columns]).sum(1) * inverse[columns]
             cosine[rows, columns] = own
         ctx.save_for_backward(unit, cosine, inverse, narrow, rows, columns)
@@ -117,9 +117,9 @@ class Cosines(torch.autograd.Function):
             gradient[rows, columns] += own  # the softmax hands its gradient over: nobody else holds it
             along = cosine.mul_(gradient).sum(0).mul_(inverse).mul_(inverse)
             scaled = gradient.mul_(inverse).to(narrow.dtype)
-            to_unit = (scaled @ narrow).float()
+            to_unit = (scaled @ narrow).to(unit.dtype)
             active, to_centres = ctx.centres.active, ctx.centres.gradient_buffer()
-            if narrow.dtype == torch.float32:
+            if narrow.dtype == unit.dtype:
                 torch.mm(scaled.T, unit, out=to_centres)
             else:
                 to_centres.copy_(scaled.T @ unit.to(narrow.dtype))
@@ -282,7 +282,7 @@ class PartialFC(nn.Module):
         """
         if labels.dtype != torch.int64 or labels.shape != embeddings.shape[:1]:
             raise ValueError(f"labels must be int64 ({len(embeddings)},), got {labels.dtype} {tuple(labels.shape)}")
-        everyone, mine = self.processes.gather(embeddings.float())
+        everyone, mine = self.processes.gather(embeddings.to(self.weight.dtype))
         identities, _ = self.processes.gather(labels)
         if len(identities):
             low, high = torch.stack(identities.aminmax()).tolist()
@@ -294,7 +294,7 @@ class PartialFC(nn.Module):
         columns = torch.searchsorted(self.sampled, positives)
 
         device = embeddings.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         with torch.autocast(device, enabled=False):
             cosine, own = Cosines.apply(F.normalize(everyone), self, rows, columns, dtype)
             hits = self._hits(cosine.detach(), own.detach(), rows)[mine]
@@ -353,7 +353,7 @@ class PartialFC(nn.Module):
         self.active = torch.index_select(self.weight, 0, needed, out=self._values[: len(needed)])
 
     def _hits(self, cosine: Tensor, own: Tensor, rows: Tensor) -> Tensor:
-        there = torch.full((len(cosine),), -torch.inf, device=own.device).index_copy_(0, rows, own)
+        there = own.new_full((len(cosine),), -torch.inf).index_copy_(0, rows, own)
         nearest, owns = self.processes.maximum(torch.stack([cosine.amax(1), there]))
         hits: Tensor = owns >= nearest
         return hits

@@ -150,9 +150,9 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        x = input.float()
-        mean, variance, count = _moments(x, self.processes)
         assert self.running_mean is not None
+        x = input.to(self.running_mean.dtype)
+        mean, variance, count = _moments(x, self.processes)
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None

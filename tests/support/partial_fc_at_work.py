@@ -23,7 +23,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [
         (
-            5 * torch.randn(COUNT, DIMENSIONS, generator=generator),
+            5 * torch.randn(COUNT, DIMENSIONS, generator=generator).double(),
             torch.randint(0, CLASSES, (COUNT,), generator=generator),
         )
         for _ in range(STEPS)
@@ -31,11 +31,11 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def start() -> Tensor:
-    return torch.randn(CLASSES, DIMENSIONS, generator=torch.Generator().manual_seed(2))
+    return torch.randn(CLASSES, DIMENSIONS, generator=torch.Generator().manual_seed(2)).double()
 
 
 def make(processes: Processes | None, options: dict[str, float]) -> PartialFC:
-    head = PartialFC(DIMENSIONS, CLASSES, **{"scale": 16.0, "margin": 0.3, **options}, processes=processes)  # type: ignore[arg-type]
+    head = PartialFC(DIMENSIONS, CLASSES, **{"scale": 16.0, "margin": 0.3, **options}, processes=processes).double()  # type: ignore[arg-type]
     head.weight.copy_(start()[head.owned.start : head.owned.stop])
     return head
 

@@ -14,9 +14,10 @@ from bench.data.faces import FaceSet
 from bench.errors import BenchError
 from bench.nets.options import AugmentationOptions
 from bench.nets.recogniser import build_recogniser
+from bench.randomness import Streams
 from bench.recognition.options import TrainingOptions
 from bench.recognition.processes import Processes
-from bench.recognition.training import train
+from bench.recognition.training import build_head, train
 from defenses.none import Unprotected
 
 SIZE = 16
@@ -78,44 +79,57 @@ def learn(
     changes: list[dict[str, Any]],
     checkpoint: Path | None = None,
     poisoned_epoch: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[dict[str, Any]]:
-    """Losses, accuracies and weights for each change of the options; or the error of a loss that became infinite."""
+    """Losses, accuracies and weights for each change of the options; or the error of a loss that became infinite.
+
+    In ``dtype=torch.float64`` all is computed that precisely: where two trainings differ by rounding alone, as in the
+    order of sums, they then agree to many digits on every processor, although training amplifies rounding.
+    """
     torch.set_num_threads(1)
-    found = []
-    for change in changes:
-        options = TrainingOptions.model_validate(OPTIONS.model_dump() | change)
-        defense = Unprotected(image_size=SIZE)
-        recogniser = build_recogniser("ir-tiny", defense.representation_shape, 16, seed=1)
-        calls = 0
+    torch.set_default_dtype(dtype)
+    try:
+        return [_learn(processes, change, checkpoint, poisoned_epoch) for change in changes]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
-        def poison(module: torch.nn.Module, inputs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            last = processes.rank == processes.size - 1
-            return (inputs[0] * torch.nan,) if last and calls == (poisoned_epoch or 0) * 4 + 2 else None
 
-        if poisoned_epoch is not None:
-            recogniser.backbone.register_forward_pre_hook(poison)
-        try:
-            outcome = train(
-                recogniser,
-                faces(),
-                defense,
-                options,
-                fabric=fabric_for(processes),
-                seed=0,
-                checkpoint=checkpoint,
-            )
-        except BenchError as error:
-            found.append({"error": f"{type(error).__name__}: {error}"})
-            continue
-        found.append(
-            {
-                "losses": outcome.losses,
-                "accuracies": outcome.accuracies,
-                "outcome": outcome,
-                "weights": {name: value.clone() for name, value in recogniser.state_dict().items()},
-                "kinds": sorted({type(layer).__name__ for layer in recogniser.modules()}),
-            }
+def _learn(
+    processes: Processes, change: dict[str, Any], checkpoint: Path | None, poisoned_epoch: int | None
+) -> dict[str, Any]:
+    options = TrainingOptions.model_validate(OPTIONS.model_dump() | change)
+    defense = Unprotected(image_size=SIZE)
+    recogniser = build_recogniser("ir-tiny", defense.representation_shape, 16, seed=1)
+    calls = 0
+
+    def poison(module: torch.nn.Module, inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        last = processes.rank == processes.size - 1
+        return (inputs[0] * torch.nan,) if last and calls == (poisoned_epoch or 0) * 4 + 2 else None
+
+    if poisoned_epoch is not None:
+        recogniser.backbone.register_forward_pre_hook(poison)
+    streams = Streams(0)
+    head = build_head(options, 5, seed=streams.seed_for("training/head"), processes=processes)
+    try:
+        report = train(
+            recogniser,
+            faces(),
+            defense,
+            options,
+            fabric=fabric_for(processes),
+            seed=0,
+            head=head,
+            checkpoint=checkpoint,
         )
-    return found
+    except BenchError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    return {
+        "losses": report.losses,
+        "accuracies": report.accuracies,
+        "report": report,
+        "weights": {name: value.clone() for name, value in recogniser.state_dict().items()},
+        "head": head.weight.detach().clone(),
+        "kinds": sorted({type(layer).__name__ for layer in recogniser.modules()}),
+    }
