@@ -1,18 +1,28 @@
-"""What each figure of a result is called, in which unit it is shown, which way it reads, and how it is rounded."""
+"""Every figure of a result, declared once: where it stands, which way it reads, how it is shown and guarded.
+
+A new metric is a function that computes it, its field in :mod:`bench.results`, and its :class:`Kind` here. Results,
+terminal, reports, gate, ``bench list metrics`` and docs/metrics.md read the rest from here.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
+from typing import Literal, Self
 
-from bench.results import Measure
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+#: What a higher value means: better recognition, more that leaks, less that leaks, or a higher price.
+Direction = Literal["utility", "leakage", "privacy", "cost"]
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One figure, or the reason why there is none.
+    """One figure as a metric computes it, or the reason why there is none.
 
     Attributes:
         value: the figure; None where it cannot be measured.
@@ -33,67 +43,343 @@ class Estimate:
             raise ValueError("an interval needs a value")
 
 
+class Measure(BaseModel):
+    """One figure as it stands in a result."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
+
+    value: float | None = Field(description="the estimate; null with a reason where it cannot be measured")
+    ci95: tuple[float, float] | None = Field(None, description="95 % interval from the bootstrap over identities")
+    n: int = Field(0, ge=0, description="images or pairs it was computed from")
+    direction: Direction = Field(description="what a higher value means")
+    reason: str | None = Field(None, description="why the value is missing, or why it has no interval")
+
+    @model_validator(mode="after")
+    def _missing_has_reason(self) -> Self:
+        if self.value is None and not self.reason:
+            raise ValueError("a measure without a value needs a reason")
+        return self
+
+    @classmethod
+    def of(cls, estimate: Estimate, direction: Direction) -> Self:
+        """An estimate of a figure that reads in ``direction``; :meth:`Kind.measure` knows it by the figure."""
+        return cls(value=estimate.value, ci95=estimate.ci95, n=estimate.n, direction=direction, reason=estimate.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """How the gate guards a figure unless its baseline says otherwise.
+
+    Attributes:
+        tolerance: change in the harmful direction that nobody minds, in the figure's own unit.
+        seed_sd: standard deviation between runs of other seeds beyond the choice of victims, assumed as far as the
+            baseline's own runs do not tell (:func:`bench.gate.comparison.moderated`).
+        repeat_sd: the same between runs of one seed that were trained anew: other threads, another machine.
+        limit: the value at which everything is lost; None where there is none.
+    """
+
+    tolerance: float
+    seed_sd: float
+    repeat_sd: float
+    limit: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One figure as reports show it.
+    """One figure.
 
     Attributes:
         heading: of its column.
-        unit: after the heading; empty for a figure without one.
-        decimals: shown at most; fewer where the interval is wide.
+        place: where it stands in the result of an attack or of a run, dotted.
+        direction: what a higher value means.
         meaning: one sentence for people who see it for the first time.
-        scale: what a stored value is multiplied with.
-        leaks: +1 where a higher value leaks more, -1 where a lower one does, 0 where it tells of utility or cost.
+        unit: after the heading; empty for a figure without one.
+        span: the values that it can take.
+        decimals: shown at most; fewer where the interval is wide.
+        short: heading where there is little room; empty for ``heading``.
+        guard: how the gate guards it; None for a figure that it does not guard.
+        canary: how it guards the same figure of unprotected faces: where that gets worse, the attack broke.
     """
 
     heading: str
-    unit: str
-    decimals: int
+    place: str
+    direction: Direction
     meaning: str
-    scale: float = 1.0
-    leaks: int = 1
+    unit: str = ""
+    span: str = ""
+    decimals: int = 3
+    short: str = ""
+    guard: Guard | None = None
+    canary: Guard | None = None
+
+    @property
+    def scale(self) -> float:
+        """What a stored value is multiplied with to be shown: rates are stored as shares of 1."""
+        return 100.0 if self.unit == "%" else 1.0
 
     @property
     def label(self) -> str:
         """Heading and unit."""
         return f"{self.heading}, {self.unit}" if self.unit else self.heading
 
+    @property
+    def column(self) -> str:
+        """Heading and unit for the narrow columns of a terminal."""
+        return f"{self.short or self.heading} {self.unit}".strip()
 
+    @property
+    def group(self) -> str:
+        """What it tells of: utility, recovery, identity, linkage, state inference, defense or throughput."""
+        parts = self.place.split(".")
+        return "identity" if "identity" in parts else parts[0].replace("_", " ")
+
+    @property
+    def ceiling(self) -> str:
+        """Where the same figure of unprotected faces stands; empty where there is none."""
+        for protected, plain in _UNPROTECTED.items():
+            if self.place.startswith(protected):
+                return plain + self.place.removeprefix(protected)
+        return ""
+
+    @property
+    def leaks(self) -> int:
+        """+1 where a higher value leaks more, -1 where a lower one does, 0 where it tells of utility or cost."""
+        return {"leakage": 1, "privacy": -1}.get(self.direction, 0)
+
+    def measure(self, estimate: Estimate) -> Measure:
+        """An estimate of this figure as it stands in a result."""
+        return Measure.of(estimate, self.direction)
+
+
+_UNPROTECTED = {
+    "utility.": "utility.unprotected.",
+    "recovery.": "recovery.ceiling.",
+    "linkage.protected_plain.": "linkage.plain.",
+}
+
+
+_rate = partial(Kind, unit="%", span="0..100 %", decimals=1)
+_LEAKED_RATE = Guard(0.03, 0.05, 0.03, limit=1.0)
+_LINKED_RATE = Guard(0.02, 0.05, 0.03, limit=1.0)
+_RECOGNITION = Guard(0.02, 0.05, 0.03, limit=0.5)
+_LINKAGE = "linkage.protected_plain"
+
+#: Name of each figure -> what there is to know of it, in the order in which figures are listed.
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "accuracy": Kind(
-            "accuracy", "%", 1, "Recognition behind the defence: share of face pairs told apart right.", 100, 0
+        "accuracy": _rate(
+            "accuracy",
+            "utility.accuracy",
+            "utility",
+            "Recognition behind the defence: share of face pairs told apart right (LFW View 2).",
+            guard=_RECOGNITION,
         ),
-        "ssim": Kind("SSIM", "", 3, "Structural similarity of recovered and original face; 1 is the original."),
-        "psnr": Kind("PSNR", "dB", 2, "Peak signal-to-noise ratio of the recovered face; punishes brightness shifts."),
+        "auc": _rate(
+            "AUC",
+            "utility.auc",
+            "utility",
+            "Area under the ROC curve of the pairs behind the defence.",
+            guard=_RECOGNITION,
+        ),
+        "eer": _rate("EER", "utility.eer", "cost", "Error rate at which FAR and 1 - TAR are equal."),
+        "tar_at_far": _rate(
+            "TAR@FAR",
+            "utility.tar_at_far",
+            "utility",
+            "Genuine pairs accepted at a given share of accepted impostors.",
+        ),
+        "ssim": Kind(
+            "SSIM",
+            "recovery.ssim",
+            "leakage",
+            "Structural similarity of recovered and original face; 1 is the original.",
+            span="-1..1",
+            guard=Guard(0.01, 0.01, 0.004, limit=1.0),
+            canary=Guard(0.03, 0.01, 0.004, limit=0.0),
+        ),
+        "psnr": Kind(
+            "PSNR",
+            "recovery.psnr",
+            "leakage",
+            "Peak signal-to-noise ratio of the recovered face; punishes brightness shifts.",
+            unit="dB",
+            span="at most 100 dB",
+            decimals=2,
+        ),
         "psnr_aligned": Kind(
-            "PSNR aligned", "dB", 2, "PSNR after the best affine fit of each colour: what a person would still see."
+            "PSNR aligned",
+            "recovery.psnr_aligned",
+            "leakage",
+            "PSNR after the best affine fit of each colour: what a person would still see.",
+            unit="dB",
+            span="at most 100 dB",
+            decimals=2,
+            short="aligned",
+            guard=Guard(0.25, 0.4, 0.15),
         ),
-        "ms_ssim": Kind("MS-SSIM", "", 3, "Structural similarity over several scales."),
-        "lpips": Kind("LPIPS", "", 3, "Perceptual distance to the original; 0 is the original.", leaks=-1),
-        "type1_tar": Kind(
-            "type I", "%", 1, "Recovered faces that the evaluator accepts as the same image's person.", 100
+        "ms_ssim": Kind(
+            "MS-SSIM",
+            "recovery.ms_ssim",
+            "leakage",
+            "Structural similarity over several scales.",
+            span="0..1",
         ),
-        "type2_tar": Kind(
-            "type II", "%", 1, "Recovered faces that the evaluator accepts against another image of the person.", 100
+        "lpips": Kind(
+            "LPIPS",
+            "recovery.lpips",
+            "privacy",
+            "Perceptual distance to the original (v0.1, AlexNet); 0 is the original.",
+            span="0 and above",
+            guard=Guard(0.01, 0.01, 0.004, limit=0.0),
         ),
-        "rank1": Kind(
-            "rank-1", "%", 1, "Recovered faces whose nearest face in the gallery is of the right person.", 100
+        "type1_tar": _rate(
+            "type I",
+            "recovery.identity.type1_tar",
+            "leakage",
+            "Recovered faces that the evaluator accepts as the same image's person.",
+            guard=_LEAKED_RATE,
         ),
-        "rank5": Kind("rank-5", "%", 1, "As rank-1, among the five nearest.", 100),
-        "cosine": Kind("cosine", "", 3, "Cosine of the evaluator's embeddings of recovered and original face."),
-        "knn_distance": Kind("distance", "", 3, "Distance to the nearest plain face of the same person.", leaks=-1),
-        "linkage": Kind(
-            "linkage", "%", 1, "Pairs of a protected and a plain face told apart right; 50 % is guessing.", 100
+        "type2_tar": _rate(
+            "type II",
+            "recovery.identity.type2_tar",
+            "leakage",
+            "Recovered faces that the evaluator accepts against another image of the person.",
+            guard=_LEAKED_RATE,
         ),
-        "d_sys": Kind("D_sys", "", 3, "Global unlinkability measure: 0 unlinkable, 1 fully linkable."),
-        "bytes": Kind("sent", "bytes", 0, "Bytes that leave the client per face.", leaks=0),
-        "protect": Kind("protect", "faces/s", 0, "Faces that a client protects in a second, batched.", leaks=0),
+        "rank1": _rate(
+            "rank-1",
+            "recovery.identity.rank1",
+            "leakage",
+            "Recovered faces whose nearest face in the gallery is of the right person.",
+            guard=_LEAKED_RATE,
+        ),
+        "rank5": _rate("rank-5", "recovery.identity.rank5", "leakage", "As rank-1, among the five nearest."),
+        "cosine": Kind(
+            "cosine",
+            "recovery.identity.cosine",
+            "leakage",
+            "Cosine of the evaluator's embeddings of recovered and original face.",
+            span="-1..1",
+            guard=Guard(0.02, 0.05, 0.04, limit=1.0),
+            canary=Guard(0.05, 0.03, 0.02),
+        ),
+        "knn_distance": Kind(
+            "distance",
+            "recovery.identity.knn_distance",
+            "privacy",
+            "Distance to the nearest plain face of the same person.",
+            span="0..2",
+        ),
+        "linkage": _rate(
+            "linkage",
+            f"{_LINKAGE}.accuracy",
+            "leakage",
+            "Pairs of a protected and a plain face told apart right; 50 % is guessing.",
+            guard=_LINKED_RATE,
+        ),
+        "linkage_auc": _rate(
+            "linkage AUC",
+            f"{_LINKAGE}.auc",
+            "leakage",
+            "Area under the ROC curve of an attack that links; 50 % is guessing.",
+            guard=_LINKED_RATE,
+            canary=Guard(0.03, 0.05, 0.03, limit=0.5),
+        ),
+        "linkage_eer": _rate("linkage EER", f"{_LINKAGE}.eer", "privacy", "Equal error rate of an attack that links."),
+        "linkage_tar_at_far": _rate(
+            "linkage TAR@FAR",
+            f"{_LINKAGE}.tar_at_far",
+            "leakage",
+            "Genuine pairs linked at a given share of linked impostors.",
+        ),
+        "linkage_rank1": _rate(
+            "linkage rank-1",
+            "linkage.rank1",
+            "leakage",
+            "Representations whose nearest plain face is of the right person.",
+            guard=_LEAKED_RATE,
+        ),
+        "d_sys": Kind(
+            "D_sys",
+            "linkage.d_sys.protected_plain",
+            "leakage",
+            "Global unlinkability measure: 0 unlinkable, 1 fully linkable.",
+            span="0..1",
+        ),
+        "state_faces": _rate(
+            "states",
+            "state_inference.faces",
+            "leakage",
+            "Interceptions of which the attack names all that was drawn.",
+            guard=_LEAKED_RATE,
+        ),
+        "state_channels": _rate(
+            "channels", "state_inference.channels", "leakage", "Channels that the attack puts in their place."
+        ),
+        # Declared, not measured: how much an attacker has to guess. Exact, so the slightest loss counts.
+        "entropy_bits": Kind(
+            "entropy",
+            "defense.entropy_bits",
+            "privacy",
+            "Binary logarithm of the number of states that can be drawn, each alike.",
+            unit="bits",
+            span="0 and above",
+            decimals=2,
+            guard=Guard(0.01, 0.0, 0.0, limit=0.0),
+        ),
+        "bytes": Kind(
+            "sent",
+            "defense.bytes_per_face",
+            "cost",
+            "Bytes that leave the client per face.",
+            unit="bytes",
+            span="0 and above",
+            decimals=0,
+        ),
+        "protect": Kind(
+            "protect",
+            "throughput.protect",
+            "utility",
+            "Faces that a client protects in a second, batched.",
+            unit="faces/s",
+            span="0 and above",
+            decimals=0,
+        ),
         "recover": Kind(
-            "attack", "faces/s", 0, "Faces that the fitted attack processes in a second, batched.", leaks=0
+            "attack",
+            "throughput.recover",
+            "utility",
+            "Faces that the fitted attack processes in a second, batched.",
+            unit="faces/s",
+            span="0 and above",
+            decimals=0,
         ),
     }
 )
+
+_PLACES = {kind.place: kind for kind in KINDS.values()}
+#: Parts of a place that say whose figure it is, not which.
+_WHOSE = (
+    (re.compile(r"^attacks\.[^.]+\."), ""),
+    (re.compile(r"^worst_case\."), "recovery."),
+    (re.compile(r"\.(ceiling|unprotected|floors\.[^.]+)(?=\.)"), ""),
+    (re.compile(r"^linkage\.(protected_protected|plain)(?=\.)"), _LINKAGE),
+    (re.compile(r"(?<=^linkage\.d_sys\.).*"), "protected_plain"),
+    (re.compile(r"(?<=\.tar_at_far)\..*"), ""),
+)
+
+
+def kind_at(place: str) -> Kind | None:
+    """What is known of the figure at a dotted place in a result: of an attack, a floor, a ceiling or the worst case.
+
+    Example:
+        >>> kind_at("recovery.ceiling.ssim").heading, kind_at("linkage.plain.eer").direction, kind_at("recovery")
+        ('SSIM', 'privacy', None)
+    """
+    for pattern, replacement in _WHOSE:
+        place = pattern.sub(replacement, place)
+    return _PLACES.get(place)
+
 
 #: Shown where there is no figure.
 MISSING = "–"
@@ -103,7 +389,7 @@ def decimals(kind: Kind, measure: Measure) -> int:
     """Decimals worth showing: the wider half of the interval keeps two significant digits, no more.
 
     Example:
-        >>> wide = Measure(value=0.478, ci95=(0.331, 0.6), higher_is_better_for="utility")
+        >>> wide = Measure(value=0.478, ci95=(0.331, 0.6), direction="leakage")
         >>> decimals(KINDS["type1_tar"], wide)
         0
     """

@@ -1,4 +1,4 @@
-"""The result schema (version 1): what ``metrics.json`` holds.
+"""The result schema (version 2): what ``metrics.json`` holds.
 
 Every figure is a :class:`Measure`: a value with its interval, the number of things it was computed
 from and the direction it reads in; a figure that cannot be computed is null with a reason.
@@ -11,40 +11,18 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = "1"
+from bench.measures import KINDS, kind_at
+from bench.measures import Direction as Direction
+from bench.measures import Measure as Measure
+
+SCHEMA_VERSION = "2"
 
 #: Changes whenever figures of two versions cannot be compared any more (data, protocol, metric definitions).
 PROTOCOL_VERSION = "1"
 
-Direction = Literal["utility", "privacy"]
-
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
-
-
-class Measure(_Model):
-    """One figure.
-
-    Attributes:
-        value: the estimate, or None with a ``reason``.
-        ci95: 95 % interval from the bootstrap over identities, or None.
-        n: images or pairs it was computed from.
-        higher_is_better_for: whom a higher value suits.
-        reason: why the value is missing, or why it has no interval.
-    """
-
-    value: float | None
-    ci95: tuple[float, float] | None = None
-    n: int = 0
-    higher_is_better_for: Direction
-    reason: str | None = None
-
-    @model_validator(mode="after")
-    def _missing_has_reason(self) -> Self:
-        if self.value is None and not self.reason:
-            raise ValueError("a measure without a value needs a reason")
-        return self
 
 
 class Quartiles(_Model):
@@ -120,13 +98,17 @@ class Quality(_Model):
     lpips: Measure
     identity: Identity
 
+    def figure(self, name: str) -> Measure | None:
+        """The figure of this name, of the picture or of the person; None where it is neither or was not asked for."""
+        found: Measure | None = getattr(self if name in Quality.model_fields else self.identity, name, None)
+        return found
+
 
 class Recovery(Quality):
-    """Of a composite attack the figures are the pointwise worst case; ``members`` holds those of each attack."""
+    """What a recovery attack got, between what trivial guesses get and what it gets out of unprotected faces."""
 
     floors: dict[str, Quality]
     ceiling: Quality
-    members: dict[str, Quality] = {}
 
 
 class StateInference(_Model):
@@ -195,7 +177,32 @@ class AttackInfo(PluginInfo):
     states_covered: bool | None
     curve: list[tuple[int, float]] = []
     details: dict[str, Any] = {}
-    members: dict[str, AttackInfo] = {}
+
+
+class AttackResult(_Model):
+    """What one attack of a run got."""
+
+    attack: AttackInfo
+    recovery: Recovery | None = None
+    linkage: Linkage | None = None
+    state_inference: StateInference | None = None
+    strength: StrengthCurve | None = None
+
+    def figure(self, name: str) -> Measure | None:
+        """The figure ``name`` of :data:`bench.measures.KINDS`; None where this attack has none of that name."""
+        return _at(self, KINDS[name].place)
+
+    def ceiling(self, name: str) -> Measure | None:
+        """The same figure of unprotected faces."""
+        return _at(self, KINDS[name].ceiling)
+
+
+def _at(result: BaseModel, place: str) -> Measure | None:
+    """The measure at a dotted place; None where any part of the way is missing."""
+    node: Any = result
+    for part in place.split("."):
+        node = node.get(part) if isinstance(node, dict) else getattr(node, part, None)
+    return node if isinstance(node, Measure) else None
 
 
 class EvaluatorInfo(_Model):
@@ -219,9 +226,13 @@ class DatasetInfo(_Model):
 
 
 class RunResult(_Model):
-    """``metrics.json``. Of a failed or cancelled run only the head is there."""
+    """``metrics.json``. Of a failed or cancelled run only the head is there.
 
-    schema_: str = Field(SCHEMA_VERSION, alias="schema")
+    A run of one attack has ``attack``, ``recovery``, ``linkage``, ``state_inference``, ``strength`` at the top. One of
+    several has ``attacks`` instead and, of those that recover faces, the pointwise worst case.
+    """
+
+    schema_: Literal["2"] = Field("2", alias="schema")
     protocol: str = PROTOCOL_VERSION
     run_id: str
     status: Literal["success", "error", "cancelled"]
@@ -236,10 +247,33 @@ class RunResult(_Model):
     linkage: Linkage | None = None
     state_inference: StateInference | None = None
     strength: StrengthCurve | None = None
+    attacks: dict[str, AttackResult] = Field({}, description="of a run of several attacks, what each got, by its name")
+    worst_case: Recovery | None = Field(
+        None, description="per victim and figure, the value under the recovery attack from which most leaks"
+    )
     throughput: dict[str, Throughput] | None = None
     seconds: dict[str, float] = {}
     cached: list[str] = []
     peak_memory: dict[str, int] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_1(cls, document: Any) -> Any:
+        return upgrade(document) if isinstance(document, dict) else document
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if self.attacks and (self.attack or self.recovery or self.linkage):
+            raise ValueError("the figures of several attacks stand in attacks and worst_case alone")
+        return self
+
+    @property
+    def attack_results(self) -> dict[str, AttackResult]:
+        """By its name, what each attack got; also of a run of one."""
+        if self.attacks or self.attack is None:
+            return self.attacks
+        only = AttackResult(**{name: getattr(self, name) for name in AttackResult.model_fields})
+        return {self.attack.name: only}
 
     def to_json(self) -> str:
         """The document as stored."""
@@ -247,14 +281,68 @@ class RunResult(_Model):
 
 
 def read_result(path: Path) -> RunResult:
-    """The result of a run directory or of its ``metrics.json``.
+    """The result of a run directory or of its ``metrics.json``, of this schema or of version 1.
 
     Raises:
-        OSError, pydantic.ValidationError: it cannot be read or is not of this schema.
+        OSError, pydantic.ValidationError: it cannot be read or is not of these schemas.
     """
     if path.is_dir():
         path = path / "metrics.json"
     return RunResult.model_validate_json(path.read_bytes())
+
+
+#: Figures in the strength curves of linkage attacks, as version 1 called them.
+_RENAMED = {"accuracy": "linkage", "auc": "linkage_auc", "rank1": "linkage_rank1"}
+
+
+def upgrade(document: dict[str, Any]) -> dict[str, Any]:
+    """A document of schema 1 as one of this schema; any other as it is.
+
+    Version 1 knew two directions only, and kept what the members of its ``composite`` attack got inside the worst case.
+    The ceiling of a member was not stored: it gets that of the whole.
+    """
+    if document.get("schema") != "1":
+        return document
+    document = {**document, "schema": SCHEMA_VERSION}
+    attack, recovery = document.get("attack") or {}, document.get("recovery") or {}
+    infos, qualities = attack.get("members"), recovery.get("members")
+    document |= {name: _without_members(document.get(name)) for name in ("attack", "recovery")}
+    if infos and qualities:
+        bounds = {name: recovery[name] for name in ("floors", "ceiling")}
+        document["attacks"] = {
+            name: {"attack": _without_members(info), "recovery": {**qualities[name], **bounds}}
+            for name, info in infos.items()
+        }
+        document |= {"attack": None, "recovery": None, "worst_case": document["recovery"]}
+    if document.get("linkage") and (curve := document.get("strength")):
+        document["strength"] = {
+            **curve,
+            "points": [{**point, "values": _renamed(point["values"])} for point in curve["points"]],
+            **{name: _renamed(curve[name]) for name in ("gain_of_last_doubling", "tolerance")},
+        }
+    directed: dict[str, Any] = _directed(document, "")
+    return directed
+
+
+def _without_members(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    return part and {name: value for name, value in part.items() if name != "members"}
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(name, name): value for name, value in values.items()}
+
+
+def _directed(node: Any, place: str) -> Any:
+    """``node`` with the direction of every measure, which version 1 stored as whom a higher value suits."""
+    if isinstance(node, list):
+        return [_directed(item, f"{place}.") for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "higher_is_better_for" not in node:
+        return {name: _directed(item, f"{place}.{name}".lstrip(".")) for name, item in node.items()}
+    kind = kind_at(place)
+    direction = "leakage" if kind is None or place.startswith("strength.") else kind.direction
+    return {name: item for name, item in node.items() if name != "higher_is_better_for"} | {"direction": direction}
 
 
 class PlannedStage(_Model):

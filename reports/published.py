@@ -57,7 +57,7 @@ class Figure(BaseModel):
         if name not in self.values:
             return None
         kind = KINDS[name]
-        return Measure(value=self.values[name], higher_is_better_for="privacy" if kind.leaks < 0 else "utility")
+        return Measure(value=self.values[name], direction=kind.direction)
 
 
 @cache

@@ -210,9 +210,7 @@ def _floors(setting: Setting) -> tuple[Row, ...]:
         chance = max((one.d_sys_chance for one in linkages if one.d_sys_chance is not None), default=None)
         guess = {"linkage": 0.5, "d_sys": chance}
         values = [
-            measured(name, Measure(value=guess[name], higher_is_better_for="utility"))
-            if guess.get(name)
-            else Entry(MISSING)
+            measured(name, Measure(value=guess[name], direction="leakage")) if guess.get(name) else Entry(MISSING)
             for name in LEAKS
         ]
         rows.append(_floor("floor: guessing", values))
@@ -262,7 +260,6 @@ def recovery_table(setting: Setting, number: int) -> Table | None:
         if recovery is None:
             continue
         parts: dict[str, tuple[Quality, str]] = {"attack": (recovery, "worst")}
-        parts |= {f"member {name}": (member, "measured") for name, member in recovery.members.items()}
         parts |= {f"floor: {name.replace('_', ' ')}": (floor, "floor") for name, floor in recovery.floors.items()}
         parts["ceiling"] = (recovery.ceiling, "floor")
         for part, (quality, kind) in parts.items():

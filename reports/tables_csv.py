@@ -58,12 +58,12 @@ def measures(result: RunResult) -> Iterable[tuple[str, Measure]]:
     for name in ("utility", "recovery", "linkage", "state_inference", "strength"):
         yield from _walk(name, getattr(result, name))
     if result.defense is not None:
-        yield "bytes_per_face", Measure(value=result.defense.bytes_per_face, higher_is_better_for="privacy")
+        yield "bytes_per_face", Measure(value=result.defense.bytes_per_face, direction="cost")
     for stage, speed in (result.throughput or {}).items():
         rate = speed.images_per_second
         yield (
             f"throughput.{stage}.images_per_second",
-            Measure(value=rate.median, higher_is_better_for="utility", reason=f"quartiles {rate.q1:g} to {rate.q3:g}"),
+            Measure(value=rate.median, direction="utility", reason=f"quartiles {rate.q1:g} to {rate.q3:g}"),
         )
 
 

@@ -17,9 +17,11 @@ from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Outcome
 from bench.measures import KINDS, MISSING, shown
 from bench.results import (
     AttackInfo,
+    AttackResult,
     Linkage,
     Measure,
     Quality,
+    Recovery,
     RunPlan,
     RunResult,
     StateInference,
@@ -81,19 +83,13 @@ def render_result(result: RunResult, directory: Path) -> RenderableType:
     parts: list[RenderableType] = [_headline(result)]
     if result.utility is not None:
         parts.append(_utility(result))
-    if result.recovery is not None:
-        rows = _recovery_rows(result)
-        parts.append(_table("Recovery (victims never seen in training)", rows, _QUALITY))
-        identity = [(name, quality, bold) for name, quality, bold in rows]
-        parts.append(_table(_identity_title(result), identity, _IDENTITY))
-    if result.linkage is not None:
-        parts += _linkage(result.linkage)
-    if result.state_inference is not None:
-        parts.append(_state_inference(result.state_inference))
-    if result.attack is not None:
-        parts += _queries(result.attack)
-    if result.strength is not None:
-        parts += [_strength(result.strength), _gain(result.strength)]
+    for name, attack in result.attack_results.items():
+        if result.attacks:
+            parts.append(Text(f"Attack {name}", style="bold underline"))
+        parts += _attack(name, attack, result)
+    if result.worst_case is not None:
+        parts.append(Text("Worst case of all attacks, victim by victim", style="bold underline"))
+        parts += _recovery("worst case", result.worst_case, result)
     if result.throughput:
         parts.append(_throughput(result.throughput, result.defense.bytes_per_face if result.defense else 0))
     reasons = dict.fromkeys(_reasons(result))
@@ -108,13 +104,14 @@ def render_result(result: RunResult, directory: Path) -> RenderableType:
 
 
 def _headline(result: RunResult) -> Text:
-    defense, attack, dataset = result.defense, result.attack, result.dataset
-    if defense is None or attack is None or dataset is None:
+    defense, dataset = result.defense, result.dataset
+    infos = [one.attack for one in result.attack_results.values()]
+    if defense is None or not infos or dataset is None:
         return Text(f"{result.run_id}: {result.status}")
     states = f", {defense.states} states ({defense.entropy_bits:.2f} bits)" if defense.states else ""
     kind = "synthetic faces" if dataset.synthetic else dataset.name
     return Text(
-        f"{defense.name}{states} against {attack.name} ({attack.knowledge}) on {kind}, "
+        f"{defense.name}{states} against {', '.join(info.name for info in infos)} ({infos[0].knowledge}) on {kind}, "
         f"{dataset.image_size} px, {dataset.probes} victim images",
         style="bold",
     )
@@ -152,14 +149,23 @@ def _linkage(linkage: Linkage) -> Iterable[RenderableType]:
     yield Text(f"rank-1 among plain faces: {rank1} %; D_sys (0 unlinkable, 1 fully linkable{chance}): {scores}")
 
 
-def _recovery_rows(result: RunResult) -> list[tuple[str, Quality, bool]]:
-    recovery = result.recovery
-    assert recovery is not None
-    assert result.attack is not None
-    members = [(f"  {name}", member, False) for name, member in recovery.members.items()]
+def _attack(name: str, attack: AttackResult, result: RunResult) -> Iterable[RenderableType]:
+    if attack.recovery is not None:
+        yield from _recovery(name, attack.recovery, result)
+    if attack.linkage is not None:
+        yield from _linkage(attack.linkage)
+    if attack.state_inference is not None:
+        yield _state_inference(attack.state_inference)
+    yield from _queries(attack.attack)
+    if attack.strength is not None:
+        yield from (_strength(attack.strength), _gain(attack.strength))
+
+
+def _recovery(label: str, recovery: Recovery, result: RunResult) -> Iterable[RenderableType]:
     floors = [(f"floor: {name.replace('_', ' ')}", floor, False) for name, floor in recovery.floors.items()]
-    own = f"{result.attack.name}, worst case" if members else result.attack.name
-    return [(own, recovery, True), *members, *floors, ("ceiling", recovery.ceiling, False)]
+    rows = [(label, recovery, True), *floors, ("ceiling", recovery.ceiling, False)]
+    yield _table("Recovery (victims never seen in training)", rows, _QUALITY)
+    yield _table(_identity_title(result), rows, _IDENTITY)
 
 
 def _identity_title(result: RunResult) -> str:
@@ -193,13 +199,11 @@ def _state_inference(inference: StateInference) -> Text:
 
 
 def _queries(attack: AttackInfo) -> Iterable[Text]:
-    """What an attack asked of the provider, its members one by one."""
+    """What an attack asked of the provider."""
     counted = {"queries_per_victim": "score queries per victim", "fit_queries": "embedding queries while it was fitted"}
     asked = [f"{attack.details[key]:,.10g} {what}" for key, what in counted.items() if key in attack.details]
     if asked:
         yield Text(f"{attack.name}: {', '.join(asked)}")
-    for member in attack.members.values():
-        yield from _queries(member)
 
 
 def _strength(curve: StrengthCurve) -> Table:
@@ -248,18 +252,20 @@ def _throughput(throughput: dict[str, Throughput], sent: int) -> Table:
 
 
 def _reasons(result: RunResult) -> Iterable[str]:
-    if result.recovery is not None:
-        for name in _QUALITY:
-            measure: Measure = getattr(result.recovery, name)
-            if measure.value is None:
+    linkages = []
+    for attack in result.attack_results.values():
+        linkages += [attack.linkage] if attack.linkage is not None else []
+        for name in _QUALITY if attack.recovery is not None else ():
+            measure = attack.figure(name)
+            if measure is not None and measure.value is None:
                 yield f"{_HEADINGS[name]}: {(measure.reason or '').removeprefix('LPIPS: ')}"
     verifications: list[Verification] = [] if result.utility is None else [result.utility]
-    if result.linkage is not None:
-        verifications += [result.linkage.protected_plain, result.linkage.protected_protected]
+    for linkage in linkages:
+        verifications += [linkage.protected_plain, linkage.protected_protected]
     for verification in verifications:
-        for far, measure in verification.tar_at_far.items():
-            if measure.value is None:
-                yield f"TAR@FAR={far}: {measure.reason}"
+        for far, rate in verification.tar_at_far.items():
+            if rate.value is None:
+                yield f"TAR@FAR={far}: {rate.reason}"
 
 
 def render_plan(plan: RunPlan) -> RenderableType:

@@ -108,10 +108,4 @@ def _pointwise(tables: Sequence[pd.DataFrame], name: str) -> Measure:
         torch.Generator().manual_seed(0),
         replicates=_REPLICATES,
     )
-    return Measure(
-        value=estimate.value,
-        ci95=estimate.ci95,
-        n=estimate.n,
-        higher_is_better_for="utility" if KINDS[name].leaks > 0 else "privacy",
-        reason=estimate.reason,
-    )
+    return KINDS[name].measure(estimate)

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -20,10 +20,11 @@ from bench.errors import DataError, MissingError, UsageError
 from bench.files import write_text
 from bench.gate.comparison import Variance, between_runs, moderated, pool, quantile, victims_variance
 from bench.gate.scores import FIGURES, CellKey, Role, RunScores, StoredModel, as_text, cell_key, harm_sign, run_scores
+from bench.measures import kind_at
 from bench.results import PROTOCOL_VERSION, Direction
 from bench.run.archive import Run
 
-BASELINE_VERSION = "1"
+BASELINE_VERSION = "2"
 
 
 class Expected(StoredModel):
@@ -32,7 +33,7 @@ class Expected(StoredModel):
     Attributes:
         value: mean over the baseline's runs.
         role: whom the gate protects with it.
-        higher_is_better_for: which way it reads.
+        direction: which way it reads.
         rate: whether it is a share of trials.
         absolute, relative: a harmful change of up to ``absolute + relative * |value|`` is tolerated.
         margin: a pass rules out a harmful change of this size or more, or of the tolerance where that is larger.
@@ -44,7 +45,7 @@ class Expected(StoredModel):
 
     value: float
     role: Role
-    higher_is_better_for: Direction
+    direction: Direction
     rate: bool = False
     absolute: float = Field(ge=0)
     relative: float = Field(0.0, ge=0)
@@ -68,7 +69,7 @@ class Expected(StoredModel):
     @property
     def harm_sign(self) -> int:
         """+1 where a rise does harm, -1 where a fall does."""
-        return harm_sign(self.role, self.higher_is_better_for)
+        return harm_sign(self.role, self.direction)
 
     @property
     def excluded(self) -> float:
@@ -111,12 +112,23 @@ class Baseline(StoredModel):
         alpha_pass: chance that a harmful change of a figure's margin passes.
     """
 
-    schema_: Literal["1"] = Field("1", alias="schema")
+    schema_: Literal["2"] = Field("2", alias="schema")
     protocol: str = PROTOCOL_VERSION
     made_by: str = __version__
     alpha: float = Field(0.002, gt=0, lt=0.5)
     alpha_pass: float = Field(0.05, gt=0, lt=0.5)
     cells: list[Cell] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_version_1(cls, document: Any) -> Any:
+        """Version 1 said whom a higher value suits, utility or privacy, which is no direction."""
+        if not isinstance(document, dict) or document.get("schema") != "1":
+            return document
+        document = {**document, "schema": BASELINE_VERSION, "cells": [dict(cell) for cell in document["cells"]]}
+        for cell in document["cells"]:
+            cell["figures"] = {name: _directed(name, dict(figure)) for name, figure in cell["figures"].items()}
+        return document
 
     @model_validator(mode="after")
     def _cells_differ(self) -> Self:
@@ -131,6 +143,12 @@ class Baseline(StoredModel):
         document = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1)
         # Strings of JSON hold no line feed, so only a list's own layout can match.
         return re.sub(r'\[\n\s+(?:(?:null|[-\w.+"]+),?\n\s*)+\]', _on_one_line, document) + "\n"
+
+
+def _directed(name: str, figure: dict[str, Any]) -> dict[str, Any]:
+    del figure["higher_is_better_for"]
+    kind = kind_at(name)
+    return figure | {"direction": kind.direction if kind else None}
 
 
 def write_baseline(baseline: Baseline, path: Path) -> None:
@@ -256,7 +274,7 @@ def _expected(name: str, runs: Sequence[RunScores], direction: Direction, tests:
     expected = Expected(
         value=sum(run.figures[name].value for run in runs) / len(runs),
         role=figure.role,
-        higher_is_better_for=direction,
+        direction=direction,
         rate=figure.rate,
         absolute=figure.tolerance,
         margin=0.0,

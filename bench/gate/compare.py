@@ -32,7 +32,7 @@ class FigureChange(_Model):
 
     Attributes:
         figure: its place in ``metrics.json``.
-        higher_is_better_for: which way it reads.
+        direction: which way it reads.
         first, second: its values; None where a run has none.
         change: ``second - first``.
         ci95: 95 % interval over people; of the victims' choice alone, without what another training would change.
@@ -40,7 +40,7 @@ class FigureChange(_Model):
     """
 
     figure: str
-    higher_is_better_for: Direction
+    direction: Direction
     first: float | None
     second: float | None
     change: float | None = None
@@ -98,7 +98,7 @@ def compare(first: Run, second: Run) -> Difference:
 
 def _change(name: str, first: RunScores, second: RunScores, direction: Direction) -> FigureChange:
     values = [run.figures[name].value if name in run.figures else None for run in (first, second)]
-    row = FigureChange(figure=name, higher_is_better_for=direction, first=values[0], second=values[1])
+    row = FigureChange(figure=name, direction=direction, first=values[0], second=values[1])
     if None in values:
         return row
     nothing = Variance(0.0, 1.0)

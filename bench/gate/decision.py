@@ -87,7 +87,7 @@ def _verdict(
     return FigureVerdict(
         figure=name,
         role=expected.role,
-        higher_is_better_for=expected.higher_is_better_for,
+        direction=expected.direction,
         baseline=change.expected,
         now=change.now,
         change=change.value,

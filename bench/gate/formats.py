@@ -15,7 +15,7 @@ def figure_line(figure: FigureVerdict) -> str:
     """Everything that is known of one figure.
 
     Example:
-        >>> figure_line(FigureVerdict(figure="ssim", role="privacy", higher_is_better_for="utility", baseline=0.7,
+        >>> figure_line(FigureVerdict(figure="ssim", role="privacy", direction="utility", baseline=0.7,
         ...     now=0.8, change=0.1, ci95=(0.08, 0.12), tolerance=0.02, margin=0.05, outcome="regress"))
         'ssim regress: 0.7 -> 0.8, change +0.1 [+0.08, +0.12], tolerated 0.02, a pass rules out 0.05'
     """

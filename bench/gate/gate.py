@@ -88,7 +88,7 @@ def _judge(run: Run, cell: Cell, baseline: Baseline) -> CellVerdict:
         )
     scores, directions, reasons = run_scores(run)
     for figure, expected in cell.figures.items():
-        if figure in directions and directions[figure] != expected.higher_is_better_for:
+        if figure in directions and directions[figure] != expected.direction:
             raise DataError(f"{run.directory}: {figure} reads the other way in the baseline; make the baseline anew")
     compared, paired = references(scores, cell.runs)
     changes: dict[str, Change] = {}
@@ -121,7 +121,7 @@ def _not_measured(figure: str, expected: Expected, reason: str | None) -> Figure
     return FigureVerdict(
         figure=figure,
         role=expected.role,
-        higher_is_better_for=expected.higher_is_better_for,
+        direction=expected.direction,
         baseline=expected.value,
         now=None,
         tolerance=expected.tolerance,

@@ -72,17 +72,16 @@ FIGURES: Mapping[str, Figure] = MappingProxyType(
 )
 
 
-def harm_sign(role: Role, higher_is_better_for: Direction) -> int:
+def harm_sign(role: Role, direction: Direction) -> int:
     """+1 where a rise of the figure does harm, -1 where a fall does.
 
     Leaking more harms privacy; recognising less harms utility; and a canary is harmed when its attack gets less.
 
     Example:
-        >>> harm_sign("privacy", "utility"), harm_sign("canary", "utility")
-        (1, -1)
+        >>> harm_sign("privacy", "leakage"), harm_sign("utility", "utility"), harm_sign("canary", "leakage")
+        (1, -1, -1)
     """
-    rise = higher_is_better_for == "utility"
-    return 1 if rise == (role == "privacy") else -1
+    return 1 if (direction in ("leakage", "cost")) == (role != "canary") else -1
 
 
 #: Settings that decide no figure, or say where things lie on one machine.
@@ -261,7 +260,7 @@ def run_scores(run: Run) -> tuple[RunScores, dict[str, Direction], dict[str, str
     reasons: dict[str, str] = {}
     for path, measure in measures(result):
         name = ".".join(path)
-        directions[name] = measure.higher_is_better_for
+        directions[name] = measure.direction
         if measure.value is None:
             reasons[name] = measure.reason or ""
             continue

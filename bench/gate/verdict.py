@@ -27,7 +27,7 @@ class FigureVerdict(_Model):
     Attributes:
         figure: its place in ``metrics.json``.
         role: what it guards.
-        higher_is_better_for: which way it reads.
+        direction: which way it reads.
         baseline, now: expected and found; ``now`` is null where it was not measured.
         change: ``now - baseline``.
         ci95: two-sided 95 % interval of the change.
@@ -45,7 +45,7 @@ class FigureVerdict(_Model):
 
     figure: str
     role: Role
-    higher_is_better_for: Direction
+    direction: Direction
     baseline: float
     now: float | None
     change: float | None = None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bench.results import (
     AttackInfo,
+    AttackResult,
     EvaluatorInfo,
     Linkage,
     Measure,
@@ -20,7 +21,6 @@ from bench.results import (
 from bench.run.attack_config import AttackConfig, check_coverage
 from bench.run.attacker import AttackStages
 from bench.run.config import DATA, DOUBLING, Budget
-from bench.run.scorer import LEAKAGE
 from defenses.base import Defense
 
 UNSATURATED = "unsaturated: the attack was still improving when its budget ended; its figure is a lower bound"
@@ -30,13 +30,15 @@ UNSATURATED = "unsaturated: the attack was still improving when its budget ended
 class Findings:
     """See the fields of :class:`bench.results.RunResult` of the same names."""
 
-    attack: AttackInfo
+    attack: AttackInfo | None = None
     warnings: list[str] = field(default_factory=list)
     evaluator: EvaluatorInfo | None = None
     recovery: Recovery | None = None
     linkage: Linkage | None = None
     state_inference: StateInference | None = None
     strength: StrengthCurve | None = None
+    attacks: dict[str, AttackResult] = field(default_factory=dict)
+    worst_case: Recovery | None = None
     throughput: dict[str, Throughput] = field(default_factory=dict)
 
 
@@ -65,24 +67,11 @@ def attack_info(attacks: AttackStages, attack_config: AttackConfig, defense: Def
     )
 
 
-def composite_info(attack_config: AttackConfig, knowledge: str, members: dict[str, AttackInfo]) -> AttackInfo:
-    """What a composite attack is: no better trained than the least of its members."""
-    return AttackInfo(
-        name=attack_config.name,
-        options=attack_config.make().options.model_dump(mode="json"),
-        knowledge=knowledge,
-        saturated=_all(info.saturated for info in members.values()),
-        states_covered=_all(info.states_covered for info in members.values()),
-        members=members,
-    )
-
-
 def mark_unsaturated(info: AttackInfo, strength: StrengthCurve | None) -> tuple[AttackInfo, list[str]]:
     """Mark an attack as unsaturated where its own report or its strength curve says so, with the warnings."""
     warnings = []
     if info.saturated is False:
-        late = [name for name, member in info.members.items() if member.saturated is False]
-        warnings.append(f"{UNSATURATED} ({', '.join(late)})" if late else UNSATURATED)
+        warnings.append(UNSATURATED)
     if strength is not None and strength.unsaturated:
         gains = ", ".join(
             f"{name} {measure.value:+.3f}"
@@ -94,15 +83,10 @@ def mark_unsaturated(info: AttackInfo, strength: StrengthCurve | None) -> tuple[
     return info, warnings
 
 
-def _all(values: Iterable[bool | None]) -> bool | None:
-    found = set(values)
-    return False if False in found else None if None in found else True
-
-
 #: What the lower end of the interval of a gain must exceed. Below this nobody would call one attack stronger than
 #: another: published tables differ by ten times as much between two runs of one attack.
 RECOVERY_TOLERANCE: Mapping[str, float] = {"ssim": 0.005, "cosine": 0.01}
-LINKAGE_TOLERANCE: Mapping[str, float] = {"accuracy": 0.005}
+LINKAGE_TOLERANCE: Mapping[str, float] = {"linkage": 0.005}
 
 
 def spent(attacks: AttackStages, attack_configs: Sequence[AttackConfig], budget: Budget) -> list[float]:
@@ -132,7 +116,7 @@ def strength_curve(
     before, last = budgets[-2:]
     if last < DOUBLING * before:
         reason = f"the last two budgets, {before:g} and {last:g}, are less than a factor {DOUBLING:g} apart"
-        gains = {name: Measure(value=None, higher_is_better_for=LEAKAGE, reason=reason) for name in tolerance}
+        gains = {name: Measure(value=None, direction="leakage", reason=reason) for name in tolerance}
     else:
         gains = {name: gain(name) for name in tolerance}
     return StrengthCurve(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bench.data.faces import PairProtocol
 from bench.errors import DataError
+from bench.measures import KINDS
 from bench.metrics.bootstrap import REPLICATES, mean_estimate, verification_differences
 from bench.metrics.identity import Probes, identity_leakage
 from bench.metrics.unlinkability import chance_level, choose_bins, unlinkability_estimate
@@ -19,7 +20,6 @@ from bench.run.attacker import AttackStages, Linked
 from bench.run.config import Budget
 from bench.run.findings import LINKAGE_TOLERANCE, Findings, attack_info, mark_unsaturated, spent, strength_curve
 from bench.run.pictures import write_sheet
-from bench.run.scorer import LEAKAGE, to_measure
 from bench.run.speed import linkage_speed
 from bench.run.store import RunStore
 from bench.run.verification import FARS, score_table, verification
@@ -90,12 +90,12 @@ def assess_linkage(
         return torch.Generator().manual_seed(seed)
 
     verified = {
-        name: verification(values, pairs, labels, draws(), replicates=replicates, fars=fars)
+        name: verification(values, pairs, labels, draws(), replicates=replicates, fars=fars, linking=True)
         for name, values in scores.items()
     }
     d_sys = {
-        name: to_measure(
-            unlinkability_estimate(scores[name], pairs.same, people, draws(), replicates=replicates), LEAKAGE
+        name: KINDS["d_sys"].measure(
+            unlinkability_estimate(scores[name], pairs.same, people, draws(), replicates=replicates)
         )
         for name in ("protected_protected", "protected_plain")
     }
@@ -129,7 +129,7 @@ def _rank1(
         labels[probes.gallery],
         threshold=0.0,  # of acceptance, which is no part of a rank
     )
-    return to_measure(mean_estimate(leakage.rank1, identities, generator, replicates=replicates), LEAKAGE)
+    return KINDS["linkage_rank1"].measure(mean_estimate(leakage.rank1, identities, generator, replicates=replicates))
 
 
 #: Accuracy of guessing.
@@ -211,11 +211,15 @@ def _strength(
             attacks.streams.generator("bootstrap"),
             replicates=attacks.config.bootstrap,
         )
-        return to_measure(getattr(differences, name), LEAKAGE)
+        return KINDS[name].measure({"linkage": differences.accuracy, "linkage_auc": differences.auc}[name])
 
     budget = Budget.parse(attacks.config.budget or "")
     leakage: list[Mapping[str, Measure]] = [
-        {"accuracy": one.protected_plain.accuracy, "auc": one.protected_plain.auc, "rank1": one.rank1}
+        {
+            "linkage": one.protected_plain.accuracy,
+            "linkage_auc": one.protected_plain.auc,
+            "linkage_rank1": one.rank1,
+        }
         for one in assessed
     ]
     return strength_curve(budget.axis, spent(attacks, attack_configs, budget), leakage, gain, LINKAGE_TOLERANCE)

@@ -169,6 +169,8 @@ class Pipeline:
             linkage=findings.linkage,
             state_inference=findings.state_inference,
             strength=findings.strength,
+            attacks=findings.attacks,
+            worst_case=findings.worst_case,
             throughput={**speed, **findings.throughput},
             seconds={stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},
             cached=list(dict.fromkeys(stages.cached)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.errors import MissingError
 from bench.metrics.floors import grey, mean_face, nearest, noise
 from bench.metrics.perceptual import Lpips, load_lpips
-from bench.results import AttackInfo, Measure, Quality, Recovery, StrengthCurve, Throughput
+from bench.results import AttackInfo, AttackResult, Measure, Quality, Recovery, StrengthCurve, Throughput
 from bench.run.attack_config import AttackConfig, members
 from bench.run.attacker import AttackStages, Recovered
 from bench.run.config import Budget
@@ -20,7 +20,6 @@ from bench.run.findings import (
     RECOVERY_TOLERANCE,
     Findings,
     attack_info,
-    composite_info,
     mark_unsaturated,
     spent,
     strength_curve,
@@ -81,12 +80,6 @@ class Outcome:
     members: dict[str, Outcome] = field(default_factory=dict)
     best: tuple[str, ...] = ()
 
-    @property
-    def right(self) -> list[Tensor]:
-        """The channels put in their place, bool (V, k, C), of every attack that inferred places."""
-        found = [self.recovered, *(member.recovered for member in self.members.values())]
-        return [one.right for one in found if one is not None and one.right is not None]
-
 
 def outcome(
     attacks: AttackStages, scorer: Scorer, attack_config: AttackConfig, defense: Defense, probes: Tensor
@@ -123,7 +116,7 @@ def run_recovery(
     stages, own = attacks.stages, attack_configs[-1]
     probes = attacks.selection.attacked
     # First what takes long and is kept, then what is measured on it.
-    info = _info(attacks, own, defense)
+    infos = _infos(attacks, own, defense)
     for attack_config, target in [*((one, defense) for one in attack_configs), (own, plain)]:
         for member in members(attack_config).values():
             attacks.recovered(member, target)
@@ -134,23 +127,33 @@ def run_recovery(
         result = outcomes[-1]
         ceiling = result if defense.name == plain.name else outcome(attacks, scorer, own, plain, probes)
         floors = {name: scorer.assess(faces) for name, faces in floor_recoveries(attacks, defense, probes).items()}
-        strength = _strength(attacks, scorer, attack_configs, outcomes) if attacks.config.budget else None
-        inference = state_inference(result.right, defense, scorer)
 
-    info, warnings = mark_unsaturated(info, strength)
-    recovery = Recovery(
-        **result.assessment.quality.model_dump(),
-        floors={name: floor.quality for name, floor in floors.items()},
-        ceiling=ceiling.assessment.quality,
-        members={name: member.assessment.quality for name, member in result.members.items()},
-    )
-    tables = {own.name: result.assessment}
-    tables |= {name: member.assessment for name, member in result.members.items()}
-    tables |= {"ceiling": ceiling.assessment, **floors}
-    if strength is not None:
-        earlier = zip(strength.points[:-1], outcomes[:-1], strict=True)
-        tables |= {f"{own.name} {strength.axis}={point.budget:.10g}": one.assessment for point, one in earlier}
-    _write_raw(tables, store)
+        def recovery(got: Outcome, most: Outcome) -> Recovery:
+            bounds = {name: floor.quality for name, floor in floors.items()}
+            return Recovery(**got.assessment.quality.model_dump(), floors=bounds, ceiling=most.assessment.quality)
+
+        parts: dict[str, AttackResult] = {}
+        tables: dict[str, Assessment] = {}
+        warnings: list[str] = []
+        for name, info in infos.items():
+            curve = [one.members.get(name, one) for one in outcomes]
+            got, most = curve[-1], ceiling.members.get(name, ceiling)
+            strength = _strength(attacks, scorer, attack_configs, curve) if attacks.config.budget else None
+            marked, late = mark_unsaturated(info, strength)
+            warnings += [f"{name}: {warning}" if result.members else warning for warning in late]
+            parts[name] = AttackResult(
+                attack=marked,
+                recovery=recovery(got, most),
+                state_inference=state_inference(got.recovered.right, defense, scorer) if got.recovered else None,
+                strength=strength,
+            )
+            tables |= {name: got.assessment, f"ceiling {name}" if result.members else "ceiling": most.assessment}
+            for point, earlier in zip(strength.points[:-1] if strength else (), curve[:-1], strict=False):
+                assert strength is not None
+                tables[f"{name} {strength.axis}={point.budget:.10g}"] = earlier.assessment
+    if result.members:
+        tables["worst case"] = result.assessment
+    _write_raw(tables | floors, store)
     _write_states(own.name, result, probes, store)
     columns = {"recovered": result.faces, "ceiling": ceiling.faces}
     write_sheet(
@@ -165,15 +168,14 @@ def run_recovery(
     )
     with stages.timed("throughput"):
         throughput = _throughput(attacks, own, defense, result)
-    return Findings(
-        attack=info,
-        warnings=[*warnings, *_broken(recovery)],
-        evaluator=scorer.info,
-        recovery=recovery,
-        state_inference=inference,
-        strength=strength,
-        throughput=throughput,
-    )
+    worst = recovery(result, ceiling)
+    warnings += _broken(worst)
+    if result.members:
+        return Findings(
+            warnings=warnings, evaluator=scorer.info, attacks=parts, worst_case=worst, throughput=throughput
+        )
+    only = {name: getattr(parts[own.name], name) for name in ("attack", "recovery", "state_inference", "strength")}
+    return Findings(warnings=warnings, evaluator=scorer.info, throughput=throughput, **only)
 
 
 def make_scorer(attacks: AttackStages) -> Scorer:
@@ -198,7 +200,7 @@ def make_scorer(attacks: AttackStages) -> Scorer:
     )
 
 
-def _info(attacks: AttackStages, attack_config: AttackConfig, defense: Defense) -> AttackInfo:
+def _infos(attacks: AttackStages, attack_config: AttackConfig, defense: Defense) -> dict[str, AttackInfo]:
     probes = attacks.selection.attacked
     infos = {}
     for name, member in members(attack_config).items():
@@ -208,11 +210,7 @@ def _info(attacks: AttackStages, attack_config: AttackConfig, defense: Defense) 
         if queries is not None:
             details = {**infos[name].details, "queries_per_victim": queries / len(probes)}
             infos[name] = infos[name].model_copy(update={"details": details})
-    return (
-        infos[attack_config.name]
-        if attack_config.name in infos
-        else composite_info(attack_config, attacks.config.knowledge, infos)
-    )
+    return infos
 
 
 def _strength(

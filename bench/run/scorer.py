@@ -13,36 +13,19 @@ from torch import Tensor
 from bench.data.faces import FaceSet, PairProtocol
 from bench.errors import MissingError
 from bench.images import to_float
-from bench.measures import Estimate
+from bench.measures import KINDS, Measure
 from bench.metrics.bootstrap import difference_estimate, mean_estimate
 from bench.metrics.evaluator import Evaluator
 from bench.metrics.identity import Probes, content_ids, identity_leakage, knn_distance
 from bench.metrics.image_quality import ms_ssim, psnr, psnr_aligned, ssim
 from bench.metrics.perceptual import Lpips
 from bench.metrics.verification import lfw_accuracy, pair_scores
-from bench.results import Direction, EvaluatorInfo, Identity, Measure, Quality, StateInference
+from bench.results import EvaluatorInfo, Identity, Quality, StateInference
 from defenses.base import Defense
 
 #: Figure in the result -> per-image value that it is the mean of.
 _IDENTITY = {"type1_tar": "type1", "type2_tar": "type2", "rank1": "rank1", "rank5": "rank5", "cosine": "cosine"}
 _QUALITY = {"ssim": ssim, "psnr": psnr, "psnr_aligned": psnr_aligned, "ms_ssim": ms_ssim}
-
-#: The schema knows two sides: a higher similarity to the original is not what privacy wants.
-LEAKAGE: Direction = "utility"
-
-#: Figures that are distances: the lower, the more leaks.
-DISTANCES = frozenset({"lpips", "knn_distance"})
-
-
-def to_measure(estimate: Estimate, direction: Direction) -> Measure:
-    """An :class:`Estimate` as it stands in the result."""
-    return Measure(
-        value=estimate.value,
-        ci95=estimate.ci95,
-        n=estimate.n,
-        higher_is_better_for=direction,
-        reason=estimate.reason,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +132,7 @@ class Scorer:
         """The pointwise worst case: per victim and figure, the value under the attack from which most leaks."""
 
         def worse(name: str, one: Tensor, other: Tensor) -> Tensor:
-            return torch.fmin(one, other) if name in DISTANCES else torch.fmax(one, other)
+            return torch.fmin(one, other) if KINDS[name].leaks < 0 else torch.fmax(one, other)
 
         def merged(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: worse(name, values, other[name]) for name, values in one.items()}
@@ -159,25 +142,24 @@ class Scorer:
     def gain(self, name: str, after: Assessment, before: Assessment) -> Measure:
         """How much more leaks by the figure ``name`` in ``after`` than in ``before``, paired over the victims."""
         generator = torch.Generator().manual_seed(self._seed)
-        more, less = (before, after) if name in DISTANCES else (after, before)
+        more, less = (before, after) if KINDS[name].leaks < 0 else (after, before)
         estimate = difference_estimate(
             more.values[name], less.values[name], self._labels, generator, replicates=self._replicates
         )
-        return to_measure(estimate, LEAKAGE)
+        return Measure.of(estimate, "leakage")
 
-    def measure(self, values: Tensor, direction: Direction) -> Measure:
-        """The mean of ``values``, float (V,) in the order of the probes, with its interval over identities."""
+    def measure(self, name: str, values: Tensor) -> Measure:
+        """The figure ``name``: the mean of ``values``, float (V,) in the order of the probes, with its interval."""
         generator = torch.Generator().manual_seed(self._seed)
         estimate = mean_estimate(values, self._labels, generator, replicates=self._replicates)
-        return to_measure(estimate, direction)
+        return KINDS[name].measure(estimate)
 
     def _assessment(self, values: dict[str, Tensor]) -> Assessment:
         quality = Quality(
-            **{name: self.measure(values[name], LEAKAGE) for name in _QUALITY},
+            **{name: self.measure(name, values[name]) for name in _QUALITY},
             lpips=self._lpips_measure(values),
             identity=Identity(
-                **{name: self.measure(values[name], LEAKAGE) for name in _IDENTITY},
-                knn_distance=self.measure(values["knn_distance"], "privacy"),
+                **{name: self.measure(name, values[name]) for name in (*_IDENTITY, "knn_distance")},
             ),
         )
         per_image = pd.DataFrame({name: column.double().numpy() for name, column in values.items()})
@@ -187,29 +169,27 @@ class Scorer:
 
     def _lpips_measure(self, values: dict[str, Tensor]) -> Measure:
         if isinstance(self._lpips, Lpips):
-            return self.measure(values["lpips"], "privacy")
-        return Measure(value=None, higher_is_better_for="privacy", reason=str(self._lpips))
+            return self.measure("lpips", values["lpips"])
+        return Measure(value=None, direction=KINDS["lpips"].direction, reason=str(self._lpips))
 
 
-def state_inference(right: Sequence[Tensor], defense: Defense, scorer: Scorer) -> StateInference | None:
+def state_inference(right: Tensor | None, defense: Defense, scorer: Scorer) -> StateInference | None:
     """Hit rates over the attacked images, with intervals over identities.
 
     Args:
-        right: bool (V, k, C) of each attack that inferred places, images in the order of the probes; of several, each
-            image counts as under the one that did best on it.
+        right: bool (V, k, C), the channels that an attack put in their place, images in the order of the probes; None
+            of one that inferred no places.
         defense: the one in use.
         scorer: knows whose images they are.
 
     Returns:
-        The rates, or None where no attack inferred anything.
+        The rates, or None where the attack inferred nothing.
     """
-    if not right:
+    if right is None:
         return None
-    faces = torch.stack([one.all(dim=2).double().mean(dim=1) for one in right]).amax(dim=0)
-    channels = torch.stack([one.double().mean(dim=(1, 2)) for one in right]).amax(dim=0)
     states = defense.states()
     return StateInference(
-        faces=scorer.measure(faces, LEAKAGE),
-        channels=scorer.measure(channels, LEAKAGE),
+        faces=scorer.measure("state_faces", right.all(dim=2).double().mean(dim=1)),
+        channels=scorer.measure("state_channels", right.double().mean(dim=(1, 2))),
         chance=None if states is None else 1 / len(states),
     )

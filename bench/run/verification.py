@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from bench.data.faces import PairProtocol
+from bench.measures import KINDS
 from bench.metrics.bootstrap import REPLICATES, verification_estimates
 from bench.metrics.verification import lfw_accuracy
 from bench.results import Utility, Verification
 from bench.run.provider import Stages
-from bench.run.scorer import to_measure
 from bench.run.store import RunStore
 from defenses.base import Defense
 
 #: False acceptance rates at which the true acceptance rate is given.
 FARS: Mapping[str, float] = MappingProxyType({"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3})
+_RECOGNITION = ("accuracy", "auc", "eer", "tar_at_far")
+_LINKAGE = ("linkage", "linkage_auc", "linkage_eer", "linkage_tar_at_far")
 
 
 def verification(
@@ -30,6 +32,7 @@ def verification(
     *,
     replicates: int = REPLICATES,
     fars: Mapping[str, float] = FARS,
+    linking: bool = False,
 ) -> Verification:
     """Accuracy, AUC, EER and TAR@FAR of scored pairs, with intervals over identities.
 
@@ -40,6 +43,7 @@ def verification(
         generator: source of the bootstrap's draws.
         replicates: of the bootstrap.
         fars: name in the result -> false acceptance rate.
+        linking: whether an attack gave the scores, so that what it tells apart leaks.
 
     Raises:
         DataError: shapes differ, scores are not finite, a class or a second fold is absent, or pairs contradict labels.
@@ -48,11 +52,13 @@ def verification(
     estimates = verification_estimates(
         scores, pairs.same, pairs.fold, people, generator, fars=list(fars.values()), replicates=replicates
     )
+    names = _LINKAGE if linking else _RECOGNITION
+    accuracy, auc, eer, tar_at_far = (KINDS[name] for name in names)
     return Verification(
-        accuracy=to_measure(estimates.accuracy, "utility"),
-        auc=to_measure(estimates.auc, "utility"),
-        eer=to_measure(estimates.eer, "privacy"),
-        tar_at_far={name: to_measure(estimates.tar_at_far[far], "utility") for name, far in fars.items()},
+        accuracy=accuracy.measure(estimates.accuracy),
+        auc=auc.measure(estimates.auc),
+        eer=eer.measure(estimates.eer),
+        tar_at_far={name: tar_at_far.measure(estimates.tar_at_far[far]) for name, far in fars.items()},
         accuracy_std=lfw_accuracy(scores, pairs.same, pairs.fold).std,
         pairs=len(pairs),
     )

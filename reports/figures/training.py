@@ -44,8 +44,6 @@ def _attacks(setting: Setting) -> list[Curve]:
 def _curves(info: AttackInfo) -> Iterable[Curve]:
     if len(info.curve) > 1:
         yield info.name, [(float(step), loss) for step, loss in info.curve]
-    for member in info.members.values():
-        yield from _curves(member)
 
 
 def _figure(slug: str, title: str, curves: Sequence[Curve], unit: str, synthetic: bool) -> Drawing:

@@ -22,16 +22,16 @@ from bench.results import Measure
     ],
 )
 def test_the_interval_decides_the_digits(name, value, low, high, expected, ends):
-    one = Measure(value=value, ci95=(low, high), higher_is_better_for="utility")
+    one = Measure(value=value, ci95=(low, high), direction="utility")
     assert (shown(name, one), interval(name, one)) == (expected, ends)
 
 
 def test_without_an_interval_the_figure_has_its_own_digits():
-    one = Measure(value=0.5, higher_is_better_for="utility")
+    one = Measure(value=0.5, direction="utility")
     assert shown("ssim", one) == "0.500"
     assert shown("accuracy", one) == "50.0"
     assert interval("ssim", one) == ""
-    pinned = Measure(value=1.0, ci95=(1.0, 1.0), higher_is_better_for="utility")
+    pinned = Measure(value=1.0, ci95=(1.0, 1.0), direction="utility")
     assert shown("ssim", pinned) == "1.000"
 
 

@@ -9,6 +9,7 @@ from bench.gate.compare import Difference, FigureChange, Setting
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport
 from bench.results import (
     AttackInfo,
+    AttackResult,
     DatasetInfo,
     DefenseInfo,
     EvaluatorInfo,
@@ -33,9 +34,7 @@ from reports.terminal import figure, render_difference, render_gate, render_plan
 
 
 def measure(value, ci=None):
-    return Measure(
-        value=value, ci95=ci, n=10, higher_is_better_for="utility", reason=None if value is not None else "no"
-    )
+    return Measure(value=value, ci95=ci, n=10, direction="utility", reason=None if value is not None else "no")
 
 
 def quality(ssim):
@@ -45,7 +44,7 @@ def quality(ssim):
         psnr=measure(20.0),
         psnr_aligned=measure(21.0),
         ms_ssim=measure(0.9),
-        lpips=Measure(value=None, higher_is_better_for="privacy", reason="no weights here"),
+        lpips=Measure(value=None, direction="privacy", reason="no weights here"),
         identity=identity,
     )
 
@@ -142,13 +141,17 @@ def test_a_strength_curve_and_its_verdict(result):
     assert "last doubling: not judged (no)" in text(render_result(unjudged, Path("r")))
 
 
-def test_members_stand_below_their_composite(result):
-    recovery = result.recovery.model_copy(update={"members": {"linear": quality(0.777), "unet": quality(0.8)}})
-    attack = result.attack.model_copy(update={"name": "composite"})
-    lines = text(render_result(result.model_copy(update={"recovery": recovery, "attack": attack}), Path("r")))
-    order = [lines.index(part) for part in ("composite, worst case", "  linear", "  unet", "floor: mean face")]
+def test_the_worst_case_stands_below_the_attacks(result):
+    both = {}
+    for name, ssim in (("linear", 0.777), ("unet", 0.8)):
+        recovery = result.recovery.model_copy(update=dict(quality(ssim)))
+        both[name] = AttackResult(attack=result.attack.model_copy(update={"name": name}), recovery=recovery)
+    alone = {"attack": None, "recovery": None, "attacks": both, "worst_case": result.recovery}
+    lines = text(render_result(result.model_copy(update=alone), Path("r")))
+    order = [
+        lines.index(part) for part in ("against linear, unet", "Attack linear", "0.777", "Attack unet", "Worst case")
+    ]
     assert order == sorted(order)
-    assert "0.777" in lines
 
 
 def test_state_inference_stands_beside_guessing(result):
@@ -162,8 +165,6 @@ def test_queries_are_told(result):
     asker = result.attack.model_copy(update={"details": {"queries_per_victim": 6800.5, "fit_queries": 1000}})
     shown = text(render_result(result.model_copy(update={"attack": asker}), Path("r")))
     assert "unet: 6,800.5 score queries per victim, 1,000 embedding queries while it was fitted" in shown
-    composite = result.attack.model_copy(update={"name": "composite", "members": {"unet": asker}})
-    assert "unet: 6,800.5 score" in text(render_result(result.model_copy(update={"attack": composite}), Path("r")))
     assert "queries" not in text(render_result(result, Path("r")))
 
 
@@ -252,7 +253,7 @@ def verdict(**changed):
     given = {
         "figure": "recovery.ssim",
         "role": "privacy",
-        "higher_is_better_for": "utility",
+        "direction": "utility",
         "baseline": 0.7,
         "now": 0.8,
         "change": 0.1,
@@ -307,7 +308,7 @@ def test_names_are_no_markup():
         first=name,
         second="s",
         settings=[Setting(kind="asked", name=name, first=name, second=None)],
-        figures=[FigureChange(figure=name, higher_is_better_for="utility", first=0.1, second=None)],
+        figures=[FigureChange(figure=name, direction="utility", first=0.1, second=None)],
         warnings={name: [name]},
     )
     assert gate_text(render_difference(found)).count(name) >= 5
@@ -326,7 +327,7 @@ def cell(**changed):
 
 
 def sweep_measure(value):
-    return Measure(value=value, higher_is_better_for="utility", reason=None if value is not None else "no weights")
+    return Measure(value=value, direction="utility", reason=None if value is not None else "no weights")
 
 
 def test_figures_stand_beside_their_neighbours():

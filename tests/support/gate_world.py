@@ -34,10 +34,8 @@ RATES = {"type1_tar": 0.5, "type2_tar": 0.4, "rank1": 0.3}
 CEILING = {"ssim": 0.97, "psnr": 36.0, "psnr_aligned": 37.0, "ms_ssim": 0.99, "cosine": 0.98}
 
 
-def measure(value, ci=None, direction="utility", n=PEOPLE * IMAGES, reason="every resample gives the same value"):
-    return Measure(
-        value=value, ci95=ci, n=n, higher_is_better_for=direction, reason=None if value is not None and ci else reason
-    )
+def measure(value, ci=None, direction="leakage", n=PEOPLE * IMAGES, reason="every resample gives the same value"):
+    return Measure(value=value, ci95=ci, n=n, direction=direction, reason=None if value is not None and ci else reason)
 
 
 def rows(method, seed, level, shift, retrained):
@@ -60,7 +58,7 @@ def quality(table):
     def mean(name):
         return measure(float(table[name].mean()), (float(table[name].min()), float(table[name].max())))
 
-    missing = Measure(value=None, higher_is_better_for="privacy", reason="LPIPS: no weights here")
+    missing = Measure(value=None, direction="privacy", reason="LPIPS: no weights here")
     return Quality(
         **{name: mean(name) for name in ("ssim", "psnr", "psnr_aligned", "ms_ssim")},
         lpips=missing,
@@ -68,11 +66,11 @@ def quality(table):
     )
 
 
-def verification(accuracy):
+def verification(accuracy, direction="leakage"):
     return Verification(
-        accuracy=measure(accuracy, (accuracy - 0.04, accuracy + 0.04)),
-        auc=measure(accuracy + 0.05, (accuracy, accuracy + 0.1)),
-        eer=measure(1 - accuracy, (0.9 - accuracy, 1.1 - accuracy), "privacy"),
+        accuracy=measure(accuracy, (accuracy - 0.04, accuracy + 0.04), direction),
+        auc=measure(accuracy + 0.05, (accuracy, accuracy + 0.1), direction),
+        eer=measure(1 - accuracy, (0.9 - accuracy, 1.1 - accuracy), "privacy" if direction == "leakage" else "cost"),
         tar_at_far={},
         pairs=100,
     )
@@ -157,7 +155,9 @@ def make_run(
         own = rows(attack, seed, None, shift or {}, retrained)
         ceiling = rows("ceiling", seed, CEILING, ceiling_shift or {}, retrained)
         pd.concat([own, ceiling]).to_parquet(folder / "per_image.parquet")
-        about["utility"] = Utility(**verification(accuracy).model_dump(), unprotected=verification(0.9))
+        about["utility"] = Utility(
+            **verification(accuracy, "utility").model_dump(), unprotected=verification(0.9, "utility")
+        )
         about["recovery"] = Recovery(**quality(own).model_dump(), floors={}, ceiling=quality(ceiling))
     else:
         about["linkage"] = Linkage(

@@ -30,10 +30,10 @@ from bench.results import (
 VICTIMS = 8
 
 
-def measure(value, spread=0.01, direction="utility"):
+def measure(value, spread=0.01, direction="leakage"):
     if value is None:
-        return Measure(value=None, higher_is_better_for=direction, reason="no weights")
-    return Measure(value=value, ci95=(value - spread, value + spread), n=VICTIMS, higher_is_better_for=direction)
+        return Measure(value=None, direction=direction, reason="no weights")
+    return Measure(value=value, ci95=(value - spread, value + spread), n=VICTIMS, direction=direction)
 
 
 def quality(ssim, cosine=0.5):
@@ -49,10 +49,14 @@ def quality(ssim, cosine=0.5):
     )
 
 
-def verification(accuracy):
-    rates = {"1e-1": measure(accuracy), "1e-2": measure(accuracy / 2)}
+def verification(accuracy, direction="leakage"):
+    error = "privacy" if direction == "leakage" else "cost"
     return Verification(
-        accuracy=measure(accuracy, 0.02), auc=measure(0.9), eer=measure(0.1), tar_at_far=rates, pairs=100
+        accuracy=measure(accuracy, 0.02, direction),
+        auc=measure(0.9, direction=direction),
+        eer=measure(0.1, direction=error),
+        tar_at_far={"1e-1": measure(accuracy, direction=direction), "1e-2": measure(accuracy / 2, direction=direction)},
+        pairs=100,
     )
 
 
@@ -136,7 +140,9 @@ def write_run(
                 name=dataset, synthetic=synthetic, image_size=image_size, identities={"victims": 4}, images={},
                 pairs=100, probes=VICTIMS, skipped=0,
             ),
-            utility=Utility(**verification(accuracy).model_dump(), unprotected=verification(0.97)),
+            utility=Utility(
+                **verification(accuracy, "utility").model_dump(), unprotected=verification(0.97, "utility")
+            ),
             recovery=None if linkage else Recovery(
                 **quality(mean, cosine).model_dump(), floors=floors, ceiling=quality(0.99, 0.9)
             ),

@@ -186,11 +186,11 @@ class TestChange:
         assert references(run([0.3, 0.2], seed=1, source="other"), runs) == (runs, False)
 
 
-def expected(value=0.5, role="privacy", tolerance=0.05, margin=0.05):
+def expected(value=0.5, role="privacy", direction="leakage", tolerance=0.05, margin=0.05):
     return Expected(
         value=value,
         role=role,
-        higher_is_better_for="utility",
+        direction=direction,
         absolute=tolerance,
         margin=margin,
         seed_sd=0.0,
@@ -230,9 +230,14 @@ class TestDecision:
 
     def test_directions(self):
         fall = Change(0.5, 0.3, 0.01, math.inf, "other victims")
-        roles = {"privacy": "pass", "utility": "regress", "canary": "broken attack"}
-        for role, outcome in roles.items():
-            [verdict] = decide({NAME: fall}, {NAME: expected(role=role)}, alpha=0.01, alpha_pass=0.05)
+        roles = {
+            ("privacy", "leakage"): "pass",
+            ("privacy", "privacy"): "regress",
+            ("utility", "utility"): "regress",
+            ("canary", "leakage"): "broken attack",
+        }
+        for way, outcome in roles.items():
+            [verdict] = decide({NAME: fall}, {NAME: expected(0.5, *way)}, alpha=0.01, alpha_pass=0.05)
             assert verdict.outcome == outcome
 
     def test_exact_figures_are_judged_by_their_size(self):
@@ -285,7 +290,7 @@ class TestRates:
         found: Counter[str] = Counter()
         for _ in range(baselines):
             base = [self.scores(rng, seed, {}) for seed in range(seeds)]
-            figures = {name: _expected(name, base, "utility", len(self.WORLD)) for name, *_ in self.WORLD}
+            figures = {name: _expected(name, base, "leakage", len(self.WORLD)) for name, *_ in self.WORLD}
             for seed in range(100, 100 + runs):
                 now = self.scores(rng, seed, harm)
                 changes = {

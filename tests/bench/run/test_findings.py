@@ -4,14 +4,13 @@ import pytest
 
 from bench.results import Measure
 from bench.run.findings import strength_curve
-from bench.run.scorer import LEAKAGE
 
 TOLERANCE = {"ssim": 0.005, "cosine": 0.01}
 
 
 def measure(value, low=None, high=None):
     ci95 = None if low is None else (low, high)
-    return Measure(value=value, ci95=ci95, n=9, higher_is_better_for=LEAKAGE, reason=None if ci95 else "alike")
+    return Measure(value=value, ci95=ci95, n=9, direction="leakage", reason=None if ci95 else "alike")
 
 
 def curve(gains, budgets=(1, 2, 4)):

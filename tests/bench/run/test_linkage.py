@@ -106,10 +106,10 @@ def test_figures_are_those_of_the_metrics(pairs: PairProtocol) -> None:
 
 def test_more_linkage_suits_the_attacker_in_every_figure(pairs: PairProtocol) -> None:
     result = assess(pairs, 1.0, 1.0, 1.0)
-    assert result.rank1.higher_is_better_for == "utility"
-    assert {measure.higher_is_better_for for measure in result.d_sys.values()} == {"utility"}
-    assert result.protected_plain.auc.higher_is_better_for == "utility"
-    assert result.protected_plain.eer.higher_is_better_for == "privacy"
+    assert result.rank1.direction == "leakage"
+    assert {measure.direction for measure in result.d_sys.values()} == {"leakage"}
+    assert result.protected_plain.auc.direction == "leakage"
+    assert result.protected_plain.eer.direction == "privacy"
 
 
 def test_intervals_rest_on_the_same_people_and_on_the_seed(pairs: PairProtocol) -> None:
@@ -277,20 +277,20 @@ def test_noise_hides_and_more_interceptions_see_through_it(run, plain):
     noisy = {"defense": "noise", "defense_options": {"scale": "1.5"}}
     result, _ = run(**noisy, budget="k=1,16")
     curve = result.strength
-    assert set(curve.points[0].values) == {"accuracy", "auc", "rank1"}
-    assert set(curve.gain_of_last_doubling) == {"accuracy"}
-    assert curve.points[-1].values["accuracy"] == result.linkage.protected_plain.accuracy
+    assert set(curve.points[0].values) == {"linkage", "linkage_auc", "linkage_rank1"}
+    assert set(curve.gain_of_last_doubling) == {"linkage"}
+    assert curve.points[-1].values["linkage"] == result.linkage.protected_plain.accuracy
     ceiling = plain[0].linkage.plain.auc.value
-    once, often = (point.values["auc"].value for point in curve.points)
+    once, often = (point.values["linkage_auc"].value for point in curve.points)
     assert once < often < ceiling + 0.02
-    gain = curve.gain_of_last_doubling["accuracy"]
-    before, last = (point.values["accuracy"].value for point in curve.points)
+    gain = curve.gain_of_last_doubling["linkage"]
+    before, last = (point.values["linkage"].value for point in curve.points)
     assert gain.value == pytest.approx(last - before)
     # Two independent interceptions hide more than one and a plain face.
     assert result.linkage.protected_protected.auc.value < result.linkage.protected_plain.auc.value + 0.02
     assert result.linkage.plain == plain[0].linkage.plain
     single, _ = run(**noisy)
-    assert single.linkage.protected_plain.accuracy == curve.points[0].values["accuracy"]
+    assert single.linkage.protected_plain.accuracy == curve.points[0].values["linkage"]
 
 
 @pytest.mark.slow

@@ -259,24 +259,26 @@ class TestComposite:
     def test_each_victim_suffers_the_worst_by_every_measure(self, composed):
         result, directory = composed
         table = pd.read_parquet(directory / "per_image.parquet").set_index(["method", "image"])
-        left, right, both = (table.loc[name] for name in ("left-half", "right-half", "composite"))
+        left, right, both = (table.loc[name] for name in ("left-half", "right-half", "worst case"))
         for name in ("ssim", "psnr", "psnr_aligned", "ms_ssim", "cosine", "type1_tar", "type2_tar", "rank1", "rank5"):
             np.testing.assert_array_equal(both[name], np.maximum(left[name], right[name]))
         np.testing.assert_array_equal(both["knn_distance"], np.minimum(left["knn_distance"], right["knn_distance"]))
         better = left["ssim"] > right["ssim"]
         assert 0 < better.sum() < len(better)  # neither half is the better one for everybody
-        ssim = result.recovery.ssim
+        ssim = result.worst_case.ssim
         assert ssim.value == pytest.approx(both["ssim"].mean(), abs=1e-6)
         assert ssim.ci95[0] < ssim.value < ssim.ci95[1]
 
     def test_members_stand_beside_it(self, composed):
         result, directory = composed
-        recovery = result.recovery
-        assert set(recovery.members) == set(result.attack.members) == {"left-half", "right-half"}
-        assert all(recovery.ssim.value > member.ssim.value for member in recovery.members.values())
-        assert recovery.ceiling.ssim.value > recovery.ssim.value
-        assert result.attack.members["left-half"].options["batch_limit"] == 3
-        assert result.attack.members["right-half"].options["batch_limit"] == 0
+        worst, attacks = result.worst_case, result.attack_results
+        assert list(attacks) == ["left-half", "right-half"]
+        assert result.attack is result.recovery is None
+        assert all(worst.ssim.value > one.recovery.ssim.value for one in attacks.values())
+        assert all(one.recovery.ceiling.ssim.value > one.recovery.ssim.value for one in attacks.values())
+        assert worst.ceiling.ssim.value > worst.ssim.value
+        assert attacks["left-half"].attack.options["batch_limit"] == 3
+        assert attacks["right-half"].attack.options["batch_limit"] == 0
         assert {"recover left-half", "recover right-half"} <= set(result.throughput)
         assert (directory / "checkpoints" / "attack-left-half.safetensors").is_file()
         assert (directory / "samples" / "contact-sheet.png").is_file()
@@ -284,7 +286,7 @@ class TestComposite:
     def test_a_member_is_not_run_again(self, run, composed):
         result, directory = run(attack="right-half")
         assert made(directory) == []
-        assert result.recovery.ssim == composed[0].recovery.members["right-half"].ssim
+        assert result.recovery.ssim == composed[0].attacks["right-half"].recovery.ssim
 
     @pytest.mark.parametrize(
         ("attacks", "message"),

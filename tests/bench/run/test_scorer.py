@@ -75,7 +75,7 @@ def test_the_distance_is_to_another_image_of_the_person(perfect, victims):
     expected = torch.cdist(embeddings[:, :1], embeddings[:, 1:]).amin(dim=(1, 2))
     torch.testing.assert_close(perfect.values["knn_distance"], expected, atol=1e-3, rtol=0)
     measure = perfect.quality.identity.knn_distance
-    assert measure.higher_is_better_for == "privacy"
+    assert measure.direction == "privacy"
     assert measure.value == pytest.approx(float(expected.mean()), abs=1e-3)
     assert perfect.quality.identity.rank5.value >= perfect.quality.identity.rank1.value
 
