@@ -1,4 +1,4 @@
-"""Progress bars on stderr: shown on a terminal, silent off it; every report also goes to a log."""
+"""Progress bars on stderr: shown on a terminal and in a notebook, silent elsewhere; every report also goes to a log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ProgressBars:
     """Turns ``report(done, total, **fields)`` calls into bars with an ETA.
 
     Args:
-        console: where the bars go; nothing is drawn unless it is a terminal.
+        console: where the bars go; nothing is drawn unless it is a terminal or a notebook.
         log: called as ``log("progress", task=..., done=..., total=..., **fields)`` now and then.
     """
 
@@ -36,7 +36,7 @@ class ProgressBars:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not (console.is_terminal or console.is_jupyter),
             transient=True,
         )
 

@@ -168,6 +168,11 @@ class Run:
     altered: tuple[str, ...] = field(default=())
 
     @property
+    def metrics(self) -> pd.DataFrame:
+        """A row per figure: its dotted name in the result, value, ends of the interval, n and whatever else it says."""
+        return pd.DataFrame(_figures(self.result.model_dump(mode="json"), ""))
+
+    @property
     def failed(self) -> bool:
         """Whether there are no figures."""
         return self.result.status != "success"
@@ -176,6 +181,16 @@ class Run:
     def synthetic(self) -> bool:
         """Whether its faces were made up; a run that does not say so counts as one on real faces."""
         return self.result.dataset is not None and self.result.dataset.synthetic
+
+
+def _figures(node: dict[str, Any], name: str) -> Iterable[dict[str, Any]]:
+    if "ci95" in node:
+        low, high = node.pop("ci95") or (None, None)
+        yield {"metric": name, "value": node.pop("value"), "low": low, "high": high, **node}
+        return
+    for key, inner in node.items():
+        if isinstance(inner, dict):
+            yield from _figures(inner, f"{name}.{key}" if name else key)
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:

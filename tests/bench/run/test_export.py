@@ -53,7 +53,7 @@ def make_run(tmp_path):
         save_recogniser(recogniser.eval(), run / "checkpoints" / "recogniser.safetensors")
         if attack:
             fitted = plugins.make_attack(config.attack, config.attack_options, config.preset)
-            fitted.fit(export._adversary(config, defense, faces))
+            fitted.learn(export._adversary(config, defense, faces))
             save_file(
                 {name: tensor.contiguous() for name, tensor in fitted.state_dict().items()},
                 run / "checkpoints" / "attack.safetensors",
