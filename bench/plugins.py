@@ -222,16 +222,21 @@ def make_options(plugin: type[Defense] | type[Attack], values: dict[str, Any], p
         raise UsageError(f"{explain(error, f'{flag} of {plugin.name}')} (options: {names})") from None
 
 
-def make_defense(name: str, values: dict[str, Any], preset: str, image_size: int) -> Defense:
-    """The defence ``name`` with its options, for faces of ``image_size`` pixels.
+def make_defense(name: str, values: dict[str, Any], preset: str, image_size: int, *, seed: int = 0) -> Defense:
+    """The defence ``name`` with its options, for faces of ``image_size`` pixels; not fitted.
+
+    Initial weights come from ``seed``; torch's global generator is left as it was.
 
     Raises:
         UsageError: unknown name, or options that are unknown, invalid or do not fit together.
     """
+    from bench.randomness import seeded
+
     plugin = defenses().get(name)
     options = make_options(plugin, values, preset, "-o")
     try:
-        return plugin(options, image_size=image_size)
+        with seeded(seed, "weights"):
+            return plugin(options, image_size=image_size).eval()
     except ValueError as error:
         raise UsageError(f"-o of {name}: {error}") from error
 

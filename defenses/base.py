@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
+from lightning_fabric import Fabric
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.nn import functional
+
+from bench.randomness import base_seed, derived
+
+Shape = tuple[int, int, int]
 
 
 class DefenseOptions(BaseModel):
@@ -27,10 +34,62 @@ class Protected:
         representation: float32 (N, C, h, w), what is sent.
         state: int64 (N, D), what a random defence drew for each face and never sends; None for a
             defence that draws nothing countable.
+        keys: int64 (N, k), the key of each face's client, which is never sent; None for a defence without keys.
     """
 
     representation: Tensor
     state: Tensor | None
+    keys: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DefenseTraining:
+    """What a trainable defence is fitted with. Initial weights and dropout may use torch's global generators: the
+    harness has seeded them.
+
+    Attributes:
+        batches: ``batches(batch_size, generator)`` passes once over the provider's faces in random order, varied as in
+            recogniser training: faces float (b, 3, H, W) in [0, 1] and labels int64 (b,), on the device.
+        images: how many faces that are.
+        identities: labels lie in 0..identities-1.
+        generator: the fit's own randomness.
+        fabric: device and precision.
+        make_recogniser: ``make_recogniser(shape)`` gives a fresh recogniser of representations (N, *shape), with
+            embeddings (N, D), and its margin head, which is called with embeddings and labels and gives the mean loss
+            and bool (N,) hits; both on the device, for a defence that is trained jointly with a recogniser.
+        folder: where the state of the fit is kept, to resume from; None to keep nothing.
+        report: called as ``report(done, total, **fields)``, counting images.
+    """
+
+    batches: Callable[[int, torch.Generator], Iterator[tuple[Tensor, Tensor]]]
+    images: int
+    identities: int
+    generator: torch.Generator
+    fabric: Fabric
+    make_recogniser: Callable[[Shape], tuple[nn.Module, nn.Module]]
+    folder: Path | None = None
+    report: Callable[..., None] = lambda done, total, **fields: None
+
+    def steps(
+        self, epochs: int, batch_size: int, kept: Mapping[str, nn.Module | torch.optim.Optimizer]
+    ) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
+        """Faces, labels and a generator for the draws of every step of ``epochs`` passes.
+
+        After each pass what is ``kept`` (by name: the modules and optimisers in training) is written to the folder; a
+        fit that was killed goes on from there, and ends as if it had not been.
+        """
+        path = None if self.folder is None else self.folder / "fit.ckpt"
+        first = int(self.fabric.load(path, dict(kept))["epoch"]) if path is not None and path.is_file() else 0
+        seed, total = base_seed(self.generator), epochs * self.images
+        for epoch in range(first, epochs):
+            torch.manual_seed(derived(seed, "dropout", epoch).initial_seed())
+            generator, done = derived(seed, "epoch", epoch), epoch * self.images
+            for faces, labels in self.batches(batch_size, generator):
+                yield faces, labels, generator
+                done += len(faces)
+                self.report(done, total)
+            if path is not None:
+                self.fabric.save(path, {**kept, "epoch": epoch + 1})
 
 
 class LinearOperator(Protocol):
@@ -79,7 +138,9 @@ class Defense(nn.Module, ABC):
         summary: one line for ``bench list``.
         reference: paper, venue and year, or "" for a textbook operation.
         Options: the option model.
+        level: where it protects: the picture, the features of a client's network (split inference), or the template.
         trainable: whether :meth:`fit` learns something.
+        differentiable: whether a representation has a useful gradient in the faces.
         presets: options that a preset of the harness (``quick``, ``cpu``, ``gpu``, ``paper``) sets.
     """
 
@@ -87,7 +148,9 @@ class Defense(nn.Module, ABC):
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
     Options: ClassVar[type[DefenseOptions]] = DefenseOptions
+    level: ClassVar[Literal["image", "feature", "template"]] = "image"
     trainable: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
@@ -110,8 +173,30 @@ class Defense(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def representation_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of one representation."""
+    def representation_shape(self) -> Shape:
+        """(C, h, w) of one representation; with several parts, what :meth:`pack` makes of them."""
+
+    @property
+    def parts(self) -> Mapping[str, Shape]:
+        """Name -> (C, h, w) of each part of what is sent, where these differ in shape; by default there is one part."""
+        return {"representation": self.representation_shape}
+
+    def pack(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """One representation (N, sum of C, h, w) out of the parts (N, C, h', w'), in the order of :attr:`parts`.
+
+        h and w are the largest. Smaller maps are repeated (nearest neighbour), which :meth:`unpack` takes back without
+        loss: recognisers and attacks see maps of one size, and nothing that is not sent.
+        """
+        _, height, width = self.representation_shape
+        return torch.cat([_repeated(_repeated(parts[name], 2, height), 3, width) for name in self.parts], dim=1)
+
+    def unpack(self, representation: Tensor) -> dict[str, Tensor]:
+        """The parts of a representation as they are sent, (N, C, h', w') each; the inverse of :meth:`pack`."""
+        maps = representation.split([shape[0] for shape in self.parts.values()], dim=1)
+        return {
+            name: part[:, :, _first_copies(h, part.shape[2])][..., _first_copies(w, part.shape[3])]
+            for part, (name, (_, h, w)) in zip(maps, self.parts.items(), strict=True)
+        }
 
     @property
     def channels(self) -> int:
@@ -125,7 +210,7 @@ class Defense(nn.Module, ABC):
 
     def bytes_per_face(self, dtype: torch.dtype = torch.float32) -> int:
         """Size of what is sent for one face, uncompressed, in bytes."""
-        return math.prod(self.representation_shape) * dtype.itemsize
+        return sum(map(math.prod, self.parts.values())) * dtype.itemsize
 
     # -- what it draws ---------------------------------------------------------------------------
 
@@ -146,6 +231,13 @@ class Defense(nn.Module, ABC):
         states = self.states()
         return 0.0 if states is None else math.log2(len(states))
 
+    def draw_keys(self, count: int, generator: torch.Generator) -> Tensor | None:
+        """Keys of ``count`` clients: int64 (count, k) on the CPU, or None for a defence without keys.
+
+        A client keeps its key for all its faces; an adversary who has not stolen it draws one, as anybody can.
+        """
+        return None
+
     # -- what it keeps from the attacker ---------------------------------------------------------
 
     @property
@@ -164,8 +256,8 @@ class Defense(nn.Module, ABC):
 
     # -- what it does ----------------------------------------------------------------------------
 
-    def fit(self, faces: Tensor, labels: Tensor, generator: torch.Generator) -> None:
-        """Learn from the provider's faces (float (N, 3, H, W) in [0, 1]); nothing by default."""
+    def fit(self, training: DefenseTraining) -> None:
+        """Learn from the provider's faces; nothing by default. The harness stores and freezes what was learnt."""
 
     @abstractmethod
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -174,35 +266,64 @@ class Defense(nn.Module, ABC):
         ``generator`` is for draws that are no countable state (additive noise).
         """
 
+    def keyed_transform(self, faces: Tensor, state: Tensor | None, keys: Tensor, generator: torch.Generator) -> Tensor:
+        """:meth:`transform` under the ``keys`` of the faces' clients, int64 (N, k), for a defence that draws keys."""
+        raise NotImplementedError(f"{self.name} draws keys and must say what they do")
+
     def protect(
-        self, faces: Tensor, generator: torch.Generator, *, labels: Tensor | None = None, state: Tensor | None = None
+        self,
+        faces: Tensor,
+        generator: torch.Generator,
+        *,
+        labels: Tensor | None = None,
+        state: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Protected:
         """Protect a batch.
 
         Args:
-            faces: float (N, 3, H, W) in [0, 1], H = W = ``image_size``, any device.
+            faces: float (N, 3, H, W) in [0, 1], H = W = ``image_size``, any device; left as they are.
             generator: source of all randomness; a CPU generator gives the same draws on every device.
             labels: int64 (N,), in recogniser training only.
             state: int64 (N, D) to pin the states instead of drawing them.
+            keys: int64 (N, k), the keys of the faces' clients, instead of fresh ones.
 
         Raises:
-            ValueError: wrong shape, type or value range.
+            ValueError: faces of another shape, type or value range; or the defence made something of another shape
+                than it declares, or that is not finite.
         """
-        size = self.image_size
+        count, size = len(faces), self.image_size
         if faces.ndim != 4 or tuple(faces.shape[1:]) != (3, size, size):
             raise ValueError(f"{self.name} expects faces (N, 3, {size}, {size}), got {tuple(faces.shape)}")
         if not faces.is_floating_point():
             raise ValueError(f"{self.name} expects float faces in [0, 1], got {faces.dtype}")
-        if len(faces):
+        if count:
             low, high = (float(v) for v in faces.detach().aminmax())
             if not (low >= -1e-4 and high <= 1 + 1e-4):  # also catches NaN
                 raise ValueError(f"{self.name} expects faces in [0, 1], got values from {low:.4g} to {high:.4g}")
         if state is None:
-            state = self.draw(len(faces), generator, labels)
-        return Protected(self.transform(faces, state, generator), state)
+            state = self.draw(count, generator, labels)
+        if keys is None:
+            keys = self.draw_keys(count, generator)
+        faces = faces.clone()  # a defence may work in place
+        if keys is None:
+            representation = self.transform(faces, state, generator)
+        else:
+            representation = self.keyed_transform(faces, state, keys.to(faces.device), generator)
+        if tuple(representation.shape) != (count, *self.representation_shape):
+            declared = (count, *self.representation_shape)
+            raise ValueError(f"{self.name} made representations {tuple(representation.shape)}, it declares {declared}")
+        if representation.numel() and not all(map(math.isfinite, map(float, representation.detach().aminmax()))):
+            raise ValueError(f"{self.name} made representations that are not finite")
+        return Protected(representation, state, keys)
 
     def protect_each(
-        self, faces: Tensor, generators: Sequence[torch.Generator], *, state: Tensor | None = None
+        self,
+        faces: Tensor,
+        generators: Sequence[torch.Generator],
+        *,
+        state: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Protected:
         """Protect a batch with a random stream of its own for every face, so that none depends on its turn.
 
@@ -212,27 +333,32 @@ class Defense(nn.Module, ABC):
             faces: as for :meth:`protect`.
             generators: N, one per face; a stream that stands there twice goes on where it was.
             state: int64 (N, D) to pin the states instead of drawing them.
+            keys: int64 (N, k), the keys of the faces' clients, instead of fresh ones.
 
         Raises:
             ValueError: as :meth:`protect`.
         """
-        if state is None:
-            drawn = [self.draw(1, generator) for generator in generators]
-            state = torch.cat([one for one in drawn if one is not None]) if drawn and drawn[0] is not None else None
-
-        def alone(row: int) -> Protected:
-            pinned = None if state is None else state[row : row + 1]
-            return self.protect(faces[row : row + 1], generators[row], state=pinned)
-
         if not generators:
-            return self.protect(faces, torch.Generator(), state=state)
+            return self.protect(faces, torch.Generator(), state=state, keys=keys)
+
+        def each(draw: Callable[[int, torch.Generator], Tensor | None]) -> Tensor | None:
+            drawn = [row for generator in generators if (row := draw(1, generator)) is not None]
+            return torch.cat(drawn) if drawn else None
+
+        state = each(self.draw) if state is None else state
+        keys = each(self.draw_keys) if keys is None else keys
+
+        def some(rows: slice) -> Tensor:
+            pinned, key = (None if drawn is None else drawn[rows] for drawn in (state, keys))
+            return self.protect(faces[rows], generators[rows.start], state=pinned, keys=key).representation
+
         before = generators[0].get_state()
-        sent = [alone(0)]
+        sent = [some(slice(0, 1))]
         if not torch.equal(before, generators[0].get_state()):
-            sent += [alone(row) for row in range(1, len(faces))]
+            sent += [some(slice(row, row + 1)) for row in range(1, len(faces))]
         elif len(faces) > 1:
-            sent.append(self.protect(faces[1:], generators[1], state=None if state is None else state[1:]))
-        return Protected(torch.cat([part.representation for part in sent]), state)
+            sent.append(some(slice(1, None)))
+        return Protected(torch.cat(sent), state, keys)
 
     def linear_operator(self, state: Tensor | None) -> LinearOperator | None:
         """The map for one ``state``, int64 (D,), where it is linear up to an offset and noise, else None."""
@@ -264,9 +390,73 @@ class Defense(nn.Module, ABC):
         return {
             "name": self.name,
             "options": self.options.model_dump(mode="json"),
+            "level": self.level,
             "representation_shape": list(self.representation_shape),
+            "parts": {name: list(shape) for name, shape in self.parts.items()},
             "views": self.views,
             "states": None if states is None else len(states),
             "entropy_bits": self.entropy_bits,
             "bytes_per_face": self.bytes_per_face(),
         }
+
+
+class TemplateDefense(Defense):
+    """Protects what is stored of a face: the embedding of a recogniser that was trained on plain faces.
+
+    A subclass says what becomes of an embedding under a client's key (:meth:`enrol`) and how two of these compare.
+    ``protect`` gives templates (N, T, 1, 1). The recogniser belongs to the mechanism that an adversary is told, as it
+    runs at the client, but not to the defence's own weights: the harness attaches it.
+    """
+
+    level = "template"
+
+    def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
+        super().__init__(options, image_size=image_size)
+        self.embedding_size = 0
+        self._recogniser: tuple[nn.Module, ...] = ()  # a tuple, of which nn.Module takes no notice
+
+    def attach(self, recogniser: nn.Module, embedding_size: int) -> None:
+        """Take the recogniser whose embeddings (N, D) of plain faces (N, 3, H, W) are protected, D = embedding_size."""
+        self._recogniser, self.embedding_size = (recogniser,), embedding_size
+
+    def embed(self, faces: Tensor) -> Tensor:
+        """Plain embeddings (N, D) of faces and their mirror images together, unit rows, in the faces' type."""
+        if not self._recogniser:
+            raise ValueError(f"{self.name} protects embeddings and has no recogniser to make them: attach one")
+        with torch.autocast(faces.device.type, enabled=False):
+            both = self._recogniser[0](faces) + self._recogniser[0](faces.flip(-1))
+        return functional.normalize(both.to(faces.dtype), dim=1)
+
+    @abstractmethod
+    def enrol(self, embeddings: Tensor, keys: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Templates (N, T) of embeddings (N, D), unit rows, under the keys int64 (N, k) of their clients."""
+
+    @abstractmethod
+    def compare(self, first: Tensor, second: Tensor) -> Tensor:
+        """Scores (N,) of templates (N, T), row by row, higher for the same person; of any length of the rows."""
+
+    def estimate(self, templates: Tensor, keys: Tensor) -> Tensor:
+        """What an adversary with stolen ``keys`` makes of templates (N, T): about the embeddings, (N, D).
+
+        The templates themselves by default.
+        """
+        return templates
+
+    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Templates of a defence without keys, (N, T, 1, 1)."""
+        return self.enrol(self.embed(faces), None, generator)[..., None, None]
+
+    def keyed_transform(self, faces: Tensor, state: Tensor | None, keys: Tensor, generator: torch.Generator) -> Tensor:
+        """Templates under keys, (N, T, 1, 1)."""
+        return self.enrol(self.embed(faces), keys, generator)[..., None, None]
+
+
+def _repeated(maps: Tensor, dim: int, size: int) -> Tensor:
+    """Nearest neighbours along ``dim``, up to ``size``."""
+    held = maps.shape[dim]
+    return maps if held == size else maps.index_select(dim, torch.arange(size, device=maps.device) * held // size)
+
+
+def _first_copies(held: int, size: int) -> Tensor:
+    """Where the first copy of each of ``held`` values lies that were repeated up to ``size``: ceil(i size / held)."""
+    return (torch.arange(held) * size + held - 1) // held

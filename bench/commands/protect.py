@@ -15,14 +15,17 @@ from bench.commands.flags import AsJson, DefenseOptions
 from bench.errors import DataError, MissingError, UsageError
 from bench.files import replacing
 from bench.plugins import make_defense
-from bench.run.config import parse_assignments
+from bench.run.config import parse_assignments, run_config
 
 
 def protect(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Face images, one face each.")],
-    defense: Annotated[str, typer.Option(help="Defence (bench list defenses).")],
     out_file: Annotated[Path, typer.Option("--out", help="The .npz file to write.")],
+    defense: Annotated[str | None, typer.Option(help="Defence (bench list defenses).")] = None,
     defense_option: DefenseOptions = None,
+    run: Annotated[
+        Path | None, typer.Option("--from", help="Folder of a run: protect with its defence, as it was fitted there.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of what the defence draws.")] = 0,
     image_size: Annotated[int, typer.Option(min=16, max=1024, help="Faces are resized to this, in pixels.")] = 112,
     as_json: AsJson = False,
@@ -35,6 +38,7 @@ def protect(
         options=parse_assignments(defense_option or [], "-o"),
         seed=seed,
         image_size=image_size,
+        run=run,
     )
     if as_json:
         print_json(summary)
@@ -47,23 +51,32 @@ def protect_files(
     images: Sequence[Path],
     file: Path,
     *,
-    defense: str,
-    options: Mapping[str, str],
-    seed: int,
-    image_size: int,
+    defense: str | None = None,
+    options: Mapping[str, str] | None = None,
+    seed: int = 0,
+    image_size: int = 112,
+    run: Path | None = None,
 ) -> dict[str, Any]:
     """Protect image files and write the representations to ``file`` in one step.
 
-    The ``.npz`` holds ``representation`` (N, C, h, w) float32, ``state`` (N, D) int64 (empty where nothing is
-    drawn), ``images`` (the paths), ``defense`` and ``options`` (JSON).
+    The ``.npz`` holds what is sent, ``representation`` (N, C, h, w) float32 or, where it has several parts, each under
+    its name; beside it ``state`` (N, D) and ``keys`` (N, k) int64 (empty where none are drawn), ``images`` (the paths),
+    ``defense`` and ``options`` (JSON).
+
+    Args:
+        images: one face each.
+        file: the file.
+        defense, options, image_size: the defence; left out for that of ``run``.
+        seed: of what the defence draws.
+        run: the folder of a finished run, whose defence is used, as it was fitted there.
 
     Returns:
-        A summary: name, options, shape, bytes per face, file.
+        A summary: name, options, shape, parts, bytes per face, file.
 
     Raises:
-        UsageError: unknown defence or option, or ``file`` is no ``.npz``.
-        MissingError: an image is not there.
-        DataError: an image cannot be decoded.
+        UsageError: unknown defence or option, none or two defences named, or ``file`` is no ``.npz``.
+        MissingError: an image, the run or its checkpoint is not there.
+        DataError: an image cannot be decoded, or the run's files are damaged.
     """
     import numpy as np
     import torch
@@ -71,12 +84,19 @@ def protect_files(
     from bench.data.decode import decode_image
     from bench.images import to_float
     from bench.randomness import Streams
+    from bench.run.provider import load_defense
 
     if file.suffix != ".npz":
         raise UsageError(f"--out {file}: the file must end in .npz")
-    mechanism = make_defense(defense, dict(options), "cpu", image_size)
-    if mechanism.trainable:
-        raise UsageError(f"{defense} has to be fitted on faces first: run it with bench run")
+    if (defense is None) == (run is None) or (run is not None and options):
+        raise UsageError("name a defence (--defense, with -o), or a run to take its defence from (--from)")
+    if run is not None:
+        config = run_config(run)
+        mechanism, image_size = load_defense(run, config), config.image_size
+    else:
+        mechanism = make_defense(str(defense), dict(options or {}), "cpu", image_size)
+        if mechanism.trainable or mechanism.level == "template":
+            raise UsageError(f"{defense} learns from faces: run it with bench run, then bench protect --from RUN")
     for image in images:
         if not image.is_file():
             raise MissingError(f"image {image} does not exist")
@@ -88,21 +108,24 @@ def protect_files(
             raise DataError(f"{image}: {error}") from None
     faces = to_float(torch.stack(decoded))
     protected = mechanism.protect(faces, Streams(seed).generator("victims"))
-    state = protected.state if protected.state is not None else torch.empty(len(faces), 0, dtype=torch.int64)
+    parts: dict[str, Any] = mechanism.unpack(protected.representation.float())
+    nothing = torch.empty(len(faces), 0, dtype=torch.int64)
     resolved = mechanism.options.model_dump(mode="json")
     with replacing(file) as temporary:
         np.savez(
             temporary,
-            representation=protected.representation.float().numpy(),
-            state=state.numpy(),
+            state=(nothing if protected.state is None else protected.state).numpy(),
+            keys=(nothing if protected.keys is None else protected.keys).numpy(),
             images=np.array([str(image) for image in images]),
             defense=np.array(mechanism.name),
             options=np.array(json.dumps(resolved)),
+            **parts,
         )
     return {
         "defense": mechanism.name,
         "options": resolved,
         "shape": list(protected.representation.shape),
+        "parts": {name: list(part.shape) for name, part in parts.items()},
         "bytes_per_face": mechanism.bytes_per_face(),
         "out": str(file),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -175,6 +175,25 @@ class Recogniser(nn.Module):
     def embed(self, representation: Tensor) -> Tensor:
         """Unit embeddings, float32 (N, D), whose dot products are cosines."""
         return F.normalize(self(representation).float())
+
+
+class TemplateReader(Recogniser):
+    """What stands for the recogniser behind a template defence: what is stored, (N, T, 1, 1), is the embedding (N, T).
+
+    Args:
+        extractor: makes the embeddings that the defence protects.
+        representation_shape: (T, 1, 1).
+    """
+
+    def __init__(self, extractor: Recogniser, representation_shape: tuple[int, int, int]) -> None:
+        nn.Module.__init__(self)
+        size = representation_shape[0]
+        self.spec = replace(extractor.spec, representation_shape=representation_shape, embedding_size=size)
+        self.extractor = extractor
+
+    def forward(self, representation: Tensor) -> Tensor:
+        """The templates, (N, T)."""
+        return representation.flatten(1)
 
 
 def build_recogniser(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
+import json
 import logging
 import math
 import tomllib
@@ -15,7 +16,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from bench.errors import MissingError, UsageError
+from bench.errors import DataError, MissingError, UsageError
 from bench.plugins import Option, describe, explain
 from bench.recognition.options import TrainingOptions
 
@@ -401,3 +402,19 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path
         return RunConfig.model_validate(merge(*layers))
     except ValidationError as error:
         raise UsageError(explain(error, "configuration")) from None
+
+
+def run_config(run: Path) -> RunConfig:
+    """The resolved configuration of the run in the folder ``run``.
+
+    Raises:
+        MissingError: it is no run.
+        DataError: its manifest is damaged or of another version.
+    """
+    path = run / "manifest.json"
+    try:
+        return RunConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))["config"])
+    except FileNotFoundError as error:
+        raise MissingError(f"{run} is no run: it has no manifest.json") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error

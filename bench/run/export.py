@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,8 +25,9 @@ from bench.files import replacing, sha256
 from bench.images import to_float
 from bench.randomness import Streams
 from bench.recognition.state import load_recogniser
-from bench.run.config import RunConfig
+from bench.run.config import RunConfig, run_config
 from bench.run.machines import make_fabric
+from bench.run.provider import load_defense
 from defenses.base import Defense
 
 #: Largest difference to torch that is let through, over the largest output or 1.
@@ -95,8 +95,8 @@ def export(run: Path, what: str, out: Path) -> Exported:
         raise UsageError(f"--out {out}: an ONNX file ends in .onnx")
     if importlib.util.find_spec("onnx") is None:
         raise MissingError("an export needs the package onnx: pip install onnx")
-    config = _config(run)
-    defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
+    config = run_config(run)
+    defense = load_defense(run, config)
     if what == "recogniser":
         network, inputs = _recogniser(run, defense)
         names, output = ["input" if isinstance(network, _FromPixels) else "representation"], "embedding"
@@ -127,17 +127,6 @@ def export(run: Path, what: str, out: Path) -> Exported:
     )
 
 
-def _config(run: Path) -> RunConfig:
-    path = run / "manifest.json"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        return RunConfig.model_validate(document["config"])
-    except FileNotFoundError as error:
-        raise MissingError(f"{run} is no run: it has no manifest.json") from error
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-
-
 def _checkpoint(run: Path, name: str) -> Path:
     path = run / "checkpoints" / f"{name}.safetensors"
     if not path.is_file():
@@ -148,8 +137,8 @@ def _checkpoint(run: Path, name: str) -> Path:
 
 def _recogniser(run: Path, defense: Defense) -> tuple[nn.Module, list[Tensor]]:
     recogniser, _ = load_recogniser(_checkpoint(run, "recogniser"))
-    example = torch.randn(_OTHER, *defense.representation_shape, generator=Streams(0).generator("export"))
-    if defense.name == "none":
+    example = torch.randn(_OTHER, *recogniser.spec.representation_shape, generator=Streams(0).generator("export"))
+    if defense.name == "none" or defense.level == "template":
         return _FromPixels(recogniser), [example.clamp(-1, 1)]
     # Representations of any scale will do, but each channel's own statistics show a mistake best.
     measured = recogniser.normalisation

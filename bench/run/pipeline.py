@@ -142,10 +142,11 @@ class Pipeline:
         findings = run(attacks, self.attack_configs, defense, plain, store)
 
         parts = members(self.attack_configs[-1])
-        recognised = config.utility or any(attacks.asks_provider(member.make()) for member in parts.values())
+        asked = any(attacks.asks_provider(member.make()) for member in parts.values())
+        recognised = config.utility or asked or defense.level == "template"
         with stages.timed("throughput"):
             speed = provider_speed(attacks, defense, probes, recognise=recognised)
-        kept: dict[str, Job[Any]] = {}
+        kept: dict[str, Job[Any]] = {"defense": stages.defense_job(defense)} if defense.trainable else {}
         if recognised:
             kept["recogniser"] = stages.recogniser_job(defense, "provider")
         for name, member in parts.items():

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from attacks.base import LinkageAttack
-from bench import plugins
 from bench.data.faces import FaceSet, Source
 from bench.data.stream.scan import Scan
 from bench.nets.recogniser import Recogniser, build_recogniser
@@ -110,9 +109,13 @@ def make_plan(config: RunConfig, attack_configs: Sequence[AttackConfig], attacks
             tolerant = replace(faces, source=faces.source.reading("skip"))
             stages.opened = replace(stages.opened, faces=tolerant)
             stages.assume(scan, Scan.unknown(tolerant))
-    defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
-    defense = defense.to(stages.fabric.device)
-    plain = plugins.make_defense("none", {}, config.preset, config.image_size).to(stages.fabric.device)
+    defense, plain = stages.unfitted(config.defense, config.defense_options), stages.defense("none", {})
+    jobs: list[tuple[Job[Any], str, bool]] = []
+    if defense.trainable:
+        fit = stages.defense_job(defense)
+        jobs.append((fit, f"fit {defense.name} to {len(stages.splits.provider)} images", True))
+        if not stages.cache.holds(fit.stage, fit.key):
+            stages.assume(fit, defense)
     members_of = [members(attack_config) for attack_config in attack_configs]
     own = attack_configs[-1].make()
     linkage = isinstance(own, LinkageAttack)
@@ -120,13 +123,13 @@ def make_plan(config: RunConfig, attack_configs: Sequence[AttackConfig], attacks
     targets = [(part, defense) for parts in members_of for part in parts.values()]
     targets += [] if linkage else [(part, plain) for part in members_of[-1].values()]
 
-    jobs: list[tuple[Job[Any], str, bool]] = []
     for role, one in _recognisers(config, targets, attacks, defense, plain):
         job = stages.recogniser_job(one, role)
         jobs.append((job, _training(config, stages, role), True))
         if not stages.cache.holds(job.stage, job.key):
             # For attacks that query it: an untrained one is as fast.
             stages.assume(job, _untrained(config, stages, one))
+    defense = stages.ready(defense)
     for attack_config, target in targets:
         jobs.append((attacks.fit_job(attack_config, target), _fitting(attack_config, attacks), True))
     probes = attacks.selection.attacked
@@ -159,7 +162,7 @@ def _recognisers(
     plain: Defense,
 ) -> list[tuple[str, Defense]]:
     """Role and defence of every recogniser that the run trains."""
-    found = [("provider", defense), ("provider", plain)] if config.utility else []
+    found = [("provider", defense), ("provider", plain)] if config.utility or defense.level == "template" else []
     found += [("provider", target) for attack_config, target in targets if attacks.asks_provider(attack_config.make())]
     if config.evaluator is None and not isinstance(targets[0][0].make(), LinkageAttack):
         found.append(("evaluator", plain))
@@ -179,5 +182,5 @@ def _fitting(attack_config: AttackConfig, attacks: AttackStages) -> str:
 
 
 def _untrained(config: RunConfig, stages: Stages, defense: Defense) -> Recogniser:
-    shape, size = defense.representation_shape, config.training.embedding_size
+    shape, size = stages.seen_by_recogniser(defense).representation_shape, config.training.embedding_size
     return build_recogniser(config.backbone, shape, size, seed=0).to(stages.fabric.device).eval()

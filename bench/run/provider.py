@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,22 +29,24 @@ from bench.data.sources.webdataset import find_shards
 from bench.data.splits import Splits, split, whole_identities
 from bench.data.stream.scan import Scan, scan
 from bench.data.stream.view import IdentityView
-from bench.errors import BenchError, UsageError
+from bench.errors import BenchError, DataError, MissingError, UsageError
 from bench.files import sha256, write_text
 from bench.images import to_float
 from bench.metrics.evaluator import Evaluator, OnnxEvaluator, RecogniserEvaluator
 from bench.metrics.verification import pair_scores
-from bench.nets.recogniser import Recogniser, build_recogniser
+from bench.nets.augmentation import augment
+from bench.nets.heads import MarginHead
+from bench.nets.recogniser import Recogniser, TemplateReader, build_recogniser
 from bench.progress import ProgressBars, Report
 from bench.randomness import Streams
 from bench.recognition.embed import embed_faces
 from bench.recognition.options import TrainingOptions
 from bench.recognition.state import load_recogniser, save_recogniser
-from bench.recognition.training import TrainingReport, train
+from bench.recognition.training import TrainingReport, build_head, train
 from bench.run.config import RunConfig
 from bench.run.machines import ConnectedProcesses, TrainingOrder
 from bench.run.stage import CODE, Job, StageCache, T, make_key, plugin_code, save_tensors
-from defenses.base import Defense
+from defenses.base import Defense, DefenseTraining, TemplateDefense
 
 _FACES = 256
 _BATCH = 16
@@ -278,22 +282,72 @@ class Stages(DataStages):
     # -- defence ---------------------------------------------------------------------------------
 
     def defense(self, name: str, options: Mapping[str, Any]) -> Defense:
-        """The defence, on the device, fitted where it is trainable."""
-        defense = plugins.make_defense(name, dict(options), self.config.preset, self.config.image_size)
-        if defense.trainable:
+        """The defence on the device: frozen, fitted where it is trainable, with its recogniser where it needs one."""
+        return self.ready(self.unfitted(name, options))
 
-            def make(folder: Path, report: Report) -> None:
-                faces = self._provider_in_memory()
-                with failing_as(f"defence {name}"):
-                    defense.fit(to_float(faces.images), faces.labels, self.streams.generator("defense"))
-                save_tensors(defense.state_dict(), folder / "defense.safetensors")
+    def unfitted(self, name: str, options: Mapping[str, Any]) -> Defense:
+        """The defence as it is before its fit, on the device."""
+        config = self.config
+        seed = self.streams.seed_for("defense")
+        defense = plugins.make_defense(name, dict(options), config.preset, config.image_size, seed=seed)
+        return defense.requires_grad_(False).to(self.fabric.device)
 
-            def read(folder: Path) -> Defense:
-                defense.load_state_dict(load_file(folder / "defense.safetensors"))
-                return defense
+    def ready(self, defense: Defense) -> Defense:
+        """Give an unfitted defence what it needs: a plain recogniser to protect the embeddings of, and its fit."""
+        if isinstance(defense, TemplateDefense):
+            recogniser = self.recogniser(self._plain())
+            defense.attach(recogniser.requires_grad_(False), recogniser.spec.embedding_size)
+        return self.do(self.defense_job(defense)) if defense.trainable else defense
 
-            self.do(Job("defense", self.defense_key(defense), f"fit {name}", make, read))
-        return defense.to(self.fabric.device)
+    def defense_job(self, defense: Defense) -> Job[Defense]:
+        """The stage that fits a trainable defence, seeded, and stores what it learnt."""
+
+        def make(folder: Path, report: Report) -> None:
+            device = self.fabric.device
+            fitted = copy.deepcopy(defense).requires_grad_(True).train()
+            with (
+                failing_as(f"defence {defense.name}"),
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
+            ):
+                torch.manual_seed(self.streams.seed_for("defense/fit"))
+                fitted.fit(self._defense_training(folder / "resume", report))
+            save_tensors(fitted.state_dict(), folder / "defense.safetensors")
+            shutil.rmtree(folder / "resume", ignore_errors=True)
+
+        def read(folder: Path) -> Defense:
+            defense.load_state_dict(load_file(folder / "defense.safetensors"))
+            return defense
+
+        return Job(f"defense-{defense.name}", self.defense_key(defense), f"fit {defense.name}", make, read)
+
+    def _defense_training(self, folder: Path, report: Report) -> DefenseTraining:
+        faces, options, device = self._provider_in_memory(), self.config.training, self.fabric.device
+        if options.head == "partial-fc":  # its centres have no gradients; the head that it samples has
+            options = options.model_copy(update={"head": "combined"})
+
+        def batches(batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+            for index in torch.randperm(len(faces), generator=generator).split(batch_size):
+                pixels = augment(to_float(faces.images[index]), options.augmentation, generator)
+                yield pixels.to(device), faces.labels[index].to(device)
+
+        def make_recogniser(shape: tuple[int, int, int]) -> tuple[Recogniser, MarginHead]:
+            seed, size = self.streams.seed_for("defense/recogniser"), options.embedding_size
+            recogniser = build_recogniser(self.config.backbone, shape, size, dropout=options.dropout, seed=seed)
+            head = build_head(options, len(faces.names), seed=seed)
+            assert isinstance(head, MarginHead)
+            return recogniser.to(device), head.to(device)
+
+        folder.mkdir(exist_ok=True)
+        return DefenseTraining(
+            batches=batches,
+            images=len(faces),
+            identities=len(faces.names),
+            generator=self.streams.generator("defense/fit"),
+            fabric=self.fabric,
+            make_recogniser=make_recogniser,
+            folder=folder,
+            report=report,
+        )
 
     def _provider_in_memory(self) -> FaceSet:
         """The provider's faces, of streamed ones as many as may be held, for a defence that is fitted to them."""
@@ -304,22 +358,31 @@ class Stages(DataStages):
 
     def defense_key(self, defense: Defense) -> str:
         """Key of the defence, as it is fitted."""
+        config = self.config
+        fit = {
+            "data": self.data_key,
+            "shares": config.shares,
+            "evaluator_file": config.evaluator is not None,
+            "seed": config.seed,
+            "backbone": config.backbone,
+            "training": config.training.model_dump(mode="json"),
+            **self.platform(),
+        }
         return make_key(
             {
-                "data": self.data_key if defense.trainable else None,
-                "shares": self.config.shares if defense.trainable else None,
-                "seed": self.config.seed if defense.trainable else None,
+                "fit": fit if defense.trainable else None,
+                "recogniser": self.recogniser_key(self._plain(), "provider") if defense.level == "template" else None,
                 "defense": {"name": defense.name, "options": defense.options.model_dump(mode="json")},
-                "image_size": self.config.image_size,
+                "image_size": config.image_size,
             },
-            plugin_code(type(defense).__module__),
+            (*plugin_code(type(defense).__module__), *(CODE["recogniser"] if defense.trainable else ())),
         )
 
     # -- recognition -----------------------------------------------------------------------------
 
     def recogniser_key(self, defense: Defense, role: str) -> str:
         """Key of the recogniser of the provider or the evaluator."""
-        config = self.config
+        config, defense = self.config, self.seen_by_recogniser(defense)
         backbone = config.backbone if role == "provider" else config.evaluator_backbone
         return make_key(
             {
@@ -338,11 +401,16 @@ class Stages(DataStages):
 
     def recogniser(self, defense: Defense, role: str = "provider") -> Recogniser:
         """A recogniser trained on representations of the provider's (or the evaluator's) faces."""
-        return self.do(self.recogniser_job(defense, role))
+        recogniser = self.do(self.recogniser_job(defense, role))
+        return TemplateReader(recogniser, defense.representation_shape) if defense.level == "template" else recogniser
+
+    def seen_by_recogniser(self, defense: Defense) -> Defense:
+        """What the recogniser is trained behind: of a template defence, which protects its embeddings, nothing."""
+        return self._plain() if defense.level == "template" else defense
 
     def recogniser_job(self, defense: Defense, role: str) -> Job[Recogniser]:
         """The stage that trains a recogniser."""
-        faces = self._faces(role)
+        faces, defense = self._faces(role), self.seen_by_recogniser(defense)
 
         def make(folder: Path, report: Report) -> None:
             if self.processes is not None:
@@ -422,6 +490,7 @@ class Stages(DataStages):
 
         content = {
             "recogniser": self.recogniser_key(defense, "provider"),
+            "defense": self.defense_key(defense),
             "data": self.data_key,
             "batch_size": self.config.batch_size,
         }
@@ -486,3 +555,26 @@ def failing_as(what: str) -> Iterator[None]:
         yield
     except (ValueError, ArithmeticError) as error:
         raise BenchError(f"{what}: {error}") from error
+
+
+def load_defense(run: Path, config: RunConfig) -> Defense:
+    """The defence of the finished run in the folder ``run``, frozen, with what it learnt there.
+
+    Raises:
+        MissingError: the run keeps no such checkpoint.
+        DataError: a checkpoint is damaged or of another defence.
+    """
+    defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
+    folder = run / "checkpoints"
+    if defense.trainable:
+        path = folder / "defense.safetensors"
+        if not path.is_file():
+            raise MissingError(f"{run} keeps no fitted defence ({path} does not exist): run it again")
+        try:
+            defense.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise DataError(f"{path} does not hold this defence: {str(error).splitlines()[0]}") from error
+    if isinstance(defense, TemplateDefense):
+        recogniser, _ = load_recogniser(folder / "recogniser.safetensors")
+        defense.attach(recogniser, recogniser.spec.embedding_size)
+    return defense.requires_grad_(False)

@@ -1,12 +1,22 @@
-"""The textbook oracle, as a fixture."""
+"""The textbook oracle, and defences made ready for use."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from bench.nets.heads import CosFace
+from defenses.base import Defense, DefenseTraining, TemplateDefense
+
+#: D of the recognisers that defences are given here.
+EMBEDDING = 24
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +28,52 @@ def oracle() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def training(identities: int = 4, size: int = 24, folder: Path | None = None, seed: int = 0) -> DefenseTraining:
+    """Eight random faces of each identity around a colour of its own, and recognisers of one layer."""
+    drawn = torch.Generator().manual_seed(seed)
+    labels = torch.arange(identities).repeat_interleave(8)
+    colours = torch.rand(identities, 3, 1, 1, generator=drawn)[labels]
+    faces = 0.5 * colours + 0.5 * torch.rand(len(labels), 3, size, size, generator=drawn)
+
+    def make_recogniser(shape):
+        network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * shape[0], EMBEDDING))
+        return network, CosFace(EMBEDDING, identities, scale=16.0, margin=0.0)
+
+    return DefenseTraining(
+        batches=lambda batch_size, generator: (
+            (faces[index], labels[index])
+            for index in torch.randperm(len(labels), generator=generator).split(batch_size)
+        ),
+        images=len(labels),
+        identities=identities,
+        generator=torch.Generator().manual_seed(seed),
+        fabric=Fabric(accelerator="cpu", devices=1),
+        make_recogniser=make_recogniser,
+        folder=folder,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_training() -> Callable[..., DefenseTraining]:
+    return training
+
+
+@pytest.fixture(scope="session")
+def ready() -> Callable[[Defense], Defense]:
+    """Does what the harness does with a defence before it is used: attaches a recogniser, fits, freezes."""
+
+    def make_ready(defense: Defense) -> Defense:
+        if isinstance(defense, TemplateDefense):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                network = nn.Sequential(nn.AdaptiveAvgPool2d(6), nn.Flatten(), nn.Linear(108, EMBEDDING, bias=False))
+            defense.attach(network.requires_grad_(False).double(), EMBEDDING)
+        if defense.trainable:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                defense.fit(training(size=defense.image_size))
+        return defense.requires_grad_(False).eval()
+
+    return make_ready

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
 import pkgutil
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 import defenses
-from defenses.base import Defense, SeparableSum
+from defenses.base import Defense, SeparableSum, TemplateDefense
 
 MODULES = sorted(
     module.name for module in pkgutil.iter_modules(defenses.__path__) if module.name not in defenses.SUPPORT_MODULES
@@ -44,17 +45,19 @@ def _faces(count=5, dtype=torch.float32):
 
 
 @pytest.fixture(params=CLASSES, ids=lambda cls: cls.name)
-def defense(request):
-    """Each defence with its default options, fitted on random faces if it is trainable."""
-    built = request.param(image_size=SIZE)
-    if built.trainable:
-        built.fit(_faces(8), torch.arange(8) % 2, _generator())
-    return built
+def defense(request, ready):
+    """Each defence with its default options, fitted if it is trainable, with a recogniser if it needs one."""
+    return ready(request.param(image_size=SIZE))
+
+
+def _same_draws(defense, generator):
+    """States and keys for the five faces, to pin."""
+    return {"state": defense.draw(5, generator), "keys": defense.draw_keys(5, generator)}
 
 
 def test_the_required_defences_are_there():
     names = {cls.name for cls in CLASSES}
-    assert names >= {"none", "pixelate", "blur", "noise", "arcface-fd", "fixed-subset", "partialface"}
+    assert names >= {"none", "pixelate", "blur", "noise", "arcface-fd", "fixed-subset", "partialface", "split"}
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -73,8 +76,46 @@ def test_representation(defense):
     assert protected.representation.dtype == torch.float32
     assert torch.isfinite(protected.representation).all()
     assert defense.channels == protected.representation.shape[1]
-    assert defense.bytes_per_face() == protected.representation[0].nbytes
     assert torch.equal(faces, before)  # the caller's faces are left alone
+    assert not protected.representation.requires_grad
+
+
+def test_parts(defense):
+    representation = defense.protect(_faces(), _generator()).representation
+    parts = defense.unpack(representation)
+    assert {name: tuple(part.shape[1:]) for name, part in parts.items()} == defense.parts
+    assert torch.equal(defense.pack(parts), representation)  # nothing beside the parts is sent
+    sent = sum(part[0].nbytes for part in parts.values())
+    # A template of bits is sent as bits.
+    assert defense.bytes_per_face() == (math.ceil(sent / 32) if (parts_are_signs(parts)) else sent)
+
+
+def parts_are_signs(parts):
+    return all(len(part.abs().unique()) == 1 for part in parts.values())
+
+
+def test_what_is_drawn_is_not_sent(defense):
+    """No value that is sent follows a column of states or keys, and none of the secret's tables stands in it."""
+    protected = defense.protect(_faces(), _generator())
+    sent = protected.representation.flatten(1).double()
+    for drawn in (protected.state, protected.keys):
+        for column in [] if drawn is None else drawn.double().unbind(1):
+            if len(column.unique()) > 1:
+                assert not (sent == column[:, None]).all(dim=0).any()
+    for table in defense.secret.values():
+        values = table.double().flatten().unique()
+        assert not any(torch.isin(values, face).all() for face in sent)
+
+
+def test_faces_do_not_see_each_other(defense):
+    draws = _same_draws(defense, _generator(1))
+    order = torch.tensor([3, 0, 4, 2, 1])
+    first = defense.protect(_faces(), _generator(2), **draws).representation
+    if not torch.equal(first, defense.protect(_faces(), _generator(3), **draws).representation):
+        pytest.skip("adds noise that is no state")
+    turned = {name: None if drawn is None else drawn[order] for name, drawn in draws.items()}
+    second = defense.protect(_faces()[order], _generator(2), **turned).representation
+    torch.testing.assert_close(second, first[order], rtol=1e-5, atol=1e-5)
 
 
 def test_double_precision_is_kept(defense):
@@ -130,6 +171,8 @@ def test_a_pinned_state_is_used(defense):
 
 
 def test_differentiable_in_the_faces(defense):
+    if not defense.differentiable:
+        pytest.skip("declares no gradient")
     faces = _faces().requires_grad_()
     defense.protect(faces, _generator()).representation.square().sum().backward()
     assert faces.grad is not None
@@ -201,7 +244,9 @@ def test_describe_is_json(defense):
 
 
 def test_state_dict_loads_into_a_fresh_one(defense):
-    fresh = type(defense)(defense.options, image_size=SIZE)
+    fresh = type(defense)(defense.options, image_size=SIZE).eval()
+    if isinstance(fresh, TemplateDefense):
+        fresh.attach(defense._recogniser[0], defense.embedding_size)
     fresh.load_state_dict(defense.state_dict())
     assert torch.equal(
         fresh.protect(_faces(), _generator()).representation, defense.protect(_faces(), _generator()).representation
