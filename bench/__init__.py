@@ -1,8 +1,8 @@
 """Privacy attack-and-defence benchmark for face recognition.
 
 In Python as on the command line, with the same names, defaults and checks: :func:`defense`, :func:`attack`,
-``bench.run(...)`` (the package :mod:`bench.run`, which can be called) and :func:`load`. What is heavy is imported when it
-is needed.
+``bench.run(...)`` (the package :mod:`bench.run`, which can be called) and :func:`load`. Heavy imports happen when they
+are needed.
 """
 
 from __future__ import annotations
