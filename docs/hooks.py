@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.commands.flags import default_text
+from bench.measures import KINDS
 from bench.plugins import Option, describe
 from bench.run.config import OTHER_VARIABLES, PRESETS, Setting, settings
 from bench.sweep.options import AXES, SweepOptions
@@ -92,7 +93,13 @@ def sweep_flags() -> str:
     return _table("option, value, default, meaning", [*own, shared])
 
 
-PARTS = {made.__name__: made for made in (run_flags, run_settings, variables, sweep_flags)}
+def metrics() -> str:
+    """What is measured."""
+    rows = ((_code(name), kind.group, kind.span, kind.direction, kind.meaning) for name, kind in KINDS.items())
+    return _table("metric, group, range, higher means, meaning", rows)
+
+
+PARTS = {made.__name__: made for made in (run_flags, run_settings, variables, sweep_flags, metrics)}
 
 if __name__ == "__main__":
     for file in Path(__file__).parent.glob("*.md"):

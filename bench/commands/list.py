@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 
 from bench.commands.console import show, table
 from bench.commands.flags import AsJson, default_text
+from bench.measures import KINDS
 from bench.plugins import Option, attacks, defenses, describe
 from bench.registry import pick
 from bench.run.config import DATA, INTERCEPTIONS, Setting, settings
@@ -118,38 +119,16 @@ def _heads() -> list[dict[str, Any]]:
 
 
 def _metrics() -> list[dict[str, Any]]:
-    entries = {
-        "accuracy": ("utility", "%", "pair accuracy, threshold from the other folds (LFW View 2)"),
-        "auc": ("utility", "%", "area under the ROC curve of the pairs"),
-        "eer": ("utility", "%", "equal error rate; lower is better"),
-        "tar_at_far": ("utility", "%", "genuine pairs accepted at a given share of accepted impostors"),
-        "ssim": ("recovery", "-1..1", "structural similarity to the original, Gaussian window 11, sigma 1.5"),
-        "psnr": ("recovery", "dB", "peak signal-to-noise ratio, per image"),
-        "psnr_aligned": ("recovery", "dB", "PSNR after a per-channel affine fit to the original"),
-        "ms_ssim": ("recovery", "0..1", "multi-scale SSIM"),
-        "lpips": ("recovery", ">= 0", "LPIPS v0.1, AlexNet trunk; higher is less alike"),
-        "type1_tar": ("identity", "%", "recovered face accepted against the same original image"),
-        "type2_tar": ("identity", "%", "recovered face accepted against another image of the person"),
-        "rank1": ("identity", "%", "recovered face finds its person in a gallery of other images"),
-        "rank5": ("identity", "%", "its person is among the five nearest in that gallery"),
-        "cosine": ("identity", "-1..1", "evaluator's cosine between recovered and original"),
-        "knn_distance": (
-            "identity",
-            "0..2",
-            "distance to another image of the person; lower leaks more",
-        ),
-        "linkage accuracy": (
-            "linkage",
-            "%",
-            "pair accuracy of an attack: protected against plain, or against protected",
-        ),
-        "linkage rank1": ("linkage", "%", "a representation finds its person among plain faces"),
-        "d_sys": ("linkage", "0..1", "global unlinkability measure: 0 unlinkable, 1 fully linkable"),
-        "states": ("state inference", "%", "interceptions, and channels, of which the attack names what was drawn"),
-    }
     return [
-        {"name": name, "group": group, "unit": unit, "summary": summary}
-        for name, (group, unit, summary) in entries.items()
+        {
+            "name": name,
+            "group": kind.group,
+            "range": kind.span,
+            "unit": kind.unit,
+            "higher means": kind.direction,
+            "summary": kind.meaning,
+        }
+        for name, kind in KINDS.items()
     ]
 
 
