@@ -102,7 +102,7 @@ class SweepState(_Model):
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
-def outcome_of(result: RunResult) -> dict[str, Any]:
+def findings(result: RunResult) -> dict[str, Any]:
     """What a cell's state takes over from the result of its run."""
     return {
         "figures": key_figures(result),

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from bench.errors import BenchError, DataError
 from bench.files import write_text
-from bench.sweep.attempt import Outcome, finished
-from bench.sweep.cells import Cell, CellState, SweepState, outcome_of
+from bench.sweep.cells import Cell, CellState, SweepState, findings
+from bench.sweep.workers import CellEnd, finished
 
 ID_LENGTH = 8
 LOCK = "lock"
@@ -46,7 +46,7 @@ def survey(cells: Sequence[Cell], *, again: bool = False) -> SweepState:
         result = None if again or cell.refusal else finished(cell.config)
         if result is not None:
             seconds = known.seconds if known.status == "success" else round(sum(result.seconds.values()), 3)
-            found = {"status": "success", "seconds": seconds, **outcome_of(result)}
+            found = {"status": "success", "seconds": seconds, **findings(result)}
             state = state.changed(directory=_run_directory(cell), **found)
         states.append(state)
     return SweepState(sweep=directory.name, directory=str(directory), cells=states)
@@ -80,12 +80,12 @@ class Journal:
         attempts = self.of(cell).attempts + 1
         self._change(cell, status="running", attempts=attempts, directory=_run_directory(cell), error=None)
 
-    def ended(self, cell: Cell, outcome: Outcome) -> None:
-        """An attempt ended for good."""
-        if outcome.result is not None:
-            self._change(cell, status="success", seconds=outcome.seconds, error=None, **outcome_of(outcome.result))
+    def ended(self, cell: Cell, end: CellEnd) -> None:
+        """A cell ended for good."""
+        if end.result is not None:
+            self._change(cell, status="success", seconds=end.seconds, error=None, **findings(end.result))
         else:
-            self._change(cell, status="failed", seconds=outcome.seconds, error=outcome.error)
+            self._change(cell, status="failed", seconds=end.seconds, error=end.error)
 
     def put_back(self, cell: Cell, error: str | None = None) -> None:
         """A cell has to be run again: its worker was lost, or the sweep was interrupted."""

@@ -20,9 +20,9 @@ from filelock import FileLock, Timeout
 from bench.errors import BenchError, MissingError, UsageError
 from bench.run.config import OTHER_VARIABLES, RunConfig
 from bench.run.stage import code_version
-from bench.sweep.attempt import Outcome, Runner, attempt
 from bench.sweep.cells import Cell
 from bench.sweep.journal import LOCK
+from bench.sweep.workers import CellEnd, Runner, run_cell
 
 #: What decides a cell's figures and cache keys.
 _CODE = ("attacks", "bench", "defenses")
@@ -33,7 +33,7 @@ def _code() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Origin:
     """Where a sweep was started.
 
     Attributes:
@@ -47,7 +47,7 @@ class Place:
     code: tuple[str, ...]
 
     @classmethod
-    def here(cls, journal: Path) -> Place:
+    def here(cls, journal: Path) -> Origin:
         """This machine, which holds the lock of the sweep in ``journal``."""
         return cls(Path.cwd(), journal.resolve(), _code())
 
@@ -112,7 +112,7 @@ class RayWorkers:
     def __init__(self, runner: Runner, directory: Path, *, address: str | None, cpus: int, gpus: float) -> None:
         self._ray = _import_ray()
         self._cpus, self._gpus = cpus, gpus
-        self._place = Place.here(directory)
+        self._origin = Origin.here(directory)
         self._tasks: dict[Any, _Task] = {}
         environment = {name: value for name, value in os.environ.items() if name in OTHER_VARIABLES}
         self._leave = ExitStack()
@@ -127,7 +127,7 @@ class RayWorkers:
                 needs = f"{cpus} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
                 raise UsageError(f"no machine of the Ray cluster has {needs}: lower --cpus-per-cell or --gpus-per-cell")
             self._work = self._remote(_work, num_cpus=cpus, num_gpus=gpus)
-            self._shared = [self._ray.put(one) for one in (runner, self._place, environment, cpus)]
+            self._shared = [self._ray.put(shared) for shared in (runner, self._origin, environment, cpus)]
         except BaseException:
             self._leave.close()
             raise
@@ -141,10 +141,10 @@ class RayWorkers:
         """Ask every machine whether it may be trusted with a cell."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        ask = self._remote(Place.problem, num_cpus=0)
-        on = [NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False) for node in self._machines()]
+        ask = self._remote(Origin.problem, num_cpus=0)
+        nodes = [NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False) for node in self._machines()]
         try:
-            problems = self._ray.get([ask.options(scheduling_strategy=one).remote(self._place) for one in on])
+            problems = self._ray.get([ask.options(scheduling_strategy=node).remote(self._origin) for node in nodes])
         except self._ray.exceptions.RayError as error:
             cause = _first_line(getattr(error, "cause", error))
             raise BenchError(f"a machine of the Ray cluster cannot run ppfr-bench: {cause}") from None
@@ -173,19 +173,19 @@ class RayWorkers:
         """Submit a cell."""
         self._tasks[self._work.remote(*self._shared, cell.config)] = _Task(cell, time.monotonic())
 
-    def wait(self) -> list[tuple[Cell, Outcome]]:
+    def wait(self) -> list[tuple[Cell, CellEnd]]:
         """The cells that ended within a short time."""
         ended, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=LOOK)
         return [self._collect(reference) for reference in ended]
 
-    def _collect(self, reference: Any) -> tuple[Cell, Outcome]:
+    def _collect(self, reference: Any) -> tuple[Cell, CellEnd]:
         task = self._tasks.pop(reference)
         errors = self._ray.exceptions
         try:
             return task.cell, self._ray.get(reference)
         except errors.RayTaskError as error:
-            # Not the cell's own error, which is an outcome: the worker could not even begin.
-            outcome = Outcome(error=f"the Ray worker failed: {_first_line(error.cause)}")
+            # Not the cell's own error, which is how it ended: the worker could not even begin.
+            end = CellEnd(error=f"the Ray worker failed: {_first_line(error.cause)}")
         except errors.RayError as error:
             lost = (
                 errors.WorkerCrashedError,
@@ -196,8 +196,8 @@ class RayWorkers:
             )
             what = f"the Ray worker was lost: {_first_line(error)}"
             seconds = round(time.monotonic() - task.began, 3)
-            outcome = Outcome(error=what, lost=isinstance(error, lost), seconds=seconds)
-        return task.cell, outcome
+            end = CellEnd(error=what, lost=isinstance(error, lost), seconds=seconds)
+        return task.cell, end
 
     def stop(self) -> None:
         """Cancel what still runs and leave the cluster."""
@@ -212,17 +212,17 @@ class RayWorkers:
         self._leave.close()
 
 
-def _work(runner: Runner, place: Place, environment: Mapping[str, str], threads: int, config: RunConfig) -> Outcome:
+def _work(runner: Runner, origin: Origin, environment: Mapping[str, str], threads: int, config: RunConfig) -> CellEnd:
     """The Ray task: run one cell."""
     import torch
 
-    problem = place.problem()
+    problem = origin.problem()
     if problem is not None:
-        return Outcome(error=problem, lost=True)
-    place.enter()
+        return CellEnd(error=problem, lost=True)
+    origin.enter()
     os.environ.update(environment)
     torch.set_num_threads(threads)
-    return attempt(runner, config)
+    return run_cell(runner, config)
 
 
 def _import_ray() -> Any:

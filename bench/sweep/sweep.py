@@ -13,12 +13,11 @@ from rich.markup import escape
 
 from bench.errors import UsageError
 from bench.run.launch import Launch
-from bench.sweep.attempt import Outcome, Runner, finished, run_pipeline
 from bench.sweep.cells import Cell, SweepState, check, expand
 from bench.sweep.journal import Journal, opened, survey
 from bench.sweep.options import SweepOptions, SweepRequest
 from bench.sweep.ray import RayWorkers
-from bench.sweep.workers import Pool, ThisProcess
+from bench.sweep.workers import CellEnd, Pool, Runner, ThisProcess, finished, run_pipeline
 
 
 class Workers(Protocol):
@@ -29,10 +28,10 @@ class Workers(Protocol):
         """How many cells may run at the same time, at least 1; it may change."""
 
     def start(self, cell: Cell) -> None:
-        """Begin an attempt at a cell."""
+        """Start a cell."""
 
-    def wait(self) -> list[tuple[Cell, Outcome]]:
-        """The attempts that have ended, after waiting for one; none if ``slots`` should be looked at again."""
+    def wait(self) -> list[tuple[Cell, CellEnd]]:
+        """The cells that have ended, after waiting for one; none if ``slots`` should be looked at again."""
 
     def stop(self) -> None:
         """End what still runs, and wait until it has."""
@@ -47,7 +46,7 @@ def run_cells(
         cells: what is left to do.
         journal: is told of everything.
         workers: where the cells run; stopped in the end, whatever happens.
-        retries: attempts after the first at a cell whose worker was lost; one that failed by itself would fail again.
+        retries: starts after the first of a cell whose worker was lost; one that failed by itself would fail again.
         tell: called after each change of a cell.
 
     Raises:
@@ -65,16 +64,16 @@ def run_cells(
                 journal.started(cell)
                 tell(cell)
                 workers.start(cell)
-            for cell, outcome in workers.wait():
+            for cell, end in workers.wait():
                 del running[cell.run_id]
-                if outcome.lost:
+                if end.lost:
                     # It may have been lost after the last file was written.
-                    outcome = Outcome(finished(cell.config), outcome.error, lost=True, seconds=outcome.seconds)
-                if outcome.result is None and outcome.lost and attempts[cell.run_id] <= retries:
+                    end = CellEnd(finished(cell.config), end.error, lost=True, seconds=end.seconds)
+                if end.result is None and end.lost and attempts[cell.run_id] <= retries:
                     waiting.append(cell)
-                    journal.put_back(cell, outcome.error)
+                    journal.put_back(cell, end.error)
                 else:
-                    journal.ended(cell, outcome)
+                    journal.ended(cell, end)
                 tell(cell)
     finally:
         workers.stop()
@@ -147,10 +146,10 @@ class Sweep:
         def tell(cell: Cell) -> None:
             if not self._console.is_terminal:
                 return
-            state, one = journal.state, journal.of(cell)
+            state, now = journal.state, journal.of(cell)
             done = state.count("success", "failed", "refused")
-            error = f" ({one.error})" if one.error else ""
-            self._console.print(f"{done}/{len(state.cells)} {escape(one.name)}: {one.status}{escape(error)}")
+            error = f" ({now.error})" if now.error else ""
+            self._console.print(f"{done}/{len(state.cells)} {escape(now.name)}: {now.status}{escape(error)}")
 
         return tell
 

@@ -1,25 +1,92 @@
-"""Runs cells in spawned processes, a fresh one for each: one that is killed takes no other with it."""
+"""Runs cells: in this process, or each in a spawned one, so that one that is killed takes no other with it."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+
+from bench.errors import BenchError
+from bench.results import PROTOCOL_VERSION, RunResult, read_result
 from bench.run.config import RunConfig
-from bench.sweep.attempt import Outcome, Runner, attempt
+from bench.run.store import run_id
 from bench.sweep.cells import Cell
+
+#: Runs a cell, leaves it in the run store and returns what it found. Must be importable by name: workers pickle it.
+Runner = Callable[[RunConfig], RunResult]
+
+
+@dataclass(frozen=True, slots=True)
+class CellEnd:
+    """How a cell ended, once.
+
+    Attributes:
+        result: of a successful one.
+        error: of another one, in one line.
+        lost: whether its process or machine was lost, so that another start may do better.
+        seconds: that it took.
+    """
+
+    result: RunResult | None = None
+    error: str | None = None
+    lost: bool = False
+    seconds: float | None = None
+
+
+def run_pipeline(config: RunConfig, console: Console | None = None) -> RunResult:
+    """The :data:`Runner` of real sweeps; progress goes to ``console``."""
+    from bench.run.pipeline import Pipeline
+
+    return Pipeline(config, console=console or Console(quiet=True)).run()
+
+
+def run_cell(runner: Runner, config: RunConfig) -> CellEnd:
+    """Run a cell; whatever it raises but an interruption is how it ended."""
+    _forget_peaks()
+    started = time.monotonic()
+    try:
+        result, error = runner(config), None
+    except BenchError as raised:
+        result, error = None, " ".join(str(raised).split())
+    except Exception as raised:
+        # The run's events.jsonl has the traceback.
+        result, error = None, " ".join(f"{type(raised).__name__}: {raised}".split())
+    return CellEnd(result, error, seconds=round(time.monotonic() - started, 3))
+
+
+def finished(config: RunConfig) -> RunResult | None:
+    """The result of a cell that the run store holds already, under today's protocol; None where there is none."""
+    try:
+        result = read_result(config.out / run_id(config))
+    except (OSError, ValidationError):
+        return None
+    return result if result.status == "success" and result.protocol == PROTOCOL_VERSION else None
+
+
+def _forget_peaks() -> None:
+    """Let a result's peak memory be that of its own cell, where several run in one process."""
+    # Where it cannot be reset (macOS, some containers) the figure is an upper bound.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_bytes(b"5")
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
 
 
 class ThisProcess:
@@ -39,10 +106,10 @@ class ThisProcess:
         """Take the cell; :meth:`wait` runs it."""
         self._cells.append(cell)
 
-    def wait(self) -> list[tuple[Cell, Outcome]]:
+    def wait(self) -> list[tuple[Cell, CellEnd]]:
         """Run it."""
         cell = self._cells.pop()
-        return [(cell, attempt(self._runner, cell.config))]
+        return [(cell, run_cell(self._runner, cell.config))]
 
     def stop(self) -> None:
         """Nothing runs beside."""
@@ -53,7 +120,7 @@ INTERRUPTED = 130
 
 
 def work(runner: Runner, config: RunConfig, sender: Connection, threads: int) -> None:
-    """Run the cell with so many processor threads, and send its outcome.
+    """Run the cell with so many processor threads, and send its end.
 
     A terminal sends Ctrl-C to every process: this one leaves it to the first, which ends the others with SIGTERM. Two
     interruptions would break what the run writes down at the first.
@@ -65,7 +132,7 @@ def work(runner: Runner, config: RunConfig, sender: Connection, threads: int) ->
     threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        sender.send(attempt(runner, config))
+        sender.send(run_cell(runner, config))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
@@ -122,22 +189,22 @@ class Pool:
         sender.close()
         self._workers[receiver] = _Worker(cell, process, time.monotonic())
 
-    def wait(self) -> list[tuple[Cell, Outcome]]:
+    def wait(self) -> list[tuple[Cell, CellEnd]]:
         """The cells whose processes have answered or died."""
         ended = []
         for receiver in wait(list(self._workers)):
             assert isinstance(receiver, Connection)
             worker = self._workers[receiver]
             try:
-                outcome = receiver.recv()
+                end = receiver.recv()
             except (EOFError, OSError):
                 _end(worker.process)
                 seconds = round(time.monotonic() - worker.began, 3)
-                outcome = Outcome(error=_obituary(worker.process.exitcode), lost=True, seconds=seconds)
+                end = CellEnd(error=_obituary(worker.process.exitcode), lost=True, seconds=seconds)
             _end(worker.process)
             del self._workers[receiver]
             receiver.close()
-            ended.append((worker.cell, outcome))
+            ended.append((worker.cell, end))
         return ended
 
     def stop(self) -> None:

@@ -19,36 +19,36 @@ from sweep_at_work import calls, endless, every_end, grid, killed_once, light, s
 from bench.errors import BenchError, UsageError
 from bench.sweep.cells import Cell, expand
 from bench.sweep.journal import LOCK, opened
-from bench.sweep.ray import Place, RayWorkers
+from bench.sweep.ray import Origin, RayWorkers
 
 
 @pytest.fixture
-def place(tmp_path):
-    return Place.here(tmp_path)
+def origin(tmp_path):
+    return Origin.here(tmp_path)
 
 
-def test_whoever_is_kept_out_by_the_lock_is_trusted(place):
-    with FileLock(place.journal / LOCK):
-        assert place.problem() is None
-        assert "runs other code" in dataclasses.replace(place, code=("another",)).problem()
+def test_whoever_is_kept_out_by_the_lock_is_trusted(origin):
+    with FileLock(origin.journal / LOCK):
+        assert origin.problem() is None
+        assert "runs other code" in dataclasses.replace(origin, code=("another",)).problem()
 
 
-def test_locks_that_keep_nobody_out(place):
-    (place.journal / LOCK).touch()  # nobody holds it: as if locks did not reach from one machine to another
-    assert "not kept out by the lock" in place.problem()
+def test_locks_that_keep_nobody_out(origin):
+    (origin.journal / LOCK).touch()  # nobody holds it: as if locks did not reach from one machine to another
+    assert "not kept out by the lock" in origin.problem()
 
 
-def test_files_that_are_not_there(place, tmp_path):
-    assert "does not see" in place.problem()
-    assert "has no folder" in dataclasses.replace(place, folder=tmp_path / "no").problem()
+def test_files_that_are_not_there(origin, tmp_path):
+    assert "does not see" in origin.problem()
+    assert "has no folder" in dataclasses.replace(origin, folder=tmp_path / "no").problem()
 
 
 def test_entering(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    place = Place.here(Path("runs"))
-    assert place.journal == tmp_path / "runs"
+    origin = Origin.here(Path("runs"))
+    assert origin.journal == tmp_path / "runs"
     monkeypatch.chdir("/")
-    place.enter()
+    origin.enter()
     assert Path.cwd() == tmp_path
 
 
@@ -118,7 +118,7 @@ def test_every_way_to_end(cluster, tmp_path):
 def test_what_no_machine_has_and_machines_that_cannot_be_trusted(cluster, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no machine of the Ray cluster has 2 CPUs"):
         over(cluster, tmp_path, light, cpus_per_cell=2).run()
-    monkeypatch.setattr(Place, "here", lambda journal: Place(Path.cwd(), journal / "elsewhere", ()))
+    monkeypatch.setattr(Origin, "here", lambda journal: Origin(Path.cwd(), journal / "elsewhere", ()))
     with pytest.raises(BenchError, match="does not see"):
         over(cluster, tmp_path, light).run()
     assert not ray.is_initialized()

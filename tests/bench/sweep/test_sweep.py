@@ -8,9 +8,9 @@ from sweep_at_work import QUIET, buggy, calls, failing, full, grid, interrupted,
 
 from bench.errors import BenchError, DataError, UsageError
 from bench.results import RunResult
-from bench.sweep.attempt import finished, run_pipeline
 from bench.sweep.cells import Cell, SweepState, expand
 from bench.sweep.sweep import Sweep
+from bench.sweep.workers import finished, run_pipeline
 
 ALL = ["none 0", "none 1", "partialface 0", "partialface 1"]
 
