@@ -12,9 +12,9 @@ import time
 
 import pytest
 import torch
+from cost import backbone_cost, images_per_second
 
 from bench.nets.recogniser import build_recogniser
-from tests.support.cost import backbone_cost, images_per_second
 
 #: What PartialFace sends of a 64 px face.
 SHAPE, BATCH = (27, 64, 64), 16

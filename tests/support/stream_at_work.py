@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from open_source import open_source
-from training_at_work import OPTIONS, fabric_for
+from training_at_work import OPTIONS, fabric_for, in_float64
 
 from bench.errors import BenchError
 from bench.nets.recogniser import build_recogniser
@@ -16,6 +16,7 @@ from bench.recognition import state as training_state
 from bench.recognition import training
 from bench.recognition.options import TrainingOptions
 from bench.recognition.processes import Processes
+from bench.recognition.training import build_head
 from defenses.none import Unprotected
 
 SIZE = 16
@@ -24,8 +25,19 @@ SIZE = 16
 def learn(
     processes: Processes, folder: Path, change: dict[str, Any], checkpoint: Path, ends_at: int | None = None
 ) -> tuple[float, ...]:
-    """Losses; or none, where the training ends at the step ``ends_at``. Its state is saved at every second step."""
+    """Losses, in float64; or none, where the training ends at the step ``ends_at``. Every second step is saved."""
     torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "LOOK_EVERY", 2)
+        patch.setattr(training_state, "SAVE_SECONDS", 0.0)
+        patch.setattr(training_state, "SAVE_SHARE", 1e9)
+        with in_float64():
+            return _learn(processes, folder, change, checkpoint, ends_at)
+
+
+def _learn(
+    processes: Processes, folder: Path, change: dict[str, Any], checkpoint: Path, ends_at: int | None
+) -> tuple[float, ...]:
     options = TrainingOptions.model_validate(OPTIONS.model_dump() | change)
     defense = Unprotected(image_size=SIZE)
     recogniser = build_recogniser("ir-tiny", defense.representation_shape, 16, seed=1)
@@ -39,15 +51,12 @@ def learn(
 
     recogniser.backbone.register_forward_pre_hook(end)
     faces = open_source("folder", folder, image_size=SIZE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "LOOK_EVERY", 2)
-        patch.setattr(training_state, "SAVE_SECONDS", 0.0)
-        patch.setattr(training_state, "SAVE_SHARE", 1e9)
-        try:
-            return training.train(
-                recogniser, faces, defense, options, fabric=fabric_for(processes), seed=0, checkpoint=checkpoint
-            ).losses
-        except BenchError:
-            if ends_at is None:
-                raise
-            return ()
+    head = build_head(options, faces.identities, processes=processes)
+    try:
+        return training.train(
+            recogniser, faces, defense, options, fabric=fabric_for(processes), seed=0, head=head, checkpoint=checkpoint
+        ).losses
+    except BenchError:
+        if ends_at is None:
+            raise
+        return ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +81,28 @@ def learn(
     changes: list[dict[str, Any]],
     checkpoint: Path | None = None,
     poisoned_epoch: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    exact: bool = False,
 ) -> list[dict[str, Any]]:
     """Losses, accuracies and weights for each change of the options; or the error of a loss that became infinite.
 
-    In ``dtype=torch.float64`` all is computed that precisely: where two trainings differ by rounding alone, as in the
-    order of sums, they then agree to many digits on every processor, although training amplifies rounding.
+    Args:
+        exact: in float64.
     """
     torch.set_num_threads(1)
-    torch.set_default_dtype(dtype)
-    try:
+    with in_float64() if exact else nullcontext():
         return [_learn(processes, change, checkpoint, poisoned_epoch) for change in changes]
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """Networks and heads that are made within compute in float64.
+
+    Trainings that differ by rounding alone, as in the order of sums, then agree to many digits on every processor,
+    although training amplifies rounding.
+    """
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
     finally:
         torch.set_default_dtype(torch.float32)
 

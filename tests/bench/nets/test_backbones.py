@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cost import backbone_cost, images_per_second
 
 from bench.errors import UsageError
 from bench.nets.backbones import BACKBONES
 from bench.nets.vit import patch_size
-from tests.support.cost import backbone_cost, images_per_second
 
 CONVOLUTIONAL = ("ir-tiny", "ir-18", "ir-34", "ir-50", "ir-100", "mobilefacenet")
 PLAIN = ("vit-tiny", "vit-tiny-equal", "vit-small", "vit-small-equal")

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench.recognition import options as module
 from bench.recognition.options import PUBLISHED, TrainingOptions
 from bench.run.machines import native_bfloat16, resolve_precision
 
@@ -78,7 +77,7 @@ def test_the_published_options_are_those_of_the_paper() -> None:
 def test_auto_is_bfloat16_where_the_hardware_has_it(
     monkeypatch: pytest.MonkeyPatch, native: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(module, "native_bfloat16", lambda _: native)
+    monkeypatch.setattr("bench.run.machines.native_bfloat16", lambda _: native)
     assert resolve_precision("auto", torch.device("cpu")) == expected
 
 

@@ -34,12 +34,12 @@ def curve(losses: tuple[float, ...], tolerance: float = EXACT) -> Any:
 
 @pytest.fixture(scope="module")
 def alone() -> list[dict[str, Any]]:
-    return work.learn(Processes(), CHANGES, dtype=torch.float64)
+    return work.learn(Processes(), CHANGES, exact=True)
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
-    return in_processes(2, tmp_path_factory.mktemp("processes"), work.learn, CHANGES, None, None, torch.float64)
+    return in_processes(2, tmp_path_factory.mktemp("processes"), work.learn, CHANGES, None, None, True)
 
 
 @pytest.mark.parametrize("case", range(3))
@@ -114,7 +114,7 @@ def test_it_goes_on_in_another_number_of_processes(
     tmp_path: Path, alone: list[dict[str, Any]], before: int, after: int
 ) -> None:
     def learn(size: int, name: str, poisoned_epoch: int | None = None) -> list[dict[str, Any]]:
-        arguments = ([WHOLE], tmp_path / "resume", poisoned_epoch, torch.float64)
+        arguments = ([WHOLE], tmp_path / "resume", poisoned_epoch, True)
         if size == 1:
             return work.learn(Processes(), *arguments)
         return [process[0] for process in in_processes(size, tmp_path / name, work.learn, *arguments)]
