@@ -7,39 +7,23 @@ that confidence intervals can resample identities. Half-precision inputs are com
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.errors import DataError
+from bench.images import WINDOW, ssim_terms
 
 #: PSNR in dB given to images that differ by less than float32 can hold (MSE <= 1e-10), so that means stay finite.
 PSNR_CAP = 100.0
 
-#: Gaussian window of Wang et al. 2004 (IEEE TIP 13(4), section III-B): 11 taps, standard deviation 1.5 pixels.
-WINDOW = 11
-SIGMA = 1.5
-
-#: (K1 L)^2 and (K2 L)^2 of Wang et al. 2004, eq. 13, for the data range L = 1.
-C1 = 0.01**2
-C2 = 0.03**2
-
 #: Exponents of the five scales, Wang, Simoncelli and Bovik 2003 (Asilomar), section 3.2.
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
-# The window is a sum of shifted slices, which reads memory many times: a chunk of faces should fit the cache of a
-# processor core, while an accelerator is only busy with many faces at once.
-_CHUNK_CPU = 4
-_CHUNK_ACCELERATOR = 256
-
 
 def ssim(recovered: Tensor, original: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004), per channel and averaged; 1 for identical images.
-
-    Equal to ``skimage.metrics.structural_similarity(..., gaussian_weights=True, sigma=1.5,
-    use_sample_covariance=False, data_range=1, channel_axis=0)``: windows that reach over the border do not count.
+    """:func:`bench.images.ssim` of recovered and original faces, which must hold a whole window.
 
     Args:
         recovered: float (N, C, H, W) in [0, 1], H and W at least 11.
@@ -50,15 +34,8 @@ def ssim(recovered: Tensor, original: Tensor) -> Tensor:
 
     Raises:
         DataError: other shapes, integer images, or images smaller than the window.
-
-    Example:
-        >>> import torch
-        >>> faces = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-        >>> ssim(faces, faces)
-        tensor([1., 1.])
     """
-    recovered, original = _checked(recovered, original, WINDOW)
-    return _chunked(lambda r, o: _ssim_terms(r, o)[0], recovered, original)
+    return ssim_terms(*_checked(recovered, original, WINDOW))[0]
 
 
 def psnr(recovered: Tensor, original: Tensor) -> Tensor:
@@ -162,17 +139,13 @@ def ms_ssim(recovered: Tensor, original: Tensor) -> Tensor:
     scales = ms_ssim_scales(min(recovered.shape[-2:]))
     weights = torch.tensor(MS_SSIM_WEIGHTS[:scales], dtype=recovered.dtype, device=recovered.device)
     weights = weights / weights.sum()
-
-    def per_chunk(r: Tensor, o: Tensor) -> Tensor:
-        factors = []
-        for scale in range(scales):
-            if scale:
-                r, o = F.avg_pool2d(r, 2), F.avg_pool2d(o, 2)
-            full, contrast_structure = _ssim_terms(r, o)
-            factors.append(full if scale == scales - 1 else contrast_structure)
-        return (torch.stack(factors, 1).clamp_min(0) ** weights).prod(1)
-
-    return _chunked(per_chunk, recovered, original)
+    factors = []
+    for scale in range(scales):
+        if scale:
+            recovered, original = F.avg_pool2d(recovered, 2), F.avg_pool2d(original, 2)
+        similarity, contrast_structure = ssim_terms(recovered, original)
+        factors.append(similarity if scale == scales - 1 else contrast_structure)
+    return (torch.stack(factors, 1).clamp_min(0) ** weights).prod(1)
 
 
 def _checked(recovered: Tensor, original: Tensor, smallest: int = 1) -> tuple[Tensor, Tensor]:
@@ -189,47 +162,5 @@ def _checked(recovered: Tensor, original: Tensor, smallest: int = 1) -> tuple[Te
     return recovered.to(dtype), original.to(dtype)
 
 
-def _chunked(metric: Callable[[Tensor, Tensor], Tensor], recovered: Tensor, original: Tensor) -> Tensor:
-    size = _CHUNK_CPU if recovered.device.type == "cpu" else _CHUNK_ACCELERATOR
-    if len(recovered) <= size:
-        return metric(recovered, original)
-    chunks = zip(torch.split(recovered, size), torch.split(original, size), strict=True)
-    return torch.cat([metric(r, o) for r, o in chunks])
-
-
 def _decibel(mse: Tensor) -> Tensor:
     return -10 * torch.log10(mse.clamp_min(10 ** (-PSNR_CAP / 10)))
-
-
-def _taps() -> list[float]:
-    offsets = range(-(WINDOW // 2), WINDOW // 2 + 1)
-    taps = [math.exp(-(d**2) / (2 * SIGMA**2)) for d in offsets]
-    return [tap / sum(taps) for tap in taps]
-
-
-def _window_means(maps: Tensor) -> Tensor:
-    """Gaussian-weighted means over all whole windows: (..., H, W) to (..., H-10, W-10).
-
-    A depthwise convolution of one channel is 20 to 40 times slower on a processor than these shifted sums.
-    """
-    for axis in (-1, -2):
-        width = maps.shape[axis] - WINDOW + 1
-        first, *rest = _taps()
-        total = maps.narrow(axis, 0, width) * first
-        for shift, tap in enumerate(rest, start=1):
-            total.add_(maps.narrow(axis, shift, width), alpha=tap)
-        maps = total
-    return maps
-
-
-def _ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """SSIM and its contrast-structure factor, each averaged over windows and channels: two (N,)."""
-    # Variances do not change with the origin; taken about mid-grey they lose fewer bits.
-    x, y = x - 0.5, y - 0.5
-    mean_x, mean_y, squares, product = _window_means(torch.stack((x, y, x * x + y * y, x * y))).unbind()
-    variances = squares - mean_x.square() - mean_y.square()
-    covariance = product - mean_x * mean_y
-    contrast_structure = (2 * covariance + C2) / (variances + C2)
-    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
-    luminance = (2 * mean_x * mean_y + C1) / (mean_x.square() + mean_y.square() + C1)
-    return (luminance * contrast_structure).flatten(1).mean(1), contrast_structure.flatten(1).mean(1)

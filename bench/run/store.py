@@ -29,7 +29,7 @@ from bench.run.config import RunConfig
 from bench.run.launch import Launch
 
 #: Packages whose versions may change a figure.
-PACKAGES = ("torch", "torchvision", "lightning-fabric", "numpy", "scipy", "scikit-image", "lpips", "onnxruntime")
+PACKAGES = ("torch", "torchvision", "lightning-fabric", "numpy", "scipy", "lpips", "onnxruntime")
 
 
 def run_id(config: RunConfig) -> str:

@@ -21,13 +21,22 @@ def reference(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05, 0.5])
-@pytest.mark.parametrize("size", [(11, 11), (24, 17), (64, 64)])
-def test_equals_scikit_image(size, noise):
+@pytest.mark.parametrize(("count", "size"), [(3, (11, 11)), (9, (24, 17)), (3, (112, 112))])
+def test_equals_scikit_image(noise, count, size):
+    """More images than a processor takes at once, oblong ones, recoveries from perfect to opposite."""
     generator = torch.Generator().manual_seed(0)
-    first = torch.rand(3, 3, *size, generator=generator)
-    second = (first + noise * torch.randn(3, 3, *size, generator=generator)).clamp(0, 1)
+    first = torch.rand(count, 3, *size, generator=generator)
+    second = (first + noise * torch.randn(first.shape, generator=generator)).clamp(0, 1)
+    second[0] = 1 - first[0]
     expected = [reference(a, b) for a, b in zip(first, second, strict=True)]
-    torch.testing.assert_close(ssim(first, second), torch.tensor(expected).float(), atol=1e-4, rtol=0)
+    assert expected[0] < 0
+    torch.testing.assert_close(ssim(first, second), torch.tensor(expected).float(), atol=1e-6, rtol=0)
+
+
+def test_bfloat16_is_computed_in_float32_under_autocast_too():
+    first, second = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ssim(first, second), ssim(first.float(), second.float()))
 
 
 def test_gradient_leads_to_the_target():

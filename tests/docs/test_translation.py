@@ -184,12 +184,12 @@ def test_the_learning_rate_rises_and_falls() -> None:
 def test_a_small_model_learns_to_translate() -> None:
     """A generated corpus; word by word, even a perfect dictionary is wrong everywhere."""
     pytest.importorskip("sacrebleu")
-    outcome = demo.run(220, 0, beams=3, depths=(1, 1))
-    assert outcome.bleu["untrained"] < 5
-    assert outcome.bleu["word_by_word"] < 5
-    assert outcome.bleu["greedy"] > 70
-    assert outcome.bleu["beam"] > 70
-    assert "nrefs:1" in outcome.signature
+    report = demo.run(220, 0, beams=3, depths=(1, 1))
+    assert report.bleu["untrained"] < 5
+    assert report.bleu["word_by_word"] < 5
+    assert report.bleu["greedy"] > 70
+    assert report.bleu["beam"] > 70
+    assert "nrefs:1" in report.signature
 
 
 def test_the_command_speaks_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,5 +211,5 @@ def test_the_command_speaks_json(capsys: pytest.CaptureFixture[str], monkeypatch
 
 def test_without_sacrebleu_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
-    with pytest.raises(MissingError, match=r"pip install ppfr-bench\[translation\]"):
+    with pytest.raises(MissingError, match="pip install sacrebleu"):
         demo.run(1, 0)

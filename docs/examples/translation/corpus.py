@@ -63,20 +63,20 @@ class Languages:
 
     def pair(self, generator: torch.Generator) -> Pair:
         """A random sentence in both languages."""
-        one, other = self._thing(generator), self._thing(generator)
+        subject, thing = self._thing(generator), self._thing(generator)
         verb = _draw(VERBS, generator)
-        source = (*self._say(one), self._source["verb"][verb], *self._say(other))
-        plural = PLURAL if one.number > 1 else ""
-        target = (*self._translate(one), *self._translate(other), self._target["verb"][verb] + plural)
+        source = (*self._say(subject), self._source["verb"][verb], *self._say(thing))
+        plural = PLURAL if subject.number > 1 else ""
+        target = (*self._translate(subject), *self._translate(thing), self._target["verb"][verb] + plural)
         return source, target
 
     def pairs(self, count: int, generator: torch.Generator) -> list[Pair]:
         """``count`` pairs, no source sentence twice."""
-        found: dict[Sentence, Sentence] = {}
-        while len(found) < count:
+        pairs: dict[Sentence, Sentence] = {}
+        while len(pairs) < count:
             source, target = self.pair(generator)
-            found[source] = target
-        return list(found.items())
+            pairs[source] = target
+        return list(pairs.items())
 
     def word_by_word(self, source: Sentence) -> Sentence:
         """A perfect dictionary and no grammar: every word replaced by its basic form, in place."""

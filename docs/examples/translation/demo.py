@@ -35,7 +35,7 @@ SMOOTHING = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TranslationReport:
     """How well a model translates sentences that it has never seen.
 
     Attributes:
@@ -111,13 +111,13 @@ def bleu(sentences: Sequence[Sentence], references: Sequence[Sentence]) -> tuple
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
-        raise MissingError("BLEU needs sacrebleu: pip install ppfr-bench[translation]") from error
+        raise MissingError("BLEU needs sacrebleu: pip install sacrebleu") from error
     metric = BLEU()
     score = metric.corpus_score([" ".join(s) for s in sentences], [[" ".join(s) for s in references]])
     return float(score.score), str(metric.get_signature())
 
 
-def run(steps: int, seed: int, *, beams: int = 4, depths: tuple[int, int] = (3, 2)) -> Outcome:
+def run(steps: int, seed: int, *, beams: int = 4, depths: tuple[int, int] = (3, 2)) -> TranslationReport:
     """Generate the corpus, train, translate the held-out sentences.
 
     Raises:
@@ -151,7 +151,7 @@ def run(steps: int, seed: int, *, beams: int = 4, depths: tuple[int, int] = (3, 
         "beam": best,
     }
     last = losses[-max(1, steps // 10) :]
-    return Outcome(
+    return TranslationReport(
         bleu={name: bleu(sentences, references)[0] for name, sentences in outputs.items()},
         exact=sum(a == b for a, b in zip(best, references, strict=True)) / len(references),
         loss=sum(last) / len(last),
@@ -178,27 +178,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON document instead of text")
     options = parser.parse_args(arguments)
     try:
-        outcome = run(options.steps, options.seed, beams=options.beams, depths=tuple(options.layers))
+        report = run(options.steps, options.seed, beams=options.beams, depths=tuple(options.layers))
     except BenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps({"corpus": "generated", **asdict(outcome)}) if options.json else _text(outcome, vars(options)))
+    print(json.dumps({"corpus": "generated", **asdict(report)}) if options.json else _text(report, vars(options)))
     return 0
 
 
-def _text(outcome: Outcome, options: dict[str, Any]) -> str:
+def _text(report: TranslationReport, options: dict[str, Any]) -> str:
     rows = {
-        "untrained model": outcome.bleu["untrained"],
-        "word by word, perfect dictionary": outcome.bleu["word_by_word"],
-        "greedy": outcome.bleu["greedy"],
-        f"beam search ({options['beams']})": outcome.bleu["beam"],
+        "untrained model": report.bleu["untrained"],
+        "word by word, perfect dictionary": report.bleu["word_by_word"],
+        "greedy": report.bleu["greedy"],
+        f"beam search ({options['beams']})": report.bleu["beam"],
     }
     lines = [
         f"Generated corpus: {TRAINING_PAIRS} training pairs, {TEST_PAIRS} held out; no language that people speak.",
-        f"PartialFormer, {outcome.parameters:,} parameters, {options['steps']} steps of {BATCH} pairs, "
-        f"{outcome.seconds:.0f} s, loss {outcome.loss:.2f}.",
+        f"PartialFormer, {report.parameters:,} parameters, {options['steps']} steps of {BATCH} pairs, "
+        f"{report.seconds:.0f} s, loss {report.loss:.2f}.",
         *(f"BLEU {value:6.2f}  {name}" for name, value in rows.items()),
-        f"{outcome.exact:.1%} of the sentences are right to the last word. {outcome.signature}",
+        f"{report.exact:.1%} of the sentences are right to the last word. {report.signature}",
     ]
     return "\n".join(lines)
 
