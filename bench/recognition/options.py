@@ -1,4 +1,4 @@
-"""Options of recogniser training, and the precision that ``auto`` stands for."""
+"""Options of recogniser training, and the margin heads by name."""
 
 from __future__ import annotations
 
@@ -28,67 +28,62 @@ class TrainingOptions(BaseModel):
 
     The defaults of the optimiser (SGD, momentum 0.9, weight decay 5e-4) are those of ArcFace; see :data:`PUBLISHED`
     for the whole published schedule.
-
-    Attributes:
-        epochs: passes over the images, each with :attr:`views` copies of every image.
-        batch_size: copies per step, over all processes: the same options mean the same training however many processes
-            share it.
-        views: protected copies of each image per epoch, each with a state of its own; None for as many as
-            the defence asks for.
-        learning_rate: at its peak.
-        momentum: of SGD.
-        weight_decay: on all learned values.
-        schedule: ``cosine`` from the peak to zero, or ``step``: divided by ten at each milestone.
-        milestones: epochs after which ``step`` divides.
-        warmup_epochs: epochs of linear warm-up from zero; may be a fraction.
-        clip_gradient_norm: largest norm of the gradient; None for no limit.
-        head: margin head, a name in :data:`HEADS`.
-        embedding_size: D.
-        scale: s of the margin head.
-        margin: m of the margin head; for ``combined`` and ``partial-fc`` the one in radians, in cos(m1 t + m) - m3.
-        angle_factor: m1 of ``combined`` and ``partial-fc``.
-        cosine_margin: m3 of ``combined`` and ``partial-fc``; with margin=0 they are CosFace, without m3 ArcFace.
-        margin_warmup_epochs: epochs over which the margins grow from none. A full margin from the start asks of
-            random embeddings what they cannot give, and small training sets may never recover from it.
-        sample_rate: r of ``partial-fc``: share of the identities whose centres take part in a step.
-        interclass_filter: of ``partial-fc``: cosine above which a negative is left out, because it may be the same
-            person under another label; None for no filter, 0.4 in the paper.
-        label_smoothing: share of the target spread over all identities; not with ``partial-fc``.
-        label_noise: share of the training images that are given another identity's label, for experiments.
-        sync_batch_norm: whether several processes normalise by the statistics of the whole batch. Off, each uses its
-            part's, which is faster and makes the result depend on the number of processes.
-        dropout: before the embedding layer.
-        precision: ``auto`` is bfloat16 where the hardware computes in it, else float32.
-        augmentation: what is varied on the faces before they are protected.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int = Field(24, ge=1)
-    batch_size: int = Field(128, ge=2)
-    views: int | None = Field(None, ge=1)
-    learning_rate: float = Field(0.1, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
-    schedule: Literal["cosine", "step"] = "cosine"
-    milestones: tuple[int, ...] = ()
-    warmup_epochs: float = Field(1.0, ge=0)
-    clip_gradient_norm: float | None = Field(None, gt=0)
-    head: str = "arcface"
-    embedding_size: int = Field(256, ge=2)
-    scale: float = Field(32.0, gt=0)
-    margin: float = Field(0.3, ge=0)
-    angle_factor: float = Field(1.0, ge=1, le=4)
-    cosine_margin: float = Field(0.0, ge=0, lt=1)
-    margin_warmup_epochs: float = Field(0.0, ge=0)
-    sample_rate: float = Field(0.1, gt=0, le=1)
-    interclass_filter: float | None = Field(None, ge=-1, le=1)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    label_noise: float = Field(0.0, ge=0, lt=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    sync_batch_norm: bool = True
-    augmentation: AugmentationOptions = AugmentationOptions()
+    epochs: int = Field(24, ge=1, description="Passes over the images, each with `views` copies of every image.")
+    batch_size: int = Field(128, ge=2, description="Copies per step, over all processes together.")
+    views: int | None = Field(
+        None,
+        ge=1,
+        description="Protected copies of each image per epoch, each with its own state; null: what the defence asks.",
+    )
+    learning_rate: float = Field(0.1, gt=0, description="Learning rate at its peak.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of SGD.")
+    weight_decay: float = Field(5e-4, ge=0, description="Weight decay, on all learned values.")
+    schedule: Literal["cosine", "step"] = Field(
+        "cosine", description="Cosine from the peak to zero, or step: divided by ten at each milestone."
+    )
+    milestones: tuple[int, ...] = Field((), description="Epochs after which schedule step divides.")
+    warmup_epochs: float = Field(1.0, ge=0, description="Epochs of linear warm-up from zero; may be a fraction.")
+    clip_gradient_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient; null for no limit.")
+    head: str = Field("arcface", description="Margin head: arcface, combined, cosface or partial-fc.")
+    embedding_size: int = Field(256, ge=2, description="Dimensions of the embedding.")
+    scale: float = Field(32.0, gt=0, description="Radius s of the sphere on which logits live.")
+    margin: float = Field(0.3, ge=0, description="Margin m of cos(m1 t + m) - m3, in radians; of cosface it is m3.")
+    angle_factor: float = Field(1.0, ge=1, le=4, description="Margin m1 of combined and partial-fc.")
+    cosine_margin: float = Field(
+        0.0, ge=0, lt=1, description="Margin m3 of combined and partial-fc; with margin=0 they are CosFace."
+    )
+    margin_warmup_epochs: float = Field(
+        0.0, ge=0, description="Epochs over which the margins grow from none, as small training sets may need."
+    )
+    sample_rate: float = Field(
+        0.1, gt=0, le=1, description="Of partial-fc: share of the identities whose centres take part in a step."
+    )
+    interclass_filter: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="Of partial-fc: negatives of a higher cosine are left out; 0.4 in the paper, null for none.",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Share of the target spread over all identities; not with partial-fc."
+    )
+    label_noise: float = Field(
+        0.0, ge=0, lt=1, description="Share of the training images that get another identity's label, for experiments."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the embedding layer.")
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
+        "auto", description="Precision: auto is bfloat16 where the hardware computes in it, else float32."
+    )
+    sync_batch_norm: bool = Field(
+        True, description="Normalise by the batch of all processes, not by each one's part of it."
+    )
+    augmentation: AugmentationOptions = Field(
+        AugmentationOptions(), description="What is varied on the faces before they are protected."
+    )
 
     @property
     def head_options(self) -> dict[str, Any]:

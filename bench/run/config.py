@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from bench.errors import DataError, MissingError, UsageError
 from bench.plugins import Option, describe, explain
-from bench.recognition.options import TrainingOptions
+from bench.recognition.options import PUBLISHED, TrainingOptions
 
 #: The axes that every attack has: public faces, and interceptions per victim image.
 DATA = "data"
@@ -96,20 +96,6 @@ _SMALL_SET = {
     },
 }
 
-#: The hyper-parameters of the PartialFace paper (Mi et al., ICCV 2023, section 5.1).
-_PUBLISHED = {
-    "epochs": 24,
-    "batch_size": 64,
-    "learning_rate": 0.1,
-    "schedule": "step",
-    "milestones": (10, 18, 22),
-    "warmup_epochs": 0,
-    "head": "arcface",
-    "embedding_size": 512,
-    "scale": 64.0,
-    "margin": 0.5,
-}
-
 
 def _synthetic(identities: int, images: int, **more: Any) -> Mapping[str, Any]:
     options = {"identities": identities, "images_per_identity": images}
@@ -141,7 +127,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "cpu": {"image_size": 64, "backbone": "ir-tiny", "training": {**_SMALL_SET, "epochs": 12}},
     # One accelerator: 112 px and the published network widths.
     "gpu": {"image_size": 112, "backbone": "ir-18", "probes": 1000, "training": {**_SMALL_SET, "epochs": 24}},
-    "paper": {"image_size": 112, "backbone": "ir-50", "probes": 1000, "training": _PUBLISHED},
+    "paper": {
+        "image_size": 112,
+        "backbone": "ir-50",
+        "probes": 1000,
+        "training": PUBLISHED.model_dump(exclude_unset=True),
+    },
 }
 
 
