@@ -1,8 +1,7 @@
-"""Looks at this machine: what works, what is missing, and how to get it.
+"""``bench doctor``: what works on this machine, what is missing, and how to get it.
 
-Nothing here imports torch or another compiled dependency into this process. They are tried in a child
-process, so that a broken installation (a missing library, a torch and a torchvision of different builds, a crash at
-import) is reported instead of ending the report.
+Compiled dependencies are imported in a child process only, so that a broken installation (a missing library, a torch
+and a torchvision of different builds, a crash at import) is reported instead of ending the report.
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ from bench.run.config import PREFIX, unknown_variables
 Status = Literal["ok", "warn", "fail"]
 
 DISTRIBUTION = "ppfr-bench"
-MINIMUM_PYTHON = (3, 11)
 
-#: The ImageNet AlexNet that LPIPS stands on; torchvision names a checkpoint after the start of its SHA-256. The same
-#: values as in ``bench.metrics.perceptual``, which needs torch and so cannot be imported here.
+#: ImageNet's AlexNet, on which LPIPS stands; as in ``bench.metrics.perceptual``, which needs torch.
 LPIPS_TRUNK = "alexnet-owt-7be5be79.pth"
 LPIPS_TRUNK_URL = f"https://download.pytorch.org/models/{LPIPS_TRUNK}"
 LPIPS_TRUNK_SHA256_PREFIX = "7be5be79"
@@ -118,10 +115,6 @@ class Check:
     detail: str
     remedy: str | None = None
 
-    def as_dict(self) -> dict[str, str | None]:
-        """The fields by name, for JSON."""
-        return asdict(self)
-
 
 def _one_line(text: str, limit: int = 300) -> str:
     line = " ".join(text.split())
@@ -142,19 +135,15 @@ def probe(source: str, *arguments: str, environment: Mapping[str, str] | None = 
         )
     except subprocess.TimeoutExpired:
         return {"crash": f"no answer within {PROBE_TIMEOUT} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        try:
-            found = json.loads(lines[-1])
-        except json.JSONDecodeError:
-            return {"crash": f"unexpected output: {_one_line(done.stdout)}"}
-        if isinstance(found, dict):
-            return found
-        return {"crash": f"unexpected output: {_one_line(done.stdout)}"}
     if done.returncode < 0:
         return {"crash": f"killed by {signal.Signals(-done.returncode).name}"}
-    last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-    return {"crash": _one_line(last[0])}
+    if done.returncode > 0:
+        return {"crash": _one_line((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])}
+    with contextlib.suppress(json.JSONDecodeError):
+        answer = json.loads((done.stdout.strip().splitlines() or [""])[-1])
+        if isinstance(answer, dict):
+            return answer
+    return {"crash": f"unexpected output: {_one_line(done.stdout)}"}
 
 
 def installed(distribution: str) -> str | None:
@@ -168,13 +157,9 @@ def installed(distribution: str) -> str | None:
 # -- Python and packages ---------------------------------------------------------------------------
 
 
-def check_python(version: tuple[int, int, int] = sys.version_info[:3]) -> Check:
-    """The interpreter's version."""
-    detail = f"{'.'.join(map(str, version))} ({platform.system()} {platform.machine()})"
-    if version[:2] < MINIMUM_PYTHON:
-        wanted = ".".join(map(str, MINIMUM_PYTHON))
-        return Check("Python", "fail", detail, f"make a virtual environment with Python {wanted} or later")
-    return Check("Python", "ok", detail)
+def check_python() -> Check:
+    """The interpreter; one that is too old cannot even import this."""
+    return Check("Python", "ok", f"{platform.python_version()} ({platform.system()} {platform.machine()})")
 
 
 def unmet(requirements: Collection[str], extra: str = "") -> list[str]:
@@ -183,10 +168,11 @@ def unmet(requirements: Collection[str], extra: str = "") -> list[str]:
 
     problems = []
     for requirement in map(Requirement, requirements):
-        if extra and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
-            continue  # a requirement of the project itself
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+        marker = requirement.marker
+        if marker is not None and not marker.evaluate({"extra": extra}):
             continue
+        if extra and (marker is None or marker.evaluate({"extra": ""})):
+            continue  # a requirement of the project itself
         version = installed(requirement.name)
         if version is None:
             problems.append(f"{requirement.name} is missing")
@@ -200,59 +186,43 @@ def check_dependencies() -> list[Check]:
     try:
         metadata = importlib.metadata.metadata(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
-        return [
-            Check("dependencies", "warn", f"{DISTRIBUTION} is not installed, so they are unknown", "pip install -e .")
-        ]
+        detail = f"{DISTRIBUTION} is not installed, so they are unknown"
+        return [Check("dependencies", "warn", detail, "pip install -e .")]
     requirements = importlib.metadata.requires(DISTRIBUTION) or []
-    problems = unmet(requirements)
-    checks = [
-        Check("dependencies", "fail", "; ".join(problems), f"pip install --upgrade {DISTRIBUTION}")
-        if problems
-        else Check("dependencies", "ok", f"{DISTRIBUTION} {metadata['Version']}, all installed")
-    ]
+    checks = [Check("dependencies", "ok", f"{DISTRIBUTION} {metadata['Version']}, all installed")]
+    if problems := unmet(requirements):
+        checks = [Check("dependencies", "fail", "; ".join(problems), f"pip install --upgrade {DISTRIBUTION}")]
     for extra in metadata.get_all("Provides-Extra") or []:
         absent = unmet(requirements, extra)
-        if absent:
-            detail = f"not installed ({'; '.join(absent)})"
-            checks.append(
-                Check(f"extra {extra!r}", "ok", detail, f"only if wanted: pip install '{DISTRIBUTION}[{extra}]'")
-            )
-        else:
-            checks.append(Check(f"extra {extra!r}", "ok", "installed"))
+        detail = f"not installed ({'; '.join(absent)})" if absent else "installed"
+        remedy = f"only if wanted: pip install '{DISTRIBUTION}[{extra}]'" if absent else None
+        checks.append(Check(f"extra {extra!r}", "ok", detail, remedy))
     return checks
 
 
 def check_torch(found: Mapping[str, Any]) -> list[Check]:
-    """torch and torchvision, one at a time and as a pair.
-
-    Args:
-        found: what :data:`TORCH_PROBE` printed.
-    """
+    """torch and torchvision, one at a time and as a pair; ``found`` is what :data:`TORCH_PROBE` printed."""
     torch, vision = installed("torch"), installed("torchvision")
-    if "crash" in found or "torch_error" in found:
-        reason = _one_line(found.get("crash") or found["torch_error"])
+    if reason := found.get("crash") or found.get("torch_error"):
         if torch is None:
-            return [Check("torch", "fail", f"not installed ({reason})", "pip install torch torchvision")]
-        return [Check("torch", "fail", f"{torch} is installed and does not import: {reason}", ONE_INDEX)]
-    checks = [Check("torch", "ok", f"{found['torch']} ({_build(found)})")]
-    if "torchvision_error" not in found:
+            return [Check("torch", "fail", f"not installed ({_one_line(reason)})", "pip install torch torchvision")]
+        detail = f"{torch} is installed and does not import: {_one_line(reason)}"
+        return [Check("torch", "fail", detail, ONE_INDEX)]
+    build = f"CUDA {found['cuda_build']} build" if found.get("cuda_build") else "CPU-only build"
+    checks = [Check("torch", "ok", f"{found['torch']} ({build})")]
+    reason = _one_line(found.get("torchvision_error", ""))
+    if not reason:
         detail = f"{found['torchvision']}, its operators load with torch {found['torch']}"
         return [*checks, Check("torchvision", "ok", detail)]
-    reason = _one_line(found["torchvision_error"])
+    detail = f"{vision} does not import with torch {found['torch']}: {reason}"
     if vision is None and "ModuleNotFoundError" in reason:
-        return [*checks, Check("torchvision", "fail", "not installed", ONE_INDEX)]
-    if "torchvision::nms" in reason or "undefined symbol" in reason:
+        detail = "not installed"
+    elif "torchvision::nms" in reason or "undefined symbol" in reason:
         detail = (
-            f"torchvision {vision} was built for another torch than the {found['torch']} ({_build(found)}) that is "
-            f"installed, so its compiled operators are not loaded ({reason})"
+            f"torchvision {vision} was built for another torch than the {found['torch']} ({build}) that is installed, "
+            f"so its compiled operators are not loaded ({reason})"
         )
-    else:
-        detail = f"{vision} does not import with torch {found['torch']}: {reason}"
     return [*checks, Check("torchvision", "fail", detail, ONE_INDEX)]
-
-
-def _build(found: Mapping[str, Any]) -> str:
-    return f"CUDA {found['cuda_build']} build" if found.get("cuda_build") else "CPU-only build"
 
 
 # -- Hardware --------------------------------------------------------------------------------------
@@ -264,12 +234,7 @@ def nvidia_driver_present() -> bool:
 
 
 def check_devices(found: Mapping[str, Any], driver: bool) -> Check:
-    """Accelerators and bfloat16.
-
-    Args:
-        found: what :data:`TORCH_PROBE` printed.
-        driver: whether an NVIDIA driver is there.
-    """
+    """Accelerators and bfloat16, by what :data:`TORCH_PROBE` printed and whether an NVIDIA ``driver`` is there."""
     if "torch" not in found:
         return Check("devices", "warn", "unknown while torch does not import")
     if devices := found.get("devices"):
@@ -313,12 +278,12 @@ def check_memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
     """Memory that is free for this process."""
     import psutil
 
-    available = psutil.virtual_memory().available
-    total = psutil.virtual_memory().total
+    memory = psutil.virtual_memory()
+    total = memory.total
     # Where there is no cgroup (version 2) limit, the file is absent or says "max".
     with contextlib.suppress(OSError, ValueError):
         total = min(total, int(limit_file.read_text(encoding="ascii")))
-    available = min(available, total)
+    available = min(memory.available, total)
     detail = f"{available / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB available"
     if available < COMFORTABLE_MEMORY:
         return Check("memory", "warn", detail, "close something, or take --preset quick and a smaller batch_size")
@@ -329,26 +294,21 @@ def check_memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
 
 
 def check_folder(name: str, folder: Path, flag: str) -> Check:
-    """Whether ``folder`` can be made (or is there), written to, and has room. Leaves nothing behind.
-
-    Args:
-        name: of the check.
-        folder: need not exist.
-        flag: how to choose another folder, for the remedy.
-    """
+    """Whether ``folder`` can be made (or is there), written to, and has room; ``flag`` chooses another one."""
     folder = folder.absolute()
-    place = next(p for p in (folder, *folder.parents) if p.exists())
-    if not place.is_dir():
-        return Check(name, "fail", f"{place} is a file", f"choose another folder with {flag}")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    choose = f"choose another folder with {flag}"
+    if not existing.is_dir():
+        return Check(name, "fail", f"{existing} is a file", choose)
     try:
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        return Check(name, "fail", f"{place} is not writable: {error.strerror}", f"choose another folder with {flag}")
-    free = shutil.disk_usage(place).free
+        return Check(name, "fail", f"{existing} is not writable: {error.strerror}", choose)
+    free = shutil.disk_usage(existing).free
     detail = f"{folder}, {free / GIGABYTE:.1f} GB free"
     if free < MINIMUM_DISK:
-        return Check(name, "fail", detail, f"free some disk space, or choose another folder with {flag}")
+        return Check(name, "fail", detail, f"free some disk space, or {choose}")
     if free < COMFORTABLE_DISK:
         return Check(name, "warn", detail, "enough for a small run; free some disk space before a large one")
     return Check(name, "ok", detail)
@@ -381,35 +341,34 @@ def check_lpips(environment: Mapping[str, str]) -> Check:
 
 
 def check_evaluator(found: Mapping[str, Any], environment: Mapping[str, str]) -> list[Check]:
-    """onnxruntime, and the evaluator that BENCH_EVALUATOR names.
-
-    Args:
-        found: what :data:`ONNX_PROBE` printed.
-        environment: the environment variables.
-    """
+    """onnxruntime, by what :data:`ONNX_PROBE` printed, and the evaluator that BENCH_EVALUATOR names."""
     path = environment.get("BENCH_EVALUATOR")
-    reason = found.get("crash") or found.get("error")
-    if reason:
-        status: Status = "fail" if path else "warn"
+    if reason := found.get("crash") or found.get("error"):
         detail = f"does not import: {_one_line(reason)}; an ONNX evaluator cannot be used"
+        status: Status = "fail" if path else "warn"
         return [Check("onnxruntime", status, detail, "pip install --force-reinstall onnxruntime")]
-    providers = ", ".join(p.removesuffix("ExecutionProvider") for p in found["providers"])
-    checks = [Check("onnxruntime", "ok", f"{found['version']} ({providers})")]
-    remedy = "point BENCH_EVALUATOR to an ONNX face recogniser, or unset it: one is then trained in each run"
+    providers = ", ".join(provider.removesuffix("ExecutionProvider") for provider in found["providers"])
+    runtime = Check("onnxruntime", "ok", f"{found['version']} ({providers})")
     if not path:
         detail = "BENCH_EVALUATOR is not set: each run trains its own judge of identity leakage"
-        return [*checks, Check("evaluator", "ok", detail)]
+        return [runtime, Check("evaluator", "ok", detail)]
+    shapes = f"{' '.join(map(str, found.get('inputs', ())))} -> {' '.join(map(str, found.get('outputs', ())))}"
     if not Path(path).is_file():
-        return [*checks, Check("evaluator", "fail", f"BENCH_EVALUATOR={path} is no file", remedy)]
-    if "model_error" in found:
-        detail = f"{path} is no model that onnxruntime can load: {_one_line(found['model_error'])}"
-        return [*checks, Check("evaluator", "fail", detail, remedy)]
-    inputs, outputs = found["inputs"], found["outputs"]
-    shapes = f"{' '.join(map(str, inputs))} -> {' '.join(map(str, outputs))}"
-    if len(inputs) != 1 or len(inputs[0]) != 4 or inputs[0][1] != 3 or len(outputs[0]) != 2:
-        detail = f"{path} maps {shapes}, not (N, 3, H, W) to (N, D)"
-        return [*checks, Check("evaluator", "fail", detail, remedy)]
-    return [*checks, Check("evaluator", "ok", f"{path}: {shapes}")]
+        problem = f"BENCH_EVALUATOR={path} is no file"
+    elif "model_error" in found:
+        problem = f"{path} is no model that onnxruntime can load: {_one_line(found['model_error'])}"
+    elif (
+        [len(shape) for shape in found["inputs"]] != [4] or found["inputs"][0][1] != 3 or len(found["outputs"][0]) != 2
+    ):
+        problem = f"{path} maps {shapes}, not (N, 3, H, W) to (N, D)"
+    else:
+        return [runtime, Check("evaluator", "ok", f"{path}: {shapes}")]
+    remedy = "point BENCH_EVALUATOR to an ONNX face recogniser, or unset it: one is then trained in each run"
+    return [runtime, Check("evaluator", "fail", problem, remedy)]
+
+
+def _embeds_faces(inputs: list[list[Any]], outputs: list[list[Any]]) -> bool:
+    return [len(shape) for shape in inputs] == [4] and inputs[0][1] == 3 and len(outputs[0]) == 2
 
 
 def check_data_root(environment: Mapping[str, str]) -> Check:
@@ -417,27 +376,31 @@ def check_data_root(environment: Mapping[str, str]) -> Check:
     named = environment.get("BENCH_DATA_ROOT")
     if not named:
         return Check("data", "ok", "BENCH_DATA_ROOT is not set: synthetic faces unless --data-root is given")
-    root = Path(named)
-    remedy = "point BENCH_DATA_ROOT to a face dataset, or unset it"
-    if not root.exists():
-        return Check("data", "fail", f"BENCH_DATA_ROOT={named} does not exist", remedy)
     try:
-        if root.is_file():
-            with root.open("rb"):
-                return Check("data", "ok", f"{root} (one file)")
-        names = {entry.name for entry in root.iterdir()}
+        return Check("data", "ok", f"{named}: {_contents(Path(named))}")
     except OSError as error:
-        return Check("data", "fail", f"{root} cannot be read: {error.strerror}", remedy)
+        problem = f"BENCH_DATA_ROOT={named} cannot be read: {error.strerror}"
+    except ValueError as error:
+        problem = f"{named} {error}"
+    return Check("data", "fail", problem, "point BENCH_DATA_ROOT to a face dataset, or unset it")
+
+
+def _contents(root: Path) -> str:
+    """What a data root holds; :raises ValueError: it holds no dataset."""
+    if root.is_file():
+        with root.open("rb"):
+            return "one file"
+    names = {entry.name for entry in root.iterdir()}
     if not names:
-        return Check("data", "fail", f"{root} is empty", remedy)
-    known = [name for name in ("train.rec", "train.idx", "property", "pairs.txt") if name in names]
-    packs = sorted(name for name in names if name.endswith(".bin"))
-    folders = sum((root / name).is_dir() for name in names)
-    detail = ", ".join([*known, *packs, *([f"{folders} folders"] if folders else [])]) or f"{len(names)} files"
-    if ("train.rec" in names) != ("train.idx" in names):
-        missing = "train.idx" if "train.rec" in names else "train.rec"
-        return Check("data", "fail", f"{root} holds {detail}; {missing} is missing", remedy)
-    return Check("data", "ok", f"{root}: {detail}")
+        raise ValueError("is empty")
+    known: list[str] = [name for name in ("train.rec", "train.idx", "property", "pairs.txt") if name in names]
+    known += sorted(name for name in names if name.endswith(".bin"))
+    if folders := sum((root / name).is_dir() for name in names):
+        known.append(f"{folders} folders")
+    described = ", ".join(known) or f"{len(names)} files"
+    if missing := {"train.rec", "train.idx"} - names if {"train.rec", "train.idx"} & names else set():
+        raise ValueError(f"holds {described}; {missing.pop()} is missing")
+    return described
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:
@@ -479,19 +442,12 @@ def _guarded(name: str, check: Callable[[], Check | list[Check]]) -> list[Check]
     return checks if isinstance(checks, list) else [checks]
 
 
-def diagnose(
-    *,
-    out: Path | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> list[Check]:
-    """Look at everything a run depends on.
+def diagnose(*, out: Path | None = None, environment: Mapping[str, str] | None = None) -> list[Check]:
+    """Look at everything a run depends on; ``fail`` stands for something without which a run ends in an error.
 
     Args:
         out: the folder for runs; by default ``BENCH_OUT``, else ``runs``.
         environment: environment variables; by default those of this process.
-
-    Returns:
-        The checks in reading order. ``fail`` stands for something without which a run ends in an error.
     """
     environment = dict(os.environ) if environment is None else environment
     out = Path(environment.get("BENCH_OUT") or "runs") if out is None else out

@@ -166,11 +166,6 @@ def test_memory_is_cut_by_the_cgroup_limit(tmp_path: Path) -> None:
     assert not doctor.check_memory(limit).detail.endswith("of 1.0 GB available")
 
 
-@pytest.mark.parametrize(("version", "status"), [((3, 10, 14), "fail"), ((3, 11, 0), "ok"), ((3, 13, 1), "ok")])
-def test_python_version(version: tuple[int, int, int], status: str) -> None:
-    assert doctor.check_python(version).status == status
-
-
 def test_requirements_that_are_not_met() -> None:
     requirements = [
         "numpy>=1",
@@ -334,7 +329,7 @@ def test_data_root(tmp_path: Path, files: list[str], status: str, words: str) ->
 def test_data_root_that_is_not_there(tmp_path: Path) -> None:
     check = doctor.check_data_root({"BENCH_DATA_ROOT": str(tmp_path / "nowhere")})
     assert check.status == "fail"
-    assert "does not exist" in check.detail
+    assert "No such file" in check.detail
 
 
 def test_lfw_in_the_cache_is_found(tmp_path: Path) -> None:
