@@ -1,6 +1,7 @@
 """Hooks of MkDocs, and the parts of pages that are made from the code.
 
-``python docs/hooks.py`` writes those parts anew into pages that are committed; tests compare them.
+``python docs/hooks.py`` writes the parts about settings and figures anew into the pages, where they are committed; a
+test compares them. Those about plug-ins are made when the pages are built: a new plug-in is one new file.
 """
 
 from __future__ import annotations
@@ -8,17 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.commands.flags import default_text
+from bench.commands.list import catalogue
 from bench.measures import KINDS
-from bench.plugins import Option, describe
+from bench.plugins import Option, defenses, describe
 from bench.run.config import OTHER_VARIABLES, PRESETS, Setting, settings
 from bench.sweep.options import AXES, SweepOptions
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
 
+_AT_BUILD = re.compile(r"<!-- made at build: (?P<name>\w+) -->")
 _PART = re.compile(r"(?<=<!-- made from the code: )(?P<name>\w+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
 
 
@@ -30,6 +33,11 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """
     config.docs_dir = str(Path(config.config_file_path).resolve().parent)
     return config
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Make the parts about plug-ins."""
+    return _AT_BUILD.sub(lambda part: PARTS[part["name"]](), markdown)
 
 
 def filled(page: str) -> str:
@@ -99,7 +107,62 @@ def metrics() -> str:
     return _table("metric, group, range, higher means, meaning", rows)
 
 
-PARTS = {made.__name__: made for made in (run_flags, run_settings, variables, sweep_flags, metrics)}
+def attack_needs() -> str:
+    """What each attack assumes."""
+    rows = (
+        (_code(attack["name"]), ", ".join(attack["needs"]), ", ".join(attack["uses"]))
+        for attack in catalogue("attacks")
+    )
+    return _table("attack, needs, uses where granted", rows)
+
+
+def defense_secrets() -> str:
+    """What each defence does, and what it keeps to itself."""
+    rows = []
+    for entry in catalogue("defenses"):
+        defense = defenses().get(entry["name"])(image_size=64)
+        states = defense.states()
+        counted = "" if states is None else f"{len(states)} by default"
+        rows.append((_code(entry["name"]), entry["level"], entry["summary"], "yes" if defense.secret else "", counted))
+    return _table("defence, level, what it does, secret, states", rows)
+
+
+def attack_options() -> str:
+    """Every attack in full."""
+    return "\n".join(map(_plugin, catalogue("attacks")))
+
+
+def defense_options() -> str:
+    """Every defence in full."""
+    return "\n".join(map(_plugin, catalogue("defenses")))
+
+
+def _plugin(entry: dict[str, Any]) -> str:
+    facts = [entry["summary"].capitalize() + "."]
+    facts += [
+        f"{fact.capitalize()}: {', '.join(entry[fact])}." for fact in ("needs", "uses", "budgets") if entry.get(fact)
+    ]
+    facts += [f"{fact.capitalize()}: {entry[fact]}." for fact in ("cost", "reference") if entry.get(fact)]
+    options = [Option.model_validate(option) for option in entry["options"]]
+    rows = ((_code(o.name), _values(o) or "true, false", _code(default_text(o)), o.meaning) for o in options)
+    table = _table("option, value, default, meaning", rows) if options else ""
+    return f"### {entry['name']}\n\n{' '.join(facts)}\n\n{table}"
+
+
+PARTS = {
+    made.__name__: made
+    for made in (
+        run_flags,
+        run_settings,
+        variables,
+        sweep_flags,
+        metrics,
+        attack_needs,
+        defense_secrets,
+        attack_options,
+        defense_options,
+    )
+}
 
 if __name__ == "__main__":
     for file in Path(__file__).parent.glob("*.md"):

@@ -44,7 +44,8 @@ def catalogue(kind: str) -> list[dict[str, Any]]:
 
 
 def _defenses() -> list[dict[str, Any]]:
-    return [_plugin(defenses().get(name)) for name in defenses()]
+    plugins = [defenses().get(name) for name in defenses()]
+    return [_plugin(plugin) | {"level": plugin.level, "trainable": plugin.trainable} for plugin in plugins]
 
 
 def _attacks() -> list[dict[str, Any]]:
@@ -172,6 +173,8 @@ def _options(options: Iterable[Option]) -> RenderableType:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, dict):
         return "\n".join(
             f"{key}: {', '.join(f'{k}={v}' for k, v in inner.items()) if isinstance(inner, dict) else inner}"

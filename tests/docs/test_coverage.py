@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shlex
@@ -26,6 +27,17 @@ _HELP = {"--help", "-h"}
 
 def text(page: str) -> str:
     return (DOCS / page).read_text(encoding="utf-8")
+
+
+@functools.cache
+def hooks() -> Any:
+    """The hooks of the documentation, which is no package."""
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def table(page: str, heading: str) -> list[list[str]]:
@@ -119,12 +131,9 @@ def test_what_people_are_told_to_type_exists(page, line):
 
 def test_what_is_made_from_the_code_is_up_to_date():
     """Else: python docs/hooks.py"""
-    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
     assert "<!-- made from the code: run_flags" in text("cli.md")
     for page in PAGES:
-        assert hooks.filled(page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8"), page
+        assert hooks().filled(page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8"), page
 
 
 def test_the_presets_are_those_there_are():
@@ -147,35 +156,28 @@ def test_the_config_file_is_one():
 # -- plug-ins and threat models ----------------------------------------------------------------------
 
 
-def names(capabilities: Any) -> set[str]:
-    return {str(one) for one in capabilities}
-
-
-def listed(cell: str) -> set[str]:
-    return {part.strip() for part in cell.split(",") if part.strip()}
-
-
-def test_what_each_attack_needs():
-    rows = {row[0]: (listed(row[1]), listed(row[2])) for row in table("threat-models.md", "Which attack assumes what")}
-    registry = plugins.attacks()
-    assert rows == {name: (names(registry.get(name).needs), names(registry.get(name).uses)) for name in registry}
-
-
 def test_what_each_rung_grants():
     rows = {row[0]: [cell == "yes" for cell in row[1:][1:]] for row in table("threat-models.md", "Capabilities")}
     assert rows == {str(one): [one in GRANTS[rung] for rung in Knowledge] for one in Capability}
     assert [row[0] for row in table("threat-models.md", "The ladder of knowledge")] == [str(rung) for rung in Knowledge]
 
 
-def test_every_defence_is_described():
-    registry = plugins.defenses()
-    rows = {row[0]: row for row in table("threat-models.md", "The defences")}
-    assert set(rows) == set(registry)
-    for name, (_, _, secret, states) in rows.items():
-        built = registry.get(name)(image_size=32)
-        assert bool(secret) == bool(built.secret), name
-        assert states.startswith("countable") == (built.states() is not None), name
-    assert rows["partialface"][3].endswith(f"{len(registry.get('partialface')().states())} by default")
+@pytest.mark.parametrize(
+    ("page", "registry"),
+    [
+        ("threat-models.md", plugins.attacks()),
+        ("threat-models.md", plugins.defenses()),
+        ("reference/attacks.md", plugins.attacks()),
+        ("reference/defenses.md", plugins.defenses()),
+    ],
+)
+def test_what_is_made_at_build_names_every_plugin(page, registry):
+    built = hooks().on_page_markdown(text(page))
+    for name in registry:
+        assert re.search(rf"^(### {name}|\| `{name}`)( |$)", built, re.MULTILINE), name
+        if page.startswith("reference"):
+            section = built.split(f"### {name}\n")[1].partition("\n### ")[0]
+            assert all(f"| `{option}` |" in section for option in registry.get(name).Options.model_fields)
 
 
 # -- protocol ----------------------------------------------------------------------------------------
