@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import psutil
@@ -32,8 +34,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from bench.data.faces import Skipped
 from bench.errors import DataError
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 #: Called as ``report(done, total)``.
 Report = Callable[..., None]
@@ -46,7 +50,11 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 #: Below this an image holds no face worth the name.
 MIN_SIDE = 8
 
-_CHUNK = 64
+#: Images that a thread reads and decodes at once, on the way through a whole set.
+AT_ONCE = 64
+
+#: Batches that each reading thread or process may be ahead.
+AHEAD = 4
 
 
 class ImageError(DataError):
@@ -67,6 +75,9 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+#: An encoded image, uint8 (bytes,), or why its bytes cannot be had.
+Encoded = Tensor | ImageError
 
 
 def no_report(done: int, total: int) -> None:
@@ -172,21 +183,6 @@ def decode_image(
     return torch.from_numpy(_pixels(data, image_size, crop, limits).transpose(2, 0, 1).copy())
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """A decoded set.
-
-    Attributes:
-        images: uint8 (M, 3, S, S), those that could be decoded, in order.
-        kept: int64 (M,), which of the N asked for they are.
-        skipped: the others, N - M of them.
-    """
-
-    images: Tensor
-    kept: Tensor
-    skipped: tuple[Skipped, ...]
-
-
 @contextmanager
 def own_limits() -> Iterator[None]:
     """Silence Pillow's warning of large images: :class:`Limits` decide, and what they refuse is listed."""
@@ -200,73 +196,18 @@ def workers() -> int:
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def decode_all(
-    count: int,
-    read: Callable[[int], bytes],
-    where: Callable[[int], str],
-    image_size: int,
-    *,
-    crop: float = 1.0,
-    limits: Limits = DEFAULT_LIMITS,
-    report: Report = no_report,
-) -> Decoded:
-    """Decode ``count`` images into one tensor, on as many threads as there are cores.
-
-    Args:
-        count: N, how many there are.
-        read: gives the bytes of the i-th; may raise :class:`ImageError`.
-        where: names the i-th for messages.
-        image_size: S, in pixels.
-        crop: see :func:`decode_image`.
-        limits: what one image may cost.
-        report: progress.
-
-    Returns:
-        The images, which ones they are, and those left out with the reason.
-
-    Raises:
-        DataError: the set does not fit into memory.
-    """
-    needed, available = count * 3 * image_size * image_size, psutil.virtual_memory().available
-    if needed > 0.9 * available:
-        raise DataError(
-            f"{count} faces of {image_size}x{image_size} pixels need {needed / 2**30:.1f} GiB of memory, "
-            f"{available / 2**30:.1f} GiB are free: choose a smaller image size or fewer identities"
-        )
-    images = torch.empty((count, 3, image_size, image_size), dtype=torch.uint8)
-    target = images.numpy()
-    reasons: dict[int, str] = {}
-
-    def work(start: int) -> int:
-        stop = min(start + _CHUNK, count)
-        for i in range(start, stop):
-            try:
-                target[i] = _pixels(read(i), image_size, crop, limits).transpose(2, 0, 1)
-            except ImageError as error:
-                reasons[i] = str(error)
-        return stop
-
-    with own_limits(), ThreadPoolExecutor(workers()) as pool:
+def by_threads(work: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
+    """``map(work, items)``, done ahead by threads; however many items there are, few are on their way at a time."""
+    coming = iter(items)
+    with ThreadPoolExecutor(workers, thread_name_prefix="bench-stream") as pool:
+        waiting = deque(pool.submit(work, item) for item in itertools.islice(coming, AHEAD * workers))
         try:
-            for stop in pool.map(work, range(0, count, _CHUNK)):
-                report(stop, count)
+            while waiting:
+                done = waiting.popleft().result()
+                waiting.extend(pool.submit(work, item) for item in itertools.islice(coming, 1))
+                yield done
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)  # an interrupt does not decode the rest first
-    kept = torch.tensor([i for i in range(count) if i not in reasons], dtype=torch.int64)
-    skipped = tuple(Skipped(where(i), reasons[i]) for i in sorted(reasons))
-    return Decoded(images[kept] if skipped else images, kept, skipped)
-
-
-def decode_files(paths: list[Path], root: Path, image_size: int, **options: Any) -> Decoded:
-    """:func:`decode_all` over files, named in messages by their path below ``root``."""
-    limits: Limits = options.get("limits", DEFAULT_LIMITS)
-    return decode_all(
-        len(paths),
-        lambda i: read_image_file(paths[i], limits),
-        lambda i: shown(paths[i].relative_to(root)),
-        image_size,
-        **options,
-    )
+            pool.shutdown(wait=True, cancel_futures=True)  # an interrupt does not do the rest first
 
 
 #: Baseline, extended and progressive Huffman frames.
@@ -310,14 +251,13 @@ def is_plain_jpeg(data: memoryview | bytes, size: int) -> bool:
 
 
 def decode_batch(
-    encoded: list[Tensor], size: int, limits: Limits = DEFAULT_LIMITS, *, crop: float = 1.0, exact: bool = False
+    encoded: Sequence[Encoded], size: int, limits: Limits = DEFAULT_LIMITS, *, crop: float = 1.0, exact: bool = False
 ) -> tuple[Tensor, dict[int, str]]:
     """Decode images on the calling thread; the interpreter lock is free during most of it.
 
     Args:
-        encoded: N tensors uint8 (bytes,), on the CPU.
-        size: S, in pixels; images of another size are cropped and resized as :func:`bench.data.decode.decode_image`
-            does.
+        encoded: N images.
+        size: S, in pixels; images of another size are cropped and resized as :func:`decode_image` does.
         limits: what one image may cost.
         crop: side of the central square that is kept, as a share of the shorter side.
         exact: whether every image goes the long way. Two builds of libjpeg may round differently: pixels that are
@@ -330,14 +270,66 @@ def decode_batch(
     target, failed = images.numpy(), {}
     native = None if exact or crop != 1 else _decode_native
     for i, data in enumerate(encoded):
-        view = data.numpy().data
-        if native is not None and len(view) <= limits.max_bytes and is_plain_jpeg(view, size):
-            # What this cannot decode goes the long way, which says why, or makes do with it as everywhere else.
-            with contextlib.suppress(RuntimeError):
-                target[i] = native(data, _RGB, False).numpy()
-                continue
         try:
-            images[i] = decode_image(bytes(view), size, crop=crop, limits=limits)
+            if isinstance(data, ImageError):
+                raise data
+            view = data.numpy().data
+            if native is not None and len(view) <= limits.max_bytes and is_plain_jpeg(view, size):
+                # What this cannot decode goes the long way, which says why, or makes do with it as everywhere else.
+                with contextlib.suppress(RuntimeError):
+                    target[i] = native(data, _RGB, False).numpy()
+                    continue
+            target[i] = _pixels(bytes(view), size, crop, limits).transpose(2, 0, 1)
         except ImageError as error:
-            images[i], failed[i] = 0, str(error)
+            target[i], failed[i] = 0, str(error)
     return images, failed
+
+
+def decode_all(
+    rows: NDArray[np.int64],
+    read: Callable[[NDArray[np.int64]], Sequence[Encoded]],
+    size: int,
+    *,
+    crop: float = 1.0,
+    limits: Limits = DEFAULT_LIMITS,
+    report: Report = no_report,
+) -> tuple[Tensor, dict[int, str]]:
+    """Decode a set into one tensor, on as many threads as there are cores.
+
+    Args:
+        rows: int64 (N,), its images.
+        read: gives some of them, encoded.
+        size: S, in pixels.
+        crop: see :func:`decode_image`.
+        limits: what one image may cost.
+        report: progress.
+
+    Returns:
+        uint8 (M, 3, S, S), those that could be decoded, in order; and why the others could not, by their place in
+        ``rows``.
+
+    Raises:
+        DataError: the set does not fit into memory, or cannot be read.
+    """
+    count, available = len(rows), psutil.virtual_memory().available
+    if (needed := count * 3 * size * size) > 0.9 * available:
+        raise DataError(
+            f"{count} faces of {size}x{size} pixels need {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} "
+            "GiB are free: choose a smaller image size, fewer identities, or fewer images to hold (stream_images)"
+        )
+    images = torch.empty((count, 3, size, size), dtype=torch.uint8)
+    failed: dict[int, str] = {}
+    filled = 0
+
+    def work(start: int) -> tuple[int, Tensor, dict[int, str]]:
+        encoded = read(rows[start : start + AT_ONCE])
+        return start, *decode_batch(encoded, size, limits, crop=crop, exact=True)
+
+    with own_limits():
+        for start, batch, lost in by_threads(work, range(0, count, AT_ONCE), workers()):
+            kept = [i for i in range(len(batch)) if i not in lost]
+            images[filled : filled + len(kept)] = batch[kept] if lost else batch
+            filled += len(kept)
+            failed |= {start + i: reason for i, reason in lost.items()}
+            report(start + len(batch), count)
+    return images[:filled], failed

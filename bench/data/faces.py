@@ -1,10 +1,12 @@
-"""Decoded faces in memory, verification pairs over them, and what a dataset loader returns."""
+"""Faces with identity labels, verification pairs over them, and what a dataset loader returns."""
 
 from __future__ import annotations
 
+import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.images import to_float
+
+if TYPE_CHECKING:
+    from bench.data.encoded import IdentityView
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +27,108 @@ class Skipped:
     reason: str
 
 
+#: An image whose values vary less than this (standard deviation, of 255) is blank: two of them prove nothing.
+BLANK = 2.0
+
+
 @dataclass(frozen=True, slots=True)
-class FaceSet:
-    """Faces with identity labels.
+class Contents:
+    """Digests of N images: those of two that are equal pixel for pixel are equal.
+
+    Digests have 64 bits. Two different images of N share one by chance with a probability of about N^2 / 2^65: 1e-6
+    for 6 million. Then one identity too many is left out.
+
+    Attributes:
+        digests: uint64 (N,), of the pixels.
+        blank: bool (N,).
+    """
+
+    digests: NDArray[np.uint64]
+    blank: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, images: Tensor) -> Contents:
+        """Of images uint8 (N, 3, H, W)."""
+        rows = _rows(images)
+        sums = b"".join(hashlib.blake2b(row.data, digest_size=8).digest() for row in rows)
+        return cls(np.frombuffer(sums, dtype=np.uint64), np.array([row.std() < BLANK for row in rows], dtype=bool))
+
+    def where_true(self, kept: NDArray[np.bool_]) -> Contents:
+        """Of the images at ``kept`` (N,)."""
+        return Contents(self.digests[kept], self.blank[kept])
+
+    def copies(self) -> NDArray[np.int64]:
+        """int64 (L, 2): the first of every group of equal images that are not blank, and each of the others."""
+        rows = np.flatnonzero(~self.blank)
+        order = rows[np.argsort(self.digests[rows], kind="stable")]
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = self.digests[order[1:]] != self.digests[order[:-1]]
+        first = order[new][np.cumsum(new) - 1]
+        return np.stack((first, order), axis=1)[~new]
+
+
+def _rows(images: Tensor) -> NDArray[np.uint8]:
+    rows: NDArray[np.uint8] = images.cpu().contiguous().flatten(1).numpy()
+    return rows
+
+
+def _probes(images: Tensor) -> NDArray[np.void]:
+    """(N,): a few pixels of every image. They tell nearly all apart, and cost a hundredth of reading all."""
+    rows = _rows(images)
+    probes = np.ascontiguousarray(rows[:, np.linspace(0, rows.shape[1] - 1, 64).astype(np.int64)])
+    return probes.view("V64")[:, 0]
+
+
+class Faces(ABC):
+    """Faces with identity labels, in memory (:class:`FaceSet`) or on disk (:class:`bench.data.encoded.IdentityView`).
+
+    Attributes:
+        labels: integers (N,), in 0..K-1.
+        skipped: images that were left out.
+    """
+
+    __slots__ = ()
+
+    labels: Tensor | NDArray[np.int32]
+    skipped: tuple[Skipped, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    @abstractmethod
+    def identities(self) -> int:
+        """K: labels are in 0..K-1; some may have no image."""
+
+    @abstractmethod
+    def name(self, label: int) -> str:
+        """What the identity ``label`` is called; unique within a data set."""
+
+    @property
+    def used_names(self) -> frozenset[str]:
+        """Names of the identities that have at least one image here."""
+        return frozenset(map(self.name, np.unique(self.labels).tolist()))
+
+    @abstractmethod
+    def where_true(self, kept: NDArray[np.bool_]) -> Self:
+        """The images at ``kept`` (N,), and what was skipped; identities are unchanged, some may have no image left."""
+
+    @abstractmethod
+    def of_identities(self, identities: Tensor) -> Self:
+        """All images of the given label values (K,), relabelled 0..K-1 in the order given."""
+
+    @abstractmethod
+    def copies(self) -> NDArray[np.int64]:
+        """int64 (L, 2): every image that equals another one pixel for pixel and is not blank, behind the first such."""
+
+    @abstractmethod
+    def among(self, images: Tensor) -> NDArray[np.bool_]:
+        """bool (N,): whether each image equals one of ``images`` pixel for pixel."""
+
+
+@dataclass(frozen=True, slots=True)
+class FaceSet(Faces):
+    """Faces in memory.
 
     Attributes:
         images: uint8 (N, 3, H, W), RGB in [0, 255].
@@ -47,23 +151,15 @@ class FaceSet:
         if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.names):
             raise ValueError(f"labels must index the {len(self.names)} names")
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     @property
     def identities(self) -> int:
-        """K: labels are in 0..K-1; some may have no image."""
+        """K, as many as there are names."""
         return len(self.names)
 
     @property
     def size(self) -> int:
         """Height (= width) of the faces in pixels."""
         return int(self.images.shape[-1])
-
-    @property
-    def used_names(self) -> frozenset[str]:
-        """Names of the identities that have at least one image here."""
-        return frozenset(self.names[i] for i in torch.unique(self.labels).tolist())
 
     def name(self, label: int) -> str:
         """What the identity ``label`` is called."""
@@ -74,18 +170,31 @@ class FaceSet:
         mask = torch.from_numpy(kept)
         return replace(self, images=self.images[mask], labels=self.labels[mask])
 
-    def subset(self, index: Tensor) -> FaceSet:
+    def subset(self, index: Tensor) -> Self:
         """The faces at ``index`` (int64 or bool), labels and names unchanged."""
         return replace(self, images=self.images[index], labels=self.labels[index], skipped=())
 
-    def of_identities(self, identities: Tensor) -> FaceSet:
+    def of_identities(self, identities: Tensor) -> Self:
         """All faces of the given label values, relabelled 0..K-1 in the order given."""
         lookup = torch.full((len(self.names),), -1, dtype=torch.int64)
         lookup[identities] = torch.arange(len(identities))
         labels = lookup[self.labels]
         keep = labels >= 0
-        names = tuple(self.names[int(i)] for i in identities)
-        return FaceSet(self.images[keep], labels[keep], names)
+        return type(self)(self.images[keep], labels[keep], tuple(self.names[i] for i in identities.tolist()))
+
+    def copies(self) -> NDArray[np.int64]:
+        """int64 (L, 2): every image that equals another one pixel for pixel and is not blank, behind the first such."""
+        _, number, counts = np.unique(_probes(self.images), return_inverse=True, return_counts=True)
+        alike = np.flatnonzero(counts[number] > 1)
+        return alike[Contents.of(self.images[torch.from_numpy(alike)]).copies()]
+
+    def among(self, images: Tensor) -> NDArray[np.bool_]:
+        """bool (N,): whether each image equals one of ``images`` pixel for pixel."""
+        mine, theirs = _probes(self.images), _probes(images)
+        found = np.isin(mine, theirs)
+        wanted = Contents.of(images[torch.from_numpy(np.isin(theirs, mine))]).digests
+        found[found] = np.isin(Contents.of(self.images[torch.from_numpy(found)]).digests, wanted)
+        return found
 
     def to(self, device: torch.device | str) -> FaceSet:
         """The set with its images on ``device`` (labels stay on the CPU, where indexing happens)."""
@@ -123,19 +232,44 @@ class PairProtocol:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a dataset loader returns, before it is split.
+    """A dataset before it is split.
 
     Attributes:
-        faces: the identities that provider, attacker and (where needed) evaluator share out.
+        name: of the dataset.
+        faces: the identities that provider, attacker and (where needed) evaluator share out; on disk where the dataset
+            is streamed.
         victims: a set of its own where the dataset has one (a verification pack), else None: then
             victims are split off ``faces``.
         pairs: the dataset's own protocol over ``victims``; None where pairs are drawn by seed.
         synthetic: rendered faces, which every report has to say.
+        details: what a result says of the dataset.
     """
 
     name: str
-    faces: FaceSet
+    faces: FaceSet | IdentityView
     victims: FaceSet | None = None
     pairs: PairProtocol | None = None
     synthetic: bool = False
     details: dict[str, str | int | float] = field(default_factory=dict)
+
+    @property
+    def in_memory(self) -> FaceSet:
+        """The faces, of a dataset that is not streamed.
+
+        Raises:
+            TypeError: they are on disk.
+        """
+        if not isinstance(self.faces, FaceSet):
+            raise TypeError(f"the faces of {self.name} are on disk")
+        return self.faces
+
+    @property
+    def on_disk(self) -> IdentityView:
+        """The faces, of a dataset that is streamed.
+
+        Raises:
+            TypeError: they are in memory.
+        """
+        if isinstance(self.faces, FaceSet):
+            raise TypeError(f"the faces of {self.name} are in memory")
+        return self.faces

@@ -58,6 +58,20 @@ class PairList:
         """bool (P,)."""
         return np.asarray([pair.same for pair in self.pairs], dtype=np.bool_)
 
+    @property
+    def fold(self) -> NDArray[np.int64]:
+        """int64 (P,): the list's own folds; a list without any (View 1) is cut into ten, each with its share of both
+        kinds: somebody has to choose the threshold on other pairs than those it is judged on.
+        """
+        if self.folds > 1:
+            return np.asarray([pair.fold for pair in self.pairs], dtype=np.int64)
+        return np.tile(even_folds(len(self.pairs) // 2), 2)
+
+
+def even_folds(pairs: int) -> NDArray[np.int64]:
+    """Ten folds of consecutive pairs, equal in size up to one; one fold per pair below ten pairs."""
+    return np.arange(pairs, dtype=np.int64) * min(10, pairs) // pairs
+
 
 def read_pairs(path: Path) -> PairList:
     """Read an LFW-style list.

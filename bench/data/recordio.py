@@ -21,17 +21,19 @@ the use of the labels.
 
 from __future__ import annotations
 
+import copy
 import mmap
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.data.decode import shown
+from bench.data.ranges import read_ranges
 from bench.errors import DataError, MissingError
 
 MAGIC = 0xCED7230A
@@ -41,273 +43,258 @@ _HEADER = struct.Struct("<IfQQ")
 _LENGTH_BITS = 29
 _LENGTH_MASK = (1 << _LENGTH_BITS) - 1
 
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One record, parsed.
-
-    Attributes:
-        labels: its float labels, at least one.
-        identifier: the id written into it (the key, in InsightFace packs).
-        payload: the encoded image; empty for records that hold labels only.
-    """
-
-    labels: tuple[float, ...]
-    identifier: int
-    payload: bytes
+#: A part's and an image's header with room for two labels behind it.
+HEAD = np.dtype(
+    [
+        ("magic", "<u4"),
+        ("word", "<u4"),
+        ("count", "<u4"),
+        ("label", "<f4"),
+        ("ids", "<u8", 2),
+        ("first", "<f4"),
+        ("second", "<f4"),
+    ]
+)
+#: Records whose headers are read at once.
+_AT_ONCE = 4096
 
 
 class RecordFile:
-    """A memory-mapped record file with random access by key.
+    """Where the records of a file lie, by key; 16 bytes of memory a record, and no file stays open.
 
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "train.rec"
     >>> with RecordWriter(path) as writer:
     ...     writer.write(0, (7.0,), b"abc")
-    >>> with RecordFile(path) as records:
-    ...     records.record(0).payload
-    b'abc'
+    >>> records = RecordFile(path)
+    >>> buffer, begin, end, heads = records.bodies(np.array([0]))
+    >>> bytes(buffer[begin[0] : end[0]]), float(heads["label"][0])
+    (b'abc', 7.0)
 
     Args:
+        path: the ``.rec`` file. The ``.idx`` beside it says where the records are; without one, the file is scanned.
+
+    Attributes:
         path: the ``.rec`` file.
-        index: the ``.idx`` file; None takes the one beside it if there is one, and scans otherwise.
+        index: the ``.idx`` file; None where there is none.
+        keys: (N,), ascending, in the smallest type that holds them.
+        offsets: int64 (N,).
+        sizes: uint32 (N,), bytes up to the next record.
 
     Raises:
-        MissingError: the file is not there.
-        DataError: it is empty, its records do not follow one another, or the index does not fit it.
+        MissingError: there is no such file.
+        DataError: it is empty or cut off, its records do not follow one another, or the index does not fit it.
     """
 
-    def __init__(self, path: Path, index: Path | None = None) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as file:
-                if path.stat().st_size == 0:
-                    raise DataError(f"{shown(path)} is empty")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError as error:
-            raise MissingError(f"{shown(path)} does not exist") from error
-        except OSError as error:
-            raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
-        self.index: Path | None = index if index is not None else path.with_suffix(".idx")
-        if index is None and not path.with_suffix(".idx").exists():
-            self.index = None
-        try:
-            if self.index is None:
-                self.offsets = self.scan()
-                self.keys = np.arange(len(self.offsets))
-            else:
-                self.keys, self.offsets = _read_index(self.index)
-                self._check_offsets()
-        except BaseException:
-            self.close()
-            raise
-        self._row = {int(key): row for row, key in enumerate(self.keys)}
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise MissingError(f"{shown(path)} does not exist")
+        end = path.stat().st_size
+        if not end:
+            raise DataError(f"{shown(path)} is empty")
+        self.path, index = path, path.with_suffix(".idx")
+        self.index = index if index.exists() else None
+        if self.index is None:
+            offsets = scan(path)
+            keys = np.arange(len(offsets))
+        else:
+            keys, offsets = _read_index(index)
+            outside = np.flatnonzero((offsets < 0) | (offsets > end - _PART.size))
+            if len(outside):
+                row = int(outside[0])
+                raise self._unfit(f"key {keys[row]} points to offset {offsets[row]}, the file has {end} bytes")
+        by_place = np.argsort(offsets, kind="stable")
+        sizes = np.empty_like(offsets)
+        sizes[by_place] = np.diff(offsets[by_place], append=end)
+        if sizes.max() > np.iinfo(np.uint32).max:
+            row = int(sizes.argmax())
+            raise self._unfit(f"{sizes[row]} bytes lie between record {keys[row]} and the next")
+        by_key = np.argsort(keys, kind="stable")
+        keys = keys[by_key]
+        if (twice := keys[1:][keys[1:] == keys[:-1]]).size:
+            raise DataError(f"{shown(index)} has key {twice[0]} more than once")
+        self.keys = keys.astype(np.min_scalar_type(int(keys[-1])))
+        self.offsets, self.sizes = offsets[by_key], sizes[by_key].astype(np.uint32)
+        self.bodies(np.array([self.offsets.argmax()]))  # a file that was cut off ends within its last record
 
-    def __enter__(self) -> RecordFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _unfit(self, what: str) -> DataError:
+        return DataError(
+            f"{shown(self.index)} does not fit {shown(self.path.name)}: {what} (delete the index to have the file "
+            "scanned)"
+        )
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.keys)
 
-    def close(self) -> None:
-        """Unmap the file."""
-        self._map.close()
+    def select(self, rows: NDArray[np.int64]) -> Self:
+        """Some of the records."""
+        other = copy.copy(self)
+        other.keys, other.offsets, other.sizes = self.keys[rows], self.offsets[rows], self.sizes[rows]
+        return other
 
-    def _fail(self, offset: int, what: str) -> DataError:
-        return DataError(f"{shown(self.path)} is damaged at offset {offset}: {what}")
+    def where(self, row: int) -> str:
+        """File, record and offset."""
+        return f"{shown(self.path.name)} record {self.keys[row]} at offset {self.offsets[row]}"
 
-    def _part(self, offset: int) -> tuple[int, int]:
-        """(flag, length) of the part at ``offset``, checked against the file."""
-        if offset + _PART.size > len(self._map):
-            raise self._fail(offset, "the file ends within a record")
-        magic, word = _PART.unpack_from(self._map, offset)
+    def heads(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
+        """The headers of some records, :data:`HEAD` (n,), read in the order in which they lie on disk.
+
+        Raises:
+            DataError: one of them is damaged.
+        """
+        heads = np.empty(len(rows), dtype=HEAD)
+        by_place = np.argsort(self.offsets[rows], kind="stable")
+        for start in range(0, len(rows), _AT_ONCE):
+            part = by_place[start : start + _AT_ONCE]
+            buffer, at = self._read(rows[part], HEAD.itemsize)
+            heads[part], sound = self._parse(buffer, at, rows[part])
+            for i in np.flatnonzero(~sound).tolist():
+                whole = self._joined(int(rows[part[i]])).ljust(HEAD.itemsize, b"\0")
+                heads[part[i]] = np.frombuffer(whole, dtype=HEAD, count=1)[0]
+        return heads
+
+    def bodies(
+        self, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.void]]:
+        """Some records as a whole.
+
+        Returns:
+            One writable buffer, where in it the encoded image of each record begins and ends, int64 (n,), and the
+            headers.
+
+        Raises:
+            DataError: one of them is damaged.
+        """
+        buffer, at = self._read(rows)
+        heads, sound = self._parse(buffer, at, rows)
+        split = np.flatnonzero(~sound).tolist()
+        if split:
+            pieces, place = [buffer], len(buffer)
+            for i in split:
+                record = np.frombuffer(self._joined(int(rows[i])), dtype=np.uint8)
+                pieces.append(record)
+                at[i], place = place, place + len(record)
+            buffer = np.concatenate((*pieces, np.zeros(HEAD.itemsize, dtype=np.uint8)))
+            heads = buffer[at[:, None] + np.arange(HEAD.itemsize)].view(HEAD)[:, 0]
+        begin = at + _PART.size + _HEADER.size + 4 * heads["count"].astype(np.int64)
+        return buffer, begin, at + _PART.size + (heads["word"] & _LENGTH_MASK), heads
+
+    def _read(self, rows: NDArray[np.int64], most: int | None = None) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The (first ``most``) bytes of records, with room for a header behind the last one."""
+        sizes = self.sizes[rows].astype(np.int64)
+        sizes = sizes if most is None else np.minimum(sizes, most)
+        return read_ranges([self.path], np.zeros_like(rows), self.offsets[rows], sizes, spare=HEAD.itemsize)
+
+    def _parse(
+        self, buffer: NDArray[np.uint8], at: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
+        """Headers, and which of the records are whole, in one part, and as long as they say."""
+        heads = buffer[at[:, None] + np.arange(HEAD.itemsize)].view(HEAD)[:, 0]
+        length = (heads["word"] & _LENGTH_MASK).astype(np.int64)
+        sound = (heads["magic"] == MAGIC) & (heads["word"] >> _LENGTH_BITS == 0)
+        sound &= (_PART.size + length <= self.sizes[rows]) & (
+            length >= _HEADER.size + 4 * heads["count"].astype(np.int64)
+        )
+        return heads, sound
+
+    def _joined(self, row: int) -> bytes:
+        """A record that was split where the magic number occurs in it, rewritten in one part.
+
+        Raises:
+            DataError: it was not split but is damaged; names file, record and offset.
+        """
+
+        def damaged(_: int, what: str) -> DataError:
+            return DataError(f"{self.where(row)} is damaged: {what}")
+
+        data = self._read(np.array([row]))[0][: self.sizes[row]].tobytes()
+        body = _MAGIC_BYTES.join(data[start : start + length] for start, length, _ in _parts(data, 0, damaged))
+        if len(body) < _HEADER.size:
+            raise damaged(0, f"it has {len(body)} bytes, its header needs {_HEADER.size}")
+        count = _HEADER.unpack_from(body)[0]
+        if len(body) < _HEADER.size + 4 * count:
+            raise damaged(0, f"it claims {count} labels and ends before them")
+        return _PART.pack(MAGIC, len(body)) + body
+
+
+def _parts(
+    data: bytes | mmap.mmap, offset: int, damaged: Callable[[int, str], DataError]
+) -> Iterator[tuple[int, int, int]]:
+    """(data offset, length, offset after it) of every part of the record at ``offset``.
+
+    Raises:
+        DataError: made by ``damaged(offset, what is wrong)``.
+    """
+    first = offset
+    while True:
+        if offset + _PART.size > len(data):
+            raise damaged(offset, "the record ends within a part")
+        magic, word = _PART.unpack_from(data, offset)
         if magic != MAGIC:
-            raise self._fail(offset, f"no record starts here (found {magic:#010x}, not {MAGIC:#010x})")
-        length = word & _LENGTH_MASK
-        if offset + _PART.size + length > len(self._map):
-            raise self._fail(
-                offset, f"the record claims {length} bytes, {len(self._map) - offset - _PART.size} are left"
-            )
-        return word >> _LENGTH_BITS, length
+            raise damaged(offset, f"no record starts here (found {magic:#010x}, not {MAGIC:#010x})")
+        flag, length, start = word >> _LENGTH_BITS, word & _LENGTH_MASK, offset + _PART.size
+        if start + length > len(data):
+            raise damaged(offset, f"the record claims {length} bytes, {len(data) - start} are left")
+        if offset == first and flag not in (0, 1):
+            raise damaged(offset, f"a record cannot start with part flag {flag}")
+        if offset != first and flag not in (2, 3):
+            raise damaged(offset, f"part flag {flag} within the record that starts at {first}")
+        offset = start + (length + 3 & ~3)
+        yield start, length, offset
+        if flag in (0, 3):
+            return
 
-    def _parts(self, offset: int) -> Iterator[tuple[int, int, int]]:
-        """(data offset, length, offset after it) of every part of the record at ``offset``."""
-        first = offset
-        flag, length = self._part(offset)
-        if flag not in (0, 1):
-            raise self._fail(offset, f"a record cannot start with part flag {flag}")
-        while True:
-            end = offset + _PART.size + (length + 3 & ~3)
-            yield offset + _PART.size, length, end
-            if flag in (0, 3):
-                return
-            offset = end
-            flag, length = self._part(offset)
-            if flag not in (2, 3):
-                raise self._fail(offset, f"part flag {flag} within the record that starts at {first}")
 
-    def scan(self) -> NDArray[np.int64]:
-        """Offset of every record, found by reading the file from its start, whatever the index says.
+def scan(path: Path) -> NDArray[np.int64]:
+    """Offset of every record, found by reading the file from its start, whatever an index says.
 
-        Raises:
-            DataError: the records do not follow one another to the end.
-        """
-        offsets = []
-        offset = 0
-        while offset < len(self._map):
-            offsets.append(offset)
-            *_, (_, _, offset) = self._parts(offset)
-        return np.asarray(offsets, dtype=np.int64)
+    Raises:
+        DataError: the file cannot be read, or the records do not follow one another to the end.
+    """
 
-    def _check_offsets(self) -> None:
-        outside = np.flatnonzero((self.offsets < 0) | (self.offsets + _PART.size > len(self._map)))
-        if len(outside):
-            row = int(outside[0])
-            raise DataError(
-                f"{shown(self.index)} does not fit {shown(self.path.name)}: key {self.keys[row]} points to offset "
-                f"{self.offsets[row]}, the file has {len(self._map)} bytes (delete the index to have the file scanned)"
-            )
-        unique, counts = np.unique(self.keys, return_counts=True)
-        if len(unique) < len(self.keys):
-            raise DataError(f"{shown(self.index)} has key {unique[counts > 1][0]} more than once")
+    def damaged(offset: int, what: str) -> DataError:
+        return DataError(f"{shown(path)} is damaged at offset {offset}: {what}")
 
-    def __contains__(self, key: int) -> bool:
-        return key in self._row
-
-    def offset(self, key: int) -> int:
-        """Where the record ``key`` starts.
-
-        Raises:
-            DataError: there is no such record.
-        """
-        row = self._row.get(key)
-        if row is None:
-            raise DataError(f"{shown(self.index or self.path)} has no record {key}")
-        return int(self.offsets[row])
-
-    def raw(self, key: int) -> bytes:
-        """The record ``key``, its parts joined."""
-        pieces = [self._map[start : start + length] for start, length, _ in self._parts(self.offset(key))]
-        return _MAGIC_BYTES.join(pieces)
-
-    def record(self, key: int) -> Record:
-        """The record ``key``, parsed.
-
-        Raises:
-            DataError: no such record, or it is damaged.
-        """
-        data = self.raw(key)
-        if len(data) < _HEADER.size:
-            raise self._fail(self.offset(key), f"record {key} has {len(data)} bytes, its header needs {_HEADER.size}")
-        flag, label, identifier, _ = _HEADER.unpack_from(data)
-        start = _HEADER.size + 4 * flag
-        if start > len(data):
-            raise self._fail(self.offset(key), f"record {key} claims {flag} labels and ends before them")
-        labels = struct.unpack_from(f"<{flag}f", data, _HEADER.size) if flag else (label,)
-        return Record(labels, identifier, data[start:])
-
-    def labels(self, keys: NDArray[np.int64]) -> NDArray[np.float64]:
-        """First label of each of the given records, (N,); vectorised, the images are not touched.
-
-        Raises:
-            DataError: no such record, or a damaged one.
-        """
-        offsets = np.fromiter((self.offset(int(key)) for key in keys), dtype=np.int64, count=len(keys))
-        labels = np.empty(len(keys), dtype=np.float64)
-        fits = offsets + _PART.size + _HEADER.size + 4 <= len(self._map)
-        simple = np.flatnonzero(fits)
-        view = np.frombuffer(self._map, dtype=np.uint8)
-        span = np.arange(_PART.size + _HEADER.size + 4)
-        for block in np.array_split(simple, max(1, len(simple) // 2**16)):
-            fields = view[offsets[block, None] + span]
-            magic, word, flag = (fields[:, 4 * i : 4 * i + 4].copy().view("<u4")[:, 0] for i in range(3))
-            alone, after = (fields[:, o : o + 4].copy().view("<f4")[:, 0] for o in (12, 32))
-            length = (word & _LENGTH_MASK).astype(np.int64)
-            sound = (
-                (magic == MAGIC)
-                & (word >> _LENGTH_BITS == 0)
-                & (offsets[block] + _PART.size + length <= len(self._map))
-                & (length >= _HEADER.size + 4 * flag.astype(np.int64))
-            )
-            labels[block] = np.where(flag > 0, after, alone)
-            fits[block] = sound
-        del view  # a buffer that is still exported would keep the file mapped
-        # What is split, damaged or at the very end takes the checked way, which also names what is wrong.
-        for row in np.flatnonzero(~fits):
-            labels[row] = self.record(int(keys[row])).labels[0]
-        return labels
-
-    def header(self) -> tuple[int, int] | None:
-        """(h0, h1) of a face pack's header record, or None where record 0 is no header.
-
-        Raises:
-            DataError: the header claims what cannot be.
-        """
-        if 0 not in self:
-            return None
-        record = self.record(0)
-        if record.payload or len(record.labels) != 2:
-            return None
-        if not all(np.isfinite(record.labels)) or not 1 <= record.labels[0] <= record.labels[1]:
-            raise self._fail(self.offset(0), f"the header claims the image range {record.labels}")
-        return int(record.labels[0]), int(record.labels[1])
-
-    def image_keys(self) -> NDArray[np.int64]:
-        """Keys of the image records: 1 .. h0-1 under a header, else every record.
-
-        Raises:
-            DataError: the header names records that are not there.
-        """
-        header = self.header()
-        if header is None:
-            return np.sort(self.keys)
-        keys = np.arange(1, header[0], dtype=np.int64)
-        absent = np.setdiff1d(keys, self.keys)
-        if len(absent):
-            raise DataError(
-                f"{shown(self.path)} is incomplete: its header promises images 1 to {header[0] - 1}, "
-                f"{len(absent)} of them are missing, the first is {absent[0]}"
-            )
-        return keys
+    offsets, offset = [], 0
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            while offset < len(data):
+                offsets.append(offset)
+                *_, (_, _, offset) = _parts(data, offset, damaged)
+    except OSError as error:
+        raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+    return np.asarray(offsets, dtype=np.int64)
 
 
 def _read_index(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Keys and offsets, without an object per line.
+
+    Raises:
+        DataError: a line that is no such thing, with its number.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # how numpy says that it stopped at something else
+        try:
+            table = np.fromfile(path, dtype=np.int64, sep=" ")
+        except (DeprecationWarning, ValueError):
+            table = np.empty(0, dtype=np.int64)
+        except OSError as error:
+            raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+    if len(table) and len(table) % 2 == 0:
+        return table[0::2].copy(), table[1::2].copy()
     try:
-        text = path.read_text(encoding="ascii")
-    except FileNotFoundError as error:
-        raise MissingError(f"{shown(path)} does not exist") from error
-    except OSError as error:
-        raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+        lines = path.read_text(encoding="ascii").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{shown(path)} is no index: byte {error.start} is not ASCII text") from error
-    lines = text.splitlines()
-    try:
-        table = np.asarray([line.split() for line in lines if line.strip()], dtype=np.int64)
-    except (ValueError, OverflowError):
-        table = np.empty((0, 0), dtype=np.int64)
-    if table.ndim != 2 or table.shape[1] != 2:
-        for number, line in enumerate(lines, 1):
-            columns = line.split()
-            if columns and not (len(columns) == 2 and all(c.isdecimal() for c in columns)):
-                raise DataError(f"{shown(path)} line {number}: expected 'key<tab>offset', got {shown(line[:60])!r}")
-        raise DataError(f"{shown(path)} is no index: expected lines 'key<tab>offset'")
-    return table[:, 0].copy(), table[:, 1].copy()
+    for number, line in enumerate(lines, 1):
+        columns = line.split()
+        if columns and not (len(columns) == 2 and all(c.isdecimal() for c in columns)):
+            raise DataError(f"{shown(path)} line {number}: expected 'key<tab>offset', got {shown(line[:60])!r}")
+    raise DataError(f"{shown(path)} is no index: expected lines 'key<tab>offset'")
 
 
-@dataclass(frozen=True, slots=True)
-class Property:
-    """The ``property`` file: ``identities,height,width``."""
-
-    identities: int
-    height: int
-    width: int
-
-
-def read_property(path: Path) -> Property | None:
-    """The ``property`` file, or None where there is none.
+def read_property(path: Path) -> tuple[int, int, int] | None:
+    """Identities, height and width in the ``property`` file, or None where there is none.
 
     Raises:
         DataError: it is not three whole numbers.
@@ -320,7 +307,8 @@ def read_property(path: Path) -> Property | None:
         raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
     if len(fields) != 3 or not all(field.strip().isdecimal() for field in fields):
         raise DataError(f"{shown(path)}: expected 'identities,height,width', got {shown(','.join(fields)[:60])!r}")
-    return Property(*(int(field) for field in fields))
+    identities, height, width = map(int, fields)
+    return identities, height, width
 
 
 class RecordWriter:
@@ -352,7 +340,7 @@ class RecordWriter:
         Raises:
             ValueError: no label, or a record too long for the format (2**29 bytes).
         """
-        data = _encode(key, labels) + payload
+        data = _header(key, labels) + payload
         if len(data) > _LENGTH_MASK:
             raise ValueError(f"record {key} has {len(data)} bytes, the format allows {_LENGTH_MASK}")
         self._index.write(f"{key}\t{self._file.tell()}\n")
@@ -362,7 +350,7 @@ class RecordWriter:
         """Replace record 0, which stands first and holds as many labels, once its labels are known."""
         end = self._file.tell()
         self._file.seek(0)
-        self._append(_encode(0, labels))
+        self._append(_header(0, labels))
         self._file.seek(end)
 
     def _append(self, data: bytes) -> None:
@@ -373,7 +361,7 @@ class RecordWriter:
             self._file.write(piece + bytes(-len(piece) % 4))
 
 
-def _encode(key: int, labels: tuple[float, ...]) -> bytes:
+def _header(key: int, labels: tuple[float, ...]) -> bytes:
     if not labels:
         raise ValueError("a record needs a label")
     if len(labels) == 1:

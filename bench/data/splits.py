@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from bench.data.decode import Report, no_report
-from bench.data.faces import FaceSet, PairProtocol, Skipped, Source
+from bench.data.encoded import IdentityView
+from bench.data.faces import Faces, FaceSet, PairProtocol, Skipped, Source
 from bench.data.pairs import draw_pairs
-from bench.data.sources.sets import StreamedSource
-from bench.data.stream.view import Contents, IdentityView, is_blank
 from bench.errors import DataError, UsageError
 
-Faces = TypeVar("Faces", FaceSet, IdentityView)
+F = TypeVar("F", bound=Faces)
 
 #: One to learn from, one to validate on.
 _LEAST_IDENTITIES = 2
 
 
-def whole_identities(faces: Faces, budget: float, generator: torch.Generator) -> Faces:
+def whole_identities(faces: F, budget: float, generator: torch.Generator) -> F:
     """The faces of as many people as fit into a budget, everyone with all their images.
 
     People are taken in one random order as long as they fit, so that with generators of one state a smaller budget
@@ -67,11 +64,7 @@ def whole_identities(faces: Faces, budget: float, generator: torch.Generator) ->
     return faces.of_identities(order[:count].sort().values)
 
 
-#: AnyFaces in memory, whose pixels are compared, or on disk, where the digests of a scan stand for them.
-AnyFaces = TypeVar("AnyFaces", bound=FaceSet | IdentityView)
-
-
-def drop_victims(faces: AnyFaces, victims: FaceSet) -> tuple[AnyFaces, tuple[Skipped, ...]]:
+def drop_victims(faces: F, victims: FaceSet) -> tuple[F, tuple[Skipped, ...]]:
     """Leave out of ``faces`` every identity that is a victim, by name or by an identical image.
 
     Datasets name people in ways of their own, so equal names prove an overlap and different ones prove nothing;
@@ -86,7 +79,7 @@ def drop_victims(faces: AnyFaces, victims: FaceSet) -> tuple[AnyFaces, tuple[Ski
     """
     named = victims.used_names
     labels = np.asarray(faces.labels)
-    shared = set(np.unique(labels[_shown_too(faces, victims.images)]).tolist())
+    shared = set(np.unique(labels[faces.among(victims.images)]).tolist())
     reasons = {}
     for identity in np.unique(labels).tolist():
         if faces.name(identity) in named:
@@ -96,7 +89,7 @@ def drop_victims(faces: AnyFaces, victims: FaceSet) -> tuple[AnyFaces, tuple[Ski
     return _without(faces, reasons)
 
 
-def drop_twins(faces: AnyFaces) -> tuple[AnyFaces, tuple[Skipped, ...]]:
+def drop_twins(faces: F) -> tuple[F, tuple[Skipped, ...]]:
     """Leave out identities that share an identical image with another one: most likely one person under two labels.
 
     Large collections gathered from the web have such people, and a split that took the labels at their word would
@@ -110,7 +103,7 @@ def drop_twins(faces: AnyFaces) -> tuple[AnyFaces, tuple[Skipped, ...]]:
         The faces that remain, and one entry per identity left out.
     """
     labels = np.asarray(faces.labels)
-    links = labels[_equal(faces)]
+    links = labels[faces.copies()]
     links = links[links[:, 0] != links[:, 1]]
     if not len(links):
         return faces, ()
@@ -128,78 +121,11 @@ def drop_twins(faces: AnyFaces) -> tuple[AnyFaces, tuple[Skipped, ...]]:
     return _without(faces, reasons)
 
 
-def _without(faces: AnyFaces, reasons: dict[int, str]) -> tuple[AnyFaces, tuple[Skipped, ...]]:
+def _without(faces: F, reasons: dict[int, str]) -> tuple[F, tuple[Skipped, ...]]:
     if not reasons:
         return faces, ()
     kept = ~np.isin(np.asarray(faces.labels), sorted(reasons))
-    remaining = cast("AnyFaces", faces.where_true(kept))  # each kind gives its own
-    return remaining, tuple(Skipped(faces.name(i), reason) for i, reason in sorted(reasons.items()))
-
-
-def _contents(faces: IdentityView) -> Contents:
-    if faces.contents is None:
-        raise ValueError("the faces were not scanned: nothing is known of their copies")
-    return faces.contents
-
-
-def _equal(faces: FaceSet | IdentityView) -> NDArray[np.int64]:
-    """int64 (L, 2): every image that is equal to others and not blank, linked to the first of them."""
-    if isinstance(faces, FaceSet):
-        groups = _identical(faces.images)
-        links = [(group[0], other) for group in groups for other in group[1:]]
-        return np.asarray(links, dtype=np.int64).reshape(-1, 2)
-    contents = _contents(faces)
-    rows = np.flatnonzero(~contents.blank)
-    order = rows[np.argsort(contents.digests[rows], kind="stable")]
-    ordered = contents.digests[order]
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = ordered[1:] != ordered[:-1]
-    first = order[new][np.cumsum(new) - 1]
-    return np.stack((first, order), axis=1)[~new]
-
-
-def _shown_too(faces: FaceSet | IdentityView, others: Tensor) -> NDArray[np.bool_]:
-    """bool (N,), whether each image is among the others, pixel for pixel."""
-    if isinstance(faces, FaceSet):
-        return _found_in(faces.images, others)
-    return np.isin(_contents(faces).digests, Contents.of(others).digests)
-
-
-def _rows(images: Tensor) -> NDArray[np.uint8]:
-    rows: NDArray[np.uint8] = images.cpu().contiguous().flatten(1).numpy()
-    return rows
-
-
-def _probe(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A few pixels of every image: they tell nearly all apart, and cost a hundredth of reading all."""
-    return rows[:, np.linspace(0, rows.shape[1] - 1, 64).astype(np.int64)]
-
-
-def _identical(images: Tensor) -> list[list[int]]:
-    """Groups of two and more images that are equal pixel for pixel and not blank."""
-    rows = _rows(images)
-    alike: dict[bytes, list[int]] = {}
-    for i, probe in enumerate(_probe(rows)):
-        alike.setdefault(probe.tobytes(), []).append(i)
-    equal: dict[bytes, list[int]] = {}
-    for group in alike.values():
-        if len(group) > 1:
-            for i in group:
-                if not is_blank(rows[i]):
-                    equal.setdefault(hashlib.blake2b(rows[i].tobytes(), digest_size=16).digest(), []).append(i)
-    return [group for group in equal.values() if len(group) > 1]
-
-
-def _found_in(images: Tensor, others: Tensor) -> NDArray[np.bool_]:
-    pixels, wanted = _rows(images), _rows(others)
-    candidates: dict[bytes, list[int]] = {}
-    for i, key in enumerate(_probe(wanted)):
-        candidates.setdefault(key.tobytes(), []).append(i)
-    hits = [
-        any(np.array_equal(pixels[i], wanted[k]) for k in candidates.get(key.tobytes(), ()))
-        for i, key in enumerate(_probe(pixels))
-    ]
-    return np.array(hits, dtype=bool)
+    return faces.where_true(kept), tuple(Skipped(faces.name(i), reason) for i, reason in sorted(reasons.items()))
 
 
 #: Images of each part of a streamed dataset that are held in memory, unless told otherwise.
@@ -247,7 +173,7 @@ class Splits:
 
 
 def split(
-    source: Source | StreamedSource,
+    source: Source,
     *,
     provider: float,
     public: float,

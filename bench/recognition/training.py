@@ -16,8 +16,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from bench.data.decode import workers
+from bench.data.encoded import RecordSource
 from bench.data.faces import FaceSet
-from bench.data.sources.source import RecordSource
 from bench.data.stream.loader import StreamLoader
 from bench.data.stream.sampler import EpochOrder
 from bench.errors import DataError, UsageError

@@ -176,7 +176,7 @@ def _attack(run: Path, config: RunConfig, defense: Defense) -> tuple[nn.Module, 
 
 def _rendered(config: RunConfig) -> FaceSet:
     """Faces of which only the shape and the range matter."""
-    return load_synthetic(SyntheticOptions(identities=4, images_per_identity=2, image_size=config.image_size)).faces
+    return load_synthetic(SyntheticOptions(identities=4, images_per_identity=2, image_size=config.image_size)).in_memory
 
 
 def _adversary(config: RunConfig, defense: Defense, faces: FaceSet) -> Adversary:

@@ -105,7 +105,7 @@ def make_plan(config: RunConfig, attack_configs: Sequence[AttackConfig], attacks
         )
         if not cached:
             # Nothing was looked at yet: what a scan would have found and left out is passed over.
-            faces = stages.opened.faces
+            faces = stages.opened.on_disk
             tolerant = replace(faces, source=faces.source.reading("skip"))
             stages.opened = replace(stages.opened, faces=tolerant)
             stages.assume(scan, Scan.unknown(tolerant))

@@ -22,13 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import plugins
+from bench.data.encoded import IdentityView
 from bench.data.faces import FaceSet, Source
-from bench.data.loaders import load, open_stream
-from bench.data.sources.sets import StreamedSource
+from bench.data.loaders import load
 from bench.data.sources.webdataset import find_shards
 from bench.data.splits import Splits, split, whole_identities
 from bench.data.stream.scan import Scan, scan
-from bench.data.stream.view import IdentityView
 from bench.errors import BenchError, DataError, MissingError, UsageError
 from bench.files import sha256, write_text
 from bench.images import to_float
@@ -136,10 +135,10 @@ class DataStages:
         return make_key({"faces": self.faces_key, "hold": hold}, CODE["split"])
 
     @functools.cached_property
-    def source(self) -> Source | StreamedSource:
+    def source(self) -> Source:
         """The decoded faces. Rendered ones are stored; files on disk are quick to decode again, or stay there."""
         if self.config.stream:
-            return replace(self.opened, faces=self.do(self.scan_job()).applied_to(self.opened.faces))
+            return replace(self.opened, faces=self.do(self.scan_job()).applied_to(self.opened.on_disk))
         if self.config.dataset != "synthetic":
             with self.timed("data"), self.bars.task("decode faces") as report:
                 return self.load_source(report)
@@ -158,16 +157,16 @@ class DataStages:
         }
 
     @functools.cached_property
-    def opened(self) -> StreamedSource:
+    def opened(self) -> Source:
         """The faces on disk, before anything is known of their pixels."""
         with self.timed("data"), self.bars.task("open faces") as report:
-            return open_stream(self.config.dataset, **self._wanted(report))
+            return load(self.config.dataset, stream=True, **self._wanted(report))
 
     def scan_job(self) -> Job[Scan]:
         """The stage that looks through all faces on disk for copies and for what cannot be decoded."""
 
         def make(folder: Path, report: Report) -> None:
-            scan(self.opened.faces, self.config.stream_on_error, report).save(folder)
+            scan(self.opened.on_disk, self.config.stream_on_error, report).save(folder)
 
         return Job("scan", self.faces_key, "look through all faces for copies", make, Scan.read)
 
@@ -259,10 +258,10 @@ def _files(root: Path) -> Iterator[Path]:
 def _write_source(folder: Path, source: Source) -> None:
     if source.victims is not None or source.pairs is not None:
         raise TypeError("only a source without a verification set of its own is stored")
-    save_tensors({"images": source.faces.images, "labels": source.faces.labels}, folder / "faces.safetensors")
+    save_tensors({"images": source.in_memory.images, "labels": source.in_memory.labels}, folder / "faces.safetensors")
     head = {
         "name": source.name,
-        "names": source.faces.names,
+        "names": source.in_memory.names,
         "synthetic": source.synthetic,
         "details": source.details,
     }

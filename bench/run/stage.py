@@ -27,8 +27,14 @@ KEY_LENGTH = 16
 #: options by their values, and plug-ins by their own code (:func:`plugin_code`).
 CODE: Mapping[str, tuple[str, ...]] = {
     "rendered faces": ("bench.data.synthetic",),
-    "faces on disk": ("bench.data.decode", "bench.data.recordio", "bench.data.sources", "bench.data.verification_pack"),
-    "split": ("bench.data.splits",),
+    "faces on disk": (
+        "bench.data.decode",
+        "bench.data.encoded",
+        "bench.data.recordio",
+        "bench.data.sources",
+        "bench.data.verification_pack",
+    ),
+    "split": ("bench.data.splits", "bench.data.faces"),
     "recogniser": (
         "bench.nets",
         "bench.recognition.learner",

@@ -15,7 +15,6 @@ from big_records import small_jpeg, write_big_records
 from open_source import open_source
 
 from bench.data.decode import decode_image, workers
-from bench.data.recordio import RecordFile
 from bench.data.stream.loader import StreamLoader
 from bench.data.stream.sampler import EpochOrder
 
@@ -23,12 +22,11 @@ REQUIRED_RATIO = 3.0
 BATCH = 256
 
 
-def one_at_a_time(records, rows, size):
+def one_at_a_time(source, rows, size):
     """What a reader does that takes images as it is asked for them: look up, parse, decode, stack."""
     for batch in np.split(rows, len(rows) // BATCH):
-        images = [decode_image(records.record(int(row) + 1).payload, size) for row in batch]
-        labels = [records.record(int(row) + 1).labels[0] for row in batch]
-        torch.stack(images), torch.tensor(labels)
+        images = [decode_image(source.encoded_image(row), size) for row in batch.tolist()]
+        torch.stack(images), torch.from_numpy(source.labels[batch])
 
 
 def streamed(source, order, batches, **options):
@@ -71,14 +69,13 @@ def test_three_times_as_fast_as_one_at_a_time_in_constant_memory(benchmark, tmp_
     }
     rows = np.random.default_rng(0).permutation(images)[:read]
     best: dict[str, tuple[float, float]] = {}
-    with RecordFile(path) as records:
-        works = {"one at a time": lambda: one_at_a_time(records, rows, size)}
-        works |= {way: lambda o=options: streamed(source, order, batches, **o) for way, options in ways.items()}
-        # Alternating rounds, and the fastest of each: other load only ever adds time, and not to both alike.
-        for _ in range(3):
-            for way, work in works.items():
-                found = rate(read, work)
-                best[way] = tuple(max(pair) for pair in zip(best.get(way, found), found, strict=True))
+    works = {"one at a time": lambda: one_at_a_time(source, rows, size)}
+    works |= {way: lambda o=options: streamed(source, order, batches, **o) for way, options in ways.items()}
+    # Alternating rounds, and the fastest of each: other load only ever adds time, and not to both alike.
+    for _ in range(3):
+        for way, work in works.items():
+            found = rate(read, work)
+            best[way] = tuple(max(pair) for pair in zip(best.get(way, found), found, strict=True))
     slow = best.pop("one at a time")
     ratio = max(fast for fast, _ in best.values()) / slow[0]
     on_one_core = best["inline"][1] / slow[1]

@@ -1,65 +1,103 @@
-"""Folders of images, one folder an identity, as a source: some tens of bytes of memory an image, for its name."""
+"""Folders of images: ``root/identity/image.*``, with an LFW-style ``pairs.txt`` where there is one."""
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 from pathlib import Path, PurePath
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field
 
-from bench.data.decode import DEFAULT_LIMITS, SUFFIXES, ImageError, Limits, read_image_file, shown
-from bench.data.sources.source import EncodedSource, OnError
+from bench.data.decode import SUFFIXES, Encoded, ImageError, read_image_file, shown
+from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
+from bench.data.faces import PairProtocol, Skipped
+from bench.data.loaders import Dataset
+from bench.data.pairs import NamedPair, PairList, read_pairs
 from bench.errors import DataError, MissingError
+
+PAIRS = "pairs.txt"
+
+
+class FolderOptions(BaseModel):
+    """Options of the ``folder`` dataset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    use_pairs: bool = Field(
+        True, description="Follow pairs.txt if there is one; false draws pairs by seed all the same."
+    )
+    crop: float = Field(
+        1.0, gt=0, le=1, description="Side of the central square that is kept, as a share of the shorter side."
+    )
+
+
+def open_folder(root: Path, image_size: int, options: FolderOptions) -> OpenedSet:
+    """A folder of identities.
+
+    With a ``pairs.txt`` the people it names are the victims, with all their images, and everyone else is there to
+    learn from. Without one, victims are split off and pairs drawn later, by seed.
+
+    Raises:
+        MissingError: there is no such folder.
+        DataError: no image, a pair that names what is not there, or nobody left to learn from.
+    """
+    source = FolderSource(root, image_size, crop=options.crop)
+    return source.set_apart(root / PAIRS if options.use_pairs and (root / PAIRS).exists() else None)
+
+
+DATASET = Dataset("root/identity/image.*, with an optional LFW-style pairs.txt", FolderOptions, open_folder)
 
 
 class FolderSource(EncodedSource):
-    """``root/identity/image.*``, the same images in the same order as :func:`bench.data.folder.scan_tree` finds.
+    """``root/identity/image.*``: some tens of bytes of memory an image, for its name.
 
-    Args:
-        path: the folder.
-        image_size: S, in pixels.
-        on_error: what becomes of an image that cannot be read or decoded.
-        limits: what one image may cost.
-        crop: side of the central square of each image that is kept, as a share of its shorter side.
+    Identities, and images within each, come in the order of their names; names that start with a dot are passed over.
 
     Raises:
         MissingError: there is no such folder.
         DataError: it cannot be listed, or holds no image one level down.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        image_size: int,
-        *,
-        on_error: OnError = "refuse",
-        limits: Limits = DEFAULT_LIMITS,
-        crop: float = 1.0,
-    ) -> None:
+    def __init__(self, path: Path, image_size: int, *, crop: float = 1.0) -> None:
         if not path.is_dir():
             raise MissingError(f"{shown(path)} is not a folder: expected one with a sub-folder of images per identity")
         people: list[str] = []
         counts: list[int] = []
-        names: list[bytes] = []
+        ignored: list[Skipped] = []
+        self._files: list[bytes] = []
         try:
-            for person in _visible(path, files=False):
-                images = [os.fsencode(name) for name in _visible(path / person, files=True)]
+            for entry in _visible(path):
+                if not entry.is_dir():
+                    if _is_image(entry.name):
+                        ignored.append(Skipped(shown(entry.name), "lies beside the identity folders, not in one"))
+                    continue
+                images = []
+                for file in _visible(entry):
+                    if _is_image(file.name):
+                        images.append(os.fsencode(file.name))
+                    else:
+                        what = "a folder within an identity" if file.is_dir() else "not named like an image"
+                        ignored.append(Skipped(shown(f"{entry.name}/{file.name}"), what))
                 if images:
-                    people.append(person)
+                    people.append(entry.name)
                     counts.append(len(images))
-                    names.append(b"\0".join(images))  # no object per image: a name cannot hold a zero byte
+                    self._files.append(b"\0".join(images))  # no object per image: a name cannot hold a zero byte
         except OSError as error:
             raise DataError(f"{shown(path)} cannot be listed: {error.strerror or error}") from error
         if not people:
             raise DataError(
                 f"{shown(path)} holds no images: expected {shown(path.name)}/<identity>/<image>.jpg or .png"
             )
+        if len(set(map(shown, people))) < len(people):
+            raise DataError(f"{shown(path)} has two folders whose names differ in unprintable characters only")
         labels = np.repeat(np.arange(len(people), dtype=np.int32), counts)
-        self._files, self._first = names, np.cumsum(counts) - counts
-        super().__init__(path, image_size, labels, people, on_error=on_error, limits=limits, crop=crop)
+        self._first = np.cumsum(counts) - counts
+        self._lines: tuple[str, ...] = ()
+        super().__init__(path, image_size, labels, people, crop=crop, ignored=ignored)
 
     def name(self, label: int) -> str:
         """The identity's folder."""
@@ -75,25 +113,92 @@ class FolderSource(EncodedSource):
         """The file, below the folder."""
         return shown(self.file(row).relative_to(self.path))
 
-    def _encoded(self, rows: NDArray[np.int64]) -> list[Tensor]:
-        encoded = []
+    def where_pair(self, number: int) -> str:
+        """List and line."""
+        return self._lines[number]
+
+    def encoded(self, rows: NDArray[np.int64]) -> list[Encoded]:
+        """The images, or why they cannot be read."""
+        encoded: list[Encoded] = []
         for row in rows.tolist():
             try:
-                data = bytearray(read_image_file(self.file(row), self.limits))
+                encoded.append(torch.tensor(bytearray(read_image_file(self.file(row))), dtype=torch.uint8))
             except ImageError as error:
-                if self.on_error == "refuse":
-                    raise DataError(f"{self.where(row)}: {error}") from error
-                data = bytearray()  # an empty image is skipped as one that cannot be decoded
-            encoded.append(torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8))
+                encoded.append(error)
         return encoded
 
+    def locate_pairs(self, file: Path) -> tuple[PairList, NDArray[np.int64]]:
+        """An LFW-style list of verification pairs, and the rows that these pairs mean, int64 (P, 2).
 
-def _visible(folder: Path, *, files: bool) -> list[str]:
+        Image 4 of ``Jo_Doe`` is the file whose name is ``Jo_Doe_0004`` up to its suffix; without such a file, the
+        only one in the folder whose name ends in the number 4.
+
+        Raises:
+            MissingError: there is no such list.
+            DataError: no list; or a person or image is not there, or two files would do, with the line number.
+        """
+        listed = read_pairs(file)
+        label_of = {self.name(label): label for label in range(self.identities)}
+
+        @functools.cache
+        def photos(name: str) -> tuple[dict[str, list[int]], dict[int, list[int]]]:
+            """Rows of a person's images by stem, and by the number that the stem ends in."""
+            by_stem: dict[str, list[int]] = {}
+            by_number: dict[int, list[int]] = {}
+            label = label_of[name]
+            for row, file in enumerate(self._files[label].split(b"\0"), int(self._first[label])):
+                stem = PurePath(os.fsdecode(file)).stem
+                by_stem.setdefault(stem, []).append(row)
+                if ending := re.search(r"[0-9]+$", stem):
+                    by_number.setdefault(int(ending[0]), []).append(row)
+            return by_stem, by_number
+
+        def locate(photo: tuple[str, int], pair: NamedPair) -> int:
+            name, number = photo
+            rows: list[int] = []
+            if name in label_of:
+                by_stem, by_number = photos(name)
+                rows = by_stem.get(f"{name}_{number:04d}") or by_number.get(number) or []
+            if len(rows) != 1:
+                what = f"names image {number} of {shown(name)!r}, "
+                if name not in label_of:
+                    what = f"names {shown(name)!r}, who has no folder with images in {shown(self.path)}"
+                else:
+                    what += f"and {len(rows)} files answer to that" if rows else "which is not there"
+                raise DataError(f"{shown(file)} line {pair.line} {what}")
+            return rows[0]
+
+        ends = [(locate(pair.first, pair), locate(pair.second, pair)) for pair in listed.pairs]
+        return listed, np.asarray(ends, dtype=np.int64)
+
+    def set_apart(self, pairs_file: Path | None) -> OpenedSet:
+        """The data set, in which the people whom a list of pairs names are the victims.
+
+        Raises:
+            MissingError: there is no such list.
+            DataError: see :meth:`locate_pairs`; or fewer than two other people.
+        """
+        everyone = IdentityView.everything(self)
+        if pairs_file is None:
+            return OpenedSet(everyone)
+        listed, ends = self.locate_pairs(pairs_file)
+        self._lines = tuple(f"{shown(pairs_file)} line {pair.line}" for pair in listed.pairs)
+        wanted = np.unique(self.labels[ends])
+        if (others := self.identities - len(wanted)) < 2:
+            raise DataError(
+                f"{shown(pairs_file)} names all but {others} of the people in {shown(self.path)}: at least 2 others "
+                "are needed to learn from (use_pairs=false splits everyone by seed instead)"
+            )
+        victims = everyone.of_identities(torch.from_numpy(wanted))
+        first, second = torch.from_numpy(np.searchsorted(victims.rows, ends.T))
+        pairs = PairProtocol(first, second, torch.from_numpy(listed.same), torch.from_numpy(listed.fold))
+        return OpenedSet(everyone.where_true(~np.isin(self.labels, wanted)), victims, pairs)
+
+
+def _visible(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
-        found = [
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".")
-            and (PurePath(entry.name).suffix.lower() in SUFFIXES if files else entry.is_dir())
-        ]
-    return sorted(found)
+        return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+
+
+def _is_image(name: str) -> bool:
+    return PurePath(name).suffix.lower() in SUFFIXES

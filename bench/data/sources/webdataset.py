@@ -15,7 +15,6 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -23,17 +22,40 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from bench.data.decode import DEFAULT_LIMITS, SUFFIXES, Limits, shown, workers
-from bench.data.sources.ranges import read_ranges
-from bench.data.sources.source import EncodedSource, OnError
+from bench.data.decode import SUFFIXES, by_threads, shown, workers
+from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
+from bench.data.loaders import Dataset
+from bench.data.ranges import read_ranges
 from bench.errors import DataError, MissingError
 
 LABEL_KEYS = ("label", "cls", "identity", "class")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 #: What says who somebody is takes a line, not a megabyte.
 _MOST_LABEL_BYTES = 2**20
+
+
+class WebDatasetOptions(BaseModel):
+    """The ``webdataset`` dataset has no options."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def open_webdataset(path: Path, image_size: int, options: WebDatasetOptions) -> OpenedSet:
+    """Tar shards; victims are split off later, and pairs drawn, by seed.
+
+    Raises:
+        MissingError: a shard is not there.
+        DataError: a damaged shard.
+    """
+    return OpenedSet(IdentityView.everything(WebDatasetSource(path, image_size)))
+
+
+DATASET = Dataset(
+    "WebDataset tar shards: a folder of them, one, or name-{0000..0123}.tar", WebDatasetOptions, open_webdataset
+)
 
 
 def find_shards(path: Path) -> list[Path]:
@@ -81,8 +103,6 @@ class WebDatasetSource(EncodedSource):
     Args:
         path: see :func:`find_shards`.
         image_size: S, in pixels.
-        on_error: what becomes of an image that cannot be decoded.
-        limits: what one image may cost.
 
     Attributes:
         shards: the files.
@@ -94,12 +114,9 @@ class WebDatasetSource(EncodedSource):
         DataError: a shard is no tar, compressed or cut off, or a sample has no image or no identity.
     """
 
-    def __init__(
-        self, path: Path, image_size: int, *, on_error: OnError = "refuse", limits: Limits = DEFAULT_LIMITS
-    ) -> None:
+    def __init__(self, path: Path, image_size: int) -> None:
         self.shards = find_shards(path)
-        with ThreadPoolExecutor(workers()) as pool:
-            found = list(pool.map(_index, self.shards))
+        found = list(by_threads(_index, self.shards, workers()))
         self.file = np.repeat(np.arange(len(found), dtype=np.int32), [len(shard.offsets) for shard in found])
         self.offsets = np.concatenate([shard.offsets for shard in found])
         self.sizes = np.concatenate([shard.sizes for shard in found])
@@ -110,13 +127,18 @@ class WebDatasetSource(EncodedSource):
         )
         if not len(labels):
             raise DataError(f"{shown(path)} holds no samples")
-        super().__init__(path, image_size, labels, names, on_error=on_error, limits=limits)
+        super().__init__(path, image_size, labels, names)
 
     def where(self, row: int) -> str:
         """Shard and offset."""
         return f"{shown(self.shards[self.file[row]].name)} image at offset {self.offsets[row]}"
 
-    def _encoded(self, rows: NDArray[np.int64]) -> list[Tensor]:
+    def encoded(self, rows: NDArray[np.int64]) -> list[Tensor]:
+        """The images as they lie in their shards.
+
+        Raises:
+            DataError: a shard that was cut off.
+        """
         sizes = self.sizes[rows]
         buffer, begin = read_ranges(self.shards, self.file[rows].astype(np.int64), self.offsets[rows], sizes)
         data = torch.from_numpy(buffer)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from bench.data.sources.source import Batch, RecordSource
+from bench.data.decode import AHEAD, by_threads
+from bench.data.encoded import Batch, RecordSource
 from bench.data.stream.sampler import EpochOrder
 from bench.errors import BenchError, DataError, UsageError
-
-A = TypeVar("A")
-B = TypeVar("B")
-
-#: Batches that each worker may be ahead.
-AHEAD = 4
 
 
 class StreamLoader:
@@ -144,20 +136,6 @@ class _Reader(Dataset[Any]):
             return error
 
     __getitem__ = __call__
-
-
-def by_threads(work: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
-    """``map(work, items)``, done ahead by threads; however many items there are, few are on their way at a time."""
-    coming = iter(items)
-    with ThreadPoolExecutor(workers, thread_name_prefix="bench-stream") as pool:
-        waiting = deque(pool.submit(work, item) for item in itertools.islice(coming, AHEAD * workers))
-        try:
-            while waiting:
-                done = waiting.popleft().result()
-                waiting.extend(pool.submit(work, item) for item in itertools.islice(coming, 1))
-                yield done
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _by_processes(reader: _Reader, rows: Iterator[NDArray[np.int64]], workers: int) -> Iterator[Batch | BenchError]:

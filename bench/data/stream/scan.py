@@ -11,11 +11,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from bench.data.decode import Report, no_report, own_limits, workers
-from bench.data.faces import Skipped
-from bench.data.sources.source import OnError
-from bench.data.stream.loader import by_threads
-from bench.data.stream.view import AT_ONCE, Contents, IdentityView
+from bench.data.decode import AT_ONCE, Report, by_threads, no_report, own_limits, workers
+from bench.data.encoded import IdentityView, OnError
+from bench.data.faces import Contents, Skipped
 from bench.errors import DataError
 from bench.files import write_text
 

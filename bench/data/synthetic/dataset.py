@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from bench.data.faces import FaceSet, Source
+from bench.data.loaders import Dataset
 from bench.data.synthetic.anatomy import draw_identities
 from bench.data.synthetic.nuisance import Conditions, draw_conditions
 from bench.data.synthetic.renderer import MIN_SIZE, Report, render
-from bench.errors import UsageError
 from bench.randomness import Streams
 
 _FACES_AT_ONCE = 64
 
 
 class SyntheticOptions(BaseModel):
-    """What to render.
-
-    Attributes:
-        identities: number of people.
-        images_per_identity: pictures of each.
-        image_size: height and width in pixels, at least 16.
-        seed: the dataset's seed; the first k people (and the first j pictures of each) are the same
-            however many are asked for.
-
-    Raises:
-        UsageError: an option out of range.
-    """
+    """What to render."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    identities: int
-    images_per_identity: int
-    image_size: int = 112
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _in_range(self) -> Self:
-        lowest = {"identities": 1, "images_per_identity": 1, "image_size": MIN_SIZE, "seed": 0}
-        for name, low in lowest.items():
-            if getattr(self, name) < low:
-                raise UsageError(f"synthetic dataset: {name} must be at least {low}, got {getattr(self, name)}")
-        return self
+    identities: int = Field(ge=1, description="Number of people.")
+    images_per_identity: int = Field(ge=1, description="Pictures of each.")
+    image_size: int = Field(112, ge=MIN_SIZE, description="Height and width in pixels.")
+    seed: int = Field(
+        0,
+        ge=0,
+        description="The dataset's seed; the first k people (and the first j pictures of each) are the same however "
+        "many are asked for.",
+    )
 
 
 def load_synthetic(
@@ -80,3 +64,8 @@ def load_synthetic(
         synthetic=True,
         details=options.model_dump(),
     )
+
+
+DATASET = Dataset(
+    "rendered faces, embedded; for trying the suite and for CI", SyntheticOptions, make=load_synthetic, needs_root=False
+)

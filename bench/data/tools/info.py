@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from bench.data.decode import ImageError, Report, no_report, open_image, own_limits
-from bench.data.tools.inventory import Part, opened
+from bench.data.decode import Report, no_report, open_image, own_limits
+from bench.data.tools.inventory import Part, files_of, layout_of, open_part
+from bench.errors import DataError
 
 #: Image headers looked at per part; more tell little about the sizes in a set of millions.
 SAMPLE = 10_000
@@ -78,41 +79,41 @@ def info(path: Path, *, report: Report = no_report) -> DatasetInfo:
         MissingError: there is nothing.
         DataError: its structure cannot be read.
     """
-    with own_limits(), opened(path) as (layout, parts):
-        total = sum(min(len(part), SAMPLE) for part in parts)
-        described, done = [], 0
+    layout, parts = layout_of(path), [open_part(file) for file in files_of(path)]
+    total = sum(min(len(part.source), SAMPLE) for part in parts)
+    described, done = [], 0
+    with own_limits():
         for part in parts:
             start = done
             described.append(_describe(part, lambda n, _, start=start: report(start + n, total)))
-            done += min(len(part), SAMPLE)
+            done += min(len(part.source), SAMPLE)
     return DatasetInfo(path=str(path), kind=layout.value, parts=tuple(described))
 
 
 def _describe(part: Part, report: Report) -> PartInfo:
-    counts = np.bincount(part.identities, minlength=len(part.names))
+    source, pairs = part.source, part.pairs
+    counts = np.bincount(source.labels)
     counts = counts[counts > 0]
-    rows = np.unique(np.linspace(0, len(part) - 1, min(len(part), SAMPLE)).astype(np.int64))
+    rows = np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLE)).astype(np.int64))
     sizes: Counter[str] = Counter()
     for done, row in enumerate(rows.tolist(), 1):
         try:
-            image = open_image(part.read(row))
+            image = open_image(source.encoded_image(row))
             sizes[f"{image.width}x{image.height} {image.mode}"] += 1
-        except ImageError:
+        except DataError:
             sizes["unreadable"] += 1
         if done % 500 == 0 or done == len(rows):
             report(done, len(rows))
     quantiles = np.quantile(counts, [0, 0.25, 0.5, 0.75, 1])
-    found = part.pairs
     return PartInfo(
         name=part.name,
         identities=len(counts),
-        images=len(part),
+        images=len(source),
         images_per_identity=dict(zip(("min", "q25", "median", "q75", "max"), map(float, quantiles), strict=True)),
         single_image_identities=int((counts == 1).sum()),
         sizes=dict(sizes.most_common()),
         headers_read=len(rows),
-        pairs=None
-        if found is None
-        else PairInfo(file=found.file, pairs=len(found.same), genuine=int(found.same.sum()), folds=found.folds),
-        ignored=len(part.ignored),
+        pairs=pairs
+        and PairInfo(file=pairs.file, pairs=len(pairs.same), genuine=int(pairs.same.sum()), folds=pairs.folds),
+        ignored=len(source.ignored),
     )

@@ -10,15 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from bench.data.decode import ImageError, Report, decode_image, no_report, open_image, read_image_file, shown
+from bench.data.decode import ImageError, Report, decode_image, no_report, open_image, shown
 from bench.data.faces import Skipped
-from bench.data.folder import PAIRS, Tree, locate_pairs, scan_tree
-from bench.data.pairs import PairList, read_pairs
+from bench.data.pairs import PairList
 from bench.data.recordio import RecordWriter
+from bench.data.sources.folder import PAIRS, FolderSource
 from bench.data.verification_pack import VerificationPack, write_pack
 from bench.errors import DataError, UsageError
 
@@ -85,24 +84,23 @@ def pack(
     """
     if Path(name).name != name or not name:
         raise UsageError(f"{shown(name)!r} is no name for a verification pack")
-    tree = scan_tree(folder)
-    listed = read_pairs(folder / PAIRS) if (folder / PAIRS).exists() else None
-    ends = None if listed is None else locate_pairs(tree, listed, folder / PAIRS)
+    source = FolderSource(folder, image_size)
+    listed, ends = source.locate_pairs(folder / PAIRS) if (folder / PAIRS).exists() else (None, None)
     files = ["train.rec", "train.idx", "property", *([f"{name}.bin", PAIRS] if listed is not None else [])]
     present = [file for file in files if (out / file).exists()]
     if present and not overwrite:
         raise UsageError(f"{shown(out / present[0])} exists already: choose another folder or allow overwriting")
 
-    skipped: list[Skipped] = list(tree.ignored)
+    skipped: list[Skipped] = list(source.ignored)
     copied = done = 0
-    total = len(tree.paths)
+    total = len(source)
 
     def encoded(i: int) -> bytes:
         nonlocal copied, done
         done += 1
         if done % 50 == 0 or done == total:
             report(done, total)
-        data, as_it_was = _encode(read_image_file(tree.paths[i]), image_size)
+        data, as_it_was = _encode(source.encoded_image(i), image_size)
         copied += as_it_was
         return data
 
@@ -110,9 +108,9 @@ def pack(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-        victims = set() if ends is None else {tree.labels[i] for i in ends.ravel()}
-        learners = [i for i, label in enumerate(tree.labels) if label not in victims]
-        identities, images = _write_records(scratch / "train.rec", tree, learners, encoded, skipped)
+        victims = source.labels[[] if ends is None else ends.ravel()]
+        learners = np.flatnonzero(~np.isin(source.labels, victims)).tolist()
+        identities, images = _write_records(scratch / "train.rec", source, learners, encoded, skipped)
         if identities < 2:
             raise DataError(f"{shown(folder)} leaves {identities} identities to learn from, at least 2 are needed")
         (scratch / "property").write_text(f"{identities},{image_size},{image_size}", encoding="ascii")
@@ -124,9 +122,9 @@ def pack(
                         try:
                             blobs[i] = encoded(i)
                         except ImageError as error:
-                            where = shown(tree.paths[i].relative_to(folder))
-                            raise DataError(f"{PAIRS} line {pair.line} needs {where}: {error}") from error
-            write_pack(scratch / f"{name}.bin", VerificationPack(_slots(ends, blobs), listed.same))
+                            raise DataError(f"{PAIRS} line {pair.line} needs {source.where(i)}: {error}") from error
+            slots = tuple(blobs[i] for i in ends.ravel().tolist())
+            write_pack(scratch / f"{name}.bin", VerificationPack(slots, listed.same))
             (scratch / PAIRS).write_text(_as_text(listed), encoding="utf-8", newline="\n")
         scratch.chmod(0o755)  # mkdtemp's is private
         if out.exists():
@@ -152,7 +150,7 @@ def pack(
 
 
 def _write_records(
-    file: Path, tree: Tree, chosen: list[int], encoded: Callable[[int], bytes], skipped: list[Skipped]
+    file: Path, source: FolderSource, chosen: list[int], encoded: Callable[[int], bytes], skipped: list[Skipped]
 ) -> tuple[int, int]:
     """Write the chosen images; returns how many identities and images there are."""
     ranges: list[list[int]] = []  # first image record of each identity, and the one after its last
@@ -164,10 +162,10 @@ def _write_records(
             try:
                 data = encoded(i)
             except ImageError as error:
-                skipped.append(Skipped(shown(tree.paths[i].relative_to(tree.root)), str(error)))
+                skipped.append(Skipped(source.where(i), str(error)))
                 continue
-            if tree.labels[i] != person:
-                person = tree.labels[i]
+            if source.labels[i] != person:
+                person = int(source.labels[i])
                 ranges.append([key, key])
             writer.write(key, (float(len(ranges) - 1),), data)
             key += 1
@@ -178,10 +176,6 @@ def _write_records(
             writer.write(key + offset, (float(start), float(stop)))
         writer.rewrite_first((float(key), float(key + len(ranges))))
     return len(ranges), key - 1
-
-
-def _slots(ends: NDArray[np.int64], blobs: dict[int, bytes]) -> tuple[bytes, ...]:
-    return tuple(blobs[int(i)] for i in ends.ravel())
 
 
 def _as_text(listed: PairList) -> str:

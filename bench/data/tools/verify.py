@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -11,15 +10,14 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from bench.data.decode import Report, decode_image, no_report, own_limits, shown, workers
-from bench.data.recordio import RecordFile, read_property
-from bench.data.tools.inventory import Layout, Part, layout_of, opened
+from bench.data.decode import AT_ONCE, Report, by_threads, decode_image, no_report, own_limits, shown, workers
+from bench.data.recordio import RecordFile, read_property, scan
+from bench.data.sources.insightface import RecordIOSource
+from bench.data.tools.inventory import Part, files_of, layout_of, open_part
 from bench.errors import DataError
 
 #: Below this on the shorter side, features of a face are a pixel or two.
 SMALL_SIDE = 32
-
-_CHUNK = 64
 
 
 class Finding(BaseModel):
@@ -79,51 +77,44 @@ def verify(path: Path, *, report: Report = no_report) -> Verification:
         DataError: ``path`` is a file of another kind.
     """
     layout = layout_of(path)
-    files = [path]
-    if layout is Layout.INSIGHTFACE:
-        files = [file for file in (path / "train.rec",) if file.is_file()] + sorted(path.glob("*.bin"))
     findings: list[Finding] = []
     images = 0
-    for file in files:
+    for file in files_of(path):
         try:
-            with opened(file) as (_, parts):
-                for part in parts:
-                    findings += _part(part, images, images + len(part), report)
-                    images += len(part)
-                    if part.name.endswith(".rec"):
-                        findings += _beside(file, len(part.names))
+            part = open_part(file)
+            findings += _part(part, lambda done, total, before=images: report(before + done, before + total))
+            images += len(part.source)
+            if isinstance(part.source, RecordIOSource):
+                findings += _beside(part.source)
         except DataError as error:
             findings.append(Finding(where=shown(file.name), severity="damaged", reason=str(error)))
     return Verification(path=str(path), kind=layout.value, images=images, findings=tuple(findings))
 
 
-def _part(part: Part, before: int, total: int, report: Report) -> list[Finding]:
-    digests: list[bytes | None] = [None] * len(part)
+def _part(part: Part, report: Report) -> list[Finding]:
+    source = part.source
+    digests: list[bytes | None] = [None] * len(source)
 
     def look(start: int) -> list[Finding]:
-        found = []
-        for i in range(start, min(start + _CHUNK, len(part))):
+        findings = []
+        for i in range(start, min(start + AT_ONCE, len(source))):
             try:
-                data = part.read(i)
+                data = source.encoded_image(i)
                 digests[i] = hashlib.blake2b(data, digest_size=16).digest()
                 image = decode_image(data)
             except DataError as error:  # an image, or the record that should hold it
-                found.append(Finding(where=part.where(i), severity="damaged", reason=str(error)))
+                findings.append(Finding(where=source.where(i), severity="damaged", reason=str(error)))
                 continue
-            found += [_suspicious(part.where(i), reason) for reason in _oddities(image)]
-        return found
+            findings += [_suspicious(source.where(i), reason) for reason in _oddities(image)]
+        return findings
 
-    findings = [_suspicious(entry.where, entry.reason) for entry in part.ignored]
-    with own_limits(), ThreadPoolExecutor(workers()) as pool:
-        try:
-            for number, found in enumerate(pool.map(look, range(0, len(part), _CHUNK)), 1):
-                findings += found
-                report(before + min(number * _CHUNK, len(part)), total)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    findings = [_suspicious(entry.where, entry.reason) for entry in source.ignored]
+    with own_limits():
+        for number, some in enumerate(by_threads(look, range(0, len(source), AT_ONCE), workers()), 1):
+            findings += some
+            report(min(number * AT_ONCE, len(source)), len(source))
     findings += _duplicates(part, digests)
-    counts = np.bincount(part.identities, minlength=len(part.names))
-    if counts.max() < 2:
+    if np.bincount(source.labels).max() < 2:
         findings.append(_suspicious(part.name, "nobody has two images"))
     return findings
 
@@ -145,40 +136,40 @@ def _oddities(image: torch.Tensor) -> list[str]:
 
 
 def _duplicates(part: Part, digests: list[bytes | None]) -> list[Finding]:
-    findings: list[Finding] = []
+    source, findings = part.source, []
     if part.pairs is not None:
         for number in np.flatnonzero(part.pairs.same).tolist():
-            first, second = int(part.pairs.first[number]), int(part.pairs.second[number])
+            first, second = part.pairs.ends[number].tolist()
             if digests[first] is not None and digests[first] == digests[second]:
-                findings.append(_suspicious(part.where(first), f"genuine pair {number} is one image twice"))
+                findings.append(_suspicious(source.where(first), f"genuine pair {number} is one image twice"))
         if part.pairs.file == part.name:
             return findings  # packs repeat images by design
     seen: dict[bytes, int] = {}
     for i, digest in enumerate(digests):
         if digest is None or (first := seen.setdefault(digest, i)) == i:
             continue
-        names = part.names[int(part.identities[first])], part.names[int(part.identities[i])]
-        who = "of the same person" if names[0] == names[1] else f"although these are {names[0]} and {names[1]}"
-        findings.append(_suspicious(part.where(i), f"identical to {part.where(first)}, {who}"))
+        name, other = (source.name(int(source.labels[row])) for row in (first, i))
+        who = "of the same person" if name == other else f"although these are {name} and {other}"
+        findings.append(_suspicious(source.where(i), f"identical to {source.where(first)}, {who}"))
     return findings
 
 
-def _beside(file: Path, identities: int) -> list[Finding]:
+def _beside(source: RecordIOSource) -> list[Finding]:
     """What the record file, its index and its ``property`` say of each other."""
-    findings = []
-    with RecordFile(file) as records:
-        found = records.scan()  # also what no image needs, such as the ranges of the identities
-        if records.index is None:
-            findings.append(_suspicious(shown(file.name), "has no .idx beside it: the file is scanned instead"))
-        elif strays := len(np.setxor1d(found, records.offsets)):
-            findings.append(
-                _suspicious(shown(records.index.name), f"disagrees with {shown(file.name)} on {strays} records")
-            )
+    findings, file = [], source.path
+    records = RecordFile(file)
+    offsets = scan(file)  # also of what no image needs, such as the ranges of the identities
+    if records.index is None:
+        findings.append(_suspicious(shown(file.name), "has no .idx beside it: the file is scanned instead"))
+    elif strays := len(np.setxor1d(offsets, records.offsets)):
+        findings.append(
+            _suspicious(shown(records.index.name), f"disagrees with {shown(file.name)} on {strays} records")
+        )
     claimed = read_property(file.with_name("property"))
     if claimed is None:
         findings.append(_suspicious("property", "missing: InsightFace's own loaders want it"))
-    elif claimed.identities != identities:
+    elif claimed[0] != source.identities:
         findings.append(
-            _suspicious("property", f"claims {claimed.identities} identities, {shown(file.name)} has {identities}")
+            _suspicious("property", f"claims {claimed[0]} identities, {shown(file.name)} has {source.identities}")
         )
     return findings

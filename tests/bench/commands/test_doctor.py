@@ -257,7 +257,7 @@ def test_trunk_and_cache_agree_with_the_metric(environment: dict[str, str], monk
 
 def test_downloads_are_looked_for_where_they_are_put(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BENCH_CACHE", raising=False)
-    lfw = pytest.importorskip("bench.data.lfw")
+    lfw = pytest.importorskip("bench.data.sources.lfw")
     assert doctor.cache_folder(os.environ) / "lfw" == lfw.default_root()
     assert doctor.cache_folder({"BENCH_CACHE": "/elsewhere"}) == Path("/elsewhere")
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from bench.data import decode
 from bench.data import decode as jpeg
 from bench.data.decode import (
+    AT_ONCE,
     ImageError,
     Limits,
     decode_all,
     decode_batch,
-    decode_files,
     decode_image,
     is_plain_jpeg,
     open_image,
     own_limits,
+    read_image_file,
     shown,
 )
 from bench.errors import DataError
@@ -73,7 +73,7 @@ def test_pixels_are_those_of_the_long_way(kinds, native, monkeypatch):
 def test_the_native_decoder_is_used(kinds, monkeypatch):
     if jpeg._decode_native is None:
         pytest.skip("torchvision here has no JPEG decoder")
-    monkeypatch.setattr(jpeg, "decode_image", None)
+    monkeypatch.setattr(jpeg, "_pixels", None)
     assert decode_batch([tensor(kinds["plain"])], 112)[1] == {}
 
 
@@ -220,10 +220,9 @@ def test_decompression_bombs_are_refused_on_the_header(side, monkeypatch):
     bomb = _huge_png(side)
     with own_limits(), pytest.raises(ImageError, match="limit"):
         open_image(bomb)
-    done = decode_all(1, lambda _: bomb, lambda _: "bomb.png", 16)
-    assert len(done.images) == 0
-    assert done.skipped[0].where == "bomb.png"
-    assert "limit" in done.skipped[0].reason
+    images, failed = decode_all(np.arange(1), lambda _: [tensor(bomb)], 16)
+    assert len(images) == 0
+    assert "limit" in failed[0]
 
 
 def test_limits_are_exact(make_image, make_encoded):
@@ -255,22 +254,19 @@ def test_tiny_images_are_refused(make_image, make_encoded):
 
 
 def test_decode_all_keeps_order_counts_and_reports(make_jpeg):
-    count = 3 * decode._CHUNK + 5
-    blobs = [make_jpeg(i, 24) for i in range(count)]
-    broken = {0, decode._CHUNK, count - 1}
+    count = 3 * AT_ONCE + 5
+    blobs = [make_jpeg(i, 24) for i in range(count + 1)]
+    broken = {0, AT_ONCE, count - 1}
     reports: list[tuple[int, int]] = []
-    done = decode_all(
-        count,
-        lambda i: blobs[i][:50] if i in broken else blobs[i],
-        lambda i: f"image {i}",
-        24,
-        report=lambda *args: reports.append(args),
-    )
-    good = [i for i in range(count) if i not in broken]
-    assert done.kept.tolist() == good
-    assert [s.where for s in done.skipped] == [f"image {i}" for i in sorted(broken)]
-    for row, i in enumerate(good):
-        assert torch.equal(done.images[row], decode_image(blobs[i], 24))
+    rows = np.arange(1, count + 1)
+
+    def read(some):
+        return [tensor(blobs[row][: 50 if row - 1 in broken else None]) for row in some.tolist()]
+
+    images, failed = decode_all(rows, read, 24, report=lambda *args: reports.append(args))
+    assert set(failed) == broken
+    good = [blobs[i + 1] for i in range(count) if i not in broken]
+    assert torch.equal(images, torch.stack([decode_image(blob, 24) for blob in good]))
     assert reports[-1] == (count, count)
     assert [n for n, _ in reports] == sorted({n for n, _ in reports})
 
@@ -281,28 +277,30 @@ def test_decode_all_refuses_what_does_not_fit(monkeypatch):
 
     monkeypatch.setattr("psutil.virtual_memory", lambda: Memory)
     with pytest.raises(DataError, match=r"need 0\.\d GiB of memory.*smaller image size"):
-        decode_all(10_000, lambda _: b"", str, 64)
+        decode_all(np.arange(10_000), lambda _: [], 64)
 
 
 def test_a_bug_in_the_reader_is_not_swallowed():
-    def read(_: int) -> bytes:
+    def read(_):
         raise KeyError("bug")
 
     with pytest.raises(KeyError, match="bug"):
-        decode_all(3, read, str, 16)
+        decode_all(np.arange(3), read, 16)
 
 
-def test_decode_files_names_files_and_survives_unreadable_ones(tmp_path: Path, make_jpeg):
+def test_files_that_cannot_be_read(tmp_path: Path, make_jpeg):
     (tmp_path / "good.jpg").write_bytes(make_jpeg(0))
     (tmp_path / "folder.jpg").mkdir()
-    (tmp_path / "big.jpg").write_bytes(bytes(2000))
-    paths = [tmp_path / n for n in ("folder.jpg", "good.jpg", "gone.jpg", "big.jpg")]
-    done = decode_files(paths, tmp_path, 32, limits=Limits(max_bytes=10**6))
-    assert done.kept.tolist() == [1]
-    assert [s.where for s in done.skipped] == ["folder.jpg", "gone.jpg", "big.jpg"]
-    assert "regular file" in done.skipped[0].reason
-    small = decode_files(paths[3:], tmp_path, 32, limits=Limits(max_bytes=1999))
-    assert "2000 bytes, the limit is 1999" in small.skipped[0].reason
+    limits = Limits(max_bytes=(tmp_path / "good.jpg").stat().st_size)
+    assert read_image_file(tmp_path / "good.jpg", limits) == make_jpeg(0)
+    (tmp_path / "big.jpg").write_bytes(make_jpeg(0) + b"x")
+    for name, message in (
+        ("folder", "regular file"),
+        ("gone", "regular file"),
+        ("big", f"limit is {limits.max_bytes}"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            read_image_file(tmp_path / f"{name}.jpg", limits)
 
 
 def test_shown_stays_on_one_line():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from bench.data.loaders import DATASETS, Dataset, Request, load, parse_options
+from bench.data.loaders import DATASETS, Dataset, load, parse_options
 from bench.errors import MissingError, UsageError
 from bench.registry import Registry
 
@@ -19,6 +19,7 @@ def test_names():
         assert dataset.summary
         assert dataset.Options.model_config["frozen"]
         assert dataset.Options.model_config["extra"] == "forbid"
+        assert all(field.description for field in dataset.Options.model_fields.values())
 
 
 def test_folder(make_tree):
@@ -88,12 +89,9 @@ def test_run_settings_go_where_they_are_wanted(monkeypatch):
     class Plain(BaseModel):
         model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def refuse(_: Request):
-        raise AssertionError
-
     registry: Registry[Dataset] = Registry("dataset")
-    registry.add("wants", lambda: Dataset("x", Wants, False, refuse))
-    registry.add("plain", lambda: Dataset("x", Plain, False, refuse))
+    registry.add("wants", lambda: Dataset("x", Wants))
+    registry.add("plain", lambda: Dataset("x", Plain))
     monkeypatch.setattr("bench.data.loaders.DATASETS", registry)
     assert parse_options("wants", {}, image_size=64, seed=7) == Wants(seed=7, image_size=64)
     assert parse_options("wants", {"seed": 3}, image_size=64, seed=7) == Wants(seed=3, image_size=64)

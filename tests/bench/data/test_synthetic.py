@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 from bench.data.synthetic import (
@@ -18,7 +19,6 @@ from bench.data.synthetic.columns import bell as bell_law
 from bench.data.synthetic.columns import draw, uniform
 from bench.data.synthetic.falloff import spot
 from bench.data.synthetic.geometry import Camera, intersect, relief
-from bench.errors import UsageError
 
 
 def generator(seed=0):
@@ -240,18 +240,11 @@ def test_spot_follows_the_gaussian_and_ends():
 
 
 @pytest.mark.parametrize(
-    ("options", "word"),
-    [
-        ({"identities": 0, "images_per_identity": 2}, "identities"),
-        ({"identities": 2, "images_per_identity": 0}, "images_per_identity"),
-        ({"identities": 2, "images_per_identity": 2, "image_size": 8}, "image_size"),
-        ({"identities": 2, "images_per_identity": 2, "seed": -1}, "seed"),
-    ],
+    "change", [{"identities": 0}, {"images_per_identity": 0}, {"image_size": 8}, {"seed": -1}], ids=str
 )
-def test_options_out_of_range_are_refused_in_one_line(options, word):
-    with pytest.raises(UsageError, match=f"synthetic dataset: {word} must be at least") as caught:
-        SyntheticOptions(**options)
-    assert "\n" not in str(caught.value)
+def test_options_out_of_range_are_refused(change):
+    with pytest.raises(ValidationError, match=next(iter(change))):
+        SyntheticOptions(**{"identities": 2, "images_per_identity": 2, **change})
 
 
 def test_rows_must_pair_up_and_sizes_make_sense():

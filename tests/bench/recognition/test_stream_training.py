@@ -15,8 +15,8 @@ from lightning_fabric import Fabric
 from open_source import open_source
 from small_sets import people, write_folder
 
-from bench.data.sources.source import EncodedSource
-from bench.data.stream.loader import AHEAD
+from bench.data.decode import AHEAD
+from bench.data.encoded import EncodedSource
 from bench.data.stream.sampler import EpochOrder
 from bench.errors import DataError
 from bench.nets.recogniser import Recogniser, build_recogniser

@@ -12,8 +12,8 @@ from rich.console import Console
 from small_sets import people, picture, write_folder, write_records, write_shards
 
 from bench import cli
+from bench.data.encoded import IdentityView
 from bench.data.faces import FaceSet
-from bench.data.stream.view import IdentityView
 from bench.errors import BenchError, DataError, MissingError
 from bench.recognition import state as training_state
 from bench.recognition import training
@@ -169,7 +169,7 @@ class TestRefusal:
             cli.main()
         assert caught.value.code == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert "'synthetic' cannot be streamed (those that can: folder, insightface, webdataset)" in line
+        assert "'synthetic' cannot be streamed (those that can: folder, insightface, lfw, webdataset)" in line
 
     def test_a_damaged_image(self, pack, tmp_path):
         one = pipeline(tmp_path, pack, stream=True)

@@ -1,62 +1,199 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
-from open_source import open_source
+import torch
+from open_source import load_set, open_source
 
 from bench.data.decode import decode_image
-from bench.data.folder import scan_tree
+from bench.data.loaders import load
 from bench.errors import DataError, MissingError
+
+PAIRS = "2\t1\nAnn\t1\t2\nAnn\t1\tBob\t2\nCy\t1\t2\nCy\t2\tBob\t1\n"
+PEOPLE = {"Ann": 3, "Bob": 2, "Cy": 2, "Dee": 2, "Eve": 1}
 
 
 @pytest.fixture
 def root(make_tree):
-    root = make_tree({"Cy": 1, "Ann": 3, "Bob": 2})
-    (root / ".hidden").mkdir()
-    (root / ".hidden" / "x.jpg").write_bytes(b"no")
-    (root / "Ann" / "notes.txt").write_text("no image")
-    (root / "Ann" / ".thumb.jpg").write_bytes(b"no")
-    (root / "empty").mkdir()
-    (root / "stray.jpg").write_bytes(b"no")
+    return make_tree(PEOPLE)
+
+
+@pytest.fixture
+def paired(root):
+    (root / "pairs.txt").write_text(PAIRS)
     return root
 
 
-def test_the_images_of_the_tree_in_its_order(root):
-    tree, source = scan_tree(root), open_source("folder", root, image_size=48)
-    assert len(source) == len(tree.paths) == 6
-    assert source.labels.tolist() == list(tree.labels)
-    assert [source.name(k) for k in range(source.identities)] == list(tree.names)
-    assert [source.where(i) for i in range(6)] == [str(path.relative_to(root)) for path in tree.paths]
-    batch = source.read(np.array([4, 0]))
-    for image, row in zip(batch.images, (4, 0), strict=True):
-        assert (image.int() - decode_image(tree.paths[row].read_bytes(), 48).int()).abs().max() <= 2
-    assert batch.labels.tolist() == [tree.labels[4], tree.labels[0]]
-
-
-def test_names_that_are_no_unicode(root):
-    odd = bytes(root / "Bob") + b"/\xff\xfe.jpg"
-    with open(odd, "wb") as file:  # noqa: PTH123 - a path of bytes
-        file.write((root / "Bob" / "Bob_0001.jpg").read_bytes())
-    source = open_source("folder", root)
-    assert len(source.read(np.arange(7)).images) == 7
+def test_images_come_in_the_order_of_their_names(make_tree):
+    root = make_tree({"b": 2, "a": 1, "C": 1})
+    source = open_source("folder", root, image_size=48)
+    files = ["C/C_0001.jpg", "a/a_0001.jpg", "b/b_0001.jpg", "b/b_0002.jpg"]
+    assert [source.where(i) for i in range(len(source))] == files
+    assert [source.name(k) for k in range(source.identities)] == ["C", "a", "b"]
+    batch = source.read(np.array([3, 0]))
+    assert batch.labels.tolist() == [2, 0]
+    for image, row in zip(batch.images, (3, 0), strict=True):
+        expected = decode_image((root / files[row]).read_bytes(), 48)
+        assert (image.int() - expected.int()).abs().max() <= 2
 
 
 def test_an_image_that_went_or_broke(root):
     source = open_source("folder", root, image_size=32)
-    (root / "Ann" / "Ann_0002.jpg").unlink()
-    (root / "Bob" / "Bob_0001.jpg").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"Ann/Ann_0002\.jpg: not a regular file"):
+    (root / "Ann/Ann_0002.jpg").unlink()
+    (root / "Bob/Bob_0001.jpg").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"Ann/Ann_0002\.jpg: not a regular file.*on_error=skip"):
         source.read(np.arange(6))
     with pytest.raises(DataError, match=r"Bob/Bob_0001\.jpg: not a JPEG"):
         source.read(np.array([3]))
-    skipping = open_source("folder", root, image_size=32, on_error="skip")  # does not see the one that went
-    batch = skipping.read(np.arange(5))
-    assert batch.rows.tolist() == [0, 1, 3, 4]
-    assert [entry.where for entry in batch.skipped] == ["Bob/Bob_0001.jpg"]
+    batch = source.reading("skip").read(np.arange(5))
+    assert batch.rows.tolist() == [0, 2, 4]
+    assert batch.labels.tolist() == [0, 0, 1]
+    assert [entry.where for entry in batch.skipped] == ["Ann/Ann_0002.jpg", "Bob/Bob_0001.jpg"]
 
 
-def test_missing_and_empty(tmp_path):
+def test_without_pairs(root):
+    source = load_set("folder", root)
+    assert source.name == "folder"
+    assert source.victims is None
+    assert source.pairs is None
+    assert source.faces.names == tuple(PEOPLE)
+    assert source.faces.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4]
+    assert torch.equal(source.faces.images[4], decode_image((root / "Bob/Bob_0002.jpg").read_bytes(), 32))
+    assert source.faces.skipped == ()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_people_in_pairs_are_the_victims(paired, damaged):
+    if damaged:  # an image that no pair needs, before the others
+        (paired / "Ann/Ann_0000.jpg").write_bytes(b"not an image")
+    source = load_set("folder", paired)
+    assert source.faces.names == ("Dee", "Eve")
+    assert source.victims.names == ("Ann", "Bob", "Cy")
+    assert len(source.victims) == 7  # all their images, not only those in pairs
+    assert [entry.where for entry in source.victims.skipped] == ["Ann/Ann_0000.jpg"] * damaged
+    assert source.pairs.same.tolist() == [True, False, True, False]
+    assert source.pairs.fold.tolist() == [0, 0, 1, 1]
+    for slot, file in [
+        (source.pairs.first[1], "Ann/Ann_0001.jpg"),
+        (source.pairs.second[1], "Bob/Bob_0002.jpg"),
+        (source.pairs.second[3], "Bob/Bob_0001.jpg"),
+    ]:
+        assert torch.equal(source.victims.images[slot], decode_image((paired / file).read_bytes(), 32))
+    people = source.victims.labels
+    assert torch.equal(people[source.pairs.first] == people[source.pairs.second], source.pairs.same)
+    assert load_set("folder", paired, use_pairs=False).victims is None
+
+
+def test_view_1_lists_are_cut_into_folds(make_tree):
+    root = make_tree({"Ann": 30, "Bob": 2, "Dee": 2, "Eve": 2})
+    genuine = "".join(f"Ann\t{i}\t{i + 1}\n" for i in range(1, 21))
+    impostor = "".join(f"Ann\t{i}\tBob\t1\n" for i in range(1, 21))
+    (root / "pairs.txt").write_text(f"20\n{genuine}{impostor}")
+    pairs = load_set("folder", root, 16).pairs
+    assert torch.bincount(pairs.fold[pairs.same]).tolist() == [2] * 10
+    assert torch.bincount(pairs.fold[~pairs.same]).tolist() == [2] * 10
+
+
+def test_crop(root):
+    expected = decode_image((root / "Ann/Ann_0001.jpg").read_bytes(), 32, crop=0.5)
+    assert torch.equal(load_set("folder", root, crop=0.5).faces.images[0], expected)
+
+
+def test_numbers_by_the_end_of_the_name(paired):
+    (paired / "Bob/Bob_0002.jpg").rename(paired / "Bob/photo-2.jpeg")
+    assert load_set("folder", paired).pairs is not None
+    (paired / "Bob/other2.png").write_bytes((paired / "Bob/photo-2.jpeg").read_bytes())
+    with pytest.raises(DataError, match="line 3 names image 2 of 'Bob', and 2 files answer to that"):
+        load_set("folder", paired)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PAIRS.replace("Cy\t1\t2", "Zed\t1\t2"), "line 4 names 'Zed', who has no folder"),
+        (PAIRS.replace("Bob\t2", "Bob\t9"), "line 3 names image 9 of 'Bob', which is not there"),
+        ("1\nAnn\t1\t2\n", "line 1"),
+        ("2\nAnn\t1\t2\nDee\t1\t2\nBob\t1\tCy\t1\nBob\t1\tDee\t1\n", r"all but 1 of the people.*at least 2 others"),
+    ],
+)
+def test_pairs_that_do_not_fit(root, text, message, stream):
+    (root / "pairs.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_set("folder", root, stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_damaged_image_that_a_pair_needs(paired, stream):
+    (paired / "Bob/Bob_0002.jpg").write_bytes(b"rubbish")
+    with pytest.raises(DataError, match=r"pairs\.txt line 3 needs Bob/Bob_0002\.jpg, which cannot be used: not a JPEG"):
+        load_set("folder", paired, stream=stream)
+
+
+def test_what_is_skipped_is_listed(root, make_jpeg):
+    (root / "Ann/notes.txt").write_text("x")
+    (root / "Ann/inner").mkdir()
+    (root / "Ann/.hidden.jpg").write_text("x")
+    (root / ".hidden").mkdir()
+    (root / ".hidden/x.jpg").write_bytes(b"no")
+    (root / "empty").mkdir()
+    (root / "stray.jpg").write_bytes(make_jpeg(0))
+    (root / "README").write_text("x")
+    (root / "Bob/Bob_0001.jpg").write_bytes(make_jpeg(0)[:500])
+    (root / "Cy/Cy_0001.jpg").unlink()
+    (root / "Cy/Cy_0001.jpg").mkdir()
+    (root / "Eve/Eve_0001.jpg").write_bytes(b"x")
+    faces = load_set("folder", root).faces
+    reasons = {entry.where: entry.reason for entry in faces.skipped}
+    damaged = {"Bob/Bob_0001.jpg", "Cy/Cy_0001.jpg", "Eve/Eve_0001.jpg"}
+    assert set(reasons) == {"Ann/notes.txt", "Ann/inner", "stray.jpg", *damaged}
+    assert "not named like an image" in reasons["Ann/notes.txt"]
+    assert "regular file" in reasons["Cy/Cy_0001.jpg"]
+    assert len(faces) == 7
+    assert faces.names == ("Ann", "Bob", "Cy", "Dee")  # who loses all images is gone
+    assert {entry.where for entry in load_set("folder", root, stream=True).faces.skipped} == set(reasons) - damaged
+
+
+def test_awkward_names(make_tree):
+    awkward = ["line\nbreak", "Zoë Ünal", "日本", "a b", "-rf"]
+    root = make_tree(dict.fromkeys(awkward, 2))
+    raw = Path(os.fsdecode(os.fsencode(root) + b"/\xff\xfe"))
+    try:
+        raw.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    (raw / "x.jpg").write_bytes(b"not an image")
+    odd = root / "a b" / os.fsdecode(b"\xff\xfe.jpg")
+    odd.write_bytes((root / "a b/a b_0001.jpg").read_bytes())
+    faces = load_set("folder", root).faces
+    assert set(faces.names) == {"line\\nbreak", "Zoë Ünal", "日本", "a b", "-rf"}
+    assert len(faces) == 11
+    assert [entry.where for entry in faces.skipped] == ["\\udcff\\udcfe/x.jpg"]
+    for name in (*faces.names, faces.skipped[0].where):
+        assert name.encode()  # can be written to a result
+
+
+def test_empty_missing_and_hopeless(make_tree, tmp_path):
     with pytest.raises(MissingError, match="is not a folder"):
-        open_source("folder", tmp_path / "nowhere")
+        load_set("folder", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no images"):
-        open_source("folder", tmp_path)
+        load_set("folder", tmp_path / "empty")
+    (tmp_path / "empty" / "Ann").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        load_set("folder", tmp_path / "empty")
+    with pytest.raises(DataError, match=r"nobody in .* has two usable images"):
+        load_set("folder", make_tree({"Ann": 1, "Bob": 1}, "singles"))
+    (tmp_path / "empty" / "Ann" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"none of the 1 images .* the first is Ann/a\.jpg: not a JPEG"):
+        load_set("folder", tmp_path / "empty")
+
+
+def test_progress_covers_victims_and_faces(paired):
+    seen: list[tuple[int, int]] = []
+    load("folder", data_root=paired, image_size=32, seed=0, report=lambda *args: seen.append(args))
+    assert seen[-1] == (10, 10)
+    assert seen == sorted(seen)

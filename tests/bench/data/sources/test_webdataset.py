@@ -7,14 +7,13 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from open_source import open_source
+from open_source import load_set, open_source
 
 from bench.data.decode import decode_image
-from bench.data.loaders import load
 from bench.data.sources.webdataset import find_shards
 from bench.data.tools.info import info
 from bench.data.tools.verify import verify
-from bench.errors import DataError, MissingError, UsageError
+from bench.errors import DataError, MissingError
 
 
 def write_shard(path, members, mode="w"):
@@ -138,12 +137,10 @@ def test_which_shards_are_meant(shards):
     (shards / "none").mkdir()
     with pytest.raises(MissingError, match="has no tar shards"):
         find_shards(shards / "none")
-    with pytest.raises(UsageError, match="'tfrecord' cannot be streamed: choose insightface, folder, webdataset"):
-        open_source("tfrecord", shards)
 
 
 def test_the_whole_set_as_a_dataset(shards, make_jpeg):
-    source = load("webdataset", data_root=shards, image_size=48, seed=0)
+    source = load_set("webdataset", shards, 48)
     assert source.faces.names == ("2", "7", "10")
     assert source.faces.labels.tolist() == [2, 0, 2, 0, 2, 1]
     for image, seed in zip(source.faces.images, (0, 1, 2, 10, 11, 12), strict=True):
@@ -154,12 +151,12 @@ def test_a_whole_set_without_the_images_that_are_damaged(tmp_path, make_jpeg):
     people = [("1", b"no", b"Ann"), ("2", make_jpeg(0), b"Bob"), ("3", make_jpeg(1), b"Bob")]
     members = [(f"{key}.{kind}", data) for key, image, name in people for kind, data in (("jpg", image), ("cls", name))]
     write_shard(tmp_path / "a.tar", members)
-    faces = load("webdataset", data_root=tmp_path, image_size=32, seed=0).faces
+    faces = load_set("webdataset", tmp_path).faces
     assert faces.names == ("Bob",)
     assert [entry.where for entry in faces.skipped] == ["a.tar image at offset 512"]
     write_shard(tmp_path / "a.tar", members[:4])
     with pytest.raises(DataError, match=r"nobody in .* has two usable images \(1 images skipped\)"):
-        load("webdataset", data_root=tmp_path, image_size=32, seed=0)
+        load_set("webdataset", tmp_path)
 
 
 def test_info_and_verify_read_shards(shards, make_jpeg):

@@ -23,16 +23,16 @@ import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import platformdirs
 import pooch
 from pydantic import BaseModel, ConfigDict, Field
 
-from bench.data.decode import DEFAULT_LIMITS, Limits, Report, no_report, shown
-from bench.data.faces import Source
-from bench.data.folder import load_tree, scan_tree
-from bench.data.pairs import read_pairs
+from bench.data.decode import shown
+from bench.data.encoded import OpenedSet
+from bench.data.loaders import Dataset
+from bench.data.sources.folder import FolderSource
 from bench.errors import DataError, MissingError
 
 
@@ -71,19 +71,15 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 
 
 class LfwOptions(BaseModel):
-    """Options of the ``lfw`` dataset.
-
-    Attributes:
-        alignment: ``funneled`` or ``original``.
-        crop: side of the central square of the 250x250 photo, in pixels.
-        download: fetch what is missing; false fails instead.
-    """
+    """Options of the ``lfw`` dataset."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    alignment: Literal["funneled", "original"] = "funneled"
-    crop: Annotated[int, Field(ge=32, le=250)] = 144
-    download: bool = True
+    alignment: Literal["funneled", "original"] = Field("funneled", description="Which of the published archives.")
+    crop: int = Field(
+        144, ge=32, le=250, description="Side of the central square of the 250x250 photo that is kept, in pixels."
+    )
+    download: bool = Field(True, description="Fetch what is missing; false fails instead.")
 
 
 def default_root() -> Path:
@@ -92,45 +88,29 @@ def default_root() -> Path:
     return (Path(named).expanduser() if named else platformdirs.user_cache_path("ppfr-bench")) / "lfw"
 
 
-def load_lfw(
-    root: Path | None,
-    image_size: int,
-    options: LfwOptions | None = None,
-    *,
-    limits: Limits = DEFAULT_LIMITS,
-    report: Report = no_report,
-) -> Source:
-    """Load LFW under the View 1 split, downloading it (about 230 MB) if need be.
+def open_lfw(root: Path | None, image_size: int, options: LfwOptions) -> OpenedSet:
+    """LFW under the View 1 split, downloaded (about 230 MB) if need be.
 
     Args:
         root: a folder with the unpacked photos, or the archive, or neither yet; None for the user's cache folder.
         image_size: side of the faces in pixels.
         options: see :class:`LfwOptions`.
-        limits: what one image may cost.
-        report: progress of decoding.
 
     Returns:
         Everyone not in ``pairsDevTest.txt`` as faces, the others as victims with its 1,000 pairs (10 folds of 50 + 50).
 
     Raises:
         MissingError: not there and not to be downloaded; says what to put where.
-        DataError: a download with the wrong hash, an unsafe archive, or damaged photos that the pairs need.
+        DataError: a download with the wrong hash, or an unsafe archive.
     """
-    options = options or LfwOptions()
     root = root or default_root()
     pairs_file = _obtain(PAIRS, root, options.download)
-    listed = read_pairs(pairs_file)
-    photos = _photos(root, options)
-    return load_tree(
-        "lfw",
-        scan_tree(photos),
-        listed,
-        pairs_file,
-        image_size,
-        crop=options.crop / 250,
-        limits=limits,
-        report=report,
-    )
+    return FolderSource(_photos(root, options), image_size, crop=options.crop / 250).set_apart(pairs_file)
+
+
+DATASET = Dataset(
+    "Labeled Faces in the Wild, View 1; downloaded unless --data-root has it", LfwOptions, open_lfw, needs_root=False
+)
 
 
 def _photos(root: Path, options: LfwOptions) -> Path:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.data.sources.ranges import GAP, read_ranges
+from bench.data.ranges import GAP, read_ranges
 from bench.errors import DataError, MissingError
 
 

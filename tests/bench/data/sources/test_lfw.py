@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_source import load_set
 
-from bench.data import lfw
 from bench.data.decode import decode_image
-from bench.data.lfw import LfwOptions, Remote, default_root, load_lfw, unpack
+from bench.data.sources import lfw
+from bench.data.sources.lfw import Remote, default_root, unpack
 from bench.errors import DataError, MissingError
 
 DEV_TEST = b"2\nAnn_A\t1\t2\nAnn_A\t1\t3\nAnn_A\t2\tBob_B\t1\nBob_B\t2\tAnn_A\t3\n"
@@ -58,7 +59,7 @@ def mirror(tmp_path, make_tree, monkeypatch) -> Iterator[Path]:
 
 def test_download_unpack_and_load(mirror, tmp_path):
     root = tmp_path / "new" / "root"
-    source = load_lfw(root, 64)
+    source = load_set("lfw", root, 64)
     assert source.name == "lfw"
     assert source.victims is not None
     assert source.pairs is not None
@@ -71,13 +72,13 @@ def test_download_unpack_and_load(mirror, tmp_path):
     # The second time nothing is fetched.
     for file in mirror.iterdir():
         file.unlink()
-    again = load_lfw(root, 64, LfwOptions(download=False))
+    again = load_set("lfw", root, 64, download=False)
     assert torch.equal(again.faces.images, source.faces.images)
 
 
 def test_crop_is_in_pixels_of_the_photo(mirror, tmp_path):
     photo = (tmp_path / "lfw_funneled/Cy_C/Cy_C_0001.jpg").read_bytes()
-    source = load_lfw(tmp_path, 100, LfwOptions(crop=100))
+    source = load_set("lfw", tmp_path, 100, crop=100)
     whole = decode_image(photo)
     assert torch.equal(source.faces.images[0], whole[:, 75:175, 75:175])
 
@@ -87,40 +88,40 @@ def test_archive_put_there_by_hand(mirror, tmp_path):
     root.mkdir()
     (mirror / "funneled").rename(root / "lfw-funneled.tgz")
     (mirror / "pairs").rename(root / "pairsDevTest.txt")
-    assert len(load_lfw(root, 32, LfwOptions(download=False)).faces) == 4
+    assert len(load_set("lfw", root, 32, download=False).faces) == 4
 
 
 def test_cache_folder_is_the_default(mirror, tmp_path, monkeypatch):
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
-    load_lfw(None, 32)
+    load_set("lfw", None, 32)
     assert (tmp_path / "cache/ppfr-bench/lfw/lfw_funneled/Cy_C/Cy_C_0001.jpg").is_file()
 
 
 def test_offline_says_what_to_put_where(mirror, tmp_path, monkeypatch):
     with pytest.raises(MissingError, match=r"pairsDevTest\.txt is not there: download http.* and save it as .*root"):
-        load_lfw(tmp_path / "root", 32, LfwOptions(download=False))
+        load_set("lfw", tmp_path / "root", 32, download=False)
     dead = Remote("pairsDevTest.txt", "http://127.0.0.1:9/pairs", "0" * 64)
     monkeypatch.setattr(lfw, "PAIRS", dead)
     with pytest.raises(
         MissingError, match=r"cannot be downloaded.*download http://127\.0\.0\.1:9/pairs and save it as"
     ):
-        load_lfw(tmp_path / "root", 32)
+        load_set("lfw", tmp_path / "root", 32)
 
 
 def test_not_found_on_the_server(mirror, tmp_path):
     (mirror / "pairs").unlink()
     with pytest.raises(MissingError, match="cannot be downloaded"):
-        load_lfw(tmp_path / "root", 32)
+        load_set("lfw", tmp_path / "root", 32)
 
 
 def test_wrong_content(mirror, tmp_path):
     (mirror / "pairs").write_bytes(DEV_TEST + b"\n")
     with pytest.raises(DataError, match=r"wrong SHA-256"):
-        load_lfw(tmp_path / "root", 32)
+        load_set("lfw", tmp_path / "root", 32)
     assert not (tmp_path / "root/pairsDevTest.txt").exists()
     (tmp_path / "root/pairsDevTest.txt").write_text("changed")
     with pytest.raises(DataError, match=r"has SHA-256 .*, expected .*: delete it"):
-        load_lfw(tmp_path / "root", 32)
+        load_set("lfw", tmp_path / "root", 32)
 
 
 def archive_with(tmp_path: Path, *members: tarfile.TarInfo) -> Path:

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 from alive import Alive
+from open_source import load_set
 from PIL import Image
 from small_sets import people, picture, write_folder, write_records, write_shards
 
+from bench.data.decode import AT_ONCE
+from bench.data.encoded import EncodedSource, IdentityView
 from bench.data.faces import FaceSet
-from bench.data.loaders import load, open_stream
-from bench.data.sources.source import EncodedSource
 from bench.data.splits import split
 from bench.data.stream.scan import Scan, scan
-from bench.data.stream.view import AT_ONCE, IdentityView
 from bench.errors import DataError, UsageError
 
 SIZE = 32
@@ -55,7 +55,7 @@ def write(tmp_path, make_encoded):
 
 
 def streamed(layout, root, on_error="skip", **options):
-    opened = open_stream(layout.split()[0], data_root=root, image_size=SIZE, seed=0, options=options)
+    opened = load_set(layout.split()[0], root, stream=True, **options)
     return replace(opened, faces=scan(opened.faces, on_error).applied_to(opened.faces))
 
 
@@ -74,7 +74,7 @@ def images_of(part, name):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_same_people_and_pictures_in_the_same_parts(write, layout):
     root = write(layout)
-    loaded = load(layout.split()[0], data_root=root, image_size=SIZE, seed=0)
+    loaded = load_set(layout.split()[0], root)
     whole, parts = shared_out(loaded), shared_out(source := streamed(layout, root))
     assert isinstance(parts.provider, IdentityView)
     assert isinstance(parts.evaluator, IdentityView)
@@ -94,7 +94,7 @@ def test_the_same_people_and_pictures_in_the_same_parts(write, layout):
 def test_options_that_leave_people_out(write):
     root = write("insightface")
     options = {"max_identities": 35, "max_images_per_identity": 3}
-    whole = shared_out(load("insightface", data_root=root, image_size=SIZE, seed=0, options=options))
+    whole = shared_out(load_set("insightface", root, **options))
     parts = shared_out(streamed("insightface", root, **options))
     assert in_memory(parts.provider).names == whole.provider.names
     assert torch.equal(in_memory(parts.provider).images, whole.provider.images)
@@ -102,7 +102,7 @@ def test_options_that_leave_people_out(write):
 
 def test_the_centre_is_cropped_on_disk_too(write):
     root = write("folder")
-    loaded = load("folder", data_root=root, image_size=SIZE, seed=0, options={"crop": 0.5})
+    loaded = load_set("folder", root, crop=0.5)
     assert torch.equal(streamed("folder", root, crop=0.5).faces.load().images, loaded.faces.images)
 
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_decoded_is_refused_by_name(write, layout):
 
 
 def test_a_scan_is_read_back_as_it_was(write, tmp_path):
-    view = open_stream("folder", data_root=write("folder"), image_size=SIZE, seed=0).faces
+    view = load_set("folder", write("folder"), stream=True).faces
     found = scan(view, "skip")
     found.save(tmp_path)
     again = Scan.read(tmp_path)
@@ -139,7 +139,7 @@ def test_a_scan_is_read_back_as_it_was(write, tmp_path):
 def test_an_image_is_in_memory_for_a_moment_only(tmp_path, monkeypatch):
     """While thousands are looked through, only those under way are there."""
     root = write_records(tmp_path, [[picture(0, 0)] * 10] * 300, people(4, 2))
-    view = open_stream("insightface", data_root=root, image_size=SIZE, seed=0).faces
+    view = load_set("insightface", root, stream=True).faces
     read, alive = EncodedSource.read, Alive()
     monkeypatch.setattr("bench.data.stream.scan.workers", lambda: 2)
     monkeypatch.setattr(EncodedSource, "read", lambda self, rows: alive.watch(read(self, rows)))
@@ -151,17 +151,19 @@ def test_an_image_is_in_memory_for_a_moment_only(tmp_path, monkeypatch):
 def test_what_does_not_fit_into_memory_is_refused(write, monkeypatch):
     faces = streamed("webdataset", write("webdataset")).faces
     free = type("Memory", (), {"available": 100_000})
-    monkeypatch.setattr("bench.data.stream.view.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     with pytest.raises(DataError, match=r"faces of 32x32 pixels need .* fewer images to hold \(stream_images\)"):
         faces.load()
 
 
 def test_copies_are_asked_for_after_a_scan_only(write):
-    opened = open_stream("folder", data_root=write("folder"), image_size=SIZE, seed=0)
+    opened = load_set("folder", write("folder"), stream=True)
     with pytest.raises(ValueError, match="not scanned"):
         shared_out(opened)
 
 
 def test_what_cannot_be_streamed():
-    with pytest.raises(UsageError, match=r"'synthetic' cannot .* \(those that can: folder, insightface, webdataset\)"):
-        open_stream("synthetic", data_root=None, image_size=SIZE, seed=0)
+    with pytest.raises(
+        UsageError, match=r"'synthetic' cannot .* \(those that can: folder, insightface, lfw, webdataset\)"
+    ):
+        load_set("synthetic", None, stream=True)
