@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -12,12 +13,13 @@ from rich.console import Console
 
 from bench import plugins
 from bench.errors import UsageError
-from bench.results import Measure, Quality, RunResult
+from bench.measures import Measure, leak
+from bench.results import RunResult
 from bench.run.attack_config import AttackConfig, members
 from bench.run.config import RunConfig, merge, resolve
 from bench.run.pipeline import Pipeline
 from bench.run.store import run_id
-from bench.sweep.options import SweepRequest
+from bench.sweep.options import SweepRequest, addressed
 
 SCHEMA_VERSION = "1"
 
@@ -119,27 +121,17 @@ def key_figures(result: RunResult) -> dict[str, KeyFigure]:
     figures = {}
     if (utility := result.utility) is not None:
         figures["accuracy"] = KeyFigure(value=utility.accuracy, ceiling=utility.unprotected.accuracy)
-    if (recovery := result.recovery) is not None:
-        floors = recovery.floors.values()
+    if (recovery := result.recovery or result.worst_case) is not None:
         for name in ("ssim", "type1_tar"):
+            floors = [quality.figure(name) for quality in recovery.floors.values()]
             figures[name] = KeyFigure(
-                value=_figure(recovery, name),
-                floor=_highest(_figure(floor, name) for floor in floors),
-                ceiling=_figure(recovery.ceiling, name),
+                value=recovery.figure(name),
+                floor=max(floors, key=functools.partial(leak, name), default=None),
+                ceiling=recovery.ceiling.figure(name),
             )
     if (linkage := result.linkage) is not None:
         figures["linkage"] = KeyFigure(value=linkage.protected_plain.accuracy, ceiling=linkage.plain.accuracy)
     return figures
-
-
-def _figure(quality: Quality, name: str) -> Measure:
-    measure: Measure = getattr(quality if name in Quality.model_fields else quality.identity, name)
-    return measure
-
-
-def _highest(measures: Iterable[Measure]) -> Measure | None:
-    known = [(measure.value, measure) for measure in measures if measure.value is not None]
-    return max(known, key=lambda pair: pair[0])[1] if known else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,14 +180,19 @@ def expand(request: SweepRequest) -> list[RunConfig]:
         UsageError: an unknown key or an invalid value.
     """
     options = request.options
-    grid = itertools.product(options.seeds, options.defenses, options.attacks, options.knowledge)
     configs: dict[str, RunConfig] = {}
-    for seed, defense, attack, knowledge in grid:
-        names = {"defense_options": defense, "attack_options": attack}
-        in_file = {kind: getattr(options, kind).get(name, {}) for kind, name in names.items()}
-        own = {kind: request.own.get(kind, {}).get(name, {}) for kind, name in names.items()}
+    for seed, defense, attack, knowledge in itertools.product(
+        options.seeds, options.defenses, options.attacks, options.knowledge
+    ):
+        in_table = {
+            "defense_options": options.defense_options.get(defense, {}),
+            "attack_options": options.attack_options.get(attack, {}),
+        }
         axes = {"defense": defense, "attack": attack, "knowledge": knowledge, "seed": seed}
-        config = resolve(merge(request.below, in_file, request.flags, own, axes), {})
+        settings = merge(request.below, in_table, request.flags, axes)
+        settings["defense_options"] = addressed(settings["defense_options"], defense, options.defenses)
+        settings["attack_options"] = addressed(settings["attack_options"], attack, options.attacks)
+        config = resolve(settings, {})
         configs.setdefault(run_id(config), config)
     return list(configs.values())
 

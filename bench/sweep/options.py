@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -98,15 +98,13 @@ class SweepRequest:
     Attributes:
         options: the sweep's own settings.
         below: settings of every run, from the environment and the config file.
-        flags: settings of every run from the command line.
-        own: ``defense_options`` and ``attack_options`` by name from the command line: they win over ``flags``, and
-            those over the table in the file.
+        flags: settings of every run from the command line; options that only one defence or attack gets stand in a
+            table of its name among ``defense_options`` and ``attack_options``.
     """
 
     options: SweepOptions
-    below: Mapping[str, Any] = field(default_factory=dict)
-    flags: Mapping[str, Any] = field(default_factory=dict)
-    own: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    below: Mapping[str, Any]
+    flags: Mapping[str, Any]
 
 
 def read_request(
@@ -145,29 +143,20 @@ def read_request(
         options = SweepOptions.model_validate({key: value for key, value in asked.items() if value is not None})
     except ValidationError as error:
         raise UsageError(explain(error, "sweep")) from None
-    of_all_defenses, of_defenses = _addressed(defense_options or [], "-o", options.defenses)
-    of_all_attacks, of_attacks = _addressed(attack_options or [], "-a", options.attacks)
-    return SweepRequest(
-        options,
-        below=merge(settings, variables),
-        flags=merge(flags, {"defense_options": of_all_defenses, "attack_options": of_all_attacks}),
-        own={"defense_options": of_defenses, "attack_options": of_attacks},
-    )
+    given = {
+        "defense_options": nested(parse_assignments(defense_options or [], "-o"), "-o"),
+        "attack_options": nested(parse_assignments(attack_options or [], "-a"), "-a"),
+    }
+    return SweepRequest(options, below=merge(settings, variables), flags=merge(flags, given))
 
 
-def _addressed(
-    assignments: list[str], flag: str, names: list[str]
-) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
-    """Options for all of ``names``, and by name those for one of them.
+def addressed(options: Mapping[str, Any], name: str, names: Sequence[str]) -> dict[str, Any]:
+    """Of options of all ``names``, and in tables of their names of one, those for ``name``.
 
-    What stands before the first dot is a name if it is one of the sweep; else it is part of the option.
+    What stands before the first dot of ``-o`` or ``-a`` is a name if it is one of the sweep's; else it is part of the
+    option.
     """
-    by_key = {name.replace("-", "_"): name for name in names}
-    everyone: dict[str, Any] = {}
-    own: dict[str, Mapping[str, Any]] = {}
-    for key, value in nested(parse_assignments(assignments, flag), flag).items():
-        if key in by_key and isinstance(value, Mapping):
-            own[by_key[key]] = value
-        else:
-            everyone[key] = value
-    return everyone, own
+    keys = {other.replace("-", "_") for other in names}
+    tables = {key: value for key, value in options.items() if key in keys and isinstance(value, Mapping)}
+    general = {key: value for key, value in options.items() if key not in tables}
+    return merge(general, tables.get(name.replace("-", "_"), {}))
