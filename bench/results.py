@@ -6,6 +6,7 @@ from and the direction it reads in; a figure that cannot be computed is null wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -195,6 +196,22 @@ class AttackResult(_Model):
     def ceiling(self, name: str) -> Measure | None:
         """The same figure of unprotected faces."""
         return _at(self, KINDS[name].ceiling)
+
+
+def measures(node: Any, place: str = "") -> Iterator[tuple[str, Measure]]:
+    """Every measure below a part of a result, with its dotted place."""
+    if isinstance(node, Measure):
+        yield place, node
+        return
+    parts: Iterable[tuple[object, Any]] = ()
+    if isinstance(node, BaseModel):
+        parts = ((name, getattr(node, name)) for name in type(node).model_fields)
+    elif isinstance(node, dict):
+        parts = node.items()
+    elif isinstance(node, list):
+        parts = enumerate(node)
+    for name, part in parts:
+        yield from measures(part, f"{place}.{name}" if place else str(name))
 
 
 def _at(result: BaseModel, place: str) -> Measure | None:

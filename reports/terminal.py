@@ -13,7 +13,7 @@ from rich.text import Text
 
 from bench.gate.baseline import Baseline
 from bench.gate.compare import Difference, FigureChange
-from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Outcome
+from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Verdict
 from bench.measures import KINDS, MISSING, shown
 from bench.results import (
     AttackInfo,
@@ -289,7 +289,7 @@ def _new_table(title: str) -> Table:
     return Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
 
 
-_OUTCOME_COLOUR: dict[Outcome, str] = {
+_VERDICT_COLOUR: dict[Verdict, str] = {
     "pass": "green",
     "inconclusive": "yellow",
     "regress": "red",
@@ -310,11 +310,11 @@ def render_gate(report: GateReport) -> RenderableType:
     parts += [Text(f"not judged: {line}", style="yellow") for line in report.extra]
     counts = {
         outcome: sum(cell.outcome == outcome for cell in report.cells)
-        for outcome in _OUTCOME_COLOUR
+        for outcome in _VERDICT_COLOUR
         if any(cell.outcome == outcome for cell in report.cells)
     }
     told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    parts.append(Text(f"{report.outcome.upper()} ({told})", style=f"bold {_OUTCOME_COLOUR[report.outcome]}"))
+    parts.append(Text(f"{report.outcome.upper()} ({told})", style=f"bold {_VERDICT_COLOUR[report.outcome]}"))
     return Group(*parts)
 
 
@@ -359,7 +359,7 @@ def render_difference(found: Difference) -> RenderableType:
 def _cell(cell: CellVerdict) -> list[RenderableType]:
     parts: list[RenderableType] = []
     title = Text(f"{cell.cell}{f' in {cell.run}' if cell.run else ''}: ") + Text(
-        cell.outcome, _OUTCOME_COLOUR[cell.outcome]
+        cell.outcome, _VERDICT_COLOUR[cell.outcome]
     )
     if cell.figures:
         table = _new_gate_table(title)
@@ -378,7 +378,7 @@ def _cell(cell: CellVerdict) -> list[RenderableType]:
 
 
 def _figure_cells(figure: FigureVerdict) -> tuple[str, ...]:
-    verdict = f"[{_OUTCOME_COLOUR[figure.outcome]}]{figure.outcome}[/]"
+    verdict = f"[{_VERDICT_COLOUR[figure.outcome]}]{figure.outcome}[/]"
     verdict += "".join(f", {word}" for word in ("improved", "blind") if getattr(figure, word))
     if figure.victims == "identical":
         verdict += ", identical"

@@ -19,9 +19,9 @@ from bench import __version__
 from bench.errors import DataError, MissingError, UsageError
 from bench.files import write_text
 from bench.gate.comparison import Variance, between_runs, moderated, pool, quantile, victims_variance
-from bench.gate.scores import FIGURES, CellKey, Role, RunScores, StoredModel, as_text, cell_key, harm_sign, run_scores
-from bench.measures import kind_at
-from bench.results import PROTOCOL_VERSION, Direction
+from bench.gate.scores import FIGURES, CellKey, Role, RunScores, StoredModel, as_text, cell_key, run_scores
+from bench.measures import Direction, kind_at
+from bench.results import PROTOCOL_VERSION
 from bench.run.archive import Run
 
 BASELINE_VERSION = "2"
@@ -68,8 +68,11 @@ class Expected(StoredModel):
 
     @property
     def harm_sign(self) -> int:
-        """+1 where a rise does harm, -1 where a fall does."""
-        return harm_sign(self.role, self.direction)
+        """+1 where a rise does harm, -1 where a fall does.
+
+        Leaking more harms privacy; recognising less harms utility; and a canary is harmed when its attack gets less.
+        """
+        return 1 if (self.direction in ("leakage", "cost")) == (self.role != "canary") else -1
 
     @property
     def excluded(self) -> float:
@@ -180,17 +183,12 @@ def _on_one_line(match: re.Match[str]) -> str:
     return re.sub(r"\s*\n\s*", " ", match[0]).replace("[ ", "[").replace(" ]", "]")
 
 
-if __name__ == "__main__":  # writes the shipped JSON schema
-    target = Path(__file__).parents[1] / "schema" / f"baseline-{BASELINE_VERSION}.json"
-    write_text(target, json.dumps(Baseline.model_json_schema(by_alias=True), indent=2) + "\n")
-
-
 #: Chance that a run of unchanged code and another seed does not pass.
 _UNDECIDED = 1e-3
 
 
 def make_baseline(runs: Sequence[Run], earlier: Baseline | None = None) -> Baseline:
-    """The baseline of some runs; runs that differ by nothing but their seed make one cell.
+    """The baseline of some runs; runs that differ by nothing but their seed make one cell of each attack.
 
     Args:
         runs: successful runs of one protocol.
@@ -200,17 +198,16 @@ def make_baseline(runs: Sequence[Run], earlier: Baseline | None = None) -> Basel
         UsageError: a run failed or was given twice, or its protocol is not this version's.
         DataError: a run's files contradict each other.
     """
-    cells: dict[str, list[tuple[Run, CellKey]]] = {}
+    cells: dict[str, tuple[CellKey, str, list[Run]]] = {}
     for run in runs:
         check_protocol(run, PROTOCOL_VERSION)
         if run.failed:
             raise UsageError(f"{run.directory} failed ({run.result.error}): a baseline needs runs that succeeded")
-        key = cell_key(run)
-        cells.setdefault(key.model_dump_json(), []).append((run, key))
+        for attack in run.attacks:
+            key = cell_key(run, attack)
+            cells.setdefault(key.model_dump_json(), (key, attack, []))[2].append(run)
     kept = {cell.key.model_dump_json(): cell.figures for cell in earlier.cells} if earlier else {}
-    made = [
-        _cell(members[0][1], [run for run, _ in members], kept.get(document, {})) for document, members in cells.items()
-    ]
+    made = [_cell(key, attack, of_it, kept.get(document, {})) for document, (key, attack, of_it) in cells.items()]
     if earlier is not None:
         return Baseline(cells=made, alpha=earlier.alpha, alpha_pass=earlier.alpha_pass)
     return Baseline(cells=made)
@@ -229,28 +226,26 @@ def check_protocol(run: Run, protocol: str) -> None:
         )
 
 
-def resolved_options(run: Run) -> dict[str, str]:
+def resolved_options(run: Run, attack: str) -> dict[str, str]:
     """All options of defence and attack as they stood in a run, as text."""
-    defense, attack = run.result.defense, run.result.attack
+    defense, part = run.result.defense, run.attacks[attack]
     options = {f"-o {k}": v for k, v in as_text(defense.options).items()} if defense else {}
-    return options | ({f"-a {k}": v for k, v in as_text(attack.options).items()} if attack else {})
+    return options | ({f"-a {k}": v for k, v in as_text(part.attack.options).items()} if part else {})
 
 
-def _cell(key: CellKey, runs: Sequence[Run], kept: Mapping[str, Expected]) -> Cell:
-    read = [run_scores(run) for run in runs]
-    scores = [one for one, _, _ in read]
+def _cell(key: CellKey, attack: str, runs: Sequence[Run], kept: Mapping[str, Expected]) -> Cell:
+    scores = [run_scores(run, attack)[0] for run in runs]
     _check_distinct(scores, key)
-    directions = {name: direction for _, ways, _ in read for name, direction in ways.items()}
     names = [name for name in FIGURES if all(name in one.figures for one in scores)]
     if not any(FIGURES[name].role == "privacy" and name != "defense.entropy_bits" for name in names):
         raise DataError(f"{key.label}: no privacy figure was measured, so there is nothing to guard")
     scores = [one.model_copy(update={"figures": {name: one.figures[name] for name in names}}) for one in scores]
-    figures = {name: _expected(name, scores, directions[name], len(names)) for name in names}
+    figures = {name: _expected(name, scores, len(names)) for name in names}
     for name, old in kept.items():
         if name in figures:
             update = {"absolute": old.absolute, "relative": old.relative}
             figures[name] = figures[name].model_copy(update=update)
-    return Cell(key=key, resolved=resolved_options(runs[0]), figures=figures, runs=scores)
+    return Cell(key=key, resolved=resolved_options(runs[0], attack), figures=figures, runs=scores)
 
 
 def _check_distinct(runs: Sequence[RunScores], key: CellKey) -> None:
@@ -264,28 +259,27 @@ def _check_distinct(runs: Sequence[RunScores], key: CellKey) -> None:
         seen[content] = run
 
 
-def _expected(name: str, runs: Sequence[RunScores], direction: Direction, tests: int) -> Expected:
-    figure = FIGURES[name]
+def _expected(name: str, runs: Sequence[RunScores], tests: int) -> Expected:
+    figure, guard = FIGURES[name], FIGURES[name].guard
     seeds = len({(run.seed, run.source) for run in runs})
     by_seed = between_runs(name, runs, rate=figure.rate, same_seed=False)
     by_repeat = between_runs(name, runs, rate=figure.rate, same_seed=True)
-    seed = moderated(by_seed, seeds, figure.seed_sd)
-    repeat = moderated(by_repeat, len(runs) - seeds + 1, figure.repeat_sd)
-    expected = Expected(
+    seed = moderated(by_seed, seeds, guard.seed_sd)
+    repeat = moderated(by_repeat, len(runs) - seeds + 1, guard.repeat_sd)
+    margin = _margin(name, runs, seed, tests, alpha=Baseline.model_fields["alpha_pass"].default)
+    return Expected(
         value=sum(run.figures[name].value for run in runs) / len(runs),
         role=figure.role,
-        direction=direction,
+        direction=figure.direction,
         rate=figure.rate,
-        absolute=figure.tolerance,
-        margin=0.0,
+        absolute=guard.tolerance,
+        margin=_rounded(max(guard.tolerance, margin)),
         seed_sd=_rounded(math.sqrt(seed.value)),
         seed_df=seed.df,
         repeat_sd=_rounded(math.sqrt(repeat.value)),
         repeat_df=repeat.df,
-        limit=figure.limit,
+        limit=guard.limit,
     )
-    margin = _margin(name, runs, seed, tests, alpha=Baseline.model_fields["alpha_pass"].default)
-    return expected.model_copy(update={"margin": _rounded(max(expected.tolerance, margin))})
 
 
 def _margin(name: str, runs: Sequence[RunScores], seed: Variance, tests: int, *, alpha: float) -> float:
@@ -310,3 +304,8 @@ def _rounded(value: float) -> float:
         return 0.0
     step = 10.0 ** (math.floor(math.log10(value)) - 1)
     return float(f"{math.ceil(value / step - 1e-9) * step:.3g}")
+
+
+if __name__ == "__main__":  # writes the shipped JSON schema
+    target = Path(__file__).parents[1] / "schema" / f"baseline-{BASELINE_VERSION}.json"
+    write_text(target, json.dumps(Baseline.model_json_schema(by_alias=True), indent=2) + "\n")

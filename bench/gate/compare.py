@@ -10,7 +10,7 @@ from bench.errors import UsageError
 from bench.gate.baseline import check_protocol, resolved_options
 from bench.gate.comparison import Variance, change
 from bench.gate.scores import FIGURES, RunScores, as_text, run_scores
-from bench.results import Direction
+from bench.measures import Direction, kind_at
 from bench.run.archive import Run
 
 
@@ -32,7 +32,7 @@ class FigureChange(_Model):
 
     Attributes:
         figure: its place in ``metrics.json``.
-        direction: which way it reads.
+        direction: what a higher value means; None of a figure that this version does not know.
         first, second: its values; None where a run has none.
         change: ``second - first``.
         ci95: 95 % interval over people; of the victims' choice alone, without what another training would change.
@@ -40,7 +40,7 @@ class FigureChange(_Model):
     """
 
     figure: str
-    direction: Direction
+    direction: Direction | None
     first: float | None
     second: float | None
     change: float | None = None
@@ -76,36 +76,53 @@ def compare(first: Run, second: Run) -> Difference:
         if run.failed:
             raise UsageError(f"{run.directory} failed ({run.result.error}): it has no figures to compare")
     check_protocol(second, first.manifest.protocol)
-    one, directions, _ = run_scores(first)
-    other, more, _ = run_scores(second)
-    names = [name for name in {**directions, **more} if not name.startswith(_LEFT_OUT)]
+    figures: dict[str, FigureChange] = {}
+    resolved: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    for prefix, attacks in _pairs(first, second).items():
+        scores: list[RunScores | None] = []
+        for run, attack, options in zip((first, second), attacks, resolved, strict=True):
+            scores.append(run_scores(run, attack)[0] if attack else None)
+            options |= resolved_options(run, attack) if attack else {}
+        for name in dict.fromkeys(name for side in scores if side for name in side.figures):
+            # Utility is the run's, whatever the attack.
+            place = name if name.startswith(("utility.", "defense.")) else prefix + name
+            if place not in figures and not name.startswith(_LEFT_OUT):
+                figures[place] = _change(place, name, *scores)
     return Difference(
         first=first.manifest.run_id,
         second=second.manifest.run_id,
         settings=[
             *_settings("asked", as_text(_asked(first)), as_text(_asked(second))),
-            *_settings("resolved", resolved_options(first), resolved_options(second)),
+            *_settings("resolved", *resolved),
             *_settings("machine", _machine(first), _machine(second)),
         ],
-        figures=[
-            _change(name, one, other, (directions | more)[name])
-            for name in names
-            if name in one.figures or name in other.figures
-        ],
+        figures=list(figures.values()),
         warnings={run.manifest.run_id: list(run.result.warnings) for run in (first, second)},
     )
 
 
-def _change(name: str, first: RunScores, second: RunScores, direction: Direction) -> FigureChange:
-    values = [run.figures[name].value if name in run.figures else None for run in (first, second)]
-    row = FigureChange(figure=name, direction=direction, first=values[0], second=values[1])
-    if None in values:
+def _pairs(first: Run, second: Run) -> dict[str, tuple[str | None, str | None]]:
+    """Where the figures of an attack stand -> its name in both runs: of two single attacks those, whatever they are."""
+    if len(first.attacks) == len(second.attacks) == 1:
+        return {"": (next(iter(first.attacks)), next(iter(second.attacks)))}
+    names = dict.fromkeys((*first.attacks, *second.attacks))
+    return {
+        f"attacks.{name}.": (name if name in first.attacks else None, name if name in second.attacks else None)
+        for name in names
+    }
+
+
+def _change(place: str, name: str, first: RunScores | None, second: RunScores | None) -> FigureChange:
+    values = [scores.figures[name].value if scores and name in scores.figures else None for scores in (first, second)]
+    kind = kind_at(name)
+    row = FigureChange(figure=place, direction=kind.direction if kind else None, first=values[0], second=values[1])
+    if first is None or second is None or None in values:
         return row
-    nothing = Variance(0.0, 1.0)
-    found = change(name, second, [first], nothing, rate=name in FIGURES and FIGURES[name].rate)
-    half = found.half_width(0.95)
-    interval = None if found.se is None else (found.value - half, found.value + half)
-    return row.model_copy(update={"change": found.value, "ci95": interval, "victims": found.pairing})
+    rate = name in FIGURES and FIGURES[name].rate
+    changed = change(name, second, [first], Variance(0.0, 1.0), rate=rate)
+    half = changed.half_width(0.95)
+    interval = None if changed.se is None else (changed.value - half, changed.value + half)
+    return row.model_copy(update={"change": changed.value, "ci95": interval, "victims": changed.pairing})
 
 
 def _asked(run: Run) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One line on a figure or a run, for outputs that have no table."""
+"""Verdicts as text: lines, workflow commands of GitHub, Markdown and JUnit XML."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from bench.files import write_text
-from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Outcome
+from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Verdict
 
 
 def figure_line(figure: FigureVerdict) -> str:
@@ -39,12 +39,33 @@ def cell_lines(cell: CellVerdict) -> list[str]:
     return [figure_line(figure) for figure in cell.figures if figure.outcome != "pass"] + cell.notes
 
 
-def number(value: float | None) -> str:
-    """Four significant digits, or a dash."""
-    return "-" if value is None else f"{value:.4g}"
+def number(value: float | None, digits: str = ".4g") -> str:
+    """Four significant digits, or as many as asked for; a dash where there is no figure."""
+    return "-" if value is None else f"{value:{digits}}"
 
 
-_ICON: dict[Outcome, str] = {
+def interval(ends: tuple[float, float] | None) -> str:
+    """The ends of the interval of a change; without brackets, which are markup in some places."""
+    return "-" if ends is None else f"{ends[0]:+.3g} to {ends[1]:+.3g}"
+
+
+#: Headings of :func:`cells`.
+COLUMNS = ("figure", "baseline", "now", "change", "95 % interval", "tolerated", "rules out", "detectable")
+
+
+def cells(figure: FigureVerdict) -> tuple[str, ...]:
+    """A figure as a row of a table."""
+    return (
+        figure.figure,
+        number(figure.baseline),
+        number(figure.now),
+        number(figure.change, "+.3g"),
+        interval(figure.ci95),
+        *(number(value, ".2g") for value in (figure.tolerance, figure.margin, figure.detectable)),
+    )
+
+
+_ICON: dict[Verdict, str] = {
     "pass": "✅",
     "inconclusive": "❔",
     "regress": "❌",
@@ -52,7 +73,6 @@ _ICON: dict[Outcome, str] = {
     "failed": "❌",
     "missing": "❌",
 }
-_COLUMNS = ("", "figure", "baseline", "now", "change", "95 % interval", "tolerated", "a pass rules out", "detectable")
 _MARKUP = frozenset("\\`*_{}[]()<>#+!|~&@:$\"'")
 
 
@@ -89,25 +109,11 @@ def _cell(cell: CellVerdict) -> Iterator[str]:
     if cell.run:
         yield f"Run {_text(cell.run)}\n"
     if cell.figures:
-        rows = [_COLUMNS, ("---",) * len(_COLUMNS), *(_row(figure) for figure in cell.figures)]
+        verdicts = ((_ICON[figure.outcome], _text(figure.figure), *cells(figure)[1:]) for figure in cell.figures)
+        rows = [("", *COLUMNS), ("---",) * (len(COLUMNS) + 1), *verdicts]
         yield "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
     if cell.notes:
         yield "\n".join(f"- {_text(note)}" for note in cell.notes) + "\n"
-
-
-def _row(figure: FigureVerdict) -> tuple[str, ...]:
-    interval = f"{figure.ci95[0]:+.3g} to {figure.ci95[1]:+.3g}" if figure.ci95 else "-"
-    return (
-        _ICON[figure.outcome],
-        _text(figure.figure),
-        number(figure.baseline),
-        number(figure.now),
-        "-" if figure.change is None else f"{figure.change:+.3g}",
-        interval,
-        number(figure.tolerance),
-        number(figure.margin),
-        number(figure.detectable),
-    )
 
 
 def _text(text: str) -> str:
@@ -150,7 +156,7 @@ def junit(report: GateReport) -> str:
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _case(suite: ET.Element, cell: CellVerdict, name: str, outcome: Outcome, message: str) -> None:
+def _case(suite: ET.Element, cell: CellVerdict, name: str, outcome: Verdict, message: str) -> None:
     case = ET.SubElement(suite, "testcase", classname=_legal(cell.run or cell.cell), name=_legal(name))
     if outcome == "pass":
         return

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from bench.errors import DataError, UsageError
+from bench.errors import UsageError
 from bench.gate.baseline import Baseline, Cell, Expected, check_protocol, resolved_options
 from bench.gate.comparison import Change, Variance, change, references
-from bench.gate.decision import decide
-from bench.gate.scores import FIGURES, RunScores, cell_key, run_scores
-from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, exit_code, worst
+from bench.gate.scores import FIGURES, CellKey, RunScores, cell_key, run_scores
+from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, decide, exit_code, worst
 from bench.run.archive import Run
 
 
@@ -30,20 +29,22 @@ def gate(
         UsageError: a run is of another protocol version, or of several cells if options are ignored.
         DataError: a run's files are damaged or contradict each other.
     """
-    matched: list[tuple[Run, Cell]] = []
-    unmatched: list[Run] = []
+    verdicts: list[CellVerdict] = []
+    there: list[Cell] = []
+    unmatched: list[tuple[Run, CellKey]] = []
     for run in runs:
         check_protocol(run, baseline.protocol)
-        cell = _find(baseline.cells, run, ignore_options=ignore_options)
-        if cell is None:
-            unmatched.append(run)
-        else:
-            matched.append((run, cell))
-    verdicts = [_judge(run, cell, baseline) for run, cell in matched]
+        for attack in run.attacks:
+            key = cell_key(run, attack)
+            cell = _find(baseline.cells, run, key, ignore_options=ignore_options)
+            if cell is None:
+                unmatched.append((run, key))
+            else:
+                there.append(cell)
+                verdicts.append(_judge(run, attack, key, cell, baseline))
     if whole:
-        there = [cell for _, cell in matched]
         verdicts += [_missing(cell, unmatched) for cell in baseline.cells if cell not in there]
-    outcome = worst([verdict.outcome for verdict in verdicts])
+    outcome = worst(verdict.outcome for verdict in verdicts)
     return GateReport(
         outcome=outcome,
         exit_code=exit_code(outcome),
@@ -51,12 +52,11 @@ def gate(
         alpha=baseline.alpha,
         alpha_pass=baseline.alpha_pass,
         cells=verdicts,
-        extra=[f"{cell_key(run).label}: {run.directory} is of no cell of the baseline" for run in unmatched],
+        extra=[f"{key.label}: {run.directory} is of no cell of the baseline" for run, key in unmatched],
     )
 
 
-def _find(cells: Sequence[Cell], run: Run, *, ignore_options: bool) -> Cell | None:
-    wanted = cell_key(run)
+def _find(cells: Sequence[Cell], run: Run, wanted: CellKey, *, ignore_options: bool) -> Cell | None:
     # A failed run did not get as far as to say who judges.
     keys = [cell.key.model_copy(update={"evaluator": None}) if run.failed else cell.key for cell in cells]
     exact = [cell for cell, key in zip(cells, keys, strict=True) if key.matches(wanted)]
@@ -71,25 +71,21 @@ def _find(cells: Sequence[Cell], run: Run, *, ignore_options: bool) -> Cell | No
     return near[0] if near else None
 
 
-def _missing(cell: Cell, unmatched: Sequence[Run]) -> CellVerdict:
+def _missing(cell: Cell, unmatched: Sequence[tuple[Run, CellKey]]) -> CellVerdict:
     notes = ["no run of this cell was given"]
-    for run in unmatched:
-        key = cell_key(run)
+    for run, key in unmatched:
         if (key.defense, key.attack) == (cell.key.defense, cell.key.attack):
             notes.append(f"{run.directory} differs in: {', '.join(cell.key.differences(key))}")
     return CellVerdict(cell=cell.key.label, run=None, outcome="missing", notes=notes)
 
 
-def _judge(run: Run, cell: Cell, baseline: Baseline) -> CellVerdict:
+def _judge(run: Run, attack: str, key: CellKey, cell: Cell, baseline: Baseline) -> CellVerdict:
     about = {"cell": cell.key.label, "run": run.manifest.run_id, "directory": str(run.directory)}
     if run.failed:
         return CellVerdict(
             **about, outcome="failed", notes=[f"the run failed: {run.result.error or run.result.status}"]
         )
-    scores, directions, reasons = run_scores(run)
-    for figure, expected in cell.figures.items():
-        if figure in directions and directions[figure] != expected.direction:
-            raise DataError(f"{run.directory}: {figure} reads the other way in the baseline; make the baseline anew")
+    scores, reasons = run_scores(run, attack)
     compared, paired = references(scores, cell.runs)
     changes: dict[str, Change] = {}
     absent: list[FigureVerdict] = []
@@ -99,15 +95,12 @@ def _judge(run: Run, cell: Cell, baseline: Baseline) -> CellVerdict:
             changes[figure] = change(figure, scores, compared, between, rate=expected.rate)
         else:
             absent.append(_not_measured(figure, expected, reasons.get(figure)))
-    figures = [
-        *decide(changes, cell.figures, alpha=baseline.alpha, alpha_pass=baseline.alpha_pass),
-        *absent,
-    ]
+    figures = [*decide(changes, cell.figures, alpha=baseline.alpha, alpha_pass=baseline.alpha_pass), *absent]
     return CellVerdict(
         **about,
-        outcome=worst([figure.outcome for figure in figures]),
+        outcome=worst(figure.outcome for figure in figures),
         figures=figures,
-        notes=_notes(run, cell, scores, figures),
+        notes=_notes(run, attack, key, cell, scores, figures),
     )
 
 
@@ -131,7 +124,9 @@ def _not_measured(figure: str, expected: Expected, reason: str | None) -> Figure
     )
 
 
-def _notes(run: Run, cell: Cell, scores: RunScores, figures: Sequence[FigureVerdict]) -> list[str]:
+def _notes(
+    run: Run, attack: str, key: CellKey, cell: Cell, scores: RunScores, figures: Sequence[FigureVerdict]
+) -> list[str]:
     notes = []
     broken = [one.figure for one in figures if one.outcome == "broken attack"]
     better = [one.figure for one in figures if one.improved and one.role != "canary"]
@@ -142,10 +137,15 @@ def _notes(run: Run, cell: Cell, scores: RunScores, figures: Sequence[FigureVerd
         )
     elif better:
         notes.append(f"better than the baseline: {', '.join(better)}; if that is meant to last, make the baseline anew")
-    unknown = sorted(cell_key(run).settings.keys() ^ cell.key.settings.keys())
+    unknown = sorted(key.settings.keys() ^ cell.key.settings.keys())
     if unknown:
         notes.append(f"settings that only one of run and baseline knows, not compared: {', '.join(unknown)}")
-    changed = _changed_options(cell.resolved, resolved_options(run))
+    before, now = cell.resolved, resolved_options(run, attack)
+    changed = [
+        f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
     if changed:
         notes.append(f"options are not those of the baseline: {', '.join(changed)}")
     new = [name for name in FIGURES if name in scores.figures and name not in cell.figures]
@@ -158,15 +158,12 @@ def _notes(run: Run, cell: Cell, scores: RunScores, figures: Sequence[FigureVerd
             f"blind: with these victims nothing less than the loss of all that is left would be seen in "
             f"{', '.join(blind)}{every}"
         )
-    notes += [warning for warning in run.result.warnings if "unsaturated" in warning or "broken" in warning]
+    notes += [
+        warning
+        for warning in run.result.warnings
+        if ("unsaturated" in warning or "broken" in warning)
+        and (len(run.attacks) == 1 or warning.startswith(f"{attack}: "))
+    ]
     if run.altered:
         notes.append(f"altered since they were written: {', '.join(run.altered)}")
     return notes
-
-
-def _changed_options(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    return [
-        f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]

@@ -13,7 +13,8 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bench.errors import DataError
-from bench.results import Direction, Measure, RunResult
+from bench.measures import KINDS, Direction, Guard, Measure
+from bench.results import measures
 from bench.run.archive import Run
 
 Role = Literal["privacy", "utility", "canary"]
@@ -21,73 +22,43 @@ Role = Literal["privacy", "utility", "canary"]
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """How one figure is guarded by default.
+    """A figure that the gate guards.
 
     Attributes:
         role: ``canary`` is what the attack gets out of unprotected faces: where that falls, the attack broke.
-        tolerance: change in the harmful direction that nobody minds, in the figure's own unit.
-        seed_sd: standard deviation between runs of other seeds beyond the choice of victims, assumed as far as the
-            baseline's own runs do not tell (:func:`bench.gate.comparison.moderated`).
-        repeat_sd: the same between runs of one seed that were trained anew: other threads, another machine.
+        direction: what a higher value means.
+        guard: its tolerance, and how much runs are assumed to differ.
         rate: whether it is a share of trials, whose resampled error is too small near 0 and 1.
-        limit: the value at which everything is lost; None where there is none.
     """
 
     role: Role
-    tolerance: float
-    seed_sd: float
-    repeat_sd: float
-    rate: bool = False
-    limit: float | None = None
+    direction: Direction
+    guard: Guard
+    rate: bool
 
 
-def _rate(role: Role, limit: float, *, tolerance: float = 0.03) -> Figure:
-    return Figure(role, tolerance, seed_sd=0.05, repeat_sd=0.03, rate=True, limit=limit)
+def _guarded() -> Iterator[tuple[str, Figure]]:
+    for kind in KINDS.values():
+        role: Role = "privacy" if kind.leaks else "utility"
+        # Both kinds of pairs are guarded alike.
+        for place in dict.fromkeys((kind.place, kind.place.replace("protected_plain", "protected_protected"))):
+            if kind.guard is not None:
+                yield place, Figure(role, kind.direction, kind.guard, kind.unit == "%")
+        if kind.canary is not None:
+            yield kind.ceiling, Figure("canary", kind.direction, kind.canary, kind.unit == "%")
 
 
-#: Place in the result -> how it is guarded.
+_ROLES: tuple[Role, ...] = ("privacy", "utility", "canary")
+#: Place in the result of an attack -> how it is guarded.
 FIGURES: Mapping[str, Figure] = MappingProxyType(
-    {
-        "recovery.ssim": Figure("privacy", 0.01, 0.01, 0.004, limit=1.0),
-        "recovery.psnr_aligned": Figure("privacy", 0.25, 0.4, 0.15),
-        "recovery.lpips": Figure("privacy", 0.01, 0.01, 0.004, limit=0.0),
-        "recovery.identity.cosine": Figure("privacy", 0.02, 0.05, 0.04, limit=1.0),
-        "recovery.identity.type1_tar": _rate("privacy", 1.0),
-        "recovery.identity.type2_tar": _rate("privacy", 1.0),
-        "recovery.identity.rank1": _rate("privacy", 1.0),
-        "state_inference.faces": _rate("privacy", 1.0),
-        # Declared, not measured: how much an attacker has to guess. Exact, so the slightest loss counts.
-        "defense.entropy_bits": Figure("privacy", 0.01, 0.0, 0.0, limit=0.0),
-        "linkage.protected_plain.accuracy": _rate("privacy", 1.0, tolerance=0.02),
-        "linkage.protected_plain.auc": _rate("privacy", 1.0, tolerance=0.02),
-        "linkage.protected_protected.accuracy": _rate("privacy", 1.0, tolerance=0.02),
-        "linkage.protected_protected.auc": _rate("privacy", 1.0, tolerance=0.02),
-        "linkage.rank1": _rate("privacy", 1.0),
-        "utility.accuracy": _rate("utility", 0.5, tolerance=0.02),
-        "utility.auc": _rate("utility", 0.5, tolerance=0.02),
-        "recovery.ceiling.ssim": Figure("canary", 0.03, 0.01, 0.004, limit=0.0),
-        "recovery.ceiling.identity.cosine": Figure("canary", 0.05, 0.03, 0.02),
-        "linkage.plain.auc": _rate("canary", 0.5, tolerance=0.03),
-    }
+    dict(sorted(_guarded(), key=lambda guarded: _ROLES.index(guarded[1].role)))
 )
-
-
-def harm_sign(role: Role, direction: Direction) -> int:
-    """+1 where a rise of the figure does harm, -1 where a fall does.
-
-    Leaking more harms privacy; recognising less harms utility; and a canary is harmed when its attack gets less.
-
-    Example:
-        >>> harm_sign("privacy", "leakage"), harm_sign("utility", "utility"), harm_sign("canary", "leakage")
-        (1, -1, -1)
-    """
-    return 1 if (direction in ("leakage", "cost")) == (role != "canary") else -1
 
 
 #: Settings that decide no figure, or say where things lie on one machine.
 _NO_PART = frozenset({"seed", "out", "resume", "device", "data_root", "evaluator", "bootstrap", "batch_size"})
+_MEASURED = ("recovery", "linkage", "state_inference")
 _NAMED = ("defense", "attack", "knowledge", "dataset", "preset", "image_size")
-_NOT_SETTINGS = _NO_PART | set(_NAMED) | {"defense_options", "attack_options"}
 
 #: Of a normal distribution, for half the width of its 95 % interval.
 _Z95 = 1.959964
@@ -220,8 +191,8 @@ class RunScores(StoredModel):
         return self
 
 
-def cell_key(run: Run) -> CellKey:
-    """The cell that a run is of, from what was asked for; also of a run that failed.
+def cell_key(run: Run, attack: str) -> CellKey:
+    """The cell that one of the attacks of a run is of, from what was asked for; also of a run that failed.
 
     Raises:
         DataError: the manifest lacks what a run is asked for.
@@ -230,9 +201,9 @@ def cell_key(run: Run) -> CellKey:
     evaluator = run.result.evaluator
     try:
         return CellKey(
-            **{name: config.get(name) for name in _NAMED},
+            **{name: config.get(name) for name in _NAMED} | {"attack": attack},
             defense_options=as_text(config.get("defense_options", {})),
-            attack_options=as_text(config.get("attack_options", {})),
+            attack_options=as_text(run.attack_options(attack)),
             evaluator=evaluator.sha256 if evaluator is not None else None,
             settings=as_text(
                 {k: v for k, v in config.items() if k not in _NO_PART | set(_NAMED) and "_options" not in k}
@@ -243,28 +214,26 @@ def cell_key(run: Run) -> CellKey:
         raise DataError(f"{run.directory / 'manifest.json'} does not say what was run: {_first_line(error)}") from None
 
 
-def run_scores(run: Run) -> tuple[RunScores, dict[str, Direction], dict[str, str]]:
-    """The scores of a run that succeeded, which way each figure reads, and why figures are missing.
+def run_scores(run: Run, attack: str) -> tuple[RunScores, dict[str, str]]:
+    """The scores of one of the attacks of a run that succeeded, and why figures are missing.
 
     Raises:
         DataError: its raw values do not fit its figures.
     """
-    result = run.result
-    if result.dataset is None or result.defense is None or result.attack is None:
+    result, part = run.result, run.attacks[attack]
+    if result.dataset is None or result.defense is None or part is None:
         raise DataError(f"{run.directory} has no figures: {result.error or result.status}")
     source = _digest([result.dataset.name, sorted((k, str(v)) for k, v in result.dataset.details.items())])
     names = [] if run.per_image is None else sorted(run.per_image["identity"].astype(str).unique())
     victims = max(1, result.dataset.identities.get("victims", len(names)))
     figures: dict[str, Scores] = {"defense.entropy_bits": Scores(value=result.defense.entropy_bits, se=0.0)}
-    directions: dict[str, Direction] = {"defense.entropy_bits": "privacy"}
     reasons: dict[str, str] = {}
-    for path, measure in measures(result):
-        name = ".".join(path)
-        directions[name] = measure.direction
+    measured = {"utility": result.utility, **{name: getattr(part, name) for name in _MEASURED}}
+    for name, measure in measures(measured):
         if measure.value is None:
             reasons[name] = measure.reason or ""
             continue
-        rows = _raw(path, result.attack.name, run.per_image)
+        rows = _raw(name, attack, run)
         figures[name] = _summary(measure, victims) if rows is None else _scores(rows, names)
         if abs(figures[name].value - measure.value) > 1e-4 * max(1.0, abs(measure.value)):
             raise DataError(
@@ -279,36 +248,19 @@ def run_scores(run: Run) -> tuple[RunScores, dict[str, Direction], dict[str, str
         people=[_digest([source, name])[:12] for name in names],
         figures=figures,
     )
-    return scores, directions, reasons
+    return scores, reasons
 
 
-def measures(result: RunResult) -> Iterator[tuple[tuple[str, ...], Measure]]:
-    """Every figure of a result with its place in the document."""
-
-    def walk(path: tuple[str, ...], node: object) -> Iterator[tuple[tuple[str, ...], Measure]]:
-        if isinstance(node, Measure):
-            yield path, node
-        elif isinstance(node, BaseModel):
-            for name in type(node).model_fields:
-                yield from walk((*path, name), getattr(node, name))
-        elif isinstance(node, dict):
-            for name, value in node.items():
-                yield from walk((*path, str(name)), value)
-
-    for part in ("utility", "recovery", "linkage", "state_inference"):
-        yield from walk((part,), getattr(result, part))
-
-
-def _raw(path: tuple[str, ...], attack: str, table: pd.DataFrame | None) -> pd.DataFrame | None:
+def _raw(place: str, attack: str, run: Run) -> pd.DataFrame | None:
     """The rows (image, identity, value) behind a figure of recovery; None where the run keeps none."""
-    if table is None or path[0] != "recovery":
+    part, *path = place.split(".")
+    if part != "recovery":
         return None
-    method = {"ceiling": path[1], "floors": path[2], "members": path[2]}.get(path[1], attack) if path[2:] else attack
-    column = path[-1]
-    if column not in table.columns:
+    method = {"ceiling": f"{attack} ceiling", "floors": path[1] if path[1:] else ""}.get(path[0], attack)
+    rows = run.rows(method)
+    if rows is None or path[-1] not in rows:
         return None
-    rows = table.loc[table["method"] == method, ["image", "identity", column]]
-    rows = rows.set_axis(["image", "identity", "value"], axis=1).dropna()
+    rows = rows[["image", "identity", path[-1]]].set_axis(["image", "identity", "value"], axis=1).dropna()
     return rows if len(rows) else None
 
 

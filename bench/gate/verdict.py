@@ -1,18 +1,38 @@
-"""What the gate found: the document that ``bench gate --json`` prints and that every other output shows."""
+r"""Verdicts on figures, runs and all of them, by two one-sided tests; what ``bench gate --json`` prints.
+
+Let :math:`h` be the change of a figure in its harmful direction, :math:`s` its standard error with :math:`\nu` degrees
+of freedom, :math:`\delta` the tolerance and :math:`\Delta \ge \delta` the margin.
+
+* *regress*: :math:`H: h \le \delta` is rejected, :math:`p = P(T_\nu > (h - \delta) / s)`. Among the figures of one run
+  the p-values are adjusted by Holm (Scand. J. Stat. 6(2), 1979), so that the chance that anything at all is called a
+  regression that is none is at most ``alpha``, however the figures depend on each other.
+* *pass*: :math:`H: h \ge \Delta` is rejected, :math:`p = P(T_\nu > (\Delta - h) / s)` at most ``alpha_pass``, for every
+  figure: non-inferiority, one half of Schuirmann's two one-sided tests (J. Pharmacokinet. Biopharm. 15(6), 1987). As
+  all must pass, no adjustment is needed (Berger, Technometrics 24(4), 1982).
+* *inconclusive*: neither; too few victims, or runs that differ too much, for what is asked.
+
+With :math:`\Delta = \delta` the interval of the change lies wholly beyond the tolerance, wholly within it, or across.
+Few victims cannot show equivalence within a small tolerance; ``bench baseline`` then sets the margin to what its runs
+can show, so that a pass says openly what it rules out instead of taking "not significant" for "no change".
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+from scipy import stats
 
+from bench.gate.baseline import Expected
+from bench.gate.comparison import Change, quantile
 from bench.gate.scores import Role
-from bench.results import Direction
+from bench.measures import Direction
 
-Outcome = Literal["pass", "regress", "broken attack", "inconclusive", "missing", "failed"]
+Verdict = Literal["pass", "regress", "broken attack", "inconclusive", "missing", "failed"]
 
 #: From best to worst. A cell is as good as its worst figure, a report as its worst cell.
-_RANK: tuple[Outcome, ...] = ("pass", "inconclusive", "regress", "broken attack", "failed", "missing")
+_RANK: tuple[Verdict, ...] = ("pass", "inconclusive", "regress", "broken attack", "failed", "missing")
 
 REGRESSION, INCONCLUSIVE = 1, 4
 
@@ -56,7 +76,7 @@ class FigureVerdict(_Model):
     p_harm: float | None = None
     p_safe: float | None = None
     victims: str | None = None
-    outcome: Outcome
+    outcome: Verdict
     improved: bool = False
     blind: bool = False
     note: str | None = None
@@ -68,7 +88,7 @@ class CellVerdict(_Model):
     cell: str
     run: str | None
     directory: str | None = None
-    outcome: Outcome
+    outcome: Verdict
     figures: list[FigureVerdict] = []
     notes: list[str] = []
 
@@ -76,7 +96,7 @@ class CellVerdict(_Model):
 class GateReport(_Model):
     """All of it; ``extra`` are runs that no cell of the baseline is for."""
 
-    outcome: Outcome
+    outcome: Verdict
     exit_code: int
     baseline: str
     alpha: float
@@ -85,7 +105,7 @@ class GateReport(_Model):
     extra: list[str] = []
 
 
-def worst(outcomes: list[Outcome]) -> Outcome:
+def worst(outcomes: Iterable[Verdict]) -> Verdict:
     """The worst of some outcomes; nothing at all passes.
 
     Example:
@@ -95,6 +115,112 @@ def worst(outcomes: list[Outcome]) -> Outcome:
     return max(outcomes, key=_RANK.index, default="pass")
 
 
-def exit_code(outcome: Outcome) -> int:
+def exit_code(outcome: Verdict) -> int:
     """0 for a pass, 4 where it could not be decided, 1 for all that must stop a merge."""
     return {"pass": 0, "inconclusive": INCONCLUSIVE}.get(outcome, REGRESSION)
+
+
+#: Of the least effect that is reported as detectable.
+_POWER = 0.8
+
+#: Below this a change is a rounding of the stored scores.
+_NOTHING = 1e-6
+
+
+def decide(
+    changes: Mapping[str, Change], expected: Mapping[str, Expected], *, alpha: float, alpha_pass: float
+) -> list[FigureVerdict]:
+    """The verdicts on the figures of one run.
+
+    Args:
+        changes: figure -> its change.
+        expected: figure -> what is tolerated of it; at least those of ``changes``.
+        alpha: of calling anything a regression.
+        alpha_pass: of passing a change of the margin.
+    """
+    p_harm = holm(
+        {name: _tail(_harm(one, expected[name]) - expected[name].tolerance, one) for name, one in changes.items()}
+    )
+    return [
+        _verdict(name, one, expected[name], p_harm[name], alpha, alpha_pass, tests=len(changes))
+        for name, one in changes.items()
+    ]
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values.
+
+    Example:
+        >>> holm({"a": 0.01, "b": 0.04, "c": 0.03})
+        {'a': 0.03, 'c': 0.06, 'b': 0.06}
+    """
+    adjusted: dict[str, float] = {}
+    least = 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p))
+        adjusted[name] = least
+    return adjusted
+
+
+def _verdict(
+    name: str, change: Change, expected: Expected, p_harm: float, alpha: float, alpha_pass: float, *, tests: int
+) -> FigureVerdict:
+    harm = _harm(change, expected)
+    p_safe = _tail(expected.excluded - harm + 2 * _NOTHING, change)  # what is exactly tolerated passes
+    outcome: Verdict
+    if p_harm <= alpha:
+        outcome = "broken attack" if expected.role == "canary" else "regress"
+    else:
+        outcome = "pass" if p_safe <= alpha_pass else "inconclusive"
+    low, high = change.value - change.half_width(0.95), change.value + change.half_width(0.95)
+    detectable = None
+    if change.se is not None and change.pairing != "identical":
+        detectable = (
+            expected.tolerance + (quantile(1 - alpha / tests, change.df) + quantile(_POWER, change.df)) * change.se
+        )
+    return FigureVerdict(
+        figure=name,
+        role=expected.role,
+        direction=expected.direction,
+        baseline=change.expected,
+        now=change.now,
+        change=change.value,
+        ci95=(low, high) if change.se is not None else None,
+        tolerance=expected.tolerance,
+        margin=expected.excluded,
+        detectable=detectable,
+        p_harm=p_harm,
+        p_safe=p_safe,
+        victims=change.pairing,
+        outcome=outcome,
+        improved=_tail(-harm - expected.tolerance, change) <= alpha_pass,
+        blind=_blind(expected, change, detectable),
+        note=_note(change),
+    )
+
+
+def _harm(change: Change, expected: Expected) -> float:
+    return expected.harm_sign * change.value
+
+
+def _tail(excess: float, change: Change) -> float:
+    """P(T > excess / se): how easily chance alone gives such an excess."""
+    if change.se is None:
+        return 1.0
+    if change.se == 0:
+        # Exact figures, and the very same scores: sizes decide, not chance.
+        return 0.0 if excess > _NOTHING else 1.0
+    return float(stats.t.sf(excess / change.se, change.df))
+
+
+def _note(change: Change) -> str | None:
+    if change.se is None:
+        return "fewer than two people: nothing can be said about chance"
+    return "the same scores as in the baseline" if change.pairing == "identical" else None
+
+
+def _blind(expected: Expected, change: Change, detectable: float | None) -> bool:
+    """Whether all that is left to lose could be lost without being seen."""
+    if expected.limit is None or detectable is None:
+        return False
+    return expected.tolerance < abs(expected.limit - change.expected) < detectable

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bench.errors import MissingError
 from bench.files import sha256
-from bench.results import RunResult
+from bench.results import AttackResult, RunResult
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -176,6 +176,38 @@ class Run:
     def failed(self) -> bool:
         """Whether there are no figures."""
         return self.result.status != "success"
+
+    @property
+    def attacks(self) -> dict[str, AttackResult | None]:
+        """By its name, what each attack got; None of those of a run without figures."""
+        asked = str(self.manifest.config.get("attack", "?")).split(",")
+        return dict(self.result.attack_results) or dict.fromkeys(name.strip() for name in asked)
+
+    def attack_options(self, attack: str) -> dict[str, Any]:
+        """The options asked for one of the attacks: its own, and those for all, as far as it is known to have them."""
+        asked, attacks = self.manifest.config.get("attack_options") or {}, self.attacks
+        if len(attacks) == 1:
+            return dict(asked)
+        names = {name.replace("-", "_"): name for name in attacks}
+        result = attacks[attack]
+        options: dict[str, Any] = {}
+        for key, value in asked.items():
+            name = names.get(key.replace("-", "_"))
+            if name is None and (result is None or key in result.attack.options):
+                options.setdefault(key, value)
+            elif name == attack:
+                options |= value
+        return options
+
+    def rows(self, method: str) -> pd.DataFrame | None:
+        """The raw values per victim image of an attack or a floor; ``"NAME ceiling"`` of unprotected faces."""
+        if self.per_image is None:
+            return None
+        known = self.per_image["method"]
+        if method.endswith(" ceiling") and not (known == method).any():
+            method = "ceiling"  # of the only attack that recovers faces
+        rows = self.per_image[known == method]
+        return rows if len(rows) else None
 
     @property
     def synthetic(self) -> bool:

@@ -147,7 +147,7 @@ def run_recovery(
                 state_inference=state_inference(got.recovered.right, defense, scorer) if got.recovered else None,
                 strength=strength,
             )
-            tables |= {name: got.assessment, f"ceiling {name}" if result.members else "ceiling": most.assessment}
+            tables |= {name: got.assessment, f"{name} ceiling" if result.members else "ceiling": most.assessment}
             for point, earlier in zip(strength.points[:-1] if strength else (), curve[:-1], strict=False):
                 assert strength is not None
                 tables[f"{name} {strength.axis}={point.budget:.10g}"] = earlier.assessment

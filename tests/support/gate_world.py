@@ -8,6 +8,7 @@ import pandas as pd
 from bench.results import (
     PROTOCOL_VERSION,
     AttackInfo,
+    AttackResult,
     DatasetInfo,
     DefenseInfo,
     Identity,
@@ -99,7 +100,8 @@ def make_run(
     """Write a run directory and return it.
 
     ``shift`` is added to the attack's scores, ``ceiling_shift`` to those on unprotected faces; ``linkage`` is the
-    accuracy of a linkage run instead; ``options`` are what was asked for, ``resolved`` what came of it.
+    accuracy of a linkage run instead; several attacks are separated by commas; ``options``
+    are what was asked for, ``resolved`` what came of it.
     """
     folder.mkdir(parents=True)
     run_id = f"{defense}-{attack}-seed{seed}-{folder.name}"
@@ -124,12 +126,29 @@ def make_run(
         result = RunResult(run_id=run_id, protocol=protocol, status=status, error="disk full")
         (folder / "metrics.json").write_text(result.to_json())
         return folder
-    about = {
-        "run_id": run_id,
-        "protocol": protocol,
-        "status": status,
-        "warnings": list(warnings),
-        "defense": DefenseInfo(
+    infos = {
+        name: AttackInfo(name=name, options={}, knowledge="whitebox", saturated=True, states_covered=True)
+        for name in attack.split(",")
+    }
+    parts, tables = {}, []
+    for name, info in infos.items():
+        if linkage is not None:
+            parts[name] = AttackResult(attack=info, linkage=linkage_figures(linkage))
+            continue
+        own = rows(name, seed, None, shift or {}, retrained)
+        ceiling = "ceiling" if len(infos) == 1 else f"{name} ceiling"
+        most = rows(ceiling, seed, CEILING, ceiling_shift or {}, retrained)
+        tables += [own, most]
+        recovery = Recovery(**quality(own).model_dump(), floors={}, ceiling=quality(most))
+        parts[name] = AttackResult(attack=info, recovery=recovery)
+    if tables:
+        pd.concat(tables).to_parquet(folder / "per_image.parquet")
+    result = RunResult(
+        run_id=run_id,
+        protocol=protocol,
+        status=status,
+        warnings=list(warnings),
+        defense=DefenseInfo(
             name=defense,
             options=resolved or {"subset": None},
             representation_shape=(27, 64, 64),
@@ -138,8 +157,7 @@ def make_run(
             entropy_bits=entropy,
             bytes_per_face=442368,
         ),
-        "attack": AttackInfo(name=attack, options={}, knowledge="whitebox", saturated=True, states_covered=True),
-        "dataset": DatasetInfo(
+        dataset=DatasetInfo(
             name="synthetic",
             synthetic=True,
             image_size=64,
@@ -150,22 +168,20 @@ def make_run(
             skipped=0,
             details={"seed": seed},
         ),
-    }
-    if linkage is None:
-        own = rows(attack, seed, None, shift or {}, retrained)
-        ceiling = rows("ceiling", seed, CEILING, ceiling_shift or {}, retrained)
-        pd.concat([own, ceiling]).to_parquet(folder / "per_image.parquet")
-        about["utility"] = Utility(
-            **verification(accuracy, "utility").model_dump(), unprotected=verification(0.9, "utility")
-        )
-        about["recovery"] = Recovery(**quality(own).model_dump(), floors={}, ceiling=quality(ceiling))
-    else:
-        about["linkage"] = Linkage(
-            protected_plain=verification(linkage),
-            protected_protected=verification(linkage),
-            plain=verification(0.9),
-            rank1=measure(linkage / 2, (linkage / 2 - 0.1, linkage / 2 + 0.1)),
-            d_sys={},
-        )
-    (folder / "metrics.json").write_text(RunResult(**about).to_json())
+        utility=None
+        if linkage is not None
+        else Utility(**verification(accuracy, "utility").model_dump(), unprotected=verification(0.9, "utility")),
+        **(dict(parts[attack]) if len(parts) == 1 else {"attacks": parts, "worst_case": recovery}),
+    )
+    (folder / "metrics.json").write_text(result.to_json())
     return folder
+
+
+def linkage_figures(accuracy):
+    return Linkage(
+        protected_plain=verification(accuracy),
+        protected_protected=verification(accuracy),
+        plain=verification(0.9),
+        rank1=measure(accuracy / 2, (accuracy / 2 - 0.1, accuracy / 2 + 0.1)),
+        d_sys={},
+    )

@@ -44,6 +44,14 @@ def test_a_figure_of_one_run_only_has_no_change(tmp_path):
     assert figures["recovery.ssim"].second is None
 
 
+def test_several_attacks_are_compared_one_by_one(tmp_path):
+    found = compared(tmp_path, {"attack": "linear,unet"}, {"attack": "unet,template", "shift": {"ssim": 0.1}})
+    figures = {figure.figure: figure for figure in found.figures}
+    assert figures["attacks.unet.recovery.ssim"].change == pytest.approx(0.1)
+    assert figures["attacks.linear.recovery.ssim"].second is figures["attacks.template.recovery.ssim"].first is None
+    assert [name for name in figures if name.endswith("utility.accuracy")] == ["utility.accuracy"]
+
+
 def test_failed_runs_and_other_protocols_are_refused(tmp_path):
     good, bad = load_run(make_run(tmp_path / "a")), load_run(make_run(tmp_path / "b", status="error"))
     with pytest.raises(UsageError, match=r"failed \(disk full\): it has no figures to compare"):

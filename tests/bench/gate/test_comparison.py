@@ -20,8 +20,8 @@ from bench.gate.comparison import (
     references,
     victims_variance,
 )
-from bench.gate.decision import decide, holm
 from bench.gate.scores import RunScores, Scores
+from bench.gate.verdict import decide, holm
 
 NAME = "recovery.ssim"
 
@@ -290,7 +290,7 @@ class TestRates:
         found: Counter[str] = Counter()
         for _ in range(baselines):
             base = [self.scores(rng, seed, {}) for seed in range(seeds)]
-            figures = {name: _expected(name, base, "leakage", len(self.WORLD)) for name, *_ in self.WORLD}
+            figures = {name: _expected(name, base, len(self.WORLD)) for name, *_ in self.WORLD}
             for seed in range(100, 100 + runs):
                 now = self.scores(rng, seed, harm)
                 changes = {

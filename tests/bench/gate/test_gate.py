@@ -190,6 +190,26 @@ def test_linkage_is_guarded_by_its_summary(tmp_path):
     assert outcome(linkage=0.97) == "regress"
 
 
+def test_each_of_several_attacks_is_of_its_own_cell(baseline, tmp_path):
+    """As if it had been run alone; options for another one do not matter to it."""
+    options = {"linear": {"rank": "9"}}
+    run = load_run(make_run(tmp_path / "run", attack="linear,unet", retrained=1, attack_options=options))
+    report = gate(baseline, [run], name="b")
+    assert [(verdict.cell, verdict.outcome) for verdict in report.cells] == [(baseline.cells[0].key.label, "pass")]
+    alone = load_run(make_run(tmp_path / "alone", retrained=1))
+    assert report.cells[0].figures == gate(baseline, [alone], name="b").cells[0].figures
+    [extra] = report.extra
+    assert extra.startswith("partialface / linear[rank=9] (whitebox")
+    both = make_baseline([run])
+    assert [cell.key.attack for cell in both.cells] == ["linear", "unet"]
+    worse = load_run(
+        make_run(tmp_path / "worse", attack="linear,unet", seed=0, attack_options=options, shift={"ssim": 0.2})
+    )
+    assert [verdict.outcome for verdict in gate(both, [worse], name="b").cells] == ["regress", "regress"]
+    failed = load_run(make_run(tmp_path / "failed", attack="linear,unet", attack_options=options, status="error"))
+    assert [verdict.outcome for verdict in gate(both, [failed], name="b").cells] == ["failed", "failed"]
+
+
 def test_blind_figures_are_named(seeds, tmp_path):
     """One run alone leaves so much open that half of all acceptances could be lost unseen."""
     alone = make_baseline(load_runs(seeds[:1]))
