@@ -97,6 +97,8 @@ class Kind:
         span: the values that it can take.
         decimals: shown at most; fewer where the interval is wide.
         short: heading where there is little room; empty for ``heading``.
+        headline: whether the summary of a report has a column of it.
+        guess: what guessing gets; None where that has to be measured.
         guard: how the gate guards it; None for a figure that it does not guard.
         canary: how it guards the same figure of unprotected faces: where that gets worse, the attack broke.
     """
@@ -109,6 +111,8 @@ class Kind:
     span: str = ""
     decimals: int = 3
     short: str = ""
+    headline: bool = False
+    guess: float | None = None
     guard: Guard | None = None
     canary: Guard | None = None
 
@@ -183,10 +187,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
         "eer": _rate("EER", "utility.eer", "cost", "Error rate at which FAR and 1 - TAR are equal."),
         "tar_at_far": _rate(
-            "TAR@FAR",
-            "utility.tar_at_far",
-            "utility",
-            "Genuine pairs accepted at a given share of accepted impostors.",
+            "TAR@FAR", "utility.tar_at_far", "utility", "Genuine pairs accepted at a given share of accepted impostors."
         ),
         "ssim": Kind(
             "SSIM",
@@ -194,6 +195,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "leakage",
             "Structural similarity of recovered and original face; 1 is the original.",
             span="-1..1",
+            headline=True,
             guard=Guard(0.01, 0.01, 0.004, limit=1.0),
             canary=Guard(0.03, 0.01, 0.004, limit=0.0),
         ),
@@ -205,6 +207,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             unit="dB",
             span="at most 100 dB",
             decimals=2,
+            headline=True,
         ),
         "psnr_aligned": Kind(
             "PSNR aligned",
@@ -215,14 +218,11 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             span="at most 100 dB",
             decimals=2,
             short="aligned",
+            headline=True,
             guard=Guard(0.25, 0.4, 0.15),
         ),
         "ms_ssim": Kind(
-            "MS-SSIM",
-            "recovery.ms_ssim",
-            "leakage",
-            "Structural similarity over several scales.",
-            span="0..1",
+            "MS-SSIM", "recovery.ms_ssim", "leakage", "Structural similarity over several scales.", span="0..1"
         ),
         "lpips": Kind(
             "LPIPS",
@@ -230,6 +230,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "privacy",
             "Perceptual distance to the original (v0.1, AlexNet); 0 is the original.",
             span="0 and above",
+            headline=True,
             guard=Guard(0.01, 0.01, 0.004, limit=0.0),
         ),
         "type1_tar": _rate(
@@ -237,6 +238,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "recovery.identity.type1_tar",
             "leakage",
             "Recovered faces that the evaluator accepts as the same image's person.",
+            headline=True,
             guard=_LEAKED_RATE,
         ),
         "type2_tar": _rate(
@@ -251,6 +253,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "recovery.identity.rank1",
             "leakage",
             "Recovered faces whose nearest face in the gallery is of the right person.",
+            headline=True,
             guard=_LEAKED_RATE,
         ),
         "rank5": _rate("rank-5", "recovery.identity.rank5", "leakage", "As rank-1, among the five nearest."),
@@ -260,6 +263,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "leakage",
             "Cosine of the evaluator's embeddings of recovered and original face.",
             span="-1..1",
+            headline=True,
             guard=Guard(0.02, 0.05, 0.04, limit=1.0),
             canary=Guard(0.05, 0.03, 0.02),
         ),
@@ -275,6 +279,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             f"{_LINKAGE}.accuracy",
             "leakage",
             "Pairs of a protected and a plain face told apart right; 50 % is guessing.",
+            headline=True,
+            guess=0.5,
             guard=_LINKED_RATE,
         ),
         "linkage_auc": _rate(
@@ -282,6 +288,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             f"{_LINKAGE}.auc",
             "leakage",
             "Area under the ROC curve of an attack that links; 50 % is guessing.",
+            guess=0.5,
             guard=_LINKED_RATE,
             canary=Guard(0.03, 0.05, 0.03, limit=0.5),
         ),
@@ -305,6 +312,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             "leakage",
             "Global unlinkability measure: 0 unlinkable, 1 fully linkable.",
             span="0..1",
+            headline=True,
         ),
         "state_faces": _rate(
             "states",

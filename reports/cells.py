@@ -1,4 +1,4 @@
-"""Orders runs for comparison: which are comparable at all, which attack the same defence, and what each is called."""
+"""Orders attacks on defences for comparison: which may be compared, what each is called, and the worst case of all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from bench.measures import KINDS, leak
+from bench.results import AttackResult, Measure
 from bench.run.archive import Run
 
 #: Options named in a label at most; provenance has them all.
@@ -16,19 +20,34 @@ _SHOWN_OPTIONS = 3
 
 @dataclass(frozen=True)
 class Cell:
-    """A run under the names that set it apart from the others of its report.
+    """One attack of a run under the names that set it apart from the others of its report.
 
     Attributes:
         run: the run.
+        name: of the attack.
         defense: name of the defence, with the options that tell it from others of that name.
         attack: name of the attack, in the same way.
-        seed: of the run.
     """
 
     run: Run
+    name: str
     defense: str
     attack: str
-    seed: int
+
+    @property
+    def result(self) -> AttackResult | None:
+        """What the attack got; None of a failed run."""
+        return self.run.attacks[self.name]
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        return int(self.run.manifest.config.get("seed", 0))
+
+    @property
+    def unsaturated(self) -> bool:
+        """Whether the attack was still improving, so that its figures are lower bounds."""
+        return self.result is not None and self.result.attack.saturated is False
 
     @property
     def knowledge(self) -> str:
@@ -37,7 +56,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Everything that tells this run from the others, in one line."""
+        """Everything that tells this cell from the others, in one line."""
         return f"{self.attack} ({self.knowledge}) on {self.defense}"
 
 
@@ -49,7 +68,7 @@ class Setting:
         protocol: version of the protocol.
         title: dataset and image size.
         synthetic: whether any of the faces were made up.
-        cells: the runs, by defence, in the order given.
+        cells: every attack of its runs, by defence, in the order given.
     """
 
     protocol: str
@@ -59,16 +78,24 @@ class Setting:
 
     @property
     def defenses(self) -> dict[str, list[Cell]]:
-        """The runs of each defence."""
+        """The attacks on each defence."""
         groups: dict[str, list[Cell]] = {}
         for cell in self.cells:
             groups.setdefault(cell.defense, []).append(cell)
         return groups
 
     @property
-    def measured(self) -> list[Cell]:
-        """The runs that have figures."""
-        return [cell for cell in self.cells if not cell.run.failed]
+    def measured(self) -> list[tuple[Cell, AttackResult]]:
+        """The attacks that have figures."""
+        return [(cell, cell.result) for cell in self.cells if cell.result is not None]
+
+    @property
+    def runs(self) -> list[tuple[str, Cell]]:
+        """Each run once, by its first attack, under a label that names all of them."""
+        groups: dict[Path, list[Cell]] = {}
+        for cell in self.cells:
+            groups.setdefault(cell.run.directory, []).append(cell)
+        return [(_label(cells), cells[0]) for cells in groups.values()]
 
 
 def settings(runs: Sequence[Run]) -> list[Setting]:
@@ -101,35 +128,38 @@ def _title(run: Run) -> str:
 
 def _setting(title: str, runs: Sequence[Run]) -> Setting:
     resolved = {_asked(run): run.result.defense.options for run in runs if run.result.defense is not None}
-    defenses = _labels([(_name(run, "defense"), resolved.get(_asked(run), _options(run, "defense"))) for run in runs])
-    attacks = _labels([(_name(run, "attack"), _attack_options(run)) for run in runs])
-    cells = [
-        Cell(run, defense, attack, int(run.manifest.config.get("seed", 0)))
-        for run, defense, attack in zip(runs, defenses, attacks, strict=True)
-    ]
+    parts = [(run, attack) for run in runs for attack in run.attacks]
+    defenses = _labels([(_defense(run), resolved.get(_asked(run), _defense_options(run))) for run, _ in parts])
+    attacks = _labels([(attack, _attack_options(run, attack)) for run, attack in parts])
+    named = zip(parts, defenses, attacks, strict=True)
+    cells = [Cell(run, name, defense, attack) for (run, name), defense, attack in named]
     order = {name: place for place, name in enumerate(dict.fromkeys(defenses))}
     cells.sort(key=lambda cell: order[cell.defense])
     return Setting(runs[0].manifest.protocol, title, any(run.synthetic for run in runs), tuple(cells))
 
 
-def _name(run: Run, part: str) -> str:
-    return str(run.manifest.config.get(part, "?"))
+def _label(cells: Sequence[Cell]) -> str:
+    attacks = ", ".join(cell.attack for cell in cells)
+    return f"{attacks} ({cells[0].knowledge}) on {cells[0].defense}"
 
 
-def _options(run: Run, part: str) -> dict[str, Any]:
-    return _mapping(run.manifest.config.get(f"{part}_options"))
+def _defense(run: Run) -> str:
+    return str(run.manifest.config.get("defense", "?"))
+
+
+def _defense_options(run: Run) -> dict[str, Any]:
+    return _mapping(run.manifest.config.get("defense_options"))
 
 
 def _asked(run: Run) -> str:
     """The defence as it was asked for: what a failed run knows of it, too."""
-    asked = [_name(run, "defense"), _options(run, "defense"), run.manifest.config.get("preset")]
+    asked = [_defense(run), _defense_options(run), run.manifest.config.get("preset")]
     return json.dumps(asked, sort_keys=True, default=str)
 
 
-def _attack_options(run: Run) -> dict[str, Any]:
-    config = run.manifest.config
-    budget = {name: config.get(name) for name in ("preset", "queries", "budget")}
-    return {**budget, **_options(run, "attack")}
+def _attack_options(run: Run, attack: str) -> dict[str, Any]:
+    budget = {name: run.manifest.config.get(name) for name in ("preset", "queries", "budget")}
+    return {**budget, **run.attack_options(attack)}
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -138,18 +168,106 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _labels(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Names, followed by the options in which things of one name differ."""
-    found = []
+    labels = []
     for name, options in named:
         others = [other for same, other in named if same == name]
         keys = dict.fromkeys(key for other in others for key in other)
         # repr: JSON has no order for values of different kinds, and 1 is not "1".
         differing = [key for key in keys if len({repr(other.get(key)) for other in others}) > 1]
-        own = [f"{key}={options[key]}" for key in differing if options.get(key) not in (None, {})]
-        shown = own[:_SHOWN_OPTIONS] + ["…"] * (len(own) > _SHOWN_OPTIONS)
-        found.append(_plain(f"{name} ({', '.join(shown)})" if own else name))
-    return found
+        told = [f"{key}={options[key]}" for key in differing if options.get(key) not in (None, {})]
+        shown = told[:_SHOWN_OPTIONS] + ["…"] * (len(told) > _SHOWN_OPTIONS)
+        labels.append(_plain(f"{name} ({', '.join(shown)})" if told else name))
+    return labels
 
 
 def _plain(value: Any) -> str:
     """``value`` on one line, without characters that cannot be shown."""
-    return " ".join("".join(one if one.isprintable() else " " for one in str(value)).split()) or "?"
+    return " ".join("".join(char if char.isprintable() else " " for char in str(value)).split()) or "?"
+
+
+# -- the worst case --------------------------------------------------------------------------------
+
+#: Resamples of the interval of a pointwise worst case.
+_REPLICATES = 1000
+
+
+@dataclass(frozen=True)
+class Worst:
+    """What leaks at worst by one figure.
+
+    Attributes:
+        measure: the figure; victim by victim the worst where attacks were run on the same victims.
+        strongest: the attack that leaks most on average.
+    """
+
+    measure: Measure
+    strongest: Cell
+
+
+def worst_case(cells: Sequence[Cell], name: str) -> Worst | None:
+    """The worst case over all attacks on one defence, by the figure ``name``; None if no attack has it.
+
+    Attacks on the same victims are combined victim by victim (the pointwise worst case); of attacks on different
+    victims (other seeds) the one that leaks most counts.
+    """
+    measures = [(cell, cell.result.figure(name)) for cell in cells if cell.result is not None]
+    known = [(cell, measure) for cell, measure in measures if measure is not None and measure.value is not None]
+    if not known:
+        return None
+    strongest, measure = max(known, key=lambda pair: leak(name, pair[1]))
+    for group in _same_victims([cell for cell, _ in known], name):
+        if len(group) > 1:
+            measure = max(measure, _pointwise(group, name), key=lambda candidate: leak(name, candidate))
+    return Worst(measure, strongest)
+
+
+def _same_victims(cells: Sequence[Cell], name: str) -> list[list[pd.DataFrame]]:
+    """The raw values of ``cells`` by ``name``, put together where they are of the same victims in the same order."""
+    groups: dict[tuple[int, ...], list[pd.DataFrame]] = {}
+    for cell in cells:
+        rows = cell.run.rows(cell.name)
+        if rows is not None and name in rows:
+            groups.setdefault((cell.seed, *rows["image"].tolist()), []).append(rows)
+    return list(groups.values())
+
+
+def _pointwise(tables: Sequence[pd.DataFrame], name: str) -> Measure:
+    """The mean over victims of the worst value of each, with its interval over identities."""
+    import torch
+
+    from bench.metrics.bootstrap import mean_estimate
+
+    kind = KINDS[name]
+    values = pd.concat([table[name].reset_index(drop=True) for table in tables], axis=1)
+    worst = values.max(axis=1) if kind.leaks > 0 else values.min(axis=1)
+    people = pd.factorize(tables[0]["identity"])[0]
+    estimate = mean_estimate(
+        torch.tensor(worst.to_numpy(dtype="float64")),
+        torch.tensor(people),
+        torch.Generator().manual_seed(0),
+        replicates=_REPLICATES,
+    )
+    return kind.measure(estimate)
+
+
+def floors(cells: Sequence[Cell], name: str) -> dict[str, Measure]:
+    """Trivial guess -> what it gets by the figure ``name``: of several runs the most, which flatters no defence."""
+    highest: dict[str, Measure] = {}
+    for result in (cell.result for cell in cells if cell.result is not None):
+        guesses: dict[str, Measure | None] = {}
+        if result.recovery is not None:
+            guesses = {label.replace("_", " "): floor.figure(name) for label, floor in result.recovery.floors.items()}
+        if result.linkage is not None:
+            value = result.linkage.d_sys_chance if name == "d_sys" else KINDS[name].guess
+            guesses["guessing"] = None if value is None else Measure(value=value, direction=KINDS[name].direction)
+        for label, measure in guesses.items():
+            if measure is not None and leak(name, measure) > leak(name, highest.get(label)):
+                highest[label] = measure
+    return highest
+
+
+def lowest_accuracy(cells: Sequence[Cell]) -> Measure | None:
+    """The lowest recognition among the runs of a defence, as far as it was measured."""
+    measures = [utility.accuracy for cell in cells if (utility := cell.run.result.utility) is not None]
+    known = [measure for measure in measures if measure.value is not None]
+    return min(known, key=lambda measure: measure.value or 0.0, default=None)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from bench.measures import KINDS, interval, leak, shown
 from bench.results import Measure
-from reports.cells import Cell, Setting
-from reports.summary import lowest_accuracy
-from reports.worst import worst_case
+from reports.cells import Cell, Setting, floors, lowest_accuracy, worst_case
 
 #: Figure -> what it answers.
 _QUESTIONS = {
@@ -53,9 +51,11 @@ def _facts(cells: Sequence[Cell]) -> list[Fact]:
     for name, question in _QUESTIONS.items():
         if (worst := worst_case(cells, name)) is None:
             continue
-        marks = {"floor": _floor(cells, name), "ceiling": _ceiling(worst.strongest, name)}
-        context = [f"{mark} {value}" for mark, value in marks.items() if value]
-        late = ", still improving: a lower bound" if worst.unsaturated else ""
+        floor = max(floors(cells, name).values(), key=lambda measure: leak(name, measure), default=None)
+        result = worst.strongest.result
+        marks = {"floor": floor, "ceiling": result.ceiling(name) if result else None}
+        context = [f"{mark} {shown(name, measure)}" for mark, measure in marks.items() if measure is not None]
+        late = ", still improving: a lower bound" if worst.strongest.unsaturated else ""
         who = f"strongest attack: {worst.strongest.attack} ({worst.strongest.knowledge}){late}"
         facts.append(Fact(question, _figure(name, worst.measure), "; ".join([who, *context])))
     return facts
@@ -69,26 +69,5 @@ def _figure(name: str, measure: Measure) -> str:
 
 
 def _unprotected(cells: Sequence[Cell]) -> str:
-    found = [utility.unprotected.accuracy for cell in cells if (utility := cell.run.result.utility) is not None]
-    return f"without a defence {shown('accuracy', found[0])} %"
-
-
-def _floor(cells: Sequence[Cell], name: str) -> str:
-    if name == "linkage":
-        return "50"
-    found = [
-        getattr(floor, name, None) or getattr(floor.identity, name)
-        for cell in cells
-        if (recovery := cell.run.result.recovery) is not None
-        for floor in recovery.floors.values()
-    ]
-    return shown(name, max(found, key=lambda one: leak(name, one))) if found else ""
-
-
-def _ceiling(cell: Cell, name: str) -> str:
-    recovery, linkage = cell.run.result.recovery, cell.run.result.linkage
-    if name == "linkage":
-        return "" if linkage is None else shown(name, linkage.plain.accuracy)
-    if recovery is None:
-        return ""
-    return shown(name, getattr(recovery.ceiling, name, None) or getattr(recovery.ceiling.identity, name))
+    plain = (utility.unprotected.accuracy for cell in cells if (utility := cell.run.result.utility) is not None)
+    return f"without a defence {shown('accuracy', next(plain))} %"

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measures import KINDS
-from bench.run.archive import Samples, Victim
+from bench.run.archive import Victim
 from reports.cells import Cell, Setting
-from reports.worst import own_rows
 
 #: Columns that are the same for every attack on a defence.
 _SHARED = ("original", "sent")
@@ -51,18 +50,19 @@ def sheets(setting: Setting, *, embed_faces: bool) -> list[Sheet]:
         setting: its runs.
         embed_faces: whether real faces may be shown; synthetic ones always are.
     """
-    found: list[Sheet] = []
+    made: list[Sheet] = []
+    runs = [(label, cell) for label, cell in setting.runs if may_show(cell, embed_faces=embed_faces)]
     for defense, cells in setting.defenses.items():
-        shown = [cell for cell in cells if cell.run.samples is not None and may_show(cell, embed_faces=embed_faces)]
-        found += _side_by_side(defense, [cell for cell in shown if not cell.run.failed])
-        for cell in shown:
-            found += _of_run(cell)
-    return found
+        made += _side_by_side(defense, [cell for cell in cells if may_show(cell, embed_faces=embed_faces)])
+        for label, cell in runs:
+            if cell.defense == defense:
+                made += _of_run(label, cell)
+    return made
 
 
 def may_show(cell: Cell, *, embed_faces: bool) -> bool:
-    """Whether the faces of a run may stand on a page."""
-    return cell.run.synthetic or embed_faces
+    """Whether there are pictures of a run, and they may stand on a page."""
+    return cell.run.samples is not None and (cell.run.synthetic or embed_faces)
 
 
 def _faces(cell: Cell) -> str:
@@ -73,53 +73,58 @@ def _title(text: str, cell: Cell) -> str:
     return f"{text} (synthetic faces)" if cell.run.synthetic else text
 
 
-def _of_run(cell: Cell) -> Iterable[Sheet]:
+def _of_run(label: str, cell: Cell) -> Iterable[Sheet]:
     """Worst, median and best victim of one run; of a run that kept only a ready sheet, that sheet."""
     samples = cell.run.samples
     assert samples is not None
     rows = []
     for role, name in _ROLES.items():
-        victim = next((one for one in samples.victims if role in one.roles), None)
+        victim = next((victim for victim in samples.victims if role in victim.roles), None)
         if victim is not None:
-            pictures = (_picture(cell, samples, victim, column, name) for column in samples.columns)
+            pictures = (_picture(cell, label, victim, column, name) for column in samples.columns)
             rows.append(SheetRow(name, victim.caption, tuple(pictures)))
     if rows:
-        yield Sheet(_title(cell.label, cell), samples.columns, tuple(rows))
+        yield Sheet(_title(label, cell), samples.columns, tuple(rows))
     elif samples.sheet is not None and not samples.victims:
-        alt = f"Contact sheet of {cell.label}: original, sent and recovered {_faces(cell)}s, one row for each victim"
+        alt = f"Contact sheet of {label}: original, sent and recovered {_faces(cell)}s, one row for each victim"
         row = SheetRow("first victims", "", (Picture(samples.sheet, alt),))
-        yield Sheet(_title(cell.label, cell), ("original, sent, recovered",), (row,))
+        yield Sheet(_title(label, cell), ("original, sent, recovered",), (row,))
 
 
-def _picture(cell: Cell, samples: Samples, victim: Victim, column: str, role: str, note: str = "") -> Picture | None:
-    if column not in victim.files:
+def _picture(cell: Cell, label: str, victim: Victim, column: str, role: str, note: str = "") -> Picture | None:
+    samples = cell.run.samples
+    if samples is None or column not in victim.files:
         return None
     what = {"original": "original", "sent": f"what {cell.defense} sends of the"}.get(column, f"{column} of the")
-    by = "" if column in _SHARED else f" by {cell.label}"
+    by = "" if column in _SHARED else f" by {label}"
     alt = f"{role}: {what} {_faces(cell)}{by}" + (f"; {victim.caption}" if by and victim.caption else "")
     return Picture(samples.folder / victim.files[column], alt, note)
 
 
 def _side_by_side(defense: str, cells: Sequence[Cell]) -> Iterable[Sheet]:
-    """The first victims under every attack; only runs on the same victims stand side by side."""
-    groups: dict[tuple[bytes, ...], list[tuple[Cell, Samples, list[Victim]]]] = {}
+    """The first victims under every attack; only attacks on the same victims stand side by side."""
+    groups: dict[tuple[bytes, ...], list[tuple[Cell, str, list[Victim]]]] = {}
     for cell in cells:
         samples = cell.run.samples
-        first = [one for one in samples.victims if _FIRST in one.roles] if samples is not None else []
-        if samples is not None and first and "recovered" in samples.columns:
-            originals = tuple((samples.folder / one.files["original"]).read_bytes() for one in first)
-            groups.setdefault(originals, []).append((cell, samples, first))
+        if samples is None or cell.result is None or cell.result.recovery is None:
+            continue
+        first = [victim for victim in samples.victims if _FIRST in victim.roles]
+        # Of several attacks each has a column under its name.
+        column = cell.name if cell.name in samples.columns else "recovered"
+        if first and column in samples.columns:
+            originals = tuple((samples.folder / victim.files["original"]).read_bytes() for victim in first)
+            groups.setdefault(originals, []).append((cell, column, first))
     for group in groups.values():
         if len(group) < 2:
             continue
-        (cell, samples, first), rows = group[0], []
+        (cell, _, first), rows = group[0], []
         for place, victim in enumerate(first):
             name = f"victim {place + 1}"
-            pictures = [_picture(cell, samples, victim, column, name) for column in _SHARED]
-            for other, kept, victims in group:
-                pictures.append(
-                    _picture(other, kept, victims[place], "recovered", name, _figures(other, victims[place]))
-                )
+            pictures = [_picture(cell, cell.label, victim, column, name) for column in _SHARED]
+            pictures += [
+                _picture(other, other.label, victims[place], column, name, _figures(other, victims[place]))
+                for other, column, victims in group
+            ]
             rows.append(SheetRow(name, "", tuple(pictures)))
         attacks = [f"{other.attack} ({other.knowledge})" for other, _, _ in group]
         title = _title(f"The same victims under every attack on {defense}", cell)
@@ -128,7 +133,7 @@ def _side_by_side(defense: str, cells: Sequence[Cell]) -> Iterable[Sheet]:
 
 def _figures(cell: Cell, victim: Victim) -> str:
     """SSIM and cosine of one victim, from the raw values."""
-    rows = own_rows(cell)
+    rows = cell.run.rows(cell.name)
     row = None if rows is None else rows[rows["image"] == victim.image]
     if row is None or row.empty:
         return ""

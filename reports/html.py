@@ -17,18 +17,14 @@ from bench import __version__
 from bench.measures import KINDS
 from bench.run.archive import data_uri
 from reports.cells import Cell, Setting
-from reports.figures.frequencies import frequency_figures
-from reports.figures.pareto import pareto
-from reports.figures.scores import distributions, roc_figure
-from reports.figures.states import confusion_figures, state_figure
-from reports.figures.strength import strength_figures
-from reports.figures.svg import Drawing
-from reports.figures.training import training_figures
+from reports.figures import distributions, pareto, roc_figure, strength_figures, training_figures
 from reports.findings import Finding, findings
 from reports.gallery import Sheet, may_show, sheets
+from reports.maps import confusion_figures, frequency_figures, state_figure
 from reports.provenance import provenance, records, warnings
 from reports.published import Source, matching
 from reports.summary import failures, recovery_table, subject, summary
+from reports.svg import Drawing
 from reports.table import Table
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -65,17 +61,17 @@ def report_page(settings: Sequence[Setting], *, images: bool, embed_faces: bool,
         MissingError: a picture of a run is not one.
     """
     views = [_view(setting, place, images, embed_faces) for place, setting in enumerate(settings, start=1)]
-    cells = [cell for setting in settings for cell in setting.cells]
-    defenses = list(dict.fromkeys(cell.defense for cell in cells))
+    runs = [cell for setting in settings for _, cell in setting.runs]
+    defenses = list(dict.fromkeys(cell.defense for cell in runs))
     failed = failures(settings)
-    lead = f"{len(cells)} runs: {', '.join(defenses)}" + (f"; {len(failed)} failed" if failed else "")
+    lead = f"{len(runs)} runs: {', '.join(defenses)}" + (f"; {len(failed)} failed" if failed else "")
     return page(
         "report.html.j2",
         title="What leaks, and what it costs",
         lead=lead,
         views=views,
         warnings=warnings(settings),
-        runs=len(cells),
+        runs=len(runs),
         failures=failed,
         speed=speed,
         provenance=provenance(settings),
@@ -104,11 +100,11 @@ def page(template: str, **context: Any) -> str:
 
 def filters(table: Table) -> dict[str, list[str]]:
     """What a table can be filtered by: the values of each key of its rows."""
-    found: dict[str, dict[str, None]] = {}
+    values: dict[str, dict[str, None]] = {}
     for row in table.rows:
         for key, value in row.keys.items():
-            found.setdefault(key, {})[value] = None
-    return {key: list(values) for key, values in found.items()}
+            values.setdefault(key, {})[value] = None
+    return {key: list(ordered) for key, ordered in values.items()}
 
 
 @cache
@@ -128,7 +124,7 @@ def _environment() -> Environment:
 
 def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> View:
     table = summary(setting, number)
-    withheld = [cell for cell in setting.cells if cell.run.samples and not may_show(cell, embed_faces=embed_faces)]
+    withheld = [cell for _, cell in setting.runs if cell.run.samples and not may_show(cell, embed_faces=embed_faces)]
     return View(
         title=subject(setting),
         synthetic=setting.synthetic,
@@ -164,10 +160,8 @@ def _drawings(setting: Setting, number: int) -> dict[str, list[Drawing]]:
 
 
 def _sources(settings: Sequence[Setting]) -> list[Source]:
-    found: dict[str, Source] = {}
-    for setting in settings:
-        for cell in setting.cells:
-            config = cell.run.manifest.config
-            for one in matching(str(config.get("defense")), [str(config.get("attack"))]):
-                found[one.source.id] = one.source
-    return list(found.values())
+    sources: dict[str, Source] = {}
+    for cell in (cell for setting in settings for cell in setting.cells):
+        for figure in matching(str(cell.run.manifest.config.get("defense")), [cell.name]):
+            sources[figure.source.id] = figure.source
+    return list(sources.values())

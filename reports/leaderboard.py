@@ -9,15 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from bench.run.archive import load_runs
-from reports.cells import Setting, settings
+from reports.cells import Setting, lowest_accuracy, settings, worst_case
 from reports.html import page
 from reports.markdown import escape, table_markdown
 from reports.provenance import provenance, warnings
 from reports.report import write_files
-from reports.summary import COLUMNS, LEAKS, failures, lowest_accuracy, subject, worst_rows
+from reports.summary import COLUMNS, LEAKS, failures, subject, worst_rows
 from reports.table import Table
 from reports.tables_csv import text
-from reports.worst import worst_case
 
 _TITLE = "Leaderboard of defences"
 _LEAD = (
@@ -48,7 +47,7 @@ def write_leaderboard(directory: Path, out: Path) -> list[Path]:
         boards=list(zip(grouped, boards, strict=True)),
         warnings=warnings(grouped),
         failures=failures(grouped),
-        runs=sum(len(setting.cells) for setting in grouped),
+        runs=sum(len(setting.runs) for setting in grouped),
         provenance=provenance(grouped),
     )
     return write_files(
@@ -93,13 +92,13 @@ def _csv(grouped: Sequence[Setting]) -> str:
         for defense, cells in setting.defenses.items():
             head = [text(setting.title), text(setting.protocol), setting.synthetic, text(defense)]
             utility = lowest_accuracy(cells)
-            found = [] if utility is None else [("accuracy", utility, "")]
-            found += [
+            figures = [] if utility is None else [("accuracy", utility, "")]
+            figures += [
                 (name, worst.measure, worst.strongest.label) for name in LEAKS if (worst := worst_case(cells, name))
             ]
-            for name, measure, strongest in found:
+            for name, measure, strongest in figures:
                 low, high = measure.ci95 or ("", "")
                 writer.writerow([*head, name, measure.value, low, high, measure.n, text(strongest)])
-            if not found:
+            if not figures:
                 writer.writerow([*head, "failed", "", "", "", "", ""])
     return buffer.getvalue()

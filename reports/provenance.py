@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import Any
 
 from bench.measures import MISSING
+from bench.run.archive import Run
 from reports.cells import Cell, Setting
 from reports.summary import same_attacks
 from reports.table import Column, Entry, Row, Table
@@ -43,65 +44,65 @@ def provenance(settings: Sequence[Setting]) -> Table:
         "evaluator",
     )
     columns = tuple(Column(heading, numeric=heading == "seed") for heading in headings)
-    rows = tuple(Row(_entries(cell), "failed" if cell.run.failed else "measured") for cell in _cells(settings))
+    rows = tuple(Row(_entries(cell), "failed" if cell.run.failed else "measured") for _, cell in _runs(settings))
     return Table("runs", "Every run of this report.", columns, rows)
 
 
 def records(settings: Sequence[Setting]) -> list[Record]:
     """Configuration and hashes of every run."""
-    found = []
-    for cell in _cells(settings):
+    made = []
+    for _, cell in _runs(settings):
         manifest, info = cell.run.manifest, cell.run.result.defense
         config = [(key, _value(key, value)) for key, value in manifest.config.items()]
         config += [("packages", ", ".join(f"{name} {version}" for name, version in manifest.packages.items()))]
         config += [("threads", str(manifest.threads)), ("deterministic", str(manifest.deterministic))]
         if info is not None:
             config.append(("defence, resolved", json.dumps(info.options)))
-        if cell.run.result.attack is not None:
-            config.append(("attack, resolved", json.dumps(cell.run.result.attack.options)))
-        found.append(
+        for name, attack in cell.run.result.attack_results.items():
+            config.append((f"{name}, resolved", json.dumps(attack.attack.options)))
+        made.append(
             Record(f"{manifest.run_id} in {cell.run.directory.name}", tuple(config), tuple(manifest.artefacts.items()))
         )
-    return found
+    return made
 
 
 def warnings(settings: Sequence[Setting]) -> dict[str, list[str]]:
     """What to know before quoting a figure -> the runs that it concerns; each said once."""
-    found: dict[str, list[str]] = {}
-    for cell in _cells(settings):
-        for warning in (*cell.run.result.warnings, *_own(cell)):
-            labels = found.setdefault(warning, [])
-            if cell.label not in labels:
-                labels.append(cell.label)
+    holders: dict[str, list[str]] = {}
+    for label, cell in _runs(settings):
+        for warning in (*cell.run.result.warnings, *_added(cell.run)):
+            labels = holders.setdefault(warning, [])
+            if label not in labels:
+                labels.append(label)
     for setting in settings:
         if not same_attacks(setting):
-            found[
+            holders[
                 "the defences were not tried by the same attacks: the one that looks better may have met weaker ones"
             ] = [f"{defense}: {_tried(cells)}" for defense, cells in setting.defenses.items()]
-    return found
+    return holders
 
 
 def _tried(cells: Sequence[Cell]) -> str:
     return ", ".join(dict.fromkeys(f"{cell.attack} ({cell.knowledge})" for cell in cells))
 
 
-def _own(cell: Cell) -> list[str]:
+def _added(run: Run) -> list[str]:
     """Warnings that a report adds to those of the run."""
-    result = cell.run.result
-    found = [f"{name} is not the file that the run wrote: it was changed afterwards" for name in cell.run.altered]
-    if result.recovery is not None and result.recovery.lpips.value is None:
-        found.append("LPIPS was not measured: its weights were not there (bench doctor says how to get them)")
-    evaluator = result.evaluator
+    added = [f"{name} is not the file that the run wrote: it was changed afterwards" for name in run.altered]
+    lpips = [attack.figure("lpips") for attack in run.result.attack_results.values()]
+    if any(measure is not None and measure.value is None for measure in lpips):
+        added.append("LPIPS was not measured: its weights were not there (bench doctor says how to get them)")
+    evaluator = run.result.evaluator
     if evaluator is not None and evaluator.accuracy < 0.9:
-        found.append(
+        added.append(
             f"weak evaluator ({evaluator.name}): it tells {evaluator.accuracy:.0%} of plain pairs apart and accepts "
             f"{evaluator.far_at_threshold:.0%} of impostors, so figures of identity leakage say little"
         )
-    return found
+    return added
 
 
-def _cells(settings: Sequence[Setting]) -> list[Cell]:
-    return [cell for setting in settings for cell in setting.cells]
+def _runs(settings: Sequence[Setting]) -> list[tuple[str, Cell]]:
+    return [run for setting in settings for run in setting.runs]
 
 
 def _entries(cell: Cell) -> tuple[Entry, ...]:

@@ -7,8 +7,9 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench.results import Measure, RunResult
-from reports.cells import Setting
+from bench.measures import KINDS
+from bench.results import Measure, measures
+from reports.cells import Cell, Setting
 
 #: A cell that starts with one of these is a formula to spreadsheets.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -30,7 +31,7 @@ def text(value: Any) -> str:
 
 
 def report_csv(settings: Sequence[Setting]) -> str:
-    """One line for each measure of each run, floors, ceilings and members included; rates are shares of 1.
+    """One line for each measure of each attack, floors and ceilings included; rates are shares of 1.
 
     A failed run has one line, with its reason.
     """
@@ -44,7 +45,7 @@ def report_csv(settings: Sequence[Setting]) -> str:
             head = [manifest.run_id, setting.protocol, config.get("dataset"), config.get("image_size")]
             head += [cell.defense, cell.attack, cell.knowledge, cell.seed, result.status]
             names = [text(one) for one in head]
-            for figure, measure in measures(result):
+            for figure, measure in _figures(cell):
                 low, high = measure.ci95 or ("", "")
                 value = "" if measure.value is None else measure.value
                 writer.writerow([*names, text(figure), value, low, high, measure.n, text(measure.reason)])
@@ -53,29 +54,19 @@ def report_csv(settings: Sequence[Setting]) -> str:
     return buffer.getvalue()
 
 
-def measures(result: RunResult) -> Iterable[tuple[str, Measure]]:
-    """(dotted path, measure) of everything measured, with bytes and rates as measures without an interval."""
-    for name in ("utility", "recovery", "linkage", "state_inference", "strength"):
-        yield from _walk(name, getattr(result, name))
+def _figures(cell: Cell) -> Iterable[tuple[str, Measure]]:
+    """(place, measure) of everything measured, with bytes and rates as measures without an interval."""
+    result = cell.run.result
+    parts = {"utility": result.utility}
+    parts |= {name: value for name, value in cell.result or () if name != "attack"}
+    yield from measures(parts)
     if result.defense is not None:
-        yield "bytes_per_face", Measure(value=result.defense.bytes_per_face, direction="cost")
-    for stage, speed in (result.throughput or {}).items():
+        kind = KINDS["bytes"]
+        yield "bytes_per_face", Measure(value=result.defense.bytes_per_face, direction=kind.direction)
+    for operation, speed in (result.throughput or {}).items():
         rate = speed.images_per_second
+        reason = f"quartiles {rate.q1:g} to {rate.q3:g}"
         yield (
-            f"throughput.{stage}.images_per_second",
-            Measure(value=rate.median, direction="utility", reason=f"quartiles {rate.q1:g} to {rate.q3:g}"),
+            f"throughput.{operation}.images_per_second",
+            Measure(value=rate.median, direction=KINDS["protect"].direction, reason=reason),
         )
-
-
-def _walk(path: str, value: Any) -> Iterable[tuple[str, Measure]]:
-    if isinstance(value, Measure):
-        yield path, value
-    elif hasattr(type(value), "model_fields"):
-        for name in type(value).model_fields:
-            yield from _walk(f"{path}.{name}", getattr(value, name))
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            yield from _walk(f"{path}.{name}", item)
-    elif isinstance(value, list):
-        for place, item in enumerate(value):
-            yield from _walk(f"{path}.{place}", item)

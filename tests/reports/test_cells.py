@@ -42,4 +42,4 @@ def test_a_failed_run_belongs_to_the_defence_it_was_asked_for(tmp_path):
     ]
     (setting,) = grouped(*folders)
     assert {name: len(cells) for name, cells in setting.defenses.items()} == {"partialface": 2}
-    assert [cell.attack for cell in setting.measured] == ["unet"]
+    assert [cell.attack for cell, _ in setting.measured] == ["unet"]

@@ -11,13 +11,9 @@ from sklearn.metrics import roc_curve
 
 from bench.run.archive import load_runs
 from reports.cells import settings
-from reports.figures.frequencies import frequency_figures
-from reports.figures.pareto import _front, pareto
-from reports.figures.scores import distributions, roc, roc_figure
-from reports.figures.states import confusion_figures, state_figure
-from reports.figures.strength import strength_figures
-from reports.figures.svg import draw, entry, spread
-from reports.figures.training import training_figures
+from reports.figures import _front, distributions, pareto, roc, roc_figure, strength_figures, training_figures
+from reports.maps import confusion_figures, frequency_figures, state_figure
+from reports.svg import draw, entry, spread
 
 SVG = "{http://www.w3.org/2000/svg}"
 

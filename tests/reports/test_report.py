@@ -82,6 +82,20 @@ def test_every_run_is_in_every_format(tmp_path):
     assert (lost["reason"], lost["value"]) == ("out of memory", "")
 
 
+def test_each_of_several_attacks_has_its_row(tmp_path):
+    several = write_run(tmp_path / "a", attack="linear,unet", strength=True)
+    page, md, _, table = report(tmp_path, several, write_run(tmp_path / "b", attack="linkage", linkage=True))
+    assert "2 runs: partialface" in page
+    for row in ("linear (whitebox) on partialface", "unet (whitebox) on partialface"):
+        assert row in page
+        assert row in md
+    assert "linear, unet (whitebox) on partialface (synthetic faces)" in page  # one sheet of the run
+    assert "The same victims under every attack on partialface" in page
+    assert page.count("State confusion") >= 2
+    ssim = [row for row in csv.DictReader(io.StringIO(table)) if row["figure"] == "recovery.ssim"]
+    assert [row["attack"] for row in ssim] == ["linear", "unet"]
+
+
 def test_the_page_loads_nothing(tmp_path):
     page, *_ = report(tmp_path, write_run(tmp_path / "a"))
     for tag, attributes in Elements(page).found:

@@ -28,7 +28,7 @@ def test_rows(tmp_path):
     assert kinds[:4] == ["worst", "measured", "measured", "failed"]
     assert kinds[4:] == ["published"] * (len(kinds) - 4)
     worst, unet, linkage, failed = (by_heading(table, row) for row in table.rows[:4])
-    assert worst["attack"].note == "over 2 runs, 1 failed"
+    assert worst["attack"].note == "over 2 attack runs, 1 failed"
     assert (worst["SSIM"].text, worst["SSIM"].note) == ("0.700", "unet")
     assert (worst["linkage, %"].text, worst["linkage, %"].note) == ("80.0", "linkage")
     assert (unet["SSIM"].note, unet["accuracy, %"].note) == ("ceiling 0.990", "unprotected 97.0")

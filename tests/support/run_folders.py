@@ -9,6 +9,7 @@ from PIL import Image
 
 from bench.results import (
     AttackInfo,
+    AttackResult,
     DatasetInfo,
     DefenseInfo,
     EvaluatorInfo,
@@ -89,7 +90,11 @@ def write_run(
     image_size=64,
     dataset=None,
 ):
-    """Write one run directory and return it; ``ssim`` is of each victim, ``error`` makes it a failed run."""
+    """Write one run directory and return it.
+
+    ``ssim`` is of each victim; of several attacks, separated by commas, that of the n-th is moved on by n victims.
+    ``error`` makes it a failed run.
+    """
     folder.mkdir(parents=True)
     run_id = folder.name
     dataset = dataset or ("synthetic" if synthetic else "insightface")
@@ -119,7 +124,23 @@ def write_run(
             d_sys={"protected_plain": measure(0.4), "protected_protected": measure(0.3)},
         )
         mean = float(np.mean(ssim))
+        names = attack.split(",")
         floors = {"mean_face": quality(0.4, 0.1), "noise": quality(0.01, 0.0)}
+        recovery = Recovery(**quality(mean, cosine).model_dump(), floors=floors, ceiling=quality(0.99, 0.9))
+        parts = {
+            name: AttackResult(
+                attack=AttackInfo(
+                    name=name, options={}, knowledge=knowledge, saturated=saturated, states_covered=True,
+                    curve=[(100, 0.3), (200, 0.2), (400, 0.15)],
+                ),
+                recovery=None if linkage else recovery,
+                linkage=link if linkage else None,
+                state_inference=StateInference(faces=measure(0.6), channels=measure(0.9), chance=1 / 18),
+                strength=curve if strength else None,
+            )
+            for name in names
+        }  # fmt: skip
+        operation = "link" if linkage else "recover"
         result = RunResult(
             run_id=run_id,
             protocol=protocol,
@@ -128,10 +149,6 @@ def write_run(
             defense=DefenseInfo(
                 name=defense, options=options or {}, representation_shape=(27, 64, 64), views=3, states=18,
                 entropy_bits=4.17, bytes_per_face=442368, details=details or {"kept_channels": list(range(10, 64))},
-            ),
-            attack=AttackInfo(
-                name=attack, options={}, knowledge=knowledge, saturated=saturated, states_covered=True,
-                curve=[(100, 0.3), (200, 0.2), (400, 0.15)],
             ),
             evaluator=EvaluatorInfo(
                 name="judge", sha256="ab" * 32, accuracy=0.98, threshold=0.3, far_at_threshold=0.01
@@ -143,13 +160,11 @@ def write_run(
             utility=Utility(
                 **verification(accuracy, "utility").model_dump(), unprotected=verification(0.97, "utility")
             ),
-            recovery=None if linkage else Recovery(
-                **quality(mean, cosine).model_dump(), floors=floors, ceiling=quality(0.99, 0.9)
-            ),
-            linkage=link if linkage else None,
-            state_inference=StateInference(faces=measure(0.6), channels=measure(0.9), chance=1 / 18),
-            strength=curve if strength else None,
-            throughput={"protect": throughput(5000), "link" if linkage else "recover": throughput(100)},
+            **(dict(parts[attack]) if len(parts) == 1 else {"attacks": parts, "worst_case": recovery}),
+            throughput={
+                "protect": throughput(5000),
+                **{operation if len(names) == 1 else f"{operation} {name}": throughput(100) for name in names},
+            },
         )  # fmt: skip
         rng = np.random.default_rng(0)
         same = np.arange(100) < 50
@@ -162,15 +177,15 @@ def write_run(
             pd.DataFrame(table).to_parquet(folder / "linkage.parquet")
         else:
             people = [f"person-{number // 2}" for number in range(VICTIMS)]
-            rows = pd.DataFrame({"image": range(VICTIMS), "identity": people, "ssim": ssim, "cosine": cosine})
-            states = pd.DataFrame(
-                {"image": range(VICTIMS), "interception": 0, "drawn": range(VICTIMS), "attack": attack}
-            )
-            states.assign(named=[-1, 0, *range(2, VICTIMS)]).to_parquet(folder / "state_inference.parquet")
-            tables = [rows.assign(method=attack), rows.assign(method="ceiling", ssim=0.99)]
-            pd.concat(tables).to_parquet(folder / "per_image.parquet")
+            rows = pd.DataFrame({"image": range(VICTIMS), "identity": people, "cosine": cosine})
+            states = pd.DataFrame({"image": range(VICTIMS), "interception": 0, "drawn": range(VICTIMS)})
+            states["named"] = [-1, 0, *range(2, VICTIMS)]
+            named = pd.concat([states.assign(attack=name) for name in names])
+            named.to_parquet(folder / "state_inference.parquet")
+            tables = [rows.assign(method=name, ssim=np.roll(ssim, n)) for n, name in enumerate(names)]
+            pd.concat([*tables, rows.assign(method="ceiling", ssim=0.99)]).to_parquet(folder / "per_image.parquet")
         if samples:
-            write_samples(folder / "samples", linkage)
+            write_samples(folder / "samples", linkage, names if len(names) > 1 else ())
     (folder / "metrics.json").write_text(result.to_json())
     steps = [
         {"event": "progress", "task": "train provider recogniser on x", "done": 10 * n, "loss": 3 / n}
@@ -188,10 +203,10 @@ def write_run(
     return folder
 
 
-def write_samples(folder, linkage=False):
+def write_samples(folder, linkage=False, attacks=()):
     """Pictures of three victims: the first, who is also the worst, a median and a best one."""
     folder.mkdir()
-    columns = ["original", "sent", "sent again" if linkage else "recovered"]
+    columns = ["original", "sent", "sent again" if linkage else "recovered", *attacks]
     victims = []
     for number, roles in enumerate((["first", "worst"], ["median"], ["best"])):
         files = {}

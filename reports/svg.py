@@ -119,6 +119,15 @@ def draw(
     return Drawing(_inline(buffer.getvalue(), name, title, description, size[0]), title, description)
 
 
+def series(place: int, *, line: bool = True, marker: bool = True) -> dict[str, Any]:
+    """Colour, line and marker of the series at ``place``: told apart in black and white, too."""
+    return {
+        "color": SERIES[place % len(SERIES)],
+        "linestyle": LINES[place % len(LINES)] if line else "none",
+        "marker": MARKERS[place % len(MARKERS)] if marker else "none",
+    }
+
+
 def entry(label: str) -> str:
     """``label`` for a legend: matplotlib leaves out those that start with an underscore."""
     return f" {label}"

@@ -1,1 +1,0 @@
-"""Vector figures of a report, one a file; each returns a :class:`reports.figures.svg.Drawing` or None."""
