@@ -22,8 +22,8 @@ def rm(
     for run in runs:
         if not (run / "manifest.json").is_file():
             raise MissingError(f"{run} is not a run directory: it has no manifest.json")
-    if not yes:
-        typer.confirm(f"delete {', '.join(map(str, runs))}?", abort=True, err=True)
+    if not yes and not typer.confirm(f"delete {', '.join(map(str, runs))}?", err=True):
+        raise typer.Exit
     for run in runs:
         shutil.rmtree(run)
     show_files(runs, as_json)

@@ -1,0 +1,43 @@
+"""`bench runs`, `bench show` and `bench rm` on run folders as reports read them."""
+
+import json
+
+import pytest
+from run_folders import write_run
+
+
+@pytest.fixture
+def store(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "runs" / f"run-{seed}", seed=seed, samples=False)
+    (tmp_path / "runs" / "cache").mkdir()
+    return tmp_path / "runs"
+
+
+def test_the_runs_of_a_folder(bench, store, monkeypatch):
+    code, out, _ = bench("runs", "--json")
+    assert code == 0
+    assert {row["run"] for row in json.loads(out)} == {"run-0", "run-1"}
+    assert all(row["status"] == "success" for row in json.loads(out))
+    monkeypatch.setenv("BENCH_OUT", str(store))
+    monkeypatch.chdir("/")
+    assert "run-1" in bench("runs")[1]
+    assert bench("runs", "nowhere")[0] == 5
+
+
+def test_a_run_is_shown_as_when_it_ended(bench, store):
+    code, out, _ = bench("show", store / "run-0", "--json")
+    assert code == 0
+    assert json.loads(out) == json.loads((store / "run-0" / "metrics.json").read_text())
+    assert "SSIM" in bench("show", store / "run-0")[1]
+
+
+def test_only_runs_are_deleted_and_only_with_consent(bench, store, monkeypatch):
+    code, _, err = bench("rm", "--yes", store / "run-0", store / "cache")
+    assert (code, "not a run directory" in err) == (5, True)
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
+    assert bench("rm", store / "run-0")[:2] == (0, "")
+    assert (store / "run-0").is_dir()
+    code, out, _ = bench("rm", "--yes", store / "run-0", "--json")
+    assert (code, json.loads(out)) == (0, {"files": [str(store / "run-0")]})
+    assert sorted(path.name for path in store.iterdir()) == ["cache", "run-1"]
