@@ -21,6 +21,10 @@ class UsageError(BenchError):
     exit_code: ClassVar[int] = 2
 
 
+class NotApplicableError(UsageError):
+    """An attack that cannot work on a defence, and says why before anything is computed (exit code 2)."""
+
+
 class DataError(BenchError):
     """Data that is there but cannot be used: corrupt, hostile, of the wrong shape (exit code 3)."""
 

@@ -22,3 +22,10 @@ class AugmentationOptions(BaseModel):
     grey: float = Field(0.0, ge=0, le=1, description="Probability of dropping colour.")
     erase: float = Field(0.0, ge=0, le=1, description="Probability of covering a rectangle with mid-grey.")
     erase_area: float = Field(0.25, gt=0, le=1, description="Largest share of the image that the rectangle covers.")
+    moved: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of the faces that are shifted, zoomed and rotated. Resampling blurs: a network that is to "
+        "learn from fine detail has to see some faces without it.",
+    )

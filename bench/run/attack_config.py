@@ -2,100 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any
 
-from pydantic import Field, model_validator
-
-from attacks.base import GRANTS, Adversary, Attack, AttackOptions, CompositeAttack, FitReport, Knowledge, RecoveryAttack
+from attacks.base import GRANTS, Attack, FitReport, Knowledge
 from bench import plugins
-from bench.errors import BenchError, UsageError
+from bench.errors import BenchError, NotApplicableError, UsageError
 from bench.files import sha256
 from bench.run.config import DATA, INTERCEPTIONS, Budget, RunConfig
 from defenses.base import Defense
-
-
-class CompositeOptions(AttackOptions):
-    """Options of :class:`Composite`.
-
-    Attributes:
-        attacks: names of at least two recovery attacks; ``"linear,unet"`` on the command line.
-        options: attack -> options of it. Any other key that names one of the attacks is put here, so that
-            ``-a linear.rank=200`` (``{"linear": {"rank": 200}}`` in a configuration) is an option of ``linear``.
-    """
-
-    attacks: tuple[str, ...] = Field(min_length=2)
-    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sort_out_members(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        attacks = values.get("attacks")
-        if isinstance(attacks, str):
-            attacks = [name for part in attacks.split(",") if (name := part.strip())]
-        if not isinstance(attacks, list | tuple) or not all(isinstance(name, str) for name in attacks):
-            return values
-        # Keys of the command line come with underscores, names of attacks have dashes.
-        names = {name.replace("-", "_"): name for name in attacks}
-        own = {key: value for key, value in values.items() if key.replace("-", "_") not in names}
-        options = dict(values.get("options", {}))
-        for key, value in values.items():
-            if key in own:
-                continue
-            name = names[key.replace("-", "_")]
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{key} is one of the attacks: set an option of it, {key}.OPTION=VALUE")
-            options[name] = {**options.get(name, {}), **value}
-        return {**own, "attacks": tuple(attacks), "options": options}
-
-    @model_validator(mode="after")
-    def _are_different_attacks(self) -> CompositeOptions:
-        if len(set(self.attacks)) < len(self.attacks):
-            raise ValueError("an attack is named twice")
-        strangers = sorted(set(self.options) - set(self.attacks))
-        if strangers:
-            raise ValueError(f"options are given for {', '.join(strangers)}, not one of the attacks")
-        return self
-
-
-class Composite(CompositeAttack):
-    """Runs several recovery attacks and reports, per victim and measure, the one from which most leaks.
-
-    The suite fits and runs every member as if it were alone, so it needs of an adversary what its members need
-    together. Averages over attacks would hide that different victims fall to different ones (per-example evaluation in
-    Carlini et al., On Evaluating Adversarial Robustness, arXiv 1902.06705).
-    """
-
-    name: ClassVar[str] = "composite"
-    summary: ClassVar[str] = "per victim the worst of several recovery attacks: -a attacks=A,B [-a A.OPTION=VALUE]"
-    cost: ClassVar[str] = "that of all its attacks; those that ran before are not run again"
-    reference: ClassVar[str] = "On Evaluating Adversarial Robustness (per-example worst case), arXiv 1902.06705"
-    Options: ClassVar[type[AttackOptions]] = CompositeOptions
-    options: CompositeOptions
-
-    def members(self) -> tuple[tuple[str, dict[str, Any]], ...]:
-        """Names of the attacks in the order given, and the options asked for each."""
-        return tuple((name, dict(self.options.options.get(name, {}))) for name in self.options.attacks)
-
-    def fit(self, adversary: Adversary) -> NoReturn:
-        """Not how it works.
-
-        Raises:
-            TypeError: always: its members are fitted, one by one.
-        """
-        raise TypeError("a composite attack is not fitted: fit its members")
-
-    def build(self, adversary: Adversary) -> NoReturn:
-        """Not how it works.
-
-        Raises:
-            TypeError: always: its members are prepared, one by one.
-        """
-        raise TypeError("a composite attack is not prepared: prepare its members")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +42,7 @@ class AttackConfig:
         return plugins.make_attack(self.name, dict(self.options), self.preset)
 
     def spending(self, axis: str, value: float) -> AttackConfig:
-        """This attack_config with the budget ``value`` on ``axis``.
+        """This configuration with the budget ``value`` on ``axis``.
 
         Raises:
             UsageError: the attack has no such axis; the message lists those it has.
@@ -144,19 +61,54 @@ class AttackConfig:
         return replace(self, options={**self.options, budgets[axis]: int(value)})
 
 
-def attack_configs(config: RunConfig) -> list[AttackConfig]:
-    """The attack_configs of a run: one per budget, in rising order, the last of which is the run's own.
+def attack_configs(config: RunConfig) -> dict[str, list[AttackConfig]]:
+    """By its name, each attack of a run: a configuration per budget, in rising order; the last is the run's own.
 
     Raises:
-        UsageError: a budget that the attack cannot be given, or that contradicts another setting.
+        UsageError: no attack, one that is named twice, options that belong to none, a budget that an attack cannot be
+            given, or one that contradicts another setting.
     """
-    own = AttackConfig(config.attack, config.preset, config.attack_options, interceptions=config.queries)
-    if config.budget is None:
-        return [own]
-    budget = Budget.parse(config.budget)
-    if budget.axis == INTERCEPTIONS and config.queries not in (1, budget.values[-1]):
+    names = [name.strip() for name in config.attack.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise UsageError(f"--attack {config.attack}: name each attack once, separated by commas")
+    budget = None if config.budget is None else Budget.parse(config.budget)
+    if budget and budget.axis == INTERCEPTIONS and config.queries not in (1, budget.values[-1]):
         raise UsageError(f"--queries {config.queries} is not the largest budget of --budget {config.budget}")
-    return [own.spending(budget.axis, value) for value in budget.values]
+    configs = {}
+    for name, options in _options_of(names, config.attack_options).items():
+        whole = AttackConfig(name, config.preset, options, interceptions=config.queries)
+        configs[name] = [whole.spending(budget.axis, value) for value in budget.values] if budget else [whole]
+    return configs
+
+
+def _options_of(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each attack: ``unet.images`` is for ``unet``, ``images`` for every attack that has such an option.
+
+    Raises:
+        UsageError: an option that none of several attacks has.
+    """
+    by_key = {name.replace("-", "_"): name for name in names}
+    general: dict[str, dict[str, Any]] = {name: {} for name in names}
+    specific: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in given.items():
+        if (name := by_key.get(key.replace("-", "_"))) is not None:
+            if not isinstance(value, Mapping):
+                raise UsageError(
+                    f"-a {key}={value}: {name} is one of the attacks, set an option of it: {key}.OPTION=VALUE"
+                )
+            specific[name] |= value
+            continue
+        # One attack alone says itself which options it has.
+        takers = names if len(names) == 1 else [name for name in names if key in _option_names(name)]
+        if not takers:
+            raise UsageError(f"-a {key}: none of {', '.join(names)} has such an option (bench list attack NAME)")
+        for name in takers:
+            general[name][key] = value
+    return {name: general[name] | specific[name] for name in names}
+
+
+def _option_names(attack: str) -> frozenset[str]:
+    return frozenset(plugins.attacks().get(attack).Options.model_fields)
 
 
 def check_needs(attack: Attack | type[Attack], knowledge: str) -> None:
@@ -212,33 +164,14 @@ def check_coverage(report: FitReport, defense: Defense, knowledge: str) -> bool 
     return True
 
 
-def members(attack_config: AttackConfig) -> dict[str, AttackConfig]:
-    """By name, what ``attack_config`` consists of: of a composite attack one per member, else itself alone.
-
-    A member has the preset, the public faces and the interceptions of the whole.
+def check_attack(attack: Attack, defense: Defense, knowledge: str, evaluator: Path | None = None) -> None:
+    """Refuse, before any compute, an attack that cannot work, or that was given the file of the scoring recogniser.
 
     Raises:
-        UsageError: unknown names, unknown or invalid options, or a member that recovers no faces.
+        UsageError: as :func:`check_needs` and :func:`check_evaluator`.
+        NotApplicableError: the attack says that it cannot work on this defence.
     """
-    attack = attack_config.make()
-    if not isinstance(attack, CompositeAttack):
-        return {attack_config.name: attack_config}
-    found = {name: replace(attack_config, name=name, options=options) for name, options in attack.members()}
-    for name, member in found.items():
-        if not isinstance(member.make(), RecoveryAttack):
-            raise UsageError(
-                f"-a of {attack_config.name}: {name} is no recovery attack, it cannot be compared face by face"
-            )
-    return found
-
-
-def check_attack_config(attack_config: AttackConfig, knowledge: str, evaluator: Path | None = None) -> None:
-    """Refuse an attack_config of which any part asks for what is not there, or for the file that is to judge it.
-
-    Raises:
-        UsageError: as :func:`members`, :func:`check_needs` and :func:`check_evaluator`.
-    """
-    for member in members(attack_config).values():
-        attack = member.make()
-        check_needs(attack, knowledge)
-        check_evaluator(attack, evaluator)
+    check_needs(attack, knowledge)
+    check_evaluator(attack, evaluator)
+    if (reason := attack.inapplicable(defense)) is not None:
+        raise NotApplicableError(f"attack {attack.name} does not apply to defence {defense.name}: {reason}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,8 @@ from bench.results import (
     AttackInfo,
     AttackResult,
     EvaluatorInfo,
-    Linkage,
     Measure,
     Recovery,
-    StateInference,
     StrengthCurve,
     StrengthPoint,
     Throughput,
@@ -28,17 +26,20 @@ UNSATURATED = "unsaturated: the attack was still improving when its budget ended
 
 @dataclass(frozen=True)
 class Findings:
-    """See the fields of :class:`bench.results.RunResult` of the same names."""
+    """What a run found out about its attacks of one kind.
 
-    attack: AttackInfo | None = None
-    warnings: list[str] = field(default_factory=list)
-    evaluator: EvaluatorInfo | None = None
-    recovery: Recovery | None = None
-    linkage: Linkage | None = None
-    state_inference: StateInference | None = None
-    strength: StrengthCurve | None = None
-    attacks: dict[str, AttackResult] = field(default_factory=dict)
+    Attributes:
+        results: by the attack's name.
+        worst_case: of several recovery attacks, per victim and figure the value under the one from which most leaks.
+        evaluator: the recogniser that scored identities, if one did.
+        warnings: for the result, each naming the attack that it is about where there are several.
+        throughput: operation -> speed.
+    """
+
+    results: dict[str, AttackResult]
     worst_case: Recovery | None = None
+    evaluator: EvaluatorInfo | None = None
+    warnings: list[str] = field(default_factory=list)
     throughput: dict[str, Throughput] = field(default_factory=dict)
 
 
@@ -47,7 +48,7 @@ def attack_info(attacks: AttackStages, attack_config: AttackConfig, defense: Def
 
     Args:
         attacks: fits it, or reads the fit.
-        attack_config: of one attack, not a composite one.
+        attack_config: the attack.
         defense: the one attacked.
         details: more to keep; None is left out.
 
@@ -69,9 +70,7 @@ def attack_info(attacks: AttackStages, attack_config: AttackConfig, defense: Def
 
 def mark_unsaturated(info: AttackInfo, strength: StrengthCurve | None) -> tuple[AttackInfo, list[str]]:
     """Mark an attack as unsaturated where its own report or its strength curve says so, with the warnings."""
-    warnings = []
-    if info.saturated is False:
-        warnings.append(UNSATURATED)
+    warnings = [UNSATURATED] if info.saturated is False else []
     if strength is not None and strength.unsaturated:
         gains = ", ".join(
             f"{name} {measure.value:+.3f}"
@@ -83,6 +82,11 @@ def mark_unsaturated(info: AttackInfo, strength: StrengthCurve | None) -> tuple[
     return info, warnings
 
 
+def about(name: str, several: bool, warnings: Iterable[str]) -> list[str]:
+    """Warnings about one attack of a run, which name it where there are several."""
+    return [f"{name}: {warning}" if several else warning for warning in warnings]
+
+
 #: What the lower end of the interval of a gain must exceed. Below this nobody would call one attack stronger than
 #: another: published tables differ by ten times as much between two runs of one attack.
 RECOVERY_TOLERANCE: Mapping[str, float] = {"ssim": 0.005, "cosine": 0.01}
@@ -90,7 +94,7 @@ LINKAGE_TOLERANCE: Mapping[str, float] = {"linkage": 0.005}
 
 
 def spent(attacks: AttackStages, attack_configs: Sequence[AttackConfig], budget: Budget) -> list[float]:
-    """What each attack_config really spent: of ``data`` the number of faces, which whole identities make up."""
+    """What each configuration really spent: of ``data`` the number of faces, which whole identities make up."""
     if budget.axis == DATA:
         return [float(len(attacks.public(attack_config))) for attack_config in attack_configs]
     return list(budget.values)

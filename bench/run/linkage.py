@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -14,11 +15,11 @@ from bench.metrics.bootstrap import REPLICATES, mean_estimate, verification_diff
 from bench.metrics.identity import Probes, identity_leakage
 from bench.metrics.unlinkability import chance_level, choose_bins, unlinkability_estimate
 from bench.metrics.verification import pair_scores
-from bench.results import Linkage, Measure, StrengthCurve
+from bench.results import AttackResult, Linkage, Measure, StrengthCurve, Throughput
 from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages, Linked
 from bench.run.config import Budget
-from bench.run.findings import LINKAGE_TOLERANCE, Findings, attack_info, mark_unsaturated, spent, strength_curve
+from bench.run.findings import LINKAGE_TOLERANCE, Findings, about, attack_info, mark_unsaturated, spent, strength_curve
 from bench.run.pictures import write_sheet
 from bench.run.speed import linkage_speed
 from bench.run.store import RunStore
@@ -137,44 +138,54 @@ _CHANCE = 0.5
 
 
 def run_linkage(
-    attacks: AttackStages, attack_configs: Sequence[AttackConfig], defense: Defense, plain: Defense, store: RunStore
+    attacks: AttackStages,
+    attack_configs: Mapping[str, Sequence[AttackConfig]],
+    defense: Defense,
+    store: RunStore,
+    *,
+    several: bool,
+    sheet: bool,
 ) -> Findings:
-    """Let a linkage attack embed what was intercepted of the victims, and measure how well it tells them apart.
+    """Let linkage attacks embed what was intercepted of the victims, and measure how well they tell them apart.
 
-    Its ceiling is itself on plain faces: no other run is needed, and ``plain`` is not used.
+    The ceiling of such an attack is itself on plain faces: no other run is needed.
 
     Args:
-        attacks: hands the attack what it may have, and runs it.
-        attack_configs: one per budget; the last is the run's own.
+        attacks: hands attacks what they may have, and runs them.
+        attack_configs: by the attack's name, a configuration per budget; the last is the run's own.
         defense: the one attacked.
-        plain: the defence that does nothing.
-        store: takes the contact sheet.
+        store: takes the scores and the contact sheet.
+        several: whether the run has other attacks, of any kind.
+        sheet: whether to write the contact sheet.
 
     Raises:
-        BenchError: the attack gave up, or was trained on less than what the defence emits.
+        BenchError: an attack gave up, or was trained on less than what the defence emits.
     """
-    stages, own = attacks.stages, attack_configs[-1]
-    probes = attacks.selection.attacked
-    info = attack_info(attacks, own, defense)
-    found = [attacks.linked(attack_config, defense) for attack_config in attack_configs]
-    with stages.timed("measure"):
-        assessed = [_assess(attacks, linked) for linked in found]
-        strength = _strength(attacks, attack_configs, found, assessed) if attacks.config.budget else None
-    info, warnings = mark_unsaturated(info, strength)
-    pairs = stages.splits.pairs
-    scores = linkage_scores(found[-1].first, found[-1].second, found[-1].plain, pairs)
-    store.write_table("linkage", score_table(pairs, scores))
-    _, representations, _ = next(iter(attacks.interceptions(defense, probes, 2)))
-    write_sheet(attacks, defense, probes, {"sent again": representations[:, 1].float().cpu()}, (), store)
-    with stages.timed("throughput"):
-        throughput = {"link": linkage_speed(attacks, own, defense, probes)}
-    return Findings(
-        attack=info,
-        warnings=[*warnings, *_broken(assessed[-1])],
-        linkage=assessed[-1],
-        strength=strength,
-        throughput=throughput,
-    )
+    stages, probes = attacks.stages, attacks.selection.attacked
+    results: dict[str, AttackResult] = {}
+    warnings: list[str] = []
+    throughput: dict[str, Throughput] = {}
+    tables: list[pd.DataFrame] = []
+    for name, configs in attack_configs.items():
+        info = attack_info(attacks, configs[-1], defense)
+        linked = [attacks.linked(attack_config, defense) for attack_config in configs]
+        with stages.timed("measure"):
+            assessed = [_assess(attacks, embeddings) for embeddings in linked]
+            strength = _strength(attacks, configs, linked, assessed) if attacks.config.budget else None
+        info, unsaturated = mark_unsaturated(info, strength)
+        results[name] = AttackResult(attack=info, linkage=assessed[-1], strength=strength)
+        warnings += about(name, several, [*unsaturated, *_broken(assessed[-1])])
+        pairs, last = stages.splits.pairs, linked[-1]
+        scores = linkage_scores(last.first, last.second, last.plain, pairs)
+        tables.append(score_table(pairs, scores).assign(attack=name))
+        with stages.timed("throughput"):
+            operation = f"link {name}" if several else "link"
+            throughput[operation] = linkage_speed(attacks, configs[-1], defense, probes)
+    store.write_table("linkage", pd.concat(tables, ignore_index=True))
+    if sheet:
+        sent = next(iter(attacks.interceptions(defense, probes, 2)))[1]
+        write_sheet(attacks, defense, probes, {"sent again": sent[:, 1].float().cpu()}, (), store)
+    return Findings(results, warnings=warnings, throughput=throughput)
 
 
 def _assess(attacks: AttackStages, linked: Linked) -> Linkage:
@@ -192,15 +203,15 @@ def _assess(attacks: AttackStages, linked: Linked) -> Linkage:
 
 
 def _strength(
-    attacks: AttackStages, attack_configs: Sequence[AttackConfig], found: Sequence[Linked], assessed: Sequence[Linkage]
+    attacks: AttackStages, attack_configs: Sequence[AttackConfig], linked: Sequence[Linked], assessed: Sequence[Linkage]
 ) -> StrengthCurve:
     splits = attacks.stages.splits
     pairs, labels = splits.pairs, splits.victims.labels
 
     def gain(name: str) -> Measure:
         after, before = (
-            linkage_scores(linked.first, linked.second, linked.plain, pairs)["protected_plain"]
-            for linked in (found[-1], found[-2])
+            linkage_scores(point.first, point.second, point.plain, pairs)["protected_plain"]
+            for point in (linked[-1], linked[-2])
         )
         differences = verification_differences(
             after,
@@ -216,11 +227,11 @@ def _strength(
     budget = Budget.parse(attacks.config.budget or "")
     leakage: list[Mapping[str, Measure]] = [
         {
-            "linkage": one.protected_plain.accuracy,
-            "linkage_auc": one.protected_plain.auc,
-            "linkage_rank1": one.rank1,
+            "linkage": point.protected_plain.accuracy,
+            "linkage_auc": point.protected_plain.auc,
+            "linkage_rank1": point.rank1,
         }
-        for one in assessed
+        for point in assessed
     ]
     return strength_curve(budget.axis, spent(attacks, attack_configs, budget), leakage, gain, LINKAGE_TOLERANCE)
 

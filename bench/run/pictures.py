@@ -122,7 +122,7 @@ def write_sheet(
         captions: a line per victim; none for no line.
         store: has the run's folder.
         leakage: float (V,), how much leaked of each victim; without it there is no worst, median and best one.
-        members: name -> recovered faces (V, C, h, w) of each attack of a composite one; single pictures only.
+        members: name -> recovered faces (V, C, h, w) of each of several attacks; single pictures only.
     """
     config, stages = attacks.config, attacks.stages
     rows = min(ROWS, len(probes))

@@ -19,10 +19,11 @@ from bench.errors import MissingError
 from bench.nets.backbones import BACKBONES
 from bench.progress import ProgressBars
 from bench.recognition.options import HEADS
-from bench.results import DatasetInfo, DefenseInfo, RunPlan, RunResult
-from bench.run.attack_config import attack_configs, check_attack_config, members
+from bench.results import AttackResult, DatasetInfo, DefenseInfo, RunPlan, RunResult
+from bench.run.attack_config import attack_configs, check_attack
 from bench.run.attacker import AttackStages
 from bench.run.config import RunConfig
+from bench.run.findings import Findings
 from bench.run.launch import Launch
 from bench.run.linkage import run_linkage
 from bench.run.machines import ConnectedProcesses, make_fabric
@@ -32,6 +33,7 @@ from bench.run.speed import provider_speed
 from bench.run.stage import Job, StageCache
 from bench.run.store import RunStore
 from bench.run.verification import measure_utility
+from defenses.base import Defense
 
 
 class Pipeline:
@@ -57,10 +59,11 @@ class Pipeline:
 
     def _check(self) -> None:
         config = self.config
-        plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
+        defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
         self.attack_configs = attack_configs(config)
-        for attack_config in self.attack_configs:
-            check_attack_config(attack_config, config.knowledge, config.evaluator)
+        for configs in self.attack_configs.values():
+            for attack_config in configs:
+                check_attack(attack_config.make(), defense, config.knowledge, config.evaluator)
         for registry, name in (
             (DATASETS, config.dataset),
             (BACKBONES, config.backbone),
@@ -138,45 +141,60 @@ class Pipeline:
         probes = attacks.selection.attacked
 
         utility = measure_utility(stages, defense, plain, store) if config.utility else None
-        run = run_linkage if isinstance(self.attack_configs[-1].make(), LinkageAttack) else run_recovery
-        findings = run(attacks, self.attack_configs, defense, plain, store)
-
-        parts = members(self.attack_configs[-1])
-        asked = any(attacks.asks_provider(member.make()) for member in parts.values())
+        findings = self._attack(attacks, defense, plain, store)
+        last = {name: configs[-1] for name, configs in self.attack_configs.items()}
+        asked = any(attacks.asks_provider(attack_config.make()) for attack_config in last.values())
         recognised = config.utility or asked or defense.level == "template"
         with stages.timed("throughput"):
-            speed = provider_speed(attacks, defense, probes, recognise=recognised)
+            throughput = provider_speed(attacks, defense, probes, recognise=recognised)
         kept: dict[str, Job[Any]] = {"defense": stages.defense_job(defense)} if defense.trainable else {}
         if recognised:
             kept["recogniser"] = stages.recogniser_job(defense, "provider")
-        for name, member in parts.items():
-            kept["attack" if len(parts) == 1 else f"attack-{name}"] = attacks.fit_job(member, defense)
+        for name, attack_config in last.items():
+            kept["attack" if len(last) == 1 else f"attack-{name}"] = attacks.fit_job(attack_config, defense)
         for name, job in kept.items():
             file = f"{name.partition('-')[0]}.safetensors"
             store.keep_checkpoint(stages.cache.path(job.stage, job.key) / file, f"{name}.safetensors")
 
+        results: dict[str, AttackResult] = {}
+        for part in findings:
+            results |= part.results
+            throughput |= part.throughput
+        ordered = {name: results[name] for name in self.attack_configs}
+        figures: dict[str, Any] = {"attacks": ordered}
+        if len(ordered) == 1:
+            (only,) = ordered.values()
+            figures = {name: getattr(only, name) for name in AttackResult.model_fields}
         dataset = self._dataset(stages, len(probes))
         described = defense.describe()
         return RunResult(
             run_id=store.run_id,
             status="success",
-            warnings=[*self._warnings(dataset), *findings.warnings],
+            warnings=[*self._warnings(dataset), *(warning for part in findings for warning in part.warnings)],
             defense=DefenseInfo.of(described | channel_energy(described, stages.splits.public.images)),
-            attack=findings.attack,
-            evaluator=findings.evaluator,
+            evaluator=next((part.evaluator for part in findings if part.evaluator), None),
             dataset=dataset,
             utility=utility,
-            recovery=findings.recovery,
-            linkage=findings.linkage,
-            state_inference=findings.state_inference,
-            strength=findings.strength,
-            attacks=findings.attacks,
-            worst_case=findings.worst_case,
-            throughput={**speed, **findings.throughput},
+            worst_case=next((part.worst_case for part in findings if part.worst_case), None),
+            **figures,
+            throughput=throughput,
             seconds={stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},
             cached=list(dict.fromkeys(stages.cached)),
             peak_memory=_peak_memory(self.fabric.device),
         )
+
+    def _attack(self, attacks: AttackStages, defense: Defense, plain: Defense, store: RunStore) -> list[Findings]:
+        """Run the recovery attacks, then the linkage attacks."""
+        configs = self.attack_configs
+        linkage = {name: configs[name] for name in configs if isinstance(configs[name][-1].make(), LinkageAttack)}
+        recovery = {name: configs[name] for name in configs if name not in linkage}
+        several = len(configs) > 1
+        findings = []
+        if recovery:
+            findings.append(run_recovery(attacks, recovery, defense, plain, store, several=several))
+        if linkage:
+            findings.append(run_linkage(attacks, linkage, defense, store, several=several, sheet=not recovery))
+        return findings
 
     def _warnings(self, dataset: DatasetInfo) -> list[str]:
         warnings = []

@@ -7,7 +7,7 @@ and stopped as soon as its own progress says how fast it goes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from bench.data.faces import FaceSet, Source
 from bench.data.stream.scan import Scan
 from bench.nets.recogniser import Recogniser, build_recogniser
 from bench.results import PlannedStage, RunPlan
-from bench.run.attack_config import AttackConfig, members
+from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages
 from bench.run.config import RunConfig
 from bench.run.provider import Stages
@@ -84,7 +84,9 @@ def stand_in(config: RunConfig, seed: int) -> Source:
     return Source("synthetic", FaceSet(pixels, labels, tuple(str(i) for i in range(identities))), synthetic=True)
 
 
-def make_plan(config: RunConfig, attack_configs: Sequence[AttackConfig], attacks: AttackStages) -> RunPlan:
+def make_plan(
+    config: RunConfig, attack_configs: Mapping[str, Sequence[AttackConfig]], attacks: AttackStages
+) -> RunPlan:
     """The plan of a run; trains nothing to its end and writes nothing.
 
     Recovering and linking cannot be timed before an attack is fitted: they are listed without an estimate.
@@ -116,29 +118,25 @@ def make_plan(config: RunConfig, attack_configs: Sequence[AttackConfig], attacks
         jobs.append((fit, f"fit {defense.name} to {len(stages.splits.provider)} images", True))
         if not stages.cache.holds(fit.stage, fit.key):
             stages.assume(fit, defense)
-    members_of = [members(attack_config) for attack_config in attack_configs]
-    own = attack_configs[-1].make()
-    linkage = isinstance(own, LinkageAttack)
     # A linkage attack is its own ceiling: it links plain faces as well. The others are run on unprotected ones.
-    targets = [(part, defense) for parts in members_of for part in parts.values()]
-    targets += [] if linkage else [(part, plain) for part in members_of[-1].values()]
+    targets = [(attack_config, defense) for configs in attack_configs.values() for attack_config in configs]
+    targets += [(configs[-1], plain) for configs in attack_configs.values() if not _links(configs[-1])]
 
-    for role, one in _recognisers(config, targets, attacks, defense, plain):
-        job = stages.recogniser_job(one, role)
+    for role, target in _recognisers(config, targets, attacks, defense, plain):
+        job = stages.recogniser_job(target, role)
         jobs.append((job, _training(config, stages, role), True))
         if not stages.cache.holds(job.stage, job.key):
             # For attacks that query it: an untrained one is as fast.
-            stages.assume(job, _untrained(config, stages, one))
+            stages.assume(job, _untrained(config, stages, target))
     defense = stages.ready(defense)
     for attack_config, target in targets:
         jobs.append((attacks.fit_job(attack_config, target), _fitting(attack_config, attacks), True))
-    probes = attacks.selection.attacked
     for attack_config, target in targets:
-        if linkage:
+        if _links(attack_config):
             what = f"embed {len(stages.splits.victims)} victim images, twice protected and plain"
             jobs.append((attacks.link_job(attack_config, target), what, False))
         else:
-            what = f"recover {len(probes)} victim images, k = {attack_config.interceptions}"
+            what = f"recover {len(attacks.selection.attacked)} victim images, k = {attack_config.interceptions}"
             jobs.append((attacks.recover_job(attack_config, target), what, False))
     for job, what, timed in {(job.stage, job.key): (job, what, timed) for job, what, timed in jobs}.values():
         cached = stages.cache.holds(job.stage, job.key)
@@ -154,6 +152,10 @@ def make_plan(config: RunConfig, attack_configs: Sequence[AttackConfig], attacks
     )
 
 
+def _links(attack_config: AttackConfig) -> bool:
+    return isinstance(attack_config.make(), LinkageAttack)
+
+
 def _recognisers(
     config: RunConfig,
     targets: Sequence[tuple[AttackConfig, Defense]],
@@ -164,7 +166,7 @@ def _recognisers(
     """Role and defence of every recogniser that the run trains."""
     found = [("provider", defense), ("provider", plain)] if config.utility or defense.level == "template" else []
     found += [("provider", target) for attack_config, target in targets if attacks.asks_provider(attack_config.make())]
-    if config.evaluator is None and not isinstance(targets[0][0].make(), LinkageAttack):
+    if config.evaluator is None and not all(_links(attack_config) for attack_config, _ in targets):
         found.append(("evaluator", plain))
     return list(dict.fromkeys(found))
 

@@ -1,9 +1,9 @@
-"""A run of a recovery attack, alone or composed of several: what comes back, beside the floors and the ceiling."""
+"""The recovery attacks of a run: what comes back, beside the floors and the ceilings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -13,12 +13,13 @@ from bench.errors import MissingError
 from bench.metrics.floors import grey, mean_face, nearest, noise
 from bench.metrics.perceptual import Lpips, load_lpips
 from bench.results import AttackInfo, AttackResult, Measure, Quality, Recovery, StrengthCurve, Throughput
-from bench.run.attack_config import AttackConfig, members
+from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages, Recovered
 from bench.run.config import Budget
 from bench.run.findings import (
     RECOVERY_TOLERANCE,
     Findings,
+    about,
     attack_info,
     mark_unsaturated,
     spent,
@@ -63,119 +64,113 @@ def _nearest(attacks: AttackStages, defense: Defense, probes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Recovered faces, judged.
+class ScoredRecovery:
+    """What an attack recovered, beside the originals.
 
     Attributes:
-        assessment: of a composite attack the pointwise worst case.
-        faces: float32 (V, 3, H, W), for looking at; of a composite attack each victim's under ``best``.
-        recovered: all that the attack gave back; None of a composite one.
-        members: name -> outcome, of a composite attack.
-        best: of a composite attack, per victim, the member with the highest SSIM.
+        recovered: all that the attack gave back.
+        assessment: how near it comes.
     """
 
+    recovered: Recovered
     assessment: Assessment
-    faces: Tensor
-    recovered: Recovered | None = None
-    members: dict[str, Outcome] = field(default_factory=dict)
-    best: tuple[str, ...] = ()
-
-
-def outcome(
-    attacks: AttackStages, scorer: Scorer, attack_config: AttackConfig, defense: Defense, probes: Tensor
-) -> Outcome:
-    """Recover the victim images ``probes`` from ``defense`` and score the faces."""
-    found = {}
-    for name, member in members(attack_config).items():
-        recovered = attacks.recovered(member, defense)
-        found[name] = Outcome(scorer.assess(recovered.faces), recovered.faces, recovered)
-    if set(found) == {attack_config.name}:
-        return found[attack_config.name]
-    names = tuple(found)
-    best = torch.stack([one.assessment.values["ssim"] for one in found.values()]).argmax(dim=0)
-    faces = torch.stack([one.faces for one in found.values()])[best, torch.arange(len(probes))]
-    worst = scorer.worst([one.assessment for one in found.values()])
-    return Outcome(worst, faces, members=found, best=tuple(names[i] for i in best.tolist()))
 
 
 def run_recovery(
-    attacks: AttackStages, attack_configs: Sequence[AttackConfig], defense: Defense, plain: Defense, store: RunStore
+    attacks: AttackStages,
+    attack_configs: Mapping[str, Sequence[AttackConfig]],
+    defense: Defense,
+    plain: Defense,
+    store: RunStore,
+    *,
+    several: bool,
 ) -> Findings:
-    """Let a recovery attack loose on a defence and measure what comes back.
+    """Let recovery attacks loose on a defence and measure what comes back.
+
+    Averages over attacks would hide that different victims fall to different ones, so of several attacks there is the
+    pointwise worst case, too (per-example evaluation in Carlini et al., On Evaluating Adversarial Robustness, arXiv
+    1902.06705).
 
     Args:
         attacks: hands attacks what they may have, and runs them.
-        attack_configs: one per budget; the last is the run's own.
+        attack_configs: by the attack's name, a configuration per budget; the last is the run's own.
         defense: the one attacked.
         plain: the defence that does nothing, for the ceiling.
         store: takes the raw values and the contact sheet.
+        several: whether the run has other attacks, of any kind.
 
     Raises:
         BenchError: an attack gave up, or was trained on less than what the defence emits.
     """
-    stages, own = attacks.stages, attack_configs[-1]
-    probes = attacks.selection.attacked
-    # First what takes long and is kept, then what is measured on it.
-    infos = _infos(attacks, own, defense)
-    for attack_config, target in [*((one, defense) for one in attack_configs), (own, plain)]:
-        for member in members(attack_config).values():
-            attacks.recovered(member, target)
+    stages, probes = attacks.stages, attacks.selection.attacked
+    # First what takes long and is kept, then what is measured on it. An attack that was mis-driven is not let loose.
+    infos = {name: attack_info(attacks, configs[-1], defense) for name, configs in attack_configs.items()}
+    for configs in attack_configs.values():
+        for attack_config, target in [*((attack_config, defense) for attack_config in configs), (configs[-1], plain)]:
+            attacks.recovered(attack_config, target)
     scorer = make_scorer(attacks)
 
+    def score(attack_config: AttackConfig, target: Defense) -> ScoredRecovery:
+        recovered = attacks.recovered(attack_config, target)
+        return ScoredRecovery(recovered, scorer.assess(recovered.faces))
+
     with stages.timed("measure"):
-        outcomes = [outcome(attacks, scorer, attack_config, defense, probes) for attack_config in attack_configs]
-        result = outcomes[-1]
-        ceiling = result if defense.name == plain.name else outcome(attacks, scorer, own, plain, probes)
         floors = {name: scorer.assess(faces) for name, faces in floor_recoveries(attacks, defense, probes).items()}
-
-        def recovery(got: Outcome, most: Outcome) -> Recovery:
-            bounds = {name: floor.quality for name, floor in floors.items()}
-            return Recovery(**got.assessment.quality.model_dump(), floors=bounds, ceiling=most.assessment.quality)
-
-        parts: dict[str, AttackResult] = {}
-        tables: dict[str, Assessment] = {}
-        warnings: list[str] = []
-        for name, info in infos.items():
-            curve = [one.members.get(name, one) for one in outcomes]
-            got, most = curve[-1], ceiling.members.get(name, ceiling)
-            strength = _strength(attacks, scorer, attack_configs, curve) if attacks.config.budget else None
-            marked, late = mark_unsaturated(info, strength)
-            warnings += [f"{name}: {warning}" if result.members else warning for warning in late]
-            parts[name] = AttackResult(
-                attack=marked,
-                recovery=recovery(got, most),
-                state_inference=state_inference(got.recovered.right, defense, scorer) if got.recovered else None,
-                strength=strength,
-            )
-            tables |= {name: got.assessment, f"{name} ceiling" if result.members else "ceiling": most.assessment}
-            for point, earlier in zip(strength.points[:-1] if strength else (), curve[:-1], strict=False):
-                assert strength is not None
+        scored = {name: [score(config, defense) for config in configs] for name, configs in attack_configs.items()}
+        ceilings = {name: score(configs[-1], plain) for name, configs in attack_configs.items()}
+    results: dict[str, AttackResult] = {}
+    warnings: list[str] = []
+    throughput: dict[str, Throughput] = {}
+    tables: dict[str, Assessment] = {}
+    for name, configs in attack_configs.items():
+        *_, last = scored[name]
+        with stages.timed("measure"):
+            strength = _strength(attacks, scorer, configs, scored[name]) if attacks.config.budget else None
+            inference = state_inference(last.recovered.right, defense, scorer)
+        info, unsaturated = mark_unsaturated(_with_queries(infos[name], last.recovered), strength)
+        recovery = _recovery(last.assessment, floors, ceilings[name].assessment)
+        results[name] = AttackResult(attack=info, recovery=recovery, state_inference=inference, strength=strength)
+        warnings += about(name, several, [*unsaturated, *_broken(recovery)])
+        with stages.timed("throughput"):
+            operation = f"recover {name}" if several else "recover"
+            throughput[operation] = recovery_speed(attacks, configs[-1], defense, probes, last.recovered)
+        tables[name] = last.assessment
+        if len(attack_configs) > 1:
+            tables[f"{name} ceiling"] = ceilings[name].assessment
+        if strength is not None:
+            for point, earlier in zip(strength.points[:-1], scored[name][:-1], strict=True):
                 tables[f"{name} {strength.axis}={point.budget:.10g}"] = earlier.assessment
-    if result.members:
-        tables["worst case"] = result.assessment
-    _write_raw(tables | floors, store)
-    _write_states(own.name, result, probes, store)
-    columns = {"recovered": result.faces, "ceiling": ceiling.faces}
-    write_sheet(
-        attacks,
-        defense,
-        probes,
-        columns,
-        _captions(result),
-        store,
-        leakage=result.assessment.values["ssim"],
-        members={name: member.faces for name, member in result.members.items()},
+
+    worst = scorer.worst([runs[-1].assessment for runs in scored.values()])
+    ceiling = scorer.worst([run.assessment for run in ceilings.values()])
+    if len(results) > 1:
+        tables["worst case"] = worst
+    _write_raw(tables | {"ceiling": ceiling, **floors}, store)
+    _write_states({name: runs[-1].recovered for name, runs in scored.items()}, probes, store)
+    _write_pictures(attacks, defense, scored, ceilings, worst, store)
+    return Findings(
+        results=results,
+        worst_case=_recovery(worst, floors, ceiling) if len(results) > 1 else None,
+        evaluator=scorer.info,
+        warnings=warnings,
+        throughput=throughput,
     )
-    with stages.timed("throughput"):
-        throughput = _throughput(attacks, own, defense, result)
-    worst = recovery(result, ceiling)
-    warnings += _broken(worst)
-    if result.members:
-        return Findings(
-            warnings=warnings, evaluator=scorer.info, attacks=parts, worst_case=worst, throughput=throughput
-        )
-    only = {name: getattr(parts[own.name], name) for name in ("attack", "recovery", "state_inference", "strength")}
-    return Findings(warnings=warnings, evaluator=scorer.info, throughput=throughput, **only)
+
+
+def _recovery(assessment: Assessment, floors: Mapping[str, Assessment], ceiling: Assessment) -> Recovery:
+    return Recovery(
+        **assessment.quality.model_dump(),
+        floors={name: floor.quality for name, floor in floors.items()},
+        ceiling=ceiling.quality,
+    )
+
+
+def _with_queries(info: AttackInfo, recovered: Recovered) -> AttackInfo:
+    """Also tells how often the attack asked the provider per victim, if it did."""
+    if recovered.queries is None:
+        return info
+    details = {**info.details, "queries_per_victim": recovered.queries / len(recovered.faces)}
+    return info.model_copy(update={"details": details})
 
 
 def make_scorer(attacks: AttackStages) -> Scorer:
@@ -200,28 +195,15 @@ def make_scorer(attacks: AttackStages) -> Scorer:
     )
 
 
-def _infos(attacks: AttackStages, attack_config: AttackConfig, defense: Defense) -> dict[str, AttackInfo]:
-    probes = attacks.selection.attacked
-    infos = {}
-    for name, member in members(attack_config).items():
-        # Before anything is recovered: an attack that was mis-driven is not let loose.
-        infos[name] = attack_info(attacks, member, defense)
-        queries = attacks.recovered(member, defense).queries
-        if queries is not None:
-            details = {**infos[name].details, "queries_per_victim": queries / len(probes)}
-            infos[name] = infos[name].model_copy(update={"details": details})
-    return infos
-
-
 def _strength(
-    attacks: AttackStages, scorer: Scorer, attack_configs: Sequence[AttackConfig], outcomes: Sequence[Outcome]
+    attacks: AttackStages, scorer: Scorer, attack_configs: Sequence[AttackConfig], scored: Sequence[ScoredRecovery]
 ) -> StrengthCurve:
     budget = Budget.parse(attacks.config.budget or "")
     return strength_curve(
         budget.axis,
         spent(attacks, attack_configs, budget),
-        [_leakage(one.assessment.quality) for one in outcomes],
-        lambda name: scorer.gain(name, outcomes[-1].assessment, outcomes[-2].assessment),
+        [_leakage(run.assessment.quality) for run in scored],
+        lambda name: scorer.gain(name, scored[-1].assessment, scored[-2].assessment),
         RECOVERY_TOLERANCE,
     )
 
@@ -250,27 +232,34 @@ def _broken(recovery: Recovery) -> list[str]:
     ]
 
 
-def _throughput(
-    attacks: AttackStages, attack_config: AttackConfig, defense: Defense, result: Outcome
-) -> dict[str, Throughput]:
-    probes = attacks.selection.attacked
-    if result.recovered is not None:
-        return {"recover": recovery_speed(attacks, attack_config, defense, probes, result.recovered)}
-    found = {}
-    for name, member in members(attack_config).items():
-        recovered = result.members[name].recovered
-        assert recovered is not None  # composite attacks do not nest
-        found[f"recover {name}"] = recovery_speed(attacks, member, defense, probes, recovered)
-    return found
-
-
-def _captions(result: Outcome) -> list[str]:
-    values = result.assessment.values
-    rows = zip(values["ssim"].tolist(), values["psnr"].tolist(), values["cosine"].tolist(), strict=True)
-    captions = [f"SSIM {ssim:.3f}  PSNR {psnr:.1f} dB  cosine {cosine:.2f}" for ssim, psnr, cosine in rows]
-    if result.best:
-        captions = [f"{name}: {caption}" for name, caption in zip(result.best, captions, strict=True)]
-    return captions
+def _write_pictures(
+    attacks: AttackStages,
+    defense: Defense,
+    scored: Mapping[str, Sequence[ScoredRecovery]],
+    ceilings: Mapping[str, ScoredRecovery],
+    worst: Assessment,
+    store: RunStore,
+) -> None:
+    """The contact sheet: of several attacks each victim as under the one that gets the highest SSIM."""
+    probes, names = attacks.selection.attacked, list(scored)
+    faces = torch.stack([runs[-1].recovered.faces for runs in scored.values()])
+    unprotected = torch.stack([run.recovered.faces for run in ceilings.values()])
+    best = torch.stack([runs[-1].assessment.values["ssim"] for runs in scored.values()]).argmax(dim=0)
+    rows = torch.arange(len(probes))
+    figures = zip(*(worst.values[name].tolist() for name in ("ssim", "psnr", "cosine")), strict=True)
+    captions = [f"SSIM {ssim:.3f}  PSNR {psnr:.1f} dB  cosine {cosine:.2f}" for ssim, psnr, cosine in figures]
+    if len(names) > 1:
+        captions = [f"{names[number]}: {caption}" for number, caption in zip(best.tolist(), captions, strict=True)]
+    write_sheet(
+        attacks,
+        defense,
+        probes,
+        {"recovered": faces[best, rows], "ceiling": unprotected[best, rows]},
+        captions,
+        store,
+        leakage=worst.values["ssim"],
+        members=dict(zip(names, faces, strict=True)) if len(names) > 1 else None,
+    )
 
 
 def _write_raw(assessments: Mapping[str, Assessment], store: RunStore) -> None:
@@ -278,16 +267,14 @@ def _write_raw(assessments: Mapping[str, Assessment], store: RunStore) -> None:
     store.write_table("per_image", pd.concat(tables, ignore_index=True))
 
 
-def _write_states(name: str, result: Outcome, probes: Tensor, store: RunStore) -> None:
+def _write_states(recovered: Mapping[str, Recovered], probes: Tensor, store: RunStore) -> None:
     """A row per interception of every attack that named states: which was drawn, and which it named."""
-    found = {name: result, **result.members}
     tables = []
-    for attack, one in found.items():
-        if one.recovered is None or one.recovered.named is None:
+    for name, faces in recovered.items():
+        if (named := faces.named) is None:
             continue
-        named = one.recovered.named
         index = pd.MultiIndex.from_product([probes.tolist(), range(named.shape[1])], names=["image", "interception"])
         drawn = pd.DataFrame(named.flatten(0, 1).numpy(), index=index, columns=["drawn", "named"])
-        tables.append(drawn.reset_index().assign(attack=attack))
+        tables.append(drawn.reset_index().assign(attack=name))
     if tables:
         store.write_table("state_inference", pd.concat(tables, ignore_index=True))

@@ -15,7 +15,7 @@ from bench import plugins
 from bench.errors import UsageError
 from bench.measures import Measure, leak
 from bench.results import RunResult
-from bench.run.attack_config import AttackConfig, members
+from bench.run.attack_config import attack_configs
 from bench.run.config import RunConfig, merge, resolve
 from bench.run.pipeline import Pipeline
 from bench.run.store import run_id
@@ -213,7 +213,8 @@ def check(configs: Sequence[RunConfig], *, here: bool = True) -> list[Cell]:
     """
     for config in configs:
         plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
-        members(AttackConfig(config.attack, config.preset, config.attack_options))
+        for attack in attack_configs(config).values():
+            attack[-1].make()
     cells = [Cell(config, _refusal(config, here)) for config in configs]
     if all(cell.refusal for cell in cells):
         of_all = f"none of the {len(cells)} cells can be run: " if len(cells) > 1 else ""

@@ -23,14 +23,14 @@ def test_probing_finds_where_canonical_puts_each_channel(partialface):
     assert layout.varies
     assert layout.width == 3 * 54
     sent = torch.stack([partialface.subset_table[s][partialface.permutation_table[p]] for s, p in layout.states])
-    assert torch.equal(layout.places, torch.cat([54 * colour + sent for colour in range(3)], dim=1))
+    assert torch.equal(layout.canonical, torch.cat([54 * colour + sent for colour in range(3)], dim=1))
 
 
 def test_reading_by_layout_equals_canonical(partialface):
     layout = probe(partialface, partialface.states())
     assert layout is not None
     sent = partialface.protect(torch.rand(8, 3, SIZE, SIZE), torch.Generator().manual_seed(0))
-    channels = layout.places[layout.row_of(sent.state)][:, :, None, None].expand_as(sent.representation)
+    channels = layout.canonical[layout.row_of(sent.state)][:, :, None, None].expand_as(sent.representation)
     canonical = partialface.canonical(sent.representation, sent.state)
     assert torch.equal(canonical.gather(1, channels), sent.representation)
 

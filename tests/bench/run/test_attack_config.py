@@ -1,55 +1,63 @@
-"""Which attacks a composite one consists of, as its options are written in different places."""
+"""Which attacks a run consists of, and with what options, as they are written in different places."""
 
 import pytest
-from pydantic import ValidationError
 
-from bench.run.attack_config import Composite, CompositeOptions
-
-
-def members(**options):
-    return Composite(CompositeOptions.model_validate(options)).members()
+from bench.errors import UsageError
+from bench.run.attack_config import attack_configs
+from bench.run.config import resolve
 
 
-@pytest.mark.parametrize("attacks", ["linear, other-one", ["linear", "other-one"], ("linear", "other-one")])
-def test_attacks_keep_their_order(attacks):
-    assert members(attacks=attacks) == (("linear", {}), ("other-one", {}))
+def configs(attack, options=None, **settings):
+    return attack_configs(
+        resolve({"defense": "none", "attack": attack, "attack_options": options or {}, **settings}, {})
+    )
 
 
-def test_options_reach_the_attack_they_name():
-    expected = (("linear", {"rank": "200"}), ("other-one", {"steps": 3, "images": 4}))
-    assert members(attacks="linear,other-one", linear={"rank": "200"}, other_one={"steps": 3, "images": 4}) == expected
-    nested = {"linear": {"rank": "200"}, "other-one": {"steps": 3, "images": 4}}
-    assert members(attacks="linear,other-one", options=nested) == expected
-    # What was set in a file, and one more on the command line.
-    mixed = members(attacks="linear,other-one", options={"linear": {"rank": "100", "k": 1}}, linear={"rank": "200"})
-    assert mixed[0] == ("linear", {"rank": "200", "k": 1})
+def options_of(attack, **options):
+    return {name: dict(budgets[-1].options) for name, budgets in configs(attack, options).items()}
 
 
-def test_stored_options_are_read_back():
-    options = CompositeOptions.model_validate({"attacks": "a,b", "b": {"x": "1"}})
-    assert CompositeOptions.model_validate(options.model_dump(mode="json")) == options
+def test_attacks_keep_their_order():
+    assert list(configs("unet, linear,hill-climb")) == ["unet", "linear", "hill-climb"]
+
+
+def test_an_option_reaches_the_attack_it_names_or_all_that_have_it():
+    options = {"images": "500", "unet": {"images": "900"}, "hill_climb": {"starts": 2}}
+    assert options_of("linear,unet,hill-climb", **options) == {
+        "linear": {},
+        "unet": {"images": "900"},
+        "hill-climb": {"starts": 2},
+    }
+    assert options_of("unet,unrolled", images="500") == {"unet": {"images": "500"}, "unrolled": {"images": "500"}}
+
+
+def test_one_attack_says_itself_which_options_it_has():
+    (unet,) = configs("unet", {"imagse": "3"}).values()
+    with pytest.raises(UsageError, match="unknown key 'imagse'"):
+        unet[-1].make()
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("attack", "options", "message"),
     [
-        ({}, "attacks"),
-        ({"attacks": "linear"}, "at least 2"),
-        ({"attacks": "linear,linear"}, "named twice"),
-        ({"attacks": "linear,unet", "images": "3"}, "Extra inputs"),
-        ({"attacks": "linear,unet", "posterior": {"steps": 3}}, "Extra inputs"),
-        ({"attacks": "linear,unet", "options": {"posterior": {"steps": 3}}}, "for posterior, not one of"),
-        ({"attacks": "linear,unet", "unet": "3"}, "unet.OPTION=VALUE"),
+        ("linear,linear", {}, "each attack once"),
+        ("linear,", {}, "each attack once"),
+        ("linear,unet", {"imagse": "3"}, "-a imagse: none of linear, unet has such an option"),
+        ("linear,unet", {"unrolled": {"steps": 3}}, "-a unrolled: none of"),
+        ("linear,unet", {"unet": "3"}, "unet.OPTION=VALUE"),
+        ("linear,u-net", {"images": "3"}, "unknown attack 'u-net'"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
-    with pytest.raises(ValidationError, match=message):
-        CompositeOptions.model_validate(options)
+def test_what_does_not_go_together_is_refused(attack, options, message):
+    with pytest.raises(UsageError, match=message):
+        configs(attack, options)
 
 
-def test_it_is_never_fitted_itself():
-    attack = Composite(CompositeOptions(attacks=("a", "b")))
-    with pytest.raises(TypeError, match="fit its members"):
-        attack.fit(None)
-    with pytest.raises(TypeError, match="prepare its members"):
-        attack.prepare(None)
+def test_a_budget_is_spent_by_every_attack():
+    spent = configs("linear,unet", budget="k=1,2")
+    assert {name: [config.interceptions for config in budgets] for name, budgets in spent.items()} == {
+        "linear": [1, 2],
+        "unet": [1, 2],
+    }
+    with pytest.raises(UsageError, match=r"linear has no axis 'steps' \(axes: data, k"):
+        configs("unet,linear", budget="steps=1,2")

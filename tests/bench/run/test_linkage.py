@@ -243,7 +243,7 @@ class TestPlainFaces:
         table = pd.read_parquet(directory / "linkage.parquet")
         one = Pipeline(resolve({**TINY, "out": out}, {}), console=Console(quiet=True))
         stages = AttackStages(one._stages(lambda *_, **__: None))
-        linked = stages.linked(attack_configs(one.config)[-1], stages.stages.defense("none", {}))
+        linked = stages.linked(attack_configs(one.config)["thumbnail"][-1], stages.stages.defense("none", {}))
         pairs = stages.stages.splits.pairs
         expected = (linked.plain[pairs.first] * linked.plain[pairs.second]).sum(1)
         torch.testing.assert_close(torch.tensor(table["plain"].to_numpy()), expected)

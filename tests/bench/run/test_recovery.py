@@ -249,15 +249,14 @@ class TestStrength:
 
 
 @pytest.fixture(scope="module")
-def composed(run):
-    options = {"attacks": "left-half,right-half", "left_half": {"batch_limit": "3"}}
-    return run(attack="composite", attack_options=options)
+def several(run):
+    return run(attack="left-half,right-half", attack_options={"left_half": {"batch_limit": "3"}})
 
 
 @pytest.mark.slow
-class TestComposite:
-    def test_each_victim_suffers_the_worst_by_every_measure(self, composed):
-        result, directory = composed
+class TestSeveralAttacks:
+    def test_each_victim_suffers_the_worst_by_every_measure(self, several):
+        result, directory = several
         table = pd.read_parquet(directory / "per_image.parquet").set_index(["method", "image"])
         left, right, both = (table.loc[name] for name in ("left-half", "right-half", "worst case"))
         for name in ("ssim", "psnr", "psnr_aligned", "ms_ssim", "cosine", "type1_tar", "type2_tar", "rank1", "rank5"):
@@ -269,41 +268,28 @@ class TestComposite:
         assert ssim.value == pytest.approx(both["ssim"].mean(), abs=1e-6)
         assert ssim.ci95[0] < ssim.value < ssim.ci95[1]
 
-    def test_members_stand_beside_it(self, composed):
-        result, directory = composed
-        worst, attacks = result.worst_case, result.attack_results
-        assert list(attacks) == ["left-half", "right-half"]
+    def test_each_has_a_result(self, several):
+        result, directory = several
         assert result.attack is result.recovery is None
-        assert all(worst.ssim.value > one.recovery.ssim.value for one in attacks.values())
-        assert all(one.recovery.ceiling.ssim.value > one.recovery.ssim.value for one in attacks.values())
-        assert worst.ceiling.ssim.value > worst.ssim.value
-        assert attacks["left-half"].attack.options["batch_limit"] == 3
-        assert attacks["right-half"].attack.options["batch_limit"] == 0
+        assert list(result.attacks) == ["left-half", "right-half"]
+        assert all(result.worst_case.ssim.value > one.recovery.ssim.value for one in result.attacks.values())
+        assert result.worst_case.ceiling.ssim.value > result.worst_case.ssim.value
+        assert set(result.worst_case.floors) == {"mean_face", "grey", "noise", "nearest"}
+        options = {name: one.attack.options["batch_limit"] for name, one in result.attacks.items()}
+        assert options == {"left-half": 3, "right-half": 0}
         assert {"recover left-half", "recover right-half"} <= set(result.throughput)
         assert (directory / "checkpoints" / "attack-left-half.safetensors").is_file()
         assert (directory / "samples" / "contact-sheet.png").is_file()
 
-    def test_a_member_is_not_run_again(self, run, composed):
+    def test_an_attack_that_ran_with_others_is_not_run_again_alone(self, run, several):
         result, directory = run(attack="right-half")
         assert made(directory) == []
-        assert result.recovery.ssim == composed[0].attacks["right-half"].recovery.ssim
+        assert result.worst_case is None
+        assert result.attack_results == {"right-half": several[0].attacks["right-half"]}
 
-    @pytest.mark.parametrize(
-        ("attacks", "message"),
-        [
-            ("echo,composite", "composite"),
-            ("echo,nobody", "unknown attack 'nobody'"),
-            ("echo", "at least 2"),
-            ("echo,reader", "attack reader needs known state"),
-        ],
-    )
-    def test_refused_before_any_compute(self, run, attacks, message):
-        with pytest.raises(UsageError, match=message):
-            run(attack="composite", attack_options={"attacks": attacks})
-
-    def test_budgets_are_those_that_all_members_have(self, run):
-        with pytest.raises(UsageError, match=r"composite has no axis 'steps' \(axes: data, k\)"):
-            run(attack="composite", attack_options={"attacks": "echo,left-half"}, budget="steps=1,2")
+    def test_one_that_lacks_what_it_needs_is_refused_before_any_compute(self, run):
+        with pytest.raises(UsageError, match="attack reader needs known state"):
+            run(attack="echo,reader")
 
 
 @pytest.mark.slow
@@ -370,7 +356,7 @@ def test_a_killed_recovery_goes_on_after_the_batches_it_had_done(run):
 
 
 @pytest.mark.slow
-def test_the_plan_knows_every_part(out, run, composed, echoed):
+def test_the_plan_knows_every_part(out, run, several, echoed):
     def plan(**changes):
         return Pipeline(resolve({**TINY, "out": out, **changes}, {}), console=Console(quiet=True)).plan()
 
@@ -378,8 +364,7 @@ def test_the_plan_knows_every_part(out, run, composed, echoed):
     assert names.count("attack-echo-pixelate") == names.count("recover-echo-pixelate") == 4
     assert names.count("attack-echo-none") == 1
     assert not any(name.startswith("recogniser-provider") for name in names)
-    options = {"attacks": "left-half,right-half", "left_half": {"batch_limit": "3"}}
-    parts = plan(attack="composite", attack_options=options)
+    parts = plan(attack="left-half,right-half", attack_options={"left_half": {"batch_limit": "3"}})
     assert all(stage.cached for stage in parts.stages)
     assert {"attack-left-half-pixelate", "attack-right-half-none"} <= {stage.name for stage in parts.stages}
     new = plan(attack="asker", seed=7)
