@@ -8,9 +8,8 @@ from bench.run.config import resolve
 
 
 def configs(attack, options=None, **settings):
-    return attack_configs(
-        resolve({"defense": "none", "attack": attack, "attack_options": options or {}, **settings}, {})
-    )
+    asked = {"defense": "none", "attack": attack, "attack_options": options or {}, **settings}
+    return attack_configs(resolve(asked, {}))
 
 
 def options_of(attack, **options):
