@@ -1,9 +1,12 @@
 """Which attacks a run consists of, and with what options, as they are written in different places."""
 
+from typing import ClassVar
+
 import pytest
 
+from bench import plugins
 from bench.errors import UsageError
-from bench.run.attack_config import attack_configs
+from bench.run.attack_config import AttackConfig, attack_configs
 from bench.run.config import resolve
 
 
@@ -50,6 +53,46 @@ def test_one_attack_says_itself_which_options_it_has():
 def test_what_does_not_go_together_is_refused(attack, options, message):
     with pytest.raises(UsageError, match=message):
         configs(attack, options)
+
+
+UNET = {"defense": "none", "attack": "unet"}
+
+
+def test_without_a_budget_there_is_one_configuration():
+    config = resolve({**UNET, "queries": 3, "attack_options": {"images": "77"}}, {})
+    assert attack_configs(config) == {"unet": [AttackConfig("unet", "cpu", {"images": "77"}, interceptions=3)]}
+
+
+class TestBudgets:
+    @pytest.fixture(autouse=True)
+    def _axis(self, monkeypatch):
+        class Stepping(plugins.attacks().get("unet")):
+            budgets: ClassVar = {"steps": "images"}
+
+        monkeypatch.setitem(plugins.attacks()._loaded, "unet", Stepping)
+
+    def test_the_last_is_the_runs_own(self):
+        config = resolve({**UNET, "budget": "steps=100,200", "attack_options": {"widths": "4,8"}}, {})
+        first, last = attack_configs(config)["unet"]
+        assert first.make().options.images == 100
+        assert last.make().options.images == 200
+        assert last.make().options.widths == first.make().options.widths == (4, 8)
+        config = resolve({**UNET, "budget": "data=0.5,1", "queries": 2}, {})
+        assert [(one.public, one.interceptions) for one in attack_configs(config)["unet"]] == [(0.5, 2), (1, 2)]
+        config = resolve({**UNET, "budget": "k=1,4"}, {})
+        assert [(one.public, one.interceptions) for one in attack_configs(config)["unet"]] == [(1, 1), (1, 4)]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"budget": "images=1,2"}, r"unet has no axis 'images' \(axes: data, k, steps\)"),
+            ({"budget": "steps=1,2", "attack_options": {"images": "3"}}, "both set images of unet"),
+            ({"budget": "k=1,2", "queries": 4}, "--queries 4 is not the largest"),
+        ],
+    )
+    def test_contradictions_are_refused(self, changes, message):
+        with pytest.raises(UsageError, match=message):
+            attack_configs(resolve({**UNET, **changes}, {}))
 
 
 def test_a_budget_is_spent_by_every_attack():

@@ -1,13 +1,9 @@
 """Configuration: precedence, strictness, one-line errors."""
 
-from typing import ClassVar
-
 import pytest
 
-from bench import plugins
 from bench.errors import MissingError, UsageError
 from bench.recognition.options import TrainingOptions
-from bench.run.attack_config import AttackConfig, attack_configs
 from bench.run.config import (
     Budget,
     RunConfig,
@@ -66,43 +62,6 @@ def test_what_cannot_be_is_one_line(text, message):
         Budget.parse(text)
     with pytest.raises(UsageError, match=message):
         resolve({**UNET, "budget": text}, {})
-
-
-def test_a_run_without_one_has_one_attempt():
-    config = resolve({**UNET, "queries": 3, "attack_options": {"images": "77"}}, {})
-    assert attack_configs(config) == [AttackConfig("unet", "cpu", {"images": "77"}, interceptions=3)]
-
-
-class TestAttackConfigs:
-    @pytest.fixture(autouse=True)
-    def _axis(self, monkeypatch):
-        class Stepping(plugins.attacks().get("unet")):
-            budgets: ClassVar = {"steps": "images"}
-
-        monkeypatch.setitem(plugins.attacks()._loaded, "unet", Stepping)
-
-    def test_the_last_is_the_runs_own(self):
-        config = resolve({**UNET, "budget": "steps=100,200", "attack_options": {"widths": "4,8"}}, {})
-        first, last = attack_configs(config)
-        assert first.make().options.images == 100
-        assert last.make().options.images == 200
-        assert last.make().options.widths == first.make().options.widths == (4, 8)
-        config = resolve({**UNET, "budget": "data=0.5,1", "queries": 2}, {})
-        assert [(one.public, one.interceptions) for one in attack_configs(config)] == [(0.5, 2), (1, 2)]
-        config = resolve({**UNET, "budget": "k=1,4"}, {})
-        assert [(one.public, one.interceptions) for one in attack_configs(config)] == [(1, 1), (1, 4)]
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"budget": "images=1,2"}, r"unet has no axis 'images' \(axes: data, k, steps\)"),
-            ({"budget": "steps=1,2", "attack_options": {"images": "3"}}, "both set images of unet"),
-            ({"budget": "k=1,2", "queries": 4}, "--queries 4 is not the largest"),
-        ],
-    )
-    def test_contradictions_are_refused(self, changes, message):
-        with pytest.raises(UsageError, match=message):
-            attack_configs(resolve({**UNET, **changes}, {}))
 
 
 BASE = {"defense": "partialface", "attack": "unet"}

@@ -91,7 +91,7 @@ def test_processes_cannot_share_mps(monkeypatch):
         make_shared_fabric("mps", "32-true", Launch(0, 2, 0, 2))
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RUN = (
     *("run", "--defense", "none", "--attack", "linear", "--preset", "quick", "--head", "partial-fc", "--device", "cpu"),
     *("--image-size", "32", "--probes", "4", "--set", "training.epochs=2", "--set", "training.batch_size=16"),
