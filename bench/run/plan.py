@@ -128,7 +128,7 @@ def make_plan(
         if not stages.cache.holds(job.stage, job.key):
             # For attacks that query it: an untrained one is as fast.
             stages.assume(job, _untrained(config, stages, target))
-    defense = stages.ready(defense)
+    stages.ready(defense)
     for attack_config, target in targets:
         jobs.append((attacks.fit_job(attack_config, target), _fitting(attack_config, attacks), True))
     for attack_config, target in targets:
