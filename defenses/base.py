@@ -424,7 +424,7 @@ class TemplateDefense(Defense):
         if not self._recogniser:
             raise ValueError(f"{self.name} protects embeddings and has no recogniser to make them: attach one")
         with torch.autocast(faces.device.type, enabled=False):
-            both = self._recogniser[0](faces) + self._recogniser[0](faces.flip(-1))
+            both = self._recogniser[0](faces.float()) + self._recogniser[0](faces.float().flip(-1))
         return functional.normalize(both.to(faces.dtype), dim=1)
 
     @abstractmethod

@@ -69,7 +69,7 @@ def ready() -> Callable[[Defense], Defense]:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 network = nn.Sequential(nn.AdaptiveAvgPool2d(6), nn.Flatten(), nn.Linear(108, EMBEDDING, bias=False))
-            defense.attach(network.requires_grad_(False).double(), EMBEDDING)
+            defense.attach(network.requires_grad_(False), EMBEDDING)
         if defense.trainable:
             with torch.random.fork_rng():
                 torch.manual_seed(0)

@@ -57,7 +57,8 @@ def _same_draws(defense, generator):
 
 def test_the_required_defences_are_there():
     names = {cls.name for cls in CLASSES}
-    assert names >= {"none", "pixelate", "blur", "noise", "arcface-fd", "fixed-subset", "partialface", "split"}
+    assert names >= {"none", "pixelate", "blur", "noise", "arcface-fd", "fixed-subset", "partialface"}
+    assert {cls.level for cls in CLASSES} == {"image", "feature", "template"}
 
 
 @pytest.mark.parametrize("module", MODULES)
