@@ -43,7 +43,7 @@ class Knowledge(StrEnum):
 
     * ``blackbox``: the mechanism is known, the secret (PartialFace: the table of ranks) is guessed.
     * ``whitebox``: the secret is known too, what was drawn for each face is not.
-    * ``oracle``: the state of each intercepted face is known as well.
+    * ``oracle``: the state of each intercepted face is known as well, and its client's key is stolen.
     """
 
     BLACKBOX = "blackbox"
@@ -58,6 +58,7 @@ class Capability(StrEnum):
     MECHANISM = "mechanism"
     SECRET = "secret"
     STATE = "known state"
+    KEY = "stolen key"
     RECOGNISER = "recogniser weights"
     TRAFFIC = "intercepted traffic"
     TEMPLATES = "stolen templates"
@@ -68,8 +69,9 @@ class Capability(StrEnum):
 #: What each rung grants. A rung is about the secret and what was distributed with it (the recogniser's weights); what
 #: was intercepted, stolen or can be queried is a matter of an attack's scenario, and open to every rung.
 GRANTS: dict[Knowledge, frozenset[Capability]] = {
-    Knowledge.BLACKBOX: frozenset(Capability) - {Capability.SECRET, Capability.STATE, Capability.RECOGNISER},
-    Knowledge.WHITEBOX: frozenset(Capability) - {Capability.STATE},
+    Knowledge.BLACKBOX: frozenset(Capability)
+    - {Capability.SECRET, Capability.STATE, Capability.KEY, Capability.RECOGNISER},
+    Knowledge.WHITEBOX: frozenset(Capability) - {Capability.STATE, Capability.KEY},
     Knowledge.ORACLE: frozenset(Capability),
 }
 
@@ -90,6 +92,8 @@ class Observation:
     Attributes:
         representations: float32 (N, k, C, h, w): k interceptions of each of N faces, fresh states each.
         states: int64 (N, k, D) at ``oracle`` where the defence draws states, else None.
+        keys: int64 (N, k, K), the keys of the faces' clients, where the attack needs :attr:`Capability.KEY`, or uses it
+            and the rung grants it, else None; also None where the defence has none.
         templates: float32 (N, k, D), the provider's embedding of each representation, unit rows, where the attack
             needs :attr:`Capability.TEMPLATES`, else None.
         enrolled: float32 (N, D), the provider's class centre of each person: the normalised mean embedding of other
@@ -100,6 +104,7 @@ class Observation:
 
     representations: Tensor
     states: Tensor | None = None
+    keys: Tensor | None = None
     templates: Tensor | None = None
     enrolled: Tensor | None = None
     score: ScoreQuery | None = None
@@ -107,7 +112,7 @@ class Observation:
     def __post_init__(self) -> None:
         if self.representations.ndim != 5:
             raise ValueError(f"representations must be (N, k, C, h, w), got {tuple(self.representations.shape)}")
-        for name, per_interception in (("states", self.states), ("templates", self.templates)):
+        for name, per_interception in (("states", self.states), ("keys", self.keys), ("templates", self.templates)):
             if per_interception is not None and (
                 per_interception.ndim != 3 or per_interception.shape[:2] != self.representations.shape[:2]
             ):
@@ -124,6 +129,7 @@ class Observation:
             self,
             representations=self.representations[:count],
             states=None if self.states is None else self.states[:count],
+            keys=None if self.keys is None else self.keys[:count],
             templates=None if self.templates is None else self.templates[:count],
             enrolled=None if self.enrolled is None else self.enrolled[:count],
         )

@@ -12,12 +12,22 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attacks.base import Adversary, AttackOptions, Capability, EmbeddingQuery, FitReport, Observation, RecoveryAttack
+from attacks.base import (
+    Adversary,
+    AttackOptions,
+    Capability,
+    EmbeddingQuery,
+    FitReport,
+    Knowledge,
+    Observation,
+    RecoveryAttack,
+)
 from attacks.parts.exposure import Exposure, chunks
 from attacks.parts.generator import DecoderTraining, FaceDecoder, TrainingPlan, change_view, draw_views
 from attacks.parts.losses import cosine
 from bench.images import ssim, to_float
 from bench.randomness import derived
+from defenses.base import TemplateDefense
 
 #: Faces at once outside training, and faces whose embeddings give the input statistics.
 _CHUNK = 64
@@ -120,6 +130,7 @@ class _TemplateTraining(DecoderTraining):
         super().__init__(
             attack.network, adversary.faces, adversary.identities, plan, seed=seed, fabric=adversary.fabric
         )
+        self._attack = attack
         self.exposure = Exposure(adversary, seed)
         self._countable = self.exposure.countable
         self.recogniser: nn.Module | None = None
@@ -169,7 +180,8 @@ class _TemplateTraining(DecoderTraining):
         sent = self.exposure.protect(faces, *name)
         if self._countable and "validate" not in name:
             self.seen.add(sent.state)
-        return functional.normalize(self.recogniser(sent.representation).float(), dim=1)
+        embeddings = self.recogniser(sent.representation).float()
+        return functional.normalize(self._attack.without_key(embeddings, sent.keys), dim=1)
 
     def loss(self, index: Tensor, step: int) -> Tensor:
         options = self.options
@@ -197,7 +209,8 @@ class Template(RecoveryAttack):
     protected afresh, and their embeddings. Where the recogniser's weights are known, the recovered faces are protected
     and embedded again, and those embeddings held against the templates, by gradients through both. Where it can only be
     queried, each public face is embedded a few times and that term falls away. Of k > 1 templates of a victim the
-    average is decoded.
+    average is decoded. Of a template defence the templates are what it stores; with a stolen key they are turned back
+    first (:meth:`TemplateDefense.estimate`).
     """
 
     name: ClassVar[str] = "template"
@@ -207,7 +220,7 @@ class Template(RecoveryAttack):
     needs: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TEMPLATES, Capability.EMBEDDINGS}
     )
-    uses: ClassVar[frozenset[Capability]] = frozenset({Capability.RECOGNISER})
+    uses: ClassVar[frozenset[Capability]] = frozenset({Capability.RECOGNISER, Capability.KEY})
     budgets: ClassVar[Mapping[str, str]] = {"images": "images"}
     Options: ClassVar[type[TemplateOptions]] = TemplateOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -230,13 +243,21 @@ class Template(RecoveryAttack):
         if adversary.recogniser is not None:
             sent = Exposure(adversary, self.seed).protect(face, "probe")
             with torch.no_grad():
-                size = _frozen(adversary.recogniser, self.device)(sent.representation).shape[1]
+                embedding = _frozen(adversary.recogniser, self.device)(sent.representation)
+            size = self.without_key(embedding, sent.keys).shape[1]
         elif adversary.embed is not None:
             size = adversary.embed(face).shape[1]
         else:
             raise ValueError(f"{self.name} needs the recogniser's weights or embedding queries")
         network = TemplateDecoder(size, adversary.faces.shape[-1], self.options.width)
         self.network = network.to(memory_format=torch.channels_last)
+
+    def without_key(self, templates: Tensor, keys: Tensor | None) -> Tensor:
+        """Templates (N, T); at ``oracle``, where a template defence's key is stolen, what they tell of embeddings."""
+        if keys is None or self.adversary.knowledge is not Knowledge.ORACLE:
+            return templates
+        mechanism = self.mechanism
+        return mechanism.estimate(templates, keys) if isinstance(mechanism, TemplateDefense) else templates
 
     def fit(self, adversary: Adversary) -> FitReport:
         """Train on public faces; some identities are held out for the loss curve.
@@ -260,8 +281,11 @@ class Template(RecoveryAttack):
         Raises:
             ValueError: templates of another size.
         """
-        templates, size = observation.templates, len(self.network.mean)
+        templates, keys, size = observation.templates, observation.keys, len(self.network.mean)
         assert templates is not None  # they are among the needs
+        if keys is not None:
+            flat = self.without_key(templates.flatten(0, 1), keys.flatten(0, 1))
+            templates = flat.unflatten(0, templates.shape[:2])
         if templates.shape[-1] != size:
             raise ValueError(f"{self.name} was trained on templates of {size} values, got {templates.shape[-1]}")
         unit = functional.normalize(templates.to(self.network.mean), dim=2)

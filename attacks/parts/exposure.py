@@ -68,7 +68,12 @@ class Exposure:
                 mechanism = self._fixed[int(torch.randint(len(self._fixed), (1,), generator=generator))]
             parts.append(mechanism.protect(chunk, generator))
         states = [part.state for part in parts if part.state is not None]
-        return Protected(torch.cat([part.representation for part in parts]), torch.cat(states) if states else None)
+        keys = [part.keys for part in parts if part.keys is not None]
+        return Protected(
+            torch.cat([part.representation for part in parts]),
+            torch.cat(states) if states else None,
+            torch.cat(keys) if keys else None,
+        )
 
     def protect_with_layouts(
         self, faces: Tensor, layout: ChannelLayout | None, *name: str | int

@@ -24,6 +24,7 @@ def embed_faces(
     *,
     generators: Callable[[int], torch.Generator],
     batch_size: int = 256,
+    keys: Tensor | None = None,
     flip: bool = True,
     fabric: Fabric | None = None,
     report: Report = no_report,
@@ -40,6 +41,7 @@ def embed_faces(
         faces: N faces of the defence's size.
         generators: gives the CPU generator from which state and noise of the face with that number are drawn.
         batch_size: faces at a time.
+        keys: int64 (N, k), of the faces' clients; None to draw them.
         flip: add the embedding of the mirror image.
         fabric: computes in its precision; None for float32.
         report: called as ``report(done, total)`` after each batch, counting faces.
@@ -58,10 +60,11 @@ def embed_faces(
             images = next(batch.batches(batch_size))
             draws = [generators(number) for number in range(start, start + len(images))]
             # The defence computes in float32 whatever the recogniser does: it is the client's.
-            protected = defense.protect_each(images, draws)
+            held = None if keys is None else keys[start : start + len(images)]
+            protected = defense.protect_each(images, draws, keys=held)
             embedding = _embed(recogniser, protected.representation, fabric)
             if flip:
-                mirrored = defense.protect_each(images.flip(-1), draws, state=protected.state)
+                mirrored = defense.protect_each(images.flip(-1), draws, state=protected.state, keys=protected.keys)
                 embedding = embedding + _embed(recogniser, mirrored.representation, fabric)
             parts.append(F.normalize(embedding).cpu())
             report(min(start + batch_size, len(faces)), len(faces))

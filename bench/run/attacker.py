@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -248,6 +249,7 @@ class AttackStages:
                 count=count,
                 batch_size=self.config.batch_size,
                 device=self.fabric.device,
+                keys=self.stages.victim_keys(defense),
             )
 
         return intercept
@@ -314,17 +316,21 @@ class AttackStages:
         """What is sent for the victim ``images``, batch by batch, each image ``count`` times.
 
         Each image has a random stream of its own in each of the ``count`` turns: fewer interceptions are a part of
-        more, and what is sent of an image does not depend on the others.
+        more, and what is sent of an image does not depend on the others. A client has one key for each ``stream``.
 
         Yields the images' indices (n,), representations (n, k, C, h, w) and true states (n, k, D), None where none are
         drawn.
         """
-        values = count * defense.bytes_per_face() // torch.float32.itemsize
+        values = count * math.prod(defense.representation_shape)
         batch_size = max(1, min(batch_size or self.config.batch_size, REPRESENTATION_VALUES // values))
         turns = [self.streams.numbered(f"{stream}/{turn}") for turn in range(count)]
+        keys = self.stages.victim_keys(defense, stream)
         for index in images.split(batch_size):
             faces = to_float(self.stages.splits.victims.images[index].to(self.fabric.device))
-            sent = [defense.protect_each(faces, [draws(image) for image in index.tolist()]) for draws in turns]
+            held = None if keys is None else keys[index]
+            sent = [
+                defense.protect_each(faces, [draws(image) for image in index.tolist()], keys=held) for draws in turns
+            ]
             states = [one.state for one in sent if one.state is not None]
             representations = torch.stack([one.representation for one in sent], dim=1)
             yield index, representations, torch.stack(states, dim=1) if states else None
@@ -337,19 +343,22 @@ class AttackStages:
         enrolment = self.service(defense, "enrolment") if stolen else None
         victims = self.stages.splits.victims
         content = content_ids(victims.images) if stolen else torch.empty(0)
+        keys = self.stages.victim_keys(defense)
         for index, representations, states in self.interceptions(defense, probes, count):
             templates = enrolled = score = service = None
+            held = None if keys is None else keys[index]
             if stolen or scored:
                 service = self.service(defense, "observe")
                 embedded = service.embed_representations(representations.flatten(0, 1))
                 templates = embedded.unflatten(0, representations.shape[:2])
                 if scored:
-                    score = Enrolment(service, templates[:, 0], self._draws_of("scores", index)).score
+                    score = Enrolment(service, templates[:, 0], self._draws_of("scores", index), held).score
             if enrolment is not None:
-                enrolled = class_centres(enrolment, victims, content, index, self._draws_of("enrolment", index))
+                enrolled = class_centres(enrolment, victims, content, index, self._draws_of("enrolment", index), keys)
             observation = Observation(
                 representations,
                 states=states if reveal else None,
+                keys=held[:, None].expand(-1, count, -1) if held is not None and Capability.KEY in given else None,
                 templates=templates if stolen else None,
                 enrolled=enrolled,
                 score=score,

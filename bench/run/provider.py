@@ -466,22 +466,42 @@ class Stages(DataStages):
         return recogniser, outcome
 
     def verification_scores(self, defense: Defense) -> Tensor:
-        """Cosine per pair of the victims' protocol, each image protected under one random state: (P,)."""
+        """Score per pair of the victims' protocol, each image protected under one random state: (P,)."""
         return self.do(self.verification_job(defense))
 
     def verification_job(self, defense: Defense) -> Job[Tensor]:
-        """The stage that scores the victims' pairs."""
+        """The stage that scores the victims' pairs.
 
-        def make(folder: Path, report: Report) -> None:
-            embeddings = embed_faces(
+        Under keys both faces of a pair are protected with the first person's: who claims to be that person has stolen
+        the key, or else it were the key that tells people apart, and not the face (Kong et al., Pattern Recognition
+        39(7), 2006, on BioHashing).
+        """
+        victims, pairs = self.splits.victims, self.splits.pairs
+
+        def embed(stream: str, faces: FaceSet, keys: Tensor | None = None) -> Tensor:
+            return embed_faces(
                 self.recogniser(defense),
                 defense,
-                self.splits.victims,
-                generators=self.streams.numbered("queries"),
+                faces,
+                generators=self.streams.numbered(stream),
                 batch_size=self.config.batch_size,
+                keys=keys,
+                flip=defense.level != "template",  # which has both in one embedding
                 fabric=self.fabric,
             )
-            scores = pair_scores(embeddings, self.splits.pairs)
+
+        def make(folder: Path, report: Report) -> None:
+            keys = self.victim_keys(defense, "queries")
+            if keys is None and not isinstance(defense, TemplateDefense):
+                scores = pair_scores(embed("queries", victims), pairs)
+            else:
+                held = None if keys is None else keys[pairs.first]
+                first = embed("queries/first", victims.subset(pairs.first), held)
+                second = embed("queries/second", victims.subset(pairs.second), held)
+                if isinstance(defense, TemplateDefense):
+                    scores = defense.compare(first, second)
+                else:
+                    scores = (first * second).sum(dim=1)
             save_tensors({"scores": scores}, folder / "scores.safetensors")
 
         def read(folder: Path) -> Tensor:
@@ -506,6 +526,15 @@ class Stages(DataStages):
         recogniser = self.recogniser(self._plain(), "evaluator")
         size = (self.config.image_size, self.config.image_size)
         return RecogniserEvaluator(recogniser, f"trained {self.config.evaluator_backbone}", size, self.fabric.device)
+
+    def victim_keys(self, defense: Defense, purpose: str = "victims") -> Tensor | None:
+        """The key of each victim image's client, int64 (N, k); None for a defence without keys.
+
+        All images of a person are one client's, who has another key for each ``purpose``, as for each application.
+        """
+        victims = self.splits.victims
+        keys = defense.draw_keys(len(victims.names), self.streams.generator(f"{purpose}/keys"))
+        return None if keys is None else keys[victims.labels]
 
     def _plain(self) -> Defense:
         return plugins.make_defense("none", {}, self.config.preset, self.config.image_size)

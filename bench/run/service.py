@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.data.faces import FaceSet
 from bench.images import to_float
 from bench.nets.recogniser import Recogniser
-from defenses.base import Defense
+from defenses.base import Defense, TemplateDefense
 
 #: Images of a person, other than the attacked one, whose mean embedding is the person's class centre.
 ENROLMENT_IMAGES = 8
@@ -44,10 +44,13 @@ class Service:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def embed(self, faces: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+    def embed(
+        self, faces: Tensor, generators: Sequence[torch.Generator] | None = None, keys: Tensor | None = None
+    ) -> Tensor:
         """An :data:`attacks.base.EmbeddingQuery`; the embeddings come on the device of ``faces``.
 
-        ``generators``, one per face, stand in for the service's own draws.
+        ``generators``, one per face, stand in for the service's own draws; ``keys``, int64 (M, k), for those of new
+        clients.
         """
         if generators is None:
             generators = [self._draws(number) for number in range(self.queries, self.queries + len(faces))]
@@ -55,9 +58,15 @@ class Service:
         parts = []
         for start in range(0, len(faces), self._batch_size):
             rows = slice(start, start + self._batch_size)
-            sent = self._defense.protect_each(faces[rows].detach().to(self._device), generators[rows])
+            batch, held = faces[rows].detach().to(self._device), None if keys is None else keys[rows]
+            sent = self._defense.protect_each(batch, generators[rows], keys=held)
             parts.append(self._recogniser.embed(sent.representation))
         return torch.cat(parts).to(faces.device) if parts else faces.new_zeros(0, self._recogniser.spec.embedding_size)
+
+    def compare(self, first: Tensor, second: Tensor) -> Tensor:
+        """Scores (N,) of unit embeddings (N, D): the cosine, or what a template defence compares by."""
+        defense = self._defense
+        return defense.compare(first, second) if isinstance(defense, TemplateDefense) else (first * second).sum(dim=1)
 
 
 class Enrolment:
@@ -66,13 +75,17 @@ class Enrolment:
     Args:
         service: does the comparing.
         templates: float32 (N, D), unit rows.
-        generators: N; faces that are compared with a person are protected under that person's draws.
+        generators: N; faces that are compared with a person are protected under that person's draws,
+        keys: int64 (N, k), and under that person's key; None where there are none.
     """
 
-    def __init__(self, service: Service, templates: Tensor, generators: Sequence[torch.Generator]) -> None:
+    def __init__(
+        self, service: Service, templates: Tensor, generators: Sequence[torch.Generator], keys: Tensor | None = None
+    ) -> None:
         self._service = service
         self._templates = templates
         self._generators = generators
+        self._keys = keys
 
     def score(self, faces: Tensor, persons: Tensor) -> Tensor:
         """An :data:`attacks.base.ScoreQuery`.
@@ -86,7 +99,8 @@ class Enrolment:
             raise ValueError(f"persons are numbered 0..{len(self._templates) - 1}")
         templates = self._templates.to(faces.device)[persons.to(faces.device)]
         draws = [self._generators[person] for person in persons.tolist()]
-        return (self._service.embed(faces, draws) * templates).sum(dim=1)
+        keys = None if self._keys is None else self._keys[persons.cpu()]
+        return self._service.compare(self._service.embed(faces, draws, keys), templates)
 
 
 def class_centres(
@@ -95,6 +109,7 @@ def class_centres(
     content: Tensor,
     index: Tensor,
     generators: Sequence[torch.Generator],
+    keys: Tensor | None = None,
 ) -> Tensor:
     """The class centre of the person on each image of ``index``, from other images of that person: float32 (N, D).
 
@@ -106,6 +121,7 @@ def class_centres(
         content: int64, :func:`~bench.metrics.identity.content_ids` of these images.
         index: int64 (N,), the attacked ones.
         generators: N, of the draws for each attacked image.
+        keys: int64, of each of all images' clients; None where there are none.
 
     Raises:
         ValueError: a person has no other image.
@@ -118,7 +134,8 @@ def class_centres(
             raise ValueError(f"{victims.names[int(victims.labels[image])]} has no other image to be enrolled with")
         chosen = others[torch.randperm(len(others), generator=generator)[:ENROLMENT_IMAGES]]
         images = to_float(victims.images[chosen])
-        centres.append(F.normalize(service.embed(images, [generator] * len(images)).mean(dim=0), dim=0))
+        held = None if keys is None else keys[chosen]
+        centres.append(F.normalize(service.embed(images, [generator] * len(images), held).mean(dim=0), dim=0))
     return torch.stack(centres)
 
 
@@ -131,6 +148,7 @@ def traffic(
     count: int,
     batch_size: int,
     device: torch.device,
+    keys: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """An :data:`attacks.base.Traffic`: ``count`` requests of images that are not attacked, repeated where need be."""
     mask = torch.ones(len(victims), dtype=torch.bool)
@@ -141,4 +159,5 @@ def traffic(
     for start in range(0, count, batch_size):
         part = index[start : start + batch_size]
         generators = [draws(number) for number in range(start, start + len(part))]
-        yield defense.protect_each(to_float(victims.images[part].to(device)), generators).representation
+        held = None if keys is None else keys[part]
+        yield defense.protect_each(to_float(victims.images[part].to(device)), generators, keys=held).representation
