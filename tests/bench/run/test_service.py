@@ -70,7 +70,7 @@ def test_a_score_query_names_an_enrolled_person_per_face(service, victims, perso
 def test_a_class_centre_is_made_of_other_images_of_the_person(service, victims, defense):
     index = torch.tensor([0, 4])
     seen = []
-    service.embed = lambda faces, generators: (seen.append(faces), torch.eye(16)[: len(faces)])[1]
+    service.embed = lambda faces, generators, keys: (seen.append(faces), torch.eye(16)[: len(faces)])[1]
     centres = class_centres(service, victims, content_ids(victims.images), index, [draws(0), draws(1)])
     assert centres.shape == (2, 16)
     # Image 2 is a copy of image 0: only image 1 is another image of that person.
