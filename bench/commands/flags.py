@@ -28,7 +28,7 @@ Assignments = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting (bench list settings), e.g. training.epochs=8."),
 ]
 
-_METAVARS = {"int": "N", "float": "X", "path": "PATH"}
+_METAVARS = {"int": "N", "float": "X", "path": "PATH", "text": "NAME"}
 
 
 def with_flags(options: Iterable[Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -57,11 +57,10 @@ def with_flags(options: Iterable[Option]) -> Callable[[Callable[..., None]], Cal
 def _parameter(name: str, option: Option) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     boolean = option.type == "true | false"
-    metavar = option.metavar or _METAVARS.get(option.type.partition(" | ")[0], "NAME")
-    choices = option.type.replace(" ", "") if " | " in option.type and not option.type.endswith("none") else ""
+    kinds = [kind for kind in option.type.split(" | ") if kind != "none"]
     info = typer.Option(
         f"{flag}/--no-{flag[2:]}" if boolean else flag,
-        metavar=None if boolean else option.metavar or choices or metavar,
+        metavar=None if boolean else option.metavar or _METAVARS.get(kinds[0]) or "|".join(kinds),
         help=escape(option.meaning + default_text(option, " [default: {}]")),
     )
     annotation = Annotated[bool | None, info] if boolean else Annotated[str | None, info]

@@ -151,12 +151,13 @@ def read_request(
 
 
 def addressed(options: Mapping[str, Any], name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Of options of all ``names``, and in tables of their names of one, those for ``name``.
+    """Of options for all ``names``, and in tables for one of them, those for ``name``.
 
     What stands before the first dot of ``-o`` or ``-a`` is a name if it is one of the sweep's; else it is part of the
-    option.
+    option. A ``name`` of several attacks (``"linear,unet"``) keeps the tables of its attacks.
     """
-    keys = {other.replace("-", "_") for other in names}
-    tables = {key: value for key, value in options.items() if key in keys and isinstance(value, Mapping)}
-    general = {key: value for key, value in options.items() if key not in tables}
-    return merge(general, tables.get(name.replace("-", "_"), {}))
+    parts = name.replace("-", "_").split(",")
+    known = {part for other in names for part in other.replace("-", "_").split(",")}
+    tables = {key: value for key, value in options.items() if key in known and isinstance(value, Mapping)}
+    kept = {key: value for key, value in options.items() if key not in tables or key in parts}
+    return merge(kept, kept.pop(name.replace("-", "_"), {})) if len(parts) == 1 else kept

@@ -6,7 +6,7 @@ from sweep_at_work import grid
 from bench.errors import MissingError, UsageError
 from bench.sweep.cells import Cell, check, expand
 from bench.sweep.journal import sweep_directory
-from bench.sweep.options import SweepOptions
+from bench.sweep.options import SweepOptions, addressed
 
 
 def names(configs):
@@ -48,6 +48,19 @@ def test_options_of_all_and_of_one(tmp_path):
         ("partialface", "unet"): ({"subset_size": "9"}, {"images": "128", "flip": "no"}),
         ("partialface", "linear"): ({"subset_size": "9"}, {"flip": "no"}),
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("linear", {"traffic": 9, "rank": 3}),
+        ("unet-ensemble", {"traffic": 9, "most": 2}),
+        ("linear,unet-ensemble", {"traffic": 9, "linear": {"rank": 3}, "unet_ensemble": {"most": 2}}),
+    ],
+)
+def test_options_of_one_attack_and_of_several(name, expected):
+    options = {"traffic": 9, "linear": {"rank": 3}, "unet_ensemble": {"most": 2}}
+    assert addressed(options, name, ["linear", "unet-ensemble", "linear,unet-ensemble"]) == expected
 
 
 FILE = """
