@@ -28,7 +28,7 @@ Assignments = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting (bench list settings), e.g. training.epochs=8."),
 ]
 
-_METAVARS = {"int": "N", "float": "X", "path": "PATH", "text": "NAME"}
+_METAVARS = {"int": "N", "float": "X", "path": "PATH"}
 
 
 def with_flags(options: Iterable[Option]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -58,22 +58,23 @@ def _parameter(name: str, option: Option) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     boolean = option.type == "true | false"
     kinds = [kind for kind in option.type.split(" | ") if kind != "none"]
+    notes = [" | ".join(kinds)] if len(kinds) > 1 and not boolean else []
+    notes += [f"default: {default}"] if (default := default_text(option)) else []
     info = typer.Option(
         f"{flag}/--no-{flag[2:]}" if boolean else flag,
-        metavar=None if boolean else option.metavar or _METAVARS.get(kinds[0]) or "|".join(kinds),
-        help=escape(option.meaning + default_text(option, " [default: {}]")),
+        metavar=None if boolean else option.metavar or _METAVARS.get(kinds[0], "NAME"),
+        help=escape(option.meaning + (f" [{'; '.join(notes)}]" if notes else "")),
     )
     annotation = Annotated[bool | None, info] if boolean else Annotated[str | None, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def default_text(option: Option, template: str = "{}") -> str:
-    """The default of an option in ``template``; nothing where there is none."""
+def default_text(option: Option) -> str:
+    """The default of an option in words; nothing where there is none."""
     if isinstance(option, Setting) and option.presets:
-        return template.format("by preset")
-    if option.default is None:
-        return ""
-    value = option.default
-    if isinstance(value, bool):
-        value = "yes" if value else "no"
-    return template.format(",".join(map(str, value)) if isinstance(value, list) else value)
+        return "by preset"
+    if isinstance(option.default, bool):
+        return "yes" if option.default else "no"
+    if isinstance(option.default, list):
+        return ",".join(map(str, option.default))
+    return "" if option.default is None else str(option.default)
