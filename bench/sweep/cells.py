@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 
 from bench import plugins
-from bench.errors import UsageError
+from bench.errors import NotApplicableError, UsageError
 from bench.measures import Measure, leak
 from bench.results import RunResult
 from bench.run.attack_config import attack_configs
@@ -23,7 +23,7 @@ from bench.sweep.options import SweepRequest, addressed
 
 SCHEMA_VERSION = "1"
 
-Status = Literal["pending", "running", "success", "failed", "refused"]
+Status = Literal["pending", "running", "success", "failed", "refused", "not applicable"]
 
 
 class _Model(BaseModel):
@@ -52,10 +52,11 @@ class CellState(_Model):
         defense_options, attack_options: as asked for.
         run_id: name of its run directory; two cells with the same one are the same cell.
         directory: the run directory, once the cell has been started.
-        status: ``refused`` cells cannot be run, for the reason in ``error``.
+        status: ``refused`` cells cannot be run as they were asked for, ``not applicable`` ones not at all: the attack
+            cannot work on the defence. The reason is in ``error``.
         attempts: how often it was started, in all calls of the sweep.
-        seconds: of the last attempt.
-        error: one line: why it failed or was refused, or how it lost its worker before the next attempt.
+        seconds: of the last start.
+        error: one line: why it failed or cannot be run, or how it lost its worker before it is started again.
         unsaturated: the attack would have gained from more training: its figures are lower bounds.
         figures: the key figures, by name.
         warnings: of its result.
@@ -144,7 +145,7 @@ class Cell:
     """
 
     config: RunConfig
-    refusal: str | None = None
+    refusal: UsageError | None = None
 
     @property
     def run_id(self) -> str:
@@ -160,6 +161,9 @@ class Cell:
     def state(self) -> CellState:
         """Its state before anything was run."""
         config = self.config
+        status: Status = "pending"
+        if self.refusal is not None:
+            status = "not applicable" if isinstance(self.refusal, NotApplicableError) else "refused"
         return CellState(
             defense=config.defense,
             attack=config.attack,
@@ -168,8 +172,8 @@ class Cell:
             defense_options=config.defense_options,
             attack_options=config.attack_options,
             run_id=self.run_id,
-            status="refused" if self.refusal else "pending",
-            error=self.refusal,
+            status=status,
+            error=None if self.refusal is None else str(self.refusal),
         )
 
 
@@ -200,8 +204,8 @@ def expand(request: SweepRequest) -> list[RunConfig]:
 def check(configs: Sequence[RunConfig], *, here: bool = True) -> list[Cell]:
     """Find out what cannot be run, without any compute.
 
-    A mistake (an unknown name, an invalid option) refuses the sweep; a pair that does not go together is a refused
-    cell.
+    A mistake (an unknown name, an invalid option) refuses the sweep; a pair that does not go together is a cell that
+    is not run.
 
     Args:
         configs: the cells.
@@ -223,12 +227,12 @@ def check(configs: Sequence[RunConfig], *, here: bool = True) -> list[Cell]:
     return cells
 
 
-def _refusal(config: RunConfig, here: bool) -> str | None:
+def _refusal(config: RunConfig, here: bool) -> UsageError | None:
     if not here:
         training = config.training.model_copy(update={"precision": "auto"})
         config = config.model_copy(update={"device": "cpu", "training": training})
     try:
         Pipeline(config, console=Console(quiet=True))
     except UsageError as error:
-        return str(error)
+        return error
     return None

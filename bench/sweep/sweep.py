@@ -147,7 +147,7 @@ class Sweep:
             if not self._console.is_terminal:
                 return
             state, now = journal.state, journal.of(cell)
-            done = state.count("success", "failed", "refused")
+            done = len(state.cells) - state.count("pending", "running")
             error = f" ({now.error})" if now.error else ""
             self._console.print(f"{done}/{len(state.cells)} {escape(now.name)}: {now.status}{escape(error)}")
 

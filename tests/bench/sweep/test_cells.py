@@ -3,6 +3,7 @@
 import pytest
 from sweep_at_work import grid
 
+from bench import plugins
 from bench.errors import MissingError, UsageError
 from bench.sweep.cells import Cell, check, expand
 from bench.sweep.journal import sweep_directory
@@ -160,12 +161,22 @@ def test_pairs_that_do_not_go_together_are_refused_cells(tmp_path):
     cells = check(expand(grid(tmp_path, attacks="unet,unet-ensemble", knowledge="whitebox,blackbox", seeds="0")))
     refused = {(cell.config.attack, cell.config.knowledge): cell.refusal for cell in cells if cell.refusal}
     assert set(refused) == {("unet-ensemble", "blackbox")}
-    assert "does not grant" in refused["unet-ensemble", "blackbox"]
+    assert "does not grant" in str(refused["unet-ensemble", "blackbox"])
     state = next(cell for cell in cells if cell.refusal).state()
-    assert (state.status, state.error) == ("refused", refused["unet-ensemble", "blackbox"])
+    assert (state.status, state.error) == ("refused", str(refused["unet-ensemble", "blackbox"]))
     # An axis that only one of the attacks has.
     cells = check(expand(grid(tmp_path, attacks="unet,linear", seeds="0", flags={"budget": "steps=64,128"})))
     assert {cell.config.attack for cell in cells if cell.refusal} == {"linear"}
+
+
+def test_an_attack_that_cannot_work_on_a_defence_is_not_applicable(tmp_path, monkeypatch):
+    linear = plugins.attacks().get("linear")
+    monkeypatch.setattr(
+        linear, "inapplicable", lambda self, defense: "it is not linear" if defense.name == "blur" else None
+    )
+    cells = check(expand(grid(tmp_path, defenses="blur,none", attacks="linear", seeds="0")))
+    assert [cell.state().status for cell in cells] == ["not applicable", "pending"]
+    assert "linear does not apply to defence blur: it is not linear" in cells[0].state().error
 
 
 def test_a_device_that_only_other_machines_have_is_theirs_to_refuse(tmp_path):
