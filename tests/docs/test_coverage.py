@@ -130,10 +130,11 @@ def test_what_people_are_told_to_type_exists(page, line):
 
 
 def test_what_is_made_from_the_code_is_up_to_date():
-    """Else: python docs/hooks.py"""
     assert "<!-- made from the code: run_flags" in text("cli.md")
     for page in PAGES:
-        assert hooks().filled(page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8"), page
+        assert hooks().filled(page.read_text(encoding="utf-8")) == page.read_text(encoding="utf-8"), (
+            f"{page.name}: run python docs/hooks.py"
+        )
 
 
 def test_the_presets_are_those_there_are():
