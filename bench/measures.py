@@ -163,207 +163,103 @@ _UNPROTECTED = {
 
 
 _rate = partial(Kind, unit="%", span="0..100 %", decimals=1)
-_LEAKED_RATE = Guard(0.03, 0.05, 0.03, limit=1.0)
-_LINKED_RATE = Guard(0.02, 0.05, 0.03, limit=1.0)
-_RECOGNITION = Guard(0.02, 0.05, 0.03, limit=0.5)
 _LINKAGE = "linkage.protected_plain"
+#: Guards of rates: of what leaks of faces, of what links, and of recognition.
+_LEAKED = Guard(0.03, 0.05, 0.03, limit=1.0)
+_LINKED = Guard(0.02, 0.05, 0.03, limit=1.0)
+_RECOGNISED = Guard(0.02, 0.05, 0.03, limit=0.5)
 
+# A table: name, then heading, place, direction and meaning, then what sets it apart.
+# fmt: off
 #: Name of each figure -> what there is to know of it, in the order in which figures are listed.
-KINDS: Mapping[str, Kind] = MappingProxyType(
-    {
-        "accuracy": _rate(
-            "accuracy",
-            "utility.accuracy",
-            "utility",
-            "Recognition behind the defence: share of face pairs told apart right (LFW View 2).",
-            guard=_RECOGNITION,
-        ),
-        "auc": _rate(
-            "AUC",
-            "utility.auc",
-            "utility",
-            "Area under the ROC curve of the pairs behind the defence.",
-            guard=_RECOGNITION,
-        ),
-        "eer": _rate("EER", "utility.eer", "cost", "Error rate at which FAR and 1 - TAR are equal."),
-        "tar_at_far": _rate(
-            "TAR@FAR", "utility.tar_at_far", "utility", "Genuine pairs accepted at a given share of accepted impostors."
-        ),
-        "ssim": Kind(
-            "SSIM",
-            "recovery.ssim",
-            "leakage",
-            "Structural similarity of recovered and original face; 1 is the original.",
-            span="-1..1",
-            headline=True,
-            guard=Guard(0.01, 0.01, 0.004, limit=1.0),
-            canary=Guard(0.03, 0.01, 0.004, limit=0.0),
-        ),
-        "psnr": Kind(
-            "PSNR",
-            "recovery.psnr",
-            "leakage",
-            "Peak signal-to-noise ratio of the recovered face; punishes brightness shifts.",
-            unit="dB",
-            span="at most 100 dB",
-            decimals=2,
-            headline=True,
-        ),
-        "psnr_aligned": Kind(
-            "PSNR aligned",
-            "recovery.psnr_aligned",
-            "leakage",
-            "PSNR after the best affine fit of each colour: what a person would still see.",
-            unit="dB",
-            span="at most 100 dB",
-            decimals=2,
-            short="aligned",
-            headline=True,
-            guard=Guard(0.25, 0.4, 0.15),
-        ),
-        "ms_ssim": Kind(
-            "MS-SSIM", "recovery.ms_ssim", "leakage", "Structural similarity over several scales.", span="0..1"
-        ),
-        "lpips": Kind(
-            "LPIPS",
-            "recovery.lpips",
-            "privacy",
-            "Perceptual distance to the original (v0.1, AlexNet); 0 is the original.",
-            span="0 and above",
-            headline=True,
-            guard=Guard(0.01, 0.01, 0.004, limit=0.0),
-        ),
-        "type1_tar": _rate(
-            "type I",
-            "recovery.identity.type1_tar",
-            "leakage",
-            "Recovered faces that the evaluator accepts as the same image's person.",
-            headline=True,
-            guard=_LEAKED_RATE,
-        ),
-        "type2_tar": _rate(
-            "type II",
-            "recovery.identity.type2_tar",
-            "leakage",
-            "Recovered faces that the evaluator accepts against another image of the person.",
-            guard=_LEAKED_RATE,
-        ),
-        "rank1": _rate(
-            "rank-1",
-            "recovery.identity.rank1",
-            "leakage",
-            "Recovered faces whose nearest face in the gallery is of the right person.",
-            headline=True,
-            guard=_LEAKED_RATE,
-        ),
-        "rank5": _rate("rank-5", "recovery.identity.rank5", "leakage", "As rank-1, among the five nearest."),
-        "cosine": Kind(
-            "cosine",
-            "recovery.identity.cosine",
-            "leakage",
-            "Cosine of the evaluator's embeddings of recovered and original face.",
-            span="-1..1",
-            headline=True,
-            guard=Guard(0.02, 0.05, 0.04, limit=1.0),
-            canary=Guard(0.05, 0.03, 0.02),
-        ),
-        "knn_distance": Kind(
-            "distance",
-            "recovery.identity.knn_distance",
-            "privacy",
-            "Distance to the nearest plain face of the same person.",
-            span="0..2",
-        ),
-        "linkage": _rate(
-            "linkage",
-            f"{_LINKAGE}.accuracy",
-            "leakage",
-            "Pairs of a protected and a plain face told apart right; 50 % is guessing.",
-            headline=True,
-            guess=0.5,
-            guard=_LINKED_RATE,
-        ),
-        "linkage_auc": _rate(
-            "linkage AUC",
-            f"{_LINKAGE}.auc",
-            "leakage",
-            "Area under the ROC curve of an attack that links; 50 % is guessing.",
-            guess=0.5,
-            guard=_LINKED_RATE,
-            canary=Guard(0.03, 0.05, 0.03, limit=0.5),
-        ),
-        "linkage_eer": _rate("linkage EER", f"{_LINKAGE}.eer", "privacy", "Equal error rate of an attack that links."),
-        "linkage_tar_at_far": _rate(
-            "linkage TAR@FAR",
-            f"{_LINKAGE}.tar_at_far",
-            "leakage",
-            "Genuine pairs linked at a given share of linked impostors.",
-        ),
-        "linkage_rank1": _rate(
-            "linkage rank-1",
-            "linkage.rank1",
-            "leakage",
-            "Representations whose nearest plain face is of the right person.",
-            guard=_LEAKED_RATE,
-        ),
-        "d_sys": Kind(
-            "D_sys",
-            "linkage.d_sys.protected_plain",
-            "leakage",
-            "Global unlinkability measure: 0 unlinkable, 1 fully linkable.",
-            span="0..1",
-            headline=True,
-        ),
-        "state_faces": _rate(
-            "states",
-            "state_inference.faces",
-            "leakage",
-            "Interceptions of which the attack names all that was drawn.",
-            guard=_LEAKED_RATE,
-        ),
-        "state_channels": _rate(
-            "channels", "state_inference.channels", "leakage", "Channels that the attack puts in their place."
-        ),
-        # Declared, not measured: how much an attacker has to guess. Exact, so the slightest loss counts.
-        "entropy_bits": Kind(
-            "entropy",
-            "defense.entropy_bits",
-            "privacy",
-            "Binary logarithm of the number of states that can be drawn, each alike.",
-            unit="bits",
-            span="0 and above",
-            decimals=2,
-            guard=Guard(0.01, 0.0, 0.0, limit=0.0),
-        ),
-        "bytes": Kind(
-            "sent",
-            "defense.bytes_per_face",
-            "cost",
-            "Bytes that leave the client per face.",
-            unit="bytes",
-            span="0 and above",
-            decimals=0,
-        ),
-        "protect": Kind(
-            "protect",
-            "throughput.protect",
-            "utility",
-            "Faces that a client protects in a second, batched.",
-            unit="faces/s",
-            span="0 and above",
-            decimals=0,
-        ),
-        "recover": Kind(
-            "attack",
-            "throughput.recover",
-            "utility",
-            "Faces that the fitted attack processes in a second, batched.",
-            unit="faces/s",
-            span="0 and above",
-            decimals=0,
-        ),
-    }
-)
+KINDS: Mapping[str, Kind] = MappingProxyType({
+    "accuracy": _rate(
+        "accuracy", "utility.accuracy", "utility",
+        "Recognition behind the defence: share of face pairs told apart right (LFW View 2).", guard=_RECOGNISED),
+    "auc": _rate(
+        "AUC", "utility.auc", "utility",
+        "Area under the ROC curve of the pairs behind the defence.", guard=_RECOGNISED),
+    "eer": _rate(
+        "EER", "utility.eer", "cost", "Error rate at which FAR and 1 - TAR are equal."),
+    "tar_at_far": _rate(
+        "TAR@FAR", "utility.tar_at_far", "utility",
+        "Genuine pairs accepted at a given share of accepted impostors."),
+    "ssim": Kind(
+        "SSIM", "recovery.ssim", "leakage",
+        "Structural similarity of recovered and original face; 1 is the original.", span="-1..1", headline=True,
+        guard=Guard(0.01, 0.01, 0.004, limit=1.0), canary=Guard(0.03, 0.01, 0.004, limit=0.0)),
+    "psnr": Kind(
+        "PSNR", "recovery.psnr", "leakage",
+        "Peak signal-to-noise ratio of the recovered face; punishes brightness shifts.",
+        unit="dB", span="at most 100 dB", decimals=2, headline=True),
+    "psnr_aligned": Kind(
+        "PSNR aligned", "recovery.psnr_aligned", "leakage",
+        "PSNR after the best affine fit of each colour: what a person would still see.",
+        unit="dB", span="at most 100 dB", decimals=2, short="aligned", headline=True, guard=Guard(0.25, 0.4, 0.15)),
+    "ms_ssim": Kind(
+        "MS-SSIM", "recovery.ms_ssim", "leakage", "Structural similarity over several scales.", span="0..1"),
+    "lpips": Kind(
+        "LPIPS", "recovery.lpips", "privacy",
+        "Perceptual distance to the original (v0.1, AlexNet); 0 is the original.", span="0 and above", headline=True,
+        guard=Guard(0.01, 0.01, 0.004, limit=0.0)),
+    "type1_tar": _rate(
+        "type I", "recovery.identity.type1_tar", "leakage",
+        "Recovered faces that the evaluator accepts as the same image's person.", headline=True, guard=_LEAKED),
+    "type2_tar": _rate(
+        "type II", "recovery.identity.type2_tar", "leakage",
+        "Recovered faces that the evaluator accepts against another image of the person.", guard=_LEAKED),
+    "rank1": _rate(
+        "rank-1", "recovery.identity.rank1", "leakage",
+        "Recovered faces whose nearest face in the gallery is of the right person.", headline=True, guard=_LEAKED),
+    "rank5": _rate(
+        "rank-5", "recovery.identity.rank5", "leakage", "As rank-1, among the five nearest."),
+    "cosine": Kind(
+        "cosine", "recovery.identity.cosine", "leakage",
+        "Cosine of the evaluator's embeddings of recovered and original face.", span="-1..1", headline=True,
+        guard=Guard(0.02, 0.05, 0.04, limit=1.0), canary=Guard(0.05, 0.03, 0.02)),
+    "knn_distance": Kind(
+        "distance", "recovery.identity.knn_distance", "privacy",
+        "Distance to the nearest plain face of the same person.", span="0..2"),
+    "linkage": _rate(
+        "linkage", f"{_LINKAGE}.accuracy", "leakage",
+        "Pairs of a protected and a plain face told apart right; 50 % is guessing.",
+        headline=True, guess=0.5, guard=_LINKED),
+    "linkage_auc": _rate(
+        "linkage AUC", f"{_LINKAGE}.auc", "leakage",
+        "Area under the ROC curve of an attack that links; 50 % is guessing.",
+        guess=0.5, guard=_LINKED, canary=Guard(0.03, 0.05, 0.03, limit=0.5)),
+    "linkage_eer": _rate(
+        "linkage EER", f"{_LINKAGE}.eer", "privacy", "Equal error rate of an attack that links."),
+    "linkage_tar_at_far": _rate(
+        "linkage TAR@FAR", f"{_LINKAGE}.tar_at_far", "leakage",
+        "Genuine pairs linked at a given share of linked impostors."),
+    "linkage_rank1": _rate(
+        "linkage rank-1", "linkage.rank1", "leakage",
+        "Representations whose nearest plain face is of the right person.", guard=_LEAKED),
+    "d_sys": Kind(
+        "D_sys", "linkage.d_sys.protected_plain", "leakage",
+        "Global unlinkability measure: 0 unlinkable, 1 fully linkable.", span="0..1", headline=True),
+    "state_faces": _rate(
+        "states", "state_inference.faces", "leakage",
+        "Interceptions of which the attack names all that was drawn.", guard=_LEAKED),
+    "state_channels": _rate(
+        "channels", "state_inference.channels", "leakage", "Channels that the attack puts in their place."),
+    # Declared, not measured: how much an attacker has to guess. Exact, so the slightest loss counts.
+    "entropy_bits": Kind(
+        "entropy", "defense.entropy_bits", "privacy",
+        "Binary logarithm of the number of states that can be drawn, each alike.",
+        unit="bits", span="0 and above", decimals=2, guard=Guard(0.01, 0.0, 0.0, limit=0.0)),
+    "bytes": Kind(
+        "sent", "defense.bytes_per_face", "cost",
+        "Bytes that leave the client per face.", unit="bytes", span="0 and above", decimals=0),
+    "protect": Kind(
+        "protect", "throughput.protect", "utility",
+        "Faces that a client protects in a second, batched.", unit="faces/s", span="0 and above", decimals=0),
+    "recover": Kind(
+        "attack", "throughput.recover", "utility",
+        "Faces that the fitted attack processes in a second, batched.", unit="faces/s", span="0 and above", decimals=0),
+})
+# fmt: on
 
 _PLACES = {kind.place: kind for kind in KINDS.values()}
 #: Parts of a place that say whose figure it is, not which.

@@ -50,7 +50,7 @@ def benchmark_table(files: Sequence[Path]) -> Table | None:
     for file in files:
         document = _read(file)
         machine = str(document.machine_info.get("node", file.name))
-        rows += [_row(one, machine) for one in document.benchmarks]
+        rows += [_row(benchmark, machine) for benchmark in document.benchmarks]
     columns = (
         Column("benchmark", numeric=False),
         Column("median, ms", "of a call"),
@@ -72,13 +72,13 @@ def _read(file: Path) -> _Document:
         raise MissingError(f"{file} was not written by pytest --benchmark-json: {where}: {first['msg']}") from None
 
 
-def _row(one: _Benchmark, machine: str) -> Row:
-    stats = one.stats
+def _row(benchmark: _Benchmark, machine: str) -> Row:
+    stats = benchmark.stats
     spread = f"[{1e3 * stats.q1:,.4g}, {1e3 * stats.q3:,.4g}]"
-    noted = "; ".join(f"{name}: {_shown(value)}" for name, value in one.extra_info.items())
+    noted = "; ".join(f"{name}: {_shown(value)}" for name, value in benchmark.extra_info.items())
     return Row(
         (
-            Entry(one.name),
+            Entry(benchmark.name),
             Entry(f"{1e3 * stats.median:,.4g}", 1e3 * stats.median, spread),
             Entry(f"{stats.rounds}", stats.rounds),
             Entry(noted),

@@ -34,7 +34,7 @@ _ESCAPES = {
     "…": r"\ldots{}",
     "×": r"$\times$",
 }
-_SPECIAL = re.compile("|".join(re.escape(one) for one in _ESCAPES))
+_SPECIAL = re.compile("|".join(re.escape(character) for character in _ESCAPES))
 #: Numbers keep their minus sign and brackets.
 _NUMBER = re.compile(r"-?[\d,]+(\.\d+)?")
 #: Columns of a page's width, after those that name the row.

@@ -71,4 +71,4 @@ def published() -> tuple[Figure, ...]:
 def matching(defense: str, attacks: Iterable[str]) -> list[Figure]:
     """What was printed of ``defense``: under one of ``attacks``, or of its recognition alone."""
     known = set(attacks)
-    return [one for one in published() if one.defense == defense and (one.attack is None or one.attack in known)]
+    return [figure for figure in published() if figure.defense == defense and figure.attack in (None, *known)]

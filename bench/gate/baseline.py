@@ -236,10 +236,10 @@ def resolved_options(run: Run, attack: str) -> dict[str, str]:
 def _cell(key: CellKey, attack: str, runs: Sequence[Run], kept: Mapping[str, Expected]) -> Cell:
     scores = [run_scores(run, attack)[0] for run in runs]
     _check_distinct(scores, key)
-    names = [name for name in FIGURES if all(name in one.figures for one in scores)]
+    names = [name for name in FIGURES if all(name in run.figures for run in scores)]
     if not any(FIGURES[name].role == "privacy" and name != "defense.entropy_bits" for name in names):
         raise DataError(f"{key.label}: no privacy figure was measured, so there is nothing to guard")
-    scores = [one.model_copy(update={"figures": {name: one.figures[name] for name in names}}) for one in scores]
+    scores = [run.model_copy(update={"figures": {name: run.figures[name] for name in names}}) for run in scores]
     figures = {name: _expected(name, scores, len(names)) for name in names}
     for name, old in kept.items():
         if name in figures:

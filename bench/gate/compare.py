@@ -130,8 +130,7 @@ def _asked(run: Run) -> dict[str, Any]:
 
 
 def _machine(run: Run) -> dict[str, str]:
-    own = {name: str(getattr(run.manifest, name)) for name in _MACHINE}
-    return own | run.manifest.packages
+    return {name: str(getattr(run.manifest, name)) for name in _MACHINE} | run.manifest.packages
 
 
 def _settings(

@@ -140,19 +140,20 @@ def victims_variance(name: str, weighted: Sequence[tuple[RunScores, float]], *, 
 
 def between_runs(name: str, runs: Sequence[RunScores], *, rate: bool, same_seed: bool) -> list[float]:
     """Of each pair of runs of one seed (or of two), an estimate of the variance that victims do not explain."""
-    found = []
-    for one, other in itertools.combinations(runs, 2):
-        if ((one.seed, one.source) == (other.seed, other.source)) == same_seed:
-            victims = victims_variance(name, [(one, 1.0), (other, -1.0)], rate=rate)
+    variances = []
+    for first, second in itertools.combinations(runs, 2):
+        if ((first.seed, first.source) == (second.seed, second.source)) == same_seed:
+            victims = victims_variance(name, [(first, 1.0), (second, -1.0)], rate=rate)
             if victims is not None:
-                found.append(((one.figures[name].value - other.figures[name].value) ** 2 - victims.value) / 2)
-    return found
+                difference = first.figures[name].value - second.figures[name].value
+                variances.append((difference**2 - victims.value) / 2)
+    return variances
 
 
 def references(now: RunScores, runs: Sequence[RunScores]) -> tuple[list[RunScores], bool]:
     """The runs to compare ``now`` with: those of its own seed and faces where there are any, else all of them."""
-    own = [run for run in runs if (run.seed, run.source) == (now.seed, now.source)]
-    return (own, True) if own else (list(runs), False)
+    paired = [run for run in runs if (run.seed, run.source) == (now.seed, now.source)]
+    return (paired, True) if paired else (list(runs), False)
 
 
 def change(name: str, now: RunScores, runs: Sequence[RunScores], between: Variance, *, rate: bool) -> Change:

@@ -128,8 +128,8 @@ def _notes(
     run: Run, attack: str, key: CellKey, cell: Cell, scores: RunScores, figures: Sequence[FigureVerdict]
 ) -> list[str]:
     notes = []
-    broken = [one.figure for one in figures if one.outcome == "broken attack"]
-    better = [one.figure for one in figures if one.improved and one.role != "canary"]
+    broken = [figure.figure for figure in figures if figure.outcome == "broken attack"]
+    better = [figure.figure for figure in figures if figure.improved and figure.role != "canary"]
     if broken:
         notes.append(
             f"broken attack: it gets less out of unprotected faces than it used to ({', '.join(broken)}), so the other "
@@ -151,9 +151,9 @@ def _notes(
     new = [name for name in FIGURES if name in scores.figures and name not in cell.figures]
     if new:
         notes.append(f"not in the baseline, hence not judged: {', '.join(new)}")
-    measured = [one for one in figures if one.role == "privacy" and one.figure != "defense.entropy_bits"]
-    if blind := [one.figure for one in figures if one.blind]:
-        every = ", and no other figure of privacy is there" if all(one.blind for one in measured) else ""
+    measured = [figure for figure in figures if figure.role == "privacy" and figure.figure != "defense.entropy_bits"]
+    if blind := [figure.figure for figure in figures if figure.blind]:
+        every = ", and no other figure of privacy is there" if all(figure.blind for figure in measured) else ""
         notes.append(
             f"blind: with these victims nothing less than the loss of all that is left would be seen in "
             f"{', '.join(blind)}{every}"

@@ -122,10 +122,10 @@ class CellKey(StoredModel):
         ]
 
     def _flat(self) -> dict[str, str]:
-        own = {name: str(getattr(self, name)) for name in (*_NAMED, "evaluator")}
-        own |= {f"-o {name}": value for name, value in self.defense_options.items()}
-        own |= {f"-a {name}": value for name, value in self.attack_options.items()}
-        return own | self.settings
+        named = {name: str(getattr(self, name)) for name in (*_NAMED, "evaluator")}
+        named |= {f"-o {name}": value for name, value in self.defense_options.items()}
+        named |= {f"-a {name}": value for name, value in self.attack_options.items()}
+        return named | self.settings
 
 
 class Scores(StoredModel):

@@ -139,11 +139,14 @@ def decide(
         alpha_pass: of passing a change of the margin.
     """
     p_harm = holm(
-        {name: _tail(_harm(one, expected[name]) - expected[name].tolerance, one) for name, one in changes.items()}
+        {
+            name: _tail(_harm(change, expected[name]) - expected[name].tolerance, change)
+            for name, change in changes.items()
+        }
     )
     return [
-        _verdict(name, one, expected[name], p_harm[name], alpha, alpha_pass, tests=len(changes))
-        for name, one in changes.items()
+        _verdict(name, change, expected[name], p_harm[name], alpha, alpha_pass, tests=len(changes))
+        for name, change in changes.items()
     ]
 
 

@@ -110,7 +110,7 @@ def findings(result: RunResult) -> dict[str, Any]:
     return {
         "figures": key_figures(result),
         "warnings": result.warnings,
-        "unsaturated": result.attack is not None and result.attack.saturated is False,
+        "unsaturated": any(part.attack.saturated is False for part in result.attack_results.values()),
     }
 
 
@@ -130,7 +130,9 @@ def key_figures(result: RunResult) -> dict[str, KeyFigure]:
                 floor=max(floors, key=functools.partial(leak, name), default=None),
                 ceiling=recovery.ceiling.figure(name),
             )
-    if (linkage := result.linkage) is not None:
+    linkages = [part.linkage for part in result.attack_results.values() if part.linkage is not None]
+    if linkages:
+        linkage = max(linkages, key=lambda linked: leak("linkage", linked.protected_plain.accuracy))
         figures["linkage"] = KeyFigure(value=linkage.protected_plain.accuracy, ceiling=linkage.plain.accuracy)
     return figures
 
