@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from bench.errors import MissingError
+from bench.run.archive import read_model
 from reports.table import Column, Entry, Row, Table
 
 
@@ -48,7 +48,7 @@ def benchmark_table(files: Sequence[Path]) -> Table | None:
         return None
     rows = []
     for file in files:
-        document = _read(file)
+        document = read_model(file, _Document, "what pytest --benchmark-json writes")
         machine = str(document.machine_info.get("node", file.name))
         rows += [_row(benchmark, machine) for benchmark in document.benchmarks]
     columns = (
@@ -59,17 +59,6 @@ def benchmark_table(files: Sequence[Path]) -> Table | None:
         Column("machine", numeric=False),
     )
     return Table("benchmarks", "Speed (pytest-benchmark); in brackets the quartiles.", columns, tuple(rows))
-
-
-def _read(file: Path) -> _Document:
-    try:
-        return _Document.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise MissingError(f"{file} cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "document"
-        raise MissingError(f"{file} was not written by pytest --benchmark-json: {where}: {first['msg']}") from None
 
 
 def _row(benchmark: _Benchmark, machine: str) -> Row:

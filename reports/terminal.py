@@ -44,7 +44,7 @@ def _table(
     *,
     left: int = 1,
     bold: Container[int] = (),
-) -> Table:
+) -> RenderableType:
     """A table in which no name can act as markup.
 
     Args:
@@ -54,8 +54,7 @@ def _table(
         left: how many columns hold text, which may wrap; the others hold figures.
         bold: places of the rows that stand out.
     """
-    title = title if isinstance(title, Text) else Text(title)
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for place, heading in enumerate(headings):
         if place < left:
             table.add_column(escape(heading), overflow="fold")
@@ -64,7 +63,8 @@ def _table(
     for place, row in enumerate(rows):
         shielded = (cell if isinstance(cell, Text) else escape(cell) for cell in row)
         table.add_row(*shielded, style="bold" if place in bold else None)
-    return table
+    # A title of the table would be wrapped to its width.
+    return Group(title if isinstance(title, Text) else Text(title, style="bold"), table)
 
 
 # -- a result --------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def _headline(result: RunResult) -> Text:
     )
 
 
-def _verifications(title: str, rows: Mapping[str, Verification]) -> Table:
+def _verifications(title: str, rows: Mapping[str, Verification]) -> RenderableType:
     fars = list(next(iter(rows.values())).tar_at_far)
     table = [
         [
@@ -194,7 +194,7 @@ def _queries(attack: AttackInfo) -> Iterable[Text]:
         yield Text(f"{attack.name}: {', '.join(asked)}")
 
 
-def _strength(curve: StrengthCurve) -> Table:
+def _strength(curve: StrengthCurve) -> RenderableType:
     names = list(curve.points[-1].values)
     rows = [[f"{point.budget:,.10g}", *(figure(name, point.values[name]) for name in names)] for point in curve.points]
     title = f"Strength: what leaks against the attacker's budget of {curve.axis}"
@@ -217,7 +217,7 @@ def _gain(curve: StrengthCurve) -> Text:
     return Text(f"last doubling: {verdict}; {', '.join(gains)}")
 
 
-def _throughput(throughput: Mapping[str, Throughput], sent: int) -> Table:
+def _throughput(throughput: Mapping[str, Throughput], sent: int) -> RenderableType:
     first = next(iter(throughput.values()))
     rows = []
     for name, row in throughput.items():
@@ -281,7 +281,7 @@ def render_gate(report: GateReport) -> RenderableType:
 
 def _cell(cell: CellVerdict) -> Iterable[RenderableType]:
     verdict = Text(cell.outcome, _VERDICT_COLOUR[cell.outcome])
-    title = Text(f"{cell.cell}{f' in {cell.run}' if cell.run else ''}: ") + verdict
+    title = Text(f"{cell.cell}{f' in {cell.run}' if cell.run else ''}: ", style="bold") + verdict
     rows: list[list[str | Text]] = [
         [_short(figure.figure), *cells(figure)[1:], _verdict(figure)] for figure in cell.figures
     ]
@@ -376,7 +376,7 @@ def render_sweep(sweep: SweepState) -> RenderableType:
     return Group(*parts)
 
 
-def _sweep_table(sweep: SweepState, title: str) -> Table:
+def _sweep_table(sweep: SweepState, title: str) -> RenderableType:
     names = [name for name in KINDS if any(name in cell.figures for cell in sweep.cells)]
     rows: list[list[str | Text]] = []
     for cell in sweep.cells:

@@ -73,10 +73,7 @@ def read_samples(folder: Path) -> Samples | None:
     path = folder / "samples.json"
     if not path.is_file():
         return None if ready is None else Samples(folder=folder, sheet=ready)
-    try:
-        index = _Index.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        raise MissingError(f"{path} is not an index of samples") from None
+    index = read_model(path, _Index, "an index of samples")
     for victim in index.victims:
         for name in victim.files.values():
             if Path(name).name != name or not (folder / name).is_file() or (folder / name).is_symlink():
@@ -258,7 +255,7 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         MissingError: it is missing, damaged or of another schema.
     """
-    return _model(directory / "manifest.json", Manifest)
+    return read_model(directory / "manifest.json", Manifest)
 
 
 def load_run(directory: Path) -> Run:
@@ -273,7 +270,7 @@ def load_run(directory: Path) -> Run:
         error = "never finished: it was killed, or it is still running"
         result = RunResult(run_id=manifest.run_id, protocol=manifest.protocol, status="error", error=error)
     else:
-        result = _model(result_file, RunResult)
+        result = read_model(result_file, RunResult)
     read = [
         name for name in ("metrics.json", *(f"{table}.parquet" for table in _COLUMNS)) if name in manifest.artefacts
     ]
@@ -292,7 +289,12 @@ def load_run(directory: Path) -> Run:
     )
 
 
-def _model(path: Path, model: type[_M]) -> _M:
+def read_model(path: Path, model: type[_M], what: str = "a file of this schema") -> _M:
+    """A JSON file as ``model``.
+
+    Raises:
+        MissingError: it cannot be read, or is not ``what``; the message says where.
+    """
     try:
         return model.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -300,7 +302,7 @@ def _model(path: Path, model: type[_M]) -> _M:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise MissingError(f"{path} is not a file of this schema: {where or 'document'}: {first['msg']}") from None
+        raise MissingError(f"{path} is not {what}: {where or 'document'}: {first['msg']}") from None
 
 
 def _hash(path: Path) -> str | None:

@@ -46,7 +46,7 @@ def test_without_files_there_is_no_table():
 def test_other_files_are_refused(tmp_path, content):
     file = tmp_path / "x.json"
     file.write_text(content)
-    with pytest.raises(MissingError, match=r"x\.json was not written by pytest --benchmark-json"):
+    with pytest.raises(MissingError, match=r"x\.json is not what pytest --benchmark-json writes"):
         benchmark_table([file])
     with pytest.raises(MissingError, match="cannot be read"):
         benchmark_table([tmp_path / "absent.json"])

@@ -4,21 +4,17 @@ import json
 
 import numpy as np
 import pandas as pd
+from run_folders import attack_info, dataset_info, defense_info, together, utility, verification
 
 from bench.results import (
     PROTOCOL_VERSION,
-    AttackInfo,
     AttackResult,
-    DatasetInfo,
-    DefenseInfo,
     Identity,
     Linkage,
     Measure,
     Quality,
     Recovery,
     RunResult,
-    Utility,
-    Verification,
 )
 
 PEOPLE, IMAGES = 12, 5
@@ -67,16 +63,6 @@ def quality(table):
     )
 
 
-def verification(accuracy, direction="leakage"):
-    return Verification(
-        accuracy=measure(accuracy, (accuracy - 0.04, accuracy + 0.04), direction),
-        auc=measure(accuracy + 0.05, (accuracy, accuracy + 0.1), direction),
-        eer=measure(1 - accuracy, (0.9 - accuracy, 1.1 - accuracy), "privacy" if direction == "leakage" else "cost"),
-        tar_at_far={},
-        pairs=100,
-    )
-
-
 def make_run(
     folder,
     *,
@@ -100,8 +86,8 @@ def make_run(
     """Write a run directory and return it.
 
     ``shift`` is added to the attack's scores, ``ceiling_shift`` to those on unprotected faces; ``linkage`` is the
-    accuracy of a linkage run instead; several attacks are separated by commas; ``options``
-    are what was asked for, ``resolved`` what came of it.
+    accuracy of a linkage run instead; several attacks are separated by commas; ``options`` are
+    what was asked for, ``resolved`` what came of it.
     """
     folder.mkdir(parents=True)
     run_id = f"{defense}-{attack}-seed{seed}-{folder.name}"
@@ -126,21 +112,18 @@ def make_run(
         result = RunResult(run_id=run_id, protocol=protocol, status=status, error="disk full")
         (folder / "metrics.json").write_text(result.to_json())
         return folder
-    infos = {
-        name: AttackInfo(name=name, options={}, knowledge="whitebox", saturated=True, states_covered=True)
-        for name in attack.split(",")
-    }
     parts, tables = {}, []
-    for name, info in infos.items():
+    names = attack.split(",")
+    for name in names:
         if linkage is not None:
-            parts[name] = AttackResult(attack=info, linkage=linkage_figures(linkage))
+            parts[name] = AttackResult(attack=attack_info(name), linkage=linkage_figures(linkage))
             continue
         own = rows(name, seed, None, shift or {}, retrained)
-        ceiling = "ceiling" if len(infos) == 1 else f"{name} ceiling"
+        ceiling = "ceiling" if len(names) == 1 else f"{name} ceiling"
         most = rows(ceiling, seed, CEILING, ceiling_shift or {}, retrained)
         tables += [own, most]
         recovery = Recovery(**quality(own).model_dump(), floors={}, ceiling=quality(most))
-        parts[name] = AttackResult(attack=info, recovery=recovery)
+        parts[name] = AttackResult(attack=attack_info(name), recovery=recovery)
     if tables:
         pd.concat(tables).to_parquet(folder / "per_image.parquet")
     result = RunResult(
@@ -148,30 +131,10 @@ def make_run(
         protocol=protocol,
         status=status,
         warnings=list(warnings),
-        defense=DefenseInfo(
-            name=defense,
-            options=resolved or {"subset": None},
-            representation_shape=(27, 64, 64),
-            views=3,
-            states=18,
-            entropy_bits=entropy,
-            bytes_per_face=442368,
-        ),
-        dataset=DatasetInfo(
-            name="synthetic",
-            synthetic=True,
-            image_size=64,
-            identities={"victims": PEOPLE},
-            images={"victims": PEOPLE * IMAGES},
-            pairs=100,
-            probes=PEOPLE * IMAGES,
-            skipped=0,
-            details={"seed": seed},
-        ),
-        utility=None
-        if linkage is not None
-        else Utility(**verification(accuracy, "utility").model_dump(), unprotected=verification(0.9, "utility")),
-        **(dict(parts[attack]) if len(parts) == 1 else {"attacks": parts, "worst_case": recovery}),
+        defense=defense_info(defense, resolved or {"subset": None}, entropy),
+        dataset=dataset_info(people=PEOPLE, images=PEOPLE * IMAGES, seed=seed),
+        utility=None if linkage is not None else utility(accuracy, 0.9),
+        **together(parts, None if linkage is not None else recovery),
     )
     (folder / "metrics.json").write_text(result.to_json())
     return folder

@@ -68,6 +68,34 @@ def throughput(rate):
     )
 
 
+def defense_info(name="partialface", options=None, entropy=4.17, **details):
+    return DefenseInfo(
+        name=name, options=options or {}, representation_shape=(27, 64, 64), views=3, states=18, entropy_bits=entropy,
+        bytes_per_face=442368, details=details,
+    )  # fmt: skip
+
+
+def dataset_info(name="synthetic", people=4, images=VICTIMS, image_size=64, *, synthetic=True, **details):
+    return DatasetInfo(
+        name=name, synthetic=synthetic, image_size=image_size, identities={"victims": people}, images={}, pairs=100,
+        probes=images, skipped=0, details=details,
+    )  # fmt: skip
+
+
+def attack_info(name, knowledge="whitebox", *, saturated=True):
+    curve = [(100, 0.3), (200, 0.2), (400, 0.15)]
+    return AttackInfo(name=name, options={}, knowledge=knowledge, saturated=saturated, states_covered=True, curve=curve)
+
+
+def utility(accuracy, unprotected):
+    return Utility(**verification(accuracy, "utility").model_dump(), unprotected=verification(unprotected, "utility"))
+
+
+def together(parts, worst_case=None):
+    """The fields of a result that hold what its attacks got."""
+    return dict(*parts.values()) if len(parts) == 1 else {"attacks": parts, "worst_case": worst_case}
+
+
 def write_run(
     folder,
     *,
@@ -129,38 +157,27 @@ def write_run(
         recovery = Recovery(**quality(mean, cosine).model_dump(), floors=floors, ceiling=quality(0.99, 0.9))
         parts = {
             name: AttackResult(
-                attack=AttackInfo(
-                    name=name, options={}, knowledge=knowledge, saturated=saturated, states_covered=True,
-                    curve=[(100, 0.3), (200, 0.2), (400, 0.15)],
-                ),
+                attack=attack_info(name, knowledge, saturated=saturated),
                 recovery=None if linkage else recovery,
                 linkage=link if linkage else None,
                 state_inference=StateInference(faces=measure(0.6), channels=measure(0.9), chance=1 / 18),
                 strength=curve if strength else None,
             )
             for name in names
-        }  # fmt: skip
+        }
         operation = "link" if linkage else "recover"
         result = RunResult(
             run_id=run_id,
             protocol=protocol,
             status="success",
             warnings=["synthetic faces: for trying the suite"] if synthetic else [],
-            defense=DefenseInfo(
-                name=defense, options=options or {}, representation_shape=(27, 64, 64), views=3, states=18,
-                entropy_bits=4.17, bytes_per_face=442368, details=details or {"kept_channels": list(range(10, 64))},
-            ),
+            defense=defense_info(defense, options, **(details or {"kept_channels": list(range(10, 64))})),
             evaluator=EvaluatorInfo(
                 name="judge", sha256="ab" * 32, accuracy=0.98, threshold=0.3, far_at_threshold=0.01
             ),
-            dataset=DatasetInfo(
-                name=dataset, synthetic=synthetic, image_size=image_size, identities={"victims": 4}, images={},
-                pairs=100, probes=VICTIMS, skipped=0,
-            ),
-            utility=Utility(
-                **verification(accuracy, "utility").model_dump(), unprotected=verification(0.97, "utility")
-            ),
-            **(dict(parts[attack]) if len(parts) == 1 else {"attacks": parts, "worst_case": recovery}),
+            dataset=dataset_info(dataset, image_size=image_size, synthetic=synthetic),
+            utility=utility(accuracy, 0.97),
+            **together(parts, recovery),
             throughput={
                 "protect": throughput(5000),
                 **{operation if len(names) == 1 else f"{operation} {name}": throughput(100) for name in names},

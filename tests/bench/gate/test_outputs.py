@@ -25,14 +25,10 @@ def report(baseline, seeds, tmp_path):
 def hostile(tmp_path):
     """A report in which the names of defence, options and run are out to break something."""
     made = {"defense": HOSTILE, "options": {HOSTILE: HOSTILE}}
-    base = make_baseline(load_runs([make_run_named(tmp_path / "base", **made)]))
-    worse = make_run_named(tmp_path / "worse", retrained=1, shift={"ssim": 0.3}, **made)
-    other = make_run_named(tmp_path / "other", attack="linear", **made)
+    base = make_baseline(load_runs([make_run(tmp_path / "base", **made)]))
+    worse = make_run(tmp_path / "worse", retrained=1, shift={"ssim": 0.3}, **made)
+    other = make_run(tmp_path / "other", attack="linear", **made)
     return gate(base, load_runs([worse, other]), name=HOSTILE)
-
-
-def make_run_named(folder, **made):
-    return make_run(folder, **made)
 
 
 def test_junit_has_a_case_per_figure(report, tmp_path):
