@@ -18,7 +18,7 @@ state draw the same identities; differences of two conditions are computed withi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,13 +26,13 @@ from torch import Tensor
 
 from bench.errors import DataError
 from bench.measures import Estimate
-from bench.metrics.verification import far_not_measurable, fold_accuracies, roc
+from bench.metrics.verification import checked_pairs, far_not_measurable, fold_accuracies, roc
 
 #: Replicates behind every interval; the ends of a 95 % interval then rest on 25 replicates each.
 REPLICATES = 1000
 
-_LEVEL = 0.95
 _CHUNK_ELEMENTS = 2_000_000
+_FEW = "a confidence interval needs at least two identities"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,32 @@ def draw_identities(identities: int, generator: torch.Generator, replicates: int
     drawn = torch.randint(identities, (replicates, identities), generator=generator, device=generator.device).cpu()
     counts = torch.zeros(replicates, identities, dtype=torch.float64)
     return counts.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand_as(drawn))
+
+
+def resampled_pairs(
+    identities: Tensor, same: Tensor, generator: torch.Generator, replicates: int = REPLICATES
+) -> Iterator[Tensor]:
+    """Weights of P pairs in each replicate, some replicates at a time: float64 (r, P).
+
+    Args:
+        identities: int64 (P, 2), the people of each pair.
+        same: bool (P,), on the CPU.
+        generator: source of the draws.
+        replicates: how many resamples in all.
+
+    Raises:
+        DataError: shapes differ, or ``same`` contradicts the identities.
+    """
+    if identities.shape != (len(same), 2):
+        raise DataError(f"identities of the pairs must be ({len(same)}, 2), got {tuple(identities.shape)}")
+    people, index = torch.unique(identities.cpu(), return_inverse=True)
+    if not torch.equal(index[:, 0] == index[:, 1], same):
+        raise DataError("the pairs contradict the identities: `same` must hold exactly within a person")
+    rows = max(1, _CHUNK_ELEMENTS // max(len(same), len(people)))
+    for start in range(0, replicates, rows):
+        drawn = draw_identities(len(people), generator, min(rows, replicates - start))
+        weights = drawn[:, index[:, 0]]
+        yield torch.where(same, weights, weights * drawn[:, index[:, 1]])
 
 
 def mean_estimate(
@@ -116,7 +142,7 @@ def mean_estimate(
     for start in range(0, replicates, rows):
         weights = draw_identities(len(people), generator, min(rows, replicates - start))
         means.append((weights @ sums) / (weights @ sizes))
-    return _with_interval(float(centre), torch.cat(means) + centre, len(values))
+    return interval(float(centre), torch.cat(means) + centre, len(values))
 
 
 def difference_estimate(
@@ -215,9 +241,6 @@ def verification_differences(
     return _estimates(points - other_points, samples - other_samples, same, fars)
 
 
-_FEW = "a confidence interval needs at least two identities"
-
-
 def _statistics(
     scores: Tensor,
     same: Tensor,
@@ -228,11 +251,7 @@ def _statistics(
     replicates: int,
 ) -> tuple[Tensor, Tensor]:
     """Statistics (S,) of the sample and (R, S) of its resamples: accuracy, AUC, EER, then one TAR per FAR."""
-    if identities.shape != (*scores.shape, 2):
-        raise DataError(f"identities of the pairs must be ({len(scores)}, 2), got {tuple(identities.shape)}")
-    people, index = torch.unique(identities.cpu(), return_inverse=True)
-    if same.shape == scores.shape and not torch.equal(index[:, 0] == index[:, 1], same.cpu()):
-        raise DataError("the verification pairs contradict the identities: `same` must hold exactly within a person")
+    scores, same = checked_pairs(scores, same)
 
     def evaluate(weights: Tensor | None) -> Tensor:
         accuracies, _ = fold_accuracies(scores, same, fold, weights)
@@ -241,37 +260,42 @@ def _statistics(
         # A fold that a replicate left empty says nothing about it: the mean is over the others.
         return torch.stack([accuracies.nanmean(1), curve.auc(), curve.eer(), *tars], 1)
 
-    rows = max(1, _CHUNK_ELEMENTS // max(len(scores), len(people)))
-    samples = []
-    for start in range(0, replicates, rows):
-        drawn = draw_identities(len(people), generator, min(rows, replicates - start))
-        weights = drawn[:, index[:, 0]]
-        samples.append(evaluate(torch.where(same.cpu(), weights, weights * drawn[:, index[:, 1]])))
+    samples = [evaluate(weights) for weights in resampled_pairs(identities, same, generator, replicates)]
     return evaluate(None)[0], torch.cat(samples)
 
 
 def _estimates(points: Tensor, samples: Tensor, same: Tensor, fars: Sequence[float]) -> VerificationEstimates:
     pairs, genuine = len(same), int(same.sum())
-    accuracy, auc, eer = (_with_interval(float(points[i]), samples[:, i], pairs) for i in range(3))
+    accuracy, auc, eer = (interval(float(points[i]), samples[:, i], pairs) for i in range(3))
     tars = {}
     for column, far in enumerate(fars, start=3):
         reason = far_not_measurable(far, pairs - genuine)
         tars[far] = (
-            _with_interval(float(points[column]), samples[:, column], genuine)
+            interval(float(points[column]), samples[:, column], genuine)
             if reason is None
             else Estimate(None, None, genuine, reason)
         )
     return VerificationEstimates(accuracy, auc, eer, tars)
 
 
-def _with_interval(value: float, samples: Tensor, n: int) -> Estimate:
+def interval(value: float, samples: Tensor, n: int, *, moved: bool = False) -> Estimate:
+    """An estimate with the percentile interval of its resamples.
+
+    Args:
+        value: the estimate.
+        samples: float64 (R,), NaN where a replicate has none.
+        n: what the estimate counts.
+        moved: move the replicates' mean to the estimate, for a statistic that the noise of resampling biases, and the
+            interval's ends so far out that it holds the estimate.
+    """
     defined = samples[~samples.isnan()]
     # Dropping a few replicates that drew no impostor pair is harmless; losing many would bias the interval.
     if len(defined) < 0.95 * len(samples):
-        reason = "too few identities: many resamples hold no genuine or no impostor pairs"
-        return Estimate(value, None, n, reason)
-    tail = (1 - _LEVEL) / 2
-    low, high = torch.quantile(defined, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+        return Estimate(value, None, n, "too few identities: many resamples hold pairs of one kind only")
     if defined.max() - defined.min() <= 1e-12:
         return Estimate(value, None, n, "no confidence interval: every resample gives the same value")
+    low, high = torch.quantile(defined, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    if moved:
+        shift = value - float(defined.mean())
+        low, high = min(low + shift, value), max(high + shift, value)
     return Estimate(value, (low, high), n)

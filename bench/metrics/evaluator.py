@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.errors import DataError, MissingError
+from bench.images import to_float
+from bench.nets.onnx import OnnxEncoder, resized
 
 
 class Evaluator(ABC):
@@ -65,13 +66,10 @@ class Evaluator(ABC):
 
     def _embed_batch(self, batch: Tensor) -> Tensor:
         if batch.dtype == torch.uint8:
-            batch = batch.to(torch.float32) / 255
+            batch = to_float(batch)
         elif not batch.is_floating_point():
             raise DataError(f"{self.name} expects float faces in [0, 1] or uint8, got {batch.dtype}")
-        batch = batch.detach().to(torch.float32)
-        if tuple(batch.shape[-2:]) != self.input_size:
-            batch = F.interpolate(batch, size=self.input_size, mode="bilinear", antialias=True, align_corners=False)
-            batch = batch.clamp(0, 1)
+        batch = resized(batch.detach().to(torch.float32), self.input_size)
         raw = self._forward(batch)
         if self.flip:
             raw = raw + self._forward(batch.flip(-1))
@@ -81,15 +79,7 @@ class Evaluator(ABC):
 
 
 class OnnxEvaluator(Evaluator):
-    """A face recogniser in an ONNX file, run by onnxruntime.
-
-    The model has one input, float32 RGB (N, 3, H, W) with ``(255 x - 127.5) / 128`` of the faces (the field's usual
-    pre-processing), and one output (N, D). A fixed batch dimension is respected, free spatial ones mean 112x112.
-
-    Attributes:
-        sha256: digest of the file, for the record.
-        providers: the onnxruntime execution providers in use.
-    """
+    """A face recogniser in an ONNX file (:class:`bench.nets.onnx.OnnxEncoder`)."""
 
     def __init__(
         self, path: Path, device: torch.device | str = "cpu", *, flip: bool = True, batch_size: int = 64
@@ -97,8 +87,7 @@ class OnnxEvaluator(Evaluator):
         """
         Args:
             path: the ONNX file.
-            device: run on CUDA where this says so and onnxruntime can, else on the processor, with as many threads as
-                torch uses.
+            device: run on CUDA where this says so and onnxruntime can, else on the processor.
             flip: add the embedding of the mirrored face.
             batch_size: faces per run; a batch size fixed in the model goes first.
 
@@ -109,52 +98,24 @@ class OnnxEvaluator(Evaluator):
         super().__init__(flip=flip, batch_size=batch_size)
         if not path.is_file():
             raise MissingError(f"evaluator: {path} does not exist; give --evaluator or BENCH_EVALUATOR an ONNX file")
-        import onnxruntime as ort
-
-        content = path.read_bytes()
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        self.name = path.stem
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        # Idle workers would spin between batches and take the cores from torch, which works in turns with them.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3  # errors; they are raised as well
-        wanted = ["CPUExecutionProvider"]
-        if torch.device(device).type == "cuda" and "CUDAExecutionProvider" in ort.get_available_providers():
-            wanted.insert(0, "CUDAExecutionProvider")
         try:
-            self._session = ort.InferenceSession(content, options, providers=wanted)
-        except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-            raise DataError(f"evaluator: {path} is no ONNX model that onnxruntime can load") from error
-        self.providers = tuple(self._session.get_providers())
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if len(inputs) != 1 or len(outputs) != 1:
-            raise DataError(
-                f"evaluator: {path} must have one input and one output, has {len(inputs)} and {len(outputs)}"
-            )
-        shape = inputs[0].shape
-        if inputs[0].type != "tensor(float)" or len(shape) != 4 or (isinstance(shape[1], int) and shape[1] != 3):
-            raise DataError(f"evaluator: the input of {path} must be float32 (N, 3, H, W), is {inputs[0].type} {shape}")
-        if len(outputs[0].shape) != 2:
-            raise DataError(f"evaluator: the output of {path} must be embeddings (N, D), is {outputs[0].shape}")
-        batch, _, height, width = shape
-        self.input_size = (height if isinstance(height, int) else 112, width if isinstance(width, int) else 112)
-        self._fixed_batch = batch if isinstance(batch, int) else None
-        if self._fixed_batch is not None:
-            self.batch_size = self._fixed_batch
-        self._input = inputs[0].name
+            self.network = OnnxEncoder(path, torch.device(device))
+        except ValueError as error:
+            raise DataError(f"evaluator: {error}") from error
+        self.name = path.stem
+        self.input_size = self.network.input_size
+        self.batch_size = self.network.batch_size or batch_size
 
     def _forward(self, faces: Tensor) -> Tensor:
-        pixels = (faces * 255 - 127.5) / 128
-        missing = 0 if self._fixed_batch is None else self._fixed_batch - len(pixels)
-        if missing:  # the last batch of a model with a fixed batch size
-            pixels = torch.cat((pixels, pixels[-1:].expand(missing, -1, -1, -1)))
-        (embeddings,) = self._session.run(None, {self._input: pixels.cpu().contiguous().numpy()})
-        return torch.from_numpy(embeddings)[: len(faces)].to(faces.device)
+        try:
+            embeddings: Tensor = self.network(faces)
+        except ValueError as error:
+            raise DataError(f"evaluator: {error}") from error
+        return embeddings
 
     def describe(self) -> dict[str, Any]:
         """What identifies it in a manifest, with the file's digest."""
-        return super().describe() | {"sha256": self.sha256, "providers": list(self.providers)}
+        return super().describe() | {"sha256": self.network.sha256, "providers": list(self.network.providers)}
 
 
 class RecogniserEvaluator(Evaluator):

@@ -4,8 +4,7 @@
 attacker can do with them: protect the public faces too and answer with the public face whose representation lies
 nearest. It needs no training and no victim's face, returns a sharp picture of *somebody else*, and so tells apart a
 recovery of this face from a recovery of some face. (The public face nearest to the victim's *original* would be no
-floor: whoever could find it already has the face. :func:`nearest_original` gives it as a reference for how much a
-perfect look-up in the public set would be worth.)
+floor: whoever could find it already has the face.)
 """
 
 from __future__ import annotations
@@ -97,43 +96,13 @@ def nearest(
         >>> nearest(observed, public, lambda faces: faces)[:, 0, 0, 0]
         tensor([0.8000, 0.0000])
     """
-    index = nearest_index(observed, public, protect, views=views, batch_size=batch_size)
-    return _as_float(public[index.to(public.device)])
-
-
-def nearest_original(originals: Tensor, public: Tensor, *, batch_size: int = 64) -> Tensor:
-    """The public face nearest to each original in pixels: an oracle's look-up, for reference, not a floor.
-
-    Args:
-        originals: (N, 3, H, W), uint8 or float in [0, 1], the victims' own faces.
-        public: (M, 3, H, W), uint8 or float in [0, 1].
-        batch_size: faces compared at once.
-
-    Returns:
-        float32 (N, 3, H, W) in [0, 1], on the device of ``public``.
-
-    Raises:
-        DataError: as :func:`nearest`.
-    """
-    # Float copies of the originals are made a batch at a time.
-    found = [
-        nearest_index(_as_float(batch), public, lambda faces: faces, batch_size=batch_size)
-        for batch in torch.split(originals, _CHUNK)
-    ]
-    return _as_float(public[torch.cat(found).to(public.device)])
-
-
-def nearest_index(
-    observed: Tensor, public: Tensor, protect: Callable[[Tensor], Tensor], *, views: int = 1, batch_size: int = 64
-) -> Tensor:
-    """Indices int64 (N,) into ``public`` of the faces that :func:`nearest` returns; arguments as there."""
     _checked_public(public)
     if views < 1 or batch_size < 1:
         raise DataError(f"views and batch_size must be at least 1, got {views} and {batch_size}")
     if not len(observed):
         raise DataError("there are no interceptions to look up")
     best = torch.full((len(observed),), torch.inf, device=observed.device)
-    found = torch.zeros(len(observed), dtype=torch.int64, device=observed.device)
+    nearest_face = torch.zeros(len(observed), dtype=torch.int64, device=observed.device)
     for _ in range(views):
         for start in range(0, len(public), batch_size):
             keys = protect(_as_float(public[start : start + batch_size]))
@@ -149,8 +118,8 @@ def nearest_index(
                 distance, position = (norms - 2 * queries @ keys.T).min(1)
                 closer = distance < best[rows]
                 best[rows] = torch.where(closer, distance, best[rows])
-                found[rows] = torch.where(closer, position + start, found[rows])
-    return found
+                nearest_face[rows] = torch.where(closer, position + start, nearest_face[rows])
+    return _as_float(public[nearest_face.to(public.device)])
 
 
 def _as_float(faces: Tensor) -> Tensor:

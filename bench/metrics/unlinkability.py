@@ -25,7 +25,7 @@ many bins, at most the authors' 100, as keep this below :data:`LARGEST_BIAS`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +33,12 @@ from torch import Tensor
 
 from bench.errors import DataError
 from bench.measures import Estimate
-from bench.metrics.bootstrap import REPLICATES, draw_identities
+from bench.metrics.bootstrap import REPLICATES, interval, resampled_pairs
 from bench.metrics.verification import checked_pairs
 
 #: What D_sys of an unlinkable system may come to by chance, on average.
 LARGEST_BIAS = 0.05
 _MOST_BINS = 100
-
-#: Resampled weights times pairs held at once.
-_CHUNK_ELEMENTS = 2_000_000
-_LEVEL = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,32 +155,15 @@ def unlinkability_estimate(
     """
     point = unlinkability(scores, same, bins=bins)
     scores, same = checked_pairs(scores, same, "linkage", "mated and non-mated")
-    if identities.shape != (len(scores), 2):
-        raise DataError(f"identities of the pairs must be ({len(scores)}, 2), got {tuple(identities.shape)}")
-    people, index = torch.unique(identities.cpu(), return_inverse=True)
-    if not torch.equal(index[:, 0] == index[:, 1], same):
-        raise DataError("the pairs contradict the identities: `same` must hold exactly within a person")
     member = _one_hot(scores, point.edges)
-    rows = max(1, _CHUNK_ELEMENTS // max(len(scores), len(people)))
     samples = []
-    for start in range(0, replicates, rows):
-        drawn = draw_identities(len(people), generator, min(rows, replicates - start))
-        weights = drawn[:, index[:, 0]]
-        mated, non_mated = _shares(member, same, torch.where(same, weights, weights * drawn[:, index[:, 1]]))
+    for weights in resampled_pairs(identities, same, generator, replicates):
+        mated, non_mated = _shares(member, same, weights)
         samples.append((_local(mated, non_mated) * mated).sum(dim=1))
-    return _with_interval(point.d_sys, torch.cat(samples), len(scores))
-
-
-def _with_interval(value: float, samples: Tensor, n: int) -> Estimate:
-    defined = samples[~samples.isnan()]
-    if len(defined) < 0.95 * len(samples):
-        return Estimate(value, None, n, "too few identities: many resamples hold no mated or no non-mated pairs")
-    if defined.max() - defined.min() <= 1e-12:
-        return Estimate(value, None, n, "no confidence interval: every resample gives the same value")
-    tail = (1 - _LEVEL) / 2
-    ends = torch.quantile(defined, torch.tensor([tail, 1 - tail], dtype=torch.float64)) - defined.mean() + value
-    low, high = ends.clamp(0, 1).tolist()
-    return Estimate(value, (min(low, value), max(high, value)), n)
+    estimate = interval(point.d_sys, torch.cat(samples), len(scores), moved=True)
+    if estimate.ci95 is None:
+        return estimate
+    return replace(estimate, ci95=(max(0.0, estimate.ci95[0]), min(1.0, estimate.ci95[1])))
 
 
 def _edges(scores: Tensor, same: Tensor, bins: int | None) -> Tensor:
@@ -219,11 +198,8 @@ def _one_hot(scores: Tensor, edges: Tensor) -> Tensor:
 def _shares(member: Tensor, same: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Shares (R, B) of mated and non-mated pairs in each bin; NaN for a replicate without a class."""
     weights = torch.ones(1, len(same), dtype=torch.float64) if weights is None else weights
-    found = []
-    for mask in (same, ~same):
-        mass = weights[:, mask] @ member[mask]
-        found.append(mass / mass.sum(dim=1, keepdim=True))
-    return found[0], found[1]
+    mated, non_mated = (weights[:, mask] @ member[mask] for mask in (same, ~same))
+    return mated / mated.sum(dim=1, keepdim=True), non_mated / non_mated.sum(dim=1, keepdim=True)
 
 
 def _local(mated: Tensor, non_mated: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from bench.data.faces import PairProtocol
 from bench.errors import DataError
-from bench.measures import Estimate
 
 # Weights times pairs held at once per fold; about 64 MB of float64 with the intermediates.
 _CHUNK_ELEMENTS = 2_000_000
@@ -114,6 +113,12 @@ def roc(scores: Tensor, same: Tensor, weights: Tensor | None = None) -> Roc:
 
     Raises:
         DataError: shapes differ, a score is not finite, or there are no genuine or no impostor pairs.
+
+    Example:
+        >>> import torch
+        >>> curve = roc(torch.tensor([0.9, 0.4, 0.5, 0.1]), torch.tensor([True, True, False, False]))
+        >>> float(curve.auc()), float(curve.eer()), float(curve.tar_at_far(0.5))
+        (0.75, 0.5, 1.0)
     """
     scores, same = checked_pairs(scores, same)
     weights = _weights(weights, len(scores))
@@ -129,84 +134,6 @@ def roc(scores: Tensor, same: Tensor, weights: Tensor | None = None) -> Roc:
         rates[-1][accepted[:, -1] == 0] = torch.nan
     thresholds = torch.cat((torch.tensor([torch.inf], dtype=torch.float64), ranked[ends]))
     return Roc(thresholds, *rates)
-
-
-def roc_auc(scores: Tensor, same: Tensor) -> float:
-    """Area under the ROC: the chance that a genuine pair outscores an impostor pair.
-
-    Args and errors as for :func:`roc`.
-
-    Example:
-        >>> import torch
-        >>> roc_auc(torch.tensor([0.9, 0.4, 0.5, 0.1]), torch.tensor([True, True, False, False]))
-        0.75
-    """
-    return float(roc(scores, same).auc())
-
-
-def eer(scores: Tensor, same: Tensor) -> float:
-    """Equal error rate, in [0, 1].
-
-    Args and errors as for :func:`roc`.
-
-    Example:
-        >>> import torch
-        >>> eer(torch.tensor([0.9, 0.4, 0.5, 0.1]), torch.tensor([True, True, False, False]))
-        0.5
-    """
-    return float(roc(scores, same).eer())
-
-
-def tar_at_far(scores: Tensor, same: Tensor, far: float) -> Estimate:
-    """TAR at the threshold that accepts a share ``far`` of impostors.
-
-    Args and errors as for :func:`roc`.
-
-    Returns:
-        The estimate over the genuine pairs, without an interval; no value where ``far`` is below one impostor pair.
-
-    Example:
-        >>> import torch
-        >>> scores, same = torch.tensor([0.9, 0.4, 0.5, 0.1]), torch.tensor([True, True, False, False])
-        >>> tar_at_far(scores, same, 0.5).value
-        1.0
-        >>> tar_at_far(scores, same, 1e-3).reason
-        'FAR 0.001 needs at least 1000 impostor pairs, there are 2'
-    """
-    curve = roc(scores, same)
-    genuine = int(same.sum())
-    reason = far_not_measurable(far, len(same) - genuine)
-    if reason is not None:
-        return Estimate(None, None, genuine, reason)
-    return Estimate(float(curve.tar_at_far(far)), None, genuine, "no confidence interval was asked for")
-
-
-def threshold_at_far(scores: Tensor, same: Tensor, far: float) -> float:
-    """The laxest threshold that accepts at most a share ``far`` of impostors; a pair passes with score >= it.
-
-    It lies midway between the last score it accepts and the next, so that rounding cannot move a pair across.
-
-    Args and errors as for :func:`roc`.
-
-    Raises:
-        DataError: also where ``far`` is below one impostor pair.
-
-    Example:
-        >>> import torch
-        >>> scores, same = torch.tensor([0.9, 0.4, 0.5, 0.1]), torch.tensor([True, True, False, False])
-        >>> round(threshold_at_far(scores, same, 0.5), 6)
-        0.25
-    """
-    curve = roc(scores, same)
-    reason = far_not_measurable(far, len(same) - int(same.sum()))
-    if reason is not None:
-        raise DataError(f"no threshold at this FAR: {reason}")
-    last = int((curve.far[0] <= far + 1e-12).nonzero().max())
-    if last + 1 == len(curve.thresholds):
-        return float(curve.thresholds[last])
-    if last == 0:  # even the highest score belongs to too many impostors
-        return float(torch.nextafter(curve.thresholds[1], torch.tensor(torch.inf, dtype=torch.float64)))
-    return float(curve.thresholds[last : last + 2].mean())
 
 
 def far_not_measurable(far: float, impostors: int) -> str | None:
@@ -274,15 +201,12 @@ def fold_accuracies(scores: Tensor, same: Tensor, fold: Tensor, weights: Tensor 
     if len(folds) < 2:
         raise DataError("LFW accuracy needs at least two folds: the threshold is chosen on the others")
     weights = _weights(weights, len(scores))
-    columns = []
-    for number in folds.tolist():
-        test = fold.cpu() == number
-        columns.append(_one_fold(scores, same, test, weights))
+    columns = (_held_out(scores, same, fold.cpu() == number, weights) for number in folds.tolist())
     accuracies, thresholds = zip(*columns, strict=True)
     return torch.stack(accuracies, 1), torch.stack(thresholds, 1)
 
 
-def _one_fold(scores: Tensor, same: Tensor, test: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _held_out(scores: Tensor, same: Tensor, test: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     rows = max(1, _CHUNK_ELEMENTS // len(scores))
     accuracies, thresholds = [], []
     for chunk in torch.split(weights, rows):

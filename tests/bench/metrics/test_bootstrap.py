@@ -18,7 +18,7 @@ from bench.metrics.bootstrap import (
     verification_differences,
     verification_estimates,
 )
-from bench.metrics.verification import eer, lfw_accuracy, roc_auc, tar_at_far
+from bench.metrics.verification import lfw_accuracy, roc
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -153,16 +153,17 @@ def test_verification_intervals_equal_explicit_resampling() -> None:
     scores, same, fold, identities = verification_sample()
     estimates = verification_estimates(scores, same, fold, identities, seeded(), fars=(0.1, 1e-6), replicates=60)
     assert estimates.accuracy.value == lfw_accuracy(scores, same, fold).mean
-    assert estimates.auc.value == roc_auc(scores, same)
-    assert estimates.eer.value == eer(scores, same)
-    assert estimates.tar_at_far[0.1].value == tar_at_far(scores, same, 0.1).value
+    curve = roc(scores, same)
+    expected = (float(curve.auc()), float(curve.eer()), float(curve.tar_at_far(0.1)))
+    assert (estimates.auc.value, estimates.eer.value, estimates.tar_at_far[0.1].value) == expected
     assert (estimates.auc.n, estimates.tar_at_far[0.1].n) == (180, 90)
 
     samples = []
     for row in draw_identities(30, seeded(), 60).int().tolist():
         index = repeat_pairs(row, identities)
         s, g = scores[index], same[index]
-        samples.append((roc_auc(s, g), eer(s, g), tar_at_far(s, g, 0.1).value))
+        curve = roc(s, g)
+        samples.append((float(curve.auc()), float(curve.eer()), float(curve.tar_at_far(0.1))))
     low, high = np.quantile(np.array(samples, dtype=float), [0.025, 0.975], axis=0)
     assert estimates.auc.ci95 == pytest.approx((low[0], high[0]))
     assert estimates.eer.ci95 == pytest.approx((low[1], high[1]))
@@ -184,7 +185,7 @@ def test_verification_differences_are_paired() -> None:
     slightly_worse = scores - 0.05 * same
     difference = verification_differences(scores, slightly_worse, same, fold, identities, seeded(), replicates=200)
     alone = verification_estimates(scores, same, fold, identities, seeded(), replicates=200)
-    expected = roc_auc(scores, same) - roc_auc(slightly_worse, same)
+    expected = float(roc(scores, same).auc()) - float(roc(slightly_worse, same).auc())
     assert difference.auc.value == pytest.approx(expected)
     low, high = difference.auc.ci95 or (0.0, 0.0)
     alone_low, alone_high = alone.auc.ci95 or (0.0, 0.0)
