@@ -55,6 +55,14 @@ def _shifted(cosine: Tensor, margin: float) -> Tensor:
     return cosine * math.cos(margin) - sine * math.sin(margin)
 
 
+def check_size(classes: int, scale: float) -> None:
+    """Refuse a head over fewer than two identities, or of a scale that is not positive and finite (UsageError)."""
+    if classes < 2:
+        raise UsageError(f"a recogniser needs at least 2 identities to tell apart, got {classes}")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise UsageError(f"scale must be positive and finite, got {scale}")
+
+
 def check_margins(angle_factor: float, margin: float, cosine_margin: float) -> None:
     """Refuse margins that no embedding could meet.
 
@@ -86,10 +94,7 @@ class MarginHead(nn.Module, ABC):
         self, embedding_size: int, classes: int, *, scale: float, margin: float, label_smoothing: float = 0.0
     ) -> None:
         super().__init__()
-        if classes < 2:
-            raise UsageError(f"a recogniser needs at least 2 identities to tell apart, got {classes}")
-        if not (scale > 0 and math.isfinite(scale)):
-            raise UsageError(f"scale must be positive and finite, got {scale}")
+        check_size(classes, scale)
         if not 0 <= margin < self.largest_margin:
             raise UsageError(f"margin must lie in [0, {self.largest_margin:.4g}), got {margin}")
         if not 0 <= label_smoothing < 1:
@@ -168,31 +173,12 @@ class CosFace(MarginHead):
 class ArcFace(MarginHead):
     """Additive angular margin: psi(t) = cos(t + m).
 
-    Beyond t + m = pi it is continued (:func:`arcface_target`). The authors' alternative, ``easy_margin``, applies the
-    margin only where t < pi / 2.
-
-    Args:
-        easy_margin: apply the margin only to embeddings within 90 degrees of their centre.
+    Beyond t + m = pi it is continued (:func:`arcface_target`).
     """
 
     largest_margin = math.pi / 2
 
-    def __init__(
-        self,
-        embedding_size: int,
-        classes: int,
-        *,
-        scale: float,
-        margin: float,
-        label_smoothing: float = 0.0,
-        easy_margin: bool = False,
-    ) -> None:
-        super().__init__(embedding_size, classes, scale=scale, margin=margin, label_smoothing=label_smoothing)
-        self.easy_margin = easy_margin
-
     def target(self, cosine: Tensor) -> Tensor:
-        if self.easy_margin:
-            return torch.where(cosine > 0, _shifted(cosine, self.margin), cosine)
         return arcface_target(cosine, self.margin)
 
 

@@ -7,16 +7,20 @@ share the softmax and are updated. With r = 1 it is the full softmax, spread ove
 
 from __future__ import annotations
 
-import math
+import re
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bench.errors import UsageError
-from bench.nets.heads import check_margins, combined_target
+from bench.errors import BenchError, DataError, UsageError
+from bench.files import replacing
+from bench.nets.heads import check_margins, check_size, combined_target
 from bench.randomness import Streams
 from bench.recognition.processes import Processes
 
@@ -229,14 +233,11 @@ class PartialFC(nn.Module):
     ) -> None:
         super().__init__()
         self.processes = processes or Processes()
-        if classes < 2:
-            raise UsageError(f"a recogniser needs at least 2 identities to tell apart, got {classes}")
+        check_size(classes, scale)
         if classes < self.processes.size:
             raise UsageError(
                 f"{classes} identities cannot be shared out among {self.processes.size} processes: start fewer"
             )
-        if not (scale > 0 and math.isfinite(scale)):
-            raise UsageError(f"scale must be positive and finite, got {scale}")
         check_margins(angle_factor, margin, cosine_margin)
         if not 0 < sample_rate <= 1:
             raise UsageError(f"sample_rate must lie in (0, 1], got {sample_rate}")
@@ -377,3 +378,63 @@ def _initial(owned: range, embedding_size: int, seed: int) -> Tensor:
         start, stop = max(first, owned.start), min(first + INITIAL_BLOCK, owned.stop)
         weight[start - owned.start : stop - owned.start] = 0.01 * drawn[start - first : stop - first]
     return weight
+
+
+#: Rows of a file: 2^16 centres of 512 values and their momentum are a quarter of a gigabyte.
+BLOCK_ROWS = 2**16
+
+#: Names say which rows a file holds, so that any number of processes can read what another number wrote.
+_NAME = re.compile(r"rows-(\d+)-(\d+)\.safetensors")
+
+
+def save_centres(head: PartialFC, folder: Path) -> None:
+    """Write this process's centres and momentum; all processes write into the same folder.
+
+    Raises:
+        BenchError: a file cannot be written.
+    """
+    owned = head.owned
+    try:
+        for first in range(owned.start, owned.stop, BLOCK_ROWS):
+            stop = min(first + BLOCK_ROWS, owned.stop)
+            rows = slice(first - owned.start, stop - owned.start)
+            block = {
+                "weight": head.weight[rows].cpu().contiguous(),
+                "momentum": head.momentum[rows].cpu().contiguous(),
+            }
+            with replacing(folder / f"rows-{first:010d}-{stop:010d}.safetensors") as temporary:
+                save_file(block, temporary)
+    except (OSError, SafetensorError) as error:
+        raise BenchError(
+            f"cannot write centres to {folder}: {error}; free some space or choose another --out"
+        ) from error
+
+
+@torch.no_grad()
+def load_centres(head: PartialFC, folder: Path) -> None:
+    """Read this process's centres and momentum, however many processes wrote them.
+
+    Raises:
+        DataError: a file is damaged, or some rows are in none.
+    """
+    owned, filled = head.owned, 0
+    for file in sorted(folder.glob("rows-*.safetensors")):
+        match = _NAME.fullmatch(file.name)
+        if match is None:
+            continue
+        first, stop = max(int(match[1]), owned.start), min(int(match[2]), owned.stop)
+        if first >= stop:
+            continue
+        try:
+            with safe_open(file, framework="pt") as content:
+                for name, target in (("weight", head.weight), ("momentum", head.momentum)):
+                    rows = content.get_slice(name)[first - int(match[1]) : stop - int(match[1])]
+                    target[first - owned.start : stop - owned.start] = rows.to(target.device)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise DataError(f"cannot read centres {file}: {error}; delete {folder.parent} to start again") from error
+        filled += stop - first
+    if filled != len(owned):
+        raise DataError(
+            f"{folder} holds {filled} of the {len(owned)} centres {owned.start} to {owned.stop - 1}: it is incomplete "
+            f"or not on a disk that all processes share; delete {folder.parent} to start again"
+        )

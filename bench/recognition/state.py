@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,10 +12,11 @@ from typing import Any, TypeVar
 import torch
 from lightning_fabric import Fabric
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bench.errors import BenchError, DataError, MissingError
+from bench.files import replacing
 from bench.nets.recogniser import Recogniser, RecogniserSpec
 from bench.recognition.learner import Learner
 from bench.recognition.processes import Processes, processes_of
@@ -34,22 +33,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str
     """
     # A channels_last weight is stored in logical order: loading copies it into whatever layout the module has.
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(plain, metadata={"format": FORMAT, "details": json.dumps(details)})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as beside:
-            try:
-                beside.write(content)
-                beside.flush()
-                os.fsync(beside.fileno())
-                Path(beside.name).replace(path)
-            except BaseException:
-                Path(beside.name).unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise BenchError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out"
-        ) from error
+        with replacing(path) as temporary:
+            save_file(plain, temporary, metadata={"format": FORMAT, "details": json.dumps(details)})
+    except (OSError, SafetensorError) as error:
+        raise BenchError(f"cannot write {path}: {error}; free some space or choose another --out") from error
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -227,8 +215,8 @@ SAVE_SHARE = 0.05
 class TrainingState:
     """Saves and resumes a training: weights, momentum, loss scale and history.
 
-    ``training.safetensors`` is written last, by the first process, and names the place: whoever is killed before leaves
-    the previous state complete.
+    ``training.safetensors`` is written last, by the first process, and names the point reached: whoever is killed
+    before leaves the previous state complete.
 
     Args:
         folder: where it lies, the same for all processes.
@@ -273,12 +261,12 @@ class TrainingState:
         if reached is not None:
             details["reached"] = dict(reached)
         tag = _tag(details)
-        # What a killed attempt at this place left, perhaps in another number of processes, must not mix with ours.
-        self._together(lambda: self._learner.forget_more(self.folder, self._complete) if first else None)
-        self._together(lambda: self._learner.save_more(self.folder, tag))
+        # What a training killed at this point left, perhaps in another number of processes, must not mix with ours.
+        self._together(lambda: self._learner.drop_shards(self.folder, but=self._complete) if first else None)
+        self._together(lambda: self._learner.save_shard(self.folder, tag))
         self._together(lambda: save_tensors(self.file, self._learner.tensors(), details) if first else None)
         if first:
-            self._learner.forget_more(self.folder, tag)
+            self._learner.drop_shards(self.folder, but=tag)
         self._complete, self._saved = tag, time.perf_counter()
         self._took = self._saved - began
 
@@ -305,7 +293,7 @@ class TrainingState:
         try:
             self._learner.load_tensors(tensors)
             self._complete = _tag(details)
-            self._learner.load_more(self.folder, self._complete)
+            self._learner.load_shard(self.folder, self._complete)
             if details["loss_scale"]:
                 self._precision.load_state_dict(details["loss_scale"])
             history.load_state_dict(details)

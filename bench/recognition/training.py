@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from lightning_fabric import Fabric
@@ -34,15 +35,16 @@ from bench.recognition.state import History, Report, TrainingState, no_report
 from defenses.base import Defense
 
 
-class Batches(Protocol):
+class Batches(ABC):
     """Every image so many times an epoch, in an order of the epoch's own.
 
     Attributes:
         resumable: whether a training can go on behind any batch, and not only behind a whole epoch.
     """
 
-    resumable: ClassVar[bool]
+    resumable: ClassVar[bool] = False
 
+    @abstractmethod
     def epoch(self, epoch: int) -> Iterator[tuple[int, Tensor, Tensor, int]]:
         """Of each batch its number, this process's part (indices int64 (n,) and uint8 (n, 3, H, W)), the whole's size.
 
@@ -51,13 +53,15 @@ class Batches(Protocol):
 
     def reached(self) -> dict[str, Any]:
         """What to :meth:`resume` from: JSON, empty unless resumable."""
+        return {}
 
     def resume(self, reached: Mapping[str, Any]) -> None:
         """Go on behind the batch after which :meth:`reached` was called.
 
         Raises:
-            DataError: that was another order.
+            DataError: that was another order, or these batches are not resumable.
         """
+        raise DataError("faces in memory are trained on by whole epochs, the checkpoint was left within one")
 
 
 def epoch_order(images: int, views: int, steps: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -71,39 +75,24 @@ def epoch_order(images: int, views: int, steps: int, generator: torch.Generator)
     return torch.tensor_split(torch.randperm(images * views, generator=generator) % images, steps)
 
 
-class MemoryBatches:
+class MemoryBatches(Batches):
     """Of faces in memory, on the device: batching is one gather, and no loader to feed."""
-
-    resumable: ClassVar[bool] = False
 
     def __init__(self, faces: FaceSet, views: int, steps: int, streams: Streams, processes: Processes) -> None:
         self._faces, self._views, self._steps = faces, views, steps
         self._streams, self._processes = streams, processes
 
     def epoch(self, epoch: int) -> Iterator[tuple[int, Tensor, Tensor, int]]:
-        """See :class:`Batches`."""
         generator, images = self._streams.generator(f"training/order/{epoch}"), self._faces.images
         for step, batch in enumerate(epoch_order(len(images), self._views, self._steps, generator)):
             chosen = batch[self._processes.rank :: self._processes.size]
             yield step, chosen, images[chosen.to(images.device)], len(batch)
 
-    def reached(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
 
-    def resume(self, reached: Mapping[str, Any]) -> None:
-        """Refuse.
-
-        Raises:
-            DataError: always.
-        """
-        raise DataError("faces in memory are trained on by whole epochs, the checkpoint was left within one")
-
-
-class StreamBatches:
+class StreamBatches(Batches):
     """Of faces on disk, read ahead by threads."""
 
-    resumable: ClassVar[bool] = True
+    resumable = True
 
     def __init__(
         self,
@@ -126,7 +115,7 @@ class StreamBatches:
         self._loader = StreamLoader(faces, self._order, workers=workers(), pin_memory=device.type == "cuda")
 
     def epoch(self, epoch: int) -> Iterator[tuple[int, Tensor, Tensor, int]]:
-        """See :class:`Batches`.
+        """As :meth:`Batches.epoch`.
 
         Raises:
             DataError: what cannot be read; an image that cannot be decoded, where several processes share a batch.
@@ -142,11 +131,9 @@ class StreamBatches:
             yield step, read.rows, read.images.to(self._device, non_blocking=True), total
 
     def reached(self) -> dict[str, Any]:
-        """See :class:`Batches`."""
         return self._loader.state_dict()
 
     def resume(self, reached: Mapping[str, Any]) -> None:
-        """See :class:`Batches`."""
         self._loader.load_state_dict(reached)
 
 
@@ -242,10 +229,10 @@ def margins(options: TrainingOptions, epochs_done: float) -> dict[str, float]:
             return full
         return full * epochs_done / options.margin_warmup_epochs
 
-    found = {"margin": grown(options.margin)}
+    now = {"margin": grown(options.margin)}
     if "angle_factor" in options.head_options:
-        found |= {"angle_factor": 1 + grown(options.angle_factor - 1), "cosine_margin": grown(options.cosine_margin)}
-    return found
+        now |= {"angle_factor": 1 + grown(options.angle_factor - 1), "cosine_margin": grown(options.cosine_margin)}
+    return now
 
 
 def train(
@@ -268,9 +255,9 @@ def train(
     epochs are long, all randomness of a step derives from its number too, and a training goes on within an epoch.
 
     Several processes share each batch; the images of a batch, the learning rate and, with ``sync_batch_norm``, the
-    statistics are those of one process, so losses agree with one process's up to the order of sums (float32: within
-    2e-4 of the first epoch's loss over a dozen steps, growing with the steps as rounding does). What is drawn per image
-    (augmentation, states, dropout) comes from each process's own stream: equal in distribution, not in value.
+    statistics are those of one process, so losses agree with one process's but for the order of sums, whose rounding
+    training amplifies (in float32 to some per mille of the first epoch's loss over a dozen steps). What is drawn per
+    image (augmentation, states, dropout) comes from each process's own stream: equal in distribution, not in value.
 
     Args:
         recogniser: built for ``defense.representation_shape``.
@@ -311,9 +298,9 @@ def _train(
     report: Report,
 ) -> TrainingReport:
     processes = processes_of(fabric)
-    own = faces.labels if isinstance(faces, FaceSet) else torch.from_numpy(faces.labels.astype("int64"))
+    labels = faces.labels if isinstance(faces, FaceSet) else torch.from_numpy(faces.labels.astype("int64"))
     identities = len(faces.names) if isinstance(faces, FaceSet) else faces.identities
-    if (people := len(torch.unique(own))) < 2:
+    if (people := len(torch.unique(labels))) < 2:
         raise DataError(f"training needs faces of at least 2 identities, got {len(faces)} faces of {people}")
     streams = Streams(seed)
     if head is None:
@@ -329,7 +316,7 @@ def _train(
             f"{processes.size} processes cannot share batches of {per_epoch // steps}: start fewer, or raise "
             f"training.batch_size to {2 * processes.size} or more"
         )
-    given = flip_labels(own, identities, options.label_noise, streams.generator("training/label-noise"))
+    targets = flip_labels(labels, identities, options.label_noise, streams.generator("training/label-noise"))
 
     device = fabric.device
     defense = defense.to(device)
@@ -350,11 +337,11 @@ def _train(
 
     generator = torch.Generator()
 
-    def reseed(place: str) -> None:
-        generator.manual_seed(streams.seed_for(f"training/faces/{place}/{processes.rank}"))
-        torch.manual_seed(streams.seed_for(f"training/dropout/{place}/{processes.rank}"))
+    def reseed(when: str) -> None:
+        generator.manual_seed(streams.seed_for(f"training/faces/{when}/{processes.rank}"))
+        torch.manual_seed(streams.seed_for(f"training/dropout/{when}/{processes.rank}"))
         if isinstance(head, PartialFC):
-            head.reseed(streams.seed_for(f"training/centres/{place}"))
+            head.reseed(streams.seed_for(f"training/centres/{when}"))
 
     for epoch in range(len(history.losses), options.epochs):
         history.start_epoch(epoch)
@@ -366,12 +353,12 @@ def _train(
                 rate = learning_rate(options, epoch + (step + 1) / steps)
                 for name, value in margins(options, epoch + step / steps).items():
                     setattr(head, name, value)
-                labels = given[chosen]
+                given = targets[chosen]
                 with torch.no_grad():
                     seen = augment(to_float(pixels), options.augmentation, generator)
-                    protected = defense.protect(seen, generator, labels=labels).representation
+                    protected = defense.protect(seen, generator, labels=given).representation
 
-                loss, hits = learner.step(protected, labels.to(device), rate=rate, total=total)
+                loss, hits = learner.step(protected, given.to(device), rate=rate, total=total)
                 history.add(loss, hits, total)
                 last = step + 1 == steps
                 if (step + 1) % LOOK_EVERY == 0 or last:
@@ -392,7 +379,7 @@ def _train(
         views=views,
         identities=identities,
         processes=processes.size,
-        flipped_labels=int((given != own).sum()),
+        flipped_labels=int((targets != labels).sum()),
         overfull_steps=head.overfull_everywhere() if isinstance(head, PartialFC) else 0,
     )
 

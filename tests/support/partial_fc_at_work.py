@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import BenchError
-from bench.recognition.learner import load_centres, save_centres
-from bench.recognition.partial_fc import PartialFC
+from bench.recognition.partial_fc import PartialFC, load_centres, save_centres
 from bench.recognition.processes import LostProcess, Processes, noticing_lost_processes
 
 CLASSES, DIMENSIONS, COUNT, STEPS = 23, 8, 13, 3

@@ -34,8 +34,6 @@ def oracle(head: MarginHead, embeddings: Tensor, weight: Tensor, labels: Tensor)
                         cosine = cosine - head.margin * math.sin(head.margin) - head.cosine_margin
                     else:
                         cosine = cosine - math.cos(turn) - 1 - head.cosine_margin
-                elif isinstance(head, ArcFace) and head.easy_margin:
-                    cosine = torch.cos(angle + head.margin) if float(angle.detach()) < math.pi / 2 else cosine
                 elif float(angle.detach()) + head.margin <= math.pi:
                     cosine = torch.cos(angle + head.margin)
                 else:
@@ -61,7 +59,6 @@ def batch() -> tuple[Tensor, Tensor]:
 HEAD_CASES = [
     (CosFace, {}),
     (ArcFace, {}),
-    (ArcFace, {"easy_margin": True}),
     (ArcFace, {"margin": 1.2}),
     (Combined, {"margin": 0.3, "cosine_margin": 0.2}),
     (Combined, {"margin": 0.2, "cosine_margin": 0.1, "angle_factor": 1.35}),

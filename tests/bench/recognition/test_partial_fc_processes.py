@@ -158,7 +158,7 @@ def test_centres_load_on_another_number_of_processes(tmp_path: Path, writers: in
 
 
 def test_missing_and_truncated_centres_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.recognition.learner.BLOCK_ROWS", 10)
+    monkeypatch.setattr("bench.recognition.partial_fc.BLOCK_ROWS", 10)
     work.store(Processes(), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         f"rows-{first:010d}-{stop:010d}.safetensors" for first, stop in ((0, 10), (10, 20), (20, 23))

@@ -48,10 +48,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "t"
     save_tensors(path, {"x": torch.zeros(1)}, {"version": 1})
 
-    def full(_: int) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bench.recognition.state.os.fsync", full)
+    monkeypatch.setattr("bench.recognition.state.save_file", full)
     with pytest.raises(BenchError, match=r"cannot write .*No space left on device.*--out"):
         save_tensors(path, {"x": torch.ones(1)}, {"version": 2})
     assert load_tensors(path)[1] == {"version": 1}
