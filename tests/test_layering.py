@@ -107,8 +107,8 @@ def modules(*packages: str) -> list[str]:
 FLOORS = (
     ("bench",),
     ("bench.data",),
-    ("defenses", "bench.nets", "bench.metrics"),
-    ("attacks.parts", "bench.recognition"),
+    ("defenses", "bench.nets"),
+    ("attacks.parts", "bench.recognition", "bench.metrics"),
     ("attacks",),
     ("bench.run",),
     ("bench.gate", "bench.sweep"),
