@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from bench.errors import UsageError
 
@@ -22,6 +23,12 @@ def pick(kind: str, name: str, choices: Mapping[str, T]) -> T:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(f"unknown {kind} {name!r}: {hint}available: {', '.join(sorted(choices))}")
     return choices[name]
+
+
+def target(name: str) -> Callable[[], Any]:
+    """A loader of ``package.module:Name``, for :meth:`Registry.add`; nothing is imported before it runs."""
+    module, _, attribute = name.partition(":")
+    return lambda: getattr(importlib.import_module(module), attribute)
 
 
 class Registry(Generic[T]):

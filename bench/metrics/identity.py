@@ -57,20 +57,20 @@ class IdentityLeakage:
 
 
 @dataclass(frozen=True, slots=True)
-class GallerySplit:
-    """Which images of the victims are probes (protected and recovered) and which the gallery (plain).
+class Probes:
+    """Which images of the victims are attacked and which stay plain, as indices into the victims' faces.
 
     Attributes:
-        probes: int64 (N,), rising; everything that is not in the gallery nor a copy of an image in it.
-        gallery: int64 (K,), one image per person who has at least two different ones.
+        attacked: int64 (V,), the images that are protected, intercepted and recovered.
+        gallery: int64 (G,), one other plain image of every victim who has one.
     """
 
-    probes: Tensor
+    attacked: Tensor
     gallery: Tensor
 
 
-def split_gallery(identities: Tensor, generator: torch.Generator, *, content: Tensor | None = None) -> GallerySplit:
-    """Draw one image of each person as the gallery and leave the rest as probes.
+def split_gallery(identities: Tensor, generator: torch.Generator, *, content: Tensor | None = None) -> Probes:
+    """Draw one image of each person as the gallery and leave the rest, in their order, to be attacked.
 
     A person with a single image stays a probe, without a gallery image. Verification packs repeat images: a copy of the
     gallery image must not be a probe, or Type II would compare an image with itself.
@@ -86,7 +86,7 @@ def split_gallery(identities: Tensor, generator: torch.Generator, *, content: Te
     Example:
         >>> import torch
         >>> split = split_gallery(torch.tensor([5, 5, 8]), torch.Generator().manual_seed(0))
-        >>> len(split.gallery), len(split.probes), 2 in split.probes
+        >>> len(split.gallery), len(split.attacked), 2 in split.attacked
         (1, 2, True)
     """
     identities = identities.cpu()
@@ -107,7 +107,7 @@ def split_gallery(identities: Tensor, generator: torch.Generator, *, content: Te
     # Only a person who keeps a probe can give an image away.
     others = torch.zeros(len(drawn), dtype=torch.int64).scatter_add_(0, person, (~copies).to(torch.int64)) > 0
     probes = (~copies | ~others[person]).nonzero().squeeze(1)
-    return GallerySplit(probes, drawn[others])
+    return Probes(probes, drawn[others])
 
 
 def content_ids(images: Tensor, *, batch_size: int = 256) -> Tensor:
@@ -212,8 +212,8 @@ def identity_leakage(
         nearer, tied = (similarity > target + _TIE).sum(1), ((similarity - target).abs() <= _TIE).sum(1)
         type2.append((target.squeeze(1) >= threshold).to(torch.float32))
         # Of the places up to the rank, those that nobody nearer takes fall to the tied ones by lot.
-        for found, rank in ((rank1, 1), (rank5, _NEAR)):
-            found.append(((rank - nearer) / tied).clamp(0.0, 1.0))
+        for ranks, rank in ((rank1, 1), (rank5, _NEAR)):
+            ranks.append(((rank - nearer) / tied).clamp(0.0, 1.0))
     return IdentityLeakage(
         cosine=cosine,
         type1=(cosine >= threshold).to(torch.float32),
@@ -277,19 +277,6 @@ def knn_distance(recovered: Tensor, attacked: Tensor, plain: Tensor, identities:
     return torch.where(cosine.isinf(), torch.nan, (2 - 2 * cosine).clamp_min(0).sqrt())
 
 
-@dataclass(frozen=True, slots=True)
-class Probes:
-    """Victim images, as indices into the victims' faces.
-
-    Attributes:
-        attacked: int64 (V,), the images that are protected, intercepted and recovered.
-        gallery: int64 (G,), one other plain image of every victim who has one.
-    """
-
-    attacked: Tensor
-    gallery: Tensor
-
-
 def select_probes(victims: FaceSet, count: int, generator: torch.Generator) -> Probes:
     """Draw at most ``count`` images to attack, as many people as possible before a second image of anyone.
 
@@ -298,15 +285,15 @@ def select_probes(victims: FaceSet, count: int, generator: torch.Generator) -> P
     Raises:
         DataError: nobody has two different images.
     """
-    division = split_gallery(victims.labels, generator, content=content_ids(victims.images))
-    if not len(division.gallery):
+    split = split_gallery(victims.labels, generator, content=content_ids(victims.images))
+    if not len(split.gallery):
         raise DataError("no victim has two different images: identity leakage cannot be measured; use a larger dataset")
     enrolled = torch.zeros(len(victims.names), dtype=torch.bool)
-    enrolled[victims.labels[division.gallery]] = True
-    candidates = division.probes[enrolled[victims.labels[division.probes]]]
+    enrolled[victims.labels[split.gallery]] = True
+    candidates = split.attacked[enrolled[victims.labels[split.attacked]]]
     candidates = candidates[torch.randperm(len(candidates), generator=generator)]
     turn = _occurrence(victims.labels[candidates])
-    return Probes(candidates[turn.argsort(stable=True)][:count], division.gallery)
+    return Probes(candidates[turn.argsort(stable=True)][:count], split.gallery)
 
 
 def _occurrence(labels: Tensor) -> Tensor:

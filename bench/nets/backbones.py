@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import nn
 
-from bench.registry import Registry
+from bench.registry import Registry, target
 
 
 class BackboneBuilder(Protocol):
@@ -25,36 +25,15 @@ class BackboneBuilder(Protocol):
 
 
 def _iresnet(layers: Sequence[int]) -> Callable[[], BackboneBuilder]:
-    def load() -> BackboneBuilder:
-        from bench.nets.iresnet import IResNet
+    return lambda: partial(target("bench.nets.iresnet:IResNet")(), layers)
 
-        return partial(IResNet, layers)
+
+def _transformer(family: str, size: str) -> Callable[..., BackboneBuilder]:
+    def load(modifiers: str = "") -> BackboneBuilder:
+        builder: BackboneBuilder = target(f"bench.nets.{family}:{family}")()(size, modifiers)
+        return builder
 
     return load
-
-
-def _tiny() -> BackboneBuilder:
-    from bench.nets.iresnet import TinyIResNet
-
-    return TinyIResNet
-
-
-def _mobilefacenet() -> BackboneBuilder:
-    from bench.nets.mobilefacenet import MobileFaceNet
-
-    return MobileFaceNet
-
-
-def _vit(size: str, modifiers: str) -> BackboneBuilder:
-    from bench.nets.vit import vit
-
-    return vit(size, modifiers)
-
-
-def _partialformer(size: str, modifiers: str) -> BackboneBuilder:
-    from bench.nets.partialformer import partialformer
-
-    return partialformer(size, modifiers)
 
 
 def _timm(name: str) -> BackboneBuilder:
@@ -92,16 +71,14 @@ class Backbones(Registry[BackboneBuilder]):
 
 
 BACKBONES = Backbones()
-BACKBONES.add("ir-tiny", _tiny)
+BACKBONES.add("ir-tiny", target("bench.nets.iresnet:TinyIResNet"))
 BACKBONES.add("ir-18", _iresnet((2, 2, 2, 2)))
 BACKBONES.add("ir-34", _iresnet((3, 4, 6, 3)))
 BACKBONES.add("ir-50", _iresnet((3, 4, 14, 3)))
 BACKBONES.add("ir-100", _iresnet((3, 13, 30, 3)))
-BACKBONES.add("mobilefacenet", _mobilefacenet)
-for _size in ("tiny", "small"):
-    BACKBONES.add(f"partialformer-{_size}", partial(_partialformer, _size, ""))
-    BACKBONES.add_family(f"partialformer-{_size}", partial(_partialformer, _size))
-for _size in ("tiny", "tiny-equal", "small", "small-equal"):
-    BACKBONES.add(f"vit-{_size}", partial(_vit, _size, ""))
-    BACKBONES.add_family(f"vit-{_size}", partial(_vit, _size))
+BACKBONES.add("mobilefacenet", target("bench.nets.mobilefacenet:MobileFaceNet"))
+for _family, _sizes in (("partialformer", ("tiny", "small")), ("vit", ("tiny", "tiny-equal", "small", "small-equal"))):
+    for _size in _sizes:
+        BACKBONES.add(f"{_family}-{_size}", _transformer(_family, _size))
+        BACKBONES.add_family(f"{_family}-{_size}", _transformer(_family, _size))
 BACKBONES.add_family("timm", _timm)

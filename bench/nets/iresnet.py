@@ -59,6 +59,13 @@ class EmbeddingOutput(nn.Module):
         return normed
 
 
+def shortcut(in_channels: int, channels: int, stride: int) -> nn.Module:
+    """Nothing where shapes agree, else 1x1 convolution of the given stride - BN."""
+    if stride == 1 and in_channels == channels:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels))
+
+
 class ResidualUnit(nn.Module):
     """BN - 3x3 conv - BN - PReLU - 3x3 conv of the given stride - BN, plus a shortcut (1x1 conv - BN where needed)."""
 
@@ -72,11 +79,7 @@ class ResidualUnit(nn.Module):
             nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False),
             nn.BatchNorm2d(channels),
         )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
-            )
+        self.shortcut = shortcut(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, h, w) to (N, C, ceil(h / stride), ceil(w / stride))."""
@@ -143,11 +146,7 @@ class TinyUnit(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels),
         )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
-            )
+        self.shortcut = shortcut(in_channels, channels, stride)
         self.activation = nn.LeakyReLU(0.25, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:

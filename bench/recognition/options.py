@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bench.nets.options import AugmentationOptions
-from bench.registry import Registry
+from bench.registry import Registry, target
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,13 +130,9 @@ PUBLISHED = TrainingOptions(
 )
 
 
-def _of_module(module: str, name: str) -> Callable[[], type[nn.Module]]:
-    return lambda: cast("type[nn.Module]", getattr(importlib.import_module(module), name))
-
-
 #: Margin heads by name; all are called with embeddings and labels and give a loss and hits.
 HEADS: Registry[type[nn.Module]] = Registry("head")
-HEADS.add("arcface", _of_module("bench.nets.heads", "ArcFace"))
-HEADS.add("combined", _of_module("bench.nets.heads", "Combined"))
-HEADS.add("cosface", _of_module("bench.nets.heads", "CosFace"))
-HEADS.add("partial-fc", _of_module("bench.recognition.partial_fc", "PartialFC"))
+HEADS.add("arcface", target("bench.nets.heads:ArcFace"))
+HEADS.add("combined", target("bench.nets.heads:Combined"))
+HEADS.add("cosface", target("bench.nets.heads:CosFace"))
+HEADS.add("partial-fc", target("bench.recognition.partial_fc:PartialFC"))

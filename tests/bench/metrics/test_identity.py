@@ -129,8 +129,8 @@ def test_gallery_holds_one_other_image_of_everyone_who_has_two() -> None:
     labels = torch.tensor([4, 9, 4, 4, 7, 9, 2, 2, 2])
     split = split_gallery(labels, torch.Generator().manual_seed(0))
     assert sorted(labels[split.gallery].tolist()) == [2, 4, 9]
-    assert sorted(torch.cat((split.gallery, split.probes)).tolist()) == list(range(9))
-    assert 4 in split.probes  # the only image of 7
+    assert sorted(torch.cat((split.gallery, split.attacked)).tolist()) == list(range(9))
+    assert 4 in split.attacked  # the only image of 7
 
 
 def test_the_gallery_image_is_a_uniform_draw() -> None:
@@ -145,8 +145,8 @@ def test_copies_of_the_gallery_image_are_no_probes() -> None:
     for seed in range(10):
         split = split_gallery(labels, torch.Generator().manual_seed(seed), content=content)
         assert labels[split.gallery].tolist() == [0]
-        assert not set(content[split.gallery].tolist()) & set(content[split.probes].tolist())
-        assert {3, 4} <= set(split.probes.tolist())
+        assert not set(content[split.gallery].tolist()) & set(content[split.attacked].tolist())
+        assert {3, 4} <= set(split.attacked.tolist())
     with pytest.raises(DataError, match="share one shape"):
         split_gallery(labels, torch.Generator(), content=content[:2])
 
