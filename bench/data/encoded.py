@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -40,39 +40,10 @@ class Batch(NamedTuple):
     skipped: tuple[Skipped, ...] = ()
 
 
-class RecordSource(Protocol):
-    """Images on disk, of which memory holds the index only. Reading is safe from any thread and after a fork."""
-
-    @property
-    def path(self) -> Path:
-        """What was opened."""
-
-    @property
-    def image_size(self) -> int:
-        """S, side of the faces in pixels."""
-
-    @property
-    def labels(self) -> NDArray[np.int32]:
-        """int32 (N,), the identity of every image, in 0..K-1."""
-
-    @property
-    def identities(self) -> int:
-        """K, how many people there are."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, rows: NDArray[np.int64]) -> Batch:
-        """Read and decode the images ``rows`` (N,).
-
-        Raises:
-            DataError: a damaged file; or an image that cannot be decoded, unless those are skipped.
-        """
-
-
 class EncodedSource(ABC):
-    """A :class:`RecordSource` whose subclass, one for each format, says where the bytes of each image lie.
+    """Images on disk, of which memory holds the index only; a subclass, one a format, says where their bytes lie.
 
-    An image that cannot be decoded is refused; see :meth:`reading`.
+    Reading is safe from any thread and after a fork. An image that cannot be decoded is refused; see :meth:`reading`.
 
     Args:
         path: what was opened.
@@ -81,7 +52,14 @@ class EncodedSource(ABC):
         names: of the K identities.
         crop: side of the central square of each image that is kept, as a share of its shorter side.
         ignored: what lies among the images and is none.
+
+    Attributes:
+        pairs: verification pairs over its rows; None where it has none.
+        pairs_file: where they are from.
     """
+
+    pairs: PairProtocol | None = None
+    pairs_file: Path | None = None
 
     def __init__(
         self,
@@ -129,7 +107,7 @@ class EncodedSource(ABC):
 
     def where_pair(self, number: int) -> str:
         """What messages call a pair of the verification set."""
-        return f"{shown(self.path)} pair {number}"
+        return f"{shown(self.pairs_file)} pair {number}"
 
     @abstractmethod
     def encoded(self, rows: NDArray[np.int64]) -> Sequence[Encoded]:
@@ -291,6 +269,10 @@ class IdentityView(Faces):
         skipped = self.skipped + self.source.skip(self.rows, failed)
         labels = torch.from_numpy(np.delete(self.labels, list(failed)).astype(np.int64))
         return FaceSet(images, labels, tuple(map(self.name, range(self.identities))), skipped)
+
+
+#: What can be read in batches.
+RecordSource = EncodedSource | IdentityView
 
 
 @dataclass(frozen=True, slots=True)

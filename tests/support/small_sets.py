@@ -13,6 +13,10 @@ from PIL import Image
 from bench.data.recordio import RecordWriter
 from bench.data.verification_pack import VerificationPack, write_pack
 
+#: Images of each person, and a list of pairs of three of them in two folds: for folders with LFW-style names.
+PEOPLE = {"Ann": 3, "Bob": 2, "Cy": 2, "Dee": 2, "Eve": 1}
+PAIRS = "2\t1\nAnn\t1\t2\nAnn\t1\tBob\t2\nCy\t1\t2\nCy\t2\tBob\t1\n"
+
 #: Encoded images of one person.
 Person = Sequence[bytes]
 

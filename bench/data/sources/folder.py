@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -45,8 +46,8 @@ def open_folder(root: Path, image_size: int, options: FolderOptions) -> OpenedSe
         MissingError: there is no such folder.
         DataError: no image, a pair that names what is not there, or nobody left to learn from.
     """
-    source = FolderSource(root, image_size, crop=options.crop)
-    return source.set_apart(root / PAIRS if options.use_pairs and (root / PAIRS).exists() else None)
+    pairs_file = root / PAIRS if options.use_pairs and (root / PAIRS).exists() else None
+    return FolderSource(root, image_size, crop=options.crop, pairs_file=pairs_file).opened()
 
 
 DATASET = Dataset("root/identity/image.*, with an optional LFW-style pairs.txt", FolderOptions, open_folder)
@@ -57,12 +58,24 @@ class FolderSource(EncodedSource):
 
     Identities, and images within each, come in the order of their names; names that start with a dot are passed over.
 
+    Args:
+        path: the folder.
+        image_size: S, in pixels.
+        crop: side of the central square of each image that is kept, as a share of its shorter side.
+        pairs_file: an LFW-style list of verification pairs. Image 4 of ``Jo_Doe`` is the file whose name is
+            ``Jo_Doe_0004`` up to its suffix; without such a file, the only one in the folder whose name ends in the
+            number 4.
+
+    Attributes:
+        listed: that list.
+
     Raises:
-        MissingError: there is no such folder.
-        DataError: it cannot be listed, or holds no image one level down.
+        MissingError: there is no such folder, or no such list.
+        DataError: it cannot be listed, or holds no image one level down; or the list is none, or a person or image is
+            not there, or two files would do, with the line number.
     """
 
-    def __init__(self, path: Path, image_size: int, *, crop: float = 1.0) -> None:
+    def __init__(self, path: Path, image_size: int, *, crop: float = 1.0, pairs_file: Path | None = None) -> None:
         if not path.is_dir():
             raise MissingError(f"{shown(path)} is not a folder: expected one with a sub-folder of images per identity")
         people: list[str] = []
@@ -96,8 +109,13 @@ class FolderSource(EncodedSource):
             raise DataError(f"{shown(path)} has two folders whose names differ in unprintable characters only")
         labels = np.repeat(np.arange(len(people), dtype=np.int32), counts)
         self._first = np.cumsum(counts) - counts
-        self._lines: tuple[str, ...] = ()
         super().__init__(path, image_size, labels, people, crop=crop, ignored=ignored)
+        self.pairs_file = pairs_file
+        self.listed = None if pairs_file is None else read_pairs(pairs_file)
+        if self.listed is not None:
+            first, second = torch.from_numpy(self._locate(self.listed).T.copy())
+            same, fold = torch.from_numpy(self.listed.same), torch.from_numpy(self.listed.fold)
+            self.pairs = PairProtocol(first, second, same, fold)
 
     def name(self, label: int) -> str:
         """The identity's folder."""
@@ -115,7 +133,8 @@ class FolderSource(EncodedSource):
 
     def where_pair(self, number: int) -> str:
         """List and line."""
-        return self._lines[number]
+        assert self.listed is not None
+        return f"{shown(self.pairs_file)} line {self.listed.pairs[number].line}"
 
     def encoded(self, rows: NDArray[np.int64]) -> list[Encoded]:
         """The images, or why they cannot be read."""
@@ -127,17 +146,8 @@ class FolderSource(EncodedSource):
                 encoded.append(error)
         return encoded
 
-    def locate_pairs(self, file: Path) -> tuple[PairList, NDArray[np.int64]]:
-        """An LFW-style list of verification pairs, and the rows that these pairs mean, int64 (P, 2).
-
-        Image 4 of ``Jo_Doe`` is the file whose name is ``Jo_Doe_0004`` up to its suffix; without such a file, the
-        only one in the folder whose name ends in the number 4.
-
-        Raises:
-            MissingError: there is no such list.
-            DataError: no list; or a person or image is not there, or two files would do, with the line number.
-        """
-        listed = read_pairs(file)
+    def _locate(self, listed: PairList) -> NDArray[np.int64]:
+        """The rows that the pairs mean, int64 (P, 2)."""
         label_of = {self.name(label): label for label in range(self.identities)}
 
         @functools.cache
@@ -165,34 +175,32 @@ class FolderSource(EncodedSource):
                     what = f"names {shown(name)!r}, who has no folder with images in {shown(self.path)}"
                 else:
                     what += f"and {len(rows)} files answer to that" if rows else "which is not there"
-                raise DataError(f"{shown(file)} line {pair.line} {what}")
+                raise DataError(f"{shown(self.pairs_file)} line {pair.line} {what}")
             return rows[0]
 
-        ends = [(locate(pair.first, pair), locate(pair.second, pair)) for pair in listed.pairs]
-        return listed, np.asarray(ends, dtype=np.int64)
+        return np.asarray([(locate(pair.first, pair), locate(pair.second, pair)) for pair in listed.pairs])
 
-    def set_apart(self, pairs_file: Path | None) -> OpenedSet:
-        """The data set, in which the people whom a list of pairs names are the victims.
+    def opened(self) -> OpenedSet:
+        """The data set, in which the people whom its pairs name are the victims.
 
         Raises:
-            MissingError: there is no such list.
-            DataError: see :meth:`locate_pairs`; or fewer than two other people.
+            DataError: fewer than two other people.
         """
         everyone = IdentityView.everything(self)
-        if pairs_file is None:
+        if self.pairs is None:
             return OpenedSet(everyone)
-        listed, ends = self.locate_pairs(pairs_file)
-        self._lines = tuple(f"{shown(pairs_file)} line {pair.line}" for pair in listed.pairs)
+        ends = torch.stack((self.pairs.first, self.pairs.second)).numpy()
         wanted = np.unique(self.labels[ends])
         if (others := self.identities - len(wanted)) < 2:
             raise DataError(
-                f"{shown(pairs_file)} names all but {others} of the people in {shown(self.path)}: at least 2 others "
-                "are needed to learn from (use_pairs=false splits everyone by seed instead)"
+                f"{shown(self.pairs_file)} names all but {others} of the people in {shown(self.path)}: at least 2 "
+                "others are needed to learn from (use_pairs=false splits everyone by seed instead)"
             )
         victims = everyone.of_identities(torch.from_numpy(wanted))
-        first, second = torch.from_numpy(np.searchsorted(victims.rows, ends.T))
-        pairs = PairProtocol(first, second, torch.from_numpy(listed.same), torch.from_numpy(listed.fold))
-        return OpenedSet(everyone.where_true(~np.isin(self.labels, wanted)), victims, pairs)
+        first, second = torch.from_numpy(np.searchsorted(victims.rows, ends))
+        return OpenedSet(
+            everyone.where_true(~np.isin(self.labels, wanted)), victims, replace(self.pairs, first=first, second=second)
+        )
 
 
 def _visible(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def open_insightface(root: Path, image_size: int, options: InsightfaceOptions) -
         faces = faces.where_true(kept)
     details: dict[str, str | int | float] = {
         "pack": pack.path.name,
-        "pack_pairs": len(pack.same),
+        "pack_pairs": len(pack) // 2,
         "pack_identities_from": pack.naming,
     }
     return OpenedSet(faces, *pack.once(), details)
@@ -222,8 +223,6 @@ class PackSource(EncodedSource):
     """The images of a verification pack, which is read into memory as it is: 2 P rows, pair i being 2 i and 2 i + 1.
 
     Attributes:
-        same: bool (P,), whether the pair is of one person.
-        fold: int64 (P,).
         naming: where the names of its people come from.
 
     Raises:
@@ -234,9 +233,11 @@ class PackSource(EncodedSource):
     def __init__(self, path: Path, image_size: int) -> None:
         pack = read_pack(path)
         names, owner, self.naming = pack_identities(pack, path.with_name("pairs.txt"), path.stem)
-        self.same, self._images = pack.same, pack.images
-        self.fold = even_folds(len(pack.same))
         super().__init__(path, image_size, owner.astype(np.int32), names)
+        self._images, self.pairs_file = pack.images, path
+        first, second = torch.arange(len(self)).view(-1, 2).unbind(1)
+        same, fold = torch.from_numpy(pack.same), torch.from_numpy(even_folds(len(pack.same)))
+        self.pairs: PairProtocol = PairProtocol(first, second, same, fold)
 
     def where(self, row: int) -> str:
         """File and number of the image."""
@@ -257,7 +258,7 @@ class PackSource(EncodedSource):
         )
         new = np.zeros(len(self), dtype=bool)
         new[np.unique(image_of, return_index=True)[1]] = True
-        pairs = PairProtocol(image_of[0::2], image_of[1::2], torch.from_numpy(self.same), torch.from_numpy(self.fold))
+        pairs = replace(self.pairs, first=image_of[0::2], second=image_of[1::2])
         return IdentityView.everything(self).where_true(new), pairs
 
 

@@ -105,7 +105,8 @@ def open_lfw(root: Path | None, image_size: int, options: LfwOptions) -> OpenedS
     """
     root = root or default_root()
     pairs_file = _obtain(PAIRS, root, options.download)
-    return FolderSource(_photos(root, options), image_size, crop=options.crop / 250).set_apart(pairs_file)
+    photos = _photos(root, options)
+    return FolderSource(photos, image_size, crop=options.crop / 250, pairs_file=pairs_file).opened()
 
 
 DATASET = Dataset(

@@ -1,19 +1,87 @@
-"""``bench data info``: what a dataset holds, from its headers alone."""
+"""``bench data info``: what lies in a dataset, told apart by its layout and described from its headers alone."""
 
 from __future__ import annotations
 
 from collections import Counter
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from bench.data.decode import Report, no_report, open_image, own_limits
-from bench.data.tools.inventory import Part, files_of, layout_of, open_part
-from bench.errors import DataError
+from bench.data.decode import MIN_SIDE, Report, no_report, open_image, own_limits, shown
+from bench.data.encoded import EncodedSource
+from bench.data.sources.folder import PAIRS, FolderSource
+from bench.data.sources.insightface import PackSource, RecordIOSource
+from bench.data.sources.webdataset import WebDatasetSource
+from bench.errors import DataError, MissingError
 
 #: Image headers looked at per part; more tell little about the sizes in a set of millions.
 SAMPLE = 10_000
+
+
+class Layout(StrEnum):
+    """The layouts that the suite reads."""
+
+    INSIGHTFACE = "insightface"
+    FOLDER = "folder"
+    RECORDS = "record file"
+    PACK = "verification pack"
+    SHARDS = "tar shards"
+
+
+def layout_of(path: Path) -> Layout:
+    """Tell the layouts apart by what is there; nothing is read.
+
+    Raises:
+        MissingError: there is no such path.
+        DataError: a file that is neither ``.rec``, ``.bin`` nor ``.tar``.
+    """
+    if path.is_dir():
+        packed = (path / "train.rec").is_file() or any(path.glob("*.bin"))
+        if packed:
+            return Layout.INSIGHTFACE
+        return Layout.SHARDS if any(path.glob("*.tar")) else Layout.FOLDER
+    if path.suffix == ".tar":
+        return Layout.SHARDS  # one, or the pattern of several
+    if not path.exists():
+        raise MissingError(f"{shown(path)} does not exist")
+    if path.suffix == ".rec":
+        return Layout.RECORDS
+    if path.suffix == ".bin":
+        return Layout.PACK
+    raise DataError(f"{shown(path)} is neither a folder nor a .rec or .bin file, nor a .tar shard")
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files or folders that the dataset at ``path`` is made of.
+
+    Raises:
+        MissingError: there is nothing.
+        DataError: a file of another kind.
+    """
+    if layout_of(path) is not Layout.INSIGHTFACE:
+        return [path]
+    return [file for file in (path / "train.rec",) if file.is_file()] + sorted(path.glob("*.bin"))
+
+
+def open_part(file: Path) -> EncodedSource:
+    """The reader of one of :func:`files_of`.
+
+    Raises:
+        DataError: a structure that cannot be read.
+    """
+    layout = layout_of(file)
+    if layout is Layout.FOLDER:
+        return FolderSource(file, MIN_SIDE, pairs_file=file / PAIRS if (file / PAIRS).exists() else None)
+    if layout is Layout.SHARDS:
+        return WebDatasetSource(file, MIN_SIDE)
+    return PackSource(file, MIN_SIDE) if layout is Layout.PACK else RecordIOSource(file, MIN_SIDE)
+
+
+def part_name(source: EncodedSource) -> str:
+    """The file, or "." for a folder of images."""
+    return "." if isinstance(source, FolderSource) else shown(source.path.name) or "."
 
 
 class PairInfo(BaseModel):
@@ -79,19 +147,18 @@ def info(path: Path, *, report: Report = no_report) -> DatasetInfo:
         MissingError: there is nothing.
         DataError: its structure cannot be read.
     """
-    layout, parts = layout_of(path), [open_part(file) for file in files_of(path)]
-    total = sum(min(len(part.source), SAMPLE) for part in parts)
+    layout, sources = layout_of(path), [open_part(file) for file in files_of(path)]
+    total = sum(min(len(source), SAMPLE) for source in sources)
     described, done = [], 0
     with own_limits():
-        for part in parts:
-            start = done
-            described.append(_describe(part, lambda n, _, start=start: report(start + n, total)))
-            done += min(len(part.source), SAMPLE)
+        for source in sources:
+            described.append(_describe(source, lambda n, _, before=done: report(before + n, total)))
+            done += min(len(source), SAMPLE)
     return DatasetInfo(path=str(path), kind=layout.value, parts=tuple(described))
 
 
-def _describe(part: Part, report: Report) -> PartInfo:
-    source, pairs = part.source, part.pairs
+def _describe(source: EncodedSource, report: Report) -> PartInfo:
+    pairs, name = source.pairs, source.pairs_file
     counts = np.bincount(source.labels)
     counts = counts[counts > 0]
     rows = np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLE)).astype(np.int64))
@@ -106,14 +173,17 @@ def _describe(part: Part, report: Report) -> PartInfo:
             report(done, len(rows))
     quantiles = np.quantile(counts, [0, 0.25, 0.5, 0.75, 1])
     return PartInfo(
-        name=part.name,
+        name=part_name(source),
         identities=len(counts),
         images=len(source),
         images_per_identity=dict(zip(("min", "q25", "median", "q75", "max"), map(float, quantiles), strict=True)),
         single_image_identities=int((counts == 1).sum()),
         sizes=dict(sizes.most_common()),
         headers_read=len(rows),
-        pairs=pairs
-        and PairInfo(file=pairs.file, pairs=len(pairs.same), genuine=int(pairs.same.sum()), folds=pairs.folds),
+        pairs=None
+        if pairs is None or name is None
+        else PairInfo(
+            file=shown(name.name), pairs=len(pairs), genuine=int(pairs.same.sum()), folds=len(pairs.fold.unique())
+        ),
         ignored=len(source.ignored),
     )

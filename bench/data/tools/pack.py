@@ -84,8 +84,9 @@ def pack(
     """
     if Path(name).name != name or not name:
         raise UsageError(f"{shown(name)!r} is no name for a verification pack")
-    source = FolderSource(folder, image_size)
-    listed, ends = source.locate_pairs(folder / PAIRS) if (folder / PAIRS).exists() else (None, None)
+    source = FolderSource(folder, image_size, pairs_file=folder / PAIRS if (folder / PAIRS).exists() else None)
+    listed, pairs = source.listed, source.pairs
+    ends = [] if pairs is None else list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     files = ["train.rec", "train.idx", "property", *([f"{name}.bin", PAIRS] if listed is not None else [])]
     present = [file for file in files if (out / file).exists()]
     if present and not overwrite:
@@ -108,23 +109,20 @@ def pack(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-        victims = source.labels[[] if ends is None else ends.ravel()]
-        learners = np.flatnonzero(~np.isin(source.labels, victims)).tolist()
+        slots = [row for pair in ends for row in pair]
+        learners = np.flatnonzero(~np.isin(source.labels, source.labels[slots])).tolist()
         identities, images = _write_records(scratch / "train.rec", source, learners, encoded, skipped)
         if identities < 2:
             raise DataError(f"{shown(folder)} leaves {identities} identities to learn from, at least 2 are needed")
         (scratch / "property").write_text(f"{identities},{image_size},{image_size}", encoding="ascii")
-        if listed is not None and ends is not None:
+        if listed is not None:
             blobs: dict[int, bytes] = {}
-            for row, pair in zip(ends.tolist(), listed.pairs, strict=True):
-                for i in row:
-                    if i not in blobs:
-                        try:
-                            blobs[i] = encoded(i)
-                        except ImageError as error:
-                            raise DataError(f"{PAIRS} line {pair.line} needs {source.where(i)}: {error}") from error
-            slots = tuple(blobs[i] for i in ends.ravel().tolist())
-            write_pack(scratch / f"{name}.bin", VerificationPack(slots, listed.same))
+            for slot, row in enumerate(slots):
+                try:
+                    blobs[row] = blobs[row] if row in blobs else encoded(row)
+                except ImageError as error:
+                    raise DataError(f"{source.where_pair(slot // 2)} needs {source.where(row)}: {error}") from error
+            write_pack(scratch / f"{name}.bin", VerificationPack(tuple(blobs[row] for row in slots), listed.same))
             (scratch / PAIRS).write_text(_as_text(listed), encoding="utf-8", newline="\n")
         scratch.chmod(0o755)  # mkdtemp's is private
         if out.exists():

@@ -11,9 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from bench.data.decode import AT_ONCE, Report, by_threads, decode_image, no_report, own_limits, shown, workers
+from bench.data.encoded import EncodedSource
 from bench.data.recordio import RecordFile, read_property, scan
-from bench.data.sources.insightface import RecordIOSource
-from bench.data.tools.inventory import Part, files_of, layout_of, open_part
+from bench.data.sources.insightface import PackSource, RecordIOSource
+from bench.data.tools.info import files_of, layout_of, open_part, part_name
 from bench.errors import DataError
 
 #: Below this on the shorter side, features of a face are a pixel or two.
@@ -81,18 +82,17 @@ def verify(path: Path, *, report: Report = no_report) -> Verification:
     images = 0
     for file in files_of(path):
         try:
-            part = open_part(file)
-            findings += _part(part, lambda done, total, before=images: report(before + done, before + total))
-            images += len(part.source)
-            if isinstance(part.source, RecordIOSource):
-                findings += _beside(part.source)
+            source = open_part(file)
+            findings += _images(source, lambda done, total, before=images: report(before + done, before + total))
+            images += len(source)
+            if isinstance(source, RecordIOSource):
+                findings += _beside(source)
         except DataError as error:
             findings.append(Finding(where=shown(file.name), severity="damaged", reason=str(error)))
     return Verification(path=str(path), kind=layout.value, images=images, findings=tuple(findings))
 
 
-def _part(part: Part, report: Report) -> list[Finding]:
-    source = part.source
+def _images(source: EncodedSource, report: Report) -> list[Finding]:
     digests: list[bytes | None] = [None] * len(source)
 
     def look(start: int) -> list[Finding]:
@@ -113,9 +113,9 @@ def _part(part: Part, report: Report) -> list[Finding]:
         for number, some in enumerate(by_threads(look, range(0, len(source), AT_ONCE), workers()), 1):
             findings += some
             report(min(number * AT_ONCE, len(source)), len(source))
-    findings += _duplicates(part, digests)
+    findings += _duplicates(source, digests)
     if np.bincount(source.labels).max() < 2:
-        findings.append(_suspicious(part.name, "nobody has two images"))
+        findings.append(_suspicious(part_name(source), "nobody has two images"))
     return findings
 
 
@@ -135,15 +135,15 @@ def _oddities(image: torch.Tensor) -> list[str]:
     return reasons
 
 
-def _duplicates(part: Part, digests: list[bytes | None]) -> list[Finding]:
-    source, findings = part.source, []
-    if part.pairs is not None:
-        for number in np.flatnonzero(part.pairs.same).tolist():
-            first, second = part.pairs.ends[number].tolist()
+def _duplicates(source: EncodedSource, digests: list[bytes | None]) -> list[Finding]:
+    findings = []
+    if (pairs := source.pairs) is not None:
+        for number in np.flatnonzero(pairs.same).tolist():
+            first, second = int(pairs.first[number]), int(pairs.second[number])
             if digests[first] is not None and digests[first] == digests[second]:
                 findings.append(_suspicious(source.where(first), f"genuine pair {number} is one image twice"))
-        if part.pairs.file == part.name:
-            return findings  # packs repeat images by design
+    if isinstance(source, PackSource):
+        return findings  # packs repeat images by design
     seen: dict[bytes, int] = {}
     for i, digest in enumerate(digests):
         if digest is None or (first := seen.setdefault(digest, i)) == i:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_sets import PAIRS, PEOPLE
 
 
 def noise_image(seed: int, size: int | tuple[int, int] = 112, mode: str = "RGB") -> Image.Image:
@@ -58,3 +59,11 @@ def make_tree(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture
+def paired(make_tree: Callable[..., Path]) -> Path:
+    """A folder of five people, three of them named in its ``pairs.txt``."""
+    root = make_tree(PEOPLE)
+    (root / "pairs.txt").write_text(PAIRS)
+    return root

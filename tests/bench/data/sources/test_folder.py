@@ -7,24 +7,16 @@ import numpy as np
 import pytest
 import torch
 from open_source import load_set, open_source
+from small_sets import PAIRS, PEOPLE
 
 from bench.data.decode import decode_image
 from bench.data.loaders import load
 from bench.errors import DataError, MissingError
 
-PAIRS = "2\t1\nAnn\t1\t2\nAnn\t1\tBob\t2\nCy\t1\t2\nCy\t2\tBob\t1\n"
-PEOPLE = {"Ann": 3, "Bob": 2, "Cy": 2, "Dee": 2, "Eve": 1}
-
 
 @pytest.fixture
 def root(make_tree):
     return make_tree(PEOPLE)
-
-
-@pytest.fixture
-def paired(root):
-    (root / "pairs.txt").write_text(PAIRS)
-    return root
 
 
 def test_images_come_in_the_order_of_their_names(make_tree):

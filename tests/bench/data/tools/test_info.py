@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import pytest
+from small_sets import PAIRS, PEOPLE
 
 from bench.data.tools.info import info
 from bench.data.tools.pack import pack
 from bench.errors import DataError, MissingError
 
-PAIRS = "2\t1\nAnn\t1\t2\nAnn\t1\tBob\t2\nCy\t1\t2\nCy\t2\tBob\t1\n"
-PEOPLE = {"Ann": 3, "Bob": 2, "Cy": 2, "Dee": 5, "Eve": 1}
-
 
 def test_folder(make_tree, make_image, make_encoded):
-    root = make_tree(PEOPLE)
+    root = make_tree(PEOPLE | {"Dee": 5})
     (root / "pairs.txt").write_text(PAIRS)
     (root / "Ann/notes.txt").write_text("x")
     (root / "Eve/Eve_0001.jpg").write_bytes(make_encoded(make_image(0, (60, 40), "L")))
@@ -28,15 +26,12 @@ def test_folder(make_tree, make_image, make_encoded):
     assert seen[-1] == (13, 13)
 
 
-def test_insightface_and_its_files(make_tree, tmp_path):
-    root = make_tree(PEOPLE)
-    (root / "pairs.txt").write_text(PAIRS)
-    out = tmp_path / "out"
-    pack(root, out)
+def test_insightface_and_its_files(paired, tmp_path):
+    pack(paired, out := tmp_path / "out")
     found = info(out)
     assert found.kind == "insightface"
     records, pairs = found.parts
-    assert (records.name, records.identities, records.images, records.pairs) == ("train.rec", 2, 6, None)
+    assert (records.name, records.identities, records.images, records.pairs) == ("train.rec", 2, 3, None)
     assert (pairs.name, pairs.identities, pairs.images) == ("lfw.bin", 3, 8)
     assert pairs.pairs is not None
     assert (pairs.pairs.pairs, pairs.pairs.genuine) == (4, 2)

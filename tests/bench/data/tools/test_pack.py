@@ -16,13 +16,9 @@ from bench.data.tools.pack import pack
 from bench.data.verification_pack import read_pack
 from bench.errors import DataError, UsageError
 
-PAIRS = "2\t1\nAnn\t1\t2\nAnn\t1\tBob\t2\nCy\t1\t2\nCy\t2\tBob\t1\n"
-PEOPLE = {"Ann": 3, "Bob": 2, "Cy": 2, "Dee": 2, "Eve": 1}
 
-
-def test_folder_with_pairs_survives_the_round_trip(make_tree, tmp_path):
-    root = make_tree(PEOPLE)
-    (root / "pairs.txt").write_text(PAIRS)
+def test_folder_with_pairs_survives_the_round_trip(paired, tmp_path):
+    root = paired
     packed = pack(root, tmp_path / "out")
     assert packed.files == ("train.rec", "train.idx", "property", "lfw.bin", "pairs.txt")
     assert (packed.identities, packed.images, packed.pairs) == (2, 3, 4)
@@ -111,12 +107,10 @@ def test_nothing_is_overwritten_unasked(make_tree, tmp_path):
     assert _leftovers(tmp_path) == []
 
 
-def test_failures_leave_nothing_behind(make_tree, tmp_path, monkeypatch):
-    root = make_tree(PEOPLE)
-    (root / "pairs.txt").write_text(PAIRS)
-    (root / "Bob/Bob_0002.jpg").write_bytes(b"rubbish")
+def test_failures_leave_nothing_behind(make_tree, paired, tmp_path, monkeypatch):
+    (paired / "Bob/Bob_0002.jpg").write_bytes(b"rubbish")
     with pytest.raises(DataError, match=r"pairs\.txt line 3 needs Bob/Bob_0002\.jpg"):
-        pack(root, tmp_path / "out")
+        pack(paired, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert _leftovers(tmp_path) == []
 
@@ -148,10 +142,8 @@ def test_names_stay_in_the_folder(make_tree, tmp_path, name):
         pack(make_tree({"Ann": 2, "Bob": 2}), tmp_path / "out", name=name)
 
 
-def test_pack_name(make_tree, tmp_path):
-    root = make_tree(PEOPLE)
-    (root / "pairs.txt").write_text(PAIRS)
-    pack(root, tmp_path / "out", name="mine")
+def test_pack_name(paired, tmp_path):
+    pack(paired, tmp_path / "out", name="mine")
     assert len(read_pack(tmp_path / "out/mine.bin").images) == 8
 
 

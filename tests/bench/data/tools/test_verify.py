@@ -4,12 +4,12 @@ import pickle
 
 import pytest
 from PIL import Image
+from small_sets import PAIRS
 
 from bench.data.tools.pack import pack
 from bench.data.tools.verify import Verification, verify
 from bench.errors import DataError, MissingError
 
-PAIRS = "2\t1\nAnn\t1\t2\nAnn\t1\tBob\t2\nCy\t1\t2\nCy\t2\tBob\t1\n"
 PEOPLE = {"Ann": 3, "Bob": 2, "Cy": 2, "Dee": 3, "Eve": 2}
 
 
