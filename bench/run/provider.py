@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,7 +43,7 @@ from bench.recognition.state import load_recogniser, save_recogniser
 from bench.recognition.training import TrainingReport, build_head, train
 from bench.run.config import RunConfig
 from bench.run.machines import ConnectedProcesses, TrainingOrder
-from bench.run.stage import CODE, Job, StageCache, T, make_key, plugin_code, save_tensors
+from bench.run.stage import CODE, Job, Log, StageCache, StageRunner, make_key, plugin_code, save_tensors
 from defenses.base import Defense, DefenseTraining, TemplateDefense
 
 _FACES = 256
@@ -74,11 +73,8 @@ def channel_energy(described: dict[str, Any], faces: Tensor) -> dict[str, list[f
     return {"channel_energy": per_channel.tolist()}
 
 
-Log = Callable[..., None]
-
-
-class DataStages:
-    """Makes, stores and reloads what the stages of one run produce; this part, its data.
+class Stages(StageRunner):
+    """What the provider makes of its data, and the evaluator that scores identities.
 
     Args:
         config: the resolved configuration.
@@ -99,16 +95,11 @@ class DataStages:
         log: Log,
         processes: ConnectedProcesses | None = None,
     ) -> None:
+        super().__init__(cache, bars, log)
         self.config = config
         self.processes = processes
         self.fabric = fabric
-        self.cache = cache
-        self.bars = bars
-        self.log = log
         self.streams = Streams(config.seed)
-        self.seconds: dict[str, float] = {}
-        self.cached: list[str] = []
-        self._results: dict[tuple[str, str], Any] = {}
 
     # -- data ------------------------------------------------------------------------------------
 
@@ -187,96 +178,9 @@ class DataStages:
         with self.timed("data"), self.bars.task("decode faces") as report:
             return split(source, **shares, generator=generator, hold=self.config.stream_images, report=report)
 
-    # -- how stages are kept ---------------------------------------------------------------------
-
     def platform(self) -> dict[str, str]:
         """What else decides the figures of a stage that computes with torch."""
         return {"torch": torch.__version__, "device": self.fabric.device.type}
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Charge the block to ``stage``, without the stages that it asks for."""
-        started = time.perf_counter()
-        nested = sum(self.seconds.values())
-        try:
-            yield
-        finally:
-            # Verifying, for one, is not charged for training the recogniser.
-            inner = sum(self.seconds.values()) - nested
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started - inner
-
-    def assume(self, job: Job[T], value: T) -> None:
-        """Take ``value`` for the result of a stage, in this run only; nothing is stored."""
-        self._results[job.stage, job.key] = value
-
-    def do(self, job: Job[T]) -> T:
-        """Make the stage unless it is there, and read it back.
-
-        It is read back in either case, so that a fresh result and a cached one cannot differ. Asked for again in the
-        same run, it is the same object: not read twice, and not counted as reused.
-        """
-        if (job.stage, job.key) not in self._results:
-            with self.timed(job.stage), self.cache.entry(job.stage, job.key) as entry:
-                if entry.complete:
-                    self.cached.append(job.stage)
-                    self.log("cached", stage=job.stage, key=job.key)
-                else:
-                    self.log("stage", stage=job.stage, key=job.key)
-                    with self.bars.task(job.what) as report:
-                        job.make(entry.partial, report)
-            self._results[job.stage, job.key] = job.read(entry.path)
-        result: T = self._results[job.stage, job.key]
-        return result
-
-
-def fingerprint(root: Path | None) -> str | None:
-    """A digest of name, size and modification time of every file that ``root`` means, cheap however many there are.
-
-    Raises:
-        MissingError: a tar shard is not there.
-    """
-    if root is None:
-        return None
-    digest = hashlib.sha256()
-    for file in _files(root):
-        stat = file.stat()
-        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
-def _files(root: Path) -> Iterator[Path]:
-    if root.is_dir():
-        for folder, within, names in os.walk(root):
-            within.sort()
-            yield from (file for name in sorted(names) if (file := Path(folder, name)).is_file())
-    elif root.suffix == ".tar":
-        yield from find_shards(root)
-    elif root.is_file():
-        yield root
-
-
-def _write_source(folder: Path, source: Source) -> None:
-    if source.victims is not None or source.pairs is not None:
-        raise TypeError("only a source without a verification set of its own is stored")
-    save_tensors({"images": source.in_memory.images, "labels": source.in_memory.labels}, folder / "faces.safetensors")
-    head = {
-        "name": source.name,
-        "names": source.in_memory.names,
-        "synthetic": source.synthetic,
-        "details": source.details,
-    }
-    write_text(folder / "faces.json", json.dumps(head))
-
-
-def _read_source(folder: Path) -> Source:
-    tensors = load_file(folder / "faces.safetensors")
-    head = json.loads((folder / "faces.json").read_text(encoding="utf-8"))
-    faces = FaceSet(tensors["images"], tensors["labels"], tuple(head["names"]))
-    return Source(head["name"], faces, synthetic=head["synthetic"], details=head["details"])
-
-
-class Stages(DataStages):
-    """What the provider makes of its data, and the judge; see :class:`bench.run.provider.DataStages` for the rest."""
 
     # -- defence ---------------------------------------------------------------------------------
 
@@ -409,15 +313,15 @@ class Stages(DataStages):
 
     def recogniser_job(self, defense: Defense, role: str) -> Job[Recogniser]:
         """The stage that trains a recogniser."""
-        faces, defense = self._faces(role), self.seen_by_recogniser(defense)
+        defense = self.seen_by_recogniser(defense)
 
         def make(folder: Path, report: Report) -> None:
             if self.processes is not None:
                 state = {name: tensor.cpu() for name, tensor in defense.state_dict().items()}
                 options = defense.options.model_dump(mode="json")
                 self.processes.call(TrainingOrder(defense.name, options, state, role, folder))
-            recogniser, outcome = self._train(defense, role, faces, folder, report)
-            save_recogniser(recogniser, folder / "recogniser.safetensors", asdict(outcome))
+            recogniser, summary = self._train(defense, role, folder, report)
+            save_recogniser(recogniser, folder / "recogniser.safetensors", asdict(summary))
             shutil.rmtree(folder / "resume", ignore_errors=True)
 
         def read(folder: Path) -> Recogniser:
@@ -432,7 +336,7 @@ class Stages(DataStages):
         """Do this process's part of a training that the first one of the processes makes."""
         defense = plugins.make_defense(order.defense, dict(order.options), self.config.preset, self.config.image_size)
         defense.load_state_dict(dict(order.state))
-        self._train(defense, order.role, self._faces(order.role), order.folder, lambda *_, **__: None)
+        self._train(defense, order.role, order.folder, lambda *_, **__: None)
 
     def _faces(self, role: str) -> FaceSet | IdentityView:
         faces = self.splits.provider if role == "provider" else self.splits.evaluator
@@ -445,10 +349,8 @@ class Stages(DataStages):
         training = self.config.training
         return training if role == "provider" else training.model_copy(update={"label_noise": 0.0})
 
-    def _train(
-        self, defense: Defense, role: str, faces: FaceSet | IdentityView, folder: Path, report: Report
-    ) -> tuple[Recogniser, TrainingReport]:
-        config, options = self.config, self._training(role)
+    def _train(self, defense: Defense, role: str, folder: Path, report: Report) -> tuple[Recogniser, TrainingReport]:
+        config, options, faces = self.config, self._training(role), self._faces(role)
         seed = self.streams.seed_for(f"training/{role}")
         recogniser = build_recogniser(
             config.backbone if role == "provider" else config.evaluator_backbone,
@@ -460,10 +362,10 @@ class Stages(DataStages):
         if self.processes is not None:
             self.processes.meet()
         fabric = self.fabric if self.processes is None else self.processes.fabric
-        outcome = train(
+        summary = train(
             recogniser, faces, defense, options, fabric=fabric, seed=seed, checkpoint=folder / "resume", report=report
         )
-        return recogniser, outcome
+        return recogniser, summary
 
     def verification_scores(self, defense: Defense) -> Tensor:
         """Score per pair of the victims' protocol, each image protected under one random state: (P,)."""
@@ -476,7 +378,6 @@ class Stages(DataStages):
         the key, or else it were the key that tells people apart, and not the face (Kong et al., Pattern Recognition
         39(7), 2006, on BioHashing).
         """
-        victims, pairs = self.splits.victims, self.splits.pairs
 
         def embed(stream: str, faces: FaceSet, keys: Tensor | None = None) -> Tensor:
             return embed_faces(
@@ -491,6 +392,7 @@ class Stages(DataStages):
             )
 
         def make(folder: Path, report: Report) -> None:
+            victims, pairs = self.splits.victims, self.splits.pairs
             keys = self.victim_keys(defense, "queries")
             if keys is None and not isinstance(defense, TemplateDefense):
                 scores = pair_scores(embed("queries", victims), pairs)
@@ -570,6 +472,52 @@ class Stages(DataStages):
             CODE["evaluation"],
         )
         return Job("evaluate", key, "embed the victims for the evaluator", make, read)
+
+
+def fingerprint(root: Path | None) -> str | None:
+    """A digest of name, size and modification time of every file that ``root`` means, cheap however many there are.
+
+    Raises:
+        MissingError: a tar shard is not there.
+    """
+    if root is None:
+        return None
+    digest = hashlib.sha256()
+    for file in _files(root):
+        stat = file.stat()
+        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _files(root: Path) -> Iterator[Path]:
+    if root.is_dir():
+        for folder, within, names in os.walk(root):
+            within.sort()
+            yield from (file for name in sorted(names) if (file := Path(folder, name)).is_file())
+    elif root.suffix == ".tar":
+        yield from find_shards(root)
+    elif root.is_file():
+        yield root
+
+
+def _write_source(folder: Path, source: Source) -> None:
+    if source.victims is not None or source.pairs is not None:
+        raise TypeError("only a source without a verification set of its own is stored")
+    save_tensors({"images": source.in_memory.images, "labels": source.in_memory.labels}, folder / "faces.safetensors")
+    head = {
+        "name": source.name,
+        "names": source.in_memory.names,
+        "synthetic": source.synthetic,
+        "details": source.details,
+    }
+    write_text(folder / "faces.json", json.dumps(head))
+
+
+def _read_source(folder: Path) -> Source:
+    tensors = load_file(folder / "faces.safetensors")
+    head = json.loads((folder / "faces.json").read_text(encoding="utf-8"))
+    faces = FaceSet(tensors["images"], tensors["labels"], tuple(head["names"]))
+    return Source(head["name"], faces, synthetic=head["synthetic"], details=head["details"])
 
 
 @contextmanager

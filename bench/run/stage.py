@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.progress import Report
+from bench.progress import ProgressBars, Report
 
 KEY_LENGTH = 16
 
@@ -215,3 +216,63 @@ class Job(Generic[T]):
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write named tensors, from any device, as safetensors."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+Log = Callable[..., None]
+
+
+class StageRunner:
+    """Makes, stores and reloads what the stages of one run produce.
+
+    Args:
+        cache: where finished stages lie.
+        bars: progress.
+        log: called as ``log(event, **fields)``.
+
+    Attributes:
+        seconds: stage -> what it took, without the stages that it asked for.
+        cached: the stages that were reused.
+    """
+
+    def __init__(self, cache: StageCache, bars: ProgressBars, log: Log) -> None:
+        self.cache = cache
+        self.bars = bars
+        self.log = log
+        self.seconds: dict[str, float] = {}
+        self.cached: list[str] = []
+        self._results: dict[tuple[str, str], Any] = {}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Charge the block to ``stage``, without the stages that it asks for."""
+        started = time.perf_counter()
+        nested = sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            # Verifying, for one, is not charged for training the recogniser.
+            inner = sum(self.seconds.values()) - nested
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started - inner
+
+    def assume(self, job: Job[T], value: T) -> None:
+        """Take ``value`` for the result of a stage, in this run only; nothing is stored."""
+        self._results[job.stage, job.key] = value
+
+    def do(self, job: Job[T]) -> T:
+        """Make the stage unless it is there, and read it back.
+
+        It is read back in either case, so that a fresh result and a cached one cannot differ. Asked for again in the
+        same run, it is the same object: not read twice, and not counted as reused.
+        """
+        if (job.stage, job.key) not in self._results:
+            with self.timed(job.stage), self.cache.entry(job.stage, job.key) as entry:
+                if entry.complete:
+                    self.cached.append(job.stage)
+                    self.log("cached", stage=job.stage, key=job.key)
+                else:
+                    self.log("stage", stage=job.stage, key=job.key)
+                    with self.bars.task(job.what) as report:
+                        job.make(entry.partial, report)
+            self._results[job.stage, job.key] = job.read(entry.path)
+        result: T = self._results[job.stage, job.key]
+        return result
