@@ -207,7 +207,7 @@ def test_keys_are_stolen_on_the_highest_rung_alone(templates, out):
         )
         attacks = AttackStages(cell._stages(lambda *_, **__: None))
         defense = attacks.stages.defense("random-projection", {"bits": 32})
-        attack = cell.attack_configs[-1].make()
+        attack = next(iter(cell.attack_configs.values()))[-1].make()
         probes = attacks.selection.attacked
         observed = next(iter(attacks.observations(attack, defense, probes, 2))).observation
         assert (observed.keys is not None) == stolen
