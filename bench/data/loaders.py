@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from bench.errors import MissingError, UsageError
-from bench.registry import Registry
+from bench.registry import Registry, target
 
 if TYPE_CHECKING:
     from bench.data.encoded import OpenedSet
@@ -39,19 +38,11 @@ class Dataset:
     needs_root: bool = True
 
 
-def _in(module: str) -> Callable[[], Dataset]:
-    def dataset() -> Dataset:
-        entry: Dataset = importlib.import_module(module).DATASET
-        return entry
-
-    return dataset
-
-
 #: One module each, which has an entry ``DATASET``.
 DATASETS: Registry[Dataset] = Registry("dataset")
 for _name in ("folder", "insightface", "lfw", "webdataset"):
-    DATASETS.add(_name, _in(f"bench.data.sources.{_name}"))
-DATASETS.add("synthetic", _in("bench.data.synthetic.dataset"))
+    DATASETS.add(_name, target(f"bench.data.sources.{_name}:DATASET"))
+DATASETS.add("synthetic", target("bench.data.synthetic.dataset:DATASET"))
 
 
 def parse_options(name: str, options: Mapping[str, Any], *, image_size: int, seed: int) -> BaseModel:
