@@ -18,12 +18,11 @@ from bench.measures import KINDS
 from bench.run.archive import data_uri
 from reports.cells import Cell, Setting
 from reports.figures import distributions, pareto, roc_figure, strength_figures, training_figures
-from reports.findings import Finding, findings
 from reports.gallery import Sheet, may_show, sheets
 from reports.maps import confusion_figures, frequency_figures, state_figure
 from reports.provenance import provenance, records, warnings
 from reports.published import Source, matching
-from reports.summary import failures, recovery_table, subject, summary
+from reports.summary import Finding, failures, findings, recovery_table, subject, summary
 from reports.svg import Drawing
 from reports.table import Table
 

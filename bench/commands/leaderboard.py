@@ -17,6 +17,6 @@ def leaderboard(
     as_json: AsJson = False,
 ) -> None:
     """Show each defence at its worst case over all attacks; only comparable runs stand in one table."""
-    from reports.leaderboard import write_leaderboard
+    from reports.report import write_leaderboard
 
     show_files(write_leaderboard(directory, out_dir or directory), as_json)

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from run_folders import write_run
 
-from reports.leaderboard import write_leaderboard
-from reports.report import write_report
+from reports.report import write_leaderboard, write_report
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("BENCH_CHROMIUM") or shutil.which("chromium")

@@ -11,11 +11,10 @@ from PIL import Image
 from run_folders import write_run
 
 from bench.errors import MissingError
-from reports.latex import escape as latex
-from reports.leaderboard import write_leaderboard
-from reports.markdown import escape as markdown
-from reports.report import write_report
-from reports.tables_csv import text
+from reports.formats import csv_text as text
+from reports.formats import latex_text as latex
+from reports.formats import markdown_text as markdown
+from reports.report import write_leaderboard, write_report
 
 HOSTILE = [
     "<script>alert(1)</script>",
