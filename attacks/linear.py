@@ -13,9 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation, RecoveryAttack
-from attacks.parts.exposure import chunks
 from attacks.parts.gaussian_prior import GaussianPrior
-from attacks.parts.posterior import IterativePosterior, Posterior
+from attacks.parts.posterior import IterativePosterior, Posterior, PriorCovariance
 from attacks.parts.states import StateReader
 from bench.images import to_float
 from bench.randomness import derived
@@ -29,31 +28,37 @@ _NOISE_CHUNK = 32
 _ROUNDING = 2.0**-24
 
 
-class LinearOptions(AttackOptions):
-    """Options of :class:`Linear`.
+class EstimateOptions(AttackOptions):
+    """Options of a linear estimate that any attack which starts from one has."""
 
-    Attributes:
-        rank: principal components of the prior.
-        held_out: share of the public identities that measures the prior's variances.
-        prior_faces: public faces, mirrored ones not counted, that the components are fitted to at most.
-        solver: ``factor`` factors each state's system once; ``cg`` solves by conjugate gradients, for linear maps that
-            do not tell their structure; ``auto`` factors where that can be done.
-        iterations: of ``cg``.
-        place_faces: public faces that the reader of states learns from.
-        traffic: intercepted faces that a secret table is inferred from at ``blackbox``.
-        memory: MiB of factored states kept at once; more states are factored anew when they are met again.
-        batch_size: faces solved for at once.
-    """
+    rank: int = Field(default=400, ge=1, le=20_000, description="principal components of the prior")
+    prior_faces: int = Field(
+        default=4000, ge=2, description="public faces, mirrored ones not counted, that the components are fitted to"
+    )
+    place_faces: int = Field(default=800, ge=16, description="public faces that the reader of states learns from")
+    traffic: int = Field(
+        default=1000, ge=1, description="intercepted faces that a secret table is inferred from at blackbox"
+    )
+    memory: int = Field(
+        default=2048,
+        ge=64,
+        description="MiB of factored states kept at once; more states are factored anew when they are met again",
+    )
 
-    rank: int = Field(default=400, ge=1, le=20_000)
-    held_out: float = Field(default=0.2, gt=0, lt=1)
-    prior_faces: int = Field(default=4000, ge=2)
-    solver: Literal["auto", "factor", "cg"] = "auto"
-    iterations: int = Field(default=200, ge=1)
-    place_faces: int = Field(default=800, ge=16)
-    traffic: int = Field(default=1000, ge=1)
-    memory: int = Field(default=2048, ge=64)
-    batch_size: int = Field(default=64, ge=1)
+
+class LinearOptions(EstimateOptions):
+    """Options of :class:`Linear`."""
+
+    held_out: float = Field(
+        default=0.2, gt=0, lt=1, description="share of the public identities that measures the prior's variances"
+    )
+    solver: Literal["auto", "factor", "cg"] = Field(
+        default="auto",
+        description="factor factors each state's system once; cg solves by conjugate gradients, for linear maps that "
+        "do not tell their structure; auto factors where that can be done",
+    )
+    iterations: int = Field(default=200, ge=1, description="of cg")
+    batch_size: int = Field(default=64, ge=1, description="faces solved for at once")
 
 
 class Linear(RecoveryAttack):
@@ -82,13 +87,11 @@ class Linear(RecoveryAttack):
     options: LinearOptions
 
     noise: Tensor
+    reader: StateReader
 
     def __init__(self, options: AttackOptions | None = None) -> None:
         super().__init__(options)
-        self.reader = StateReader()
-        self._posteriors: OrderedDict[tuple[bytes, ...], Posterior | IterativePosterior] = OrderedDict()
-        self._weighted: Tensor | None = None
-        self._keys: tuple[Defense, list[bytes], list[LinearOperator]] | None = None
+        self._forget()
 
     # -- fitting ------------------------------------------------------------------------------------
 
@@ -115,7 +118,7 @@ class Linear(RecoveryAttack):
         faces = adversary.faces
         if reason := self.inapplicable(self.mechanism):
             raise ValueError(f"{reason}: use another attack")
-        self.reader.prepare(adversary, self.seed)
+        self.reader = StateReader(adversary, self.mechanism)
         self.prior = GaussianPrior(faces.shape[-1], min(self.options.rank, max(1, len(faces) // 2)))
         self.register_buffer("noise", torch.ones((), dtype=torch.float64))
         self._forget()
@@ -128,7 +131,7 @@ class Linear(RecoveryAttack):
         """
         seed, options = self.seed, self.options
         adversary.report(0, 3)
-        details = self.reader.fit(adversary, seed, faces=options.place_faces, traffic=options.traffic)
+        details = self.reader.fit(seed, faces=options.place_faces, traffic=options.traffic)
         self._forget()
         adversary.report(1, 3)
         operator = self._operator(self.reader.mechanism, 0)
@@ -165,7 +168,7 @@ class Linear(RecoveryAttack):
         index = torch.randint(len(faces), (_NOISE_FACES,), generator=derived(seed, "noise faces"))
         generator = derived(seed, "noise")
         squares = energy = count = 0.0
-        for chunk in chunks(faces[index.to(faces.device)], _NOISE_CHUNK):
+        for chunk in faces[index.to(faces.device)].split(_NOISE_CHUNK):
             target = to_float(chunk.to(device))
             protected = mechanism.protect(target, generator)
             for row, members in _groups(self.rows_of(protected.state, len(target))):
@@ -188,8 +191,9 @@ class Linear(RecoveryAttack):
     # -- operators and posteriors -----------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._posteriors.clear()
-        self._keys = self._weighted = None
+        self._posteriors: OrderedDict[tuple[bytes, ...], Posterior | IterativePosterior] = OrderedDict()
+        self._covariance: PriorCovariance | None = None
+        self._keys: tuple[Defense, list[bytes], list[LinearOperator]] | None = None
 
     def _operator(self, mechanism: Defense, row: int) -> LinearOperator | None:
         states = mechanism.states()
@@ -201,47 +205,40 @@ class Linear(RecoveryAttack):
         if self._keys is None or self._keys[0] is not mechanism:
             states = mechanism.states()
             operators = [self._operator(mechanism, row) for row in range(1 if states is None else len(states))]
-            linear = [one for one in operators if one is not None]
+            linear = [operator for operator in operators if operator is not None]
             if len(linear) < len(operators):
                 raise ValueError(f"{mechanism.name} is linear in some of its states only: use another attack")
-            self._keys = mechanism, [_key(one, row) for row, one in enumerate(linear)], linear
+            self._keys = mechanism, [_key(operator, row) for row, operator in enumerate(linear)], linear
             self._posteriors.clear()
         return self._keys[1], self._keys[2]
 
     def _posterior(self, key: tuple[bytes, ...], operators: list[LinearOperator]) -> Posterior | IterativePosterior:
         """The factored posterior of a set of states, from the cache where it is there."""
-        found = self._posteriors.pop(key, None)
-        if found is None:
-            found = self._factor(operators)
-        self._posteriors[key] = found
-        kept = sum(one.nbytes for one in self._posteriors.values() if isinstance(one, Posterior))
+        posterior = self._posteriors.pop(key, None) or self._factor(operators)
+        self._posteriors[key] = posterior
+        kept = sum(each.nbytes for each in self._posteriors.values() if isinstance(each, Posterior))
         while kept > self.options.memory * 2**20 and len(self._posteriors) > 1:
             _, oldest = self._posteriors.popitem(last=False)
             kept -= oldest.nbytes if isinstance(oldest, Posterior) else 0
-        return found
+        return posterior
 
     def _factor(self, operators: list[LinearOperator]) -> Posterior | IterativePosterior:
-        separable = [one for one in operators if isinstance(one, SeparableSum)]
+        self._covariance = self._covariance or PriorCovariance(self.prior)
+        separable = [operator for operator in operators if isinstance(operator, SeparableSum)]
         if self.options.solver != "cg" and len(separable) == len(operators):
-            if self._weighted is None:
-                self._weighted = self.prior.weighted_components()
-            return Posterior(self.prior, self._weighted, separable, float(self.noise))
+            return Posterior(self._covariance, separable, float(self.noise))
         if self.options.solver == "factor":
             raise ValueError(f"{self.reader.mechanism.name} does not tell the factors of its map: use solver=cg")
-        if len(operators) > 1:
-            operators = [_Stacked(operators)]
-        return IterativePosterior(self.prior, operators[0], float(self.noise), self.options.iterations)
+        operator = operators[0] if len(operators) == 1 else _Stacked(operators)
+        return IterativePosterior(self._covariance, operator, float(self.noise), self.options.iterations)
 
     # -- recovering -----------------------------------------------------------------------------------
 
     def run(self, observation: Observation) -> Tensor:
         """Posterior means (N, 3, H, W), not clipped."""
-        representations = observation.representations
-        n, k = representations.shape[:2]
-        states = None if observation.states is None else observation.states.flatten(0, 1)
-        rows = self.reader.rows(representations.flatten(0, 1), states).view(n, k)
+        representations, rows = observation.representations, self.rows(observation)
         size, device = self.prior.size, self.prior.mean.device
-        out = torch.empty(n, 3, size, size, dtype=torch.float64, device=device)
+        out = torch.empty(len(rows), 3, size, size, dtype=torch.float64, device=device)
         # Faces of one set of states come together, so that each set is factored once, however many there are.
         numbers = {key: number for number, key in enumerate(sorted(set(self._sets(rows))))}
         order = torch.tensor([numbers[key] for key in self._sets(rows)], dtype=torch.int64).argsort(stable=True)
@@ -249,6 +246,12 @@ class Linear(RecoveryAttack):
             sent = representations[part.to(representations.device)]
             out[part.to(device)] = self.estimate(sent, rows[part.to(rows.device)])
         return out
+
+    def rows(self, observation: Observation) -> Tensor:
+        """The number of the state of each interception among the mechanism's, as far as it is known: int64 (N, k)."""
+        representations, states = observation.representations, observation.states
+        rows = self.reader.rows(representations.flatten(0, 1), None if states is None else states.flatten(0, 1))
+        return rows.view(representations.shape[:2])
 
     def estimate(self, representations: Tensor, rows: Tensor) -> Tensor:
         """Posterior means for known states.
@@ -276,8 +279,8 @@ class Linear(RecoveryAttack):
         keys, operators = self._operators()
         sets = self._sets(rows)
         for key in dict.fromkeys(sets):
-            members = torch.tensor([index for index, own in enumerate(sets) if own == key])
-            yield key, self._posterior(key, [operators[keys.index(one)] for one in key]), members
+            members = torch.tensor([index for index, face_set in enumerate(sets) if face_set == key])
+            yield key, self._posterior(key, [operators[keys.index(part)] for part in key]), members
 
     def _sets(self, rows: Tensor) -> list[tuple[bytes, ...]]:
         """For each face's interceptions, rows int64 (N, k), the different things that they say."""
@@ -370,10 +373,10 @@ class Linear(RecoveryAttack):
         keys, operators = self._operators()
         device = self.prior.mean.device
         parts = []
-        for one in key:
+        for kind in key:
             # One interception per kind of state: others of the kind say the same, up to rounding.
-            mine = torch.tensor([[keys[row] == one for row in row_list] for row_list in rows.tolist()]).int()
-            column = mine.argmax(dim=1)
+            of_kind = torch.tensor([[keys[row] == kind for row in row_list] for row_list in rows.tolist()]).int()
+            column = of_kind.argmax(dim=1)
             index = torch.arange(len(sent))
             z = sent[index.to(sent.device), column.to(sent.device)].to(device, torch.float64)
             residual = torch.empty_like(z)
@@ -384,13 +387,8 @@ class Linear(RecoveryAttack):
         return posterior(torch.cat(parts, dim=1))
 
     def infer_layout(self, observation: Observation) -> Tensor | None:
-        """The canonical place of each channel, int64 (N, k, C), where the defence places channels."""
-        representations = observation.representations
-        states = None if observation.states is None else observation.states.flatten(0, 1)
-        if self.reader.classifier is None:
-            return None
-        places = self.reader.places(self.reader.rows(representations.flatten(0, 1), states))
-        return None if places is None else places.view(*representations.shape[:2], -1)
+        """The canonical channel of each channel, int64 (N, k, C), where states are inferred."""
+        return self.reader.infer_layout(observation.representations)
 
 
 class _Stacked:

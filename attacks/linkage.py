@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,17 +15,20 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, LinkageAttack
-from attacks.parts.encoder import Encoder, MarginSoftmax
-from attacks.parts.exposure import Exposure, chunks, split_identities
+from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, LinkageAttack, Widths
+from attacks.parts.encoder import Encoder
+from attacks.parts.exposure import Exposure
 from attacks.parts.states import StateReader
-from attacks.parts.training import Outcome, SeenStates, Trainer, Training, TrainingOptions, at
+from attacks.parts.training import Trainer, Training, TrainingOptions, TrainingResult
 from bench.images import to_float
+from bench.nets.augmentation import augment
+from bench.nets.heads import CosFace
 from bench.nets.onnx import OnnxEncoder
+from bench.nets.options import AugmentationOptions
 from bench.randomness import derived, seeded
 
-#: Held-out faces that give the loss curves.
-_VALIDATION_FACES = 256
+#: Faces that give the statistics of an encoder's input.
+_STATISTICS_FACES = 1024
 #: Faces at once outside training, where nothing is gained by the batch.
 _CHUNK = 64
 #: Of guessing, in 1 - AUC.
@@ -31,43 +36,75 @@ _CHANCE = 0.5
 
 
 class LinkageOptions(TrainingOptions):
-    """Options of :class:`Linkage`, beside those of how its encoders are built and trained.
+    """Options of :class:`Linkage`, beside those of its trainings."""
 
-    Attributes:
-        teacher: ONNX file of a public face recogniser (input RGB (255 x - 127.5) / 128, output embeddings) to imitate;
-            None trains one on the public faces and their identities.
-        embedding_size: dimensions of the embedding, where ``teacher`` does not say.
-        teacher_steps: of the teacher's training.
-        teacher_learning_rate: of AdamW.
-        scale, margin: s and m of the teacher's margin softmax.
-        steps: of the student's training.
-        learning_rate: of AdamW; 5e-4 is the published one.
-        hints: weight of a second loss, by which the maps behind each stage of the student approach the teacher's
-            (FitNets, Romero et al., ICLR 2015), where the attack has trained the teacher and the sizes agree; each is
-            the mean squared error over the teacher's mean square. Short trainings come about twice as far with it.
-        early_stop: start the student's decay as soon as its validation loss has plateaued.
-        infer_state: where a defence picks and permutes channels, read each face's state off its representation and
-            meet every map with filters of its own; at ``blackbox`` the secret table is inferred from intercepted
-            traffic first. False trains on the mixture of states, or of guesses.
-        state_faces: public faces that the reader of states learns from.
-        traffic: intercepted faces that a secret table is inferred from.
-        validation: share of the public identities held out for the loss curves, at least two of them.
+    widths: Widths = Field(
+        default=(64, 128, 256, 512), description="channels of an encoder's first convolution and of each stage"
+    )
+    blocks: int = Field(default=2, ge=1, le=16, description="residual blocks a stage")
+    teacher: Path | None = Field(
+        default=None,
+        description="ONNX file of a public face recogniser (input RGB (255 x - 127.5) / 128, output embeddings) to "
+        "imitate; none trains one on the public faces and their identities",
+    )
+    embedding_size: int = Field(
+        default=256, ge=2, le=8192, description="dimensions of the embedding, where the teacher does not say"
+    )
+    teacher_steps: int = Field(default=6000, ge=1, description="of the teacher's training")
+    teacher_learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False, description="of AdamW")
+    scale: float = Field(
+        default=24.0, gt=0, le=1000, allow_inf_nan=False, description="s of the teacher's margin softmax"
+    )
+    margin: float = Field(default=0.2, ge=0, lt=1, description="m of the teacher's margin softmax")
+    steps: int = Field(default=20_000, ge=1, description="of the student's training")
+    learning_rate: float = Field(
+        default=5e-4, gt=0, le=1, allow_inf_nan=False, description="of AdamW for the student; the default as published"
+    )
+    decay: float = Field(default=0.4, ge=0, le=0.9, description="share of a training, at its end, over which it falls")
+    weight_decay: float = Field(default=0.05, ge=0, le=10, allow_inf_nan=False, description="of AdamW")
+    augmentation: float = Field(
+        default=1.0,
+        ge=0,
+        le=2,
+        description="how strongly public faces are varied: 0 only mirrors them, 1 is meant for a hundred identities",
+    )
+    hints: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="weight of a second loss, by which the student's maps behind each stage approach the teacher's "
+        "(FitNets, Romero et al., ICLR 2015; mean squared error over the teacher's mean square), where the attack has "
+        "trained the teacher and the sizes agree. Short trainings come about twice as far with it",
+    )
+    infer_state: bool = Field(
+        default=True,
+        description="where a defence picks and permutes channels, read each face's state off its representation and "
+        "meet every map with filters of its own; at blackbox the secret table is inferred from intercepted traffic "
+        "first. False trains on the mixture of states, or of guesses",
+    )
+    state_faces: int = Field(default=800, ge=16, description="public faces that the reader of states learns from")
+    traffic: int = Field(default=1000, ge=1, description="intercepted faces that a secret table is inferred from")
+
+
+def variation(strength: float) -> AugmentationOptions:
+    """How public faces are varied: as other cameras would have seen them.
+
+    An attacker with few public identities has to keep a network from telling people by exposure or crop. Only
+    half of the faces are moved by fractions of a pixel: resampling blurs, and a network that saw nothing but blurred
+    faces would not know the fine detail that many defences send.
     """
-
-    teacher: Path | None = None
-    embedding_size: int = Field(default=256, ge=2, le=8192)
-    teacher_steps: int = Field(default=6000, ge=1)
-    teacher_learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False)
-    scale: float = Field(default=24.0, gt=0, le=1000, allow_inf_nan=False)
-    margin: float = Field(default=0.2, ge=0, lt=1)
-    steps: int = Field(default=20_000, ge=1)
-    learning_rate: float = Field(default=5e-4, gt=0, le=1, allow_inf_nan=False)
-    hints: float = Field(default=0.0, ge=0, le=1000, allow_inf_nan=False)
-    early_stop: bool = False
-    infer_state: bool = True
-    state_faces: int = Field(default=800, ge=16)
-    traffic: int = Field(default=1000, ge=1)
-    validation: float = Field(default=0.1, gt=0, lt=1)
+    return AugmentationOptions(
+        shift=0.06 * strength,
+        zoom=math.expm1(0.12 * strength),
+        rotation=8 * strength,
+        moved=0.5,
+        brightness=0.2 * strength,
+        contrast=0.3 * strength,
+        saturation=0.4 * strength,
+        erase=0.5 if strength else 0.0,
+        erase_area=max(1e-6, min(1.0, (0.4 * strength) ** 2)),
+    )
 
 
 # -- held-out pairs -----------------------------------------------------------------------------------
@@ -98,30 +135,30 @@ class _HeldOut:
         """Whether there are pairs of both kinds, two of each at least."""
         return 2 <= int(self.same.sum()) <= len(self.same) - 2
 
-    def scores(self, one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines of genuine and of impostor pairs, from unit embeddings (V, D) of either side."""
-        cosine = (one.cpu()[self.first] * other.cpu()[self.second]).sum(dim=1)
+        cosine = (left.cpu()[self.first] * right.cpu()[self.second]).sum(dim=1)
         return cosine[self.same], cosine[~self.same]
 
-    def auc(self, one: Tensor, other: Tensor) -> float:
+    def auc(self, left: Tensor, right: Tensor) -> float:
         """Chance that a genuine pair outscores an impostor pair; ties count one half."""
-        genuine, impostor = self.scores(one, other)
+        genuine, impostor = self.scores(left, right)
         ranked = impostor.sort().values
         below = torch.searchsorted(ranked, genuine) + torch.searchsorted(ranked, genuine, right=True)
         return float(below.double().mean() / (2 * len(ranked)))
 
-    def accuracy(self, one: Tensor, other: Tensor) -> float:
+    def accuracy(self, left: Tensor, right: Tensor) -> float:
         """Mean of the shares of genuine and of impostor pairs told right.
 
         The threshold is chosen on every second pair of each kind for the others, and the other way round.
         """
-        genuine, impostor = self.scores(one, other)
-        right = []
+        genuine, impostor = self.scores(left, right)
+        shares = []
         for turn in (0, 1):
             chosen = _best_threshold(genuine[turn::2], impostor[turn::2])
             test = genuine[1 - turn :: 2], impostor[1 - turn :: 2]
-            right.append(float((test[0] >= chosen).double().mean() + (test[1] < chosen).double().mean()) / 2)
-        return sum(right) / 2
+            shares.append(float((test[0] >= chosen).double().mean() + (test[1] < chosen).double().mean()) / 2)
+        return sum(shares) / 2
 
 
 def _best_threshold(genuine: Tensor, impostor: Tensor) -> float:
@@ -137,13 +174,13 @@ def _best_threshold(genuine: Tensor, impostor: Tensor) -> float:
 class _Classifier(nn.Module):
     """The teacher under its margin softmax, as one module with the loss as output."""
 
-    def __init__(self, encoder: Encoder, softmax: MarginSoftmax) -> None:
+    def __init__(self, encoder: Encoder, head: CosFace) -> None:
         super().__init__()
-        self.encoder, self.softmax = encoder, softmax
+        self.encoder, self.head = encoder, head
 
     def forward(self, faces: Tensor, identities: Tensor) -> Tensor:
-        loss: Tensor = self.softmax(self.encoder(faces), identities)
-        return loss
+        loss, _ = self.head(self.encoder(faces), identities)
+        return loss  # type: ignore[no-any-return]
 
 
 class _Distiller(nn.Module):
@@ -153,14 +190,14 @@ class _Distiller(nn.Module):
         super().__init__()
         self.encoder, self.hints = encoder, hints
 
-    def forward(self, target: Tensor, maps: Sequence[Tensor], representations: Tensor, places: Tensor | None) -> Tensor:
+    def forward(self, target: Tensor, maps: Sequence[Tensor], representations: Tensor, layout: Tensor | None) -> Tensor:
         """The loss against embeddings (N, D) and, where ``maps`` are given, those of the teacher's stages."""
-        own = self.encoder.stage_outputs(representations, places)
-        loss = 1 - functional.cosine_similarity(self.encoder.read_out(own[-1]), target).mean()
+        outputs = self.encoder.stage_outputs(representations, layout)
+        loss = 1 - functional.cosine_similarity(self.encoder.read_out(outputs[-1]), target).mean()
         if maps:
             errors = [
                 (a.float() - b.float()).square().mean() / b.float().square().mean()
-                for a, b in zip(own[1:], maps, strict=True)
+                for a, b in zip(outputs[1:], maps, strict=True)
             ]
             loss = loss + self.hints * torch.stack(errors).mean()
         return loss
@@ -242,26 +279,26 @@ class Linkage(LinkageAttack):
             ValueError: ``teacher`` is no ONNX recogniser.
         """
         options = self.options
-        self.reader, places = None, None
-        if options.infer_state:
-            self.reader = StateReader()
-            self.reader.prepare(_without_states(adversary), self.seed)
-            places = None if self.reader.classifier is None else len(self.reader.classifier.bias)
-        shape: dict[str, Any] = {"widths": options.widths, "blocks": options.blocks}
+        self.reader = StateReader(_without_states(adversary), self.mechanism) if options.infer_state else None
         if options.teacher is None:
             size = options.embedding_size
-            self.teacher = Encoder((3, *adversary.faces.shape[2:]), **shape, embedding_size=size)
+            self.teacher = self._encoder((3, *adversary.faces.shape[2:]), size)
         else:
             self.teacher = OnnxEncoder(options.teacher, self.device)
             size = self.teacher.embedding_size
-        self.student = Encoder(self.mechanism.representation_shape, **shape, embedding_size=size, places=places)
+        width = None if self.reader is None else self.reader.width
+        self.student = self._encoder(self.mechanism.representation_shape, size, width)
         self.to(memory_format=torch.channels_last)
 
-    def _places(self, representations: Tensor) -> Tensor | None:
+    def _encoder(self, shape: tuple[int, int, int], size: int, width: int | None = None) -> Encoder:
+        options = self.options
+        return Encoder(shape, widths=options.widths, blocks=options.blocks, embedding_size=size, width=width)
+
+    def _layout(self, representations: Tensor) -> Tensor | None:
         """int64 (N, C): what each map of (N, C, h, w) is, as far as can be told; None where that never varies."""
-        if self.reader is None or self.reader.classifier is None:
+        if self.reader is None or self.reader.width is None:
             return None
-        return self.reader.places(self.reader.rows(representations, None))
+        return self.reader.layouts(self.reader.rows(representations, None))
 
     # -- training -----------------------------------------------------------------------------------
 
@@ -273,109 +310,152 @@ class Linkage(LinkageAttack):
                 secret is to be inferred; or a checkpoint of another fit.
             FloatingPointError: a loss is not finite.
         """
-        options, fabric, seed = self.options, adversary.fabric, self.seed
-        share = max(options.validation, 2 / len(torch.unique(adversary.identities)))
-        training, held_out = split_identities(adversary.identities, share, derived(seed, "identities"))
-        chosen = held_out[torch.randperm(len(held_out), generator=derived(seed, "validation"))[:_VALIDATION_FACES]]
-        held = _HeldOut.of(at(adversary.faces, chosen).to(fabric.device), adversary.identities[chosen].cpu())
+        options = self.options
+        least = 2 / len(torch.unique(adversary.identities))
+        trainer = Trainer(self.name, adversary, self.seed, options, held_out=least)
+        chosen = trainer.validation()
+        held = _HeldOut.of(trainer.faces[chosen.to(trainer.device)], adversary.identities[chosen].cpu())
         details: dict[str, Any] = {}
         mechanism = None
         if self.reader is not None:
-            details |= self.reader.fit(
-                _without_states(adversary), seed, faces=options.state_faces, traffic=options.traffic
-            )
+            details |= self.reader.fit(self.seed, faces=options.state_faces, traffic=options.traffic)
             mechanism = self.reader.mechanism if self.reader.infers_secret else None
-        exposure = Exposure(adversary, seed, mechanism=mechanism)
-        trainer = Trainer(self.name, adversary, seed, training, options, self._images(len(training)))
-
-        taught: Outcome | None = None
-        if isinstance(self.teacher, Encoder):
-            taught = self._teach(self.teacher, trainer, held)
+        exposure = Exposure(adversary, self.seed, mechanism=mechanism)
+        taught = self._teach(self.teacher, trainer, held) if isinstance(self.teacher, Encoder) else None
         self.teacher.eval().requires_grad_(False)
-        seen = SeenStates()
-        learnt = self._distil(trainer, exposure, held, seen)
-        return self._report(trainer, held, exposure, taught, learnt, seen, details)
+        learnt = self._distil(trainer, exposure, held)
 
-    def _images(self, training: int) -> int:
-        """What both trainings will see at most, for the progress."""
-        steps = self.options.steps + (self.options.teacher_steps if self.options.teacher is None else 0)
-        return steps * min(self.options.batch_size, training)
+        plain = _embed(lambda faces: _plain(self.teacher, faces), held.faces, trainer.fabric)
+        intercepted = self._intercepted(self.student, held.faces, exposure, trainer.fabric)
+        for name, embeddings in (("teacher", plain), ("student", intercepted)):
+            details[f"{name}_accuracy"] = held.accuracy(embeddings, plain) if held.verifiable else None
+            details[f"{name}_auc"] = held.auc(embeddings, plain) if held.verifiable else None
+        if isinstance(self.teacher, OnnxEncoder):
+            details["teacher"] = {"file": self.teacher.path.name, "sha256": bytes(self.teacher.digest.tolist()).hex()}
+        if taught is not None:
+            details |= {
+                "teacher_steps": taught.steps,
+                "teacher_curve": [list(point) for point in taught.curve],
+                "teacher_saturated": taught.saturated,
+            }
+        report = trainer.report(
+            learnt,
+            self.student,
+            chosen,
+            training_identities=len(torch.unique(adversary.identities[trainer.training])),
+            validation_pairs=[int(held.same.sum()), int((~held.same).sum())],
+            student_saturated=learnt.saturated,
+            stopped_early=learnt.steps < options.steps,
+            states_inferred=self.reader is not None and self.reader.width is not None,
+            **details,
+        )
+        # A student cannot be better than whom it imitates: both have to have learnt what there is to learn.
+        return replace(report, saturated=learnt.saturated and (taught is None or taught.saturated))
 
-    def _teach(self, teacher: Encoder, trainer: Trainer, held: _HeldOut) -> Outcome:
-        adversary, options = trainer.adversary, self.options
-        names, classes = torch.unique(adversary.identities, return_inverse=True)
-        trained, position = torch.unique(classes[trainer.training], return_inverse=True)
+    def _train(
+        self,
+        trainer: Trainer,
+        name: str,
+        module: nn.Module,
+        inputs: Callable[[Tensor, Tensor, int], tuple[Any, ...]],
+        **more: Any,
+    ) -> TrainingResult:
+        """Train ``module``, whose output is the loss, on varied faces.
+
+        Args:
+            trainer: of the fit.
+            name: of what is trained.
+            module: to train.
+            inputs: ``inputs(faces, index, step)``, the module's arguments for faces (n, 3, H, W) in [0, 1] that are the
+                public faces ``index``.
+            more: of :class:`Training`.
+        """
+        options, batches = self.options, trainer.batches(name)
+        model = trainer.fabric.setup_module(module)
+
+        def loss(step: int) -> Tensor:
+            index = batches(step).to(trainer.device)
+            draws = derived(self.seed, name, "vary", step)
+            faces = augment(trainer.floats(index), variation(options.augmentation), draws)
+            value: Tensor = model(*inputs(faces, index, step))
+            return value
+
+        optimizer = functools.partial(torch.optim.AdamW, weight_decay=options.weight_decay)
+        return trainer.train(Training(name=name, network=module, loss=loss, optimizer=optimizer, **more))
+
+    def _statistics(self, trainer: Trainer) -> Iterator[tuple[int, Tensor]]:
+        """Numbered chunks of training faces, for the statistics of an encoder's input."""
+        sample = trainer.sample(_STATISTICS_FACES, "statistics")
+        yield from enumerate(trainer.floats(index) for index in sample.split(_CHUNK))
+
+    def _teach(self, teacher: Encoder, trainer: Trainer, held: _HeldOut) -> TrainingResult:
+        options, identities = self.options, trainer.adversary.identities
+        trained, position = torch.unique(identities[trainer.training], return_inverse=True)
         if len(trained) < 2 or not held.verifiable:
             raise ValueError(
                 f"linkage trains its teacher to tell people apart, and validates it on two others with several faces "
-                f"each: the public faces show {len(names)} identities in {len(adversary.faces)} faces; give more, or a "
-                f"teacher"
+                f"each: the public faces show {len(torch.unique(identities))} identities in {len(identities)} faces; "
+                f"give more, or a teacher"
             )
-        lookup = torch.zeros(len(adversary.faces), dtype=torch.int64)
-        lookup[trainer.training.cpu()] = position.cpu()
-        lookup = lookup.to(trainer.device)
-        teacher.normalisation.measure((to_float(chunk), None) for _, chunk in trainer.statistics(adversary.faces))
-        with seeded(trainer.seed, "centres"):
-            softmax = MarginSoftmax(options.embedding_size, len(trained), scale=options.scale, margin=options.margin)
-        module = _Classifier(teacher, softmax.to(trainer.device))
-
-        def batch(faces: Tensor, index: Tensor, step: int) -> tuple[tuple[Any, ...], Tensor | None]:
-            return (faces, lookup[index]), None
+        classes = torch.zeros(len(identities), dtype=torch.int64)
+        classes[trainer.training.cpu()] = position.cpu()
+        classes = classes.to(trainer.device)
+        teacher.normalisation.measure((faces, None) for _, faces in self._statistics(trainer))
+        with seeded(self.seed, "centres"):
+            head = CosFace(options.embedding_size, len(trained), scale=options.scale, margin=options.margin)
+            # Steps of AdamW are of one size, whatever the gradient's: from small centres they would be leaps.
+            nn.init.normal_(head.weight)
 
         def validate(module: nn.Module) -> float:
             assert isinstance(module, _Classifier)
             plain = _embed(lambda faces: _plain(module.encoder, faces), held.faces, trainer.fabric)
             return 1 - held.auc(plain, plain)
 
-        return trainer.train(
-            Training(
-                "teacher",
-                module,
-                batch,
-                validate,
-                floor=_CHANCE,
-                steps=options.teacher_steps,
-                learning_rate=options.teacher_learning_rate,
-                early_stop=False,
-            )
+        return self._train(
+            trainer,
+            "teacher",
+            _Classifier(teacher, head.to(trainer.device)),
+            lambda faces, index, step: (faces, classes[index]),
+            validate=validate,
+            floor=_CHANCE,
+            steps=options.teacher_steps,
+            learning_rate=options.teacher_learning_rate,
+            early_stop=False,
+            later=options.steps,
         )
 
-    def _distil(self, trainer: Trainer, exposure: Exposure, held: _HeldOut, met: SeenStates) -> Outcome:
+    def _distil(self, trainer: Trainer, exposure: Exposure, held: _HeldOut) -> TrainingResult:
         def seen(faces: Tensor, *name: str | int) -> tuple[Tensor, Tensor | None, Tensor | None]:
             protected = exposure.protect(faces, *name)
-            return protected.representation, self._places(protected.representation), protected.state
+            return protected.representation, self._layout(protected.representation), protected.state
 
         self.student.normalisation.measure(
-            seen(to_float(chunk), "statistics", number)[:2]
-            for number, chunk in trainer.statistics(trainer.adversary.faces)
+            seen(faces, "statistics", number)[:2] for number, faces in self._statistics(trainer)
         )
         targets = _embed(lambda faces: _plain(self.teacher, faces), held.faces, trainer.fabric)
         target_of = self._targets(trainer)
         countable = exposure.countable
 
-        def batch(faces: Tensor, index: Tensor, step: int) -> tuple[tuple[Any, ...], Tensor | None]:
+        def inputs(faces: Tensor, index: Tensor, step: int) -> tuple[Any, ...]:
             target, maps = target_of(faces, index)
-            representations, places, states = seen(faces, "protect", step)
-            return (target, maps, representations, places), states if countable else None
+            representations, layout, states = seen(faces, "protect", step)
+            trainer.seen.add(states if countable else None)
+            return target, maps, representations, layout
 
         def validate(module: nn.Module) -> float:
             assert isinstance(module, _Distiller)
-            found = self._intercepted(module.encoder, held.faces, exposure, trainer.fabric)
-            return float(1 - (found * targets).sum(dim=1).mean())
+            intercepted = self._intercepted(module.encoder, held.faces, exposure, trainer.fabric)
+            return float(1 - (intercepted * targets).sum(dim=1).mean())
 
-        return trainer.train(
-            Training(
-                "student",
-                _Distiller(self.student, self.options.hints),
-                batch,
-                validate,
-                # Of the one embedding that is nearest to all of them.
-                floor=float(1 - targets.mean(dim=0).norm()),
-                steps=self.options.steps,
-                learning_rate=self.options.learning_rate,
-                early_stop=self.options.early_stop,
-            ),
-            met,
+        return self._train(
+            trainer,
+            "student",
+            _Distiller(self.student, self.options.hints),
+            inputs,
+            validate=validate,
+            # Of the one embedding that is nearest to all of them.
+            floor=float(1 - targets.mean(dim=0).norm()),
+            steps=self.options.steps,
         )
 
     def _targets(self, trainer: Trainer) -> Callable[[Tensor, Tensor], tuple[Tensor, list[Tensor]]]:
@@ -385,26 +465,25 @@ class Linkage(LinkageAttack):
         trained here is asked about each face as it is varied. A published one knows a person however
         varied, and costs many times more: it is asked once for each public face as it is.
         """
-        teacher = self.teacher
+        teacher, student = self.teacher, self.student
         if isinstance(teacher, Encoder):
-            own, student = teacher, self.student
-            student.start_from(own)
+            encoder = teacher
+            student.start_from(encoder)
             # Maps of one place can be compared where both encoders look at pictures of one size.
-            hints = self.options.hints > 0 and own.shape[1:] == student.shape[1:]
+            hints = self.options.hints > 0 and encoder.shape[1:] == student.shape[1:]
 
             @torch.no_grad()
             def ask(faces: Tensor, index: Tensor) -> tuple[Tensor, list[Tensor]]:
                 with trainer.fabric.autocast():
-                    maps = own.stage_outputs(faces)[1:]
-                    embeddings = own.read_out(maps[-1]) + own(faces.flip(-1))
+                    maps = encoder.stage_outputs(faces)[1:]
+                    embeddings = encoder.read_out(maps[-1]) + encoder(faces.flip(-1))
                 return functional.normalize(embeddings.float(), dim=1), maps if hints else []
 
             return ask
-        faces = trainer.adversary.faces
-        known = torch.zeros(len(faces), teacher.embedding_size, device=trainer.device)
-        trained = at(faces, trainer.training).to(trainer.device)
-        known[trainer.training.to(known.device)] = _embed(lambda some: _plain(teacher, some), trained, trainer.fabric)
-        self.student.aim_at(known[trainer.training.to(known.device)])
+        training = trainer.training.to(trainer.device)
+        known = torch.zeros(len(trainer.faces), teacher.embedding_size, device=trainer.device)
+        known[training] = _embed(lambda faces: _plain(teacher, faces), trainer.faces[training], trainer.fabric)
+        student.aim_at(known[training])
         return lambda faces, index: (known[index], [])
 
     def _intercepted(self, student: Encoder, faces: Tensor, exposure: Exposure, fabric: Fabric) -> Tensor:
@@ -413,66 +492,22 @@ class Linkage(LinkageAttack):
 
         def embed(batch: Tensor) -> Tensor:
             sent = exposure.protect(batch, "validate", next(numbers)).representation
-            return functional.normalize(student(sent, self._places(sent)), dim=1)
+            return functional.normalize(student(sent, self._layout(sent)), dim=1)
 
         return _embed(embed, faces, fabric)
-
-    def _report(
-        self,
-        trainer: Trainer,
-        held: _HeldOut,
-        exposure: Exposure,
-        taught: Outcome | None,
-        learnt: Outcome,
-        seen: SeenStates,
-        details: dict[str, Any],
-    ) -> FitReport:
-        plain = _embed(lambda faces: _plain(self.teacher, faces), held.faces, trainer.fabric)
-        found = self._intercepted(self.student, held.faces, exposure, trainer.fabric)
-        for name, one in (("teacher", plain), ("student", found)):
-            details[f"{name}_accuracy"] = held.accuracy(one, plain) if held.verifiable else None
-            details[f"{name}_auc"] = held.auc(one, plain) if held.verifiable else None
-        if isinstance(self.teacher, OnnxEncoder):
-            details["teacher"] = {"file": self.teacher.path.name, "sha256": bytes(self.teacher.digest.tolist()).hex()}
-        if taught is not None:
-            details |= {
-                "teacher_steps": taught.steps,
-                "teacher_curve": [list(point) for point in taught.curve],
-                "teacher_saturated": taught.saturated,
-            }
-        return FitReport(
-            # A student cannot be better than whom it imitates: both have to have learnt what there is to learn.
-            saturated=learnt.saturated and (taught is None or taught.saturated),
-            states_seen=seen.states,
-            curve=learnt.curve,
-            details={
-                **learnt.details(),
-                "parameters": sum(p.numel() for p in self.student.parameters()),
-                "training_faces": len(trainer.training),
-                "training_identities": len(torch.unique(trainer.adversary.identities[trainer.training])),
-                "validation_faces": len(held.faces),
-                "validation_pairs": [int(held.same.sum()), int((~held.same).sum())],
-                "student_saturated": learnt.saturated,
-                "stopped_early": learnt.steps < self.options.steps,
-                "states_inferred": self.reader is not None and self.reader.classifier is not None,
-                **details,
-            },
-        )
 
     # -- linking ------------------------------------------------------------------------------------
 
     def encode_representations(self, representations: Tensor) -> Tensor:
         """The student's embeddings."""
-        return self._in_chunks(lambda batch: self.student(batch, self._places(batch)), representations)
+        return self._in_chunks(lambda batch: self.student(batch, self._layout(batch)), representations)
 
     def encode_faces(self, faces: Tensor) -> Tensor:
         """The teacher's embeddings of faces and their mirror images, averaged."""
         return self._in_chunks(lambda batch: _plain(self.teacher, batch), faces)
 
     def _in_chunks(self, embed: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        device = self.student.normalisation.mean.device
-        parts = [embed(chunk.to(device)).float().to(inputs.device) for chunk in chunks(inputs, _CHUNK)]
-        return torch.cat(parts) if parts else torch.zeros(0, self.student.linear.out_features, device=inputs.device)
+        return torch.cat([embed(part.to(self.device)).float() for part in inputs.split(_CHUNK)])
 
 
 # -- pieces -------------------------------------------------------------------------------------------
@@ -492,4 +527,4 @@ def _plain(teacher: nn.Module, faces: Tensor) -> Tensor:
 def _embed(embed: Callable[[Tensor], Tensor], faces: Tensor, fabric: Fabric) -> Tensor:
     """``embed`` of uint8 faces as floats, a chunk at a time: float32 (N, D)."""
     with fabric.autocast():
-        return torch.cat([embed(to_float(chunk)) for chunk in chunks(faces, _CHUNK)]).float()
+        return torch.cat([embed(to_float(chunk)) for chunk in faces.split(_CHUNK)]).float()

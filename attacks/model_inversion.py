@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from attacks.base import Adversary, Capability, FitReport, Knowledge, Observation, RecoveryAttack
 from attacks.parts import losses as inversion_losses
-from attacks.parts.exposure import chunks
+from attacks.parts.exposure import split_identities
 from attacks.parts.generator import (
     FaceGenerator,
     GeneratorOptions,
@@ -23,7 +23,6 @@ from attacks.parts.generator import (
     change_view,
     draw_views,
     fit_generator,
-    hold_out,
 )
 from bench.images import ssim, to_float
 from bench.randomness import derived
@@ -57,40 +56,58 @@ _PIXEL_STEP = 0.01
 
 
 class ModelInversionOptions(GeneratorOptions):
-    """Options of :class:`ModelInversion`; those of the generator are :class:`attacks.parts.generator.GeneratorOptions`.
+    """Options of :class:`ModelInversion`, beside those of the generator."""
 
-    Attributes:
-        prior: ``generator``, a generator of faces trained on public ones, whose codes are optimised (GMI, KED-MI), or
-            ``none``: pixels are, from the mean public face on (Fredrikson et al. 2015).
-        target: ``template``, the intercepted one, or ``class``, the enrolled class centre.
-        loss: ``cosine`` to the target; or, on similarities to the target and to the class centres of public
-            identities, ``max-margin`` (PLG-MI), ``poincare`` (PPA) or ``logit`` (LOMMA, with its regulariser).
-        steps: gradient steps per victim.
-        starts: starting points per victim, of which the best outcome is kept.
-        states: fresh states drawn per step, over which the loss is averaged.
-        step_size: rate of Adam; None for 0.1 standard deviations of what is not known of a code, or, without a
-            generator, 0.01 grey levels of 1.
-        batch_size: faces at once through the recogniser.
-        selection_views: random views, each under a fresh state, by whose mean similarity an outcome is judged (PPA).
-        prior_weight: of the prior beside the loss: how far a code is from where public faces with such embeddings lie,
-            or, without a generator, the total variation. None chooses among 0.001, 0.01, 0.1, 1 and 10 by attacking
-            held-out public faces.
-        tuning_faces: how many of those.
-        feature_weight: of LOMMA's regulariser.
-    """
-
-    prior: Literal["generator", "none"] = "generator"
-    target: Literal["template", "class"] = "template"
-    loss: Literal["cosine", "poincare", "max-margin", "logit"] = "cosine"
-    steps: int = Field(default=200, ge=1, le=1_000_000)
-    starts: int = Field(default=3, ge=1, le=1000)
-    states: int = Field(default=2, ge=1, le=1000)
-    step_size: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
-    batch_size: int = Field(default=256, ge=1, le=65536)
-    selection_views: int = Field(default=16, ge=1, le=1000)
-    prior_weight: float | None = Field(default=None, ge=0, le=1000, allow_inf_nan=False)
-    tuning_faces: int = Field(default=32, ge=1, le=10_000)
-    feature_weight: float = Field(default=0.01, ge=0, le=1000, allow_inf_nan=False)
+    prior: Literal["generator", "none"] = Field(
+        default="generator",
+        description="generator: a generator of faces trained on public ones, whose codes are optimised (GMI, KED-MI); "
+        "none: pixels are, from the mean public face on (Fredrikson et al. 2015)",
+    )
+    target: Literal["template", "class"] = Field(
+        default="template", description="template: the intercepted one; class: the enrolled class centre"
+    )
+    loss: Literal["cosine", "poincare", "max-margin", "logit"] = Field(
+        default="cosine",
+        description="cosine to the target; or, on similarities to the target and to the class centres of public "
+        "identities, max-margin (PLG-MI), poincare (PPA) or logit (LOMMA, with its regulariser)",
+    )
+    steps: int = Field(default=200, ge=1, le=1_000_000, description="gradient steps per victim")
+    starts: int = Field(
+        default=3, ge=1, le=1000, description="starting points per victim, of which the best outcome is kept"
+    )
+    states: int = Field(
+        default=2, ge=1, le=1000, description="fresh states drawn per step, over which the loss is averaged"
+    )
+    step_size: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        allow_inf_nan=False,
+        description="rate of Adam; none for 0.1 standard deviations of what is not known of a code, or, without a "
+        "generator, 0.01 grey levels of 1",
+    )
+    batch_size: int = Field(default=256, ge=1, le=65536, description="faces at once through the recogniser")
+    selection_views: int = Field(
+        default=16,
+        ge=1,
+        le=1000,
+        description="random views, each under a fresh state, by whose mean similarity an outcome is judged (PPA)",
+    )
+    prior_weight: float | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        allow_inf_nan=False,
+        description="of the prior beside the loss: how far a code is from where public faces with such embeddings lie, "
+        "or, without a generator, the total variation. None chooses among 0.001, 0.01, 0.1, 1 and 10 by attacking "
+        "held-out public faces",
+    )
+    tuning_faces: int = Field(
+        default=32, ge=1, le=10_000, description="held-out public faces that the weight of the prior is chosen on"
+    )
+    feature_weight: float = Field(
+        default=0.01, ge=0, le=1000, allow_inf_nan=False, description="of LOMMA's regulariser"
+    )
 
 
 # -- what is optimised --------------------------------------------------------------------------------
@@ -341,18 +358,9 @@ class ModelInversion(RecoveryAttack):
         """
         report = FitReport()
         if self.generator is not None:
-            report = fit_generator(
-                self.generator,
-                adversary.faces,
-                adversary.identities,
-                self.options,
-                seed=self.seed,
-                fabric=adversary.fabric,
-                report=adversary.report,
-                folder=adversary.checkpoint,
-            )
-        self.eval()
-        held_out = hold_out(adversary.identities, self.options.generator_validation, self.seed)[1]
+            report = fit_generator(self.generator, adversary, self.options, self.seed)
+        share = self.options.generator_validation
+        _, held_out = split_identities(adversary.identities, share, derived(self.seed, "identities"))
         self._learn(adversary.faces, adversary.identities, held_out)
         details = dict(report.details)
         if self.estimate is not None:
@@ -368,7 +376,7 @@ class ModelInversion(RecoveryAttack):
     def _learn(self, faces: Tensor, identities: Tensor, held_out: Tensor) -> None:
         """Set all buffers but the weight from embeddings of public faces."""
         mean = torch.zeros(faces.shape[1:], dtype=torch.float64)
-        for chunk in chunks(faces, 1024):
+        for chunk in faces.split(1024):
             mean += chunk.cpu().double().sum(dim=0) / (255 * len(faces))
         self.mean_face.copy_((mean + mean.flip(-1)) / 2)
 

@@ -8,23 +8,15 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attacks.base import (
-    Adversary,
-    AttackOptions,
-    Capability,
-    EmbeddingQuery,
-    FitReport,
-    Knowledge,
-    Observation,
-    RecoveryAttack,
-)
-from attacks.parts.exposure import Exposure, chunks
-from attacks.parts.generator import DecoderTraining, FaceDecoder, TrainingPlan, change_view, draw_views
+from attacks.base import Adversary, Capability, EmbeddingQuery, FitReport, Knowledge, Observation, RecoveryAttack
+from attacks.parts.exposure import Exposure
+from attacks.parts.generator import FaceDecoder, change_view, draw_views, train_decoder
 from attacks.parts.losses import cosine
+from attacks.parts.training import Trainer, TrainingOptions
 from bench.images import ssim, to_float
 from bench.randomness import derived
 from defenses.base import TemplateDefense
@@ -36,44 +28,44 @@ _STATISTICS_FACES = 2048
 _FAINTEST = 1e-3
 
 
-class TemplateOptions(AttackOptions):
-    """Options of :class:`Template`.
+class TemplateOptions(TrainingOptions):
+    """Options of :class:`Template`."""
 
-    Attributes:
-        width: channels of the decoder's finest level; they double per coarser level, up to eight times.
-        ssim_weight: weight of 1 - SSIM beside L1.
-        identity_weight: weight of 1 - cosine of the recovered face's embedding to the template, where the
-            recogniser's weights are known.
-        learning_rate: of Adam, held after a linear warm-up, then decayed linearly to zero.
-        batch_size: faces per step.
-        images: faces to train on in all, repeats counted.
-        views: embeddings queried per public face, each of another crop under a fresh state, where the recogniser can
-            only be queried; with its weights every step draws afresh.
-        shift: largest shift of a training face, as a share of its width; half of the faces are mirrored too.
-        warmup: share of the training over which the learning rate rises.
-        decay: share of the training, at the end, over which it falls to zero.
-        validation: share of the public identities held out for the loss curve.
-        plateau: relative gain of the last doubling below which the training counts as saturated.
-    """
-
-    width: int = Field(default=64, ge=1, le=1024)
-    ssim_weight: float = Field(default=0.75, ge=0, le=10, allow_inf_nan=False)
-    identity_weight: float = Field(default=0.025, ge=0, le=10, allow_inf_nan=False)
-    learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False)
-    batch_size: int = Field(default=64, ge=2, le=65536)
-    images: int = Field(default=1_000_000, ge=1)
-    views: int = Field(default=8, ge=1, le=1000)
-    shift: float = Field(default=0.03, ge=0, le=0.25)
-    warmup: float = Field(default=0.05, ge=0, le=0.5)
-    decay: float = Field(default=0.4, ge=0, le=0.9)
-    validation: float = Field(default=0.1, gt=0, lt=1)
-    plateau: float = Field(default=0.03, gt=0, lt=1)
-
-    @model_validator(mode="after")
-    def _room_for_a_plateau(self) -> TemplateOptions:
-        if self.warmup + self.decay > 0.95:
-            raise ValueError("warmup + decay must leave at least 5 % of the images at the full learning rate")
-        return self
+    width: int = Field(
+        default=64,
+        ge=1,
+        le=1024,
+        description="channels of the decoder's finest level; they double per coarser level, up to eight times",
+    )
+    ssim_weight: float = Field(
+        default=0.75, ge=0, le=10, allow_inf_nan=False, description="weight of 1 - SSIM beside L1"
+    )
+    identity_weight: float = Field(
+        default=0.025,
+        ge=0,
+        le=10,
+        allow_inf_nan=False,
+        description="weight of 1 - cosine of the recovered face's embedding to the template, where the recogniser's "
+        "weights are known",
+    )
+    images: int = Field(default=1_000_000, ge=1, description="faces to train on in all, repeats counted")
+    views: int = Field(
+        default=8,
+        ge=1,
+        le=1000,
+        description="embeddings queried per public face, each of another crop under a fresh state, where the "
+        "recogniser can only be queried; with its weights every step draws afresh",
+    )
+    shift: float = Field(
+        default=0.03,
+        ge=0,
+        le=0.25,
+        description="largest shift of a training face, as a share of its width; half of the faces are mirrored too",
+    )
+    warmup: float = Field(default=0.05, ge=0, le=0.5, description="share of the training over which the rate rises")
+    decay: float = Field(
+        default=0.4, ge=0, le=0.9, description="share of the training, at its end, over which it falls"
+    )
 
 
 class TemplateDecoder(nn.Module):
@@ -111,52 +103,39 @@ def _frozen(recogniser: nn.Module, device: torch.device) -> nn.Module:
     return copy.deepcopy(recogniser).requires_grad_(False).eval().to(device)
 
 
-class _TemplateTraining(DecoderTraining):
-    """L1 + SSIM + identity between faces and what the decoder makes of their embeddings."""
+class _Examples:
+    """Public faces, varied, with their embeddings; and the loss of a decoder on them.
 
-    network: TemplateDecoder
+    Attributes:
+        details: how the embeddings were come by.
+    """
 
-    def __init__(self, attack: Template, adversary: Adversary, seed: int) -> None:
-        options = self.options = attack.options
-        plan = TrainingPlan(
-            images=options.images,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            validation=options.validation,
-            warmup=options.warmup,
-            decay=options.decay,
-            plateau=options.plateau,
-        )
-        super().__init__(
-            attack.network, adversary.faces, adversary.identities, plan, seed=seed, fabric=adversary.fabric
-        )
-        self._attack = attack
-        self.exposure = Exposure(adversary, seed)
+    def __init__(self, attack: Template, trainer: Trainer) -> None:
+        adversary = trainer.adversary
+        self.options, self.network, self.trainer, self.seed = attack.options, attack.network, trainer, attack.seed
+        self._without_key, self.exposure = attack.without_key, Exposure(adversary, self.seed)
         self._countable = self.exposure.countable
         self.recogniser: nn.Module | None = None
         self.details: dict[str, Any] = {"gradients": adversary.recogniser is not None, "queries": 0}
         if adversary.recogniser is not None:
-            self.recogniser = _frozen(adversary.recogniser, self.faces.device)
+            self.recogniser = _frozen(adversary.recogniser, trainer.device)
         elif adversary.embed is not None:
             self._query(adversary.embed)
-        order = torch.randperm(len(self.training), generator=derived(seed, "statistics"))[:_STATISTICS_FACES]
-        parts = [self._shown(index, "statistics", n)[1] for n, index in enumerate(self.training[order].split(_CHUNK))]
-        self.network.measure(torch.cat(parts))
-        self.network.decoder.set_mean(self.mean_face())
+
+    def embeddings_of(self, sample: Tensor) -> Tensor:
+        """Unit embeddings of the faces at ``sample``, int64 (M,), varied: (M, D)."""
+        return torch.cat([self._shown(index, "statistics", n)[1] for n, index in enumerate(sample.split(_CHUNK))])
 
     def _query(self, embed: EmbeddingQuery) -> None:
         """Embed every public face once per view."""
-        views, embeddings = [], []
+        everything, views, embeddings = torch.arange(len(self.trainer.faces)), [], []
         for number in range(self.options.views):
-            view = self._draw(len(self.faces), "view", number)
-            parts = [
-                embed(change_view(to_float(faces), change))
-                for faces, change in zip(self.faces.split(_CHUNK), view.split(_CHUNK), strict=True)
-            ]
+            view = self._draw(len(everything), "view", number)
+            parts = [embed(change_view(self.trainer.floats(i), view[i])) for i in everything.split(_CHUNK)]
             views.append(view)
             embeddings.append(torch.cat(parts))
         self.views, self.embeddings = torch.stack(views), torch.stack(embeddings)
-        self.details["queries"] = self.options.views * len(self.faces)
+        self.details["queries"] = self.options.views * len(everything)
 
     def _draw(self, count: int, *name: str | int) -> Tensor:
         return draw_views(
@@ -166,7 +145,7 @@ class _TemplateTraining(DecoderTraining):
     @torch.no_grad()
     def _shown(self, index: Tensor, *name: str | int) -> tuple[Tensor, Tensor]:
         """Faces at ``index``, varied, float (b, 3, H, W) in [0, 1], and their embeddings (b, D), unit rows."""
-        faces = to_float(self.faces[index.to(self.faces.device)])
+        faces = self.trainer.floats(index)
         if self.recogniser is None:
             number = torch.randint(self.options.views, (len(index),), generator=derived(self.seed, *name))
             embeddings = self.embeddings[number.to(self.embeddings.device), index.to(self.embeddings.device)]
@@ -179,14 +158,15 @@ class _TemplateTraining(DecoderTraining):
         assert self.recogniser is not None
         sent = self.exposure.protect(faces, *name)
         if self._countable and "validate" not in name:
-            self.seen.add(sent.state)
+            self.trainer.seen.add(sent.state)
         embeddings = self.recogniser(sent.representation).float()
-        return functional.normalize(self._attack.without_key(embeddings, sent.keys), dim=1)
+        return functional.normalize(self._without_key(embeddings, sent.keys), dim=1)
 
     def loss(self, index: Tensor, step: int) -> Tensor:
+        """L1 + SSIM + identity between the faces at ``index`` and what the decoder makes of their embeddings."""
         options = self.options
         faces, embeddings = self._shown(index, "step", step)
-        with self.fabric.autocast():
+        with self.trainer.fabric.autocast():
             made = self.network(embeddings)
         loss = functional.l1_loss(made, faces)
         if options.ssim_weight:
@@ -197,8 +177,9 @@ class _TemplateTraining(DecoderTraining):
         return loss
 
     def recover(self, network: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Faces by ``network`` from their embeddings, and these faces."""
         faces, embeddings = self._shown(index, "validate", int(index[0]))
-        with self.fabric.autocast():
+        with self.trainer.fabric.autocast():
             return network(embeddings), faces
 
 
@@ -266,14 +247,12 @@ class Template(RecoveryAttack):
             ValueError: fewer than two identities, or a checkpoint of another fit.
             FloatingPointError: the loss is not finite.
         """
-        training = _TemplateTraining(self, adversary, self.seed)
-        report = training.run(
-            self.name,
-            report=adversary.report,
-            folder=adversary.checkpoint,
-            fit={"options": self.options.model_dump(mode="json"), "knowledge": str(adversary.knowledge)},
-        )
-        return replace(report, details={**report.details, **training.details})
+        trainer = Trainer(self.name, adversary, self.seed, self.options)
+        examples = _Examples(self, trainer)
+        self.network.measure(examples.embeddings_of(trainer.sample(_STATISTICS_FACES, "statistics")))
+        self.network.decoder.set_mean(trainer.mean_face())
+        report = train_decoder(trainer, self.network, examples.loss, examples.recover, images=self.options.images)
+        return replace(report, details={**report.details, **examples.details})
 
     def run(self, observation: Observation) -> Tensor:
         """Faces (N, 3, H, W) in [0, 1].
@@ -290,4 +269,4 @@ class Template(RecoveryAttack):
             raise ValueError(f"{self.name} was trained on templates of {size} values, got {templates.shape[-1]}")
         unit = functional.normalize(templates.to(self.network.mean), dim=2)
         unit = functional.normalize(unit.mean(dim=1), dim=1)
-        return torch.cat([self.network(part) for part in chunks(unit, _CHUNK)])
+        return torch.cat([self.network(part) for part in unit.split(_CHUNK)])

@@ -9,27 +9,24 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from attacks.base import Adversary, AttackOptions, Capability, Knowledge, Observation
-from attacks.parts.exposure import Exposure, chunks
-from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
+from attacks.base import Adversary, AttackOptions, Capability
+from attacks.parts.exposure import Exposure
+from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, no_pictures
+from attacks.parts.training import Trainer
 from attacks.parts.unet_network import UNetNetwork
-from bench.images import to_float
 from bench.randomness import derived
 from defenses.base import Defense, Protected
 from defenses.layout import row_numbers
 
 _STATISTICS_FACES = 64
-_CHUNK = 64
 
 
 class UNetEnsembleOptions(InversionOptions):
-    """Options of :class:`UNetEnsemble`; ``images`` are shared out among the members.
+    """Options of :class:`UNetEnsemble`; ``images`` are shared out among the members."""
 
-    Attributes:
-        most: states beyond which the attack refuses: each one costs a network.
-    """
-
-    most: int = Field(default=64, ge=1, le=4096)
+    most: int = Field(
+        default=64, ge=1, le=4096, description="states beyond which the attack refuses: each one costs a network"
+    )
 
 
 class _Members(nn.Module):
@@ -66,7 +63,6 @@ class UNetEnsemble(InversionAttack):
         {Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.SECRET}
     )
     Options: ClassVar[type[AttackOptions]] = UNetEnsembleOptions
-    budgets: ClassVar[Mapping[str, str]] = {"steps": "steps"}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "quick": {**TWO_CORES, "widths": (8, 16, 32), "images": 2_000},
         "cpu": {**TWO_CORES, "widths": (16, 32, 64), "images": 60_000},
@@ -76,11 +72,11 @@ class UNetEnsemble(InversionAttack):
     options: UNetEnsembleOptions
 
     def inapplicable(self, defense: Defense) -> str | None:
-        """A network per state is too many where there are more than ``most``."""
+        """It needs pictures, and a network per state: too many where there are more than ``most``."""
         states = defense.states()
         if states is not None and len(states) > self.options.most:
             return f"{defense.name} has {len(states)} states, more than most={self.options.most} networks"
-        return None
+        return no_pictures(defense)
 
     def build(self, adversary: Adversary) -> None:
         """Build a network per state.
@@ -88,14 +84,13 @@ class UNetEnsemble(InversionAttack):
         Raises:
             ValueError: the defence has more states than ``most``.
         """
-        mechanism = self.mechanism
+        mechanism, states = self.mechanism, self.mechanism.states()
         if reason := self.inapplicable(mechanism):
             raise ValueError(reason)
-        states = mechanism.states()
         count = 1 if states is None else len(states)
         network = _Members(count, mechanism.channels, adversary.faces.shape[-1], self.options)
         self.network = network.to(memory_format=torch.channels_last)
-        self._build_range(mechanism.channels)
+        self._build_range()
 
     @property
     def _members(self) -> list[UNetNetwork]:
@@ -108,16 +103,7 @@ class UNetEnsemble(InversionAttack):
         states = self.mechanism.states()
         return None if states is None else states[row].expand(count, -1)
 
-    def _rows(self, states: Tensor | None, count: int) -> Tensor:
-        listed = self.mechanism.states()
-        if states is None or listed is None:
-            return torch.zeros(count, dtype=torch.int64, device=self.low.device)
-        return row_numbers(states.cpu(), listed.cpu()).to(self.low.device)
-
     # -- training -----------------------------------------------------------------------------------
-
-    def _exposure(self, adversary: Adversary, seed: int) -> Exposure:
-        return Exposure(adversary, seed)
 
     def _protect(self, target: Tensor, exposure: Exposure, step: int) -> Protected:
         """The members take turns, each with a whole batch of its own state."""
@@ -125,11 +111,13 @@ class UNetEnsemble(InversionAttack):
         return exposure.protect(target, "protect", step, state=state)
 
     def _inputs(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor | None, ...]:
-        return representations, self._rows(states, len(representations))
+        listed = self.mechanism.states()
+        if states is None or listed is None:
+            return representations, torch.zeros(len(representations), dtype=torch.int64, device=self.device)
+        return representations, row_numbers(states.cpu(), listed.cpu()).to(self.device)
 
-    def _measure(self, faces: Tensor, training: Tensor, exposure: Exposure, seed: int) -> None:
-        sample = pick(faces, training, _STATISTICS_FACES, derived(seed, "statistics"))
-        target = to_float(sample.to(self.low.device))
+    def _measure(self, trainer: Trainer, exposure: Exposure) -> None:
+        target = trainer.floats(trainer.sample(_STATISTICS_FACES, "statistics"))
         mean_face = target.mean(dim=0)
         if self.options.flip:
             mean_face = (mean_face + mean_face.flip(-1)) / 2
@@ -143,45 +131,19 @@ class UNetEnsemble(InversionAttack):
 
     # -- recovering -----------------------------------------------------------------------------------
 
-    def run(self, observation: Observation) -> Tensor:
-        """Faces (N, 3, H, W), not clipped.
-
-        Raises:
-            ValueError: representations outside the range of training, or no states at ``oracle``.
-        """
-        mechanism, representations = self.mechanism, observation.representations
-        knows = self.adversary.knowledge is Knowledge.ORACLE
-        if knows and mechanism.states() is not None and observation.states is None:
-            raise ValueError(f"{self.name} at oracle needs the states of the intercepted faces")
-        self._check_range(representations)
-        n, k = representations.shape[:2]
-        flat = representations.flatten(0, 1)
-        states = None if observation.states is None else observation.states.flatten(0, 1)
-        faces = []
-        for index, chunk in enumerate(chunks(flat, _CHUNK)):
-            sent = chunk.to(self.low.device)
-            if states is not None:
-                own = states[index * _CHUNK : index * _CHUNK + len(chunk)]
-                faces.append(self.network(sent, self._rows(own, len(sent))))
-            else:
-                faces.append(self._most_consistent(sent, mechanism))
-        recovered = torch.cat(faces)
-        return recovered.view(n, k, *recovered.shape[1:]).mean(dim=1)
-
-    def _most_consistent(self, sent: Tensor, mechanism: Defense) -> Tensor:
-        """Of all members' answers to (M, C, h, w) the one that is protected to most nearly the same: (M, 3, H, W)."""
-        best = torch.full((len(sent),), torch.inf, device=sent.device)
-        kept: Tensor | None = None
+    def _recover(self, representations: Tensor, states: Tensor | None) -> Tensor:
+        """Faces (M, 3, H, W): by the member of the true state or, of all members', the most consistent ones."""
+        if states is not None:
+            return super()._recover(representations, states)
+        # Channels differ in energy by orders of magnitude: each counts by its own.
+        energy = representations.square().mean(dim=(2, 3)).clamp(min=1e-12)
+        least = torch.full((len(representations),), torch.inf, device=representations.device)
+        faces = torch.empty(0)
         for row, member in enumerate(self._members):
-            answer: Tensor = member(sent)
-            again = mechanism.protect(
-                answer.clamp(0, 1), derived(0, "again"), state=self._state(row, len(sent))
-            ).representation
-            # Channels differ in energy by orders of magnitude: each counts by its own.
-            energy = sent.square().mean(dim=(2, 3)).clamp(min=1e-12)
-            off = ((again - sent).square().mean(dim=(2, 3)) / energy).mean(dim=1)
-            better = off < best
-            kept = answer if kept is None else torch.where(better[:, None, None, None], answer, kept)
-            best = torch.where(better, off, best)
-        assert kept is not None  # there is at least one member
-        return kept
+            answer: Tensor = member(representations)
+            state = self._state(row, len(representations))
+            again = self.mechanism.protect(answer.clamp(0, 1), derived(0, "again"), state=state).representation
+            difference = ((again - representations).square().mean(dim=(2, 3)) / energy).mean(dim=1)
+            faces = torch.where((difference < least)[:, None, None, None], answer, faces) if row else answer
+            least = torch.minimum(least, difference)
+        return faces

@@ -9,18 +9,19 @@ does not contradict is applied.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation
-from attacks.linear import Linear, LinearOptions
-from attacks.parts.exposure import Exposure, chunks, split_identities
-from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, pick
+from attacks.base import Adversary, AttackOptions, Capability, Observation, no_report
+from attacks.linear import EstimateOptions, Linear, LinearOptions
+from attacks.parts.exposure import Exposure, split_identities
+from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions
+from attacks.parts.training import Trainer
 from attacks.parts.unet_network import UNetNetwork
-from bench.images import to_float
 from bench.randomness import derived
 from defenses.base import Defense
 
@@ -30,21 +31,13 @@ _STATISTICS_FACES = 256
 _CHUNK = 32
 
 
-class UnrolledOptions(InversionOptions):
-    """Options of :class:`Unrolled`.
+class UnrolledOptions(InversionOptions, EstimateOptions):
+    """Options of :class:`Unrolled`: of the training, and of the linear estimate."""
 
-    Attributes:
-        consistent: apply only that part of the network's change which the observation does not contradict.
-        rank, prior_faces, place_faces, traffic, memory: of the linear estimate, as in
-            :class:`~attacks.linear.LinearOptions`.
-    """
-
-    consistent: bool = True
-    rank: int = Field(default=400, ge=1, le=20_000)
-    prior_faces: int = Field(default=4000, ge=2)
-    place_faces: int = Field(default=800, ge=16)
-    traffic: int = Field(default=1000, ge=1)
-    memory: int = Field(default=2048, ge=64)
+    consistent: bool = Field(
+        default=True,
+        description="apply only that part of the network's change which the observation does not contradict",
+    )
 
 
 class Unrolled(InversionAttack):
@@ -71,7 +64,6 @@ class Unrolled(InversionAttack):
     Options: ClassVar[type[AttackOptions]] = UnrolledOptions
     #: Linear estimates of many faces cost little more than those of a few in the same state.
     lookahead: ClassVar[int] = 32
-    budgets: ClassVar[Mapping[str, str]] = {"steps": "steps"}
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "quick": {
             **TWO_CORES,
@@ -96,16 +88,8 @@ class Unrolled(InversionAttack):
 
     def __init__(self, options: AttackOptions | None = None) -> None:
         super().__init__(options)
-        chosen = self.options
-        self.linear = Linear(
-            LinearOptions(
-                rank=chosen.rank,
-                prior_faces=chosen.prior_faces,
-                place_faces=chosen.place_faces,
-                traffic=chosen.traffic,
-                memory=chosen.memory,
-            )
-        )
+        shared = self.options.model_dump(include=set(EstimateOptions.model_fields))
+        self.linear = Linear(LinearOptions(**shared))
 
     # -- building -----------------------------------------------------------------------------------
 
@@ -119,73 +103,60 @@ class Unrolled(InversionAttack):
         Raises:
             ValueError: as :meth:`Linear.build`.
         """
-        seed = self.seed
-        training, _ = split_identities(adversary.identities, self.options.validation, derived(seed, "identities"))
+        share = self.options.validation
+        training, _ = split_identities(adversary.identities, share, derived(self.seed, "identities"))
         self.linear.prepare(_only(adversary, training))
-        mechanism = self.linear.reader.mechanism
-        states = mechanism.states()
-        size = adversary.faces.shape[-1]
+        states, size = self.mechanism.states(), adversary.faces.shape[-1]
         self.register_buffer("spread", torch.ones(1 if states is None else len(states), 3, size, size))
         network = UNetNetwork(6, size, self.options)
         network.mean_face.zero_()  # it proposes a change, not a face
         self.network = network.to(memory_format=torch.channels_last)
-        self._build_range(mechanism.channels)
+        self._build_range()
 
-    def _exposure(self, adversary: Adversary, seed: int) -> Exposure:
-        return Exposure(adversary, seed, mechanism=self.linear.reader.mechanism)
+    def _exposure(self) -> Exposure:
+        return Exposure(self.adversary, self.seed, mechanism=self.linear.reader.mechanism)
 
     # -- training -----------------------------------------------------------------------------------
 
-    def _learn_of_defence(self, adversary: Adversary, training: Tensor, seed: int) -> dict[str, Any]:
+    def _learn_of_defence(self, trainer: Trainer) -> dict[str, Any]:
         """Fit the linear attack on the training faces, and measure how far its estimates are off on the same."""
-        report: FitReport = self.linear.learn(_only(adversary, training))
-        rows = range(len(self.linear.kinds()))
-        faces = pick(adversary.faces, training, _ERROR_FACES, derived(seed, "spread faces")).to(self.spread.device)
+        report = self.linear.learn(_only(self.adversary, trainer.training))
+        sample = trainer.sample(_ERROR_FACES, "spread faces")
         mechanism = self.linear.reader.mechanism
-        listed = mechanism.states()
-        measured: dict[int, Tensor] = {}
-        for row in rows:
-            kind = self.linear.kinds()[row]
-            if kind not in measured:
-                squares = torch.zeros_like(self.spread[0])
-                for number, chunk in enumerate(chunks(faces, _CHUNK)):
-                    target = to_float(chunk)
-                    state = None if listed is None else listed[row].expand(len(target), -1).cpu()
-                    sent = mechanism.protect(target, derived(seed, "spread", kind, number), state=state)
-                    estimate = self.linear.estimate(sent.representation[:, None], torch.full((len(target), 1), row))
-                    squares += (estimate.to(target) - target).square().sum(dim=0)
-                measured[kind] = (squares / len(faces)).sqrt()
-            self.spread[row] = measured[kind]
+        listed, kinds = mechanism.states(), self.linear.kinds()
+        for row, kind in enumerate(kinds):
+            if kind < row:  # another state says the same
+                self.spread[row] = self.spread[kind]
+                continue
+            squares = torch.zeros_like(self.spread[0])
+            for number, index in enumerate(sample.split(_CHUNK)):
+                target = trainer.floats(index)
+                state = None if listed is None else listed[row].expand(len(target), -1).cpu()
+                sent = mechanism.protect(target, derived(self.seed, "spread", kind, number), state=state)
+                estimate = self.linear.estimate(sent.representation[:, None], torch.full((len(target), 1), row))
+                squares += (estimate.to(target) - target).square().sum(dim=0)
+            self.spread[row] = (squares / len(sample)).sqrt()
         return {f"linear_{name}": value for name, value in report.details.items()}
 
-    def _measure(self, faces: Tensor, training: Tensor, exposure: Exposure, seed: int) -> None:
-        sample = pick(faces, training, _STATISTICS_FACES, derived(seed, "statistics"))
+    def _measure(self, trainer: Trainer, exposure: Exposure) -> None:
         shown = []
-        for number, chunk in enumerate(chunks(sample, _CHUNK)):
-            protected = exposure.protect(to_float(chunk.to(self.spread.device)), "statistics", number)
+        for number, index in enumerate(trainer.sample(_STATISTICS_FACES, "statistics").split(_CHUNK)):
+            protected = exposure.protect(trainer.floats(index), "statistics", number)
             self._widen_range(protected.representation)
-            rows = self._rows_in_training(protected.state, len(chunk))
-            shown.append(self._show(self._estimate(protected.representation, rows), rows).cpu())
+            shown.append(self._inputs(protected.representation, protected.state)[0].cpu())
         inputs = torch.cat(shown)
         assert isinstance(self.network, UNetNetwork)
         self.network.mean.copy_(inputs.mean(dim=(0, 2, 3)))
         self.network.std.copy_(inputs.std(dim=(0, 2, 3)).clamp(min=1e-6))
 
-    def _rows_in_training(self, states: Tensor | None, count: int) -> Tensor:
-        return self.linear.rows_of(states, count)
+    def _inputs(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor]:
+        return (self._show(representations, self.linear.rows_of(states, len(representations))),)
 
-    def _estimate(self, representations: Tensor, rows: Tensor) -> Tensor:
-        """Linear estimates from one interception each, float32 (N, 3, H, W)."""
+    def _show(self, representations: Tensor, rows: Tensor) -> Tensor:
+        """The linear estimates from one interception each, and their spread: float32 (N, 6, H, W)."""
         with torch.no_grad():
-            return self.linear.estimate(representations[:, None], rows[:, None]).to(self.spread)
-
-    def _show(self, estimate: Tensor, rows: Tensor) -> Tensor:
-        """What the network sees: the estimate and its spread, (N, 6, H, W)."""
+            estimate = self.linear.estimate(representations[:, None], rows[:, None]).to(self.spread)
         return torch.cat((estimate, self.spread[rows.to(self.spread.device)]), dim=1)
-
-    def _inputs(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows = self._rows_in_training(states, len(representations))
-        return (self._show(self._estimate(representations, rows), rows),)
 
     def _predict(self, network: nn.Module, inputs: tuple[Tensor | None, ...]) -> Tensor:
         shown = inputs[0]
@@ -201,33 +172,22 @@ class Unrolled(InversionAttack):
         Raises:
             ValueError: representations outside the range of training.
         """
-        representations = observation.representations
-        self._check_range(representations)
-        n, k = representations.shape[:2]
-        states = None if observation.states is None else observation.states.flatten(0, 1)
-        rows = self.linear.reader.rows(representations.flatten(0, 1), states).view(n, k).cpu()
-        parts = []
-        for start in range(0, n, _CHUNK):
-            sent, own = representations[start : start + _CHUNK].to(self.spread.device), rows[start : start + _CHUNK]
-            estimate = self._estimate(sent.flatten(0, 1), own.flatten())
-            single = self._predict(self.network, (self._show(estimate, own.flatten()),))
-            faces = single.unflatten(0, own.shape).mean(dim=1)
-            parts.append(self.linear.correct(faces, sent, own).to(faces) if self.options.consistent else faces)
-        return torch.cat(parts)
+        self._check_range(observation)
+        rows = self.linear.rows(observation).cpu()
+        faces = []
+        for sent, some in zip(observation.representations.split(_CHUNK), rows.split(_CHUNK), strict=True):
+            sent = sent.to(self.device)
+            single = self._predict(self.network, (self._show(sent.flatten(0, 1), some.flatten()),))
+            mean = single.unflatten(0, some.shape).mean(dim=1)
+            faces.append(self.linear.correct(mean, sent, some).to(mean) if self.options.consistent else mean)
+        return torch.cat(faces)
 
     def infer_layout(self, observation: Observation) -> Tensor | None:
-        """As the linear attack infers them."""
+        """As the linear attack infers it."""
         return self.linear.infer_layout(observation)
 
 
 def _only(adversary: Adversary, training: Tensor) -> Adversary:
     """The adversary with the public faces at ``training`` alone, as the linear attack gets them."""
-    return Adversary(
-        faces=adversary.faces[training.to(adversary.faces.device)],
-        identities=adversary.identities[training],
-        knowledge=adversary.knowledge,
-        mechanism=adversary.mechanism,
-        generator=adversary.generator,
-        fabric=adversary.fabric,
-        traffic=adversary.traffic,
-    )
+    faces, identities = adversary.faces[training.to(adversary.faces.device)], adversary.identities[training]
+    return replace(adversary, faces=faces, identities=identities, checkpoint=None, report=no_report)

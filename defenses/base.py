@@ -372,8 +372,8 @@ class Defense(nn.Module, ABC):
         """
         return representation
 
-    def with_places(self, places: Tensor) -> Self:
-        """This mechanism with another secret: its states send the canonical channels ``places``, int64 (K, C).
+    def with_layouts(self, layouts: Tensor) -> Self:
+        """This mechanism with another secret: its states send the canonical channels ``layouts``, int64 (K, C).
 
         For an adversary who has found out the layouts from what was intercepted, but not how the secret is written
         down. States of the result are numbered as the rows are, in some defence's own form (:meth:`states`).
@@ -382,7 +382,7 @@ class Defense(nn.Module, ABC):
             NotImplementedError: the defence cannot be described in this way.
             ValueError: no mechanism of this kind has such layouts.
         """
-        raise NotImplementedError(f"{self.name} is not described by the places of its channels")
+        raise NotImplementedError(f"{self.name} is not described by the layouts of its channels")
 
     def describe(self) -> dict[str, Any]:
         """Name, options and what they imply, for results and ``bench list``."""

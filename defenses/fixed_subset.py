@@ -62,20 +62,20 @@ class FixedSubset(Defense):
         update = {"tables": "random", "table_seed": draw_seed(generator)}
         return type(self)(self.options.model_copy(update=update), image_size=self.image_size)
 
-    def with_places(self, places: Tensor) -> Self:
-        """The mechanism that sends the canonical channels ``places[0]``, int64 (1, 3s); the colours' majority decides.
+    def with_layouts(self, layouts: Tensor) -> Self:
+        """The mechanism that sends the canonical channels ``layouts[0]``, int64 (1, 3s); the colours' majority decides.
 
         Raises:
-            ValueError: ``places`` is not int64 (1, 3s), lies outside the layout or names a channel twice.
+            ValueError: ``layouts`` is not int64 (1, 3s), lies outside the layout or names a channel twice.
         """
         kept = len(self.kept_channels)
-        if places.dtype != torch.int64 or tuple(places.shape) != (1, self.channels):
-            raise ValueError(f"places must be int64 (1, {self.channels}), got {places.dtype} {tuple(places.shape)}")
-        if int(places.min()) < 0 or int(places.max()) >= COLOURS * kept:
-            raise ValueError(f"places must lie in 0..{COLOURS * kept - 1}")
-        subset = (places[0] % kept).view(COLOURS, -1).mode(dim=0).values.to(self.kept_channels.device)
+        if layouts.dtype != torch.int64 or tuple(layouts.shape) != (1, self.channels):
+            raise ValueError(f"layouts must be int64 (1, {self.channels}), got {layouts.dtype} {tuple(layouts.shape)}")
+        if int(layouts.min()) < 0 or int(layouts.max()) >= COLOURS * kept:
+            raise ValueError(f"layouts must lie in 0..{COLOURS * kept - 1}")
+        subset = (layouts[0] % kept).view(COLOURS, -1).mode(dim=0).values.to(self.kept_channels.device)
         if len(torch.unique(subset)) < len(subset):
-            raise ValueError("places name a channel twice")
+            raise ValueError("layouts name a channel twice")
         imitation = type(self)(self.options, image_size=self.image_size).to(self.kept_channels.device)
         imitation.subset_channels = imitation.kept_channels[subset]
         return imitation

@@ -14,28 +14,28 @@ class ChannelLayout(nn.Module):
     """Where each channel of a representation belongs, per state.
 
     :meth:`Defense.canonical` of a defence that picks and permutes channels spreads C channels over
-    C' >= C places and fills the others with zeros. A network that starts with a linear map per channel needs
-    no zeros: it takes the weights that belong to the places. This class finds the places by probing.
+    C' >= C canonical ones and fills the others with zeros. A network that starts with a linear map per channel needs
+    no zeros: it takes the weights that belong to the canonical channels. This class finds these by probing.
 
     Attributes:
         states: int64 (K, D) buffer.
-        places: int64 (K, C) buffer, the place in [0, C') of each channel under each state.
+        canonical: int64 (K, C) buffer, the canonical channel, in [0, C'), of each channel under each state.
         width: C'.
     """
 
     states: Tensor
-    places: Tensor
+    canonical: Tensor
 
-    def __init__(self, states: Tensor, places: Tensor, width: int) -> None:
+    def __init__(self, states: Tensor, canonical: Tensor, width: int) -> None:
         super().__init__()
         self.width = width
         self.register_buffer("states", states.clone())
-        self.register_buffer("places", places.clone())
+        self.register_buffer("canonical", canonical.clone())
 
     @property
     def varies(self) -> bool:
         """Whether the state changes anything: else there is nothing to undo."""
-        return bool((self.places != self.places[:1]).any())
+        return bool((self.canonical != self.canonical[:1]).any())
 
     def row_of(self, states: Tensor) -> Tensor:
         """int64 (N,): the row of :attr:`states` that each of ``states`` (N, D) equals.

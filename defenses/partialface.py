@@ -162,23 +162,23 @@ class PartialFace(Defense):
         }
         return type(self)(self.options.model_copy(update=update), image_size=self.image_size)
 
-    def with_places(self, places: Tensor) -> Self:
-        """The mechanism whose state (i, 0) sends the canonical channels ``places[i]``, int64 (K, 3s).
+    def with_layouts(self, layouts: Tensor) -> Self:
+        """The mechanism whose state (i, 0) sends the canonical channels ``layouts[i]``, int64 (K, 3s).
 
         Each row becomes a subset of its own in the order in which it is sent, under the one permutation that changes
         nothing. Where the colours of a row disagree, the majority decides.
 
         Raises:
-            ValueError: ``places`` is not int64 (K, 3s), or a row names a channel twice.
+            ValueError: ``layouts`` is not int64 (K, 3s), or a row names a channel twice.
         """
         kept, size = len(self.kept_channels), self.options.subset_size
-        if places.dtype != torch.int64 or places.ndim != 2 or places.shape[1] != COLOURS * size or not len(places):
-            raise ValueError(f"places must be int64 (K, {COLOURS * size}), got {places.dtype} {tuple(places.shape)}")
-        if int(places.min()) < 0 or int(places.max()) >= COLOURS * kept:
-            raise ValueError(f"places must lie in 0..{COLOURS * kept - 1}")
-        rows = (places % kept).view(-1, COLOURS, size).mode(dim=1).values
+        if layouts.dtype != torch.int64 or layouts.ndim != 2 or layouts.shape[1] != COLOURS * size or not len(layouts):
+            raise ValueError(f"layouts must be int64 (K, {COLOURS * size}), got {layouts.dtype} {tuple(layouts.shape)}")
+        if int(layouts.min()) < 0 or int(layouts.max()) >= COLOURS * kept:
+            raise ValueError(f"layouts must lie in 0..{COLOURS * kept - 1}")
+        rows = (layouts % kept).view(-1, COLOURS, size).mode(dim=1).values
         if any(len(set(row)) < size for row in rows.tolist()):
-            raise ValueError("a row of places names a channel twice")
+            raise ValueError("a row of layouts names a channel twice")
         unpinned = self.options.model_copy(update={"subset": None, "permutation": None})
         imitation = type(self)(unpinned, image_size=self.image_size).to(self.kept_channels.device)
         imitation.subset_table = rows.to(self.kept_channels.device)

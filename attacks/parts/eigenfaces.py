@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation, RecoveryAttack, ScoreQuery
-from attacks.parts.exposure import chunks
 from bench.images import to_float
 from bench.randomness import derived
 
@@ -92,7 +91,7 @@ class Eigenfaces(nn.Module):
         device, rank = self.mean.device, len(self)
         # What is in float64 is small and on the CPU: not every accelerator has that type.
         mean = torch.zeros(self.mean.shape, dtype=torch.float64)
-        for chunk in chunks(faces, _CHUNK):
+        for chunk in faces.split(_CHUNK):
             mean += to_float(chunk).sum(dim=0).cpu().double() / len(faces)
         self.mean.copy_((mean + mean.flip(-1)) / 2)
 
@@ -112,7 +111,7 @@ class Eigenfaces(nn.Module):
     def _covariance_times(self, faces: Tensor, axes: Tensor) -> tuple[Tensor, float]:
         """The covariance of the faces and their mirror images times ``axes`` (3 H W, q), and its trace."""
         product, trace = torch.zeros_like(axes), 0.0
-        for chunk in chunks(faces, _CHUNK):
+        for chunk in faces.split(_CHUNK):
             centred = to_float(chunk.to(axes.device)) - self.mean
             both = torch.cat((centred, centred.flip(-1))).flatten(1)
             product += both.T @ (both @ axes)

@@ -101,18 +101,6 @@ class Exposure:
             yield guess.protect(chunk, generator), found
 
 
-def chunks(faces: Tensor, size: int) -> Iterator[Tensor]:
-    """``faces`` in order, ``size`` at a time."""
-    for start in range(0, len(faces), size):
-        yield faces[start : start + size]
-
-
-def flip_some(faces: Tensor, generator: torch.Generator) -> Tensor:
-    """``faces`` (N, 3, H, W) with each mirrored left to right at probability 1/2."""
-    mirrored = torch.rand(len(faces), generator=generator) < 0.5
-    return torch.where(mirrored.to(faces.device)[:, None, None, None], faces.flip(-1), faces)
-
-
 def split_identities(identities: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Indices (training, held out), both ascending, with about ``share`` of the identities held out.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attacks.parts.exposure import chunks, split_identities
+from attacks.parts.exposure import split_identities
 from bench.images import to_float
 from bench.randomness import derived, seeded
 
@@ -231,9 +231,7 @@ class GaussianPrior(nn.Module):
     def _in_planes(self, faces: Tensor, *, mirrored: bool) -> Tensor:
         """float32 (M or 2 M, 3, H W)."""
         planes = self.planes.float()
-        parts = [
-            torch.einsum("pc,nchw->nphw", planes, to_float(one.to(planes.device))) for one in chunks(faces, _CHUNK)
-        ]
+        parts = [torch.einsum("pc,nchw->nphw", planes, to_float(one.to(planes.device))) for one in faces.split(_CHUNK)]
         images = torch.cat(parts)
         if mirrored:
             images = torch.cat((images, images.flip(-1)))
@@ -245,7 +243,7 @@ class GaussianPrior(nn.Module):
         gram = torch.zeros(self.size, self.size, count, count, dtype=torch.float64, device=residual.device)
         cross = torch.zeros(self.size, self.size, count, dtype=torch.float64, device=residual.device)
         square = torch.zeros(self.size, self.size, dtype=torch.float64, device=residual.device)
-        for part in chunks(residual, _CHUNK):
+        for part in residual.split(_CHUNK):
             values = part.double()
             before = torch.stack([_shifted(values, offset) for offset in NEIGHBOURS], dim=-1)
             gram += torch.einsum("nhwa,nhwb->hwab", before, before)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from lightning_fabric import Fabric
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attacks.base import AttackOptions, FitReport, Report, no_report
-from attacks.parts.exposure import chunks, split_identities
-from attacks.parts.training import Descent, EpochBatches, Plateau, Player, SeenStates, WarmHoldDecay
-from bench.images import ssim, to_float
+from attacks.base import Adversary, AttackOptions, FitReport
+from attacks.parts.training import Trainer, Training, TrainingOptions
+from bench.images import ssim
 from bench.randomness import derived, seeded
 
-#: Held-out faces that give the loss curve, and faces at once outside training.
-_VALIDATION_FACES = 256
+#: Faces at once outside training.
 _CHUNK = 64
 #: Before so many steps at the full learning rate, a flat loss is no plateau: training has hardly begun.
 _LEAST_STEPS = 100
@@ -217,243 +212,134 @@ def change_view(faces: Tensor, views: Tensor) -> Tensor:
 # -- training -----------------------------------------------------------------------------------------
 
 
-def hold_out(identities: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (training, held out) of public faces: the split by identities that a training with ``seed`` makes.
+def train_decoder(
+    trainer: Trainer,
+    network: nn.Module,
+    loss: Callable[[Tensor, int], Tensor],
+    recover: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]],
+    *,
+    images: int,
+    rival: tuple[nn.Module, Callable[[Tensor, int], Tensor]] | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> FitReport:
+    """Train a network that ends in a :class:`FaceDecoder`, in place.
 
-    Raises:
-        ValueError: fewer than two identities.
-    """
-    return split_identities(identities, share, derived(seed, "identities"))
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingPlan:
-    """How long and how fast a decoder is trained.
-
-    Attributes:
+    Args:
+        trainer: of the fit.
+        network: on the trainer's device.
+        loss: ``loss(index, step)``, what the network minimises for the faces at ``index``, int64 (b,).
+        recover: ``recover(network, index)``: faces by ``network`` or its average and what they should be, (b, 3, H, W)
+            each, for the held-out faces at ``index``; L1 between them is the loss curve.
         images: faces to train on in all, repeats counted.
-        batch_size: faces per step (fewer where there are fewer).
-        learning_rate: of Adam, held after a linear warm-up, then decayed linearly to zero.
-        validation: share of the identities held out for the loss curve.
-        warmup: share of the training over which the rate rises.
-        decay: share of the training over which it falls.
-        plateau: relative gain of the last doubling below which the training counts as saturated.
+        rival: a critic and its loss, trained in turn.
         betas: of Adam.
     """
-
-    images: int
-    batch_size: int
-    learning_rate: float
-    validation: float = 0.1
-    warmup: float = 0.05
-    decay: float = 0.4
-    plateau: float = 0.03
-    betas: tuple[float, float] = (0.9, 0.999)
-
-
-class DecoderTraining(ABC):
-    """The training of a network that ends in a :class:`FaceDecoder`; a subclass says what it minimises.
-
-    Every draw derives from the seed and the number of the step, so that a resumed training equals an unbroken one.
-
-    Attributes:
-        network: trained in place; its averaged weights are what :meth:`run` leaves in it.
-        critic: trained in turn with the network where there is one, never averaged.
-        seen: the states trained on.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        faces: Tensor,
-        identities: Tensor,
-        plan: TrainingPlan,
-        *,
-        seed: int,
-        fabric: Fabric,
-        critic: nn.Module | None = None,
-    ) -> None:
-        """
-        Args:
-            network: on Fabric's device.
-            faces: uint8 (M, 3, H, W), public faces.
-            identities: int64 (M,).
-            plan: length and speed.
-            seed: of all draws.
-            fabric: device and precision.
-            critic: see above.
-
-        Raises:
-            ValueError: fewer than two identities.
-        """
-        self.network, self.critic, self.plan = network, critic, plan
-        self.seed, self.fabric = seed, fabric
-        self.seen = SeenStates()
-        self.faces = faces.to(fabric.device)
-        self.training, held_out = hold_out(identities, plan.validation, seed)
-        # A short training is not worth a long validation.
-        most = min(_VALIDATION_FACES, max(_CHUNK, plan.images // 50))
-        order = torch.randperm(len(held_out), generator=derived(seed, "validation"))
-        self.held_out = held_out[order[:most]]
-
-    @abstractmethod
-    def loss(self, index: Tensor, step: int) -> Tensor:
-        """What the network minimises: a scalar for the faces at ``index`` (int64 (b,), on the CPU)."""
-
-    @abstractmethod
-    def recover(self, network: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Faces by ``network`` and what they should be, (b, 3, H, W) each, for the held-out faces at ``index``."""
-
-    def critic_loss(self, index: Tensor, step: int) -> Tensor:
-        """What the critic minimises."""
-        raise NotImplementedError(f"{type(self).__name__} has a critic and no loss for it")
-
-    def mean_face(self) -> Tensor:
-        """Mean of the training faces and their mirror images: float32 (3, H, W) in [0, 1]."""
-        total = torch.zeros(self.faces.shape[1:], dtype=torch.float64, device=self.faces.device)
-        for index in self.training.split(1024):
-            total += self.faces[index.to(self.faces.device)].double().sum(dim=0)
-        mean = total / (255 * len(self.training))
-        return ((mean + mean.flip(-1)) / 2).float()
-
-    def run(
-        self, what_is_trained: str, *, report: Report = no_report, folder: Path | None = None, fit: dict[str, Any]
-    ) -> FitReport:
-        """Train.
-
-        Args:
-            what_is_trained: as messages call it.
-            report: called as ``report(done, total, loss=, images_per_second=)``, counting images.
-            folder: for a checkpoint; one found there is resumed.
-            fit: JSON values that tell this training from others; a checkpoint of another one is refused.
-
-        Raises:
-            ValueError: a checkpoint of another training.
-            FloatingPointError: the loss is not finite.
-        """
-        plan, fabric = self.plan, self.fabric
-        batches = EpochBatches(self.training, plan.batch_size, self.seed)
-        played = [(self.network, self.loss)]
-        if self.critic is not None:
-            played.insert(0, (self.critic, self.critic_loss))
-        players = [
-            Player(
-                module,
-                # Fused: one kernel instead of a loop over parameters, on CPU and GPU alike.
-                torch.optim.Adam(
-                    module.parameters(),
-                    lr=plan.learning_rate,
-                    betas=plan.betas,
-                    fused=fabric.device.type in ("cpu", "cuda"),
-                ),
-                lambda step, loss=loss: loss(batches(step), step),  # type: ignore[misc]
-            )
-            for module, loss in played
-        ]
-        stored = {"network": self.network}
-        if self.critic is not None:
-            stored["critic"] = self.critic
-        described = {**asdict(plan), "betas": list(plan.betas)}
-        outcome = Descent(
-            what=what_is_trained,
-            players=players,
-            batch_size=batches.size,
-            learning_rate=plan.learning_rate,
-            schedule=WarmHoldDecay(math.ceil(plan.images / batches.size), plan.warmup, plan.decay),
-            rule=Plateau(relative=plan.plateau),
-            validate=self._validate,
-            floor=self._floor(),
-            least_steps=_LEAST_STEPS,
-            average_buffers=False,
-            fabric=fabric,
-            report=report,
-            folder=folder,
-            stored=stored,
-            fit={**fit, "seed": self.seed, "faces": list(self.faces.shape), "plan": described},
-            seen=self.seen,
-        ).run()
-        return FitReport(
-            saturated=outcome.saturated,
-            states_seen=self.seen.states,
-            curve=outcome.curve,
-            details={
-                **outcome.details(),
-                "parameters": sum(p.numel() for p in self.network.parameters()),
-                "training_faces": len(self.training),
-                "validation_faces": len(self.held_out),
-            },
-        )
-
-    def _floor(self) -> float:
-        """L1 of the mean face on held-out identities."""
-        held_out = to_float(self.faces[self.held_out.to(self.faces.device)])
-        return float((held_out - self.mean_face()).abs().mean())
+    batches, validation = trainer.batches(), trainer.validation(images)
 
     @torch.no_grad()
-    def _validate(self, network: nn.Module) -> float:
-        """L1 on held-out identities, the same draws every time."""
+    def validate(network: nn.Module) -> float:
         total = 0.0
-        for index in chunks(self.held_out, _CHUNK):
-            faces, target = self.recover(network, index)
+        for index in validation.split(_CHUNK):
+            faces, target = recover(network, index)
             total += float((faces - target).abs().mean()) * len(index)
-        return total / len(self.held_out)
+        return total / len(validation)
+
+    result = trainer.train(
+        Training(
+            network=network,
+            loss=lambda step: loss(batches(step), step),
+            validate=validate,
+            floor=trainer.floor(validation),
+            steps=math.ceil(images / batches.size),
+            optimizer=functools.partial(torch.optim.Adam, betas=betas),
+            rival=None if rival is None else (rival[0], lambda step: rival[1](batches(step), step)),
+            least_steps=_LEAST_STEPS,
+            average_buffers=False,
+        )
+    )
+    return trainer.report(result, network, validation)
 
 
 # -- the generator ------------------------------------------------------------------------------------
 
 
 class GeneratorOptions(AttackOptions):
-    """Options of :func:`fit_generator`, for attacks to inherit.
+    """Options of :func:`fit_generator`, for attacks to inherit."""
 
-    Attributes:
-        latent_size: values in a code.
-        generator_width: channels of the finest level; they double per coarser level, up to eight times.
-        generator_images: faces to train on in all, repeats counted.
-        generator_batch_size: faces per step.
-        generator_learning_rate: of Adam.
-        generator_kl: weight of the divergence of the codes from N(0, 1), per value of the code.
-        generator_ssim: weight of 1 - SSIM beside L1.
-        adversarial: weight of the score of a critic trained in turn (WGAN-GP); 0 for none. Sharper faces, at about
-            three times the cost.
-        generator_shift: largest shift of a training face, as a share of its width; half of the faces are mirrored too.
-        generator_validation: share of the public identities held out for the loss curve.
-    """
+    latent_size: int = Field(default=128, ge=2, le=4096, description="values in a code of the generator")
+    generator_width: int = Field(
+        default=32,
+        ge=1,
+        le=1024,
+        description="channels of the generator's finest level; they double per coarser level, up to eight times",
+    )
+    generator_images: int = Field(
+        default=400_000, ge=1, description="faces to train the generator on in all, repeats counted"
+    )
+    generator_batch_size: int = Field(default=64, ge=2, le=65536, description="faces per step of the generator")
+    generator_learning_rate: float = Field(
+        default=2e-3, gt=0, le=1, allow_inf_nan=False, description="of Adam for the generator"
+    )
+    generator_kl: float = Field(
+        default=0.003,
+        ge=0,
+        le=100,
+        allow_inf_nan=False,
+        description="weight of the divergence of the codes from N(0, 1), per value of the code",
+    )
+    generator_ssim: float = Field(
+        default=1.0, ge=0, le=10, allow_inf_nan=False, description="weight of 1 - SSIM beside L1"
+    )
+    adversarial: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        allow_inf_nan=False,
+        description="weight of the score of a critic trained in turn (WGAN-GP); 0 for none. Sharper faces, at about "
+        "three times the cost",
+    )
+    generator_shift: float = Field(
+        default=0.03,
+        ge=0,
+        le=0.25,
+        description="largest shift of a training face, as a share of its width; half of the faces are mirrored too",
+    )
+    generator_validation: float = Field(
+        default=0.1, gt=0, lt=1, description="share of the public identities held out for the generator's loss curve"
+    )
 
-    latent_size: int = Field(default=128, ge=2, le=4096)
-    generator_width: int = Field(default=32, ge=1, le=1024)
-    generator_images: int = Field(default=400_000, ge=1)
-    generator_batch_size: int = Field(default=64, ge=2, le=65536)
-    generator_learning_rate: float = Field(default=2e-3, gt=0, le=1, allow_inf_nan=False)
-    generator_kl: float = Field(default=0.003, ge=0, le=100, allow_inf_nan=False)
-    generator_ssim: float = Field(default=1.0, ge=0, le=10, allow_inf_nan=False)
-    adversarial: float = Field(default=0.0, ge=0, le=10, allow_inf_nan=False)
-    generator_shift: float = Field(default=0.03, ge=0, le=0.25)
-    generator_validation: float = Field(default=0.1, gt=0, lt=1)
+    def training(self) -> TrainingOptions:
+        """How the generator is trained."""
+        return TrainingOptions(
+            batch_size=self.generator_batch_size,
+            learning_rate=self.generator_learning_rate,
+            validation=self.generator_validation,
+            warmup=0.05,
+            decay=0.4,
+        )
 
 
-class _GeneratorTraining(DecoderTraining):
+class GeneratorLosses:
     """L1 + SSIM of the reconstruction, divergence of the codes and, where asked for, what a critic says."""
 
-    network: FaceGenerator
-
-    def __init__(self, options: GeneratorOptions, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self.options = options
+    def __init__(
+        self, options: GeneratorOptions, trainer: Trainer, network: FaceGenerator, critic: Critic | None
+    ) -> None:
+        self.options, self.trainer, self.network, self.critic = options, trainer, network, critic
 
     def _targets(self, index: Tensor, step: int) -> Tensor:
-        faces = to_float(self.faces[index.to(self.faces.device)])
-        views = draw_views(
-            len(faces), derived(self.seed, "views", step), shift=self.options.generator_shift, size=faces.shape[-1]
+        faces, generator = self.trainer.floats(index), derived(self.trainer.seed, "views", step)
+        return change_view(
+            faces, draw_views(len(faces), generator, shift=self.options.generator_shift, size=faces.shape[-1])
         )
-        return change_view(faces, views)
 
     def _make(self, faces: Tensor, *name: str | int) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstructions, mean and log variance of the codes; where there is a critic, as many faces drawn besides.
 
         One batch of both: batch norm must not see two kinds of them and end up with the statistics of neither.
         """
-        generator = derived(self.seed, *name)
-        with self.fabric.autocast():
+        generator = derived(self.trainer.seed, *name)
+        with self.trainer.fabric.autocast():
             mean, log_variance = self.network.distribution(faces)
             codes = mean + torch.randn(mean.shape, generator=generator).to(mean) * (log_variance / 2).exp()
             if self.critic is not None:
@@ -461,7 +347,8 @@ class _GeneratorTraining(DecoderTraining):
             made: Tensor = self.network(codes)
         return made, mean, log_variance
 
-    def loss(self, index: Tensor, step: int) -> Tensor:
+    def generator(self, index: Tensor, step: int) -> Tensor:
+        """What the generator minimises for the faces at ``index``."""
         options, faces = self.options, self._targets(index, step)
         made, mean, log_variance = self._make(faces, "codes", step)
         again = made[: len(faces)]
@@ -470,20 +357,23 @@ class _GeneratorTraining(DecoderTraining):
         if options.generator_ssim:
             loss = loss + options.generator_ssim * (1 - ssim(again, faces)).mean()
         if self.critic is not None:
-            with self.fabric.autocast():
+            with self.trainer.fabric.autocast():
                 score = self.critic(made)
             loss = loss - options.adversarial * score.float().mean()
         return loss
 
-    def critic_loss(self, index: Tensor, step: int) -> Tensor:
-        """That of WGAN-GP (Gulrajani et al., NeurIPS 2017); half of the made faces are reconstructions, half drawn."""
+    def rival(self, index: Tensor, step: int) -> Tensor:
+        """What the critic minimises (Gulrajani et al., NeurIPS 2017).
+
+        Half of the made faces are reconstructions, half drawn.
+        """
         assert self.critic is not None
         with torch.no_grad():
             real = self._targets(index, step)
             made = self._make(real, "critic codes", step)[0]
             # Of each face either the reconstruction or the drawn one.
             made = torch.cat((made[: len(real) // 2], made[len(real) + len(real) // 2 :]))
-            mix = torch.rand(len(real), 1, 1, 1, generator=derived(self.seed, "critic mix", step)).to(real)
+            mix = torch.rand(len(real), 1, 1, 1, generator=derived(self.trainer.seed, "critic mix", step)).to(real)
         # No autocast: second derivatives need the full precision.
         between = (mix * real + (1 - mix) * made).requires_grad_()
         (slope,) = torch.autograd.grad(self.critic(between).sum(), between, create_graph=True)
@@ -492,9 +382,10 @@ class _GeneratorTraining(DecoderTraining):
         return loss
 
     def recover(self, network: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstructions of the faces at ``index``, and these."""
         assert isinstance(network, FaceGenerator)
-        faces = to_float(self.faces[index.to(self.faces.device)])
-        with self.fabric.autocast():
+        faces = self.trainer.floats(index)
+        with self.trainer.fabric.autocast():
             made: Tensor = network(network.encode(faces))
         return made, faces
 
@@ -506,28 +397,14 @@ def build_generator(options: GeneratorOptions, image_size: int, seed: int) -> Fa
     return generator.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, unused-ignore]
 
 
-def fit_generator(
-    generator: FaceGenerator,
-    faces: Tensor,
-    identities: Tensor,
-    options: GeneratorOptions,
-    *,
-    seed: int,
-    fabric: Fabric,
-    report: Report = no_report,
-    folder: Path | None = None,
-) -> FitReport:
+def fit_generator(generator: FaceGenerator, adversary: Adversary, options: GeneratorOptions, seed: int) -> FitReport:
     """Train ``generator`` in place on public faces; some identities are held out for the loss curve.
 
     Args:
-        generator: from :func:`build_generator`, on Fabric's device.
-        faces: uint8 (M, 3, H, H), H = ``generator.image_size``.
-        identities: int64 (M,).
+        generator: from :func:`build_generator`, on the adversary's device.
+        adversary: whose public faces of the generator's size to train on.
         options: how.
         seed: of all draws.
-        fabric: device and precision.
-        report: progress, in images.
-        folder: for a checkpoint; one found there is resumed.
 
     Returns:
         The curve of the reconstruction's L1 on held-out identities, and whether it has plateaued.
@@ -539,22 +416,16 @@ def fit_generator(
     critic = None
     if options.adversarial:
         with seeded(seed, "critic weights"):
-            critic = Critic(generator.image_size, options.generator_width).to(fabric.device)
-    plan = TrainingPlan(
+            critic = Critic(generator.image_size, options.generator_width).to(adversary.fabric.device)
+    trainer = Trainer("the generator", adversary, seed, options.training(), fit=options)
+    losses = GeneratorLosses(options, trainer, generator, critic)
+    generator.decoder.set_mean(trainer.mean_face())
+    return train_decoder(
+        trainer,
+        generator,
+        losses.generator,
+        losses.recover,
         images=options.generator_images,
-        batch_size=options.generator_batch_size,
-        learning_rate=options.generator_learning_rate,
-        validation=options.generator_validation,
-        betas=(0.5, 0.9) if critic is not None else (0.9, 0.999),
+        rival=None if critic is None else (critic, losses.rival),
+        betas=(0.9, 0.999) if critic is None else (0.5, 0.9),
     )
-    training = _GeneratorTraining(options, generator, faces, identities, plan, seed=seed, fabric=fabric, critic=critic)
-    generator.decoder.set_mean(training.mean_face())
-    return training.run(
-        "the generator",
-        report=report,
-        folder=folder,
-        fit={"generator": options.model_dump(mode="json", include=_FIELDS)},
-    )
-
-
-_FIELDS = set(GeneratorOptions.model_fields)

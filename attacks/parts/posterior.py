@@ -13,6 +13,7 @@ Any other linear map is inverted with conjugate gradients in the space of what i
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -166,19 +167,88 @@ def _resolved(gram: BlockTridiagonal, prior: GaussianPrior, plane: int) -> float
     return _DYNAMIC_RANGE / (largest * float(prior.innovations[plane].mean()))
 
 
+class PriorCovariance:
+    """The prior's covariance S = U D U^T + Q^-1 as an operator; everything that depends on the prior alone, made once.
+
+    Args:
+        prior: the fitted prior.
+    """
+
+    def __init__(self, prior: GaussianPrior) -> None:
+        self.prior = prior
+
+    @functools.cached_property
+    def weighted(self) -> Tensor:
+        """Q U, float64 (3, HW, r)."""
+        return self.prior.weighted_components()
+
+    @functools.cached_property
+    def _precisions(self) -> list[BlockTridiagonal]:
+        return [self.prior.precision(plane, REACH) for plane in range(3)]
+
+    @functools.cached_property
+    def _factors(self) -> list[BlockCholesky]:
+        return [precision.cholesky() for precision in self._precisions]
+
+    @functools.cached_property
+    def _inner(self) -> Tensor:
+        """Cholesky factor of U^T Q U + D^-1."""
+        prior = self.prior
+        inner = torch.einsum("pir,pis->rs", prior.components.double(), self.weighted)
+        variances = prior.variances.clamp(min=1e-12 * float(prior.variances.max()))
+        factor: Tensor = torch.linalg.cholesky((inner + inner.T) / 2 + torch.diag(1 / variances))
+        return factor
+
+    def _planes(self, planes: Tensor, apply: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """``apply`` to each plane of (3, N, HW), padded to whole blocks."""
+        out = torch.empty_like(planes)
+        for plane, precision in enumerate(self._precisions):
+            padded = planes.new_zeros(precision.diagonal.shape[0] * precision.diagonal.shape[1], planes.shape[1])
+            padded[: planes.shape[2]] = planes[plane].T
+            out[plane] = apply(plane, padded)[: planes.shape[2]].T
+        return out
+
+    def times(self, gradient: Tensor) -> Tensor:
+        """S g for faces g (N, 3, H, W), in RGB."""
+        prior = self.prior
+        planes = torch.einsum("cp,nchw->pnhw", torch.linalg.inv(prior.planes), gradient).flatten(2)
+        components = prior.components.double()
+        coefficients = torch.einsum("pir,pni->nr", components, planes) * prior.variances
+        out = torch.einsum("pir,nr->pni", components, coefficients)
+        out += self._planes(planes, lambda plane, right: self._factors[plane].solve(right))
+        return prior.to_faces(out.transpose(0, 1).reshape(gradient.shape))
+
+    def inverse_times(self, faces: Tensor) -> Tensor:
+        """S^-1 f for faces f (N, 3, H, W), in RGB, by the identity of Woodbury."""
+        planes = torch.einsum("pc,nchw->pnhw", self.prior.planes, faces).flatten(2)
+        right = torch.einsum("pir,pni->rn", self.weighted, planes)
+        explained = torch.einsum("pir,rn->pni", self.weighted, torch.cholesky_solve(right, self._inner))
+        out = self._planes(planes, lambda plane, right: self._precisions[plane] @ right) - explained
+        return torch.einsum("pc,pnhw->nchw", self.prior.planes, out.view(3, *faces[:, 0].shape))
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A face less the mean, float64 (1, 3, H, W), in RGB."""
+        prior = self.prior
+        planes = torch.zeros(3, 1, prior.size**2, dtype=torch.float64, device=prior.mean.device)
+        code = torch.randn(prior.rank, generator=generator, dtype=torch.float64).to(planes) * prior.variances.sqrt()
+        planes[:, 0] = torch.einsum("pir,r->pi", prior.components.double(), code)
+        white = torch.randn(planes.shape, generator=generator, dtype=torch.float64).to(planes)
+        planes += self._planes(white, lambda plane, right: self._factors[plane].draw(right))
+        return prior.to_faces(planes.transpose(0, 1).reshape(1, 3, prior.size, prior.size))
+
+
 class Posterior:
     """The posterior for one set of states, factored once and then applied to any number of faces.
 
     Args:
-        prior: the fitted prior.
-        weighted: its :meth:`GaussianPrior.weighted_components`, which all posteriors share.
+        covariance: of the fitted prior, which all posteriors share.
         operators: the maps of the interceptions that are combined (k of them, or fewer where states repeat).
         noise: standard deviation of what is sent around A x + offset.
     """
 
-    def __init__(self, prior: GaussianPrior, weighted: Tensor, operators: Sequence[SeparableSum], noise: float) -> None:
-        self._prior = prior
-        self._weighted = weighted
+    def __init__(self, covariance: PriorCovariance, operators: Sequence[SeparableSum], noise: float) -> None:
+        self._prior = prior = covariance.prior
+        self._weighted = weighted = covariance.weighted
         size, device = prior.size, prior.mean.device
         pixels = size * size
         reach = row_reach(operators)
@@ -270,20 +340,14 @@ class IterativePosterior:
     harm. Which of both gets further is tried on a face drawn from the prior.
 
     Args:
-        prior: the fitted prior.
+        covariance: of the fitted prior.
         operator: any linear operator.
         noise: standard deviation of the noise.
         iterations: steps at most.
     """
 
-    def __init__(self, prior: GaussianPrior, operator: LinearOperator, noise: float, iterations: int) -> None:
-        self._prior, self._operator, self._noise, self._iterations = prior, operator, noise, iterations
-        self._precisions = [prior.precision(plane, REACH) for plane in range(3)]
-        self._factors = [precision.cholesky() for precision in self._precisions]
-        self._weighted = prior.weighted_components()
-        inner = torch.einsum("pir,pis->rs", prior.components.double(), self._weighted)
-        variances = prior.variances.clamp(min=1e-12 * float(prior.variances.max()))
-        self._inner = torch.linalg.cholesky((inner + inner.T) / 2 + torch.diag(1 / variances))
+    def __init__(self, covariance: PriorCovariance, operator: LinearOperator, noise: float, iterations: int) -> None:
+        self._covariance, self._operator, self._noise, self._iterations = covariance, operator, noise, iterations
         tried = {way: self._error_on_a_draw(_TRIAL_ITERATIONS, way) for way in (False, True)}
         self._preconditioned = tried[True] < tried[False]
 
@@ -294,46 +358,14 @@ class IterativePosterior:
         )
         return whole >= (1 - _GAIN) * half or whole <= _EXACT
 
-    def _planes(self, planes: Tensor, apply: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """``apply`` to each plane of (3, N, HW), padded to whole blocks."""
-        out = torch.empty_like(planes)
-        for plane, precision in enumerate(self._precisions):
-            padded = planes.new_zeros(precision.diagonal.shape[0] * precision.diagonal.shape[1], planes.shape[1])
-            padded[: planes.shape[2]] = planes[plane].T
-            out[plane] = apply(plane, padded)[: planes.shape[2]].T
-        return out
-
-    def _covariance(self, gradient: Tensor) -> Tensor:
-        """S g for faces g (N, 3, H, W), in RGB."""
-        prior = self._prior
-        planes = torch.einsum("cp,nchw->pnhw", torch.linalg.inv(prior.planes), gradient).flatten(2)
-        components = prior.components.double()
-        coefficients = torch.einsum("pir,pni->nr", components, planes) * prior.variances
-        out = torch.einsum("pir,nr->pni", components, coefficients)
-        out += self._planes(planes, lambda plane, right: self._factors[plane].solve(right))
-        return prior.to_faces(out.transpose(0, 1).reshape(gradient.shape))
-
-    def _precision(self, faces: Tensor) -> Tensor:
-        """S^-1 f for faces f (N, 3, H, W), in RGB, by the identity of Woodbury."""
-        planes = torch.einsum("pc,nchw->pnhw", self._prior.planes, faces).flatten(2)
-        right = torch.einsum("pir,pni->rn", self._weighted, planes)
-        explained = torch.einsum("pir,rn->pni", self._weighted, torch.cholesky_solve(right, self._inner))
-        out = self._planes(planes, lambda plane, right: self._precisions[plane] @ right) - explained
-        return torch.einsum("pc,pnhw->nchw", self._prior.planes, out.view(3, *faces[:, 0].shape))
-
     def _error_on_a_draw(self, iterations: int, preconditioned: bool) -> float:
         """Root mean square error of the estimate of a face drawn from the prior, over that of the mean face."""
-        prior, draws = self._prior, torch.Generator().manual_seed(0)
-        planes = torch.zeros(3, 1, prior.size**2, dtype=torch.float64, device=prior.mean.device)
-        code = torch.randn(prior.rank, generator=draws, dtype=torch.float64).to(planes) * prior.variances.sqrt()
-        planes[:, 0] = torch.einsum("pir,r->pi", prior.components.double(), code)
-        white = torch.randn(planes.shape, generator=draws, dtype=torch.float64).to(planes)
-        planes += self._planes(white, lambda plane, right: self._factors[plane].draw(right))
-        face = prior.to_faces(planes.transpose(0, 1).reshape(1, 3, prior.size, prior.size))
+        draws = torch.Generator().manual_seed(0)
+        face = self._covariance.draw(draws)
         sent = self._operator(face)
         noise = torch.randn(sent.shape, generator=draws, dtype=torch.float64).to(sent)
-        found = self._solve(sent + self._noise * noise, iterations, preconditioned)
-        return float(((found - face).square().mean() / face.square().mean()).sqrt())
+        estimate = self._solve(sent + self._noise * noise, iterations, preconditioned)
+        return float(((estimate - face).square().mean() / face.square().mean()).sqrt())
 
     def __call__(self, residual: Tensor) -> Tensor:
         """x - mean in RGB, float64 (N, 3, H, W), from r = z - offset - A mean, float64 (N, C, h, w)."""
@@ -343,7 +375,7 @@ class IterativePosterior:
         operator = self._operator
 
         def near_inverse(r: Tensor) -> Tensor:
-            return operator(self._precision(operator.adjoint(r))) if preconditioned else r
+            return operator(self._covariance.inverse_times(operator.adjoint(r))) if preconditioned else r
 
         y, r = torch.zeros_like(residual), residual.clone()
         z = near_inverse(r)
@@ -351,7 +383,7 @@ class IterativePosterior:
         power = (r * z).sum(dim=(1, 2, 3), keepdim=True)
         first = power.clone()
         for _ in range(iterations):
-            q = operator(self._covariance(operator.adjoint(p))) + self._noise**2 * p
+            q = operator(self._covariance.times(operator.adjoint(p))) + self._noise**2 * p
             step = power / (p * q).sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-300)
             y += step * p
             r -= step * q
@@ -361,4 +393,4 @@ class IterativePosterior:
                 break
             p = z + new / power.clamp(min=1e-300) * p
             power = new
-        return self._covariance(operator.adjoint(y))
+        return self._covariance.times(operator.adjoint(y))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from attacks.base import Adversary, Knowledge
-from attacks.parts.exposure import Exposure, chunks
+from attacks.parts.exposure import Exposure
 from bench.images import to_float
 from bench.randomness import derived
 from defenses.base import Defense
@@ -30,24 +28,24 @@ _ROUNDS = 6
 _REREADINGS = 4
 
 
-class PlaceClassifier(nn.Module):
-    """Linear discriminant analysis of maps into the places of a canonical layout.
+class ChannelClassifier(nn.Module):
+    """Linear discriminant analysis of maps into the channels of a canonical layout.
 
     Features are the logarithms of the energies of a map's rows and columns and of the whole map; classes are the
-    places, a mean each and one pooled covariance.
+    P canonical channels, a mean each and one pooled covariance.
 
     Attributes:
-        weight: float32 (F, places); bias: float32 (places,). The log likelihood of place p up to a constant of the map
-            is ``features @ weight + bias``; places never seen have a bias of minus infinity.
+        weight: float32 (F, P); bias: float32 (P,). The log likelihood of a canonical channel up to a constant of the
+            map is ``features @ weight + bias``; channels never seen have a bias of minus infinity.
     """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, height: int, width: int, places: int) -> None:
+    def __init__(self, height: int, width: int, channels: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.zeros(height + width + 1, places))
-        self.register_buffer("bias", torch.zeros(places))
+        self.register_buffer("weight", torch.zeros(height + width + 1, channels))
+        self.register_buffer("bias", torch.zeros(channels))
 
     @staticmethod
     def features(representations: Tensor) -> Tensor:
@@ -59,20 +57,15 @@ class PlaceClassifier(nn.Module):
         profile = torch.cat((rows, columns), dim=2)
         return torch.cat((torch.log(profile + _FLOOR), torch.log(total[..., 0] + 1e-12)), dim=2)
 
-    def fit(self, features: Tensor, places: Tensor) -> None:
-        """Estimate from maps whose place is known.
-
-        Args:
-            features: float32 (M, F).
-            places: int64 (M,).
-        """
+    def fit(self, features: Tensor, channels: Tensor) -> None:
+        """Estimate from maps, features float32 (M, F), whose canonical channel is known, int64 (M,)."""
         count = len(self.bias)
-        features, places = features.double(), places.to(features.device)
-        counts = torch.bincount(places, minlength=count).double()
+        features, channels = features.double(), channels.to(features.device)
+        counts = torch.bincount(channels, minlength=count).double()
         means = torch.zeros(count, features.shape[1], dtype=torch.float64, device=features.device)
-        means.index_add_(0, places, features)
+        means.index_add_(0, channels, features)
         means /= counts.clamp(min=1)[:, None]
-        centred = features - means[places]
+        centred = features - means[channels]
         covariance = centred.T @ centred / max(1, len(features) - count)
         covariance.diagonal().add_(_RIDGE * covariance.diagonal().mean() + 1e-12)
         weight = torch.linalg.solve(covariance, means.T)
@@ -82,27 +75,26 @@ class PlaceClassifier(nn.Module):
         self.bias.copy_(bias)
 
     def forward(self, representations: Tensor) -> Tensor:
-        """Log likelihoods float32 (N, C, places) of representations (N, C, h, w), up to a constant of each map."""
-        parts = [
-            self.features(one.to(self.weight.device)) @ self.weight + self.bias for one in _pieces(representations)
-        ]
-        return torch.cat(parts) if parts else self.weight.new_zeros(0, representations.shape[1], len(self.bias))
+        """Log likelihoods float32 (N, C, P) of representations (N, C, h, w), up to a constant of each map."""
+        parts = representations.split(_CHUNK)
+        return torch.cat([self.features(part.to(self.weight.device)) @ self.weight + self.bias for part in parts])
 
     def rows(self, likelihood: Tensor, table: Tensor) -> Tensor:
-        """The row of ``table`` (K, C) under which each face (N, C, places) is likeliest: int64 (N,)."""
+        """The row of ``table`` (K, C) under which each face (N, C, P) is likeliest: int64 (N,)."""
         score = torch.zeros(len(likelihood), len(table), dtype=torch.float64, device=likelihood.device)
         for channel in range(likelihood.shape[1]):
             score += likelihood[:, channel].double()[:, table[:, channel].to(likelihood.device)]
         return score.argmax(dim=1)
 
 
-def _pieces(representations: Tensor) -> Iterable[Tensor]:
-    return (representations[start : start + _CHUNK] for start in range(0, len(representations), _CHUNK))
-
-
 @torch.no_grad()
-def fit_places(
-    classifier: PlaceClassifier, faces: Tensor, exposure: Exposure, layout: ChannelLayout | None, seed: int, count: int
+def fit_channels(
+    classifier: ChannelClassifier,
+    faces: Tensor,
+    exposure: Exposure,
+    layout: ChannelLayout | None,
+    seed: int,
+    count: int,
 ) -> float:
     """Fit ``classifier`` on ``count`` public faces, and return the share of maps of as many more that it gets right.
 
@@ -116,14 +108,15 @@ def fit_places(
     """
     device = classifier.weight.device
     index = torch.randint(len(faces), (2 * count,), generator=derived(seed, "places"))
-    features, places = [], []
-    for number, chunk in enumerate(chunks(faces[index.to(faces.device)], _CHUNK)):
-        for protected, own in exposure.protect_with_layouts(to_float(chunk.to(device)), layout, "places", number):
+    features, channels = [], []
+    for number, part in enumerate(index.split(_CHUNK)):
+        target = to_float(faces[part.to(faces.device)].to(device))
+        for protected, drawn in exposure.protect_with_layouts(target, layout, "places", number):
             if protected.state is None:
                 raise ValueError("the defence lists states but says of no face which was drawn")
             features.append(classifier.features(protected.representation).flatten(0, 1))
-            places.append(own.places[own.row_of(protected.state)].flatten())
-    values, truth = torch.cat(features), torch.cat(places)
+            channels.append(drawn.canonical[drawn.row_of(protected.state)].flatten())
+    values, truth = torch.cat(features), torch.cat(channels)
     half = len(values) // 2
     classifier.fit(values[:half], truth[:half])
     predicted = (values[half:] @ classifier.weight + classifier.bias).argmax(dim=1)
@@ -131,10 +124,10 @@ def fit_places(
 
 
 def assign(likelihood: Tensor) -> Tensor:
-    """The likeliest assignment of the channels to distinct places.
+    """The likeliest assignment of the channels to distinct canonical channels.
 
     Args:
-        likelihood: (C, places), of one face or summed over faces that share a layout.
+        likelihood: (C, P), of one face or summed over faces that share a layout.
 
     Returns:
         int64 (C,).
@@ -153,32 +146,32 @@ def infer_table(likelihoods: Tensor, states: int) -> tuple[Tensor, Tensor]:
     traversal, Gonzalez 1985), and starts again with such faces wherever two layouts turn out to be one.
 
     Args:
-        likelihoods: (N, C, places), from :class:`PlaceClassifier`.
+        likelihoods: (N, C, P), from :class:`ChannelClassifier`.
         states: how many layouts there are at most.
 
     Returns:
         int64 (K, C), K <= ``states``, the commonest first, and int64 (K,), how many faces showed each.
     """
     likelihoods = likelihoods.double().cpu()
-    own = torch.stack([assign(one) for one in likelihoods])
-    best = likelihoods.gather(2, own[:, :, None])[..., 0].sum(dim=1)
-    table, found = own[best.argmax()][None], 0
+    readings = torch.stack([assign(likelihood) for likelihood in likelihoods])
+    best = likelihoods.gather(2, readings[:, :, None])[..., 0].sum(dim=1)
+    table, before = readings[best.argmax()][None], 0
     for _ in range(_ROUNDS):
         while len(table) < states:
             regret = best - _scores(likelihoods, table).amax(dim=1)
             worst = regret.argmax()
             if float(regret[worst]) <= 0:
                 break
-            table = torch.cat((table, own[worst][None]))
+            table = torch.cat((table, readings[worst][None]))
         for _ in range(_REREADINGS):
             members = _scores(likelihoods, table).argmax(dim=1)
             held = torch.unique(members)
             table = torch.unique(torch.stack([assign(likelihoods[members == row].sum(dim=0)) for row in held]), dim=0)
         pruned = _prune(likelihoods, table)
-        if len(pruned) == states or len(pruned) == found:
+        if len(pruned) == states or len(pruned) == before:
             table = pruned
             break
-        table, found = pruned, len(pruned)
+        table, before = pruned, len(pruned)
     counts = torch.bincount(_scores(likelihoods, table).argmax(dim=1), minlength=len(table))
     order = counts.argsort(descending=True, stable=True)
     return table[order], counts[order]
@@ -201,129 +194,111 @@ def _prune(likelihoods: Tensor, table: Tensor) -> Tensor:
 
 
 def _scores(likelihoods: Tensor, table: Tensor) -> Tensor:
-    """The log likelihood of each face (N, C, places) under each layout (K, C): float64 (N, K)."""
+    """The log likelihood of each face (N, C, P) under each layout (K, C): float64 (N, K)."""
     score = torch.zeros(len(likelihoods), len(table), dtype=torch.float64)
     for channel in range(likelihoods.shape[1]):
         score += likelihoods[:, channel][:, table[:, channel]]
     return score
 
 
-@dataclass(frozen=True)
-class _Situation:
-    """What the reader was prepared for; outside the module's attributes, as a defence is not a part of an attack."""
-
-    knowledge: Knowledge
-    mechanism: Defense
-    layout: ChannelLayout | None
-    device: torch.device
-
-
 class StateReader(nn.Module):
     """Which of its states a defence drew for each representation.
 
     * ``oracle``: told.
-    * ``whitebox``: the known table's row that is likeliest under :class:`~attacks.parts.states.PlaceClassifier`.
+    * ``whitebox``: the known table's row that is likeliest under :class:`~attacks.parts.states.ChannelClassifier`.
     * ``blackbox``: as there, in a table that is inferred from intercepted traffic first, and becomes
       the :attr:`mechanism` the attack works with.
 
     A defence whose layout never varies (and is no secret) has one state, which needs no reading.
 
+    Args:
+        adversary: whose knowledge, public faces and traffic to use.
+        mechanism: the adversary's, on its device.
+
     Attributes:
-        classifier: of maps into places, or None where nothing is to be told apart.
-        table: int64 (K, C) buffer, the places of each state; under a black box rows of -1 stand for states not found.
+        width: canonical channels, where layouts are to be told apart; else None.
+        infers_secret: whether the table has to be inferred.
+        classifier: of maps into canonical channels, where layouts are to be told apart and are not told.
+        table: int64 (K, C) buffer, the layout of each state; under a black box rows of -1 stand for states not found.
     """
 
     table: Tensor
-    classifier: PlaceClassifier | None
+    classifier: ChannelClassifier | None
 
-    def __init__(self) -> None:
+    def __init__(self, adversary: Adversary, mechanism: Defense) -> None:
         super().__init__()
-        self._situation: _Situation | None = None
-        self._imitation: tuple[Tensor, Defense] | None = None
-
-    def prepare(self, adversary: Adversary, seed: int) -> None:
-        """Build what :meth:`fit` fills."""
-        device = adversary.fabric.device
-        mechanism = adversary.mechanism(derived(seed, "mechanism")).to(device)
         layout = probe(mechanism, mechanism.states())
+        # In a tuple: a defence is no part of an attack's weights.
+        self._given = adversary, mechanism, layout
+        self._imitation: tuple[Tensor, Defense] | None = None
+        self._knows = adversary.knowledge is Knowledge.ORACLE
         secret = adversary.knowledge is Knowledge.BLACKBOX and bool(mechanism.secret)
-        if layout is None or not (layout.varies or secret):
-            self.classifier = None
-            self.register_buffer("table", torch.zeros(0, 0, dtype=torch.int64))
-        else:
-            height, width = mechanism.representation_shape[1:]
-            self.classifier = PlaceClassifier(height, width, layout.width)
-            self.register_buffer("table", torch.full_like(layout.places, -1) if secret else layout.places.clone())
-        self._situation = _Situation(adversary.knowledge, mechanism, layout, device)
-        self._imitation = None
-        self.to(device)
-
-    def _prepared(self) -> _Situation:
-        if self._situation is None:
-            raise ValueError("the reader of states has to be prepared before it is used")
-        return self._situation
-
-    @property
-    def infers_secret(self) -> bool:
-        """Whether the table has to be inferred."""
-        situation = self._prepared()
-        return situation.knowledge is Knowledge.BLACKBOX and self.classifier is not None
+        self.classifier, self.width, table = None, None, torch.zeros(0, 0, dtype=torch.int64)
+        if layout is not None and (layout.varies or secret):
+            self.width, table = layout.width, layout.canonical
+            if not self._knows:
+                self.classifier = ChannelClassifier(*mechanism.representation_shape[1:], layout.width)
+        self.infers_secret = secret and self.classifier is not None
+        self.register_buffer("table", torch.full_like(table, -1) if secret else table.clone())
 
     @property
     def inferable(self) -> bool:
         """Whether the defence can be described by a table that was inferred."""
-        return type(self._prepared().mechanism).with_places is not Defense.with_places
+        return type(self._given[1]).with_layouts is not Defense.with_layouts
+
+    @property
+    def _known_rows(self) -> Tensor:
+        return self.table[(self.table >= 0).all(dim=1)]
 
     @property
     def mechanism(self) -> Defense:
         """The defence in use or, under a black box, what was found out about it."""
-        situation = self._prepared()
-        if not self.infers_secret:
-            return situation.mechanism
-        found = self.table[(self.table >= 0).all(dim=1)]
-        if not len(found):
-            return situation.mechanism
-        if self._imitation is None or not torch.equal(self._imitation[0], found):
-            self._imitation = found.clone(), situation.mechanism.with_places(found).to(situation.device)
+        adversary, mechanism, _ = self._given
+        if not self.infers_secret or not len(self._known_rows):
+            return mechanism
+        if self._imitation is None or not torch.equal(self._imitation[0], self._known_rows):
+            rows = self._known_rows.clone()
+            self._imitation = rows, mechanism.with_layouts(rows).to(adversary.fabric.device)
         return self._imitation[1]
 
-    def fit(self, adversary: Adversary, seed: int, *, faces: int, traffic: int) -> dict[str, Any]:
+    def fit(self, seed: int, *, faces: int, traffic: int) -> dict[str, Any]:
         """Fit the classifier on public faces and, under a black box, infer the table from intercepted traffic.
 
         Args:
-            adversary: as for :meth:`prepare`.
             seed: of the draws.
             faces: public faces to fit the classifier on (as many more check it).
             traffic: intercepted faces to infer the table from.
 
         Returns:
-            ``map_accuracy`` on public faces; under a black box also ``intercepted`` and ``states_found``.
+            ``map_accuracy`` on public faces; under a black box also ``intercepted`` and ``states_found``; nothing
+            where there is nothing to learn.
 
         Raises:
             ValueError: a black box without intercepted traffic.
         """
-        situation = self._prepared()
+        adversary, mechanism, layout = self._given
         if self.classifier is None:
             return {}
         exposure = Exposure(adversary, seed)
-        layout = None if self.infers_secret else situation.layout
-        accuracy = fit_places(self.classifier, adversary.faces, exposure, layout, seed, faces)
-        details: dict[str, Any] = {"map_accuracy": accuracy}
+        layout = None if self.infers_secret else layout
+        details: dict[str, Any] = {
+            "map_accuracy": fit_channels(self.classifier, adversary.faces, exposure, layout, seed, faces)
+        }
         if self.infers_secret:
             if not self.inferable:
-                raise ValueError(f"{situation.mechanism.name} is not described by the places of its channels")
+                raise ValueError(f"{mechanism.name} is not described by the layouts of its channels")
             if adversary.traffic is None:
                 raise ValueError("a secret table is inferred from intercepted traffic, and none was given")
             likelihoods = torch.cat([self.classifier(batch).cpu() for batch in adversary.traffic(traffic)])
-            found, counts = infer_table(likelihoods, len(self.table))
+            table, counts = infer_table(likelihoods, len(self.table))
             # The defence knows what layouts it can have (PartialFace: the same for every colour), a reading does not.
-            imitation = situation.mechanism.with_places(found.to(situation.device))
+            imitation = mechanism.with_layouts(table.to(adversary.fabric.device))
             consistent = probe(imitation, imitation.states())
             if consistent is not None:
-                found = consistent.places
+                table = consistent.canonical
             self.table.fill_(-1)
-            self.table[: len(found)] = found.to(self.table.device)
-            details |= {"intercepted": len(likelihoods), "states_found": len(found), "faces_per_state": counts.tolist()}
+            self.table[: len(table)] = table.to(self.table.device)
+            details |= {"intercepted": len(likelihoods), "states_found": len(table), "faces_per_state": counts.tolist()}
         return details
 
     def rows(self, representations: Tensor, states: Tensor | None) -> Tensor:
@@ -333,20 +308,23 @@ class StateReader(nn.Module):
             representations: what was intercepted.
             states: int64 (N, D), the true states, where they are known.
         """
-        situation = self._prepared()
-        if situation.knowledge is Knowledge.ORACLE and situation.layout is not None:
-            if states is None and situation.mechanism.states() is not None:
+        adversary, mechanism, layout = self._given
+        if self._knows and layout is not None and mechanism.states() is not None:
+            if states is None:
                 raise ValueError("at oracle the states of the intercepted faces are needed")
-            if states is not None:
-                return situation.layout.row_of(states)
+            return layout.row_of(states)
         if self.classifier is None:
-            return torch.zeros(len(representations), dtype=torch.int64, device=situation.device)
-        known = self.table[(self.table >= 0).all(dim=1)]
+            return torch.zeros(len(representations), dtype=torch.int64, device=adversary.fabric.device)
+        known = self._known_rows
         return self.classifier.rows(self.classifier(representations), known if len(known) else self.table.clamp(min=0))
 
-    def places(self, rows: Tensor) -> Tensor | None:
-        """The canonical place of each channel, int64 (N, C), for rows from :meth:`rows`; None without a layout."""
-        situation = self._prepared()
-        if self.classifier is not None:
-            return self.table[rows.to(self.table.device)]
-        return None if situation.layout is None else situation.layout.places[rows.to(situation.device)]
+    def layouts(self, rows: Tensor) -> Tensor:
+        """The canonical channel of each channel, int64 (N, C), for rows from :meth:`rows`, where layouts vary."""
+        return self.table[rows.to(self.table.device)]
+
+    def infer_layout(self, representations: Tensor) -> Tensor | None:
+        """What :meth:`RecoveryAttack.infer_layout` returns for (N, k, C, h, w): None where nothing is inferred."""
+        if self.classifier is None:
+            return None
+        parts = [self.layouts(self.rows(part, None)) for part in representations.flatten(0, 1).split(_CHUNK)]
+        return torch.cat(parts).view(*representations.shape[:2], -1)

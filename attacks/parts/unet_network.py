@@ -6,7 +6,7 @@ import itertools
 from typing import Any, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,20 +14,20 @@ from attacks.base import AttackOptions, Widths
 
 
 class NetworkOptions(AttackOptions):
-    """Options of :class:`UNetNetwork`; the defaults are the published ones where there are any.
+    """Options of :class:`UNetNetwork`; the defaults are the published ones where there are any."""
 
-    Attributes:
-        widths: channels per level, from the finest to the bottleneck.
-        stem_stride: the finest level works on pixels gathered in squares of this side (lossless
-            space-to-depth); 1 is the published network, 2 is several times cheaper.
-        bypass: side of a linear convolution from the input straight to the output; 0 for none.
-        norm: normalisation after each convolution.
-    """
-
-    widths: Widths = (64, 128, 256, 512, 1024)
-    stem_stride: Literal[1, 2, 4] = 1
-    bypass: Literal[0, 1, 3, 5, 7] = 3
-    norm: Literal["batch", "none"] = "batch"
+    widths: Widths = Field(
+        default=(64, 128, 256, 512, 1024), description="channels per level, from the finest to the bottleneck"
+    )
+    stem_stride: Literal[1, 2, 4] = Field(
+        default=1,
+        description="the finest level works on pixels gathered in squares of this side (lossless space-to-depth); 1 is "
+        "the published network, 2 is several times cheaper",
+    )
+    bypass: Literal[0, 1, 3, 5, 7] = Field(
+        default=3, description="side of a linear convolution from the input straight to the output; 0 for none"
+    )
+    norm: Literal["batch", "none"] = Field(default="batch", description="normalisation after each convolution")
 
     @model_validator(mode="before")
     @classmethod
@@ -55,13 +55,13 @@ class _DoubleConvolution(nn.Sequential):
 
 
 class _Projection(nn.Module):
-    """A 1x1 convolution whose weights follow the places of the channels, sample by sample."""
+    """A 1x1 convolution whose weights follow the layout of the channels, sample by sample."""
 
     def __init__(self, width: int, channels: int, outputs: int) -> None:
         """
         Args:
-            width: places there are.
-            channels: places filled in any one sample.
+            width: canonical channels.
+            channels: of a sample.
             outputs: channels out.
         """
         super().__init__()
@@ -69,10 +69,10 @@ class _Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
-    def forward(self, x: Tensor, places: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, layout: Tensor | None) -> Tensor:
         """float (N, C, h, w) and int64 (N, C) to (N, outputs, h, w), channels last."""
         n, _, height, width = x.shape
-        weight = self.weight.expand(n, -1, -1) if places is None else self.weight[places]
+        weight = self.weight.expand(n, -1, -1) if layout is None else self.weight[layout]
         flat = x.flatten(2).transpose(1, 2)
         out = torch.bmm(flat, weight)
         out = out + self.bias.to(out.dtype)
@@ -98,7 +98,7 @@ class UNetNetwork(nn.Module):
             channels: C of the input.
             image_size: H = W of the faces.
             options: widths and layout.
-            width: how many places the channels of a sample may take; None where they are always the same.
+            width: canonical channels, where layouts vary from sample to sample; None where channels are canonical.
         """
         super().__init__()
         self.image_size, self.stride = image_size, options.stem_stride
@@ -133,8 +133,8 @@ class UNetNetwork(nn.Module):
         assert self.head.bias is not None
         nn.init.zeros_(self.head.bias)
 
-    def _standardise(self, x: Tensor, places: Tensor | None) -> Tensor:
-        mean, std = (self.mean, self.std) if places is None else (self.mean[places], self.std[places])
+    def _standardise(self, x: Tensor, layout: Tensor | None) -> Tensor:
+        mean, std = (self.mean, self.std) if layout is None else (self.mean[layout], self.std[layout])
         return (x - mean[..., None, None]) / std[..., None, None]
 
     def _fit_to_face(self, x: Tensor) -> Tensor:
@@ -146,11 +146,11 @@ class UNetNetwork(nn.Module):
         extra = -size % (self.stride * 2 ** (len(self.down) - 1))
         return functional.pad(x, (0, extra, 0, extra), mode="replicate") if extra else x
 
-    def forward(self, representation: Tensor, places: Tensor | None = None) -> Tensor:
-        """float (N, C, h, w), and int64 (N, C) where the places vary, to float32 (N, 3, H, W), not clipped."""
-        x = self._fit_to_face(self._standardise(representation, places))
+    def forward(self, representation: Tensor, layout: Tensor | None = None) -> Tensor:
+        """float (N, C, h, w), and int64 (N, C) where layouts vary, to float32 (N, 3, H, W), not clipped."""
+        x = self._fit_to_face(self._standardise(representation, layout))
         if self.project is not None:
-            x = self.project(x, places)
+            x = self.project(x, layout)
         x = x.contiguous(memory_format=torch.channels_last)
         size = self.image_size
         linear = 0.0 if self.bypass is None else self.bypass(x)[..., :size, :size].float()

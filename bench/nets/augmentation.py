@@ -33,14 +33,16 @@ def augment(faces: Tensor, options: AugmentationOptions, generator: torch.Genera
     count = len(faces)
     # One draw for everything: (N,) columns, uniform in [0, 1).
     columns = torch.rand(15, count, generator=generator).to(faces.device, faces.dtype)
-    flip, across, down, zoom, angle, brightness, contrast, saturation, grey, erase, area, aspect, top, left, _ = columns
+    flip, across, down, zoom, angle, brightness, contrast, saturation, grey, erase, area, aspect, top, left, moved = (
+        columns
+    )
     faces = _place(
         faces,
         flip=flip < options.flip,
         shift=torch.stack((_signed(across), _signed(down)), 1) * options.shift,
         scale=torch.exp(_signed(zoom) * math.log1p(options.zoom)),
         angle=_signed(angle) * math.radians(options.rotation),
-        geometric=bool(options.shift or options.zoom or options.rotation),
+        moved=moved < options.moved if options.shift or options.zoom or options.rotation else None,
     )
     if options.brightness or options.contrast or options.saturation or options.grey:
         faces = _recolour(
@@ -59,10 +61,11 @@ def _signed(uniform: Tensor) -> Tensor:
     return 2 * uniform - 1
 
 
-def _place(faces: Tensor, *, flip: Tensor, shift: Tensor, scale: Tensor, angle: Tensor, geometric: bool) -> Tensor:
-    """Flip, shift, scale and rotate; pixels from outside repeat the border."""
-    if not geometric:
-        return torch.where(flip.view(-1, 1, 1, 1), faces.flip(-1), faces)
+def _place(faces: Tensor, *, flip: Tensor, shift: Tensor, scale: Tensor, angle: Tensor, moved: Tensor | None) -> Tensor:
+    """Flip, and shift, scale and rotate those that are ``moved``; pixels from outside repeat the border."""
+    flipped = torch.where(flip.view(-1, 1, 1, 1), faces.flip(-1), faces)
+    if moved is None:
+        return flipped
     cosine, sine = torch.cos(angle) / scale, torch.sin(angle) / scale
     mirror = torch.where(flip, -1.0, 1.0).to(faces.dtype)
     # Rows give the input position of an output position, in [-1, 1] coordinates: hence 1 / scale and the factor 2.
@@ -74,7 +77,8 @@ def _place(faces: Tensor, *, flip: Tensor, shift: Tensor, scale: Tensor, angle: 
         1,
     )
     grid = F.affine_grid(rows, list(faces.shape), align_corners=False)
-    return F.grid_sample(faces, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    resampled = F.grid_sample(faces, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return torch.where(moved.view(-1, 1, 1, 1), resampled, flipped)
 
 
 def _recolour(faces: Tensor, *, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def places_right(inferred: Tensor, states: Tensor, defense: Defense) -> Tensor |
     layout = probe(defense, torch.unique(drawn, dim=0))
     if layout is None:
         return None
-    true = layout.places[layout.row_of(drawn)].unflatten(0, states.shape[:2])
+    true = layout.canonical[layout.row_of(drawn)].unflatten(0, states.shape[:2])
     return torch.eq(inferred.cpu(), true.cpu())
 
 
@@ -92,7 +92,7 @@ def named_states(inferred: Tensor, states: Tensor, defense: Defense) -> Tensor |
     if layout is None:
         return None
     drawn = layout.row_of(states.flatten(0, 1))
-    same = (inferred.flatten(0, 1)[:, None].to(layout.places.device) == layout.places).all(dim=2)
+    same = (inferred.flatten(0, 1)[:, None].to(layout.canonical.device) == layout.canonical).all(dim=2)
     named = torch.where(same.any(dim=1), same.int().argmax(dim=1), -1)
     pairs: Tensor = torch.stack((drawn, named), dim=1).unflatten(0, states.shape[:2])
     return pairs.cpu()

@@ -54,8 +54,8 @@ class Pick(Defense):
     def guess(self, generator: torch.Generator) -> Self:
         return type(self)(image_size=self.image_size, table=torch.randperm(6, generator=generator).view(3, 2))
 
-    def with_places(self, places: Tensor) -> Self:
-        return type(self)(image_size=self.image_size, table=places)
+    def with_layouts(self, layouts: Tensor) -> Self:
+        return type(self)(image_size=self.image_size, table=layouts)
 
     def states(self) -> Tensor:
         return torch.arange(len(self.table))[:, None]

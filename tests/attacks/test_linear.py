@@ -70,7 +70,7 @@ def test_the_white_box_reads_the_states_itself(make_adversary):
     faces, observation = observe(defense, 48, states=False)
     _, told = observe(defense, 48)
     layout = probe(defense, defense.states())
-    truth = layout.places[layout.row_of(told.states[:, 0])]
+    truth = layout.canonical[layout.row_of(told.states[:, 0])]
     assert float((attack.infer_layout(observation)[:, 0] == truth).all(1).float().mean()) > 0.9
     oracle, _ = fitted(make_adversary, defense, "oracle", place_faces=400)
     assert error(attack.recover(observation), faces) < 1.1 * error(oracle.recover(told), faces)

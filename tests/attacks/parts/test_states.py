@@ -80,7 +80,7 @@ def test_maps_are_told_apart_under_a_guessed_secret(pick, make_adversary, make_f
     faces = make_faces(60, seed=5).float() / 255
     sent = defense.protect(faces, torch.Generator().manual_seed(2))
     read = classifier(sent.representation).argmax(2)
-    truth = layout.places[layout.row_of(sent.state)]
+    truth = layout.canonical[layout.row_of(sent.state)]
     # The three colours of a scale look alike in these pictures; their six scales do not.
     assert float(((read % 6) == truth).float().mean()) > 0.9
 

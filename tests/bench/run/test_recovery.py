@@ -96,7 +96,7 @@ class Reader(Echo):
         if self.layout is None:
             return None
         states = observation.states
-        places = self.layout.places[self.layout.row_of(states.flatten(0, 1))].unflatten(0, states.shape[:2]).clone()
+        places = self.layout.canonical[self.layout.row_of(states.flatten(0, 1))].unflatten(0, states.shape[:2]).clone()
         places[::2, :, 0] += 1
         return places
 

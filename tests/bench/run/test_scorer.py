@@ -115,7 +115,7 @@ def drawn(defense):
     """States (N, k, D) and their true places (N, k, C)."""
     states = defense.draw(10, torch.Generator().manual_seed(0)).unflatten(0, (5, 2))
     layout = probe(defense, defense.states())
-    return states, layout.places[layout.row_of(states.flatten(0, 1))].unflatten(0, (5, 2))
+    return states, layout.canonical[layout.row_of(states.flatten(0, 1))].unflatten(0, (5, 2))
 
 
 def test_each_channel_is_right_or_wrong(defense, drawn):
