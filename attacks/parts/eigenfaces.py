@@ -206,20 +206,21 @@ class LatentScores:
 
 
 class EigenfaceSearchOptions(AttackOptions):
-    """What all searches share.
+    """What all searches share."""
 
-    Attributes:
-        components: eigenfaces, fewer where the public faces do not give so many.
-        queries: score queries per victim, never exceeded.
-        penalty: weight of |latent|^2 / 2, the prior's negative logarithm, against the score. It keeps the recovered
-            face among faces instead of among patterns that please the attacked recogniser alone.
-        chunk: faces sent at once, which bounds the memory.
-    """
-
-    components: int = Field(default=128, ge=1, le=65536)
-    queries: int = Field(default=2000, ge=1)
-    penalty: float = Field(default=3e-3, ge=0, le=1, allow_inf_nan=False)
-    chunk: int = Field(default=1024, ge=1)
+    components: int = Field(
+        default=128, ge=1, le=65536, description="eigenfaces, fewer where the public faces do not give so many"
+    )
+    queries: int = Field(default=2000, ge=1, description="score queries per victim, never exceeded")
+    penalty: float = Field(
+        default=3e-3,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="weight of |latent|^2 / 2, the prior's negative logarithm, against the score. It keeps the "
+        "recovered face among faces instead of among patterns that please the attacked recogniser alone",
+    )
+    chunk: int = Field(default=1024, ge=1, description="faces sent at once, which bounds the memory")
 
 
 class EigenfaceSearch(RecoveryAttack):

@@ -135,8 +135,10 @@ class InversionAttack(RecoveryAttack):
 
         def loss(step: int) -> Tensor:
             if not ahead:
-                following = range(step, min(step + self.lookahead, steps))
-                ahead.extend(self._examples(trainer, batches, following, exposure))
+                # Always the same steps together, so that a resumed training equals an unbroken one to the last bit.
+                start = step - step % self.lookahead
+                together = range(start, min(start + self.lookahead, steps))
+                ahead.extend(self._examples(trainer, batches, together, exposure)[step - start :])
             target, inputs, state = ahead.pop(0)
             if countable:
                 trainer.seen.add(state)

@@ -7,11 +7,9 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from pydantic import ValidationError
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
-import attacks.parts.training
 from attacks.linkage import Linkage, LinkageOptions, _HeldOut
 
 SIZE = 16
@@ -91,22 +89,6 @@ def test_strings_from_the_command_line_parse():
     assert options.teacher is not None
     assert options.teacher.name == "model.onnx"
     assert options.infer_state is False
-
-
-@pytest.mark.parametrize("preset", ["quick", "cpu", "gpu", "paper"])
-def test_presets_are_valid_and_only_the_paper_leaves_the_published_way_alone(preset):
-    options = LinkageOptions.model_validate(Linkage.presets[preset])
-    published = options.learning_rate == 5e-4 and options.hints == 0 and not options.infer_state
-    assert published is (preset == "paper")
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"steps": 0}, {"learning_rate": 0}, {"margin": 1.0}, {"hints": -1}, {"embedding_size": 1}, {"validation": 1}],
-)
-def test_wrong_options_are_refused(wrong):
-    with pytest.raises(ValidationError):
-        LinkageOptions.model_validate(wrong)
 
 
 # -- linking ------------------------------------------------------------------------------------------
@@ -211,18 +193,6 @@ def test_a_face_and_its_mirror_image_are_one(on_plain):
     torch.testing.assert_close(attack.embed_faces(faces), attack.embed_faces(faces.flip(-1)), atol=1e-5, rtol=0)
 
 
-def test_input_that_cannot_be_linked_is_refused(on_plain):
-    attack, _ = on_plain
-    with pytest.raises(ValueError, match="not finite"):
-        attack.embed_representations(torch.full((1, 3, SIZE, SIZE), torch.nan))
-    with pytest.raises(ValueError, match="fitted to representations"):
-        attack.embed_representations(torch.rand(1, 4, SIZE, SIZE))
-    with pytest.raises(ValueError, match="float faces"):
-        attack.embed_faces(UNSEEN)
-    with pytest.raises(ValueError, match="prepared or fitted"):
-        Linkage().embed_faces(UNSEEN / 255)
-
-
 # -- a published teacher ------------------------------------------------------------------------------
 
 
@@ -293,12 +263,6 @@ def test_the_curves_are_of_identities_that_were_not_trained_on(on_plain):
     assert 0.5 < details["student_accuracy"] <= 1
 
 
-def test_a_few_steps_are_flagged_unsaturated(on_plain):
-    _, report = on_plain
-    assert report.saturated is False
-    assert report.details["student_saturated"] is False
-
-
 def test_a_student_that_has_nothing_to_learn_saturates_but_only_with_its_teacher(make_adversary, plain):
     adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC)
     options = {"steps": 340, "batch_size": 8, "early_stop": True, "widths": (4, 8), "decay": 0.3, "plateau": 0.3}
@@ -310,26 +274,6 @@ def test_a_student_that_has_nothing_to_learn_saturates_but_only_with_its_teacher
 def test_states_seen_are_recorded(on_plain, on_pick, pick):
     assert torch.equal(on_pick[1].states_seen, pick().states())
     assert on_plain[1].states_seen is None
-
-
-def test_only_the_states_drawn_are_recorded(make_adversary, pick):
-    class Stuck(pick):
-        def draw(self, count, generator, labels=None):
-            return torch.ones(count, 1, dtype=torch.int64)
-
-    _, report = fit(make_adversary(Stuck(), faces=PUBLIC), **BRIEF)
-    assert report.states_seen.tolist() == [[1]]
-
-
-def test_progress_counts_both_trainings(make_adversary, plain):
-    seen = []
-    adversary = make_adversary(
-        plain(image_size=SIZE), faces=PUBLIC, report=lambda done, total, **f: seen.append((done, total, f))
-    )
-    fit(adversary, **BRIEF)
-    assert [done for done, _, _ in seen] == [24 * step for step in range(1, 13)]
-    assert {total for _, total, _ in seen} == {24 * 12}
-    assert seen[-1][2].keys() == {"loss", "images_per_second"}
 
 
 def test_a_loss_that_is_not_finite_names_the_training(make_adversary, plain):
@@ -344,17 +288,6 @@ def test_a_loss_that_is_not_finite_names_the_training(make_adversary, plain):
 # -- unusable public faces ----------------------------------------------------------------------------
 
 
-def test_faces_of_another_type_are_refused(make_adversary, plain):
-    with pytest.raises(ValueError, match="uint8"):
-        fit(make_adversary(plain(image_size=SIZE), faces=PUBLIC / 255), **BRIEF)
-
-
-def test_faces_without_identities_are_refused(make_adversary, plain):
-    adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC)
-    with pytest.raises(ValueError, match="one identity per public face"):
-        fit(replace(adversary, identities=adversary.identities[:5]), **BRIEF)
-
-
 @pytest.mark.parametrize(
     "identities", [torch.arange(12) // 4, torch.arange(12)], ids=["three people", "one picture each"]
 )
@@ -362,66 +295,6 @@ def test_too_few_identities_to_train_a_teacher_are_refused(make_adversary, plain
     adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC[:12])
     with pytest.raises(ValueError, match="give more, or a teacher"):
         fit(replace(adversary, identities=identities), **BRIEF)
-
-
-# -- the same again -----------------------------------------------------------------------------------
-
-
-def test_same_seed_same_weights_and_another_seed_others(make_adversary, pick):
-    torch.manual_seed(0)
-    one, report = fit(make_adversary(pick(), faces=PUBLIC), **BRIEF)
-    torch.manual_seed(1)  # the global generator plays no part
-    same, again = fit(make_adversary(pick(), faces=PUBLIC), **BRIEF)
-    other, _ = fit(make_adversary(pick(), faces=PUBLIC, seed=1), **BRIEF)
-    assert report.curve == again.curve
-    assert equal(weights_of(one), weights_of(same))
-    assert not equal(weights_of(one), weights_of(other))
-
-
-def test_the_global_generator_is_left_alone(make_adversary, pick):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    fit(make_adversary(pick(), faces=PUBLIC), **BRIEF)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_a_stored_fit_links_as_before(on_pick, make_adversary, pick):
-    attack, _ = on_pick
-    again = Linkage(attack.options)
-    again.prepare(make_adversary(pick(), faces=PUBLIC))
-    again.load_state_dict(weights_of(attack))
-    for one, other in zip(linked(attack, pick()), linked(again, pick()), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("killed_at", [4, 9], ids=["teacher", "student"])
-def test_a_killed_fit_goes_on_where_it_stopped(make_adversary, pick, monkeypatch, tmp_path, killed_at):
-    whole, report = fit(make_adversary(pick(), faces=PUBLIC), **BRIEF)
-    monkeypatch.setattr(attacks.parts.training, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
-
-    def kill(done, total, **fields):
-        if done == 24 * killed_at:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(make_adversary(pick(), faces=PUBLIC, checkpoint=tmp_path, report=kill), **BRIEF)
-    steps = []
-    adversary = make_adversary(
-        pick(), faces=PUBLIC, checkpoint=tmp_path, report=lambda done, total, **f: steps.append(done)
-    )
-    resumed, again = fit(adversary, **BRIEF)
-    assert steps[0] == 24 * killed_at
-    assert again.curve == report.curve
-    assert torch.equal(again.states_seen, report.states_seen)
-    assert equal(weights_of(resumed), weights_of(whole))
-
-
-def test_a_checkpoint_of_another_fit_is_refused(make_adversary, plain, tmp_path):
-    adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC, checkpoint=tmp_path)
-    fit(adversary, **BRIEF)
-    with pytest.raises(ValueError, match="another fit"):
-        fit(adversary, **BRIEF | {"learning_rate": 0.01})
 
 
 # -- held-out pairs -----------------------------------------------------------------------------------

@@ -58,15 +58,6 @@ def test_rows_of_a_mixed_batch_come_back_in_order(fitted):
     torch.testing.assert_close(mixed, single, rtol=0, atol=1e-5)
 
 
-def test_a_stored_fit_recovers_the_same(fitted, make_adversary, make_faces):
-    defense, attack, _ = fitted
-    observation, _ = observe(defense, make_faces(6, seed=8).float() / 255, k=2)
-    again = UNetEnsemble(attack.options)
-    again.prepare(make_adversary(defense, "whitebox", faces=make_faces(90)))
-    again.load_state_dict(attack.state_dict())
-    torch.testing.assert_close(again.recover(observation), attack.recover(observation))
-
-
 def test_a_defence_without_states_has_one_network(plain, make_adversary, make_faces):
     attack = UNetEnsemble(UNetEnsembleOptions(**TINY | {"images": 600}))
     attack.learn(make_adversary(plain(image_size=16), faces=make_faces(90)))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from linear_world import SIZE, adversary_of, defense_of, error, observe
+from linear_world import adversary_of, defense_of, error, observe
 
 from attacks.base import Observation
 from attacks.unrolled import Unrolled, UnrolledOptions
@@ -75,19 +75,6 @@ def test_more_interceptions_leak_more(partialface):
     assert errors[1] < errors[0]
 
 
-@pytest.mark.parametrize("knowledge", ["whitebox", "blackbox"])
-def test_a_stored_fit_recovers_the_same(make_adversary, knowledge):
-    defense = defense_of("partialface")
-    attack, _ = fitted(make_adversary, defense, knowledge, images=64)
-    _, observation = observe(defense, 8, states=False)
-    again = Unrolled(attack.options)
-    again.prepare(adversary_of(make_adversary, defense, knowledge))
-    again.load_state_dict(attack.state_dict())
-    again.eval()
-    torch.testing.assert_close(again.recover(observation), attack.recover(observation))
-    assert attack.infer_layout(observation).shape == (8, 1, 27)
-
-
 def test_a_stored_fit_is_read_back_where_faces_are_fewer_than_components(make_adversary):
     defense = defense_of("partialface")
     attack, _ = fitted(make_adversary, defense, "whitebox", images=32, rank=400)
@@ -102,8 +89,3 @@ def test_another_scale_of_input_is_refused(partialface):
     _, observation = observe(defense, 8)
     with pytest.raises(ValueError, match="un-normalised"):
         attack.recover(Observation(100 * observation.representations, observation.states))
-
-
-def test_it_has_to_be_fitted():
-    with pytest.raises(ValueError, match="prepared or fitted"):
-        Unrolled().recover(Observation(torch.zeros(1, 1, 27, SIZE, SIZE)))

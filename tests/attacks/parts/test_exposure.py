@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attacks.parts.exposure import Exposure, chunks, flip_some, split_identities
+from attacks.parts.exposure import Exposure, split_identities
 
 SIZE = 16
 FACES = torch.rand(16, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
@@ -58,15 +58,6 @@ def test_a_known_mechanism_ignores_guesses(make_adversary, plain):
     assert protected.state is None
 
 
-def test_about_half_of_the_faces_are_mirrored_and_none_otherwise_changed():
-    faces = FACES.repeat(20, 1, 1, 1)
-    flipped = flip_some(faces, torch.Generator().manual_seed(0))
-    kept = (flipped == faces).flatten(1).all(dim=1)
-    mirrored = (flipped == faces.flip(-1)).flatten(1).all(dim=1)
-    assert torch.equal(kept, ~mirrored)
-    assert 0.4 < kept.float().mean() < 0.6
-
-
 @pytest.mark.parametrize(("identities", "share", "expected"), [(10, 0.1, 1), (20, 0.3, 6), (2, 0.99, 1), (9, 0.001, 1)])
 def test_held_out_faces_share_no_identity_with_training(identities, share, expected):
     labels = torch.arange(identities).repeat(4)
@@ -79,9 +70,3 @@ def test_held_out_faces_share_no_identity_with_training(identities, share, expec
 def test_one_identity_cannot_be_split():
     with pytest.raises(ValueError, match="1 identities"):
         split_identities(torch.zeros(5, dtype=torch.int64), 0.1, torch.Generator())
-
-
-def test_chunks_keep_order_and_lose_nothing():
-    parts = list(chunks(FACES, 7))
-    assert [len(part) for part in parts] == [7, 7, 2]
-    assert torch.equal(torch.cat(parts), FACES)

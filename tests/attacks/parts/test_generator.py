@@ -1,78 +1,39 @@
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from pydantic import ValidationError
+from pictures import blends
 from torch import nn
-from torch.nn import functional
 
-import attacks.parts.generator
-import attacks.parts.training
 from attacks.parts.generator import (
     Critic,
-    DecoderTraining,
     FaceDecoder,
     FaceGenerator,
+    GeneratorLosses,
     GeneratorOptions,
-    TrainingPlan,
     build_generator,
     change_view,
     draw_views,
     fit_generator,
-    hold_out,
 )
+from attacks.parts.training import Trainer
 
 SIZE = 16
 TINY = {"latent_size": 8, "generator_width": 4, "generator_batch_size": 10, "generator_images": 200}
 
 
-def blends(count, size=SIZE, seed=0):
-    """uint8 (count, 3, size, size): blends of four random colours, which a small network can learn."""
-    corners = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
-    return functional.interpolate(corners, (size, size), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
-
-
 @pytest.fixture
-def fit(make_faces, fabric):
+def fit(make_adversary, plain):
     """Trains a small generator; returns it and the report."""
 
-    def run(*, seed=0, faces=None, size=SIZE, **options):
-        chosen = GeneratorOptions(**{name: value for name, value in {**TINY, **options}.items() if name in FIELDS})
-        others = {name: value for name, value in options.items() if name not in FIELDS}
-        faces = make_faces(60, size) if faces is None else faces
-        generator = build_generator(chosen, faces.shape[-1], seed)
-        report = fit_generator(
-            generator, faces, torch.arange(len(faces)) // 3, chosen, seed=seed, fabric=fabric, **others
+    def run(*, seed=0, faces=None, **options):
+        chosen = GeneratorOptions(**TINY | options)
+        generator = build_generator(chosen, SIZE, seed)
+        return generator, fit_generator(
+            generator, make_adversary(plain(image_size=SIZE), faces=faces), chosen, seed=seed
         )
-        return generator, report
 
     return run
-
-
-@pytest.fixture
-def simple(make_faces, fabric):
-    """A training of a constant decoder, six steps long, whose loss a test multiplies."""
-
-    class Simple(DecoderTraining):
-        def loss(self, index, step):
-            return (self.network(torch.zeros(len(index), 4)) - 0.5).square().mean() * self.factor(step)
-
-        def recover(self, network, index):
-            return network(torch.zeros(len(index), 4)), self.faces[index] / 255
-
-    def make(factor):
-        plan = TrainingPlan(images=60, batch_size=10, learning_rate=1e-3)
-        network = FaceDecoder(4, SIZE, 2)
-        training = Simple(network, make_faces(60), torch.arange(60) // 3, plan, seed=0, fabric=fabric)
-        training.factor = factor
-        return training
-
-    return make
-
-
-FIELDS = set(GeneratorOptions.model_fields)
 
 
 # -- networks -----------------------------------------------------------------------------------------
@@ -186,22 +147,6 @@ def test_a_heavy_divergence_keeps_the_codes_at_the_prior(fit, make_faces):
     assert float(heavy[1].abs().mean()) < 0.2  # unit variance
 
 
-@pytest.mark.parametrize("adversarial", [0.0, 0.01])
-def test_same_seed_same_weights_and_another_seed_others(fit, adversarial):
-    torch.manual_seed(0)
-    first, report = fit(generator_images=100, adversarial=adversarial)
-    torch.manual_seed(1)  # the global generator plays no part
-    expected = torch.rand(2)
-    torch.manual_seed(1)
-    again, same = fit(generator_images=100, adversarial=adversarial)
-    assert torch.equal(torch.rand(2), expected)
-    other, _ = fit(generator_images=100, adversarial=adversarial, seed=1)
-    assert report.curve == same.curve
-    weights = first.state_dict()
-    assert all(torch.equal(weights[name], value) for name, value in again.state_dict().items())
-    assert not torch.equal(first.decoder.head.weight, other.decoder.head.weight)
-
-
 def test_the_critic_plays_a_part_and_leaves_the_generator_trainable(fit):
     plain, _ = fit(generator_images=100)
     opposed, _ = fit(generator_images=100, adversarial=1.0)
@@ -209,129 +154,17 @@ def test_the_critic_plays_a_part_and_leaves_the_generator_trainable(fit):
     assert all(weight.requires_grad for weight in opposed.parameters())
 
 
-def test_a_trained_critic_tells_real_from_made_faces(make_faces, fabric):
+def test_a_trained_critic_tells_real_from_made_faces(make_adversary, plain):
     """The critic's own loss falls below zero: its estimate of the distance becomes positive."""
     options = GeneratorOptions(**TINY | {"adversarial": 0.01})
-    faces, identities = make_faces(60), torch.arange(60) // 3
-    critic = Critic(SIZE, 8)
-    training = attacks.parts.generator._GeneratorTraining(
-        options,
-        build_generator(options, SIZE, 0),
-        faces,
-        identities,
-        TrainingPlan(images=1, batch_size=20, learning_rate=1e-3),
-        seed=0,
-        fabric=fabric,
-        critic=critic,
-    )
-    training.network.train()
-    optimizer = torch.optim.Adam(critic.parameters(), lr=2e-3)
+    trainer = Trainer("trial", make_adversary(plain(image_size=SIZE)), 0, options.training())
+    losses = GeneratorLosses(options, trainer, build_generator(options, SIZE, 0), Critic(SIZE, 8))
+    losses.network.train()
+    optimizer = torch.optim.Adam(losses.critic.parameters(), lr=2e-3)
     for step in range(60):
         optimizer.zero_grad()
-        loss = training.critic_loss(training.training[:20], step)
+        loss = losses.rival(trainer.training[:20], step)
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < -0.05
-    assert all(weight.grad is None for weight in training.network.parameters())
-
-
-def test_held_out_identities_are_those_of_the_training(make_faces, fabric):
-    identities = torch.arange(60) // 3
-    plan = TrainingPlan(images=1000, batch_size=10, learning_rate=1e-3, validation=0.25)
-    training = attacks.parts.generator._GeneratorTraining(
-        GeneratorOptions(**TINY),
-        build_generator(GeneratorOptions(**TINY), SIZE, 0),
-        make_faces(60),
-        identities,
-        plan,
-        seed=3,
-        fabric=fabric,
-    )
-    known, held_out = hold_out(identities, 0.25, 3)
-    assert torch.equal(training.training, known)
-    assert sorted(training.held_out.tolist()) == held_out.tolist()
-    assert not set(identities[known].tolist()) & set(identities[held_out].tolist())
-
-
-def test_a_few_steps_are_flagged_unsaturated(fit):
-    _, report = fit(generator_images=60, generator_learning_rate=1e-9)
-    assert report.saturated is False
-    assert report.details["steps"] == 6
-
-
-def test_progress_is_reported(fit):
-    seen = []
-    fit(report=lambda done, total, **fields: seen.append((done, total, fields)))
-    assert seen[-1][:2] == (200, 200)
-    assert seen[-1][2].keys() == {"loss", "images_per_second"}
-
-
-def test_a_loss_that_is_not_finite_names_the_step(simple):
-    with pytest.raises(FloatingPointError, match=r"step 4.*learning rate"):
-        simple(lambda step: torch.tensor(float("nan") if step == 3 else 1.0)).run("trial", fit={})
-
-
-def test_one_identity_is_too_few(make_faces, fabric):
-    options = GeneratorOptions(**TINY)
-    generator = build_generator(options, SIZE, 0)
-    with pytest.raises(ValueError, match="at least 2"):
-        fit_generator(generator, make_faces(5), torch.zeros(5, dtype=torch.int64), options, seed=0, fabric=fabric)
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.mark.parametrize("adversarial", [0.0, 0.01])
-@pytest.mark.parametrize("stop", [3, 20])
-def test_a_resumed_training_equals_an_unbroken_one(fit, tmp_path, monkeypatch, stop, adversarial):
-    monkeypatch.setattr(attacks.parts.training, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
-    unbroken, expected = fit(adversarial=adversarial)
-    calls = itertools.count(1)
-
-    def report(done, total, **fields):
-        if next(calls) == stop:
-            raise Killed
-
-    with pytest.raises(Killed):
-        fit(adversarial=adversarial, folder=tmp_path, report=report)
-    done = []
-    resumed, actual = fit(adversarial=adversarial, folder=tmp_path, report=lambda n, total, **f: done.append(n))
-    assert done[0] == stop * 10  # the step that was killed, and none before it
-    assert actual.curve == expected.curve
-    assert actual.saturated == expected.saturated
-    weights = resumed.state_dict()
-    assert all(torch.equal(weights[name], value) for name, value in unbroken.state_dict().items())
-
-
-def test_the_checkpoint_of_another_training_is_refused(fit, tmp_path):
-    fit(folder=tmp_path)
-    for change in ({"generator_kl": 0.5}, {"seed": 1}, {"generator_images": 210}):
-        with pytest.raises(ValueError, match="another fit"):
-            fit(folder=tmp_path, **change)
-
-
-def test_states_are_noted_once_each(simple):
-    training = simple(lambda step: training.seen.add(torch.tensor([[step % 3, 0], [1, 1]])) or torch.ones(()))
-    report = training.run("trial", fit={})
-    assert report.states_seen.tolist() == [[0, 0], [1, 0], [1, 1], [2, 0]]
-
-
-# -- input checks -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"latent_size": 1},
-        {"generator_width": 0},
-        {"generator_images": 0},
-        {"generator_learning_rate": float("inf")},
-        {"adversarial": -1},
-        {"generator_validation": 1.0},
-        {"width": 8},
-    ],
-)
-def test_wrong_options_are_refused(wrong):
-    with pytest.raises(ValidationError):
-        GeneratorOptions.model_validate(wrong)
+    assert all(weight.grad is None for weight in losses.network.parameters())

@@ -5,7 +5,7 @@ import torch
 from pictures import smooth
 
 from attacks.parts.gaussian_prior import GaussianPrior
-from attacks.parts.posterior import IterativePosterior, Posterior, row_reach
+from attacks.parts.posterior import IterativePosterior, Posterior, PriorCovariance, row_reach
 from defenses.linear import IdentityOperator, SeparableOperator
 
 SIZE, RANK, NOISE = 8, 4, 0.03
@@ -83,7 +83,7 @@ def textbook(prior, operators, noise, representations):
 
 
 def applied(prior, operators, noise, representations):
-    posterior = Posterior(prior, prior.weighted_components(), operators, noise)
+    posterior = Posterior(PriorCovariance(prior), operators, noise)
     mean = prior.to_faces(prior.mean[None])
     turn = torch.linalg.inv(prior.planes)
     scale = prior.strengths.clamp(min=1e-300)[:, None, None]
@@ -134,7 +134,7 @@ def test_conjugate_gradients_converge_to_the_same():
     operator = banded(0)
     prior = prior_for(operator)
     sent = operator(smooth(4, SIZE, seed=3).double() / 255)
-    posterior = IterativePosterior(prior, operator, NOISE, 400)
+    posterior = IterativePosterior(PriorCovariance(prior), operator, NOISE, 400)
     mean = prior.to_faces(prior.mean[None])
     found = mean + posterior(sent - operator(mean))
     torch.testing.assert_close(found, textbook(prior, [operator], NOISE, [sent]), rtol=0, atol=1e-6)
@@ -145,8 +145,8 @@ def test_a_few_conjugate_gradient_steps_stay_near_the_mean():
     prior = prior_for(operator)
     mean = prior.to_faces(prior.mean[None])
     residual = operator(smooth(4, SIZE, seed=3).double() / 255) - operator(mean)
-    few = IterativePosterior(prior, operator, NOISE, 1)(residual).norm()
-    many = IterativePosterior(prior, operator, NOISE, 400)(residual).norm()
+    few = IterativePosterior(PriorCovariance(prior), operator, NOISE, 1)(residual).norm()
+    many = IterativePosterior(PriorCovariance(prior), operator, NOISE, 400)(residual).norm()
     assert 0 < float(few) < float(many)
 
 
@@ -171,15 +171,15 @@ def test_pixels_that_were_only_moved_are_put_back_within_a_few_steps():
     operator, prior = Moved(1.0), prior_for(banded(0))
     faces = smooth(4, SIZE, seed=3).double() / 255
     mean = prior.to_faces(prior.mean[None])
-    posterior = IterativePosterior(prior, operator, 1e-6, 10)
+    posterior = IterativePosterior(PriorCovariance(prior), operator, 1e-6, 10)
     torch.testing.assert_close(mean + posterior(operator(faces - mean)), faces, rtol=0, atol=1e-5)
     assert posterior.converges()
 
 
 def test_too_few_steps_are_told():
     operator, prior = Moved(0.3), prior_for(banded(0))
-    assert not IterativePosterior(prior, operator, 1e-6, 4).converges()
-    assert IterativePosterior(prior, operator, 1e-6, 300).converges()
+    assert not IterativePosterior(PriorCovariance(prior), operator, 1e-6, 4).converges()
+    assert IterativePosterior(PriorCovariance(prior), operator, 1e-6, 300).converges()
 
 
 def test_huge_noise_leaves_the_mean():
@@ -199,4 +199,4 @@ def test_two_maps_that_mix_far_rows_are_refused(monkeypatch):
     monkeypatch.setattr("attacks.parts.posterior._LARGEST_BLOCK", 2)
     prior = prior_for(wide())
     with pytest.raises(ValueError, match="solver=cg"):
-        Posterior(prior, prior.weighted_components(), [wide(), wide()], NOISE)
+        Posterior(PriorCovariance(prior), [wide(), wide()], NOISE)

@@ -2,17 +2,17 @@ import pytest
 import torch
 
 from attacks.parts.exposure import Exposure
-from attacks.parts.states import PlaceClassifier, assign, fit_places, infer_table
+from attacks.parts.states import ChannelClassifier, assign, fit_channels, infer_table
 from defenses.layout import probe
 
 
-def likelihoods(table, members, *, confusion=0.0, places=12, seed=0):
-    """Log likelihoods of faces that show rows of ``table``, the true place ahead but for some confusion."""
+def likelihoods(table, members, *, confusion=0.0, channels=12, seed=0):
+    """Log likelihoods of faces that show rows of ``table``, the true channel ahead but for some confusion."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(len(members), table.shape[1], places, generator=generator)
+    values = torch.randn(len(members), table.shape[1], channels, generator=generator)
     values.scatter_(2, table[members][:, :, None], 6.0)
     wrong = torch.rand(len(members), table.shape[1], generator=generator) < confusion
-    other = torch.randint(places, wrong.shape, generator=generator)
+    other = torch.randint(channels, wrong.shape, generator=generator)
     spoilt = torch.full_like(values, -1.0).scatter_(2, other[:, :, None], 6.5)
     spoilt.scatter_(2, table[members][:, :, None], 5.0)
     return torch.where(wrong[:, :, None], spoilt, values)
@@ -21,15 +21,15 @@ def likelihoods(table, members, *, confusion=0.0, places=12, seed=0):
 TABLE = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(i))[:5] for i in range(6)])
 
 
-def test_an_assignment_gives_no_place_twice():
-    # Both channels prefer place 0; the second one would lose more by leaving it.
+def test_an_assignment_gives_no_channel_twice():
+    # Both prefer channel 0; the second one would lose more by leaving it.
     likelihood = torch.tensor([[3.0, 2.5, 0.0], [3.0, -5.0, -5.0]])
     assert assign(likelihood).tolist() == [1, 0]
 
 
-def test_an_assignment_avoids_places_never_seen():
+def test_an_assignment_avoids_channels_never_seen():
     likelihood = torch.tensor([[-torch.inf, 1.0], [-torch.inf, 2.0]])
-    assert sorted(assign(likelihood).tolist()) == [0, 1]  # two channels, two places: one has to
+    assert sorted(assign(likelihood).tolist()) == [0, 1]  # of two canonical channels one has to
 
 
 @pytest.mark.parametrize("confusion", [0.0, 0.2])
@@ -57,13 +57,13 @@ def test_rare_states_are_kept():
 
 def test_the_row_of_a_known_table_is_the_likeliest():
     members = torch.tensor([4, 0, 5, 5])
-    classifier = PlaceClassifier(4, 4, 12)
+    classifier = ChannelClassifier(4, 4, 12)
     assert classifier.rows(likelihoods(TABLE, members, confusion=0.2), TABLE).tolist() == members.tolist()
 
 
 def test_features_do_not_depend_on_the_sign_and_tell_rows_from_columns():
     ramp = torch.linspace(0.1, 1, 6)[:, None].expand(6, 6)
-    features = PlaceClassifier.features(torch.stack((ramp, -ramp, ramp.T))[None])[0]
+    features = ChannelClassifier.features(torch.stack((ramp, -ramp, ramp.T))[None])[0]
     torch.testing.assert_close(features[0], features[1])
     assert not torch.allclose(features[0], features[2], atol=0.1)
     torch.testing.assert_close(features[0, :6], features[2, 6:12])
@@ -73,9 +73,9 @@ def test_maps_are_told_apart_under_a_guessed_secret(pick, make_adversary, make_f
     """A black box learns what each of the six channels looks like from guesses, none of which is the true table."""
     defense = pick()
     adversary = make_adversary(defense, "blackbox", faces=make_faces(90))
-    classifier = PlaceClassifier(16, 16, 6)
+    classifier = ChannelClassifier(16, 16, 6)
     exposure = Exposure(adversary, 1)
-    fit_places(classifier, adversary.faces, exposure, None, 1, 200)
+    fit_channels(classifier, adversary.faces, exposure, None, 1, 200)
     layout = probe(defense, defense.states())
     faces = make_faces(60, seed=5).float() / 255
     sent = defense.protect(faces, torch.Generator().manual_seed(2))
@@ -85,8 +85,8 @@ def test_maps_are_told_apart_under_a_guessed_secret(pick, make_adversary, make_f
     assert float(((read % 6) == truth).float().mean()) > 0.9
 
 
-def test_a_place_never_shown_is_never_answered():
-    classifier = PlaceClassifier(4, 4, 3)
+def test_a_channel_never_shown_is_never_answered():
+    classifier = ChannelClassifier(4, 4, 3)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(40, 9, generator=generator)
     classifier.fit(features, torch.tensor([0, 2]).repeat(20))
