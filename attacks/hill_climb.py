@@ -27,25 +27,24 @@ _LEAST_GENERATIONS = 4
 class HillClimbOptions(EigenfaceSearchOptions):
     """Options of :class:`HillClimb`."""
 
-    batch: int = Field(default=32, ge=2, le=65536, description="candidates per generation and start, in pairs")
+    batch: int = Field(32, ge=2, le=65536, description="Candidates per generation and start, in pairs.")
     starts: int = Field(
-        default=1,
+        1,
         ge=1,
         le=1024,
-        description="hills to climb. The first starts from the mean face, the others from random faces",
+        description="Hills to climb. The first starts from the mean face, the others from random faces.",
     )
     pilot: float = Field(
-        default=0.5,
+        0.5,
         gt=0,
         lt=1,
-        description="share of the queries spent on all starts; the rest goes to the one that stands highest",
+        description="Share of the queries spent on all starts; the rest goes to the one that stands highest.",
     )
     step_size: float = Field(
-        default=0.4,
+        0.4,
         gt=0,
         le=_LARGEST_RADIUS,
-        allow_inf_nan=False,
-        description="first radius of the candidates around the current face, in standard deviations of the latent",
+        description="First radius of the candidates around the current face, in standard deviations of the latent.",
     )
 
     @field_validator("batch")

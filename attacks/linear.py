@@ -31,18 +31,18 @@ _ROUNDING = 2.0**-24
 class EstimateOptions(AttackOptions):
     """Options of a linear estimate that any attack which starts from one has."""
 
-    rank: int = Field(default=400, ge=1, le=20_000, description="principal components of the prior")
+    rank: int = Field(400, ge=1, le=20_000, description="Principal components of the prior.")
     prior_faces: int = Field(
-        default=4000, ge=2, description="public faces, mirrored ones not counted, that the components are fitted to"
+        default=4000, ge=2, description="Public faces, mirrored ones not counted, that the components are fitted to."
     )
-    place_faces: int = Field(default=800, ge=16, description="public faces that the reader of states learns from")
+    place_faces: int = Field(800, ge=16, description="Public faces that the reader of states learns from.")
     traffic: int = Field(
-        default=1000, ge=1, description="intercepted faces that a secret table is inferred from at blackbox"
+        default=1000, ge=1, description="Intercepted faces that a secret table is inferred from at blackbox."
     )
     memory: int = Field(
-        default=2048,
+        2048,
         ge=64,
-        description="MiB of factored states kept at once; more states are factored anew when they are met again",
+        description="MiB of factored states kept at once; more states are factored anew when they are met again.",
     )
 
 
@@ -50,15 +50,15 @@ class LinearOptions(EstimateOptions):
     """Options of :class:`Linear`."""
 
     held_out: float = Field(
-        default=0.2, gt=0, lt=1, description="share of the public identities that measures the prior's variances"
+        default=0.2, gt=0, lt=1, description="Share of the public identities that measures the prior's variances."
     )
     solver: Literal["auto", "factor", "cg"] = Field(
-        default="auto",
+        "auto",
         description="factor factors each state's system once; cg solves by conjugate gradients, for linear maps that "
-        "do not tell their structure; auto factors where that can be done",
+        "do not tell their structure; auto factors where that can be done.",
     )
-    iterations: int = Field(default=200, ge=1, description="of cg")
-    batch_size: int = Field(default=64, ge=1, description="faces solved for at once")
+    iterations: int = Field(200, ge=1, description="Steps of conjugate gradients at most.")
+    batch_size: int = Field(64, ge=1, description="Faces solved for at once.")
 
 
 class Linear(RecoveryAttack):

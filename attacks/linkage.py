@@ -39,52 +39,51 @@ class LinkageOptions(TrainingOptions):
     """Options of :class:`Linkage`, beside those of its trainings."""
 
     widths: Widths = Field(
-        default=(64, 128, 256, 512), description="channels of an encoder's first convolution and of each stage"
+        default=(64, 128, 256, 512), description="Channels of an encoder's first convolution and of each stage."
     )
-    blocks: int = Field(default=2, ge=1, le=16, description="residual blocks a stage")
+    blocks: int = Field(2, ge=1, le=16, description="Residual blocks a stage.")
     teacher: Path | None = Field(
-        default=None,
+        None,
         description="ONNX file of a public face recogniser (input RGB (255 x - 127.5) / 128, output embeddings) to "
-        "imitate; none trains one on the public faces and their identities",
+        "imitate; none trains one on the public faces and their identities.",
     )
     embedding_size: int = Field(
-        default=256, ge=2, le=8192, description="dimensions of the embedding, where the teacher does not say"
+        default=256, ge=2, le=8192, description="Dimensions of the embedding, where the teacher does not say."
     )
-    teacher_steps: int = Field(default=6000, ge=1, description="of the teacher's training")
-    teacher_learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False, description="of AdamW")
-    scale: float = Field(
-        default=24.0, gt=0, le=1000, allow_inf_nan=False, description="s of the teacher's margin softmax"
+    teacher_steps: int = Field(6000, ge=1, description="Gradient steps of the teacher's training.")
+    teacher_learning_rate: float = Field(
+        default=1e-3, gt=0, le=1, description="Learning rate of AdamW for the teacher."
     )
-    margin: float = Field(default=0.2, ge=0, lt=1, description="m of the teacher's margin softmax")
-    steps: int = Field(default=20_000, ge=1, description="of the student's training")
+    scale: float = Field(default=24.0, gt=0, le=1000, description="Scale s of the teacher's margin softmax.")
+    margin: float = Field(0.2, ge=0, lt=1, description="Margin m of the teacher's margin softmax.")
+    steps: int = Field(20_000, ge=1, description="Gradient steps of the student's training.")
     learning_rate: float = Field(
-        default=5e-4, gt=0, le=1, allow_inf_nan=False, description="of AdamW for the student; the default as published"
+        5e-4, gt=0, le=1, description="Learning rate of AdamW for the student; the default as published."
     )
-    decay: float = Field(default=0.4, ge=0, le=0.9, description="share of a training, at its end, over which it falls")
-    weight_decay: float = Field(default=0.05, ge=0, le=10, allow_inf_nan=False, description="of AdamW")
+    decay: float = Field(0.4, ge=0, le=0.9, description="Share of a training, at its end, over which it falls.")
+    weight_decay: float = Field(0.05, ge=0, le=10, description="Weight decay of AdamW.")
     augmentation: float = Field(
-        default=1.0,
+        1.0,
         ge=0,
         le=2,
-        description="how strongly public faces are varied: 0 only mirrors them, 1 is meant for a hundred identities",
+        description="How strongly public faces are varied: 0 only mirrors them, 1 is meant for a hundred identities.",
     )
     hints: float = Field(
-        default=0.0,
+        0.0,
         ge=0,
         le=1000,
-        allow_inf_nan=False,
-        description="weight of a second loss, by which the student's maps behind each stage approach the teacher's "
+        description="Weight of a second loss, by which the student's maps behind each stage approach the teacher's "
         "(FitNets, Romero et al., ICLR 2015; mean squared error over the teacher's mean square), where the attack has "
-        "trained the teacher and the sizes agree. Short trainings come about twice as far with it",
+        "trained the teacher and the sizes agree. Short trainings come about twice as far with it.",
     )
     infer_state: bool = Field(
-        default=True,
-        description="where a defence picks and permutes channels, read each face's state off its representation and "
+        True,
+        description="Where a defence picks and permutes channels, read each face's state off its representation and "
         "meet every map with filters of its own; at blackbox the secret table is inferred from intercepted traffic "
-        "first. False trains on the mixture of states, or of guesses",
+        "first. False trains on the mixture of states, or of guesses.",
     )
-    state_faces: int = Field(default=800, ge=16, description="public faces that the reader of states learns from")
-    traffic: int = Field(default=1000, ge=1, description="intercepted faces that a secret table is inferred from")
+    state_faces: int = Field(800, ge=16, description="Public faces that the reader of states learns from.")
+    traffic: int = Field(1000, ge=1, description="Intercepted faces that a secret table is inferred from.")
 
 
 def variation(strength: float) -> AugmentationOptions:

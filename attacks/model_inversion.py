@@ -59,55 +59,51 @@ class ModelInversionOptions(GeneratorOptions):
     """Options of :class:`ModelInversion`, beside those of the generator."""
 
     prior: Literal["generator", "none"] = Field(
-        default="generator",
+        "generator",
         description="generator: a generator of faces trained on public ones, whose codes are optimised (GMI, KED-MI); "
-        "none: pixels are, from the mean public face on (Fredrikson et al. 2015)",
+        "none: pixels are, from the mean public face on (Fredrikson et al. 2015).",
     )
     target: Literal["template", "class"] = Field(
-        default="template", description="template: the intercepted one; class: the enrolled class centre"
+        default="template", description="template: the intercepted one; class: the enrolled class centre."
     )
     loss: Literal["cosine", "poincare", "max-margin", "logit"] = Field(
-        default="cosine",
+        "cosine",
         description="cosine to the target; or, on similarities to the target and to the class centres of public "
-        "identities, max-margin (PLG-MI), poincare (PPA) or logit (LOMMA, with its regulariser)",
+        "identities, max-margin (PLG-MI), poincare (PPA) or logit (LOMMA, with its regulariser).",
     )
-    steps: int = Field(default=200, ge=1, le=1_000_000, description="gradient steps per victim")
+    steps: int = Field(200, ge=1, le=1_000_000, description="Gradient steps per victim.")
     starts: int = Field(
-        default=3, ge=1, le=1000, description="starting points per victim, of which the best outcome is kept"
+        default=3, ge=1, le=1000, description="Starting points per victim, of which the best outcome is kept."
     )
     states: int = Field(
-        default=2, ge=1, le=1000, description="fresh states drawn per step, over which the loss is averaged"
+        default=2, ge=1, le=1000, description="Fresh states drawn per step, over which the loss is averaged."
     )
     step_size: float | None = Field(
-        default=None,
+        None,
         gt=0,
         le=100,
-        allow_inf_nan=False,
-        description="rate of Adam; none for 0.1 standard deviations of what is not known of a code, or, without a "
-        "generator, 0.01 grey levels of 1",
+        description="Rate of Adam; none for 0.1 standard deviations of what is not known of a code, or, without a "
+        "generator, 0.01 grey levels of 1.",
     )
-    batch_size: int = Field(default=256, ge=1, le=65536, description="faces at once through the recogniser")
+    batch_size: int = Field(256, ge=1, le=65536, description="Faces at once through the recogniser.")
     selection_views: int = Field(
-        default=16,
+        16,
         ge=1,
         le=1000,
-        description="random views, each under a fresh state, by whose mean similarity an outcome is judged (PPA)",
+        description="Random views, each under a fresh state, by whose mean similarity an outcome is judged (PPA).",
     )
     prior_weight: float | None = Field(
-        default=None,
+        None,
         ge=0,
         le=1000,
-        allow_inf_nan=False,
-        description="of the prior beside the loss: how far a code is from where public faces with such embeddings lie, "
-        "or, without a generator, the total variation. None chooses among 0.001, 0.01, 0.1, 1 and 10 by attacking "
-        "held-out public faces",
+        description="Weight of the prior beside the loss: how far a code is from where public faces of such embeddings "
+        "lie, or, without a generator, the total variation. None chooses among 0.001, 0.01, 0.1, 1 and 10 by attacking "
+        "held-out public faces.",
     )
     tuning_faces: int = Field(
-        default=32, ge=1, le=10_000, description="held-out public faces that the weight of the prior is chosen on"
+        default=32, ge=1, le=10_000, description="Held-out public faces that the weight of the prior is chosen on."
     )
-    feature_weight: float = Field(
-        default=0.01, ge=0, le=1000, allow_inf_nan=False, description="of LOMMA's regulariser"
-    )
+    feature_weight: float = Field(default=0.01, ge=0, le=1000, description="Weight of LOMMA's regulariser.")
 
 
 # -- what is optimised --------------------------------------------------------------------------------

@@ -32,39 +32,36 @@ class TemplateOptions(TrainingOptions):
     """Options of :class:`Template`."""
 
     width: int = Field(
-        default=64,
+        64,
         ge=1,
         le=1024,
-        description="channels of the decoder's finest level; they double per coarser level, up to eight times",
+        description="Channels of the decoder's finest level; they double per coarser level, up to eight times.",
     )
-    ssim_weight: float = Field(
-        default=0.75, ge=0, le=10, allow_inf_nan=False, description="weight of 1 - SSIM beside L1"
-    )
+    ssim_weight: float = Field(default=0.75, ge=0, le=10, description="Weight of 1 - SSIM beside L1.")
     identity_weight: float = Field(
-        default=0.025,
+        0.025,
         ge=0,
         le=10,
-        allow_inf_nan=False,
-        description="weight of 1 - cosine of the recovered face's embedding to the template, where the recogniser's "
-        "weights are known",
+        description="Weight of 1 - cosine of the recovered face's embedding to the template, where the recogniser's "
+        "weights are known.",
     )
-    images: int = Field(default=1_000_000, ge=1, description="faces to train on in all, repeats counted")
+    images: int = Field(1_000_000, ge=1, description="Faces to train on in all, repeats counted.")
     views: int = Field(
-        default=8,
+        8,
         ge=1,
         le=1000,
-        description="embeddings queried per public face, each of another crop under a fresh state, where the "
-        "recogniser can only be queried; with its weights every step draws afresh",
+        description="Embeddings queried per public face, each of another crop under a fresh state, where the "
+        "recogniser can only be queried; with its weights every step draws afresh.",
     )
     shift: float = Field(
-        default=0.03,
+        0.03,
         ge=0,
         le=0.25,
-        description="largest shift of a training face, as a share of its width; half of the faces are mirrored too",
+        description="Largest shift of a training face, as a share of its width; half of the faces are mirrored too.",
     )
-    warmup: float = Field(default=0.05, ge=0, le=0.5, description="share of the training over which the rate rises")
+    warmup: float = Field(0.05, ge=0, le=0.5, description="Share of the training over which the rate rises.")
     decay: float = Field(
-        default=0.4, ge=0, le=0.9, description="share of the training, at its end, over which it falls"
+        default=0.4, ge=0, le=0.9, description="Share of the training, at its end, over which it falls."
     )
 
 

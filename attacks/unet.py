@@ -35,25 +35,25 @@ class UNetOptions(InversionOptions):
     """Options of :class:`UNet`; the defaults are the published ones where there are any."""
 
     infer_state: bool = Field(
-        default=True,
-        description="at whitebox, read each face's state off its representation and undo the layout, where a reader "
+        True,
+        description="At whitebox, read each face's state off its representation and undo the layout, where a reader "
         "fitted on public faces proves able to; at blackbox, infer the secret table from intercepted traffic first. "
-        "Else train on the mixture of states, or of guesses",
+        "Else train on the mixture of states, or of guesses.",
     )
-    state_faces: int = Field(default=800, ge=16, description="public faces that the reader of states learns from")
-    traffic: int = Field(default=1000, ge=1, description="intercepted faces that a secret table is inferred from")
+    state_faces: int = Field(800, ge=16, description="Public faces that the reader of states learns from.")
+    traffic: int = Field(1000, ge=1, description="Intercepted faces that a secret table is inferred from.")
     guesses: int = Field(
-        default=0,
+        0,
         ge=0,
         le=4096,
-        description="at blackbox without an inferred table, how many guesses of the secret to train on; 0 draws fresh "
-        "ones every step, which marginalises over what is not known; 1 is the published single guess",
+        description="At blackbox without an inferred table, how many guesses of the secret to train on; 0 draws fresh "
+        "ones every step, which marginalises over what is not known; 1 is the published single guess.",
     )
     invariance: Literal["none", "sorted", "mean"] = Field(
-        default="none",
-        description="what a defence that permutes channels cannot hide: sorted shows the network the channels of each "
+        "none",
+        description="What a defence that permutes channels cannot hide: sorted shows the network the channels of each "
         "colour in the order of their energies, mean their mean and mean magnitude; the state is not inferred then. "
-        "Representations are colour-major, so each third of the channels is one colour",
+        "Representations are colour-major, so each third of the channels is one colour.",
     )
 
 

@@ -25,7 +25,7 @@ class UNetEnsembleOptions(InversionOptions):
     """Options of :class:`UNetEnsemble`; ``images`` are shared out among the members."""
 
     most: int = Field(
-        default=64, ge=1, le=4096, description="states beyond which the attack refuses: each one costs a network"
+        default=64, ge=1, le=4096, description="States beyond which the attack refuses: each one costs a network."
     )
 
 

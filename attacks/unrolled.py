@@ -35,8 +35,7 @@ class UnrolledOptions(InversionOptions, EstimateOptions):
     """Options of :class:`Unrolled`: of the training, and of the linear estimate."""
 
     consistent: bool = Field(
-        default=True,
-        description="apply only that part of the network's change which the observation does not contradict",
+        True, description="Apply only that part of the network's change which the observation does not contradict."
     )
 
 

@@ -36,33 +36,31 @@ _WIDEN, _NARROW = 1.15, 0.9
 class ZerothOrderOptions(EigenfaceSearchOptions):
     """Options of :class:`ZerothOrder`."""
 
-    prior: Literal["eigenfaces"] = Field(default="eigenfaces", description="what turns latents into faces")
+    prior: Literal["eigenfaces"] = Field("eigenfaces", description="What turns latents into faces.")
     estimator: Literal["filter", "central", "forward"] = Field(
-        default="filter",
-        description="of the gradient. filter keeps what all queries so far have told; central and forward take finite "
-        "differences afresh in every step, the latter as published",
+        "filter",
+        description="Estimator of the gradient: filter keeps what all queries so far told; central and forward take "
+        "finite differences afresh in every step, the latter as published.",
     )
     directions: int = Field(
-        default=16,
+        16,
         ge=1,
         le=65536,
-        description="random directions per step. A step takes as many queries with filter, one more with forward, "
-        "twice as many with central",
+        description="Random directions per step. A step takes as many queries with filter, one more with forward, "
+        "twice as many with central.",
     )
     radius: float = Field(
-        default=0.3,
+        0.3,
         gt=0,
         le=_LARGEST_RADIUS,
-        allow_inf_nan=False,
-        description="length of a difference (mu) along a direction of unit variance, in standard deviations of the "
-        "latent. Where the scores are noisy, filter takes longer ones",
+        description="Length of a difference (mu) along a direction of unit variance, in standard deviations of the "
+        "latent. Where the scores are noisy, filter takes longer ones.",
     )
     step: float = Field(
-        default=1.5,
+        1.5,
         gt=0,
         le=100,
-        allow_inf_nan=False,
-        description="length of the first steps, in standard deviations of the latent; it falls to zero with the budget",
+        description="Length of the first steps, in standard deviations of the latent; falls to zero with the budget.",
     )
 
 

@@ -209,18 +209,17 @@ class EigenfaceSearchOptions(AttackOptions):
     """What all searches share."""
 
     components: int = Field(
-        default=128, ge=1, le=65536, description="eigenfaces, fewer where the public faces do not give so many"
+        default=128, ge=1, le=65536, description="Eigenfaces, fewer where the public faces do not give so many."
     )
-    queries: int = Field(default=2000, ge=1, description="score queries per victim, never exceeded")
+    queries: int = Field(2000, ge=1, description="Score queries per victim, never exceeded.")
     penalty: float = Field(
-        default=3e-3,
+        3e-3,
         ge=0,
         le=1,
-        allow_inf_nan=False,
-        description="weight of |latent|^2 / 2, the prior's negative logarithm, against the score. It keeps the "
-        "recovered face among faces instead of among patterns that please the attacked recogniser alone",
+        description="Weight of |latent|^2 / 2, the prior's negative logarithm, against the score. It keeps the "
+        "recovered face among faces instead of among patterns that please the attacked recogniser alone.",
     )
-    chunk: int = Field(default=1024, ge=1, description="faces sent at once, which bounds the memory")
+    chunk: int = Field(1024, ge=1, description="Faces sent at once, which bounds the memory.")
 
 
 class EigenfaceSearch(RecoveryAttack):

@@ -266,46 +266,39 @@ def train_decoder(
 class GeneratorOptions(AttackOptions):
     """Options of :func:`fit_generator`, for attacks to inherit."""
 
-    latent_size: int = Field(default=128, ge=2, le=4096, description="values in a code of the generator")
+    latent_size: int = Field(128, ge=2, le=4096, description="Values in a code of the generator.")
     generator_width: int = Field(
-        default=32,
+        32,
         ge=1,
         le=1024,
-        description="channels of the generator's finest level; they double per coarser level, up to eight times",
+        description="Channels of the generator's finest level; they double per coarser level, up to eight times.",
     )
     generator_images: int = Field(
-        default=400_000, ge=1, description="faces to train the generator on in all, repeats counted"
+        default=400_000, ge=1, description="Faces to train the generator on in all, repeats counted."
     )
-    generator_batch_size: int = Field(default=64, ge=2, le=65536, description="faces per step of the generator")
+    generator_batch_size: int = Field(64, ge=2, le=65536, description="Faces per step of the generator.")
     generator_learning_rate: float = Field(
-        default=2e-3, gt=0, le=1, allow_inf_nan=False, description="of Adam for the generator"
+        default=2e-3, gt=0, le=1, description="Learning rate of Adam for the generator."
     )
     generator_kl: float = Field(
-        default=0.003,
-        ge=0,
-        le=100,
-        allow_inf_nan=False,
-        description="weight of the divergence of the codes from N(0, 1), per value of the code",
+        0.003, ge=0, le=100, description="Weight of the divergence of the codes from N(0, 1), per value of the code."
     )
-    generator_ssim: float = Field(
-        default=1.0, ge=0, le=10, allow_inf_nan=False, description="weight of 1 - SSIM beside L1"
-    )
+    generator_ssim: float = Field(default=1.0, ge=0, le=10, description="Weight of 1 - SSIM beside L1.")
     adversarial: float = Field(
-        default=0.0,
+        0.0,
         ge=0,
         le=10,
-        allow_inf_nan=False,
-        description="weight of the score of a critic trained in turn (WGAN-GP); 0 for none. Sharper faces, at about "
-        "three times the cost",
+        description="Weight of the score of a critic trained in turn (WGAN-GP); 0 for none. Sharper faces, at about "
+        "three times the cost.",
     )
     generator_shift: float = Field(
-        default=0.03,
+        0.03,
         ge=0,
         le=0.25,
-        description="largest shift of a training face, as a share of its width; half of the faces are mirrored too",
+        description="Largest shift of a training face, as a share of its width; half of the faces are mirrored too.",
     )
     generator_validation: float = Field(
-        default=0.1, gt=0, lt=1, description="share of the public identities held out for the generator's loss curve"
+        default=0.1, gt=0, lt=1, description="Share of the public identities held out for the generator's loss curve."
     )
 
     def training(self) -> TrainingOptions:

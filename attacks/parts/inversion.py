@@ -40,21 +40,21 @@ class InversionOptions(TrainingOptions, NetworkOptions):
     """Options of a trained inversion, beside those of the network."""
 
     loss: Literal["l1", "l1+ssim"] = Field(
-        default="l1", description="l1 as published, or l1+ssim: L1 + ssim_weight (1 - SSIM)"
+        default="l1", description="l1 as published, or l1+ssim: L1 + ssim_weight (1 - SSIM)."
     )
-    ssim_weight: float = Field(default=0.2, gt=0, le=10, allow_inf_nan=False, description="see loss")
-    images: int = Field(default=1_000_000, ge=1, description="faces to train on in all, repeats counted")
+    ssim_weight: float = Field(default=0.2, gt=0, le=10, description="Weight of 1 - SSIM, where loss has it.")
+    images: int = Field(1_000_000, ge=1, description="Faces to train on in all, repeats counted.")
     passes: int = Field(
-        default=0,
+        0,
         ge=0,
         le=100_000,
-        description="least number of times that each public face is shown; where images are fewer, there are more, so "
-        "that an attacker with more faces also trains longer",
+        description="Least number of times that each public face is shown; where images are fewer, there are more, so "
+        "that an attacker with more faces also trains longer.",
     )
     steps: int | None = Field(
-        default=None, ge=1, description="gradient steps in all, instead of what images and passes say"
+        default=None, ge=1, description="Gradient steps in all, instead of what images and passes say."
     )
-    flip: bool = Field(default=True, description="mirror half of the faces before they are protected")
+    flip: bool = Field(True, description="Mirror half of the faces before they are protected.")
 
 
 #: The faces of a step, what the network is shown of them, and their states.

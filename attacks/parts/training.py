@@ -37,26 +37,22 @@ class TrainingOptions(AttackOptions):
     """How an attack trains a network; every attack that does has these options."""
 
     batch_size: int = Field(
-        default=64, ge=2, le=65536, description="faces per step (fewer where there are fewer public faces)"
+        default=64, ge=2, le=65536, description="Faces per step (fewer where there are fewer public faces)."
     )
     learning_rate: float = Field(
-        default=1e-3,
+        1e-3,
         gt=0,
         le=1,
-        allow_inf_nan=False,
-        description="of Adam, held after a linear warm-up, then decayed linearly to zero",
+        description="Learning rate of Adam, held after a linear warm-up, then decayed linearly to zero.",
     )
-    warmup: float = Field(default=0.03, ge=0, le=0.5, description="share of a training over which the rate rises")
-    decay: float = Field(default=0.3, ge=0, le=0.9, description="share of a training, at its end, over which it falls")
-    early_stop: bool = Field(default=False, description="start the decay as soon as the validation loss has plateaued")
+    warmup: float = Field(0.03, ge=0, le=0.5, description="Share of a training over which the rate rises.")
+    decay: float = Field(0.3, ge=0, le=0.9, description="Share of a training, at its end, over which it falls.")
+    early_stop: bool = Field(False, description="Start the decay as soon as the validation loss has plateaued.")
     validation: float = Field(
-        default=0.1, gt=0, lt=1, description="share of the public identities held out for the loss curve"
+        default=0.1, gt=0, lt=1, description="Share of the public identities held out for the loss curve."
     )
     plateau: float = Field(
-        default=0.03,
-        gt=0,
-        lt=1,
-        description="relative gain of the last doubling below which a training counts as saturated",
+        0.03, gt=0, lt=1, description="Relative gain of the last doubling below which a training counts as saturated."
     )
 
     @model_validator(mode="after")

@@ -17,17 +17,17 @@ class NetworkOptions(AttackOptions):
     """Options of :class:`UNetNetwork`; the defaults are the published ones where there are any."""
 
     widths: Widths = Field(
-        default=(64, 128, 256, 512, 1024), description="channels per level, from the finest to the bottleneck"
+        default=(64, 128, 256, 512, 1024), description="Channels per level, from the finest to the bottleneck."
     )
     stem_stride: Literal[1, 2, 4] = Field(
-        default=1,
-        description="the finest level works on pixels gathered in squares of this side (lossless space-to-depth); 1 is "
-        "the published network, 2 is several times cheaper",
+        1,
+        description="The finest level works on pixels gathered in squares of this side (lossless space-to-depth); 1 is "
+        "the published network, 2 is several times cheaper.",
     )
     bypass: Literal[0, 1, 3, 5, 7] = Field(
-        default=3, description="side of a linear convolution from the input straight to the output; 0 for none"
+        default=3, description="Side of a linear convolution from the input straight to the output; 0 for none."
     )
-    norm: Literal["batch", "none"] = Field(default="batch", description="normalisation after each convolution")
+    norm: Literal["batch", "none"] = Field("batch", description="Normalisation after each convolution.")
 
     @model_validator(mode="before")
     @classmethod
