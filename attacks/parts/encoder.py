@@ -98,7 +98,7 @@ class LayoutConvolution(nn.Module):
 
     def __init__(self, width: int, channels: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.stride = stride
+        self.stride, self.outputs = stride, outputs
         bound = (2 / channels) ** 0.5 / 3
         self.weight = nn.Parameter(torch.empty(width, 9 * outputs).uniform_(-bound, bound))
 
@@ -106,9 +106,9 @@ class LayoutConvolution(nn.Module):
         """float (N, C, h, w) and int64 (N, C) to (N, outputs, ceil(h / stride), ceil(w / stride))."""
         n, channels, height, width = x.shape
         columns = functional.unfold(x, 3, padding=1, stride=self.stride)
-        weight = self.weight[layout].view(n, channels * 9, -1)
+        weight = self.weight[layout].view(n, channels * 9, self.outputs)
         out = torch.bmm(weight.transpose(1, 2), columns)
-        return out.view(n, -1, math.ceil(height / self.stride), math.ceil(width / self.stride))
+        return out.view(n, self.outputs, math.ceil(height / self.stride), math.ceil(width / self.stride))
 
 
 class Encoder(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attacks.parts import training as checkpoint
-from attacks.parts.training import Plateau, WarmHoldDecay
+from attacks.parts.training import Plateau, Trainer, Training, TrainingOptions, WarmHoldDecay
 
 
 def test_round_trip_of_tensors_and_json(tmp_path):
@@ -148,3 +148,23 @@ def test_checks_end_with_the_hold_and_hold_its_half():
     assert 40 in schedule.checks()
     assert schedule.checks() == sorted(set(schedule.checks()))
     assert WarmHoldDecay(1, 0.0, 0.0).checks() == [1]
+
+
+@pytest.mark.parametrize(("name", "what"), [("", "trial's loss"), ("student", "trial: the student's loss")])
+def test_a_loss_that_is_not_finite_names_the_training_and_the_step(make_adversary, plain, name, what):
+    network = torch.nn.Linear(1, 1)
+    trainer = Trainer("trial", make_adversary(plain(image_size=8)), 0, TrainingOptions())
+
+    def loss(step):
+        return network(torch.ones(1, 1)).sum() * (float("nan") if step == 3 else 1.0)
+
+    training = Training(network=network, loss=loss, validate=lambda network: 0.0, floor=1.0, steps=9, name=name)
+    with pytest.raises(FloatingPointError, match=rf"{what} became nan at step 4.*learning_rate"):
+        trainer.train(training)
+
+
+def test_states_are_noted_once_each():
+    seen = checkpoint.SeenStates()
+    for step in range(5):
+        seen.add(torch.tensor([[step % 3, 0], [1, 1]]))
+    assert seen.states.tolist() == [[0, 0], [1, 0], [1, 1], [2, 0]]
