@@ -35,7 +35,7 @@ def ssim(recovered: Tensor, original: Tensor) -> Tensor:
     Raises:
         DataError: other shapes, integer images, or images smaller than the window.
     """
-    return ssim_terms(*_checked(recovered, original, WINDOW))[0]
+    return ssim_terms(*checked_faces(recovered, original, WINDOW))[0]
 
 
 def psnr(recovered: Tensor, original: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def psnr(recovered: Tensor, original: Tensor) -> Tensor:
         >>> psnr(torch.full((1, 3, 4, 4), 0.6), torch.full((1, 3, 4, 4), 0.5))
         tensor([20.0000])
     """
-    recovered, original = _checked(recovered, original)
+    recovered, original = checked_faces(recovered, original)
     return _decibel((recovered - original).square().flatten(1).mean(1))
 
 
@@ -84,7 +84,7 @@ def psnr_aligned(recovered: Tensor, original: Tensor) -> Tensor:
         >>> psnr_aligned(0.2 + 0.5 * original, original)
         tensor([100.])
     """
-    recovered, original = _checked(recovered, original)
+    recovered, original = checked_faces(recovered, original)
     r, o = recovered.flatten(2), original.flatten(2)
     r = r - r.mean(2, keepdim=True)
     o = o - o.mean(2, keepdim=True)
@@ -135,7 +135,7 @@ def ms_ssim(recovered: Tensor, original: Tensor) -> Tensor:
         >>> ms_ssim(faces, faces)
         tensor([1.])
     """
-    recovered, original = _checked(recovered, original, WINDOW)
+    recovered, original = checked_faces(recovered, original, WINDOW)
     scales = ms_ssim_scales(min(recovered.shape[-2:]))
     weights = torch.tensor(MS_SSIM_WEIGHTS[:scales], dtype=recovered.dtype, device=recovered.device)
     weights = weights / weights.sum()
@@ -148,7 +148,12 @@ def ms_ssim(recovered: Tensor, original: Tensor) -> Tensor:
     return (torch.stack(factors, 1).clamp_min(0) ** weights).prod(1)
 
 
-def _checked(recovered: Tensor, original: Tensor, smallest: int = 1) -> tuple[Tensor, Tensor]:
+def checked_faces(recovered: Tensor, original: Tensor, smallest: int = 1) -> tuple[Tensor, Tensor]:
+    """Both, at least float32.
+
+    Raises:
+        DataError: other shapes, integer images, or a side below ``smallest`` pixels.
+    """
     if recovered.ndim != 4 or recovered.shape != original.shape:
         raise DataError(
             "recovered and original faces must share one shape (N, C, H, W), "

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.errors import DataError, MissingError
+from bench.errors import MissingError
+from bench.metrics.image_quality import checked_faces
 
 #: torchvision's file (``AlexNet_Weights.IMAGENET1K_V1``); the name carries the first digits of its SHA-256.
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
@@ -63,17 +64,7 @@ class Lpips:
         Raises:
             DataError: other shapes, integer images, or faces too small.
         """
-        if recovered.ndim != 4 or recovered.shape[1] != 3 or recovered.shape != original.shape:
-            raise DataError(
-                "recovered and original faces must share one shape (N, 3, H, W), "
-                f"got {tuple(recovered.shape)} and {tuple(original.shape)}"
-            )
-        if not (recovered.is_floating_point() and original.is_floating_point()):
-            raise DataError(f"faces must be float in [0, 1], got {recovered.dtype} and {original.dtype}")
-        if min(recovered.shape[-2:]) < MIN_SIZE:
-            raise DataError(
-                f"LPIPS needs faces of at least {MIN_SIZE} pixels a side, got {tuple(recovered.shape[-2:])}"
-            )
+        recovered, original = checked_faces(recovered, original, MIN_SIZE)
         if not len(recovered):
             return torch.empty(0, device=self._device)
         distances = [

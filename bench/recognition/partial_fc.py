@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,15 +74,6 @@ def update_rows(
 SHORTEST = 1e-12
 
 
-class Centres(Protocol):
-    """Rows that take part in a step, and the place for their gradient."""
-
-    active: Tensor
-
-    def gradient_buffer(self) -> Tensor:
-        """Memory like ``active`` for the backward pass to fill."""
-
-
 class Cosines(torch.autograd.Function):
     """cos t of unit embeddings (N, D) to the n active centres, and once more for each embedding's own one.
 
@@ -100,7 +91,7 @@ class Cosines(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, unit: Tensor, centres: Centres, rows: Tensor, columns: Tensor, dtype: torch.dtype
+        ctx: Any, unit: Tensor, centres: PartialFC, rows: Tensor, columns: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         with torch.autocast(unit.device.type, enabled=False):
             active = centres.active

@@ -3,10 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from bench.recognition.options import PUBLISHED, TrainingOptions
-from bench.run.machines import native_bfloat16, resolve_precision
 
 
 @pytest.mark.parametrize(
@@ -71,43 +69,3 @@ def test_the_published_options_are_those_of_the_paper() -> None:
         "margin": 0.5,
     }
     assert {name: values[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize(("native", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
-def test_auto_is_bfloat16_where_the_hardware_has_it(
-    monkeypatch: pytest.MonkeyPatch, native: bool, expected: str
-) -> None:
-    monkeypatch.setattr("bench.run.machines.native_bfloat16", lambda _: native)
-    assert resolve_precision("auto", torch.device("cpu")) == expected
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_a_named_precision_is_kept(precision: str) -> None:
-    assert resolve_precision(precision, torch.device("cpu")) == precision
-
-
-def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown precision '64-true'"):
-        resolve_precision("64-true", torch.device("cpu"))
-
-
-@pytest.mark.parametrize("probe", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
-def test_a_processor_is_asked_for_bfloat16_and_may_not_know(monkeypatch: pytest.MonkeyPatch, probe: str) -> None:
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    for name in probes:
-        monkeypatch.delattr(torch.cpu, name, raising=False)
-    assert not native_bfloat16(torch.device("cpu"))  # an older torch
-    for name in probes:
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    assert not native_bfloat16(torch.device("cpu"))
-    monkeypatch.setattr(torch.cpu, probe, lambda: True, raising=False)
-    assert native_bfloat16(torch.device("cpu"))
-
-
-@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_cuda_has_bfloat16_from_ampere_on(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], native: bool
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert native_bfloat16(torch.device("cuda")) is native
-    assert not native_bfloat16(torch.device("mps"))

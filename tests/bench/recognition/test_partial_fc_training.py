@@ -11,7 +11,6 @@ import torch
 import training_at_work as work
 from in_processes import in_processes
 
-from bench.errors import UsageError
 from bench.recognition.options import TrainingOptions
 from bench.recognition.processes import Processes
 from bench.recognition.training import build_head
@@ -145,8 +144,3 @@ def test_the_head_follows_its_options() -> None:
     head: Any = build_head(options, 90, seed=4, processes=Processes(1, 2))
     assert (head.margin, head.angle_factor, head.cosine_margin, head.interclass_filter) == (0.2, 1.5, 0.1, 0.4)
     assert (head.classes, head.owned, head.quota) == (90, range(45, 90), round(0.1 * 45))
-
-
-def test_one_identity_is_refused() -> None:
-    with pytest.raises(UsageError, match="at least 2 identities"):
-        build_head(TrainingOptions(head="partial-fc"), 1)
