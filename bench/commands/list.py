@@ -10,7 +10,6 @@ from rich.console import Group, RenderableType
 
 from bench.commands.console import show, table
 from bench.commands.flags import AsJson, default_text
-from bench.measures import KINDS
 from bench.plugins import Option, attacks, defenses, describe
 from bench.registry import pick
 from bench.run.config import DATA, INTERCEPTIONS, Setting, settings
@@ -120,6 +119,8 @@ def _heads() -> list[dict[str, Any]]:
 
 
 def _metrics() -> list[dict[str, Any]]:
+    from bench.measures import KINDS
+
     return [
         {
             "name": name,
