@@ -11,10 +11,9 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
@@ -29,19 +28,13 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 
 
-def _from_module(package: str, module_name: str, name: str, base: type[C]) -> type[C]:
-    module = importlib.import_module(f"{package}.{module_name}")
-    found = [
-        member
-        for member in vars(module).values()
-        if inspect.isclass(member)
-        and issubclass(member, base)
-        and member.__module__ == module.__name__
-        and getattr(member, "name", None) == name
-    ]
-    if len(found) != 1:
-        raise TypeError(f"{module.__name__} must define exactly one {base.__name__} called {name!r}, has {len(found)}")
-    return found[0]
+def _from_module(module_name: str, name: str, base: type[C]) -> type[C]:
+    module = importlib.import_module(module_name)
+    members = [member for member in vars(module).values() if inspect.isclass(member) and issubclass(member, base)]
+    named = [member for member in members if member.__module__ == module_name and getattr(member, "name", None) == name]
+    if len(named) != 1:
+        raise TypeError(f"{module_name} must define exactly one {base.__name__} called {name!r}, has {len(named)}")
+    return named[0]
 
 
 def _from_entry_point(entry: EntryPoint, base: type[C]) -> type[C]:
@@ -54,39 +47,34 @@ def _from_entry_point(entry: EntryPoint, base: type[C]) -> type[C]:
     return loaded
 
 
-def _fill(registry: Registry[type[Any]], package: ModuleType, base: str, group: str) -> None:
-    def base_class() -> type[Any]:
-        return cast("type[Any]", getattr(importlib.import_module(f"{package.__name__}.base"), base))
+def _registry(kind: str, package_name: str, base: str) -> Registry[type[Any]]:
+    """The plug-ins of a package, and those of its entry points; each is imported when it is asked for."""
+    registry: Registry[type[Any]] = Registry(kind)
+    package = importlib.import_module(package_name)
 
-    for module in pkgutil.iter_modules(package.__path__):
-        if module.name not in package.SUPPORT_MODULES:
-            name = module.name.replace("_", "-")
-            registry.add(
-                name,
-                functools.partial(
-                    lambda module_name, name: _from_module(package.__name__, module_name, name, base_class()),
-                    module.name,
-                    name,
-                ),
-            )
-    for entry in entry_points(group=group):
-        registry.add(entry.name, functools.partial(lambda entry: _from_entry_point(entry, base_class()), entry))
+    def load(source: Callable[[type[Any]], type[Any]]) -> type[Any]:
+        return source(getattr(importlib.import_module(f"{package_name}.base"), base))
+
+    for module in pkgutil.iter_modules(package.__path__, f"{package_name}."):
+        file = module.name.rpartition(".")[2]
+        if file not in package.SUPPORT_MODULES:
+            name = file.replace("_", "-")
+            registry.add(name, functools.partial(load, functools.partial(_from_module, module.name, name)))
+    for entry in entry_points(group=f"bench.{package_name}"):
+        registry.add(entry.name, functools.partial(load, functools.partial(_from_entry_point, entry)))
+    return registry
 
 
 @functools.cache
 def defenses() -> Registry[type[Defense]]:
     """All defences by name."""
-    registry: Registry[type[Defense]] = Registry("defence")
-    _fill(registry, importlib.import_module("defenses"), "Defense", "bench.defenses")
-    return registry
+    return _registry("defence", "defenses", "Defense")
 
 
 @functools.cache
 def attacks() -> Registry[type[Attack]]:
     """All attacks by name."""
-    registry: Registry[type[Attack]] = Registry("attack")
-    _fill(registry, importlib.import_module("attacks"), "Attack", "bench.attacks")
-    return registry
+    return _registry("attack", "attacks", "Attack")
 
 
 class Option(BaseModel):

@@ -2,13 +2,15 @@
 
 import sys
 import types
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import BaseModel, Field
 
 from bench import plugins
 from bench.errors import UsageError
-from bench.registry import Registry
 from defenses.base import Defense
 
 
@@ -44,8 +46,7 @@ def test_a_new_file_is_found_without_touching_another(tmp_path, monkeypatch):
         "        return faces\n"
     )
     monkeypatch.setitem(sys.modules, "extra_defenses", package)
-    registry = Registry("defence")
-    plugins._fill(registry, package, "Defense", "no.such.group")
+    registry = plugins._registry("defence", "extra_defenses", "Defense")
     assert list(registry) == ["my-defense"]
     assert issubclass(registry.get("my-defense"), Defense)
     for name in ("extra_defenses.my_defense", "extra_defenses.base"):
@@ -53,12 +54,9 @@ def test_a_new_file_is_found_without_touching_another(tmp_path, monkeypatch):
 
 
 def test_entry_points_are_plugins(monkeypatch):
-    import defenses as package
-
     entry = EntryPoint(name="third-party", value="defenses.none:" + plugins.defenses().get("none").__name__, group="g")
-    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
-    registry = Registry("defence")
-    plugins._fill(registry, package, "Defense", "g")
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry] if group == "bench.defenses" else [])
+    registry = plugins._registry("defence", "defenses", "Defense")
     assert registry.get("third-party") is plugins.defenses().get("none")
 
 
@@ -66,14 +64,37 @@ def test_entry_points_are_plugins(monkeypatch):
     ("value", "message"), [("no_such_module:X", "cannot be imported"), ("pathlib:Path", "is not a Defense")]
 )
 def test_a_broken_entry_point_is_one_line(monkeypatch, value, message):
-    import defenses as package
-
     entry = EntryPoint(name="third-party", value=value, group="g")
     monkeypatch.setattr(plugins, "entry_points", lambda group: [entry])
-    registry = Registry("defence")
-    plugins._fill(registry, package, "Defense", "g")
+    registry = plugins._registry("defence", "defenses", "Defense")
     with pytest.raises(UsageError, match=message):
         registry.get("third-party")
+
+
+class Inner(BaseModel):
+    depth: int = Field(2, ge=1, lt=9, description="How deep.")
+
+
+class Outer(BaseModel):
+    name: str = Field(description="What it is called.")
+    kind: Literal["a", "b"] = Field("a", description="Which.")
+    widths: tuple[Annotated[int, Field(ge=1)], ...] = Field((4, 8), min_length=1, description="Widths.")
+    limit: float | None = Field(None, gt=0, description="At most.")
+    inner: Inner = Inner(depth=5)
+    callback: Callable[[], int] | None = Field(None, description="Nothing that JSON knows.")
+
+
+def test_an_option_model_is_described():
+    options = {option.name: option for option in plugins.describe(Outer)}
+    assert list(options) == ["name", "kind", "widths", "limit", "inner.depth", "callback"]
+    shown = {name: (option.type, option.default, option.range) for name, option in options.items()}
+    assert shown["name"] == ("text", None, "")
+    assert shown["kind"] == ("a | b", "a", "")
+    assert shown["widths"] == ("list of int", [4, 8], "at least 1, each >= 1")
+    assert shown["limit"] == ("float | none", None, "> 0")
+    assert shown["inner.depth"] == ("int", 5, ">= 1, < 9")
+    assert [option.required for option in options.values()] == [True] + [False] * 5
+    assert [option.meaning for option in options.values()][-2:] == ["How deep.", "Nothing that JSON knows."]
 
 
 def test_unknown_option_lists_the_options():

@@ -21,7 +21,7 @@ from bench.results import PROTOCOL_VERSION
 from bench.run.config import PRESETS, RunConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "examples" not in page.parts)
 _HELP = {"--help", "-h"}
 
 
