@@ -59,23 +59,18 @@ class Utility(Verification):
 
 
 class Linkage(_Model):
-    """How well an attack tells whether two things show one person.
+    """How well an attack tells whether two things show one person."""
 
-    Attributes:
-        protected_plain: an intercepted representation against a plain face.
-        protected_protected: two representations, intercepted independently.
-        plain: two plain faces under the same attack: the ceiling.
-        rank1: a representation finds its person among plain faces.
-        d_sys: global unlinkability measure, by kind of pair: 0 unlinkable, 1 fully linkable.
-        d_sys_chance: what it comes to at most, on average, where nothing links (of independent pairs).
-    """
-
-    protected_plain: Verification
-    protected_protected: Verification
-    plain: Verification
-    rank1: Measure
-    d_sys: dict[str, Measure]
-    d_sys_chance: float | None = None
+    protected_plain: Verification = Field(description="an intercepted representation against a plain face")
+    protected_protected: Verification = Field(description="two representations, intercepted independently")
+    plain: Verification = Field(description="two plain faces under the same attack: the ceiling")
+    rank1: Measure = Field(description="a representation finds its person among plain faces")
+    d_sys: dict[str, Measure] = Field(
+        description="global unlinkability measure, by kind of pair: 0 unlinkable, 1 fully linkable"
+    )
+    d_sys_chance: float | None = Field(
+        None, description="what it comes to at most, on average, where nothing links (of independent pairs)"
+    )
 
 
 class Identity(_Model):
@@ -113,17 +108,11 @@ class Recovery(Quality):
 
 
 class StateInference(_Model):
-    """How often the attack named what the defence had drawn.
+    """How often the attack named what the defence had drawn."""
 
-    Attributes:
-        faces: share of interceptions of which every channel was put in its place.
-        channels: share of channels put in their place.
-        chance: ``faces`` of uniform guessing, where the states can be counted.
-    """
-
-    faces: Measure
-    channels: Measure
-    chance: float | None = None
+    faces: Measure = Field(description="share of interceptions of which every channel was put in its place")
+    channels: Measure = Field(description="share of channels put in their place")
+    chance: float | None = Field(None, description="faces of uniform guessing, where the states can be counted")
 
 
 class StrengthPoint(_Model):
@@ -134,22 +123,18 @@ class StrengthPoint(_Model):
 
 
 class StrengthCurve(_Model):
-    """Leakage against the attacker's budget; the last point is the run's own result.
+    """Leakage against the attacker's budget; the last point is the run's own result."""
 
-    Attributes:
-        axis: what the budget counts.
-        points: in ascending order of their budgets.
-        gain_of_last_doubling: metric -> the last point minus the one before it on the same victims, with the paired
-            interval over identities; null where the two budgets are less than a factor 1.5 apart.
-        tolerance: metric -> what the lower end of that interval must exceed to count as a gain.
-        unsaturated: whether any of these metrics gains; None where none could be judged.
-    """
-
-    axis: str
-    points: list[StrengthPoint]
-    gain_of_last_doubling: dict[str, Measure]
-    tolerance: dict[str, float]
-    unsaturated: bool | None
+    axis: str = Field(description="what the budget counts")
+    points: list[StrengthPoint] = Field(description="in ascending order of their budgets")
+    gain_of_last_doubling: dict[str, Measure] = Field(
+        description="metric -> the last point minus the one before it on the same victims, with the paired interval "
+        "over identities; null where the two budgets are less than a factor 1.5 apart"
+    )
+    tolerance: dict[str, float] = Field(
+        description="metric -> what the lower end of that interval must exceed to count as a gain"
+    )
+    unsaturated: bool | None = Field(description="whether any of these metrics gains; None where none could be judged")
 
 
 class PluginInfo(_Model):
@@ -168,8 +153,8 @@ class DefenseInfo(PluginInfo):
     @classmethod
     def of(cls, description: dict[str, Any]) -> Self:
         """From what a defence says of itself; what only it knows of goes to ``details``."""
-        own = {key: value for key, value in description.items() if key in cls.model_fields}
-        return cls(**own, details={key: value for key, value in description.items() if key not in own})
+        known = {key: value for key, value in description.items() if key in cls.model_fields}
+        return cls(**known, details={key: value for key, value in description.items() if key not in known})
 
 
 class AttackInfo(PluginInfo):

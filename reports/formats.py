@@ -21,7 +21,7 @@ from reports.table import Entry, Row, Table
 _MARKUP = re.compile(r"([\\`*_{}\[\]#~$!])")
 #: What HTML, or a table before Markdown is read, would take; and addresses that some dialects make links of.
 _REFERENCES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "://": "&#58;//", "www.": "www&#46;"}
-_REFERRED = re.compile("|".join(re.escape(one) for one in _REFERENCES), re.IGNORECASE)
+_REFERRED = re.compile("|".join(re.escape(taken) for taken in _REFERENCES), re.IGNORECASE)
 
 
 def markdown_text(text: str) -> str:
@@ -43,7 +43,7 @@ def report_markdown(settings: Sequence[Setting], speed: Table | None = None) -> 
     for number, setting in enumerate(settings, start=1):
         parts += [
             f"## {markdown_text(subject(setting))}",
-            "\n".join(f"- {markdown_text(str(one))}" for one in findings(setting)),
+            "\n".join(f"- {markdown_text(str(finding))}" for finding in findings(setting)),
         ]
         tables = (summary(setting, number), recovery_table(setting, number))
         parts += [table_markdown(table) for table in tables if table is not None]
@@ -214,7 +214,7 @@ def report_csv(settings: Sequence[Setting]) -> str:
             config = manifest.config
             head = [manifest.run_id, setting.protocol, config.get("dataset"), config.get("image_size")]
             head += [cell.defense, cell.attack, cell.knowledge, cell.seed, result.status]
-            names = [csv_text(one) for one in head]
+            names = [csv_text(value) for value in head]
             for figure, measure in _figures(cell):
                 low, high = measure.ci95 or ("", "")
                 value = "" if measure.value is None else measure.value

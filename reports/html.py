@@ -150,8 +150,10 @@ def _drawings(setting: Setting, number: int) -> dict[str, list[Drawing]]:
     curves = [roc_figure(setting, number, table) for table in ("scores", "linkage")]
     states = state_figure(setting, number)
     return {
-        "Privacy against utility and speed": [one for name in _PARETO if (one := pareto(setting, number, name))],
-        "Telling people apart": [*(one for one in curves if one), *distributions(setting, number)],
+        "Privacy against utility and speed": [
+            drawing for name in _PARETO if (drawing := pareto(setting, number, name))
+        ],
+        "Telling people apart": [*filter(None, curves), *distributions(setting, number)],
         "Stronger attackers": strength_figures(setting, number),
         "What the defence drew": [*([states] if states else []), *confusion_figures(setting, number)],
         "Frequencies": frequency_figures(setting, number),

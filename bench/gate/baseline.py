@@ -28,33 +28,20 @@ BASELINE_VERSION = "2"
 
 
 class Expected(StoredModel):
-    """One figure of a cell.
+    """One figure of a cell."""
 
-    Attributes:
-        value: mean over the baseline's runs.
-        role: whom the gate protects with it.
-        direction: which way it reads.
-        rate: whether it is a share of trials.
-        absolute, relative: a harmful change of up to ``absolute + relative * |value|`` is tolerated.
-        margin: a pass rules out a harmful change of this size or more, or of the tolerance where that is larger.
-        seed_sd, seed_df: standard deviation between runs of different seeds beyond the choice of victims, and its
-            degrees of freedom.
-        repeat_sd, repeat_df: the same between runs of one seed that were trained anew.
-        limit: the value at which everything is lost.
-    """
-
-    value: float
-    role: Role
-    direction: Direction
-    rate: bool = False
-    absolute: float = Field(ge=0)
-    relative: float = Field(0.0, ge=0)
-    margin: float = Field(ge=0)
-    seed_sd: float = Field(ge=0)
-    seed_df: float = Field(gt=0)
-    repeat_sd: float = Field(ge=0)
-    repeat_df: float = Field(gt=0)
-    limit: float | None = None
+    value: float = Field(description="mean over the baseline's runs")
+    role: Role = Field(description="whom the gate protects with it")
+    direction: Direction = Field(description="what a higher value means")
+    rate: bool = Field(False, description="whether it is a share of trials")
+    absolute: float = Field(ge=0, description="harmful change that is tolerated, in the figure's unit")
+    relative: float = Field(0.0, ge=0, description="what is tolerated besides, as a share of the value")
+    margin: float = Field(ge=0, description="a pass rules out a harmful change of this, or of the tolerance if larger")
+    seed_sd: float = Field(ge=0, description="standard deviation between seeds, beyond the choice of victims")
+    seed_df: float = Field(gt=0, description="its degrees of freedom")
+    repeat_sd: float = Field(ge=0, description="standard deviation between runs of one seed that were trained anew")
+    repeat_df: float = Field(gt=0, description="its degrees of freedom")
+    limit: float | None = Field(None, description="the value at which everything is lost")
 
     @property
     def tolerance(self) -> float:

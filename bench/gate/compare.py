@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from bench.errors import UsageError
 from bench.gate.baseline import check_protocol, resolved_options
@@ -28,24 +28,17 @@ class Setting(_Model):
 
 
 class FigureChange(_Model):
-    """One figure in both runs.
+    """One figure in both runs."""
 
-    Attributes:
-        figure: its place in ``metrics.json``.
-        direction: what a higher value means; None of a figure that this version does not know.
-        first, second: its values; None where a run has none.
-        change: ``second - first``.
-        ci95: 95 % interval over people; of the victims' choice alone, without what another training would change.
-        victims: whether both are of the same people, so that the interval is paired.
-    """
-
-    figure: str
-    direction: Direction | None
-    first: float | None
-    second: float | None
-    change: float | None = None
-    ci95: tuple[float, float] | None = None
-    victims: str | None = None
+    figure: str = Field(description="its place in metrics.json")
+    direction: Direction | None = Field(description="what a higher value means; null of an unknown figure")
+    first: float | None = Field(description="its value in the first run; null where that has none")
+    second: float | None = Field(description="its value in the second run")
+    change: float | None = Field(None, description="second - first")
+    ci95: tuple[float, float] | None = Field(
+        None, description="95 % interval over people, without what another training would change"
+    )
+    victims: str | None = Field(None, description="whether both are of the same people, so that the interval is paired")
 
 
 class Difference(_Model):

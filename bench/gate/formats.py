@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 from xml.etree import ElementTree as ET
 
 from bench.files import write_text
@@ -65,13 +66,10 @@ def cells(figure: FigureVerdict) -> tuple[str, ...]:
     )
 
 
-_ICON: dict[Verdict, str] = {
+_ICON: dict[Verdict, str] = dict.fromkeys(get_args(Verdict), "❌") | {
     "pass": "✅",
     "inconclusive": "❔",
-    "regress": "❌",
     "broken attack": "💥",
-    "failed": "❌",
-    "missing": "❌",
 }
 _MARKUP = frozenset("\\`*_{}[]()<>#+!|~&@:$\"'")
 

@@ -129,21 +129,13 @@ class CellKey(StoredModel):
 
 
 class Scores(StoredModel):
-    """One figure of one run.
+    """One figure of one run."""
 
-    Attributes:
-        value: the figure.
-        se: standard error over people, where only the figure and its interval are there; else None.
-        sha256: of the raw values per image (identities, images, float64), where there are some.
-        means: of each person of the run, the mean of the person's images; null where none was measured.
-        counts: how many images of each person that is.
-    """
-
-    value: float
-    se: float | None = Field(None, ge=0)
-    sha256: str | None = None
-    means: list[float | None] | None = None
-    counts: list[int] | None = None
+    value: float = Field(description="the figure")
+    se: float | None = Field(None, ge=0, description="standard error over people, where there are no raw values")
+    sha256: str | None = Field(None, description="of the raw values per image (images, identities, float64)")
+    means: list[float | None] | None = Field(None, description="mean of each person's images; null of those without")
+    counts: list[int] | None = Field(None, description="how many images of each person that is")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -162,24 +154,20 @@ class Scores(StoredModel):
 
 
 class RunScores(StoredModel):
-    """One run.
+    """One run."""
 
-    Attributes:
-        run_id: its name.
-        seed: its seed.
-        source: hash of the faces that it was run on; runs of one source and seed have the same victims.
-        victims: how many people were attacked or verified.
-        people: a hash for each attacked person, in the order of the scores: the same person of the same source has the
-            same one in every run, and no name is given away.
-        figures: place in the result -> scores.
-    """
-
-    run_id: str
-    seed: int
-    source: str
-    victims: int = Field(ge=1)
-    people: list[str] = []
-    figures: dict[str, Scores]
+    run_id: str = Field(description="its name")
+    seed: int = Field(description="its seed")
+    source: str = Field(
+        description="hash of the faces that it was run on; runs of one source and seed have the same victims"
+    )
+    victims: int = Field(ge=1, description="how many people were attacked or verified")
+    people: list[str] = Field(
+        [],
+        description="a hash for each attacked person, in the order of the scores: the same person of the same source "
+        "has the same one in every run, and no name is given away",
+    )
+    figures: dict[str, Scores] = Field(description="place in the result -> scores")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -19,9 +19,9 @@ can show, so that a pass says openly what it rules out instead of taking "not si
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
 from bench.gate.baseline import Expected
@@ -29,12 +29,8 @@ from bench.gate.comparison import Change, quantile
 from bench.gate.scores import Role
 from bench.measures import Direction
 
-Verdict = Literal["pass", "regress", "broken attack", "inconclusive", "missing", "failed"]
-
 #: From best to worst. A cell is as good as its worst figure, a report as its worst cell.
-_RANK: tuple[Verdict, ...] = ("pass", "inconclusive", "regress", "broken attack", "failed", "missing")
-
-REGRESSION, INCONCLUSIVE = 1, 4
+Verdict = Literal["pass", "inconclusive", "regress", "broken attack", "failed", "missing"]
 
 
 class _Model(BaseModel):
@@ -42,44 +38,34 @@ class _Model(BaseModel):
 
 
 class FigureVerdict(_Model):
-    """One figure of one run against its baseline.
+    """One figure of one run against its baseline."""
 
-    Attributes:
-        figure: its place in ``metrics.json``.
-        role: what it guards.
-        direction: which way it reads.
-        baseline, now: expected and found; ``now`` is null where it was not measured.
-        change: ``now - baseline``.
-        ci95: two-sided 95 % interval of the change.
-        tolerance: harmful change that is tolerated.
-        margin: harmful change that a pass rules out.
-        detectable: harmful change that would be called a regression with a probability of 80 %.
-        p_harm: Holm-adjusted p-value of "the harm is within the tolerance"; small means that it is not.
-        p_safe: p-value of "the harm reaches the margin"; small means that it does not.
-        victims: whose scores were compared.
-        outcome: of this figure.
-        improved: whether the figure got better beyond its tolerance.
-        blind: whether even the loss of all that is left would not be detected, so that a pass says nothing.
-        note: what else there is to say.
-    """
-
-    figure: str
-    role: Role
-    direction: Direction
-    baseline: float
-    now: float | None
-    change: float | None = None
-    ci95: tuple[float, float] | None = None
-    tolerance: float
-    margin: float
-    detectable: float | None = None
-    p_harm: float | None = None
-    p_safe: float | None = None
-    victims: str | None = None
-    outcome: Verdict
-    improved: bool = False
-    blind: bool = False
-    note: str | None = None
+    figure: str = Field(description="its place in metrics.json")
+    role: Role = Field(description="what it guards")
+    direction: Direction = Field(description="what a higher value means")
+    baseline: float = Field(description="what was expected")
+    now: float | None = Field(description="what was found; null where it was not measured")
+    change: float | None = Field(None, description="now - baseline")
+    ci95: tuple[float, float] | None = Field(None, description="two-sided 95 % interval of the change")
+    tolerance: float = Field(description="harmful change that is tolerated")
+    margin: float = Field(description="harmful change that a pass rules out")
+    detectable: float | None = Field(
+        None, description="harmful change that would be called a regression with a probability of 80 %"
+    )
+    p_harm: float | None = Field(
+        None, description="Holm-adjusted p-value of 'the harm is within the tolerance'; small means that it is not"
+    )
+    p_safe: float | None = Field(
+        None, description="p-value of 'the harm reaches the margin'; small means that it does not"
+    )
+    victims: str | None = Field(None, description="whose scores were compared")
+    outcome: Verdict = Field(description="of this figure")
+    improved: bool = Field(False, description="whether the figure got better beyond its tolerance")
+    blind: bool = Field(
+        False,
+        description="whether even the loss of all that is left would not be detected, so that a pass says nothing",
+    )
+    note: str | None = Field(None, description="what else there is to say")
 
 
 class CellVerdict(_Model):
@@ -112,12 +98,12 @@ def worst(outcomes: Iterable[Verdict]) -> Verdict:
         >>> worst(["pass", "inconclusive", "pass"])
         'inconclusive'
     """
-    return max(outcomes, key=_RANK.index, default="pass")
+    return max(outcomes, key=get_args(Verdict).index, default="pass")
 
 
 def exit_code(outcome: Verdict) -> int:
     """0 for a pass, 4 where it could not be decided, 1 for all that must stop a merge."""
-    return {"pass": 0, "inconclusive": INCONCLUSIVE}.get(outcome, REGRESSION)
+    return {"pass": 0, "inconclusive": 4}.get(outcome, 1)
 
 
 #: Of the least effect that is reported as detectable.

@@ -228,16 +228,16 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     Raises:
         MissingError: a path that neither is nor holds a run.
     """
-    found: dict[Path, Path] = {}
+    runs: dict[Path, Path] = {}
     for path in paths:
         if not path.is_dir():
             raise MissingError(f"{path} is not a run directory: there is no such folder")
-        own = (path / "manifest.json").is_file()
-        below = [path] if own else sorted(file.parent for file in path.glob("*/manifest.json"))
-        if not below:
+        is_run = (path / "manifest.json").is_file()
+        directories = [path] if is_run else sorted(file.parent for file in path.glob("*/manifest.json"))
+        if not directories:
             raise MissingError(f"{path} is not a run directory: {path / 'manifest.json'} does not exist")
-        found.update((directory.resolve(), directory) for directory in below)
-    return list(found.values())
+        runs.update((directory.resolve(), directory) for directory in directories)
+    return list(runs.values())
 
 
 def load_runs(paths: Sequence[Path]) -> list[Run]:
