@@ -254,7 +254,7 @@ def _statistics(
     scores, same = checked_pairs(scores, same)
 
     def evaluate(weights: Tensor | None) -> Tensor:
-        accuracies, _ = fold_accuracies(scores, same, fold, weights)
+        accuracies = fold_accuracies(scores, same, fold, weights)
         curve = roc(scores, same, weights)
         tars = [curve.tar_at_far(far) for far in fars]
         # A fold that a replicate left empty says nothing about it: the mean is over the others.

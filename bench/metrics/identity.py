@@ -197,7 +197,7 @@ def identity_leakage(
     by_person, order = gallery_identities.sort()
     position = torch.searchsorted(by_person, identities).clamp_max(len(by_person) - 1)
     present = by_person[position] == identities
-    own = order[position]
+    enrolment = order[position]
 
     cosine = (probe * plain).sum(1)
     nan = torch.full_like(cosine, torch.nan)
@@ -205,7 +205,7 @@ def identity_leakage(
     rank1: list[Tensor] = []
     rank5: list[Tensor] = []
     # The N x K similarities are never held at once.
-    for rows, targets in zip(torch.split(probe, _CHUNK), torch.split(own, _CHUNK), strict=True):
+    for rows, targets in zip(torch.split(probe, _CHUNK), torch.split(enrolment, _CHUNK), strict=True):
         similarity = rows @ enrolled.T
         target = similarity.gather(1, targets[:, None])
         # Equal embeddings may differ in the last bits of a matrix product.

@@ -29,14 +29,12 @@ class Accuracy:
         std: population standard deviation over folds, as the field prints it behind the mean.
         threshold: the threshold with the best accuracy over all pairs: the recogniser's operating point elsewhere.
         per_fold: accuracy of each fold, under the threshold chosen on the others.
-        fold_thresholds: those thresholds.
     """
 
     mean: float
     std: float
     threshold: float
     per_fold: tuple[float, ...]
-    fold_thresholds: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +163,7 @@ def lfw_accuracy(scores: Tensor, same: Tensor, fold: Tensor) -> Accuracy:
         >>> lfw_accuracy(scores, same, torch.tensor([0, 0, 1, 1])).per_fold
         (1.0, 0.5)
     """
-    accuracies, thresholds = fold_accuracies(scores, same, fold)
+    accuracies = fold_accuracies(scores, same, fold)
     checked_scores, checked_same = checked_pairs(scores, same)
     everything = torch.ones(1, len(checked_scores), dtype=torch.float64)
     return Accuracy(
@@ -173,12 +171,11 @@ def lfw_accuracy(scores: Tensor, same: Tensor, fold: Tensor) -> Accuracy:
         std=float(accuracies.std(correction=0)),
         threshold=float(_best_thresholds(checked_scores, checked_same, everything)),
         per_fold=tuple(accuracies[0].tolist()),
-        fold_thresholds=tuple(thresholds[0].tolist()),
     )
 
 
-def fold_accuracies(scores: Tensor, same: Tensor, fold: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Weighted accuracy and threshold of every fold, as :func:`lfw_accuracy` defines them.
+def fold_accuracies(scores: Tensor, same: Tensor, fold: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted accuracy of every fold, as :func:`lfw_accuracy` defines them.
 
     Candidate thresholds are those of the unweighted sample: a pair of weight zero still marks one.
 
@@ -189,7 +186,7 @@ def fold_accuracies(scores: Tensor, same: Tensor, fold: Tensor, weights: Tensor 
         weights: non-negative (R, P); None for R = 1 with every pair counted once.
 
     Returns:
-        float64 (R, F) accuracies, NaN where a fold has no weight, and float64 (R, F) thresholds.
+        float64 (R, F), NaN where a fold has no weight.
 
     Raises:
         DataError: as :func:`lfw_accuracy`.
@@ -201,21 +198,17 @@ def fold_accuracies(scores: Tensor, same: Tensor, fold: Tensor, weights: Tensor 
     if len(folds) < 2:
         raise DataError("LFW accuracy needs at least two folds: the threshold is chosen on the others")
     weights = _weights(weights, len(scores))
-    columns = (_held_out(scores, same, fold.cpu() == number, weights) for number in folds.tolist())
-    accuracies, thresholds = zip(*columns, strict=True)
-    return torch.stack(accuracies, 1), torch.stack(thresholds, 1)
+    return torch.stack([_held_out(scores, same, fold.cpu() == number, weights) for number in folds.tolist()], 1)
 
 
-def _held_out(scores: Tensor, same: Tensor, test: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    rows = max(1, _CHUNK_ELEMENTS // len(scores))
-    accuracies, thresholds = [], []
-    for chunk in torch.split(weights, rows):
+def _held_out(scores: Tensor, same: Tensor, test: Tensor, weights: Tensor) -> Tensor:
+    """Accuracies (R,) on the pairs ``test``, under the threshold chosen on the others."""
+    accuracies = []
+    for chunk in torch.split(weights, max(1, _CHUNK_ELEMENTS // len(scores))):
         chosen = _best_thresholds(scores[~test], same[~test], chunk[:, ~test])
         right = (scores[test] >= chosen[:, None]) == same[test]
-        held_out = chunk[:, test]
-        accuracies.append((held_out * right).sum(1) / held_out.sum(1))
-        thresholds.append(chosen)
-    return torch.cat(accuracies), torch.cat(thresholds)
+        accuracies.append((chunk[:, test] * right).sum(1) / chunk[:, test].sum(1))
+    return torch.cat(accuracies)
 
 
 def _best_thresholds(scores: Tensor, same: Tensor, weights: Tensor) -> Tensor:

@@ -148,8 +148,9 @@ class MarginHead(nn.Module, ABC):
         return loss, hits
 
     def _with_margin(self, cosine: Tensor, labels: Tensor) -> Tensor:
-        own = labels.unsqueeze(1)
-        return self.scale * cosine.scatter(1, own, self.target(cosine.gather(1, own).squeeze(1)).unsqueeze(1))
+        column = labels.unsqueeze(1)
+        target = self.target(cosine.gather(1, column).squeeze(1))
+        return self.scale * cosine.scatter(1, column, target.unsqueeze(1))
 
     def _check(self, embeddings: Tensor, labels: Tensor) -> None:
         if labels.dtype != torch.int64 or labels.shape != embeddings.shape[:1]:

@@ -98,18 +98,18 @@ class Cosines(torch.autograd.Function):
             inverse = torch.linalg.vector_norm(active, dim=1).clamp_min_(SHORTEST).reciprocal_()
             narrow = active.to(dtype)
             cosine = (unit.to(dtype) @ narrow.T).to(active.dtype).mul_(inverse)
-            own = (unit[rows] * active[columns]).sum(1) * inverse[columns]
-            cosine[rows, columns] = own
+            own_cosine = (unit[rows] * active[columns]).sum(1) * inverse[columns]
+            cosine[rows, columns] = own_cosine
         ctx.save_for_backward(unit, cosine, inverse, narrow, rows, columns)
         ctx.centres = centres
-        return cosine, own
+        return cosine, own_cosine
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, gradient: Tensor, own: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor, own_gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         unit, cosine, inverse, narrow, rows, columns = ctx.saved_tensors
         with torch.autocast(unit.device.type, enabled=False):
-            gradient[rows, columns] += own  # the softmax hands its gradient over: nobody else holds it
+            gradient[rows, columns] += own_gradient  # the softmax hands its gradient over: nobody else holds it
             along = cosine.mul_(gradient).sum(0).mul_(inverse).mul_(inverse)
             scaled = gradient.mul_(inverse).to(narrow.dtype)
             to_unit = (scaled @ narrow).to(unit.dtype)
@@ -151,10 +151,10 @@ class ShardedCrossEntropy(torch.autograd.Function):
         peak = processes.maximum(logits.amax(1))
         shares = logits.sub_(peak.unsqueeze(1)).exp_()
         sums = torch.stack([shares.sum(1), torch.zeros_like(peak).index_copy_(0, rows, target * scale)])
-        total, own = processes.sum(sums)
+        total, own_logit = processes.sum(sums)
         ctx.save_for_backward(shares.div_(total.unsqueeze(1)), rows, columns)
         ctx.factor = scale / len(cosine)
-        loss: Tensor = (total.log() + peak - own).mean()
+        loss: Tensor = (total.log() + peak - own_logit).mean()
         return loss
 
     @staticmethod
@@ -288,9 +288,9 @@ class PartialFC(nn.Module):
         device = embeddings.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
         with torch.autocast(device, enabled=False):
-            cosine, own = Cosines.apply(F.normalize(everyone), self, rows, columns, dtype)
-            hits = self._hits(cosine.detach(), own.detach(), rows)[mine]
-            target = combined_target(own.clamp(-1.0, 1.0), self.angle_factor, self.margin, self.cosine_margin)
+            cosine, own_cosine = Cosines.apply(F.normalize(everyone), self, rows, columns, dtype)
+            hits = self._hits(cosine.detach(), own_cosine.detach(), rows)[mine]
+            target = combined_target(own_cosine.clamp(-1.0, 1.0), self.angle_factor, self.margin, self.cosine_margin)
             loss: Tensor = ShardedCrossEntropy.apply(
                 cosine, target, rows, columns, self.scale, self.interclass_filter, self.processes
             )
@@ -344,8 +344,8 @@ class PartialFC(nn.Module):
         self._values = _room(self._values, self.weight, len(needed))
         self.active = torch.index_select(self.weight, 0, needed, out=self._values[: len(needed)])
 
-    def _hits(self, cosine: Tensor, own: Tensor, rows: Tensor) -> Tensor:
-        there = own.new_full((len(cosine),), -torch.inf).index_copy_(0, rows, own)
+    def _hits(self, cosine: Tensor, own_cosine: Tensor, rows: Tensor) -> Tensor:
+        there = own_cosine.new_full((len(cosine),), -torch.inf).index_copy_(0, rows, own_cosine)
         nearest, owns = self.processes.maximum(torch.stack([cosine.amax(1), there]))
         hits: Tensor = owns >= nearest
         return hits

@@ -71,7 +71,7 @@ class Processes:
             return problem
         problems: list[str | None] = [None] * self.size
         dist.all_gather_object(problems, problem)
-        return next((found for found in problems if found is not None), None)
+        return next((told for told in problems if told is not None), None)
 
     def wait(self) -> None:
         """Return when all processes have come here."""

@@ -100,7 +100,7 @@ def exhaustive_fold(scores: np.ndarray, same: np.ndarray, fold: np.ndarray, weig
 def test_lfw_accuracy_equals_exhaustive_search(ties: bool) -> None:
     scores, same, fold = sample(150, ties=ties)
     weights = torch.cat((torch.ones(1, 150, dtype=torch.float64), weights_of(3, 150)))
-    accuracies, _ = fold_accuracies(scores, same, fold, weights)
+    accuracies = fold_accuracies(scores, same, fold, weights)
     columns = scores.double().numpy(), same.numpy(), fold.numpy()
     expected = [[exhaustive_fold(*columns, weight, number) for number in range(5)] for weight in weights.numpy()]
     np.testing.assert_allclose(accuracies.numpy(), expected, atol=1e-12)
@@ -113,9 +113,9 @@ def test_lfw_accuracy_equals_exhaustive_search(ties: bool) -> None:
 def test_many_replicates_equal_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, same, fold = sample(60)
     weights = weights_of(7, 60)
-    expected = torch.cat([fold_accuracies(scores, same, fold, row[None])[0] for row in weights])
+    expected = torch.cat([fold_accuracies(scores, same, fold, row[None]) for row in weights])
     monkeypatch.setattr("bench.metrics.verification._CHUNK_ELEMENTS", 130)  # two replicates at once
-    torch.testing.assert_close(fold_accuracies(scores, same, fold, weights)[0], expected)
+    torch.testing.assert_close(fold_accuracies(scores, same, fold, weights), expected)
 
 
 def test_the_overall_threshold_is_the_best_one() -> None:
@@ -138,7 +138,7 @@ def test_a_replicate_without_a_class_or_a_fold_is_nan() -> None:
     curve = roc(scores, same, weights)
     for statistic in (curve.auc(), curve.eer(), curve.tar_at_far(0.1)):
         assert statistic.isnan().tolist() == [True, False]
-    accuracies, _ = fold_accuracies(scores, same, fold, weights)
+    accuracies = fold_accuracies(scores, same, fold, weights)
     assert accuracies[1].isnan().tolist() == [False, False, True, False, False]
 
 
