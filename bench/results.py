@@ -261,7 +261,10 @@ class RunResult(_Model):
     @model_validator(mode="before")
     @classmethod
     def _of_version_1(cls, document: Any) -> Any:
-        return upgrade(document) if isinstance(document, dict) else document
+        try:
+            return upgrade(document) if isinstance(document, dict) else document
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"it is not a result of schema 1 either: {error!r}") from None
 
     @model_validator(mode="after")
     def _one_or_several(self) -> Self:

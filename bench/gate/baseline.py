@@ -5,6 +5,7 @@ It is meant to be committed and reviewed. Tolerances and margins may be edited b
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from bench.errors import DataError, MissingError, UsageError
 from bench.files import write_text
 from bench.gate.comparison import Variance, between_runs, moderated, pool, quantile, victims_variance
 from bench.gate.scores import FIGURES, CellKey, Role, RunScores, StoredModel, as_text, cell_key, run_scores
-from bench.measures import Direction, kind_at
+from bench.measures import Direction
 from bench.results import PROTOCOL_VERSION
 from bench.run.archive import Run
 
@@ -115,9 +116,14 @@ class Baseline(StoredModel):
         """Version 1 said whom a higher value suits, utility or privacy, which is no direction."""
         if not isinstance(document, dict) or document.get("schema") != "1":
             return document
-        document = {**document, "schema": BASELINE_VERSION, "cells": [dict(cell) for cell in document["cells"]]}
-        for cell in document["cells"]:
-            cell["figures"] = {name: _directed(name, dict(figure)) for name, figure in cell["figures"].items()}
+        document = copy.deepcopy(document) | {"schema": BASELINE_VERSION}
+        try:
+            for cell in document["cells"]:
+                for name, figure in cell["figures"].items():
+                    del figure["higher_is_better_for"]
+                    figure["direction"] = FIGURES[name].direction
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"it is not a baseline of schema 1 either: {error!r}") from None
         return document
 
     @model_validator(mode="after")
@@ -133,12 +139,6 @@ class Baseline(StoredModel):
         document = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1)
         # Strings of JSON hold no line feed, so only a list's own layout can match.
         return re.sub(r'\[\n\s+(?:(?:null|[-\w.+"]+),?\n\s*)+\]', _on_one_line, document) + "\n"
-
-
-def _directed(name: str, figure: dict[str, Any]) -> dict[str, Any]:
-    del figure["higher_is_better_for"]
-    kind = kind_at(name)
-    return figure | {"direction": kind.direction if kind else None}
 
 
 def write_baseline(baseline: Baseline, path: Path) -> None:

@@ -56,6 +56,8 @@ def stored(request, tmp_path):
 def test_version_1_is_read(stored):
     today, document = stored
     assert RunResult.model_validate_json(json.dumps(document)) == today
+    with pytest.raises(ValidationError, match="not a result of schema 1 either"):
+        RunResult.model_validate(document | {"attack": [1], "recovery": None})
 
 
 def test_a_composite_run_of_version_1_becomes_several_attacks(stored):

@@ -110,6 +110,20 @@ def test_a_baseline_of_a_failed_run_is_refused(tmp_path):
         make_baseline([run])
 
 
+def test_a_baseline_of_version_1_is_read(baseline, stored):
+    def age(document):
+        document["schema"] = "1"
+        for figure in document["cells"][0]["figures"].values():
+            del figure["direction"]
+            figure["higher_is_better_for"] = "utility"
+
+    edit(stored, age)
+    assert read_baseline(stored) == baseline
+    edit(stored, lambda document: document["cells"][0].pop("figures"))
+    with pytest.raises(DataError, match="not a baseline of schema 1 either"):
+        read_baseline(stored)
+
+
 def test_the_same_run_twice_is_refused(seeds):
     with pytest.raises(UsageError, match="two runs of seed 0 are one and the same"):
         make_baseline([load_run(seeds[0]), load_run(seeds[0])])
