@@ -15,11 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bench.progress import Report, no_report
 from bench.randomness import base_seed, derived, seeded
 from defenses.base import Defense
-
-#: Called as ``report(done, total, **fields)``; the harness turns it into a progress bar and a log.
-Report = Callable[..., None]
 
 #: Sends faces, float (M, 3, H, W) in [0, 1], through the provider's service as a client would, each protected under a
 #: fresh state, and returns their embeddings: float32 (M, D), unit rows.
@@ -32,10 +30,6 @@ ScoreQuery = Callable[[Tensor, Tensor], Tensor]
 #: ``traffic(count)``: representations of ``count`` faces intercepted from other requests, in batches (b, C, h, w), in
 #: a fixed order, of faces that are not attacked; neither faces nor names come with them.
 Traffic = Callable[[int], Iterator[Tensor]]
-
-
-def no_report(done: int, total: int, **fields: float) -> None:
-    """A :data:`Report` for callers that want none."""
 
 
 class Knowledge(StrEnum):

@@ -16,12 +16,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from attacks.base import Adversary, AttackOptions, Capability, Observation, no_report
+from attacks.base import Adversary, AttackOptions, Capability, Observation
 from attacks.linear import EstimateOptions, Linear, LinearOptions
 from attacks.parts.exposure import Exposure, split_identities
 from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions
 from attacks.parts.training import Trainer
 from attacks.parts.unet_network import UNetNetwork
+from bench.progress import no_report
 from bench.randomness import derived
 from defenses.base import Defense
 

@@ -10,11 +10,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+#: Called as ``report(done, total, **fields)``; becomes a bar and a line of the log.
 Report = Callable[..., None]
 Log = Callable[..., None]
 
 #: Seconds between two progress lines in the log.
 LOG_INTERVAL = 5.0
+
+
+def no_report(done: int, total: int, **fields: float) -> None:
+    """A :data:`Report` for callers that want none."""
 
 
 class ProgressBars:

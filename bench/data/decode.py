@@ -35,12 +35,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from bench.errors import DataError
+from bench.progress import Report, no_report
 
 A = TypeVar("A")
 B = TypeVar("B")
-
-#: Called as ``report(done, total)``.
-Report = Callable[..., None]
 
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 
@@ -78,10 +76,6 @@ DEFAULT_LIMITS = Limits()
 
 #: An encoded image, uint8 (bytes,), or why its bytes cannot be had.
 Encoded = Tensor | ImageError
-
-
-def no_report(done: int, total: int) -> None:
-    """A :data:`Report` for callers that want none."""
 
 
 def shown(text: object) -> str:

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.data.decode import Encoded, ImageError, Report, decode_all, decode_batch, no_report, shown
+from bench.data.decode import Encoded, ImageError, decode_all, decode_batch, shown
 from bench.data.faces import Contents, Faces, FaceSet, PairProtocol, Skipped, Source
 from bench.errors import DataError
+from bench.progress import Report, no_report
 
 OnError = Literal["refuse", "skip"]
 

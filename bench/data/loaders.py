@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from bench.errors import MissingError, UsageError
+from bench.progress import Report, no_report
 from bench.registry import Registry, target
 
 if TYPE_CHECKING:
     from bench.data.encoded import OpenedSet
     from bench.data.faces import Source
-
-Report = Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ def load(
     seed: int,
     options: Mapping[str, Any] | None = None,
     stream: bool = False,
-    report: Report = lambda done, total: None,
+    report: Report = no_report,
 ) -> Source:
     """Load a dataset by name.
 

@@ -14,11 +14,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from bench.data.decode import Report, no_report
 from bench.data.encoded import IdentityView
 from bench.data.faces import Faces, FaceSet, PairProtocol, Skipped, Source
 from bench.data.pairs import draw_pairs
 from bench.errors import DataError, UsageError
+from bench.progress import Report, no_report
 
 F = TypeVar("F", bound=Faces)
 

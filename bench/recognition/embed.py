@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.data.faces import FaceSet
 from bench.nets.recogniser import Recogniser
-from bench.recognition.state import Report, no_report
+from bench.progress import Report, no_report
 from defenses.base import Defense
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.errors import BenchError, DataError, MissingError
 from bench.files import replacing
 from bench.nets.recogniser import Recogniser, RecogniserSpec
+from bench.progress import Report
 from bench.recognition.learner import Learner
 from bench.recognition.processes import Processes, processes_of
 
@@ -93,14 +94,6 @@ def load_recogniser(path: Path, device: torch.device | str = "cpu") -> tuple[Rec
         raise DataError(f"{path} holds no usable recogniser: {error}; delete it to train again") from error
     recogniser = recogniser.to(device).to(memory_format=torch.channels_last)
     return recogniser.eval(), details
-
-
-#: Called as ``report(done, total, **fields)`` in images; the harness turns it into a progress bar and a log.
-Report = Callable[..., None]
-
-
-def no_report(done: int, total: int, **fields: float) -> None:
-    """A :data:`Report` for callers that want none."""
 
 
 class History:

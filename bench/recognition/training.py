@@ -26,12 +26,13 @@ from bench.images import to_float
 from bench.nets.augmentation import augment
 from bench.nets.heads import MarginHead
 from bench.nets.recogniser import Recogniser
+from bench.progress import Report, no_report
 from bench.randomness import Streams
 from bench.recognition.learner import make_learner
 from bench.recognition.options import HEADS, TrainingOptions
 from bench.recognition.partial_fc import PartialFC
 from bench.recognition.processes import Processes, noticing_lost_processes, processes_of, shared_statistics
-from bench.recognition.state import History, Report, TrainingState, no_report
+from bench.recognition.state import History, TrainingState
 from defenses.base import Defense
 
 

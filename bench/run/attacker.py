@@ -29,14 +29,13 @@ from attacks.base import (
     Observation,
     RecoveryAttack,
     Traffic,
-    no_report,
 )
 from bench.data.faces import FaceSet
 from bench.data.splits import whole_identities
 from bench.files import replacing, write_text
 from bench.images import to_float
 from bench.metrics.identity import Probes, content_ids, select_probes
-from bench.progress import Report
+from bench.progress import Report, no_report
 from bench.run.attack_config import AttackConfig
 from bench.run.machines import synchronise
 from bench.run.provider import Stages, failing_as

@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from bench.data.decode import AT_ONCE, Report, by_threads, no_report, own_limits, workers
+from bench.data.decode import AT_ONCE, by_threads, own_limits, workers
 from bench.data.encoded import IdentityView, OnError
 from bench.data.faces import Contents, Skipped
 from bench.errors import DataError
 from bench.files import write_text
+from bench.progress import Report, no_report
 
 
 @dataclass(frozen=True, slots=True)

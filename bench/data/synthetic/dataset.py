@@ -9,7 +9,8 @@ from bench.data.faces import FaceSet, Source
 from bench.data.loaders import Dataset
 from bench.data.synthetic.anatomy import draw_identities
 from bench.data.synthetic.nuisance import Conditions, draw_conditions
-from bench.data.synthetic.renderer import MIN_SIZE, Report, render
+from bench.data.synthetic.renderer import MIN_SIZE, render
+from bench.progress import Report
 from bench.randomness import Streams
 
 _FACES_AT_ONCE = 64

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,8 +12,8 @@ from bench.data.synthetic.nuisance import Conditions
 from bench.data.synthetic.paint import Coat, cover, hair_tone, paint_head, rgb
 from bench.data.synthetic.shading import Light, illuminate, key_direction, shade, warmth
 from bench.data.synthetic.textures import CLOUD, MOTTLE, STRAND, TEXELS_PER_UNIT, bank, crop_grain, sample
+from bench.progress import Report
 
-Report = Callable[[int, int], None]
 """Called with (faces done, faces in all)."""
 
 MIN_SIZE = 16

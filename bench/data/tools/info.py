@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from bench.data.decode import MIN_SIDE, Report, no_report, open_image, own_limits, shown
+from bench.data.decode import MIN_SIDE, open_image, own_limits, shown
 from bench.data.encoded import EncodedSource
 from bench.data.sources.folder import PAIRS, FolderSource
 from bench.data.sources.insightface import PackSource, RecordIOSource
 from bench.data.sources.webdataset import WebDatasetSource
 from bench.errors import DataError, MissingError
+from bench.progress import Report, no_report
 
 #: Image headers looked at per part; more tell little about the sizes in a set of millions.
 SAMPLE = 10_000

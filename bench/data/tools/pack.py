@@ -13,13 +13,14 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
-from bench.data.decode import ImageError, Report, decode_image, no_report, open_image, shown
+from bench.data.decode import ImageError, decode_image, open_image, shown
 from bench.data.faces import Skipped
 from bench.data.pairs import PairList
 from bench.data.recordio import RecordWriter
 from bench.data.sources.folder import PAIRS, FolderSource
 from bench.data.verification_pack import VerificationPack, write_pack
 from bench.errors import DataError, UsageError
+from bench.progress import Report, no_report
 
 #: Quality of what has to be encoded anew, as InsightFace's own packer has it.
 JPEG_QUALITY = 95

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from bench.data.decode import AT_ONCE, Report, by_threads, decode_image, no_report, own_limits, shown, workers
+from bench.data.decode import AT_ONCE, by_threads, decode_image, own_limits, shown, workers
 from bench.data.encoded import EncodedSource
 from bench.data.recordio import RecordFile, read_property, scan
 from bench.data.sources.insightface import PackSource, RecordIOSource
 from bench.data.tools.info import files_of, layout_of, open_part, part_name
 from bench.errors import DataError
+from bench.progress import Report, no_report
 
 #: Below this on the shorter side, features of a face are a pixel or two.
 SMALL_SIDE = 32
