@@ -172,9 +172,9 @@ class Defense(nn.Module, ABC):
     # -- what it sends ---------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def representation_shape(self) -> Shape:
-        """(C, h, w) of one representation; with several parts, what :meth:`pack` makes of them."""
+        """(C, h, w) of one representation, by default that of a face; with several parts, what :meth:`pack` makes."""
+        return (3, self.image_size, self.image_size)
 
     @property
     def parts(self) -> Mapping[str, Shape]:

@@ -14,15 +14,21 @@ from defenses.linear import SeparableOperator
 
 
 class BlurOptions(DefenseOptions):
-    """Options of :class:`Blur`; lengths in pixels of the 112x112 template, scaled with the size of the face.
+    """Options of :class:`Blur`; lengths in pixels of the 112x112 template, scaled with the size of the face."""
 
-    Attributes:
-        sigma: standard deviation of the Gaussian.
-        kernel: width of the kernel, odd; None: 2 ceil(3 sigma) + 1, beyond which the Gaussian is negligible.
-    """
-
-    sigma: float = Field(default=4.0, gt=0, le=112, allow_inf_nan=False)
-    kernel: int | None = Field(default=None, ge=3, le=223)
+    sigma: float = Field(
+        default=4.0,
+        gt=0,
+        le=112,
+        allow_inf_nan=False,
+        description="standard deviation of the Gaussian, in pixels of 112",
+    )
+    kernel: int | None = Field(
+        default=None,
+        ge=3,
+        le=223,
+        description="width of the kernel, odd; none: 2 ceil(3 sigma) + 1, beyond which the Gaussian is negligible",
+    )
 
     @model_validator(mode="after")
     def _odd(self) -> Self:
@@ -57,11 +63,6 @@ class Blur(Defense):
         half_width = 3 * sigma if self.options.kernel is None else (self.options.kernel - 1) / 2 * scale
         self.factor: Tensor
         self.register_buffer("factor", blur_matrix(image_size, sigma, max(1, math.ceil(half_width))), persistent=False)
-
-    @property
-    def representation_shape(self) -> tuple[int, int, int]:
-        """(3, H, W)."""
-        return (3, self.image_size, self.image_size)
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
         """Blurred faces."""

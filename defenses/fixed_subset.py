@@ -15,13 +15,9 @@ from defenses.ranks import SubsetOptions, draw_seed
 
 
 class FixedSubsetOptions(SubsetOptions):
-    """Options of :class:`FixedSubset`.
+    """Options of :class:`FixedSubset`."""
 
-    Attributes:
-        subset: which subset of the table, 0..m-1.
-    """
-
-    subset: int = Field(default=0, ge=0)
+    subset: int = Field(default=0, ge=0, description="which subset of the table, 0..m-1")
 
     @model_validator(mode="after")
     def _subset_exists(self) -> Self:

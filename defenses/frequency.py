@@ -171,8 +171,8 @@ def _forward(faces: Tensor, channels: Tensor, with_offset: bool) -> Tensor:
     return out.flatten(1, 2)
 
 
-def _adjoint_planes(representation: Tensor, channels: Tensor) -> Tensor:
-    """``sum_k A_u^T z_k A_v``: (N, 3K, H, W) to YCbCr planes (N, 3, H, W)."""
+def _adjoint(representation: Tensor, channels: Tensor) -> Tensor:
+    """``M^T sum_k A_u^T z_k A_v``: (N, 3K, H, W) to RGB planes (N, 3, H, W)."""
     count, _, size, _ = representation.shape
     rows = channels if channels.ndim == 2 else channels[None]
     z = representation.reshape(count, COLOURS, rows.shape[1], size, size)
@@ -186,11 +186,6 @@ def _adjoint_planes(representation: Tensor, channels: Tensor) -> Tensor:
         _apply_taps(z[chunk], horizontal[mine], dim=4, out=half)
         _apply_taps(half, vertical[mine], dim=3, out=whole)
         torch.sum(whole, 2, out=planes[chunk])
-    return planes
-
-
-def _adjoint(representation: Tensor, channels: Tensor) -> Tensor:
-    planes = _adjoint_planes(representation, channels)
     out = torch.empty_like(planes)
     _apply_colour(planes, colour_matrix().T.tolist(), out)
     return out
@@ -283,36 +278,6 @@ def block_dct_adjoint(representation: Tensor, channels: Tensor) -> Tensor:
     representation = _checked_images(representation, COLOURS * channels.shape[-1], "a representation")
     result: Tensor = _Adjoint.apply(representation, channels)
     return result
-
-
-def block_dct_inverse(representation: Tensor) -> Tensor:
-    """Faces from all 192 channels, exactly: the least-squares inverse of an injective map.
-
-    With B = [A_0; ...; A_7] stacked (8H x H), the DCT being orthonormal, B^T B = U8^T U8 is a
-    well-conditioned tridiagonal matrix, and X = (B^T B)^-1 B^T Z B (B^T B)^-1 for each colour plane. For a
-    representation that no face has, this is the face whose representation is nearest (in YCbCr).
-
-    Args:
-        representation: float (N, 192, H, H), channels 0..63 of Y, Cb, Cr, un-normalised.
-
-    Returns:
-        (N, 3, H, H), RGB in [0, 1] up to rounding; not clipped. Not differentiable.
-
-    Raises:
-        ValueError: wrong shape or type.
-    """
-    representation = _checked_images(representation.detach(), COLOURS * CHANNELS, "a representation")
-    upsampling = upsampling_matrix(representation.shape[-1])
-    gram_inverse = torch.cholesky_inverse(torch.linalg.cholesky(upsampling.T @ upsampling))
-    # float64 for the two products: small, and out of the reach of TF32 and autocast.
-    gram_inverse = gram_inverse.to(representation.device)
-    matrix = torch.linalg.inv(colour_matrix()).tolist()
-    planes = _adjoint_planes(representation, torch.arange(CHANNELS))
-    planes = (gram_inverse @ planes.to(torch.float64) @ gram_inverse).to(representation.dtype)
-    planes[:, 0] -= LUMA_DC_OFFSET / BLOCK  # the level shift as a colour plane sees it
-    out = torch.empty_like(planes)
-    _apply_colour(planes, matrix, out)
-    return out
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,35 +55,11 @@ def _both_axes(x: Tensor, factor: Tensor) -> Tensor:
         return factor @ x @ factor.T
 
 
-@dataclass(frozen=True, eq=False)
-class IdentityOperator:
-    """The face itself.
+class IdentityOperator(SeparableOperator):
+    """The face itself, of H = ``size`` pixels a side."""
 
-    Attributes:
-        size: height and width of the faces, H.
-    """
-
-    size: int
-
-    @property
-    def offset(self) -> Tensor:
-        """Zero, float64 (1, 1, 1)."""
-        return torch.zeros(1, 1, 1, dtype=torch.float64)
-
-    @property
-    def row_factors(self) -> Tensor:
-        """The identity, float64 (1, H, H)."""
-        return torch.eye(self.size, dtype=torch.float64)[None]
-
-    @property
-    def column_factors(self) -> Tensor:
-        """The identity, float64 (1, H, H)."""
-        return self.row_factors
-
-    @property
-    def colour(self) -> Tensor:
-        """Colours are left as they are, float64 (3, 3)."""
-        return torch.eye(3, dtype=torch.float64)
+    def __init__(self, size: int) -> None:
+        super().__init__(torch.eye(size, dtype=torch.float64))
 
     def __call__(self, faces: Tensor) -> Tensor:
         """The faces."""

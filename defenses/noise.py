@@ -14,16 +14,16 @@ from defenses.linear import IdentityOperator
 
 
 class NoiseOptions(DefenseOptions):
-    """Options of :class:`Noise`.
+    """Options of :class:`Noise`. A huge scale sends nothing but noise, which no attack may beat."""
 
-    Attributes:
-        distribution: ``gaussian`` or ``laplace``.
-        scale: standard deviation of the noise for faces in [0, 1], whichever its distribution (Laplace:
-            b = scale / sqrt 2). Any size: with a huge one nothing but noise is sent, which no attack may beat.
-    """
-
-    distribution: Literal["gaussian", "laplace"] = "gaussian"
-    scale: float = Field(default=0.5, ge=0, le=1e6, allow_inf_nan=False)
+    distribution: Literal["gaussian", "laplace"] = Field(default="gaussian", description="law of the noise")
+    scale: float = Field(
+        default=0.5,
+        ge=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="standard deviation for faces in [0, 1], whichever the law (Laplace: b = scale / sqrt 2)",
+    )
 
 
 class Noise(Defense):
@@ -37,11 +37,6 @@ class Noise(Defense):
     summary = "additive Gaussian or Laplace noise"
     Options = NoiseOptions
     options: NoiseOptions
-
-    @property
-    def representation_shape(self) -> tuple[int, int, int]:
-        """(3, H, W)."""
-        return (3, self.image_size, self.image_size)
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
         """Noisy faces; the noise is drawn in float32 on the generator's device."""

@@ -15,11 +15,6 @@ class Unprotected(Defense):
     name = "none"
     summary = "no protection: the face itself"
 
-    @property
-    def representation_shape(self) -> tuple[int, int, int]:
-        """(3, H, W)."""
-        return (3, self.image_size, self.image_size)
-
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
         """The faces."""
         return faces

@@ -19,7 +19,6 @@ from defenses.ranks import (
     OFFICIAL_PERMUTATIONS,
     OFFICIAL_SUBSETS,
     PAPER_PERMUTATIONS,
-    OfficialSelection,
     SubsetOptions,
     draw_seed,
     random_permutations,
@@ -27,23 +26,27 @@ from defenses.ranks import (
 
 
 class PartialFaceOptions(SubsetOptions):
-    """Options of :class:`PartialFace`.
+    """Options of :class:`PartialFace`."""
 
-    Attributes:
-        n_permutations: n; None: 3 with the official tables (all there are), 6 with random ones (the paper).
-        views: r, random copies of each image in recogniser training. 3 as in the released code, from which the
-            official tables come; the paper reports 18.
-        selection: ``paper``: subset and permutation uniform for every image. ``official``: where a label is known (in
-            training), the subset is one of the three that the label allows; a client knows none and draws uniformly.
-        subset: pins S to this row of the table; None: drawn.
-        permutation: pins P likewise.
-    """
-
-    n_permutations: int | None = Field(default=None, ge=1, le=100_000)
-    views: int = Field(default=3, ge=1, le=1000)
-    selection: Literal["paper", "official"] = "paper"
-    subset: int | None = Field(default=None, ge=0)
-    permutation: int | None = Field(default=None, ge=0)
+    n_permutations: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="n; none: 3 with the official tables (all there are), 6 with random ones (the paper)",
+    )
+    views: int = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="r, random copies of each image in recogniser training: 3 in the released code, 18 in the paper",
+    )
+    selection: Literal["paper", "official"] = Field(
+        default="paper",
+        description="paper: uniform for every image; official: where a label is known (in training), the subset is one "
+        "of the three that the label allows, and uniform at a client, who knows none",
+    )
+    subset: int | None = Field(default=None, ge=0, description="pins S to this row of the table; none: drawn")
+    permutation: int | None = Field(default=None, ge=0, description="pins P to this row of the table; none: drawn")
 
     @model_validator(mode="after")
     def _ranks_exist(self) -> Self:
@@ -106,7 +109,6 @@ class PartialFace(Defense):
         self.register_buffer("kept_channels", torch.tensor(self.options.kept_channels))
         self.register_buffer("subset_table", self.options.subset_table())
         self.register_buffer("permutation_table", self.options.permutation_table())
-        self._official = OfficialSelection.build()
 
     @property
     def representation_shape(self) -> tuple[int, int, int]:
@@ -129,7 +131,9 @@ class PartialFace(Defense):
         if labels is not None and (labels.dtype != torch.int64 or labels.shape != (count,)):
             raise ValueError(f"labels must be int64 ({count},), got {labels.dtype} {tuple(labels.shape)}")
         if labels is not None and self.options.selection == "official":
-            subset = self._official.draw(labels, generator)
+            # The 20 triples of 6 subsets in lexicographic order, indexed label mod 20, then one of the three at random.
+            triples = torch.combinations(torch.arange(len(OFFICIAL_SUBSETS)), 3)
+            subset = triples[labels.cpu() % len(triples), _uniform(3, count, generator)]
         else:
             subset = _uniform(len(self.subset_table), count, generator)
         permutation = _uniform(len(self.permutation_table), count, generator)

@@ -11,13 +11,11 @@ from defenses.linear import SeparableOperator
 
 
 class PixelateOptions(DefenseOptions):
-    """Options of :class:`Pixelate`.
+    """Options of :class:`Pixelate`."""
 
-    Attributes:
-        block: side of a cell, in pixels of the 112x112 template.
-    """
-
-    block: float = Field(default=8, ge=1, le=112, allow_inf_nan=False)
+    block: float = Field(
+        default=8, ge=1, le=112, allow_inf_nan=False, description="side of a cell, in pixels of the 112x112 template"
+    )
 
 
 def area_matrix(cells: int, size: int) -> Tensor:

@@ -7,7 +7,6 @@ section 3.3; the official tables are those of the released code.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -55,22 +54,23 @@ ChannelList = Annotated[tuple[Annotated[int, Field(ge=0, lt=CHANNELS)], ...], Be
 class SubsetOptions(DefenseOptions):
     """How the channels are pruned and split into subsets.
 
-    Attributes:
-        sigma: channels pruned of each colour, those of lowest frequency in JPEG's zig-zag order; natural images hold
-            their energy there, and the first ten are the published triangle u + v <= 3. None: the length
-            of ``pruned``, else 10.
-        pruned: the pruned channels themselves, 8u + v; None: chosen by ``sigma``.
-        subset_size: s, channels kept of each colour.
-        tables: ``official`` is the split of the released code (sigma 10, s 9); ``random`` draws one from
-            ``table_seed``.
-        table_seed: seed of the random tables.
+    Natural images hold their energy in the lowest frequencies; the first ten are the published triangle u + v <= 3.
     """
 
-    sigma: int | None = Field(default=None, ge=0, lt=CHANNELS)
-    pruned: ChannelList | None = None
-    subset_size: int = Field(default=9, ge=1, le=CHANNELS)
-    tables: Tables = "official"
-    table_seed: Seed = 0
+    sigma: int | None = Field(
+        default=None,
+        ge=0,
+        lt=CHANNELS,
+        description="channels pruned of each colour, the lowest first in JPEG's zig-zag order; none: as many as pruned "
+        "lists, else 10",
+    )
+    pruned: ChannelList | None = Field(default=None, description="pruned channels, 8u + v; none: chosen by sigma")
+    subset_size: int = Field(default=9, ge=1, le=CHANNELS, description="s, channels kept of each colour")
+    tables: Tables = Field(
+        default="official",
+        description="official: the split of the released code (sigma 10, s 9); random: by table_seed",
+    )
+    table_seed: Seed = Field(default=0, description="seed of the random tables")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -134,23 +134,3 @@ def random_permutations(size: int, count: int, seed: int) -> Tensor:
 def draw_seed(generator: torch.Generator) -> int:
     """A table seed drawn from ``generator``, for an adversary who guesses the tables."""
     return int(torch.randint(2**53, (1,), generator=generator, device=generator.device))
-
-
-@dataclass(frozen=True, slots=True)
-class OfficialSelection:
-    """The released code's choice of the subset of a training image through its label.
-
-    The 20 triples of the 6 subsets in lexicographic order, indexed label mod 20, then one of the three at random.
-    """
-
-    triples: Tensor
-
-    @classmethod
-    def build(cls) -> OfficialSelection:
-        """The 20 triples, int64 (20, 3)."""
-        return cls(torch.combinations(torch.arange(len(OFFICIAL_SUBSETS)), 3))
-
-    def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Subset indices int64 (N,) on the CPU for ``labels`` int64 (N,)."""
-        pick = torch.randint(3, labels.shape, generator=generator, device=generator.device).cpu()
-        return self.triples[labels.cpu() % len(self.triples), pick]

@@ -16,7 +16,6 @@ from defenses.frequency import (
     axis_factors,
     block_dct,
     block_dct_adjoint,
-    block_dct_inverse,
     dc_offset,
     dct_matrix,
     upsampling_matrix,
@@ -76,12 +75,11 @@ def test_own_channels_equal_one_by_one():
 
 def test_chunking_changes_nothing(monkeypatch):
     faces, channels = _faces(7, 16), _own_channels(7, 5)
-    whole, inverse_input = block_dct(faces, channels), block_dct(faces, EVERY)
+    whole = block_dct(faces, channels)
     back = block_dct_adjoint(whole, channels)
     monkeypatch.setattr(frequency, "_CPU_CHUNK_ELEMENTS", 2 * 15 * 16 * 16)  # chunks of two, the last of one
     assert torch.equal(block_dct(faces, channels), whole)
     assert torch.equal(block_dct_adjoint(whole, channels), back)
-    torch.testing.assert_close(block_dct_inverse(inverse_input), faces, rtol=0, atol=1e-9)
 
 
 def test_repeated_and_unsorted_channels():
@@ -221,11 +219,14 @@ def test_adjoint_identity(problem):
     assert left == pytest.approx(right, rel=1e-10, abs=1e-7)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 3), st.integers(2, 24), st.integers(0, 2**31))
-def test_round_trip(count, size, seed):
-    faces = _faces(count, size, seed)
-    torch.testing.assert_close(block_dct_inverse(block_dct(faces, EVERY)), faces, rtol=0, atol=1e-10)
+def test_nothing_of_a_face_is_lost_in_all_channels():
+    """The map has full rank: a face comes back by least squares, with the matrix that maps unit pictures."""
+    size = 6
+    pixels = torch.eye(3 * size * size, dtype=torch.float64).view(-1, 3, size, size)
+    matrix = block_dct(pixels, EVERY, with_offset=False).flatten(1).T
+    faces = _faces(2, size)
+    sent = block_dct(faces, EVERY, with_offset=False).flatten(1).T
+    torch.testing.assert_close(torch.linalg.lstsq(matrix, sent).solution.T.view_as(faces), faces, rtol=0, atol=1e-10)
 
 
 @settings(max_examples=25, deadline=None)
@@ -236,21 +237,6 @@ def test_equivariance_to_batch_order(problem):
     shuffled = block_dct(x[order], channels[order] if channels.ndim == 2 else channels)
     # Not bit-equal: a batch whose lists coincide takes the shared path.
     torch.testing.assert_close(shuffled, block_dct(x, channels)[order], rtol=0, atol=1e-10)
-
-
-def test_round_trip_in_float32_at_full_size():
-    faces = _faces(1, 112, dtype=torch.float32)
-    back = block_dct_inverse(block_dct(faces, EVERY))
-    assert back.dtype == torch.float32
-    torch.testing.assert_close(back, faces, rtol=0, atol=2e-5)
-
-
-def test_inverse_is_least_squares():
-    """The residual of a representation that no face has is orthogonal to the range (in YCbCr space)."""
-    z = torch.randn(1, 192, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    residual = z - block_dct(block_dct_inverse(z), EVERY)
-    assert float(residual.abs().max()) > 0.1
-    assert float(block_dct_adjoint(residual, EVERY).abs().max()) < 1e-8
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -316,8 +302,6 @@ def test_bad_input_is_refused(faces, channels, message):
 def test_bad_representations_are_refused():
     with pytest.raises(ValueError, match="27"):
         block_dct_adjoint(torch.zeros(1, 26, 16, 16), torch.arange(9))
-    with pytest.raises(ValueError, match="192"):
-        block_dct_inverse(torch.zeros(1, 191, 16, 16))
     with pytest.raises(ValueError, match="one channel list"):
         FrequencyOperator(16, torch.zeros(2, 9, dtype=torch.int64))
     with pytest.raises(ValueError, match="16 pixels"):
