@@ -16,6 +16,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
+from safetensors.torch import load_file
 
 from bench import plugins
 from bench.errors import UsageError
@@ -126,6 +127,7 @@ def run(installed: None, judge: Path, tmp_path_factory: pytest.TempPathFactory) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bench.run.speed.measure", functools.partial(measure, warmup=0, min_time=0.0))
+        one.out = out
         yield one
 
 
@@ -144,7 +146,7 @@ def faces(count: int) -> torch.Tensor:
 
 
 def test_the_pages_print_the_files_that_are_tested():
-    assert set(files("write-a-defence.md")) == {"tile_shuffle.py", "pyproject.toml"}
+    assert set(files("write-a-defence.md")) == {"tile_shuffle.py", "learnt_patches.py", "pyproject.toml"}
     assert set(files("write-an-attack.md")) == {"ridge.py", "pyproject.toml"}
 
 
@@ -159,13 +161,13 @@ def test_thirty_lines_are_thirty_lines():
 class TestTheDefence:
     """Against pixels that were moved by hand, and the parts of the contract that it claims."""
 
-    def test_tiles_are_where_the_key_says(self, installed, name):
-        defense = plugins.make_defense(name, {"tiles": "2", "keys": "3"}, "quick", SIZE)
+    def test_tiles_are_where_the_table_says(self, installed, name):
+        defense = plugins.make_defense(name, {"tiles": "2", "shuffles": "3"}, "quick", SIZE)
         protected = defense.protect(faces(6), torch.Generator().manual_seed(1))
         half = SIZE // 2
         corners = [(slice(i * half, (i + 1) * half), slice(j * half, (j + 1) * half)) for i in (0, 1) for j in (0, 1)]
         for face, sent, (row,) in zip(faces(6), protected.representation, protected.state.tolist(), strict=True):
-            for place, source in enumerate(defense.keys[row].tolist()):
+            for place, source in enumerate(defense.table[row].tolist()):
                 assert torch.equal(sent[:, *corners[place]], face[:, *corners[source]])
 
     def test_states_are_what_is_drawn(self, installed, name):
@@ -189,8 +191,8 @@ class TestTheDefence:
 def test_the_secret_is_guessed(installed):
     defense = plugins.make_defense("secret-tile-shuffle", {}, "quick", SIZE)
     guess, again = (defense.guess(torch.Generator().manual_seed(5)) for _ in range(2))
-    assert torch.equal(guess.secret["keys"], again.secret["keys"])
-    assert not torch.equal(guess.secret["keys"], defense.secret["keys"])
+    assert torch.equal(guess.secret["table"], again.secret["table"])
+    assert not torch.equal(guess.secret["table"], defense.secret["table"])
 
 
 def test_the_linear_operator_is_the_transform(installed):
@@ -205,10 +207,21 @@ def test_the_linear_operator_is_the_transform(installed):
     assert float((operator(x) * other).sum()) == pytest.approx(float((x * operator.adjoint(other)).sum()))
 
 
-def test_who_knows_the_key_gets_the_face_back(run):
-    result = run("secret-tile-shuffle", "linear", "oracle", defense_options={"keys": 2})
+def test_who_knows_the_shuffle_gets_the_face_back(run):
+    result = run("secret-tile-shuffle", "linear", "oracle", defense_options={"shuffles": 2})
     assert ssim(result.recovery) > 0.99
     assert result.defense.states == 2
+
+
+def test_what_was_learnt_is_kept_with_the_run(run, installed):
+    result = run("learnt-patches", "ridge", defense_options={"epochs": 1})
+    assert result.status == "success"
+    assert ssim(result.recovery) > best_floor(result)  # eight numbers for 48 pixels hide little
+    (kept,) = run.out.glob(f"{result.run_id}/checkpoints/defense.safetensors")
+    learnt = load_file(kept)["projection.weight"]
+    untrained = plugins.make_defense("learnt-patches", {}, "quick", SIZE)
+    assert learnt.shape == untrained.projection.weight.shape
+    assert not torch.equal(learnt, untrained.projection.weight)
 
 
 def test_ridge_walks_through_an_open_door(run):
@@ -225,13 +238,13 @@ def test_ridge_gets_nothing_out_of_noise(run):
 
 def test_ridge_against_the_shuffle(run):
     """One page's attack on the other's defence, trained on every state it emits."""
-    result = run("tile-shuffle", "ridge", defense_options={"keys": 2})
+    result = run("tile-shuffle", "ridge", defense_options={"shuffles": 2})
     assert result.attack.states_covered is True
     assert ssim(result.recovery) < ssim(result.recovery.ceiling)
 
 
-def test_ridge_at_blackbox_guesses_the_keys(run):
-    result = run("secret-tile-shuffle", "ridge", "blackbox", defense_options={"keys": 2})
-    known = run("secret-tile-shuffle", "ridge", "whitebox", defense_options={"keys": 2})
+def test_ridge_at_blackbox_guesses_the_table(run):
+    result = run("secret-tile-shuffle", "ridge", "blackbox", defense_options={"shuffles": 2})
+    known = run("secret-tile-shuffle", "ridge", "whitebox", defense_options={"shuffles": 2})
     assert result.attack.states_covered is None
     assert ssim(result.recovery) < ssim(known.recovery)
