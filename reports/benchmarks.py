@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from bench.run.archive import read_model
 from reports.table import Column, Entry, Row, Table
@@ -15,8 +15,6 @@ from reports.table import Column, Entry, Row, Table
 class _Stats(BaseModel):
     """Seconds of a call."""
 
-    model_config = ConfigDict(extra="ignore")
-
     median: float = Field(ge=0, allow_inf_nan=False)
     q1: float = Field(ge=0, allow_inf_nan=False)
     q3: float = Field(ge=0, allow_inf_nan=False)
@@ -24,16 +22,12 @@ class _Stats(BaseModel):
 
 
 class _Benchmark(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
     name: str
     stats: _Stats
     extra_info: dict[str, Any] = {}
 
 
 class _Document(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
     machine_info: dict[str, Any] = {}
     benchmarks: list[_Benchmark]
 

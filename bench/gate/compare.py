@@ -71,16 +71,20 @@ def compare(first: Run, second: Run) -> Difference:
     check_protocol(second, first.manifest.protocol)
     figures: dict[str, FigureChange] = {}
     resolved: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    # What is the run's own stands in the scores of each of its attacks.
+    of_runs = [run_scores(run, next(iter(run.attacks)))[0] for run in (first, second)]
     for prefix, attacks in _pairs(first, second).items():
         scores: list[RunScores | None] = []
         for run, attack, options in zip((first, second), attacks, resolved, strict=True):
             scores.append(run_scores(run, attack)[0] if attack else None)
-            options |= resolved_options(run, attack) if attack else {}
+            asked = resolved_options(run, attack) if attack else {}
+            options |= {name.replace("-a ", f"-a {attack}.") if prefix else name: asked[name] for name in asked}
         for name in dict.fromkeys(name for side in scores if side for name in side.figures):
-            # Utility is the run's, whatever the attack.
-            place = name if name.startswith(("utility.", "defense.")) else prefix + name
-            if place not in figures and not name.startswith(_LEFT_OUT):
-                figures[place] = _change(place, name, *scores)
+            of_run = name.startswith(("utility.", "defense."))
+            place = name if of_run else prefix + name
+            if name.startswith(_LEFT_OUT) or place in figures:
+                continue
+            figures[place] = _change(place, name, *(of_runs if of_run else scores))
     return Difference(
         first=first.manifest.run_id,
         second=second.manifest.run_id,

@@ -50,6 +50,9 @@ def test_several_attacks_are_compared_one_by_one(tmp_path):
     assert figures["attacks.unet.recovery.ssim"].change == pytest.approx(0.1)
     assert figures["attacks.linear.recovery.ssim"].second is figures["attacks.template.recovery.ssim"].first is None
     assert [name for name in figures if name.endswith("utility.accuracy")] == ["utility.accuracy"]
+    alone = compared(tmp_path / "alone", {"attack": "linear,unet"}, {"attack": "template"})
+    [accuracy] = [figure for figure in alone.figures if figure.figure == "utility.accuracy"]
+    assert accuracy.change == 0
 
 
 def test_failed_runs_and_other_protocols_are_refused(tmp_path):
