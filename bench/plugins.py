@@ -10,7 +10,6 @@ import functools
 import importlib
 import inspect
 import pkgutil
-import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -117,7 +116,6 @@ def describe(model: type[BaseModel]) -> list[Option]:
 def _options(
     schema: Mapping[str, Any], definitions: Mapping[str, Any], prefix: str, defaults: Mapping[str, Any]
 ) -> Iterator[Option]:
-    documented = _documented(schema.get("description", ""))
     for name, field in schema.get("properties", {}).items():
         merged = {**definitions.get(field.get("$ref", "").rpartition("/")[2], {}), **field}
         default = defaults.get(name, merged.get("default"))
@@ -132,15 +130,9 @@ def _options(
             default=default,
             required=name in schema.get("required", ()),
             range=_range(merged),
-            meaning=field.get("description") or documented.get(name, ""),
+            meaning=field.get("description", ""),
             metavar=merged.get("metavar"),
         )
-
-
-def _documented(docstring: str) -> dict[str, str]:
-    """The attributes of a class by its docstring, for models whose fields have no descriptions."""
-    entries = re.findall(r"^ {4}([\w, ]+): (.+(?:\n {8}.+)*)", docstring.partition("Attributes:\n")[2], re.MULTILINE)
-    return {name.strip(): " ".join(text.split()) for names, text in entries for name in names.split(",")}
 
 
 _TYPES = {

@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from bench import plugins
+from bench.data.loaders import DATASETS
 from bench.errors import UsageError
 from defenses.base import Defense
 
@@ -95,6 +96,13 @@ def test_an_option_model_is_described():
     assert shown["inner.depth"] == ("int", 5, ">= 1, < 9")
     assert [option.required for option in options.values()] == [True] + [False] * 5
     assert [option.meaning for option in options.values()][-2:] == ["How deep.", "Nothing that JSON knows."]
+
+
+@pytest.mark.parametrize("registry", [plugins.defenses(), plugins.attacks(), DATASETS], ids=lambda r: r.kind)
+def test_every_option_says_what_it_means(registry):
+    for name in registry:
+        for option in plugins.describe(registry.get(name).Options):
+            assert option.meaning, f"{name}: {option.name}"
 
 
 def test_unknown_option_lists_the_options():
