@@ -181,7 +181,7 @@ class FitReport:
 
 
 class Attack(nn.Module, ABC):
-    """What all attacks share; a concrete one is a recovery, linkage or composite attack.
+    """What all attacks share; a concrete one is a recovery or a linkage attack.
 
     A subclass writes :meth:`build` and :meth:`fit`, and what it does with an interception. The harness calls
     :meth:`prepare` and :meth:`learn`, which keep the adversary and check what is handed over.
@@ -415,14 +415,6 @@ class LinkageAttack(Attack):
         if not torch.isfinite(embeddings).all():
             raise ValueError(f"{self.name} returned embeddings that are not finite")
         return functional.normalize(embeddings.to(inputs.device, torch.float32), dim=1)
-
-
-class CompositeAttack(Attack):
-    """Several recovery attacks, of which each victim suffers the worst; the harness runs and compares them."""
-
-    @abstractmethod
-    def members(self) -> tuple[tuple[str, dict[str, Any]], ...]:
-        """Names of the attacks and the options asked for each."""
 
 
 def _split(value: object) -> object:

@@ -418,13 +418,13 @@ class ModelInversion(RecoveryAttack):
         with torch.no_grad():
             true = to_float(faces[chosen.to(faces.device)].to(self.device))
             sent = self.mechanism.protect(true, generator)
-            own = functional.normalize(self._recogniser[0](sent.representation).float(), dim=1)
+            embedded = functional.normalize(self._recogniser[0](sent.representation).float(), dim=1)
             if self.options.target == "class":
-                goal = _Goal(self._centres_without(chosen, own, faces, identities, generator))
+                goal = _Goal(self._centres_without(chosen, embedded, faces, identities, generator))
             elif self.adversary.knowledge is Knowledge.ORACLE and sent.state is not None:
-                goal = _Goal(own, own[:, None], sent.state[:, None].to(self.device))
+                goal = _Goal(embedded, embedded[:, None], sent.state[:, None].to(self.device))
             else:
-                goal = _Goal(own)
+                goal = _Goal(embedded)
         distances = {}
         for weight in _WEIGHTS:
             self.prior_weight.fill_(weight)
@@ -437,11 +437,11 @@ class ModelInversion(RecoveryAttack):
         return {f"{weight:g}": distance for weight, distance in distances.items()}
 
     def _centres_without(
-        self, chosen: Tensor, own: Tensor, faces: Tensor, identities: Tensor, generator: torch.Generator
+        self, chosen: Tensor, embedded: Tensor, faces: Tensor, identities: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The class centre of each chosen public face, from other faces of its identity; its own where it has none."""
         centres = []
-        for face, embedding in zip(chosen.tolist(), own, strict=True):
+        for face, embedding in zip(chosen.tolist(), embedded, strict=True):
             others = (identities == identities[face]).nonzero().flatten()
             others = others[others != face][:_ENROLMENT]
             if len(others):

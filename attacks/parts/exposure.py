@@ -95,10 +95,10 @@ class Exposure:
         for number, chunk in enumerate(faces.chunk(_GUESSES_PER_BATCH)):
             guess = self._mechanism("guess", *name, number)
             states = guess.states()
-            found = None if states is None else probe(guess, states)
-            if found is None:
-                raise ValueError(f"{guess.name} does not place channels: there is no layout to learn")
-            yield guess.protect(chunk, generator), found
+            drawn = None if states is None else probe(guess, states)
+            if drawn is None:
+                raise ValueError(f"{guess.name} has no channel layout to learn")
+            yield guess.protect(chunk, generator), drawn
 
 
 def split_identities(identities: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -231,8 +231,8 @@ class GaussianPrior(nn.Module):
     def _in_planes(self, faces: Tensor, *, mirrored: bool) -> Tensor:
         """float32 (M or 2 M, 3, H W)."""
         planes = self.planes.float()
-        parts = [torch.einsum("pc,nchw->nphw", planes, to_float(one.to(planes.device))) for one in faces.split(_CHUNK)]
-        images = torch.cat(parts)
+        parts = (to_float(part.to(planes.device)) for part in faces.split(_CHUNK))
+        images = torch.cat([torch.einsum("pc,nchw->nphw", planes, part) for part in parts])
         if mirrored:
             images = torch.cat((images, images.flip(-1)))
         return images.flatten(2)
@@ -272,14 +272,14 @@ class GaussianPrior(nn.Module):
         if rows < REACH:
             raise ValueError(f"a block needs at least {REACH} rows, got {rows}")
         blocks, size = -(-self.size // rows), rows * self.size
-        own, above = self._whitening(plane, rows)
-        variance = torch.ones(blocks * rows, self.size, dtype=torch.float64, device=own.device)
+        within, above = self._whitening(plane, rows)
+        variance = torch.ones(blocks * rows, self.size, dtype=torch.float64, device=within.device)
         variance[: self.size] = self.innovations[plane]
         scale = variance.view(blocks, size, 1).rsqrt()
-        own, above = own * scale, above * scale[1:]
-        diagonal = own.mT @ own
+        within, above = within * scale, above * scale[1:]
+        diagonal = within.mT @ within
         diagonal[:-1] += above.mT @ above
-        return BlockTridiagonal(diagonal, own[1:].mT @ above)
+        return BlockTridiagonal(diagonal, within[1:].mT @ above)
 
     def weighted_components(self) -> Tensor:
         """Q U, the components weighted with the residual's precision: float64 (3, HW, r)."""
@@ -296,8 +296,8 @@ class GaussianPrior(nn.Module):
         """I - W as blocks: the diagonal ones and those to the left of all but the first."""
         width = self.size
         blocks, size = -(-self.size // rows), rows * width
-        own = torch.eye(size, dtype=torch.float64, device=self.weights.device).repeat(blocks, 1, 1)
-        above = torch.zeros(blocks - 1, size, size, dtype=torch.float64, device=own.device)
+        within = torch.eye(size, dtype=torch.float64, device=self.weights.device).repeat(blocks, 1, 1)
+        above = torch.zeros(blocks - 1, size, size, dtype=torch.float64, device=within.device)
         y, x = torch.meshgrid(torch.arange(self.size), torch.arange(width), indexing="ij")
         for weights, (up, left) in zip(self.weights[plane], NEIGHBOURS, strict=True):
             valid = (y >= up) & (x >= left) & (x - left < width)
@@ -306,10 +306,10 @@ class GaussianPrior(nn.Module):
             source = row - up
             here = source // rows == block
             at = (source % rows) * width + column - left
-            own[block[here], into[here], at[here]] = -value[here.to(value.device)]
+            within[block[here], into[here], at[here]] = -value[here.to(value.device)]
             away = ~here
             above[block[away] - 1, into[away], at[away]] = -value[away.to(value.device)]
-        return own, above
+        return within, above
 
     def to_faces(self, planes: Tensor) -> Tensor:
         """Planes (N, 3, H, W) to RGB."""

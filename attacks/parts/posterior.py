@@ -296,9 +296,8 @@ class Posterior:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        own = (self._directions, self._system)
         gains = sum(gain.nbytes for gain in self._gains if gain is not None)
-        return gains + sum(t.numel() * t.element_size() for t in own)
+        return gains + sum(t.numel() * t.element_size() for t in (self._directions, self._system))
 
     def __call__(self, adjoint: Tensor, maps: Tensor | None = None) -> Tensor:
         """x - mean in planes.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import AttackOptions, Widths
+
+#: A Literal of integers takes no strings, which is what the command line passes.
+_WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, str) and value.strip().isdigit() else value)
 
 
 class NetworkOptions(AttackOptions):
@@ -19,26 +22,15 @@ class NetworkOptions(AttackOptions):
     widths: Widths = Field(
         default=(64, 128, 256, 512, 1024), description="Channels per level, from the finest to the bottleneck."
     )
-    stem_stride: Literal[1, 2, 4] = Field(
+    stem_stride: Annotated[Literal[1, 2, 4], _WHOLE] = Field(
         1,
         description="The finest level works on pixels gathered in squares of this side (lossless space-to-depth); 1 is "
         "the published network, 2 is several times cheaper.",
     )
-    bypass: Literal[0, 1, 3, 5, 7] = Field(
+    bypass: Annotated[Literal[0, 1, 3, 5, 7], _WHOLE] = Field(
         default=3, description="Side of a linear convolution from the input straight to the output; 0 for none."
     )
     norm: Literal["batch", "none"] = Field("batch", description="Normalisation after each convolution.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _whole_strides(cls, values: Any) -> Any:
-        """``stem_stride=2`` and ``bypass=3`` reach a Literal of integers as strings from the command line."""
-        if isinstance(values, dict):
-            values = dict(values)
-            for name in ("stem_stride", "bypass"):
-                if isinstance(values.get(name), str) and values[name].strip().isdigit():
-                    values[name] = int(values[name])
-        return values
 
 
 class _DoubleConvolution(nn.Sequential):

@@ -72,15 +72,9 @@ def _plugin(plugin: type[Attack] | type[Defense]) -> dict[str, Any]:
 
 
 def _kind(plugin: type[Attack]) -> str:
-    from attacks.base import LinkageAttack, RecoveryAttack
+    from attacks.base import LinkageAttack
 
-    return (
-        "linkage"
-        if issubclass(plugin, LinkageAttack)
-        else "recovery"
-        if issubclass(plugin, RecoveryAttack)
-        else "composite"
-    )
+    return "linkage" if issubclass(plugin, LinkageAttack) else "recovery"
 
 
 def _datasets() -> list[dict[str, Any]]:
