@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import pkgutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -285,3 +286,38 @@ def test_options_are_frozen(defense):
 def test_too_small_an_image_is_refused(defense):
     with pytest.raises(ValueError, match="at least 8"):
         type(defense)(image_size=7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda faces: faces.mul_(0.5), None),  # in place: the caller's faces are left alone
+        (lambda faces: faces / 0, "careless made representations that are not finite"),
+        (lambda faces: faces[:, :1], r"careless made representations \(2, 1, 24, 24\), it declares \(2, 3, 24, 24\)"),
+        (lambda faces: faces[:1], r"careless made representations \(1, 3, 24, 24\)"),
+    ],
+)
+def test_a_careless_defence_is_named_and_harms_nobody(change, message):
+    class Careless(Defense):
+        name = "careless"
+
+        def transform(self, faces, state, generator):
+            return change(faces)
+
+    faces = _faces(2)
+    before = faces.clone()
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        Careless(image_size=SIZE).protect(faces, _generator())
+    assert torch.equal(faces, before)
+
+
+def test_each_face_can_have_a_generator_of_its_own(defense):
+    """A face is protected alike in whatever company, and each client keeps the key that it is given."""
+    generators = [_generator(seed) for seed in range(5)]
+    together = defense.protect_each(_faces(), generators)
+    alone = defense.protect_each(_faces()[3:4], [_generator(3)])
+    torch.testing.assert_close(together.representation[3:4], alone.representation, rtol=1e-5, atol=1e-5)
+    if together.keys is not None:
+        again = defense.protect_each(_faces(), [_generator(9)] * 5, keys=together.keys)
+        assert again.keys is together.keys
+        assert torch.equal(again.representation, together.representation)
