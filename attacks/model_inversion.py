@@ -26,6 +26,7 @@ from attacks.parts.generator import (
 )
 from bench.images import ssim, to_float
 from bench.randomness import derived
+from defenses.base import Defense
 
 #: Faces at once where no gradient is needed.
 _CHUNK = 64
@@ -312,6 +313,10 @@ class ModelInversion(RecoveryAttack):
     feature_mean: Tensor
     feature_std: Tensor
     prior_weight: Tensor
+
+    def inapplicable(self, defense: Defense) -> str | None:
+        """It follows the gradient of the embedding in the face."""
+        return None if defense.differentiable else f"{defense.name} has no gradient in the face to follow"
 
     def build(self, adversary: Adversary) -> None:
         """Build generator and buffers for the adversary's faces and recogniser.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from defenses.base import Defense, DefenseOptions
 from defenses.frequency import COLOURS, FrequencyOperator, block_dct
-from defenses.ranks import SubsetOptions, draw_seed
+from defenses.ranks import SubsetOptions, draw_seed, subsets_of_layouts
 
 
 class FixedSubsetOptions(SubsetOptions):
@@ -59,21 +59,16 @@ class FixedSubset(Defense):
         return type(self)(self.options.model_copy(update=update), image_size=self.image_size)
 
     def with_layouts(self, layouts: Tensor) -> Self:
-        """The mechanism that sends the canonical channels ``layouts[0]``, int64 (1, 3s); the colours' majority decides.
+        """The mechanism that sends the canonical channels ``layouts[0]``, int64 (1, 3s).
 
         Raises:
-            ValueError: ``layouts`` is not int64 (1, 3s), lies outside the layout or names a channel twice.
+            ValueError: more than one layout, or as :func:`~defenses.ranks.subsets_of_layouts`.
         """
-        kept = len(self.kept_channels)
-        if layouts.dtype != torch.int64 or tuple(layouts.shape) != (1, self.channels):
-            raise ValueError(f"layouts must be int64 (1, {self.channels}), got {layouts.dtype} {tuple(layouts.shape)}")
-        if int(layouts.min()) < 0 or int(layouts.max()) >= COLOURS * kept:
-            raise ValueError(f"layouts must lie in 0..{COLOURS * kept - 1}")
-        subset = (layouts[0] % kept).view(COLOURS, -1).mode(dim=0).values.to(self.kept_channels.device)
-        if len(torch.unique(subset)) < len(subset):
-            raise ValueError("layouts name a channel twice")
+        if len(layouts) != 1:
+            raise ValueError(f"{self.name} has one layout, got {len(layouts)}")
+        (subset,) = subsets_of_layouts(layouts, len(self.kept_channels), self.options.subset_size)
         imitation = type(self)(self.options, image_size=self.image_size).to(self.kept_channels.device)
-        imitation.subset_channels = imitation.kept_channels[subset]
+        imitation.subset_channels = imitation.kept_channels[subset.to(self.kept_channels.device)]
         return imitation
 
     def canonical(self, representation: Tensor, state: Tensor | None) -> Tensor:

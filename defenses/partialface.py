@@ -22,6 +22,7 @@ from defenses.ranks import (
     SubsetOptions,
     draw_seed,
     random_permutations,
+    subsets_of_layouts,
 )
 
 
@@ -170,23 +171,16 @@ class PartialFace(Defense):
         """The mechanism whose state (i, 0) sends the canonical channels ``layouts[i]``, int64 (K, 3s).
 
         Each row becomes a subset of its own in the order in which it is sent, under the one permutation that changes
-        nothing. Where the colours of a row disagree, the majority decides.
+        nothing.
 
         Raises:
-            ValueError: ``layouts`` is not int64 (K, 3s), or a row names a channel twice.
+            ValueError: as :func:`~defenses.ranks.subsets_of_layouts`.
         """
-        kept, size = len(self.kept_channels), self.options.subset_size
-        if layouts.dtype != torch.int64 or layouts.ndim != 2 or layouts.shape[1] != COLOURS * size or not len(layouts):
-            raise ValueError(f"layouts must be int64 (K, {COLOURS * size}), got {layouts.dtype} {tuple(layouts.shape)}")
-        if int(layouts.min()) < 0 or int(layouts.max()) >= COLOURS * kept:
-            raise ValueError(f"layouts must lie in 0..{COLOURS * kept - 1}")
-        rows = (layouts % kept).view(-1, COLOURS, size).mode(dim=1).values
-        if any(len(set(row)) < size for row in rows.tolist()):
-            raise ValueError("a row of layouts names a channel twice")
+        rows = subsets_of_layouts(layouts, len(self.kept_channels), self.options.subset_size)
         unpinned = self.options.model_copy(update={"subset": None, "permutation": None})
         imitation = type(self)(unpinned, image_size=self.image_size).to(self.kept_channels.device)
         imitation.subset_table = rows.to(self.kept_channels.device)
-        imitation.permutation_table = torch.arange(size, device=rows.device)[None].to(self.kept_channels.device)
+        imitation.permutation_table = torch.arange(rows.shape[1])[None].to(self.kept_channels.device)
         return imitation
 
     # -- the transform ---------------------------------------------------------------------------

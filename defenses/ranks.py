@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from defenses.base import DefenseOptions
-from defenses.frequency import CHANNELS, zigzag
+from defenses.frequency import CHANNELS, COLOURS, zigzag
 
 Tables = Literal["official", "random"]
 
@@ -134,3 +134,24 @@ def random_permutations(size: int, count: int, seed: int) -> Tensor:
 def draw_seed(generator: torch.Generator) -> int:
     """A table seed drawn from ``generator``, for an adversary who guesses the tables."""
     return int(torch.randint(2**53, (1,), generator=generator, device=generator.device))
+
+
+def subsets_of_layouts(layouts: Tensor, kept: int, size: int) -> Tensor:
+    """The kept channels, int64 (K, s) in 0..d-1, that ``layouts`` send of every colour; their majority decides.
+
+    Args:
+        layouts: int64 (K, 3s), canonical channels, colour-major.
+        kept: d, the kept channels of a colour.
+        size: s.
+
+    Raises:
+        ValueError: ``layouts`` has another shape or type, lies outside 0..3d-1, or a row names a channel twice.
+    """
+    if layouts.dtype != torch.int64 or layouts.ndim != 2 or layouts.shape[1] != COLOURS * size or not len(layouts):
+        raise ValueError(f"layouts must be int64 (K, {COLOURS * size}), got {layouts.dtype} {tuple(layouts.shape)}")
+    if int(layouts.min()) < 0 or int(layouts.max()) >= COLOURS * kept:
+        raise ValueError(f"layouts must lie in 0..{COLOURS * kept - 1}")
+    rows = (layouts % kept).view(-1, COLOURS, size).mode(dim=1).values
+    if any(len(set(row)) < size for row in rows.tolist()):
+        raise ValueError("a row of layouts names a channel twice")
+    return rows

@@ -38,14 +38,15 @@ def as_picture(representation: Array) -> npt.NDArray[np.uint8]:
 
     Three channels in [0, 1] are shown as the picture they are. Other maps are tiled in channel order on
     the smallest square grid, each scaled so that its own 1st and 99th percentile span black to white:
-    coefficients have no common range, and a reader wants to see structure.
+    coefficients have no common range, and a reader wants to see structure. Single values (a template) share one scale.
     """
     channels, height, width = representation.shape
     if channels == 3 and representation.min() >= -0.001 and representation.max() <= 1.001:
         picture: npt.NDArray[np.uint8] = np.rint(np.moveaxis(representation, 0, -1).clip(0, 1) * 255).astype(np.uint8)
         return picture
     side = math.ceil(math.sqrt(channels))
-    low, high = np.percentile(representation, (1, 99), axis=(1, 2), keepdims=True)
+    within = (1, 2) if height * width > 1 else None
+    low, high = np.percentile(representation, (1, 99), axis=within, keepdims=True)
     scaled = (representation - low) / np.maximum(high - low, 1e-6)
     grid = np.zeros((side * side, height, width), dtype=np.float32)
     grid[:channels] = scaled.clip(0, 1)

@@ -99,6 +99,11 @@ def test_a_constant_map_does_not_divide_by_zero():
     assert np.isfinite(as_picture(np.full((4, 3, 3), 7.0, dtype=np.float32))).all()
 
 
+def test_a_template_is_one_picture_of_its_values():
+    template = np.array([-1, 1, 1, -1], dtype=np.float32).reshape(4, 1, 1)
+    assert as_picture(template)[..., 0].tolist() == [[0, 255], [255, 0]]
+
+
 def test_three_maps_out_of_range_are_no_picture():
     assert as_picture(np.full((3, 4, 4), 300.0, dtype=np.float32)).shape == (8, 8, 3)
 
