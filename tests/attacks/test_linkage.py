@@ -265,7 +265,8 @@ def test_the_curves_are_of_identities_that_were_not_trained_on(on_plain):
 
 def test_a_student_that_has_nothing_to_learn_saturates_but_only_with_its_teacher(make_adversary, plain):
     adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC)
-    options = {"steps": 340, "batch_size": 8, "early_stop": True, "widths": (4, 8), "decay": 0.3, "plateau": 0.3}
+    # Multiples of 8: on AVX2, oneDNN writes past the gradient of a strided 1x1 convolution of 4 channels_last channels.
+    options = {"steps": 340, "batch_size": 8, "early_stop": True, "widths": (8, 16), "decay": 0.3, "plateau": 0.3}
     _, hurried = fit(adversary, **options | {"teacher_steps": 30})
     assert hurried.details["student_saturated"] is True
     assert hurried.saturated is False
