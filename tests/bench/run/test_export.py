@@ -126,8 +126,8 @@ def test_the_network_of_the_attack(make_run, tmp_path, changes):
     generator = torch.Generator().manual_seed(2)
     count = 5 if shapes["representation"][0] == "batch" else 1
     inputs = {"representation": 50 * torch.randn(count, *shapes["representation"][1:], generator=generator)}
-    if "places" in shapes:
-        inputs["places"] = torch.stack([torch.randperm(shapes["places"][1], generator=generator) for _ in range(count)])
+    if "layout" in shapes:
+        inputs["layout"] = torch.stack([torch.randperm(shapes["layout"][1], generator=generator) for _ in range(count)])
     with torch.no_grad():
         expected = network(*inputs.values())
     found = torch.from_numpy(onnx(tmp_path / "a.onnx", **inputs))
