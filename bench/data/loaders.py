@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
+from bench.data import sources
 from bench.errors import MissingError, UsageError
 from bench.progress import Report, no_report
 from bench.registry import Registry, target
@@ -37,10 +39,10 @@ class Dataset:
     needs_root: bool = True
 
 
-#: One module each, which has an entry ``DATASET``.
+#: Every file of ``sources`` is a data set, with an entry ``DATASET``.
 DATASETS: Registry[Dataset] = Registry("dataset")
-for _name in ("folder", "insightface", "lfw", "webdataset"):
-    DATASETS.add(_name, target(f"bench.data.sources.{_name}:DATASET"))
+for _module in pkgutil.iter_modules(sources.__path__):
+    DATASETS.add(_module.name, target(f"bench.data.sources.{_module.name}:DATASET"))
 DATASETS.add("synthetic", target("bench.data.synthetic.dataset:DATASET"))
 
 
