@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -137,13 +138,10 @@ class Recovered:
     batch_seconds: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Linked:
+class Linked(NamedTuple):
     """A linkage attack's embeddings of all victim images: float32 (N, D), unit rows, on the CPU.
 
-    Attributes:
-        first, second: of two independent interceptions of each image.
-        plain: of the images themselves.
+    ``first`` and ``second`` are of two independent interceptions of each image, ``plain`` of the images themselves.
     """
 
     first: Tensor

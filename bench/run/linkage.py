@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -15,15 +16,14 @@ from bench.metrics.bootstrap import REPLICATES, mean_estimate, verification_diff
 from bench.metrics.identity import Probes, identity_leakage
 from bench.metrics.unlinkability import chance_level, choose_bins, unlinkability_estimate
 from bench.metrics.verification import pair_scores
-from bench.results import AttackResult, Linkage, Measure, StrengthCurve, Throughput
+from bench.results import Linkage, Measure
 from bench.run.attack_config import AttackConfig
-from bench.run.attacker import AttackStages, Linked
-from bench.run.config import Budget
-from bench.run.findings import LINKAGE_TOLERANCE, Findings, about, attack_info, mark_unsaturated, spent, strength_curve
+from bench.run.attacker import AttackStages
+from bench.run.findings import LINKAGE_TOLERANCE, Findings, attack_info, strength_curve
 from bench.run.pictures import write_sheet
 from bench.run.speed import linkage_speed
 from bench.run.store import RunStore
-from bench.run.verification import FARS, score_table, verification
+from bench.run.verification import score_table, verification
 from defenses.base import Defense
 
 
@@ -48,9 +48,12 @@ def linkage_scores(first: Tensor, second: Tensor, plain: Tensor, pairs: PairProt
             "a linkage attack embeds every image twice protected and once plain, (N, D) each, got "
             f"{tuple(first.shape)}, {tuple(second.shape)} and {tuple(plain.shape)}"
         )
+    if len(pairs) and int(pairs.first.max()) >= len(first):
+        raise DataError(f"the verification pairs index beyond the {len(first)} embeddings")
+    across = replace(pairs, second=pairs.second + len(first))
     return {
-        "protected_plain": _across(first, plain, pairs),
-        "protected_protected": _across(first, second, pairs),
+        "protected_plain": pair_scores(torch.cat([first, plain]), across),
+        "protected_protected": pair_scores(torch.cat([first, second]), across),
         "plain": pair_scores(plain, pairs),
     }
 
@@ -65,21 +68,19 @@ def assess_linkage(
     probes: Probes,
     seed: int,
     replicates: int = REPLICATES,
-    fars: Mapping[str, float] = FARS,
 ) -> Linkage:
     """How well an attack links, from its embeddings of all N victim images.
 
     Every figure starts its bootstrap at ``seed``: intervals rest on the same resampled people, so that conditions
-    compare.
+    compare. ``rank1`` is the share of intercepted probes whose own person is the nearest in the plain gallery, among
+    one image a person.
 
     Args:
         first, second, plain: float (N, D), as :func:`linkage_scores`.
         labels: int64 (N,), the person on each image.
         pairs: the victims' protocol.
         probes: the intercepted images that look for their person, and the plain images that stand for the people.
-        seed: of the bootstrap.
-        replicates: of the bootstrap.
-        fars: name in the result -> false acceptance rate.
+        seed, replicates: of the bootstrap.
 
     Raises:
         DataError: shapes differ, embeddings are not finite, or the protocol does not suit the labels.
@@ -91,7 +92,7 @@ def assess_linkage(
         return torch.Generator().manual_seed(seed)
 
     verified = {
-        name: verification(values, pairs, labels, draws(), replicates=replicates, fars=fars, linking=True)
+        name: verification(values, pairs, labels, draws(), replicates=replicates, linking=True)
         for name, values in scores.items()
     }
     d_sys = {
@@ -100,27 +101,6 @@ def assess_linkage(
         )
         for name in ("protected_protected", "protected_plain")
     }
-    mated, non_mated = int(pairs.same.sum()), int((~pairs.same).sum())
-    return Linkage(
-        **verified,
-        rank1=_rank1(first, plain, labels, probes, draws(), replicates),
-        d_sys=d_sys,
-        d_sys_chance=chance_level(choose_bins(mated, non_mated), mated, non_mated),
-    )
-
-
-def _across(one: Tensor, other: Tensor, pairs: PairProtocol) -> Tensor:
-    """Cosines of ``one[pairs.first]`` and ``other[pairs.second]``."""
-    shifted = PairProtocol(pairs.first, pairs.second + len(one), pairs.same, pairs.fold)
-    if len(pairs) and int(pairs.first.max()) >= len(one):
-        raise DataError(f"the verification pairs index beyond the {len(one)} embeddings")
-    return pair_scores(torch.cat([one, other]), shifted)
-
-
-def _rank1(
-    first: Tensor, plain: Tensor, labels: Tensor, probes: Probes, generator: torch.Generator, replicates: int
-) -> Measure:
-    """Share of intercepted probes whose own person is the nearest in the plain gallery, among one image a person."""
     identities = labels[probes.attacked]
     leakage = identity_leakage(
         first[probes.attacked],
@@ -130,11 +110,21 @@ def _rank1(
         labels[probes.gallery],
         threshold=0.0,  # of acceptance, which is no part of a rank
     )
-    return KINDS["linkage_rank1"].measure(mean_estimate(leakage.rank1, identities, generator, replicates=replicates))
+    rank1 = mean_estimate(leakage.rank1, identities, draws(), replicates=replicates)
+    mated, non_mated = int(pairs.same.sum()), int((~pairs.same).sum())
+    return Linkage(
+        **verified,
+        rank1=KINDS["linkage_rank1"].measure(rank1),
+        d_sys=d_sys,
+        d_sys_chance=chance_level(choose_bins(mated, non_mated), mated, non_mated),
+    )
 
 
 #: Accuracy of guessing.
 _CHANCE = 0.5
+
+#: What an attack got with one budget: the scores of the pairs, and their assessment.
+_Point = tuple[dict[str, Tensor], Linkage]
 
 
 def run_linkage(
@@ -142,10 +132,10 @@ def run_linkage(
     attack_configs: Mapping[str, Sequence[AttackConfig]],
     defense: Defense,
     store: RunStore,
+    findings: Findings,
     *,
-    several: bool,
     sheet: bool,
-) -> Findings:
+) -> None:
     """Let linkage attacks embed what was intercepted of the victims, and measure how well they tell them apart.
 
     The ceiling of such an attack is itself on plain faces: no other run is needed.
@@ -155,85 +145,63 @@ def run_linkage(
         attack_configs: by the attack's name, a configuration per budget; the last is the run's own.
         defense: the one attacked.
         store: takes the scores and the contact sheet.
-        several: whether the run has other attacks, of any kind.
+        findings: take what was found out.
         sheet: whether to write the contact sheet.
 
     Raises:
         BenchError: an attack gave up, or was trained on less than what the defence emits.
     """
-    stages, probes = attacks.stages, attacks.selection.attacked
-    results: dict[str, AttackResult] = {}
-    warnings: list[str] = []
-    throughput: dict[str, Throughput] = {}
-    tables: list[pd.DataFrame] = []
-    for name, configs in attack_configs.items():
-        info = attack_info(attacks, configs[-1], defense)
-        linked = [attacks.linked(attack_config, defense) for attack_config in configs]
-        with stages.timed("measure"):
-            assessed = [_assess(attacks, embeddings) for embeddings in linked]
-            strength = _strength(attacks, configs, linked, assessed) if attacks.config.budget else None
-        info, unsaturated = mark_unsaturated(info, strength)
-        results[name] = AttackResult(attack=info, linkage=assessed[-1], strength=strength)
-        warnings += about(name, several, [*unsaturated, *_broken(assessed[-1])])
-        pairs, last = stages.splits.pairs, linked[-1]
-        scores = linkage_scores(last.first, last.second, last.plain, pairs)
-        tables.append(score_table(pairs, scores).assign(attack=name))
-        with stages.timed("throughput"):
-            operation = f"link {name}" if several else "link"
-            throughput[operation] = linkage_speed(attacks, configs[-1], defense, probes)
-    store.write_table("linkage", pd.concat(tables, ignore_index=True))
-    if sheet:
-        sent = next(iter(attacks.interceptions(defense, probes, 2)))[1]
-        write_sheet(attacks, defense, probes, {"sent again": sent[:, 1].float().cpu()}, (), store)
-    return Findings(results, warnings=warnings, throughput=throughput)
+    stages, config = attacks.stages, attacks.config
+    pairs, labels = stages.splits.pairs, stages.splits.victims.labels
+    people = torch.stack([labels[pairs.first], labels[pairs.second]], dim=1)
 
-
-def _assess(attacks: AttackStages, linked: Linked) -> Linkage:
-    splits = attacks.stages.splits
-    return assess_linkage(
-        linked.first,
-        linked.second,
-        linked.plain,
-        labels=splits.victims.labels,
-        pairs=splits.pairs,
-        probes=attacks.selection,
-        seed=attacks.streams.seed_for("bootstrap"),
-        replicates=attacks.config.bootstrap,
-    )
-
-
-def _strength(
-    attacks: AttackStages, attack_configs: Sequence[AttackConfig], linked: Sequence[Linked], assessed: Sequence[Linkage]
-) -> StrengthCurve:
-    splits = attacks.stages.splits
-    pairs, labels = splits.pairs, splits.victims.labels
-
-    def gain(name: str) -> Measure:
-        after, before = (
-            linkage_scores(point.first, point.second, point.plain, pairs)["protected_plain"]
-            for point in (linked[-1], linked[-2])
+    def assess(attack_config: AttackConfig) -> _Point:
+        linked = attacks.linked(attack_config, defense)
+        return linkage_scores(*linked, pairs), assess_linkage(
+            *linked,
+            labels=labels,
+            pairs=pairs,
+            probes=attacks.selection,
+            seed=attacks.streams.seed_for("bootstrap"),
+            replicates=config.bootstrap,
         )
+
+    def gain(name: str, after: _Point, before: _Point) -> Measure:
         differences = verification_differences(
-            after,
-            before,
+            after[0]["protected_plain"],
+            before[0]["protected_plain"],
             pairs.same,
             pairs.fold,
-            torch.stack([labels[pairs.first], labels[pairs.second]], dim=1),
+            people,
             attacks.streams.generator("bootstrap"),
-            replicates=attacks.config.bootstrap,
+            replicates=config.bootstrap,
         )
         return KINDS[name].measure({"linkage": differences.accuracy, "linkage_auc": differences.auc}[name])
 
-    budget = Budget.parse(attacks.config.budget or "")
-    leakage: list[Mapping[str, Measure]] = [
-        {
-            "linkage": point.protected_plain.accuracy,
-            "linkage_auc": point.protected_plain.auc,
-            "linkage_rank1": point.rank1,
-        }
-        for point in assessed
-    ]
-    return strength_curve(budget.axis, spent(attacks, attack_configs, budget), leakage, gain, LINKAGE_TOLERANCE)
+    tables: list[pd.DataFrame] = []
+    for name, configs in attack_configs.items():
+        info = attack_info(attacks, configs[-1], defense)
+        for attack_config in configs:
+            attacks.linked(attack_config, defense)
+        with stages.timed("measure"):
+            points = [assess(attack_config) for attack_config in configs]
+            scores, linkage = points[-1]
+            strength = strength_curve(attacks, configs, points, _leakage, gain, LINKAGE_TOLERANCE)
+        tables.append(score_table(pairs, scores).assign(attack=name))
+        with stages.timed("throughput"):
+            speed = {"link": linkage_speed(attacks, configs[-1], defense)}
+        findings.add(info, strength, _broken(linkage), speed, linkage=linkage)
+    store.write_table("linkage", pd.concat(tables, ignore_index=True))
+    if sheet:
+        sent = next(iter(attacks.interceptions(defense, attacks.selection.attacked, 2)))[1]
+        write_sheet(attacks, defense, {"sent again": sent[:, 1].float().cpu()}, (), store)
+
+
+def _leakage(point: _Point) -> Mapping[str, Measure]:
+    """The figures of a strength curve."""
+    _, linkage = point
+    verified = linkage.protected_plain
+    return {"linkage": verified.accuracy, "linkage_auc": verified.auc, "linkage_rank1": linkage.rank1}
 
 
 def _broken(linkage: Linkage) -> list[str]:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -105,27 +106,25 @@ _SIDE = 224
 def write_sheet(
     attacks: AttackStages,
     defense: Defense,
-    probes: Tensor,
     columns: Mapping[str, Tensor],
     captions: Sequence[str],
     store: RunStore,
     *,
     leakage: Tensor | None = None,
-    members: Mapping[str, Tensor] | None = None,
+    members: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write ``samples/contact-sheet.png``, and single pictures with their index ``samples/samples.json``.
 
     Args:
         attacks: intercepts what is shown as sent.
         defense: the one attacked.
-        probes: the victim images, of which the first are shown.
         columns: heading -> pictures (V, C, h, w), shown to the right of ``original`` and ``sent``.
         captions: a line per victim; none for no line.
         store: has the run's folder.
         leakage: float (V,), how much leaked of each victim; without it there is no worst, median and best one.
         members: name -> recovered faces (V, C, h, w) of each of several attacks; single pictures only.
     """
-    config, stages = attacks.config, attacks.stages
+    config, stages, probes = attacks.config, attacks.stages, attacks.selection.attacked
     rows = min(ROWS, len(probes))
     roles = _roles(len(probes), leakage)
     chosen = torch.tensor(sorted({*range(rows), *roles}))
@@ -133,7 +132,7 @@ def write_sheet(
         "original": to_float(stages.splits.victims.images[probes[chosen]]),
         "sent": _sent(attacks, defense, probes[chosen]),
         **{heading: pictures[chosen] for heading, pictures in columns.items()},
-        **{heading: pictures[chosen] for heading, pictures in (members or {}).items()},
+        **{heading: pictures[chosen] for heading, pictures in members.items()},
     }
     kind = "synthetic faces" if stages.source.synthetic else f"dataset {stages.source.name}"
     contact_sheet(

@@ -19,7 +19,7 @@ from bench.errors import MissingError
 from bench.nets.backbones import BACKBONES
 from bench.progress import ProgressBars
 from bench.recognition.options import HEADS
-from bench.results import AttackResult, DatasetInfo, DefenseInfo, RunPlan, RunResult
+from bench.results import DatasetInfo, DefenseInfo, RunPlan, RunResult
 from bench.run.attack_config import attack_configs, check_attack
 from bench.run.attacker import AttackStages
 from bench.run.config import RunConfig
@@ -138,15 +138,13 @@ class Pipeline:
         attacks = AttackStages(stages)
         defense = stages.defense(config.defense, config.defense_options)
         plain = stages.defense("none", {})
-        probes = attacks.selection.attacked
-
         utility = measure_utility(stages, defense, plain, store) if config.utility else None
         findings = self._attack(attacks, defense, plain, store)
         last = {name: configs[-1] for name, configs in self.attack_configs.items()}
         asked = any(attacks.asks_provider(attack_config.make()) for attack_config in last.values())
         recognised = config.utility or asked or defense.level == "template"
         with stages.timed("throughput"):
-            throughput = provider_speed(attacks, defense, probes, recognise=recognised)
+            throughput = provider_speed(attacks, defense, recognise=recognised)
         kept: dict[str, Job[Any]] = {"defense": stages.defense_job(defense)} if defense.trainable else {}
         if recognised:
             kept["recogniser"] = stages.recogniser_job(defense, "provider")
@@ -156,44 +154,36 @@ class Pipeline:
             file = f"{name.partition('-')[0]}.safetensors"
             store.keep_checkpoint(stages.cache.path(job.stage, job.key) / file, f"{name}.safetensors")
 
-        results: dict[str, AttackResult] = {}
-        for part in findings:
-            results |= part.results
-            throughput |= part.throughput
-        ordered = {name: results[name] for name in self.attack_configs}
-        figures: dict[str, Any] = {"attacks": ordered}
-        if len(ordered) == 1:
-            (only,) = ordered.values()
-            figures = {name: getattr(only, name) for name in AttackResult.model_fields}
-        dataset = self._dataset(stages, len(probes))
+        results = [findings.results[name] for name in last]
+        figures = dict(results[0]) if len(last) == 1 else {"attacks": dict(zip(last, results, strict=True))}
+        dataset = self._dataset(stages, len(attacks.selection.attacked))
         described = defense.describe()
         return RunResult(
             run_id=store.run_id,
             status="success",
-            warnings=[*self._warnings(dataset), *(warning for part in findings for warning in part.warnings)],
+            warnings=[*self._warnings(dataset), *findings.warnings],
             defense=DefenseInfo.of(described | channel_energy(described, stages.splits.public.images)),
-            evaluator=next((part.evaluator for part in findings if part.evaluator), None),
+            evaluator=findings.evaluator,
             dataset=dataset,
             utility=utility,
-            worst_case=next((part.worst_case for part in findings if part.worst_case), None),
+            worst_case=findings.worst_case,
             **figures,
-            throughput=throughput,
+            throughput=throughput | findings.throughput,
             seconds={stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},
             cached=list(dict.fromkeys(stages.cached)),
             peak_memory=_peak_memory(self.fabric.device),
         )
 
-    def _attack(self, attacks: AttackStages, defense: Defense, plain: Defense, store: RunStore) -> list[Findings]:
+    def _attack(self, attacks: AttackStages, defense: Defense, plain: Defense, store: RunStore) -> Findings:
         """Run the recovery attacks, then the linkage attacks."""
         configs = self.attack_configs
         linkage = {name: configs[name] for name in configs if isinstance(configs[name][-1].make(), LinkageAttack)}
         recovery = {name: configs[name] for name in configs if name not in linkage}
-        several = len(configs) > 1
-        findings = []
+        findings = Findings(several=len(configs) > 1)
         if recovery:
-            findings.append(run_recovery(attacks, recovery, defense, plain, store, several=several))
+            run_recovery(attacks, recovery, defense, plain, store, findings)
         if linkage:
-            findings.append(run_linkage(attacks, linkage, defense, store, several=several, sheet=not recovery))
+            run_linkage(attacks, linkage, defense, store, findings, sheet=not recovery)
         return findings
 
     def _warnings(self, dataset: DatasetInfo) -> list[str]:

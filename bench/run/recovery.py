@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -12,19 +11,10 @@ from torch import Tensor
 from bench.errors import MissingError
 from bench.metrics.floors import grey, mean_face, nearest, noise
 from bench.metrics.perceptual import Lpips, load_lpips
-from bench.results import AttackInfo, AttackResult, Measure, Quality, Recovery, StrengthCurve, Throughput
+from bench.results import Measure, Recovery
 from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages, Recovered
-from bench.run.config import Budget
-from bench.run.findings import (
-    RECOVERY_TOLERANCE,
-    Findings,
-    about,
-    attack_info,
-    mark_unsaturated,
-    spent,
-    strength_curve,
-)
+from bench.run.findings import RECOVERY_TOLERANCE, Findings, attack_info, strength_curve
 from bench.run.pictures import write_sheet
 from bench.run.scorer import Assessment, Scorer, state_inference
 from bench.run.speed import recovery_speed
@@ -35,19 +25,18 @@ from defenses.base import Defense
 NEAREST_BATCH = 1024
 
 
-def floor_recoveries(attacks: AttackStages, defense: Defense, probes: Tensor) -> dict[str, Tensor]:
+def floor_recoveries(attacks: AttackStages, defense: Defense) -> dict[str, Tensor]:
     """Floor -> float32 (V, 3, H, W) in [0, 1]; see :mod:`bench.metrics.floors`."""
-    streams, public = attacks.streams, attacks.stages.splits.public.images
-    count, size = len(probes), attacks.config.image_size
+    streams, probes, size = attacks.streams, attacks.selection.attacked, attacks.config.image_size
     return {
-        "mean_face": mean_face(public, count),
-        "grey": grey(count, size),
+        "mean_face": mean_face(attacks.stages.splits.public.images, len(probes)),
+        "grey": grey(len(probes), size),
         "noise": torch.cat([noise(1, size, streams.generator(f"floors/noise/{image}")) for image in probes.tolist()]),
-        "nearest": _nearest(attacks, defense, probes),
+        "nearest": _nearest(attacks, defense),
     }
 
 
-def _nearest(attacks: AttackStages, defense: Defense, probes: Tensor) -> Tensor:
+def _nearest(attacks: AttackStages, defense: Defense) -> Tensor:
     """The public face whose representation is nearest to the intercepted one, with the adversary's knowledge."""
     generator = attacks.streams.generator("floors")
     mechanism = attacks.mechanism(defense)(generator)
@@ -56,24 +45,9 @@ def _nearest(attacks: AttackStages, defense: Defense, probes: Tensor) -> Tensor:
     def protect(faces: Tensor) -> Tensor:
         return mechanism.protect(faces, generator).representation
 
-    found = [
-        nearest(representations[:, 0], public, protect, batch_size=attacks.config.batch_size).cpu()
-        for _, representations, _ in attacks.interceptions(defense, probes, 1, batch_size=NEAREST_BATCH)
-    ]
-    return torch.cat(found)
-
-
-@dataclass(frozen=True)
-class ScoredRecovery:
-    """What an attack recovered, beside the originals.
-
-    Attributes:
-        recovered: all that the attack gave back.
-        assessment: how near it comes.
-    """
-
-    recovered: Recovered
-    assessment: Assessment
+    sent = attacks.interceptions(defense, attacks.selection.attacked, 1, batch_size=NEAREST_BATCH)
+    size = attacks.config.batch_size
+    return torch.cat([nearest(first[:, 0], public, protect, batch_size=size).cpu() for _, first, _ in sent])
 
 
 def run_recovery(
@@ -82,9 +56,8 @@ def run_recovery(
     defense: Defense,
     plain: Defense,
     store: RunStore,
-    *,
-    several: bool,
-) -> Findings:
+    findings: Findings,
+) -> None:
     """Let recovery attacks loose on a defence and measure what comes back.
 
     Averages over attacks would hide that different victims fall to different ones, so of several attacks there is the
@@ -97,63 +70,60 @@ def run_recovery(
         defense: the one attacked.
         plain: the defence that does nothing, for the ceiling.
         store: takes the raw values and the contact sheet.
-        several: whether the run has other attacks, of any kind.
+        findings: take what was found out.
 
     Raises:
         BenchError: an attack gave up, or was trained on less than what the defence emits.
     """
-    stages, probes = attacks.stages, attacks.selection.attacked
+    stages = attacks.stages
     # First what takes long and is kept, then what is measured on it. An attack that was mis-driven is not let loose.
     infos = {name: attack_info(attacks, configs[-1], defense) for name, configs in attack_configs.items()}
-    for configs in attack_configs.values():
-        for attack_config, target in [*((attack_config, defense) for attack_config in configs), (configs[-1], plain)]:
-            attacks.recovered(attack_config, target)
+    recovered, unprotected = {}, {}
+    for name, configs in attack_configs.items():
+        recovered[name] = [attacks.recovered(attack_config, defense) for attack_config in configs]
+        unprotected[name] = attacks.recovered(configs[-1], plain)
     scorer = make_scorer(attacks)
-
-    def score(attack_config: AttackConfig, target: Defense) -> ScoredRecovery:
-        recovered = attacks.recovered(attack_config, target)
-        return ScoredRecovery(recovered, scorer.assess(recovered.faces))
-
     with stages.timed("measure"):
-        floors = {name: scorer.assess(faces) for name, faces in floor_recoveries(attacks, defense, probes).items()}
-        scored = {name: [score(config, defense) for config in configs] for name, configs in attack_configs.items()}
-        ceilings = {name: score(configs[-1], plain) for name, configs in attack_configs.items()}
-    results: dict[str, AttackResult] = {}
-    warnings: list[str] = []
-    throughput: dict[str, Throughput] = {}
+        floors = {name: scorer.assess(faces) for name, faces in floor_recoveries(attacks, defense).items()}
+        assessed = {name: [scorer.assess(point.faces) for point in points] for name, points in recovered.items()}
+        ceilings = {name: scorer.assess(ceiling.faces) for name, ceiling in unprotected.items()}
     tables: dict[str, Assessment] = {}
     for name, configs in attack_configs.items():
-        *_, last = scored[name]
+        info, last, points = infos[name], recovered[name][-1], assessed[name]
+        if last.queries is not None:
+            asked = {"queries_per_victim": last.queries / len(last.faces)}
+            info = info.model_copy(update={"details": info.details | asked})
         with stages.timed("measure"):
-            strength = _strength(attacks, scorer, configs, scored[name]) if attacks.config.budget else None
-            inference = state_inference(last.recovered.right, defense, scorer)
-        info, unsaturated = mark_unsaturated(_with_queries(infos[name], last.recovered), strength)
-        recovery = _recovery(last.assessment, floors, ceilings[name].assessment)
-        results[name] = AttackResult(attack=info, recovery=recovery, state_inference=inference, strength=strength)
-        warnings += about(name, several, [*unsaturated, *_broken(recovery)])
+            strength = strength_curve(attacks, configs, points, _leakage, scorer.gain, RECOVERY_TOLERANCE)
+            inference = state_inference(last.right, defense, scorer)
+        recovery = _recovery(points[-1], floors, ceilings[name])
         with stages.timed("throughput"):
-            operation = f"recover {name}" if several else "recover"
-            throughput[operation] = recovery_speed(attacks, configs[-1], defense, probes, last.recovered)
-        tables[name] = last.assessment
+            speed = {"recover": recovery_speed(attacks, configs[-1], defense, last)}
+        findings.add(info, strength, _broken(recovery), speed, recovery=recovery, state_inference=inference)
+        tables[name] = points[-1]
         if len(attack_configs) > 1:
-            tables[f"{name} ceiling"] = ceilings[name].assessment
+            tables[f"{name} ceiling"] = ceilings[name]
         if strength is not None:
-            for point, earlier in zip(strength.points[:-1], scored[name][:-1], strict=True):
-                tables[f"{name} {strength.axis}={point.budget:.10g}"] = earlier.assessment
+            for point, assessment in zip(strength.points[:-1], points[:-1], strict=True):
+                tables[f"{name} {strength.axis}={point.budget:.10g}"] = assessment
 
-    worst = scorer.worst([runs[-1].assessment for runs in scored.values()])
-    ceiling = scorer.worst([run.assessment for run in ceilings.values()])
-    if len(results) > 1:
+    worst = scorer.worst([points[-1] for points in assessed.values()])
+    ceiling = scorer.worst(list(ceilings.values()))
+    if len(attack_configs) > 1:
         tables["worst case"] = worst
-    _write_raw(tables | {"ceiling": ceiling, **floors}, store)
-    _write_states({name: runs[-1].recovered for name, runs in scored.items()}, probes, store)
-    _write_pictures(attacks, defense, scored, ceilings, worst, store)
-    return Findings(
-        results=results,
-        worst_case=_recovery(worst, floors, ceiling) if len(results) > 1 else None,
-        evaluator=scorer.info,
-        warnings=warnings,
-        throughput=throughput,
+        findings.worst_case = _recovery(worst, floors, ceiling)
+    findings.evaluator = scorer.info
+    rows = [table.per_image.assign(method=name) for name, table in (tables | {"ceiling": ceiling} | floors).items()]
+    store.write_table("per_image", pd.concat(rows, ignore_index=True))
+    _write_states({name: points[-1] for name, points in recovered.items()}, attacks.selection.attacked, store)
+    _write_pictures(
+        attacks,
+        defense,
+        {name: points[-1].faces for name, points in recovered.items()},
+        torch.stack([ceiling.faces for ceiling in unprotected.values()]),
+        torch.stack([points[-1].values["ssim"] for points in assessed.values()]),
+        worst,
+        store,
     )
 
 
@@ -163,14 +133,6 @@ def _recovery(assessment: Assessment, floors: Mapping[str, Assessment], ceiling:
         floors={name: floor.quality for name, floor in floors.items()},
         ceiling=ceiling.quality,
     )
-
-
-def _with_queries(info: AttackInfo, recovered: Recovered) -> AttackInfo:
-    """Also tells how often the attack asked the provider per victim, if it did."""
-    if recovered.queries is None:
-        return info
-    details = {**info.details, "queries_per_victim": recovered.queries / len(recovered.faces)}
-    return info.model_copy(update={"details": details})
 
 
 def make_scorer(attacks: AttackStages) -> Scorer:
@@ -195,23 +157,16 @@ def make_scorer(attacks: AttackStages) -> Scorer:
     )
 
 
-def _strength(
-    attacks: AttackStages, scorer: Scorer, attack_configs: Sequence[AttackConfig], scored: Sequence[ScoredRecovery]
-) -> StrengthCurve:
-    budget = Budget.parse(attacks.config.budget or "")
-    return strength_curve(
-        budget.axis,
-        spent(attacks, attack_configs, budget),
-        [_leakage(run.assessment.quality) for run in scored],
-        lambda name: scorer.gain(name, scored[-1].assessment, scored[-2].assessment),
-        RECOVERY_TOLERANCE,
-    )
-
-
-def _leakage(quality: Quality) -> Mapping[str, Measure]:
+def _leakage(assessment: Assessment) -> Mapping[str, Measure]:
     """The figures of a strength curve."""
-    own = {name: getattr(quality, name) for name in ("ssim", "psnr", "psnr_aligned")}
-    return {**own, "cosine": quality.identity.cosine, "type1_tar": quality.identity.type1_tar}
+    quality, identity = assessment.quality, assessment.quality.identity
+    return {
+        "ssim": quality.ssim,
+        "psnr": quality.psnr,
+        "psnr_aligned": quality.psnr_aligned,
+        "cosine": identity.cosine,
+        "type1_tar": identity.type1_tar,
+    }
 
 
 def _broken(recovery: Recovery) -> list[str]:
@@ -235,17 +190,23 @@ def _broken(recovery: Recovery) -> list[str]:
 def _write_pictures(
     attacks: AttackStages,
     defense: Defense,
-    scored: Mapping[str, Sequence[ScoredRecovery]],
-    ceilings: Mapping[str, ScoredRecovery],
+    recovered: Mapping[str, Tensor],
+    unprotected: Tensor,
+    ssim: Tensor,
     worst: Assessment,
     store: RunStore,
 ) -> None:
-    """The contact sheet: of several attacks each victim as under the one that gets the highest SSIM."""
-    probes, names = attacks.selection.attacked, list(scored)
-    faces = torch.stack([runs[-1].recovered.faces for runs in scored.values()])
-    unprotected = torch.stack([run.recovered.faces for run in ceilings.values()])
-    best = torch.stack([runs[-1].assessment.values["ssim"] for runs in scored.values()]).argmax(dim=0)
-    rows = torch.arange(len(probes))
+    """The contact sheet: of several attacks each victim as under the one that gets the highest SSIM.
+
+    Args:
+        attacks, defense, store: as for :func:`run_recovery`.
+        recovered: by the name of each of A attacks, float (V, 3, H, W).
+        unprotected: float (A, V, 3, H, W), the same of unprotected faces.
+        ssim: float (A, V), of ``recovered``.
+        worst: over the attacks.
+    """
+    names, faces, best = list(recovered), torch.stack(list(recovered.values())), ssim.argmax(dim=0)
+    rows = torch.arange(len(best))
     figures = zip(*(worst.values[name].tolist() for name in ("ssim", "psnr", "cosine")), strict=True)
     captions = [f"SSIM {ssim:.3f}  PSNR {psnr:.1f} dB  cosine {cosine:.2f}" for ssim, psnr, cosine in figures]
     if len(names) > 1:
@@ -253,18 +214,12 @@ def _write_pictures(
     write_sheet(
         attacks,
         defense,
-        probes,
         {"recovered": faces[best, rows], "ceiling": unprotected[best, rows]},
         captions,
         store,
         leakage=worst.values["ssim"],
-        members=dict(zip(names, faces, strict=True)) if len(names) > 1 else None,
+        members=recovered if len(names) > 1 else {},
     )
-
-
-def _write_raw(assessments: Mapping[str, Assessment], store: RunStore) -> None:
-    tables = [assessment.per_image.assign(method=name) for name, assessment in assessments.items()]
-    store.write_table("per_image", pd.concat(tables, ignore_index=True))
 
 
 def _write_states(recovered: Mapping[str, Recovered], probes: Tensor, store: RunStore) -> None:

@@ -38,7 +38,7 @@ def measure(
         operation: what is measured; it runs without gradients.
         batch: (N, ...), N > 0, on the device to measure.
         warmup: calls that are not timed, for each of the two sizes.
-        min_time: seconds to spend on each of the two sizes.
+        min_time: seconds for each of the two sizes.
         clock: monotonic time in nanoseconds.
 
     Raises:
@@ -91,11 +91,9 @@ def _quartiles(samples: Tensor) -> Quartiles:
 SLOW = 1.0
 
 
-def provider_speed(
-    attacks: AttackStages, defense: Defense, probes: Tensor, *, recognise: bool
-) -> dict[str, Throughput]:
+def provider_speed(attacks: AttackStages, defense: Defense, *, recognise: bool) -> dict[str, Throughput]:
     """Speed of the client and, where a recogniser is there, of the provider."""
-    faces = _some_faces(attacks, probes)
+    faces = _some_faces(attacks)
     generator = attacks.streams.generator("throughput")
     sent = defense.protect(faces, generator).representation
     timed = {"protect": measure(lambda batch: defense.protect(batch, generator).representation, faces)}
@@ -105,14 +103,14 @@ def provider_speed(
 
 
 def recovery_speed(
-    attacks: AttackStages, attack_config: AttackConfig, defense: Defense, probes: Tensor, recovered: Recovered
+    attacks: AttackStages, attack_config: AttackConfig, defense: Defense, recovered: Recovered
 ) -> Throughput:
     """Speed of recovering faces; of an attack that takes its time, as it was when the victims' were recovered."""
     attack, _ = attacks.fitted(attack_config, defense)
     if not isinstance(attack, RecoveryAttack):
         raise TypeError(f"{attack_config.name} recovers no faces")
-    index = _some(attacks, probes)
-    observation = next(iter(attacks.observations(attack, defense, index, attack_config.interceptions))).observation
+    observed = attacks.observations(attack, defense, _some(attacks), attack_config.interceptions)
+    observation = next(iter(observed)).observation
     seconds = recovered.batch_seconds
     if float(seconds.median()) < SLOW:
         return measure(lambda batch: attack.recover(observation.first(len(batch))), observation.representations)
@@ -132,20 +130,21 @@ def recovery_speed(
     )
 
 
-def linkage_speed(attacks: AttackStages, attack_config: AttackConfig, defense: Defense, probes: Tensor) -> Throughput:
+def linkage_speed(attacks: AttackStages, attack_config: AttackConfig, defense: Defense) -> Throughput:
     """Speed of embedding intercepted representations."""
     attack, _ = attacks.fitted(attack_config, defense)
     if not isinstance(attack, LinkageAttack):
         raise TypeError(f"{attack_config.name} links no representations")
-    sent = defense.protect(_some_faces(attacks, probes), attacks.streams.generator("throughput")).representation
+    sent = defense.protect(_some_faces(attacks), attacks.streams.generator("throughput")).representation
     return measure(attack.embed_representations, sent)
 
 
-def _some(attacks: AttackStages, probes: Tensor) -> Tensor:
+def _some(attacks: AttackStages) -> Tensor:
     """A full batch of victim images, repeated where there are fewer."""
+    probes = attacks.selection.attacked
     return probes[torch.arange(attacks.config.batch_size) % len(probes)]
 
 
-def _some_faces(attacks: AttackStages, probes: Tensor) -> Tensor:
-    images = attacks.stages.splits.victims.images[_some(attacks, probes)]
+def _some_faces(attacks: AttackStages) -> Tensor:
+    images = attacks.stages.splits.victims.images[_some(attacks)]
     return to_float(images.to(attacks.fabric.device))

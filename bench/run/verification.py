@@ -20,8 +20,6 @@ from defenses.base import Defense
 
 #: False acceptance rates at which the true acceptance rate is given.
 FARS: Mapping[str, float] = MappingProxyType({"1e-1": 1e-1, "1e-2": 1e-2, "1e-3": 1e-3})
-_RECOGNITION = ("accuracy", "auc", "eer", "tar_at_far")
-_LINKAGE = ("linkage", "linkage_auc", "linkage_eer", "linkage_tar_at_far")
 
 
 def verification(
@@ -31,7 +29,6 @@ def verification(
     generator: torch.Generator,
     *,
     replicates: int = REPLICATES,
-    fars: Mapping[str, float] = FARS,
     linking: bool = False,
 ) -> Verification:
     """Accuracy, AUC, EER and TAR@FAR of scored pairs, with intervals over identities.
@@ -40,9 +37,7 @@ def verification(
         scores: float (P,), one per pair, higher is more alike.
         pairs: the protocol over N images.
         labels: int64 (N,), the person on each image.
-        generator: source of the bootstrap's draws.
-        replicates: of the bootstrap.
-        fars: name in the result -> false acceptance rate.
+        generator, replicates: of the bootstrap.
         linking: whether an attack gave the scores, so that what it tells apart leaks.
 
     Raises:
@@ -50,15 +45,17 @@ def verification(
     """
     people = torch.stack([labels[pairs.first], labels[pairs.second]], dim=1)
     estimates = verification_estimates(
-        scores, pairs.same, pairs.fold, people, generator, fars=list(fars.values()), replicates=replicates
+        scores, pairs.same, pairs.fold, people, generator, fars=list(FARS.values()), replicates=replicates
     )
-    names = _LINKAGE if linking else _RECOGNITION
+    names = ("accuracy", "auc", "eer", "tar_at_far")
+    if linking:
+        names = ("linkage", "linkage_auc", "linkage_eer", "linkage_tar_at_far")
     accuracy, auc, eer, tar_at_far = (KINDS[name] for name in names)
     return Verification(
         accuracy=accuracy.measure(estimates.accuracy),
         auc=auc.measure(estimates.auc),
         eer=eer.measure(estimates.eer),
-        tar_at_far={name: tar_at_far.measure(estimates.tar_at_far[far]) for name, far in fars.items()},
+        tar_at_far={name: tar_at_far.measure(estimates.tar_at_far[far]) for name, far in FARS.items()},
         accuracy_std=lfw_accuracy(scores, pairs.same, pairs.fold).std,
         pairs=len(pairs),
     )

@@ -1,5 +1,7 @@
 """When a strength curve still rises."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from bench.results import Measure
@@ -13,9 +15,17 @@ def measure(value, low=None, high=None):
     return Measure(value=value, ci95=ci95, n=9, direction="leakage", reason=None if ci95 else "alike")
 
 
-def curve(gains, budgets=(1, 2, 4)):
-    values = [{"ssim": measure(0.1 * step), "psnr": measure(10.0)} for step, _ in enumerate(budgets)]
-    return strength_curve("steps", budgets, values, lambda name: gains[name], TOLERANCE)
+def curve(gains, budget="steps=1,2,4"):
+    attacks = SimpleNamespace(config=SimpleNamespace(budget=budget))
+
+    def gain(name, after, before):
+        assert (after, before) == (2, 1)
+        return gains[name]
+
+    def leakage(point):
+        return {"ssim": measure(0.1 * point), "psnr": measure(10.0)}
+
+    return strength_curve(attacks, [], range(3), leakage, gain, TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -30,17 +40,17 @@ def curve(gains, budgets=(1, 2, 4)):
     ],
 )
 def test_a_gain_counts_above_its_tolerance(ssim, cosine, verdict):
-    found = curve({"ssim": ssim, "cosine": cosine})
-    assert found.unsaturated is verdict
-    assert found.gain_of_last_doubling == {"ssim": ssim, "cosine": cosine}
-    assert found.tolerance == TOLERANCE
-    assert [point.budget for point in found.points] == [1, 2, 4]
-    assert found.points[2].values["ssim"].value == pytest.approx(0.2)
+    strength = curve({"ssim": ssim, "cosine": cosine})
+    assert strength.unsaturated is verdict
+    assert strength.gain_of_last_doubling == {"ssim": ssim, "cosine": cosine}
+    assert strength.tolerance == TOLERANCE
+    assert [point.budget for point in strength.points] == [1, 2, 4]
+    assert strength.points[2].values["ssim"].value == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize(("last", "judged"), [(2.9, False), (3.0, True)])
-def test_close_budgets_are_not_judged(last, judged):
+@pytest.mark.parametrize(("budget", "compared"), [("steps=2,4,5", False), ("steps=2,4,6", True)])
+def test_close_budgets_are_not_compared(budget, compared):
     big = measure(0.5, 0.4, 0.6)
-    found = curve({"ssim": big, "cosine": big}, budgets=(1, 2, last))
-    assert found.unsaturated is (True if judged else None)
-    assert (found.gain_of_last_doubling["ssim"].value is not None) is judged
+    strength = curve({"ssim": big, "cosine": big}, budget)
+    assert strength.unsaturated is (True if compared else None)
+    assert (strength.gain_of_last_doubling["ssim"].value is not None) is compared

@@ -28,7 +28,8 @@ def attacks():
             yield index, 1 - images[index][:, None].float() / 255, None
 
     config = SimpleNamespace(defense="negative", attack="none", knowledge="whitebox")
-    return SimpleNamespace(config=config, stages=stages, interceptions=interceptions)
+    selection = SimpleNamespace(attacked=torch.arange(COUNT) * 2)
+    return SimpleNamespace(config=config, stages=stages, selection=selection, interceptions=interceptions)
 
 
 def grey(path):
@@ -36,21 +37,13 @@ def grey(path):
 
 
 def test_worst_median_and_best_are_kept_with_the_first(attacks, tmp_path):
-    probes = torch.arange(COUNT) * 2
     recovered = torch.linspace(0, 1, COUNT).reshape(-1, 1, 1, 1).expand(-1, 3, 16, 16)
     leakage = torch.tensor([5.0, 1, 2, 3, 4, 0, 6, 7, 8, 11, 9, 10])
     store = SimpleNamespace(directory=tmp_path)
     captions = [f"victim {n}" for n in range(COUNT)]
     (tmp_path / "samples").mkdir()
     write_sheet(
-        attacks,
-        None,
-        probes,
-        {"recovered": recovered},
-        captions,
-        store,
-        leakage=leakage,
-        members={"half": recovered / 2},
+        attacks, None, {"recovered": recovered}, captions, store, leakage=leakage, members={"half": recovered / 2}
     )
     samples = read_samples(tmp_path / "samples")
     assert samples is not None
@@ -69,7 +62,8 @@ def test_worst_median_and_best_are_kept_with_the_first(attacks, tmp_path):
 def test_without_leakage_there_are_only_the_first(attacks, tmp_path):
     (tmp_path / "samples").mkdir()
     store = SimpleNamespace(directory=tmp_path)
-    write_sheet(attacks, None, torch.arange(3), {}, (), store)
+    attacks.selection.attacked = torch.arange(3)
+    write_sheet(attacks, None, {}, (), store)
     index = json.loads((tmp_path / "samples" / "samples.json").read_text())
     assert [victim["roles"] for victim in index["victims"]] == [["first"]] * 3
     assert index["columns"] == ["original", "sent"]
