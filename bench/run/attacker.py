@@ -41,21 +41,23 @@ from bench.run.attack_config import AttackConfig
 from bench.run.machines import synchronise
 from bench.run.provider import Stages, failing_as
 from bench.run.service import Enrolment, Service, class_centres, traffic
-from bench.run.stage import CODE, Job, make_key, plugin_code, save_tensors
+from bench.run.stage import CODE, Job, make_key, plugin_code, save_tensors, tensor_job
 from defenses.base import Defense
 from defenses.layout import probe
 
 
-def places_right(inferred: Tensor, states: Tensor, defense: Defense) -> Tensor | None:
-    """Which channels were put in their place.
+def layout_hits(inferred: Tensor, states: Tensor, defense: Defense) -> dict[str, Tensor]:
+    """How far a channel layout that an attack inferred is the true one.
 
     Args:
-        inferred: int64 (N, k, C), where the attack believes each channel belongs.
+        inferred: int64 (N, k, C), the canonical channel that the attack takes each channel for.
         states: int64 (N, k, D), what the defence drew.
         defense: the one in use.
 
     Returns:
-        bool (N, k, C) on the CPU; None where a state of this defence does not place channels.
+        On the CPU, ``right``, bool (N, k, C), which channels are what they are taken for, and where states can be
+        listed ``named``, int64 (N, k, 2), the state drawn and the one inferred as rows of :meth:`Defense.states`, -1
+        for a layout of no state. Nothing where the states of this defence lay out no channels.
 
     Raises:
         ValueError: ``inferred`` has another shape or type.
@@ -63,47 +65,27 @@ def places_right(inferred: Tensor, states: Tensor, defense: Defense) -> Tensor |
     expected = (*states.shape[:2], defense.channels)
     if tuple(inferred.shape) != expected or inferred.dtype != torch.int64:
         raise ValueError(
-            f"inferred places must be int64 {expected}, got {str(inferred.dtype).removeprefix('torch.')} "
-            f"{tuple(inferred.shape)}"
+            f"an inferred channel layout must be int64 {expected}, got "
+            f"{str(inferred.dtype).removeprefix('torch.')} {tuple(inferred.shape)}"
         )
-    drawn = states.flatten(0, 1)
-    # Only what was drawn is probed: a defence may have more states than can be listed.
-    layout = probe(defense, torch.unique(drawn, dim=0))
+    drawn, listed = states.flatten(0, 1), defense.states()
+    # Of more states than can be listed only what was drawn is probed.
+    layout = probe(defense, torch.unique(drawn, dim=0) if listed is None else listed)
     if layout is None:
-        return None
-    true = layout.canonical[layout.row_of(drawn)].unflatten(0, states.shape[:2])
-    return torch.eq(inferred.cpu(), true.cpu())
-
-
-def named_states(inferred: Tensor, states: Tensor, defense: Defense) -> Tensor | None:
-    """Which state was drawn and which the attack named, as rows of :meth:`Defense.states`.
-
-    Args:
-        inferred: int64 (N, k, C), where the attack believes each channel belongs.
-        states: int64 (N, k, D), what the defence drew.
-        defense: the one in use.
-
-    Returns:
-        int64 (N, k, 2) on the CPU, (drawn, named), -1 where the layout named is that of no state; None where states
-        cannot be listed or do not place channels.
-    """
-    listed = defense.states()
-    layout = None if listed is None else probe(defense, listed)
-    if layout is None:
-        return None
-    drawn = layout.row_of(states.flatten(0, 1))
-    same = (inferred.flatten(0, 1)[:, None].to(layout.canonical.device) == layout.canonical).all(dim=2)
-    named = torch.where(same.any(dim=1), same.int().argmax(dim=1), -1)
-    pairs: Tensor = torch.stack((drawn, named), dim=1).unflatten(0, states.shape[:2])
-    return pairs.cpu()
+        return {}
+    row, given = layout.row_of(drawn), inferred.flatten(0, 1).to(layout.canonical.device)
+    hits = {"right": given == layout.canonical[row]}
+    if listed is not None:
+        same = (given[:, None] == layout.canonical).all(dim=2)
+        hits["named"] = torch.stack((row, torch.where(same.any(dim=1), same.int().argmax(dim=1), -1)), dim=1)
+    return {name: values.unflatten(0, states.shape[:2]).cpu() for name, values in hits.items()}
 
 
 #: Representation values intercepted at once: 256 MiB of them.
 REPRESENTATION_VALUES = 2**28 // 4
 
 
-@dataclass(frozen=True, slots=True)
-class Interception:
+class Interception(NamedTuple):
     """What is intercepted of a batch of victim images.
 
     Attributes:
@@ -119,23 +101,22 @@ class Interception:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What an attack made of the attacked images.
+    """What an attack made of the V attacked images, in B batches, on the CPU.
 
     Attributes:
-        faces: float32 (V, 3, H, W) in [0, 1], on the CPU, in the order of the probes.
-        right: bool (V, k, C), which channels the attack put in their place; None where it inferred none.
-        named: int64 (V, k, 2), the state drawn and the one named (:func:`bench.run.attacker.named_states`), or None.
-        queries: score queries sent in all; None where the attack sends none.
+        faces: float32 (V, 3, H, W) in [0, 1], in the order of the probes.
         batch_faces: int64 (B,), the faces recovered at once.
-        batch_seconds: float64 (B,), what each of these batches took.
+        batch_seconds: float64 (B,), what each batch took.
+        right, named: as :func:`layout_hits`, (V, k, ...); None where the attack inferred no layout.
+        queries: int64 (B,), score queries sent; None where the attack sends none.
     """
 
     faces: Tensor
-    right: Tensor | None
-    named: Tensor | None
-    queries: int | None
     batch_faces: Tensor
     batch_seconds: Tensor
+    right: Tensor | None = None
+    named: Tensor | None = None
+    queries: Tensor | None = None
 
 
 class Linked(NamedTuple):
@@ -203,15 +184,10 @@ class AttackStages:
         checkpoint: Path | None = None,
         report: Report = no_report,
     ) -> Adversary:
-        """What the chosen rung hands to the attack, and nothing else.
+        """What the chosen rung hands to the attack by its needs, and nothing else.
 
-        Args:
-            attack: decides by its needs what of the rung it is handed.
-            defense: the one in use.
-            public: the attacker's faces; None for all public ones.
-            service: answers embedding queries; None makes one where they are needed.
-            checkpoint: a folder for resuming the fit, or None.
-            report: progress of the fit.
+        Its faces are the ``public`` ones given, else all; embedding queries are answered by the ``service`` given, else
+        by one of their own; ``checkpoint`` is a folder for resuming the fit.
         """
         public = self.stages.splits.public if public is None else public
         given = self.given(attack)
@@ -258,16 +234,13 @@ class AttackStages:
         return make_key(
             {
                 "data": stages.data_key,
-                "shares": config.shares,
-                "evaluator_file": config.evaluator is not None,
                 "public": public,
                 "defense": stages.defense_key(defense),
                 "attack": {"name": attack.name, "options": attack.options.model_dump(mode="json")},
                 "knowledge": config.knowledge,
                 "probes": config.probes if Capability.TRAFFIC in self.given(attack) else None,
                 "recogniser": stages.recogniser_key(defense, "provider") if self.asks_provider(attack) else None,
-                "seed": config.seed,
-                **stages.platform(),
+                **stages.trained_under(),
             },
             (*plugin_code(type(attack).__module__), *CODE["attack"]),
         )
@@ -289,11 +262,11 @@ class AttackStages:
                 fitted, defense, public=public, service=service, checkpoint=folder / "resume", report=report
             )
             with _tallied(service, folder / "queries") as spent, failing_as(f"attack {fitted.name} on {defense.name}"):
-                outcome = fitted.learn(adversary)
+                fit_report = fitted.learn(adversary)
             if service is not None:
-                outcome = replace(outcome, details={**outcome.details, "fit_queries": spent()})
+                fit_report = replace(fit_report, details={**fit_report.details, "fit_queries": spent()})
             save_tensors(fitted.state_dict(), folder / "attack.safetensors")
-            _write_report(folder, outcome)
+            _write_report(folder, fit_report)
             shutil.rmtree(folder / "resume", ignore_errors=True)
 
         def read(folder: Path) -> tuple[Attack, FitReport]:
@@ -325,11 +298,10 @@ class AttackStages:
         for index in images.split(batch_size):
             faces = to_float(self.stages.splits.victims.images[index].to(self.fabric.device))
             held = None if keys is None else keys[index]
-            sent = [
-                defense.protect_each(faces, [draws(image) for image in index.tolist()], keys=held) for draws in turns
-            ]
-            states = [one.state for one in sent if one.state is not None]
-            representations = torch.stack([one.representation for one in sent], dim=1)
+            images_draws = [[draws(image) for image in index.tolist()] for draws in turns]
+            sent = [defense.protect_each(faces, generators, keys=held) for generators in images_draws]
+            states = [protected.state for protected in sent if protected.state is not None]
+            representations = torch.stack([protected.representation for protected in sent], dim=1)
             yield index, representations, torch.stack(states, dim=1) if states else None
 
     def observations(self, attack: Attack, defense: Defense, probes: Tensor, count: int) -> Iterator[Interception]:
@@ -375,46 +347,25 @@ class AttackStages:
     def recover_job(self, attack_config: AttackConfig, defense: Defense) -> Job[Recovered]:
         """The stage that recovers faces; each batch is kept as it is done, so that a killed run goes on after it."""
 
-        def make(folder: Path, report: Report) -> None:
+        def compute(resume: Path, report: Report) -> dict[str, Tensor]:
             fitted, _ = self.fitted(attack_config, defense)
             probes = self.selection.attacked
             if not isinstance(fitted, RecoveryAttack):
                 raise TypeError(f"{fitted.name} recovers no faces")
-            parts = []
-            done = 0
+            parts: list[dict[str, Tensor]] = []
             for number, batch in enumerate(self.observations(fitted, defense, probes, attack_config.interceptions)):
-                part = folder / f"part-{number}.safetensors"
-                if not part.is_file():
-                    with (
-                        replacing(part) as temporary,
-                        failing_as(f"attack {fitted.name} on {defense.name}"),
-                    ):
+                file = resume / f"part-{number}.safetensors"
+                if not file.is_file():
+                    with replacing(file) as temporary, failing_as(f"attack {fitted.name} on {defense.name}"):
                         save_tensors(_recover(fitted, batch, defense, self.fabric.device), temporary)
-                parts.append(part)
-                done += len(batch.observation)
-                report(done, len(probes))
-            loaded = [load_file(part) for part in parts]
-            kept = set.intersection(*(set(one) for one in loaded))
-            joined = {name: torch.cat([one[name] for one in loaded]) for name in kept}
-            save_tensors(joined, folder / "recovered.safetensors")
-            for part in parts:
-                part.unlink()
+                parts.append(load_file(file))
+                report(sum(len(part["faces"]) for part in parts), len(probes))
+            kept = set.intersection(*map(set, parts))
+            return {name: torch.cat([part[name] for part in parts]) for name in kept}
 
-        def read(folder: Path) -> Recovered:
-            tensors = load_file(folder / "recovered.safetensors")
-            queries = tensors.get("queries")
-            return Recovered(
-                faces=tensors["faces"],
-                right=tensors.get("right"),
-                named=tensors.get("named"),
-                queries=None if queries is None else int(queries.sum()),
-                batch_faces=tensors["batch_faces"],
-                batch_seconds=tensors["batch_seconds"],
-            )
-
+        stage, what = f"recover-{attack_config.name}-{defense.name}", f"recover from {defense.name}"
         key = self._victims_key(attack_config, defense, probes=self.config.probes)
-        what = f"recover from {defense.name}"
-        return Job(f"recover-{attack_config.name}-{defense.name}", key, what, make, read)
+        return tensor_job(stage, key, what, "recovered.safetensors", compute, lambda tensors: Recovered(**tensors))
 
     def _victims_key(self, attack_config: AttackConfig, defense: Defense, **inputs: object) -> str:
         return make_key(
@@ -436,35 +387,32 @@ class AttackStages:
     def link_job(self, attack_config: AttackConfig, defense: Defense) -> Job[Linked]:
         """The stage that embeds the victims; several interceptions of an image give one mean embedding."""
 
-        def make(folder: Path, report: Report) -> None:
+        def compute(resume: Path, report: Report) -> dict[str, Tensor]:
             fitted, _ = self.fitted(attack_config, defense)
             if not isinstance(fitted, LinkageAttack):
                 raise TypeError(f"{fitted.name} links no representations")
-            everyone = torch.arange(len(self.stages.splits.victims))
+            victims, everyone = self.stages.splits.victims, torch.arange(len(self.stages.splits.victims))
             columns: dict[str, list[Tensor]] = {"first": [], "second": [], "plain": []}
-            done = 0
+
+            def keep(name: str, embeddings: Tensor) -> None:
+                columns[name].append(embeddings.cpu())
+                report(sum(len(batch) for batches in columns.values() for batch in batches), 3 * len(everyone))
+
             with failing_as(f"attack {fitted.name} on {defense.name}"), torch.no_grad():
                 for name in ("first", "second"):
                     stream = f"linkage/{name}"
                     sent = self.interceptions(defense, everyone, attack_config.interceptions, stream=stream)
                     for _, representations, _ in sent:
-                        count = representations.shape[:2]
-                        embedded = fitted.embed_representations(representations.flatten(0, 1))
-                        found = embedded.cpu().unflatten(0, count)
-                        columns[name].append(F.normalize(found.mean(dim=1), dim=1))
-                        done += len(representations)
-                        report(done, 3 * len(everyone))
-                for faces in self.stages.splits.victims.batches(self.config.batch_size):
-                    columns["plain"].append(fitted.embed_faces(faces.to(self.fabric.device)).cpu())
-                    done += len(faces)
-                    report(done, 3 * len(everyone))
-            save_tensors({name: torch.cat(found) for name, found in columns.items()}, folder / "linked.safetensors")
+                        embedded = fitted.embed_representations(representations.flatten(0, 1)).cpu()
+                        mean = embedded.unflatten(0, representations.shape[:2]).mean(dim=1)
+                        keep(name, F.normalize(mean, dim=1))
+                for faces in victims.batches(self.config.batch_size):
+                    keep("plain", fitted.embed_faces(faces.to(self.fabric.device)))
+            return {name: torch.cat(batches) for name, batches in columns.items()}
 
-        def read(folder: Path) -> Linked:
-            return Linked(**load_file(folder / "linked.safetensors"))
-
-        key = self._victims_key(attack_config, defense)
-        return Job(f"link-{attack_config.name}-{defense.name}", key, f"link {defense.name}", make, read)
+        stage, key = f"link-{attack_config.name}-{defense.name}", self._victims_key(attack_config, defense)
+        what, file = f"link {defense.name}", "linked.safetensors"
+        return tensor_job(stage, key, what, file, compute, lambda tensors: Linked(**tensors))
 
 
 @contextmanager
@@ -492,23 +440,19 @@ def _recover(attack: RecoveryAttack, batch: Interception, defense: Defense, devi
     started = time.perf_counter()
     faces = attack.recover(batch.observation)
     synchronise(device)
-    found = {
+    recovered = {
         "faces": faces,
         "batch_faces": torch.tensor([len(faces)]),
         "batch_seconds": torch.tensor([time.perf_counter() - started], dtype=torch.float64),
     }
     if batch.service is not None:
-        found["queries"] = torch.tensor([batch.service.queries])
+        recovered["queries"] = torch.tensor([batch.service.queries])
     if batch.states is not None:
         with torch.no_grad():
             inferred = attack.infer_layout(batch.observation)
         if inferred is not None:
-            measured = {
-                "right": places_right(inferred, batch.states, defense),
-                "named": named_states(inferred, batch.states, defense),
-            }
-            found |= {name: one for name, one in measured.items() if one is not None}
-    return found
+            recovered |= layout_hits(inferred, batch.states, defense)
+    return recovered
 
 
 def _write_report(folder: Path, report: FitReport) -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import hashlib
 import json
+import operator
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import plugins
-from bench.data.encoded import IdentityView
 from bench.data.faces import FaceSet, Source
 from bench.data.loaders import load
 from bench.data.sources.webdataset import find_shards
@@ -43,7 +43,7 @@ from bench.recognition.state import load_recogniser, save_recogniser
 from bench.recognition.training import TrainingReport, build_head, train
 from bench.run.config import RunConfig
 from bench.run.machines import ConnectedProcesses, TrainingOrder
-from bench.run.stage import CODE, Job, Log, StageCache, StageRunner, make_key, plugin_code, save_tensors
+from bench.run.stage import CODE, Job, Log, StageCache, StageRunner, make_key, plugin_code, save_tensors, tensor_job
 from defenses.base import Defense, DefenseTraining, TemplateDefense
 
 _FACES = 256
@@ -54,12 +54,8 @@ _BATCH = 16
 def channel_energy(described: dict[str, Any], faces: Tensor) -> dict[str, list[float]]:
     """Mean magnitude of each channel (Mi et al., ICCV 2023, section 3.2: energy = mean abs(x)), summed over colours.
 
-    Args:
-        described: what a defence says of itself.
-        faces: uint8 (M, 3, H, H), public faces; the first 256 are measured.
-
-    Returns:
-        ``channel_energy``: 64 values, channel 8 u + v; nothing where the defence names no frequencies that it keeps.
+    Of the first 256 of some public faces, uint8 (M, 3, H, H): ``channel_energy``, 64 values, channel 8 u + v. Nothing
+    where the defence, by what is ``described`` of it, keeps no frequencies.
     """
     if "kept_channels" not in described:
         return {}
@@ -79,9 +75,7 @@ class Stages(StageRunner):
     Args:
         config: the resolved configuration.
         fabric: device and precision.
-        cache: where finished stages lie.
-        bars: progress.
-        log: called as ``log(event, **fields)``.
+        cache, bars, log: as for :class:`StageRunner`.
         processes: processes that help to train recognisers, if there are any.
     """
 
@@ -133,25 +127,29 @@ class Stages(StageRunner):
         if self.config.dataset != "synthetic":
             with self.timed("data"), self.bars.task("decode faces") as report:
                 return self.load_source(report)
-        return self.do(Job("data", self.data_key, "render faces", self._make_source, _read_source))
 
-    def load_source(self, report: Report) -> Source:
-        return load(self.config.dataset, **self._wanted(report))
+        def make(folder: Path, report: Report) -> None:
+            _write_source(folder, self.load_source(report))
 
-    def _wanted(self, report: Report) -> dict[str, Any]:
-        return {
-            "data_root": self.config.data_root,
-            "image_size": self.config.image_size,
-            "seed": self.streams.seed_for("data"),
-            "options": self.config.dataset_options,
-            "report": report,
-        }
+        return self.do(Job("data", self.data_key, "render faces", make, _read_source))
+
+    def load_source(self, report: Report, *, stream: bool = False) -> Source:
+        """The dataset, which stays on disk where it is to ``stream``."""
+        return load(
+            self.config.dataset,
+            data_root=self.config.data_root,
+            image_size=self.config.image_size,
+            seed=self.streams.seed_for("data"),
+            options=self.config.dataset_options,
+            report=report,
+            stream=stream,
+        )
 
     @functools.cached_property
     def opened(self) -> Source:
         """The faces on disk, before anything is known of their pixels."""
         with self.timed("data"), self.bars.task("open faces") as report:
-            return load(self.config.dataset, stream=True, **self._wanted(report))
+            return self.load_source(report, stream=True)
 
     def scan_job(self) -> Job[Scan]:
         """The stage that looks through all faces on disk for copies and for what cannot be decoded."""
@@ -160,9 +158,6 @@ class Stages(StageRunner):
             scan(self.opened.on_disk, self.config.stream_on_error, report).save(folder)
 
         return Job("scan", self.faces_key, "look through all faces for copies", make, Scan.read)
-
-    def _make_source(self, folder: Path, report: Report) -> None:
-        _write_source(folder, self.load_source(report))
 
     @functools.cached_property
     def splits(self) -> Splits:
@@ -181,6 +176,12 @@ class Stages(StageRunner):
     def platform(self) -> dict[str, str]:
         """What else decides the figures of a stage that computes with torch."""
         return {"torch": torch.__version__, "device": self.fabric.device.type}
+
+    def trained_under(self) -> dict[str, Any]:
+        """What decides, beside its own options, what is trained on a part of the identities."""
+        config = self.config
+        evaluated = {"shares": config.shares, "evaluator_file": config.evaluator is not None}
+        return {**evaluated, "seed": config.seed, **self.platform()}
 
     # -- defence ---------------------------------------------------------------------------------
 
@@ -205,7 +206,7 @@ class Stages(StageRunner):
     def defense_job(self, defense: Defense) -> Job[Defense]:
         """The stage that fits a trainable defence, seeded, and stores what it learnt."""
 
-        def make(folder: Path, report: Report) -> None:
+        def compute(resume: Path, report: Report) -> dict[str, Tensor]:
             device = self.fabric.device
             fitted = copy.deepcopy(defense).requires_grad_(True).train()
             with (
@@ -213,15 +214,15 @@ class Stages(StageRunner):
                 torch.random.fork_rng([device] if device.type == "cuda" else []),
             ):
                 torch.manual_seed(self.streams.seed_for("defense/fit"))
-                fitted.fit(self._defense_training(folder / "resume", report))
-            save_tensors(fitted.state_dict(), folder / "defense.safetensors")
-            shutil.rmtree(folder / "resume", ignore_errors=True)
+                fitted.fit(self._defense_training(resume, report))
+            return fitted.state_dict()
 
-        def read(folder: Path) -> Defense:
-            defense.load_state_dict(load_file(folder / "defense.safetensors"))
+        def read(tensors: dict[str, Tensor]) -> Defense:
+            defense.load_state_dict(tensors)
             return defense
 
-        return Job(f"defense-{defense.name}", self.defense_key(defense), f"fit {defense.name}", make, read)
+        stage, key = f"defense-{defense.name}", self.defense_key(defense)
+        return tensor_job(stage, key, f"fit {defense.name}", "defense.safetensors", compute, read)
 
     def _defense_training(self, folder: Path, report: Report) -> DefenseTraining:
         faces, options, device = self._provider_in_memory(), self.config.training, self.fabric.device
@@ -240,7 +241,6 @@ class Stages(StageRunner):
             assert isinstance(head, MarginHead)
             return recogniser.to(device), head.to(device)
 
-        folder.mkdir(exist_ok=True)
         return DefenseTraining(
             batches=batches,
             images=len(faces),
@@ -262,15 +262,8 @@ class Stages(StageRunner):
     def defense_key(self, defense: Defense) -> str:
         """Key of the defence, as it is fitted."""
         config = self.config
-        fit = {
-            "data": self.data_key,
-            "shares": config.shares,
-            "evaluator_file": config.evaluator is not None,
-            "seed": config.seed,
-            "backbone": config.backbone,
-            "training": config.training.model_dump(mode="json"),
-            **self.platform(),
-        }
+        training = config.training.model_dump(mode="json")
+        fit = {"data": self.data_key, "backbone": config.backbone, "training": training, **self.trained_under()}
         return make_key(
             {
                 "fit": fit if defense.trainable else None,
@@ -291,13 +284,10 @@ class Stages(StageRunner):
             {
                 "role": role,
                 "data": self.faces_key,
-                "shares": config.shares,
-                "evaluator_file": config.evaluator is not None,
                 "defense": self.defense_key(defense),
                 "backbone": backbone,
                 "training": self._training(role).model_dump(mode="json"),
-                "seed": config.seed,
-                **self.platform(),
+                **self.trained_under(),
             },
             (*CODE["recogniser"], *CODE["split"]),
         )
@@ -325,8 +315,7 @@ class Stages(StageRunner):
             shutil.rmtree(folder / "resume", ignore_errors=True)
 
         def read(folder: Path) -> Recogniser:
-            recogniser, _ = load_recogniser(folder / "recogniser.safetensors", self.fabric.device)
-            return recogniser
+            return load_recogniser(folder / "recogniser.safetensors", self.fabric.device)[0]
 
         key = self.recogniser_key(defense, role)
         what = f"train {role} recogniser on {defense.name}"
@@ -338,19 +327,16 @@ class Stages(StageRunner):
         defense.load_state_dict(dict(order.state))
         self._train(defense, order.role, order.folder, lambda *_, **__: None)
 
-    def _faces(self, role: str) -> FaceSet | IdentityView:
-        faces = self.splits.provider if role == "provider" else self.splits.evaluator
-        if faces is None:
-            raise UsageError("the evaluator has no identities to train on: give shares.evaluator or --evaluator")
-        return faces
-
     def _training(self, role: str) -> TrainingOptions:
         """The evaluator judges: it never learns from labels that are wrong on purpose."""
         training = self.config.training
         return training if role == "provider" else training.model_copy(update={"label_noise": 0.0})
 
     def _train(self, defense: Defense, role: str, folder: Path, report: Report) -> tuple[Recogniser, TrainingReport]:
-        config, options, faces = self.config, self._training(role), self._faces(role)
+        config, options = self.config, self._training(role)
+        faces = self.splits.provider if role == "provider" else self.splits.evaluator
+        if faces is None:
+            raise UsageError("the evaluator has no identities to train on: give shares.evaluator or --evaluator")
         seed = self.streams.seed_for(f"training/{role}")
         recogniser = build_recogniser(
             config.backbone if role == "provider" else config.evaluator_backbone,
@@ -367,12 +353,8 @@ class Stages(StageRunner):
         )
         return recogniser, summary
 
-    def verification_scores(self, defense: Defense) -> Tensor:
-        """Score per pair of the victims' protocol, each image protected under one random state: (P,)."""
-        return self.do(self.verification_job(defense))
-
     def verification_job(self, defense: Defense) -> Job[Tensor]:
-        """The stage that scores the victims' pairs.
+        """The stage that scores the pairs of the victims' protocol, each image protected under one random state: (P,).
 
         Under keys both faces of a pair are protected with the first person's: who claims to be that person has stolen
         the key, or else it were the key that tells people apart, and not the face (Kong et al., Pattern Recognition
@@ -391,23 +373,17 @@ class Stages(StageRunner):
                 fabric=self.fabric,
             )
 
-        def make(folder: Path, report: Report) -> None:
+        def compute(resume: Path, report: Report) -> dict[str, Tensor]:
             victims, pairs = self.splits.victims, self.splits.pairs
             keys = self.victim_keys(defense, "queries")
             if keys is None and not isinstance(defense, TemplateDefense):
-                scores = pair_scores(embed("queries", victims), pairs)
-            else:
-                held = None if keys is None else keys[pairs.first]
-                first = embed("queries/first", victims.subset(pairs.first), held)
-                second = embed("queries/second", victims.subset(pairs.second), held)
-                if isinstance(defense, TemplateDefense):
-                    scores = defense.compare(first, second)
-                else:
-                    scores = (first * second).sum(dim=1)
-            save_tensors({"scores": scores}, folder / "scores.safetensors")
-
-        def read(folder: Path) -> Tensor:
-            return load_file(folder / "scores.safetensors")["scores"]
+                return {"scores": pair_scores(embed("queries", victims), pairs)}
+            held = None if keys is None else keys[pairs.first]
+            first = embed("queries/first", victims.subset(pairs.first), held)
+            second = embed("queries/second", victims.subset(pairs.second), held)
+            if isinstance(defense, TemplateDefense):
+                return {"scores": defense.compare(first, second)}
+            return {"scores": (first * second).sum(dim=1)}
 
         content = {
             "recogniser": self.recogniser_key(defense, "provider"),
@@ -415,8 +391,9 @@ class Stages(StageRunner):
             "data": self.data_key,
             "batch_size": self.config.batch_size,
         }
-        key = make_key(content, CODE["verification"])
-        return Job(f"verify-{defense.name}", key, f"verify on {defense.name}", make, read)
+        stage, key = f"verify-{defense.name}", make_key(content, CODE["verification"])
+        what, file = f"verify on {defense.name}", "scores.safetensors"
+        return tensor_job(stage, key, what, file, compute, operator.itemgetter("scores"))
 
     # -- evaluator -------------------------------------------------------------------------------
 
@@ -441,24 +418,17 @@ class Stages(StageRunner):
     def _plain(self) -> Defense:
         return plugins.make_defense("none", {}, self.config.preset, self.config.image_size)
 
-    def plain_embeddings(self) -> Tensor:
-        """The evaluator's embeddings of all plain victim faces, unit rows: float32 (N, D)."""
-        return self.do(self.evaluation_job())
-
     def evaluation_job(self) -> Job[Tensor]:
-        """The stage that embeds the victims' plain faces for the evaluator."""
+        """The stage that embeds all plain victim faces for the evaluator, unit rows: float32 (N, D)."""
         file = self.config.evaluator
 
-        def make(folder: Path, report: Report) -> None:
+        def compute(resume: Path, report: Report) -> dict[str, Tensor]:
             faces, evaluator = self.splits.victims, self.evaluator
             embeddings: list[Tensor] = []
             for batch in faces.batches(self.config.batch_size):
                 embeddings.append(evaluator.embed(batch.to(self.fabric.device)).cpu())
                 report(sum(len(e) for e in embeddings), len(faces))
-            save_tensors({"embeddings": torch.cat(embeddings)}, folder / "embeddings.safetensors")
-
-        def read(folder: Path) -> Tensor:
-            return load_file(folder / "embeddings.safetensors")["embeddings"]
+            return {"embeddings": torch.cat(embeddings)}
 
         key = make_key(
             {
@@ -471,7 +441,8 @@ class Stages(StageRunner):
             },
             CODE["evaluation"],
         )
-        return Job("evaluate", key, "embed the victims for the evaluator", make, read)
+        what, read = "embed the victims for the evaluator", operator.itemgetter("embeddings")
+        return tensor_job("evaluate", key, what, "embeddings.safetensors", compute, read)
 
 
 def fingerprint(root: Path | None) -> str | None:
@@ -503,13 +474,9 @@ def _files(root: Path) -> Iterator[Path]:
 def _write_source(folder: Path, source: Source) -> None:
     if source.victims is not None or source.pairs is not None:
         raise TypeError("only a source without a verification set of its own is stored")
-    save_tensors({"images": source.in_memory.images, "labels": source.in_memory.labels}, folder / "faces.safetensors")
-    head = {
-        "name": source.name,
-        "names": source.in_memory.names,
-        "synthetic": source.synthetic,
-        "details": source.details,
-    }
+    faces = source.in_memory
+    save_tensors({"images": faces.images, "labels": faces.labels}, folder / "faces.safetensors")
+    head = {"name": source.name, "names": faces.names, "synthetic": source.synthetic, "details": source.details}
     write_text(folder / "faces.json", json.dumps(head))
 
 

@@ -91,7 +91,7 @@ def run_recovery(
     for name, configs in attack_configs.items():
         info, last, points = infos[name], recovered[name][-1], assessed[name]
         if last.queries is not None:
-            asked = {"queries_per_victim": last.queries / len(last.faces)}
+            asked = {"queries_per_victim": int(last.queries.sum()) / len(last.faces)}
             info = info.model_copy(update={"details": info.details | asked})
         with stages.timed("measure"):
             strength = strength_curve(attacks, configs, points, _leakage, scorer.gain, RECOVERY_TOLERANCE)
@@ -148,7 +148,7 @@ def make_scorer(attacks: AttackStages) -> Scorer:
         stages.splits.pairs,
         attacks.selection,
         evaluator=stages.evaluator,
-        embeddings=stages.plain_embeddings(),
+        embeddings=stages.do(stages.evaluation_job()),
         lpips=lpips,
         replicates=config.bootstrap,
         seed=attacks.streams.seed_for("bootstrap"),

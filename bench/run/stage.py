@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from filelock import FileLock
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bench.progress import ProgressBars, Report
 
 KEY_LENGTH = 16
-
 
 #: The modules of the harness that decide what a kind of stage makes, beside its options and its inputs. A key holds
 #: options by their values, and plug-ins by their own code (:func:`plugin_code`).
@@ -134,15 +133,8 @@ def make_key(inputs: Mapping[str, Any], modules: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where one stage lies in the cache.
-
-    Attributes:
-        path: the finished folder.
-        partial: the folder to work in; what a killed run left there is for resuming.
-        complete: whether ``path`` was there already.
-    """
+class Entry(NamedTuple):
+    """Where a stage lies: in ``path`` if it was ``complete`` already, else it is made in ``partial``."""
 
     path: Path
     partial: Path
@@ -216,6 +208,28 @@ class Job(Generic[T]):
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write named tensors, from any device, as safetensors."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def tensor_job(
+    stage: str,
+    key: str,
+    what: str,
+    file: str,
+    compute: Callable[[Path, Report], Mapping[str, Tensor]],
+    read: Callable[[dict[str, Tensor]], T],
+) -> Job[T]:
+    """A stage that keeps named tensors in ``file``.
+
+    ``compute(resume, report)`` may leave in the folder ``resume`` what it goes on from when it was killed.
+    """
+
+    def make(folder: Path, report: Report) -> None:
+        resume = folder / "resume"
+        resume.mkdir(exist_ok=True)
+        save_tensors(compute(resume, report), folder / file)
+        shutil.rmtree(resume)
+
+    return Job(stage, key, what, make, lambda folder: read(load_file(folder / file)))
 
 
 Log = Callable[..., None]

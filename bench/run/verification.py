@@ -64,7 +64,10 @@ def verification(
 def measure_utility(stages: Stages, defense: Defense, plain: Defense, store: RunStore) -> Utility:
     """Verification of the victims' pairs, protected and plain; the scores go to ``scores.parquet``."""
     pairs, labels = stages.splits.pairs, stages.splits.victims.labels
-    scores = {"protected": stages.verification_scores(defense), "unprotected": stages.verification_scores(plain)}
+    scores = {
+        "protected": stages.do(stages.verification_job(defense)),
+        "unprotected": stages.do(stages.verification_job(plain)),
+    }
     store.write_table("scores", score_table(pairs, scores))
     protected, unprotected = (
         verification(values, pairs, labels, stages.streams.generator("bootstrap"), replicates=stages.config.bootstrap)

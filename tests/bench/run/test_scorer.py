@@ -10,7 +10,7 @@ from bench.errors import MissingError
 from bench.images import to_float
 from bench.metrics.evaluator import Evaluator
 from bench.metrics.identity import Probes
-from bench.run.attacker import named_states, places_right
+from bench.run.attacker import layout_hits
 from bench.run.scorer import Scorer
 from defenses.layout import probe
 
@@ -112,25 +112,21 @@ def defense():
 
 @pytest.fixture(scope="module")
 def drawn(defense):
-    """States (N, k, D) and their true places (N, k, C)."""
+    """States (N, k, D) and their true layouts (N, k, C)."""
     states = defense.draw(10, torch.Generator().manual_seed(0)).unflatten(0, (5, 2))
     layout = probe(defense, defense.states())
     return states, layout.canonical[layout.row_of(states.flatten(0, 1))].unflatten(0, (5, 2))
 
 
-def test_each_channel_is_right_or_wrong(defense, drawn):
-    states, places = drawn
-    assert places_right(places, states, defense).all()
-    inferred = places.clone()
+def test_each_channel_is_right_or_wrong_for_the_state_of_its_own_face(defense, drawn):
+    states, layouts = drawn
+    assert layout_hits(layouts, states, defense)["right"].all()
+    inferred = layouts.clone()
     inferred[3, 1, 7] += 1
-    right = places_right(inferred, states, defense)
-    assert right.shape == places.shape
+    right = layout_hits(inferred, states, defense)["right"]
+    assert right.shape == layouts.shape
     assert (~right).nonzero().tolist() == [[3, 1, 7]]
-
-
-def test_places_are_those_of_the_states_drawn_for_the_same_face(defense, drawn):
-    states, places = drawn
-    assert not places_right(places.flip(0), states, defense).all(dim=2).all()
+    assert not layout_hits(layouts.flip(0), states, defense)["right"].all(dim=2).all()
 
 
 @pytest.mark.parametrize(
@@ -138,16 +134,16 @@ def test_places_are_those_of_the_states_drawn_for_the_same_face(defense, drawn):
 )
 def test_other_shapes_are_refused(defense, drawn, inferred):
     with pytest.raises(ValueError, match=r"int64 \(5, 2, 27\)"):
-        places_right(inferred, drawn[0], defense)
+        layout_hits(inferred, drawn[0], defense)
 
 
 def test_states_are_named_by_their_rows(defense, drawn):
-    states, places = drawn
+    states, layouts = drawn
     listed = defense.states()
-    inferred = places.clone()
+    inferred = layouts.clone()
     inferred[3, 1, [0, 1]] = inferred[3, 1, [1, 0]]  # the layout of no state
-    inferred[0, 0] = places[4, 1]
-    named = named_states(inferred, states, defense)
+    inferred[0, 0] = layouts[4, 1]
+    named = layout_hits(inferred, states, defense)["named"]
     assert torch.equal(listed[named[..., 0]], states)
     assert named[3, 1, 1] == -1
     assert torch.equal(listed[named[0, 0, 1]], states[4, 1])
