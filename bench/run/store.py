@@ -35,7 +35,8 @@ PACKAGES = ("torch", "torchvision", "lightning-fabric", "numpy", "scipy", "lpips
 def run_id(config: RunConfig) -> str:
     """Readable and unique to the configuration, so that the same command continues the same run."""
     digest = hashlib.sha256(json.dumps(config.identifying(), sort_keys=True, default=str).encode()).hexdigest()
-    parts = (config.defense, config.attack, config.knowledge, config.dataset, f"seed{config.seed}", digest[:8])
+    attacks = "+".join(name.strip() for name in config.attack.split(","))
+    parts = (config.defense, attacks, config.knowledge, config.dataset, f"seed{config.seed}", digest[:8])
     return "-".join(parts)
 
 
