@@ -15,7 +15,7 @@ from torch import Tensor
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation, RecoveryAttack
 from attacks.parts.gaussian_prior import GaussianPrior
 from attacks.parts.posterior import IterativePosterior, Posterior, PriorCovariance
-from attacks.parts.states import StateReader
+from attacks.parts.states import ReaderOptions, StateReader
 from bench.images import to_float
 from bench.randomness import derived
 from defenses.base import Defense, LinearOperator, SeparableSum
@@ -28,21 +28,17 @@ _NOISE_CHUNK = 32
 _ROUNDING = 2.0**-24
 
 
-class EstimateOptions(AttackOptions):
+class EstimateOptions(ReaderOptions):
     """Options of a linear estimate that any attack which starts from one has."""
 
     rank: int = Field(400, ge=1, le=20_000, description="Principal components of the prior.")
     prior_faces: int = Field(
         default=4000, ge=2, description="Public faces, mirrored ones not counted, that the components are fitted to."
     )
-    place_faces: int = Field(800, ge=16, description="Public faces that the reader of states learns from.")
-    traffic: int = Field(
-        default=1000, ge=1, description="Intercepted faces that a secret table is inferred from at blackbox."
-    )
     memory: int = Field(
         2048,
         ge=64,
-        description="MiB of factored states kept at once; more states are factored anew when they are met again.",
+        description="MiB of factored states kept at once; others are factored anew when met again.",
     )
 
 
@@ -81,7 +77,7 @@ class Linear(RecoveryAttack):
     )
     Options: ClassVar[type[AttackOptions]] = LinearOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "quick": {"rank": 100, "place_faces": 300, "traffic": 500},
+        "quick": {"rank": 100, "state_faces": 300, "traffic": 500},
         "gpu": {"rank": 1000, "prior_faces": 20_000},
     }
     options: LinearOptions
@@ -131,19 +127,13 @@ class Linear(RecoveryAttack):
         """
         seed, options = self.seed, self.options
         adversary.report(0, 3)
-        details = self.reader.fit(seed, faces=options.place_faces, traffic=options.traffic)
+        details = self.reader.fit(seed, options)
         self._forget()
         adversary.report(1, 3)
-        operator = self._operator(self.reader.mechanism, 0)
+        operator = self._operators()[1][0]
         colour = operator.colour if isinstance(operator, SeparableSum) else torch.eye(3, dtype=torch.float64)
-        details |= self.prior.fit(
-            adversary.faces,
-            adversary.identities,
-            colour,
-            seed,
-            held_out=options.held_out,
-            most=options.prior_faces,
-        )
+        public = adversary.faces, adversary.identities
+        details |= self.prior.fit(*public, colour, seed, held_out=options.held_out, most=options.prior_faces)
         adversary.report(2, 3)
         self.noise.fill_(self._measure_noise(adversary.faces, seed))
         adversary.report(3, 3)
@@ -164,7 +154,7 @@ class Linear(RecoveryAttack):
 
     def _measure_noise(self, faces: Tensor, seed: int) -> float:
         """Standard deviation of what is sent around the exact map."""
-        mechanism, device = self.reader.mechanism, self.prior.mean.device
+        mechanism, operators, device = self.reader.mechanism, self._operators()[1], self.prior.mean.device
         index = torch.randint(len(faces), (_NOISE_FACES,), generator=derived(seed, "noise faces"))
         generator = derived(seed, "noise")
         squares = energy = count = 0.0
@@ -172,8 +162,7 @@ class Linear(RecoveryAttack):
             target = to_float(chunk.to(device))
             protected = mechanism.protect(target, generator)
             for row, members in _groups(self.rows_of(protected.state, len(target))):
-                operator = self._operator(mechanism, row)
-                assert operator is not None  # build() saw that it is linear
+                operator = operators[row]
                 sent = protected.representation[members.to(device)].double()
                 expected = operator(target[members.to(device)].double())
                 squares += float((sent - expected - operator.offset.to(expected)).square().sum())
@@ -195,18 +184,14 @@ class Linear(RecoveryAttack):
         self._covariance: PriorCovariance | None = None
         self._keys: tuple[Defense, list[bytes], list[LinearOperator]] | None = None
 
-    def _operator(self, mechanism: Defense, row: int) -> LinearOperator | None:
-        states = mechanism.states()
-        return mechanism.linear_operator(None if states is None else states[row].to(self.noise.device))
-
     def _operators(self) -> tuple[list[bytes], list[LinearOperator]]:
         """The mechanism's operator for each state, and a key that is the same for states which say the same."""
         mechanism = self.reader.mechanism
         if self._keys is None or self._keys[0] is not mechanism:
             states = mechanism.states()
-            operators = [self._operator(mechanism, row) for row in range(1 if states is None else len(states))]
-            linear = [operator for operator in operators if operator is not None]
-            if len(linear) < len(operators):
+            rows = [None] if states is None else states.to(self.noise.device)
+            linear = [operator for row in rows if (operator := mechanism.linear_operator(row)) is not None]
+            if len(linear) < len(rows):
                 raise ValueError(f"{mechanism.name} is linear in some of its states only: use another attack")
             self._keys = mechanism, [_key(operator, row) for row, operator in enumerate(linear)], linear
             self._posteriors.clear()
@@ -216,11 +201,12 @@ class Linear(RecoveryAttack):
         """The factored posterior of a set of states, from the cache where it is there."""
         posterior = self._posteriors.pop(key, None) or self._factor(operators)
         self._posteriors[key] = posterior
-        kept = sum(each.nbytes for each in self._posteriors.values() if isinstance(each, Posterior))
-        while kept > self.options.memory * 2**20 and len(self._posteriors) > 1:
-            _, oldest = self._posteriors.popitem(last=False)
-            kept -= oldest.nbytes if isinstance(oldest, Posterior) else 0
+        while len(self._posteriors) > 1 and self._bytes_kept() > self.options.memory * 2**20:
+            self._posteriors.popitem(last=False)
         return posterior
+
+    def _bytes_kept(self) -> int:
+        return sum(kept.nbytes for kept in self._posteriors.values() if isinstance(kept, Posterior))
 
     def _factor(self, operators: list[LinearOperator]) -> Posterior | IterativePosterior:
         self._covariance = self._covariance or PriorCovariance(self.prior)
@@ -240,9 +226,8 @@ class Linear(RecoveryAttack):
         size, device = self.prior.size, self.prior.mean.device
         out = torch.empty(len(rows), 3, size, size, dtype=torch.float64, device=device)
         # Faces of one set of states come together, so that each set is factored once, however many there are.
-        numbers = {key: number for number, key in enumerate(sorted(set(self._sets(rows))))}
-        order = torch.tensor([numbers[key] for key in self._sets(rows)], dtype=torch.int64).argsort(stable=True)
-        for part in order.split(self.options.batch_size):
+        sets = self._sets(rows)
+        for part in torch.tensor(sorted(range(len(sets)), key=sets.__getitem__)).split(self.options.batch_size):
             sent = representations[part.to(representations.device)]
             out[part.to(device)] = self.estimate(sent, rows[part.to(rows.device)])
         return out
@@ -254,15 +239,7 @@ class Linear(RecoveryAttack):
         return rows.view(representations.shape[:2])
 
     def estimate(self, representations: Tensor, rows: Tensor) -> Tensor:
-        """Posterior means for known states.
-
-        Args:
-            representations: (N, k, C, h, w).
-            rows: int64 (N, k), the numbers of their states.
-
-        Returns:
-            float64 (N, 3, H, W).
-        """
+        """Posterior means float64 (N, 3, H, W) for representations (N, k, C, h, w) of states ``rows``, int64 (N, k)."""
         mean = self.mean_face()
         rows = rows.cpu()
         out = torch.empty(len(rows), *mean.shape, dtype=torch.float64, device=mean.device)
@@ -301,15 +278,10 @@ class Linear(RecoveryAttack):
         return [(posterior, members) for _, posterior, members in grouped if isinstance(posterior, Posterior)]
 
     def correct(self, faces: Tensor, representations: Tensor, rows: Tensor) -> Tensor:
-        """The faces nearest to ``faces``, in the prior's metric, that would send what was intercepted.
+        """The faces nearest to ``faces`` (N, 3, H, W), in the prior's metric, that would send what was intercepted.
 
-        Args:
-            faces: (N, 3, H, W).
-            representations: (N, k, C, h, w).
-            rows: int64 (N, k), their states.
-
-        Returns:
-            float64 (N, 3, H, W); ``faces`` themselves where the defence does not tell its factors.
+        Arguments as for :meth:`estimate`. Returns float64 (N, 3, H, W), ``faces`` themselves where the defence does not
+        tell its factors.
         """
         start = faces.to(self.prior.mean)
         out, rows = start.clone(), rows.cpu()
@@ -326,19 +298,13 @@ class Linear(RecoveryAttack):
     def residuals(self, representations: Tensor, rows: Tensor, faces: Tensor) -> Tensor:
         """A^T (z - offset - A x), averaged over interceptions whose states say the same and summed over the others.
 
-        Args:
-            representations: (N, k, C, h, w).
-            rows: int64 (N, k).
-            faces: float64 (N, 3, H, W) or broadcastable to it: x.
-
-        Returns:
-            float64 (N, 3, H, W), in RGB.
+        In RGB, float64 (N, 3, H, W), for x = ``faces``, float64 and broadcastable to it.
         """
-        keys, operators = self._operators()
+        operators = self._operators()[1]
         n, k = rows.shape
         device = self.noise.device
         rows = rows.cpu()
-        same = torch.tensor([[keys.index(keys[row]) for row in row_list] for row_list in rows.tolist()])
+        same = torch.tensor(self.kinds())[rows]
         weight = 1.0 / (same[:, :, None] == same[:, None, :]).sum(dim=2).double()
         flat = representations.flatten(0, 1)
         faces = faces.expand(n, *faces.shape[-3:])
@@ -371,13 +337,11 @@ class Linear(RecoveryAttack):
 
     def _iterated(self, posterior: IterativePosterior, sent: Tensor, rows: Tensor, key: tuple[bytes, ...]) -> Tensor:
         keys, operators = self._operators()
-        device = self.prior.mean.device
-        parts = []
-        for kind in key:
+        device, kinds = self.prior.mean.device, torch.tensor(self.kinds())[rows]
+        parts, index = [], torch.arange(len(sent))
+        for part in key:
             # One interception per kind of state: others of the kind say the same, up to rounding.
-            of_kind = torch.tensor([[keys[row] == kind for row in row_list] for row_list in rows.tolist()]).int()
-            column = of_kind.argmax(dim=1)
-            index = torch.arange(len(sent))
+            column = (kinds == keys.index(part)).int().argmax(dim=1)
             z = sent[index.to(sent.device), column.to(sent.device)].to(device, torch.float64)
             residual = torch.empty_like(z)
             for row, members in _groups(rows[index, column]):

@@ -18,7 +18,7 @@ from torch.nn import functional
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, LinkageAttack, Widths
 from attacks.parts.encoder import Encoder
 from attacks.parts.exposure import Exposure
-from attacks.parts.states import StateReader
+from attacks.parts.states import ReaderOptions, StateReader
 from attacks.parts.training import Trainer, Training, TrainingOptions, TrainingResult
 from bench.images import to_float
 from bench.nets.augmentation import augment
@@ -35,7 +35,7 @@ _CHUNK = 64
 _CHANCE = 0.5
 
 
-class LinkageOptions(TrainingOptions):
+class LinkageOptions(TrainingOptions, ReaderOptions):
     """Options of :class:`Linkage`, beside those of its trainings."""
 
     widths: Widths = Field(
@@ -82,8 +82,6 @@ class LinkageOptions(TrainingOptions):
         "meet every map with filters of its own; at blackbox the secret table is inferred from intercepted traffic "
         "first. False trains on the mixture of states, or of guesses.",
     )
-    state_faces: int = Field(800, ge=16, description="Public faces that the reader of states learns from.")
-    traffic: int = Field(1000, ge=1, description="Intercepted faces that a secret table is inferred from.")
 
 
 def variation(strength: float) -> AugmentationOptions:
@@ -317,7 +315,7 @@ class Linkage(LinkageAttack):
         details: dict[str, Any] = {}
         mechanism = None
         if self.reader is not None:
-            details |= self.reader.fit(self.seed, faces=options.state_faces, traffic=options.traffic)
+            details |= self.reader.fit(self.seed, options)
             mechanism = self.reader.mechanism if self.reader.infers_secret else None
         exposure = Exposure(adversary, self.seed, mechanism=mechanism)
         taught = self._teach(self.teacher, trainer, held) if isinstance(self.teacher, Encoder) else None

@@ -13,7 +13,7 @@ from attacks.base import Adversary, AttackOptions, Capability, Knowledge, Observ
 from attacks.parts.encoder import channel_statistics
 from attacks.parts.exposure import Exposure
 from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, no_pictures
-from attacks.parts.states import StateReader
+from attacks.parts.states import ReaderOptions, StateReader
 from attacks.parts.training import Trainer
 from attacks.parts.unet_network import UNetNetwork
 from bench.randomness import derived
@@ -31,7 +31,7 @@ _CHECK_FACES = 512
 _RELIABLE = 0.95
 
 
-class UNetOptions(InversionOptions):
+class UNetOptions(InversionOptions, ReaderOptions):
     """Options of :class:`UNet`; the defaults are the published ones where there are any."""
 
     infer_state: bool = Field(
@@ -40,8 +40,6 @@ class UNetOptions(InversionOptions):
         "fitted on public faces proves able to; at blackbox, infer the secret table from intercepted traffic first. "
         "Else train on the mixture of states, or of guesses.",
     )
-    state_faces: int = Field(800, ge=16, description="Public faces that the reader of states learns from.")
-    traffic: int = Field(1000, ge=1, description="Intercepted faces that a secret table is inferred from.")
     guesses: int = Field(
         0,
         ge=0,
@@ -144,7 +142,7 @@ class UNet(InversionAttack):
         """Fit the reader of states, and see whether it is right on other public faces."""
         if self.reader is None:
             return {"states_inferred": False}
-        details = self.reader.fit(self.seed, faces=self.options.state_faces, traffic=self.options.traffic)
+        details = self.reader.fit(self.seed, self.options)
         if self.adversary.knowledge is not Knowledge.ORACLE:
             accuracy = self._reading_accuracy(self.reader, trainer)
             self.reads.fill_(accuracy >= _RELIABLE)

@@ -65,22 +65,9 @@ class Unrolled(InversionAttack):
     #: Linear estimates of many faces cost little more than those of a few in the same state.
     lookahead: ClassVar[int] = 32
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "quick": {
-            **TWO_CORES,
-            "widths": (16, 32, 64),
-            "images": 1_000,
-            "rank": 100,
-            "place_faces": 300,
-            "traffic": 500,
-        },
+        "quick": {**TWO_CORES, "widths": (16, 32, 64), "images": 1_000, **Linear.presets["quick"]},
         "cpu": {**TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000},
-        "gpu": {
-            "loss": "l1+ssim",
-            "images": 600_000,
-            "early_stop": True,
-            "rank": 1000,
-            "prior_faces": 20_000,
-        },
+        "gpu": {"loss": "l1+ssim", "images": 600_000, "early_stop": True, **Linear.presets["gpu"]},
     }
     options: UnrolledOptions
 

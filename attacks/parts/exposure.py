@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class Exposure:
         Args:
             adversary: whose mechanism and knowledge to use.
             seed: the attack's own.
-            mechanism: what the adversary has found out the mechanism to be; used alone.
             guesses: size of the fixed pool of guessed secrets under a black box; 0 for fresh ones every time.
+            mechanism: what the adversary has found out the mechanism to be; used alone.
         """
         self._adversary, self._seed = adversary, seed
         self._device = adversary.fabric.device
@@ -49,24 +49,26 @@ class Exposure:
     def _mechanism(self, *name: str | int) -> Defense:
         return self._adversary.mechanism(derived(self._seed, *name)).to(self._device)
 
-    def protect(self, faces: Tensor, *name: str | int, state: Tensor | None = None) -> Protected:
-        """Protect a batch with the draws called ``name``.
-
-        Args:
-            faces: float (N, 3, H, W) in [0, 1].
-            name: names the draws; the same name draws the same.
-            state: int64 (N, D) to pin the states where one mechanism is in use.
-        """
+    def _parts(self, faces: Tensor, *name: str | int) -> Iterator[tuple[Defense, Tensor, torch.Generator]]:
+        """Which mechanism, with which draws, protects which part of a batch."""
         generator = derived(self._seed, *name)
         if self._fixed is not None and len(self._fixed) == 1:
-            return self._fixed[0].protect(faces, generator, state=state)
-        parts = []
-        for number, chunk in enumerate(faces.chunk(_GUESSES_PER_BATCH)):
+            yield self._fixed[0], faces, generator
+            return
+        for number, part in enumerate(faces.chunk(_GUESSES_PER_BATCH)):
             if self._fixed is None:
-                mechanism = self._mechanism("guess", *name, number)
+                yield self._mechanism("guess", *name, number), part, generator
             else:
-                mechanism = self._fixed[int(torch.randint(len(self._fixed), (1,), generator=generator))]
-            parts.append(mechanism.protect(chunk, generator))
+                yield self._fixed[int(torch.randint(len(self._fixed), (1,), generator=generator))], part, generator
+
+    def protect(self, faces: Tensor, *name: str | int, state: Tensor | None = None) -> Protected:
+        """Protect faces, float (N, 3, H, W) in [0, 1], with the draws called ``name``.
+
+        Where one mechanism is in use, its states can be pinned to ``state``, int64 (N, D).
+        """
+        parts = [mechanism.protect(part, draws, state=state) for mechanism, part, draws in self._parts(faces, *name)]
+        if len(parts) == 1:
+            return parts[0]
         states = [part.state for part in parts if part.state is not None]
         keys = [part.keys for part in parts if part.keys is not None]
         return Protected(
@@ -80,36 +82,28 @@ class Exposure:
     ) -> Iterator[tuple[Protected, ChannelLayout]]:
         """Protect a batch, part by part, each part with the layout of the mechanism that protected it.
 
-        Args:
-            faces: float (N, 3, H, W) in [0, 1].
-            layout: of the one mechanism in use; None where every guess has a layout of its own.
-            name: names the draws.
+        ``layout`` is that of the one mechanism in use, None where every guess has one of its own.
 
         Raises:
             ValueError: a guess has no layout.
         """
-        if layout is not None:
-            yield self.protect(faces, *name), layout
-            return
-        generator = derived(self._seed, *name)
-        for number, chunk in enumerate(faces.chunk(_GUESSES_PER_BATCH)):
-            guess = self._mechanism("guess", *name, number)
-            states = guess.states()
-            drawn = None if states is None else probe(guess, states)
+        for mechanism, part, draws in self._parts(faces, *name):
+            states = mechanism.states()
+            drawn = layout or (None if states is None else probe(mechanism, states))
             if drawn is None:
-                raise ValueError(f"{guess.name} has no channel layout to learn")
-            yield guess.protect(chunk, generator), drawn
+                raise ValueError(f"{mechanism.name} has no channel layout to learn")
+            yield mechanism.protect(part, draws), drawn
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, size: int = 64) -> Tensor:
+    """``function`` of ``inputs`` (N, ...), so many at a time: outside training nothing is gained by the batch."""
+    return torch.cat([function(part) for part in inputs.split(size)])
 
 
 def split_identities(identities: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Indices (training, held out), both ascending, with about ``share`` of the identities held out.
 
-    At least one identity is held out, and at least one is not.
-
-    Args:
-        identities: int64 (M,).
-        share: in (0, 1).
-        generator: picks the identities.
+    At least one identity, of int64 (M,), is held out, and at least one is not.
 
     Raises:
         ValueError: fewer than two identities.

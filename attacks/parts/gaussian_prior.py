@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from attacks.parts.exposure import split_identities
 from bench.images import to_float
@@ -40,13 +41,12 @@ class BlockTridiagonal:
             )
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        """The product with x (m B, k)."""
-        blocks, size, _ = self.diagonal.shape
-        parts = x.view(blocks, size, -1)
+        """The product with x (n, k), n <= m B, below which x is zero: its first n rows."""
+        parts = _in_blocks(x, self.diagonal)
         out = self.diagonal @ parts
         out[1:] += self.lower @ parts[:-1]
         out[:-1] += self.lower.mT @ parts[1:]
-        return out.view(blocks * size, -1)
+        return out.flatten(0, 1)[: len(x)]
 
     def plus(self, other: BlockTridiagonal, weight: float) -> BlockTridiagonal:
         """``self + weight other``."""
@@ -84,27 +84,32 @@ class BlockCholesky:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(part.numel() * part.element_size() for part in (self.factors, self.couplings))
+        return self.factors.nbytes + self.couplings.nbytes
 
     def solve(self, right: Tensor) -> Tensor:
-        """The solution of L L^T x = right, float64 (m B, k)."""
-        blocks, size, _ = self.factors.shape
-        x = right.reshape(blocks, size, -1).clone()
-        for index in range(blocks):
+        """The solution of L L^T x = right, float64 (n, k), n <= m B, below which right is zero: its first n rows."""
+        x = _in_blocks(right, self.factors).clone()
+        for index, factor in enumerate(self.factors):
             if index:
                 x[index] -= self.couplings[index - 1] @ x[index - 1]
-            x[index] = torch.linalg.solve_triangular(self.factors[index], x[index], upper=False)
-        return self.draw(x)
+            x[index] = torch.linalg.solve_triangular(factor, x[index], upper=False)
+        return self.draw(x.flatten(0, 1))[: len(right)]
 
     def draw(self, white: Tensor) -> Tensor:
-        """L^-T w of w (m B, k): where w is white noise, a sample whose precision is the matrix."""
-        blocks, size, _ = self.factors.shape
-        x = white.reshape(blocks, size, -1).clone()
-        for index in reversed(range(blocks)):
-            if index + 1 < blocks:
+        """L^-T w of w (n, k), as in :meth:`solve`: where w is white noise, a sample whose precision is the matrix."""
+        x = _in_blocks(white, self.factors).clone()
+        for index in reversed(range(len(x))):
+            if index + 1 < len(x):
                 x[index] -= self.couplings[index].mT @ x[index + 1]
             x[index] = torch.linalg.solve_triangular(self.factors[index].mT, x[index], upper=True)
-        return x.view(blocks * size, -1)
+        return x.flatten(0, 1)[: len(white)]
+
+
+def _in_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """x (n, k), n <= m B, and zeros below it as (m, B, k) for ``blocks`` (m, B, B)."""
+    count, size, _ = blocks.shape
+    extra = count * size - len(x)
+    return (torch.cat((x, x.new_zeros(extra, x.shape[1]))) if extra else x).reshape(count, size, -1)
 
 
 #: Rows above a pixel, and columns to its sides, that the residual's autoregression looks at.
@@ -144,14 +149,8 @@ class GaussianPrior(nn.Module):
     innovations: Tensor
 
     def __init__(self, size: int, rank: int) -> None:
-        """
-        Args:
-            size: height and width of the faces, H.
-            rank: principal components, r.
-        """
         super().__init__()
-        double = torch.float64
-        self.size = size
+        self.size, double = size, torch.float64
         self.register_buffer("planes", torch.eye(3, dtype=double))
         self.register_buffer("strengths", torch.ones(3, dtype=double))
         self.register_buffer("mean", torch.zeros(3, size, size, dtype=double))
@@ -171,16 +170,11 @@ class GaussianPrior(nn.Module):
     def fit(
         self, faces: Tensor, identities: Tensor, colour: Tensor, seed: int, *, held_out: float, most: int
     ) -> dict[str, float]:
-        """Estimate everything from public faces and their mirror images.
+        """Estimate everything from public faces, uint8 (M, 3, H, W), and their mirror images.
 
-        Args:
-            faces: uint8 (M, 3, H, W).
-            identities: int64 (M,).
-            colour: float64 (P, 3), the colour matrix M of the defence's map.
-            seed: of the draws.
-            held_out: share of the identities whose faces measure the coefficients' variances and the residual, which
-                would look too small on the faces that the components were fitted to.
-            most: faces that the components are fitted to; bounds memory and time.
+        ``colour``, float64 (P, 3), is the colour matrix M of the defence's map. The faces of a share ``held_out`` of
+        the identities measure the coefficients' variances and the residual, which would look too small on the faces,
+        ``most`` of them, that the components are fitted to.
 
         Returns:
             ``explained``: the share of the held-out faces' variance in the components; ``faces`` fitted to.
@@ -194,7 +188,7 @@ class GaussianPrior(nn.Module):
         if 2 * len(training) <= self.rank:
             raise ValueError(f"{len(training)} public faces are too few for {self.rank} components; set rank")
         self._fit_planes(faces[training], colour)
-        centred = self._in_planes(faces[training], mirrored=True)
+        centred = self._in_planes(faces[training])
         self.mean.copy_(centred.mean(dim=0).view_as(self.mean))
         centred -= self.mean.to(centred).flatten(1)
         # The randomised range finder draws from the global generator.
@@ -203,7 +197,7 @@ class GaussianPrior(nn.Module):
         basis = basis[:, : self.rank]
         self.components.copy_(basis.view(3, -1, self.rank))
         del centred
-        residual = self._in_planes(faces[validation], mirrored=True) - self.mean.float().flatten(1)
+        residual = self._in_planes(faces[validation]) - self.mean.float().flatten(1)
         coefficients = residual.flatten(1) @ basis
         self.variances.copy_(coefficients.double().square().mean(dim=0))
         total = float(residual.double().square().sum())
@@ -228,14 +222,12 @@ class GaussianPrior(nn.Module):
         strengths = torch.where(strengths > 1e-12 * strengths.max(), strengths, torch.zeros_like(strengths))
         self.strengths.copy_(strengths)
 
-    def _in_planes(self, faces: Tensor, *, mirrored: bool) -> Tensor:
-        """float32 (M or 2 M, 3, H W)."""
+    def _in_planes(self, faces: Tensor) -> Tensor:
+        """Faces and their mirror images: float32 (2 M, 3, H W)."""
         planes = self.planes.float()
         parts = (to_float(part.to(planes.device)) for part in faces.split(_CHUNK))
         images = torch.cat([torch.einsum("pc,nchw->nphw", planes, part) for part in parts])
-        if mirrored:
-            images = torch.cat((images, images.flip(-1)))
-        return images.flatten(2)
+        return torch.cat((images, images.flip(-1))).flatten(2)
 
     def _fit_residual(self, plane: int, residual: Tensor) -> None:
         """Regress each pixel of float32 (N, H, W) on its predecessors."""
@@ -281,17 +273,6 @@ class GaussianPrior(nn.Module):
         diagonal[:-1] += above.mT @ above
         return BlockTridiagonal(diagonal, within[1:].mT @ above)
 
-    def weighted_components(self) -> Tensor:
-        """Q U, the components weighted with the residual's precision: float64 (3, HW, r)."""
-        out = torch.empty(self.components.shape, dtype=torch.float64, device=self.components.device)
-        for plane in range(3):
-            precision = self.precision(plane, REACH)
-            padded = precision.diagonal.shape[0] * precision.diagonal.shape[1]
-            components = self.components.new_zeros(padded, self.rank, dtype=torch.float64)
-            components[: self.size**2] = self.components[plane]
-            out[plane] = (precision @ components)[: self.size**2]
-        return out
-
     def _whitening(self, plane: int, rows: int) -> tuple[Tensor, Tensor]:
         """I - W as blocks: the diagonal ones and those to the left of all but the first."""
         width = self.size
@@ -319,11 +300,4 @@ class GaussianPrior(nn.Module):
 def _shifted(images: Tensor, offset: tuple[int, int]) -> Tensor:
     """Each pixel's predecessor at ``offset`` = (rows up, columns left) in (N, H, W); zero outside."""
     up, left = offset
-    out = torch.zeros_like(images)
-    height, width = images.shape[-2:]
-    rows, above = slice(up, None), slice(None, height - up)
-    if left >= 0:
-        out[..., rows, left:] = images[..., above, : width - left]
-    else:
-        out[..., rows, :left] = images[..., above, -left:]
-    return out
+    return functional.pad(images, (left, -left, up, -up))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
@@ -41,55 +40,31 @@ _CG_TOLERANCE = 1e-9
 _DYNAMIC_RANGE = 1e11
 
 
-class _Gain(ABC):
-    """gain(r) of one plane for one set of operators."""
-
-    @abstractmethod
-    def from_maps(self, adjoint: Tensor, maps: Tensor | None) -> Tensor:
-        """float64 (n, N) from A^T r (n, N), and r itself (N, h, w) where the gain asked for it."""
-
-    @abstractmethod
-    def from_faces(self, faces: Tensor) -> Tensor:
-        """gain(A f) of planes f, float64 (n, k)."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes held."""
+# A gain gives gain(r) of one plane for one set of operators: ``from_maps`` from A^T r (n, N), and from r itself
+# (N, h, w) where it asks for that; ``from_faces`` of r = A f for planes f (n, k). All are float64.
 
 
-class _BandedGain(_Gain):
+class _BandedGain:
     """(Q + G / s^2)^-1 by block-tridiagonal Cholesky, with G = A^T A."""
 
-    def __init__(self, precision: BlockTridiagonal, gram: BlockTridiagonal, information: float, pixels: int) -> None:
-        self._gram = gram
-        self._information = information
-        self._factor: BlockCholesky = precision.plus(gram, information).cholesky()
-        self._pixels = pixels
-        self._padded = gram.diagonal.shape[0] * gram.diagonal.shape[1]
-
-    def _pad(self, x: Tensor) -> Tensor:
-        extra = self._padded - self._pixels
-        return torch.cat((x, x.new_zeros(extra, x.shape[1]))) if extra else x
+    def __init__(self, precision: BlockTridiagonal, gram: BlockTridiagonal, information: float) -> None:
+        self._gram, self._information = gram, information
+        self._factor = precision.plus(gram, information).cholesky()
+        self.nbytes = self._factor.nbytes
 
     def from_maps(self, adjoint: Tensor, maps: Tensor | None) -> Tensor:
-        return self._factor.solve(self._pad(adjoint) * self._information)[: self._pixels]
+        return self._factor.solve(adjoint * self._information)
 
     def from_faces(self, faces: Tensor) -> Tensor:
-        return self._factor.solve((self._gram @ self._pad(faces)) * self._information)[: self._pixels]
-
-    @property
-    def nbytes(self) -> int:
-        return self._factor.nbytes
+        return self._factor.solve((self._gram @ faces) * self._information)
 
 
-class _SingularGain(_Gain):
+class _SingularGain:
     """Q^-1 B^T (B Q^-1 B^T + s^2)^-1 with B the rows of A, in its singular vectors, that stand out of the noise."""
 
     def __init__(
         self, prior: GaussianPrior, plane: int, precision: BlockTridiagonal, operator: SeparableSum, information: float
     ) -> None:
-        pixels = prior.size**2
         row, column = (f[0].to(prior.mean) for f in (operator.row_factors, operator.column_factors))
         left_row, values_row, right_row = torch.linalg.svd(row, full_matrices=False)
         left_column, values_column, right_column = torch.linalg.svd(column, full_matrices=False)
@@ -104,13 +79,11 @@ class _SingularGain(_Gain):
         self._values = values[i, j]
         directions = torch.einsum("mh,mw->hwm", right_row[i], right_column[j]).flatten(0, 1)
         self._rows = directions * self._values  # B^T, (n, m)
-        factor = precision.cholesky()
-        extra = precision.diagonal.shape[0] * precision.diagonal.shape[1] - pixels
-        padded = torch.cat((self._rows, self._rows.new_zeros(extra, len(i))))
-        self._spread = factor.solve(padded)[:pixels]  # Q^-1 B^T
+        self._spread = precision.cholesky().solve(self._rows)  # Q^-1 B^T
         system = self._rows.T @ self._spread
         system.diagonal().add_(1 / information)
         self._system = torch.linalg.cholesky(system)
+        self.nbytes = self._rows.nbytes + self._spread.nbytes + self._system.nbytes
 
     def _from_coefficients(self, coefficients: Tensor) -> Tensor:
         out: Tensor = self._spread @ torch.cholesky_solve(coefficients, self._system)
@@ -125,10 +98,6 @@ class _SingularGain(_Gain):
 
     def from_faces(self, faces: Tensor) -> Tensor:
         return self._from_coefficients(self._rows.T @ faces)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self._rows, self._spread, self._system))
 
 
 def row_reach(operators: Sequence[SeparableSum]) -> int:
@@ -161,18 +130,8 @@ def gram_blocks(operator: SeparableSum, size: int, rows: int, device: torch.devi
     return BlockTridiagonal(diagonal, lower)
 
 
-def _resolved(gram: BlockTridiagonal, prior: GaussianPrior, plane: int) -> float:
-    """The most information per unit of the Gram matrix that double precision still adds to the prior's own."""
-    largest = float(gram.diagonal.abs().sum(dim=-1).max())
-    return _DYNAMIC_RANGE / (largest * float(prior.innovations[plane].mean()))
-
-
 class PriorCovariance:
-    """The prior's covariance S = U D U^T + Q^-1 as an operator; everything that depends on the prior alone, made once.
-
-    Args:
-        prior: the fitted prior.
-    """
+    """The fitted prior's covariance S = U D U^T + Q^-1 as an operator; what depends on the prior alone, made once."""
 
     def __init__(self, prior: GaussianPrior) -> None:
         self.prior = prior
@@ -180,7 +139,8 @@ class PriorCovariance:
     @functools.cached_property
     def weighted(self) -> Tensor:
         """Q U, float64 (3, HW, r)."""
-        return self.prior.weighted_components()
+        components = self.prior.components.double()
+        return torch.stack([precision @ part for precision, part in zip(self._precisions, components, strict=True)])
 
     @functools.cached_property
     def _precisions(self) -> list[BlockTridiagonal]:
@@ -199,15 +159,6 @@ class PriorCovariance:
         factor: Tensor = torch.linalg.cholesky((inner + inner.T) / 2 + torch.diag(1 / variances))
         return factor
 
-    def _planes(self, planes: Tensor, apply: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """``apply`` to each plane of (3, N, HW), padded to whole blocks."""
-        out = torch.empty_like(planes)
-        for plane, precision in enumerate(self._precisions):
-            padded = planes.new_zeros(precision.diagonal.shape[0] * precision.diagonal.shape[1], planes.shape[1])
-            padded[: planes.shape[2]] = planes[plane].T
-            out[plane] = apply(plane, padded)[: planes.shape[2]].T
-        return out
-
     def times(self, gradient: Tensor) -> Tensor:
         """S g for faces g (N, 3, H, W), in RGB."""
         prior = self.prior
@@ -215,7 +166,7 @@ class PriorCovariance:
         components = prior.components.double()
         coefficients = torch.einsum("pir,pni->nr", components, planes) * prior.variances
         out = torch.einsum("pir,nr->pni", components, coefficients)
-        out += self._planes(planes, lambda plane, right: self._factors[plane].solve(right))
+        out += _by_plane([factor.solve for factor in self._factors], planes)
         return prior.to_faces(out.transpose(0, 1).reshape(gradient.shape))
 
     def inverse_times(self, faces: Tensor) -> Tensor:
@@ -223,7 +174,7 @@ class PriorCovariance:
         planes = torch.einsum("pc,nchw->pnhw", self.prior.planes, faces).flatten(2)
         right = torch.einsum("pir,pni->rn", self.weighted, planes)
         explained = torch.einsum("pir,rn->pni", self.weighted, torch.cholesky_solve(right, self._inner))
-        out = self._planes(planes, lambda plane, right: self._precisions[plane] @ right) - explained
+        out = _by_plane([precision.__matmul__ for precision in self._precisions], planes) - explained
         return torch.einsum("pc,pnhw->nchw", self.prior.planes, out.view(3, *faces[:, 0].shape))
 
     def draw(self, generator: torch.Generator) -> Tensor:
@@ -233,82 +184,76 @@ class PriorCovariance:
         code = torch.randn(prior.rank, generator=generator, dtype=torch.float64).to(planes) * prior.variances.sqrt()
         planes[:, 0] = torch.einsum("pir,r->pi", prior.components.double(), code)
         white = torch.randn(planes.shape, generator=generator, dtype=torch.float64).to(planes)
-        planes += self._planes(white, lambda plane, right: self._factors[plane].draw(right))
+        planes += _by_plane([factor.draw for factor in self._factors], white)
         return prior.to_faces(planes.transpose(0, 1).reshape(1, 3, prior.size, prior.size))
+
+
+def _by_plane(apply: Sequence[Callable[[Tensor], Tensor]], planes: Tensor) -> Tensor:
+    """Each plane of (3, N, HW) through its function of (HW, N)."""
+    turned = planes.mT.clone(memory_format=torch.contiguous_format)
+    return torch.stack([function(plane).T for function, plane in zip(apply, turned, strict=True)])
 
 
 class Posterior:
     """The posterior for one set of states, factored once and then applied to any number of faces.
 
-    Args:
-        covariance: of the fitted prior, which all posteriors share.
-        operators: the maps of the interceptions that are combined (k of them, or fewer where states repeat).
-        noise: standard deviation of what is sent around A x + offset.
+    The operators are the maps of the interceptions that are combined (fewer where states repeat), ``noise`` the
+    standard deviation of what is sent around A x + offset.
     """
 
     def __init__(self, covariance: PriorCovariance, operators: Sequence[SeparableSum], noise: float) -> None:
         self._prior = prior = covariance.prior
         self._weighted = weighted = covariance.weighted
         size, device = prior.size, prior.mean.device
-        pixels = size * size
         reach = row_reach(operators)
         rows = max(REACH, reach)
-        mixing = rows * size > _LARGEST_BLOCK
-        if mixing and (len(operators) > 1 or len(operators[0].row_factors) > 1):
+        #: Whether :meth:`__call__` needs the residual maps and not only A^T of them.
+        self.needs_maps = rows * size > _LARGEST_BLOCK
+        if self.needs_maps and (len(operators) > 1 or len(operators[0].row_factors) > 1):
             raise ValueError(
                 f"the sent maps mix pixels {reach} rows apart: more than one such map cannot be factored; use solver=cg"
             )
-        #: Whether :meth:`__call__` needs the residual maps and not only A^T of them.
-        self.needs_maps = mixing
         gram = None
-        if not mixing:
+        if not self.needs_maps:
             grams = [gram_blocks(operator, size, rows, device) for operator in operators]
-            gram = grams[0]
-            for other in grams[1:]:
-                gram = gram.plus(other, 1.0)
-        rank = prior.rank
-        self._gains: list[_Gain | None] = []
+            gram = functools.reduce(lambda total, other: total.plus(other, 1.0), grams)
+            largest = float(gram.diagonal.abs().sum(dim=-1).max())
+        self._gains: list[_BandedGain | _SingularGain | None] = []
         #: Standard deviation of the noise of each plane's maps that is reckoned with: at least what can be resolved.
         self.plane_noise: list[float] = []
-        self._directions = torch.empty(3, pixels, rank, dtype=torch.float64, device=device)
+        self._directions = prior.components.double()
         system = torch.diag(1 / prior.variances.clamp(min=1e-12 * float(prior.variances.max())))
         for plane, strength in enumerate(prior.strengths.tolist()):
-            components = prior.components[plane].double()
-            precision = prior.precision(plane, REACH if mixing else rows)
             information = strength / noise**2
             if gram is not None:
-                information = min(information, _resolved(gram, prior, plane))
-            gain: _Gain | None = None
+                # The most that double precision still adds to what the prior says.
+                resolved = _DYNAMIC_RANGE / (largest * float(prior.innovations[plane].mean()))
+                information = min(information, resolved)
+            gain: _BandedGain | _SingularGain | None = None
             if information > 0:
+                precision = prior.precision(plane, REACH if gram is None else rows)
                 if gram is None:
                     gain = _SingularGain(prior, plane, precision, operators[0], information)
                 else:
-                    gain = _BandedGain(precision, gram, information, pixels)
-            self._gains.append(gain)
-            self.plane_noise.append(information**-0.5 if information > 0 else math.inf)
-            self._directions[plane] = components
-            if gain is not None:
-                seen = gain.from_faces(components)
+                    gain = _BandedGain(precision, gram, information)
+                seen = gain.from_faces(prior.components[plane].double())
                 self._directions[plane] -= seen
                 system += weighted[plane].T @ seen
+            self._gains.append(gain)
+            self.plane_noise.append(information**-0.5 if information > 0 else math.inf)
         self._system = torch.linalg.cholesky((system + system.T) / 2)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         gains = sum(gain.nbytes for gain in self._gains if gain is not None)
-        return gains + sum(t.numel() * t.element_size() for t in (self._directions, self._system))
+        return int(gains + self._directions.nbytes + self._system.nbytes)
 
     def __call__(self, adjoint: Tensor, maps: Tensor | None = None) -> Tensor:
-        """x - mean in planes.
+        """x - mean in planes, float64 (N, 3, H, W).
 
-        Args:
-            adjoint: A^T r of each plane for r = (z - offset) - A mean, each plane's r scaled to x -> R x C^T (that is,
-                divided by its strength): float64 (N, 3, H, W).
-            maps: r itself, float64 (N, 3, h, w), where :attr:`needs_maps`.
-
-        Returns:
-            float64 (N, 3, H, W).
+        From A^T r, float64 (N, 3, H, W), for r = (z - offset) - A mean, each plane's r scaled to x -> R x C^T (that is,
+        divided by its strength), and r itself, float64 (N, 3, h, w), where :attr:`needs_maps`.
         """
         count = len(adjoint)
         update = torch.zeros(3, self._prior.size**2, count, dtype=torch.float64, device=adjoint.device)
@@ -324,9 +269,6 @@ class Posterior:
         return update.permute(2, 0, 1).reshape(count, 3, self._prior.size, self._prior.size)
 
 
-# -- conjugate gradients ----------------------------------------------------------------------------------
-
-
 class IterativePosterior:
     """The same posterior mean for any linear operator, by conjugate gradients on (A S A^T + s^2) y = r.
 
@@ -337,12 +279,6 @@ class IterativePosterior:
     Where little noise is added, the system is as badly conditioned as S is. A S^-1 A^T then serves as a preconditioner:
     it is the inverse where A only moves pixels about, and near it where A drops some. Where noise prevails it would do
     harm. Which of both gets further is tried on a face drawn from the prior.
-
-    Args:
-        covariance: of the fitted prior.
-        operator: any linear operator.
-        noise: standard deviation of the noise.
-        iterations: steps at most.
     """
 
     def __init__(self, covariance: PriorCovariance, operator: LinearOperator, noise: float, iterations: int) -> None:

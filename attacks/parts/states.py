@@ -7,17 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from attacks.base import Adversary, Knowledge
-from attacks.parts.exposure import Exposure
+from attacks.base import Adversary, AttackOptions, Knowledge
+from attacks.parts.exposure import Exposure, in_chunks
 from bench.images import to_float
 from bench.randomness import derived
 from defenses.base import Defense
 from defenses.layout import ChannelLayout, probe
 
-#: Maps at once.
+#: Faces at once.
 _CHUNK = 64
 #: Relative to a map's mean energy, below which a row or column counts as empty.
 _FLOOR = 1e-4
@@ -26,6 +27,15 @@ _RIDGE = 1e-2
 _PRICE = 2.0
 _ROUNDS = 6
 _REREADINGS = 4
+
+
+class ReaderOptions(AttackOptions):
+    """Options of attacks that read states."""
+
+    state_faces: int = Field(800, ge=16, description="Public faces that the reader of states learns from.")
+    traffic: int = Field(
+        default=1000, ge=1, description="Intercepted faces that a secret table is inferred from at blackbox."
+    )
 
 
 class ChannelClassifier(nn.Module):
@@ -76,15 +86,12 @@ class ChannelClassifier(nn.Module):
 
     def forward(self, representations: Tensor) -> Tensor:
         """Log likelihoods float32 (N, C, P) of representations (N, C, h, w), up to a constant of each map."""
-        parts = representations.split(_CHUNK)
-        return torch.cat([self.features(part.to(self.weight.device)) @ self.weight + self.bias for part in parts])
+        device = self.weight.device
+        return in_chunks(lambda part: self.features(part.to(device)) @ self.weight + self.bias, representations)
 
     def rows(self, likelihood: Tensor, table: Tensor) -> Tensor:
         """The row of ``table`` (K, C) under which each face (N, C, P) is likeliest: int64 (N,)."""
-        score = torch.zeros(len(likelihood), len(table), dtype=torch.float64, device=likelihood.device)
-        for channel in range(likelihood.shape[1]):
-            score += likelihood[:, channel].double()[:, table[:, channel].to(likelihood.device)]
-        return score.argmax(dim=1)
+        return _scores(likelihood, table).argmax(dim=1)
 
 
 @torch.no_grad()
@@ -96,15 +103,9 @@ def fit_channels(
     seed: int,
     count: int,
 ) -> float:
-    """Fit ``classifier`` on ``count`` public faces, and return the share of maps of as many more that it gets right.
+    """Fit to ``count`` public faces, uint8 (M, 3, H, W), and return the share of maps of as many more read right.
 
-    Args:
-        classifier: to be fitted.
-        faces: uint8 (M, 3, H, W), the attacker's public faces.
-        exposure: shows them through the mechanism, or through guesses of it.
-        layout: of the mechanism in use, or None to ask each guess for its own.
-        seed: of the draws.
-        count: faces to fit on.
+    ``layout`` is that of the mechanism in use; None asks each guess for its own.
     """
     device = classifier.weight.device
     index = torch.randint(len(faces), (2 * count,), generator=derived(seed, "places"))
@@ -124,30 +125,19 @@ def fit_channels(
 
 
 def assign(likelihood: Tensor) -> Tensor:
-    """The likeliest assignment of the channels to distinct canonical channels.
-
-    Args:
-        likelihood: (C, P), of one face or summed over faces that share a layout.
-
-    Returns:
-        int64 (C,).
-    """
+    """The likeliest assignment of the channels to distinct canonical ones: int64 (C,) of log likelihoods (C, P)."""
     cost = -likelihood.double().cpu().numpy()
     cost = np.where(np.isfinite(cost), cost, 1e12)
     return torch.from_numpy(linear_sum_assignment(cost)[1])
 
 
 def infer_table(likelihoods: Tensor, states: int) -> tuple[Tensor, Tensor]:
-    """The layouts that a secret table holds, from faces whose layouts are unknown.
+    """The layouts that a secret table of at most ``states`` holds, from log likelihoods (N, C, P) of faces.
 
     Mixture of layouts by hard expectation-maximisation: each face goes to the layout under which it is likeliest, and
     each layout is read from the likelihoods of all its faces together, which leaves misreadings of single faces no
     chance. It starts with the faces that the layouts found so far explain worst, read by themselves (farthest-first
     traversal, Gonzalez 1985), and starts again with such faces wherever two layouts turn out to be one.
-
-    Args:
-        likelihoods: (N, C, P), from :class:`ChannelClassifier`.
-        states: how many layouts there are at most.
 
     Returns:
         int64 (K, C), K <= ``states``, the commonest first, and int64 (K,), how many faces showed each.
@@ -195,9 +185,9 @@ def _prune(likelihoods: Tensor, table: Tensor) -> Tensor:
 
 def _scores(likelihoods: Tensor, table: Tensor) -> Tensor:
     """The log likelihood of each face (N, C, P) under each layout (K, C): float64 (N, K)."""
-    score = torch.zeros(len(likelihoods), len(table), dtype=torch.float64)
-    for channel in range(likelihoods.shape[1]):
-        score += likelihoods[:, channel][:, table[:, channel]]
+    score = torch.zeros(len(likelihoods), len(table), dtype=torch.float64, device=likelihoods.device)
+    for channel, rows in enumerate(table.T.to(likelihoods.device)):
+        score += likelihoods[:, channel].double()[:, rows]
     return score
 
 
@@ -210,10 +200,6 @@ class StateReader(nn.Module):
       the :attr:`mechanism` the attack works with.
 
     A defence whose layout never varies (and is no secret) has one state, which needs no reading.
-
-    Args:
-        adversary: whose knowledge, public faces and traffic to use.
-        mechanism: the adversary's, on its device.
 
     Attributes:
         width: canonical channels, where layouts are to be told apart; else None.
@@ -261,13 +247,8 @@ class StateReader(nn.Module):
             self._imitation = rows, mechanism.with_layouts(rows).to(adversary.fabric.device)
         return self._imitation[1]
 
-    def fit(self, seed: int, *, faces: int, traffic: int) -> dict[str, Any]:
+    def fit(self, seed: int, options: ReaderOptions) -> dict[str, Any]:
         """Fit the classifier on public faces and, under a black box, infer the table from intercepted traffic.
-
-        Args:
-            seed: of the draws.
-            faces: public faces to fit the classifier on (as many more check it).
-            traffic: intercepted faces to infer the table from.
 
         Returns:
             ``map_accuracy`` on public faces; under a black box also ``intercepted`` and ``states_found``; nothing
@@ -279,17 +260,15 @@ class StateReader(nn.Module):
         adversary, mechanism, layout = self._given
         if self.classifier is None:
             return {}
-        exposure = Exposure(adversary, seed)
-        layout = None if self.infers_secret else layout
-        details: dict[str, Any] = {
-            "map_accuracy": fit_channels(self.classifier, adversary.faces, exposure, layout, seed, faces)
-        }
+        exposure, layout = Exposure(adversary, seed), None if self.infers_secret else layout
+        accuracy = fit_channels(self.classifier, adversary.faces, exposure, layout, seed, options.state_faces)
+        details: dict[str, Any] = {"map_accuracy": accuracy}
         if self.infers_secret:
             if not self.inferable:
                 raise ValueError(f"{mechanism.name} is not described by the layouts of its channels")
             if adversary.traffic is None:
                 raise ValueError("a secret table is inferred from intercepted traffic, and none was given")
-            likelihoods = torch.cat([self.classifier(batch).cpu() for batch in adversary.traffic(traffic)])
+            likelihoods = torch.cat([self.classifier(batch).cpu() for batch in adversary.traffic(options.traffic)])
             table, counts = infer_table(likelihoods, len(self.table))
             # The defence knows what layouts it can have (PartialFace: the same for every colour), a reading does not.
             imitation = mechanism.with_layouts(table.to(adversary.fabric.device))
@@ -304,9 +283,7 @@ class StateReader(nn.Module):
     def rows(self, representations: Tensor, states: Tensor | None) -> Tensor:
         """The row of :attr:`mechanism`'s states that each representation (N, C, h, w) was sent under: int64 (N,).
 
-        Args:
-            representations: what was intercepted.
-            states: int64 (N, D), the true states, where they are known.
+        ``states``, int64 (N, D), are the true ones where they are known.
         """
         adversary, mechanism, layout = self._given
         if self._knows and layout is not None and mechanism.states() is not None:
@@ -323,8 +300,8 @@ class StateReader(nn.Module):
         return self.table[rows.to(self.table.device)]
 
     def infer_layout(self, representations: Tensor) -> Tensor | None:
-        """What :meth:`RecoveryAttack.infer_layout` returns for (N, k, C, h, w): None where nothing is inferred."""
+        """As :meth:`RecoveryAttack.infer_layout`, of (N, k, C, h, w): None where nothing is inferred."""
         if self.classifier is None:
             return None
-        parts = [self.layouts(self.rows(part, None)) for part in representations.flatten(0, 1).split(_CHUNK)]
-        return torch.cat(parts).view(*representations.shape[:2], -1)
+        layouts = in_chunks(lambda part: self.layouts(self.rows(part, None)), representations.flatten(0, 1))
+        return layouts.view(*representations.shape[:2], -1)

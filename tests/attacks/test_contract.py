@@ -20,7 +20,7 @@ from bench import plugins
 
 SIZE = 16
 NETWORK = {"widths": "4,8", "stem_stride": 2, "batch_size": 10, "learning_rate": 3e-3}
-ESTIMATE = {"rank": 12, "place_faces": 60, "traffic": 60}
+ESTIMATE = {"rank": 12, "state_faces": 60, "traffic": 60}
 GENERATOR = {"latent_size": 8, "generator_width": 4, "generator_batch_size": 10, "generator_images": 100}
 
 

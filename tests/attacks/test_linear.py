@@ -7,7 +7,7 @@ from attacks.linear import Linear, LinearOptions
 from defenses.base import Defense
 from defenses.layout import probe
 
-SMALL = {"rank": 12, "place_faces": 120, "traffic": 240}
+SMALL = {"rank": 12, "state_faces": 120, "traffic": 240}
 
 
 def fitted(make_adversary, defense, knowledge="oracle", **options):
@@ -66,19 +66,19 @@ def test_what_is_recovered_would_have_been_sent(make_adversary):
 
 def test_the_white_box_reads_the_states_itself(make_adversary):
     defense = defense_of("partialface")
-    attack, _ = fitted(make_adversary, defense, "whitebox", place_faces=400)
+    attack, _ = fitted(make_adversary, defense, "whitebox", state_faces=400)
     faces, observation = observe(defense, 48, states=False)
     _, told = observe(defense, 48)
     layout = probe(defense, defense.states())
     truth = layout.canonical[layout.row_of(told.states[:, 0])]
     assert float((attack.infer_layout(observation)[:, 0] == truth).all(1).float().mean()) > 0.9
-    oracle, _ = fitted(make_adversary, defense, "oracle", place_faces=400)
+    oracle, _ = fitted(make_adversary, defense, "oracle", state_faces=400)
     assert error(attack.recover(observation), faces) < 1.1 * error(oracle.recover(told), faces)
 
 
 def test_the_black_box_finds_the_table_in_the_traffic(make_adversary):
     defense = defense_of("partialface", tables="random", n_permutations=2, table_seed=4)
-    attack, report = fitted(make_adversary, defense, "blackbox", place_faces=400)
+    attack, report = fitted(make_adversary, defense, "blackbox", state_faces=400)
     assert report.details["states_found"] == len(defense.states()) == 12
     faces, observation = observe(defense, 32, states=False)
     oracle, _ = fitted(make_adversary, defense, "oracle")

@@ -12,7 +12,7 @@ TINY = {
     "images": 640,
     "learning_rate": 3e-3,
     "rank": 12,
-    "place_faces": 120,
+    "state_faces": 120,
     "traffic": 240,
 }
 

@@ -40,7 +40,7 @@ def world():
         generator=torch.Generator().manual_seed(0),
         fabric=Fabric(accelerator="cpu", devices=1),
     )
-    attack = Linear(LinearOptions(rank=RANK, place_faces=32))
+    attack = Linear(LinearOptions(rank=RANK, state_faces=32))
     attack.learn(adversary)
     faces = smooth(BATCH, SIZE, seed=9).float() / 255
     state = defense.states()[torch.arange(BATCH) % len(defense.states())]
