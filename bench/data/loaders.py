@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from bench.data import sources
 from bench.errors import MissingError, UsageError
 from bench.progress import Report, no_report
 from bench.registry import Registry, target
@@ -41,7 +40,7 @@ class Dataset:
 
 #: Every file of ``sources`` is a data set, with an entry ``DATASET``.
 DATASETS: Registry[Dataset] = Registry("dataset")
-for _module in pkgutil.iter_modules(sources.__path__):
+for _module in pkgutil.iter_modules([str(Path(__file__).parent / "sources")]):
     DATASETS.add(_module.name, target(f"bench.data.sources.{_module.name}:DATASET"))
 DATASETS.add("synthetic", target("bench.data.synthetic.dataset:DATASET"))
 
