@@ -106,6 +106,11 @@ class Recovery(Quality):
     floors: dict[str, Quality]
     ceiling: Quality
 
+    def parts(self, label: str) -> dict[str, Quality]:
+        """What the attack got, under ``label``; then each floor, and the ceiling."""
+        floors = {f"floor: {name.replace('_', ' ')}": floor for name, floor in self.floors.items()}
+        return {label: self, **floors, "ceiling": self.ceiling}
+
 
 class StateInference(_Model):
     """How often the attack named what the defence had drawn."""

@@ -32,43 +32,40 @@ class _Document(BaseModel):
     benchmarks: list[_Benchmark]
 
 
+_COLUMNS = (
+    Column.of_text("benchmark"),
+    Column("median", "median, ms", "of a call"),
+    Column("rounds", "rounds", "calls timed"),
+    Column.of_text("recorded", "what the benchmark noted besides"),
+    Column.of_text("machine"),
+)
+
+
 def benchmark_table(files: Sequence[Path]) -> Table | None:
     """A row per benchmark of every file: seconds, and what else it recorded; None without files.
 
     Raises:
         MissingError: a file cannot be read, or was not written by pytest-benchmark.
     """
-    if not files:
-        return None
     rows = []
     for file in files:
         document = read_model(file, _Document, "what pytest --benchmark-json writes")
-        machine = str(document.machine_info.get("node", file.name))
+        machine = Entry(str(document.machine_info.get("node", file.name)))
         rows += [_row(benchmark, machine) for benchmark in document.benchmarks]
-    columns = (
-        Column("benchmark", numeric=False),
-        Column("median, ms", "of a call"),
-        Column("rounds", "calls timed"),
-        Column("recorded", "what the benchmark noted besides", numeric=False),
-        Column("machine", numeric=False),
-    )
-    return Table("benchmarks", "Speed (pytest-benchmark); in brackets the quartiles.", columns, tuple(rows))
+    caption = "Speed (pytest-benchmark); in brackets the quartiles."
+    return Table("benchmarks", caption, _COLUMNS, tuple(rows)) if files else None
 
 
-def _row(benchmark: _Benchmark, machine: str) -> Row:
-    stats = benchmark.stats
+def _row(benchmark: _Benchmark, machine: Entry) -> Row:
+    stats, extra = benchmark.stats, benchmark.extra_info.items()
+    noted = (f"{name}: {value:,.4g}" if isinstance(value, float) else f"{name}: {value}" for name, value in extra)
     spread = f"[{1e3 * stats.q1:,.4g}, {1e3 * stats.q3:,.4g}]"
-    noted = "; ".join(f"{name}: {_shown(value)}" for name, value in benchmark.extra_info.items())
     return Row(
-        (
-            Entry(benchmark.name),
-            Entry(f"{1e3 * stats.median:,.4g}", 1e3 * stats.median, spread),
-            Entry(f"{stats.rounds}", stats.rounds),
-            Entry(noted),
-            Entry(machine),
-        )
+        {
+            "benchmark": Entry(benchmark.name),
+            "median": Entry(f"{1e3 * stats.median:,.4g}", 1e3 * stats.median, spread),
+            "rounds": Entry(f"{stats.rounds}", stats.rounds),
+            "recorded": Entry("; ".join(noted)),
+            "machine": machine,
+        }
     )
-
-
-def _shown(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)

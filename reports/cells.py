@@ -50,6 +50,20 @@ class Cell:
         return self.result is not None and self.result.attack.saturated is False
 
     @property
+    def links(self) -> bool:
+        """Whether the attack tells who is who."""
+        return self.result is not None and self.result.linkage is not None
+
+    def scores(self, table: str) -> pd.DataFrame | None:
+        """The pairs of faces as the provider's recogniser scored them (``scores``), or this attack (``linkage``)."""
+        frame: pd.DataFrame | None = getattr(self.run, table)
+        if frame is None or table == "scores":
+            return frame
+        if "attack" in frame:  # runs of before several linkage attacks have rows of the only one
+            frame = frame[frame["attack"] == self.name]
+        return frame if self.links and len(frame) else None
+
+    @property
     def knowledge(self) -> str:
         """The rung of the ladder."""
         return _plain(self.run.manifest.config.get("knowledge", "?"))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bench.measures import KINDS, MISSING
 from bench.results import Measure, measures
-from reports.cells import Cell, Setting
+from reports.cells import Cell, Setting, lowest_accuracy, worst_case
 from reports.provenance import provenance, warnings
-from reports.summary import failures, findings, recovery_table, subject, summary
-from reports.table import Entry, Row, Table
+from reports.summary import LEAKS, failures, findings, recovery_table, subject, summary
+from reports.table import Column, Entry, Row, Table
 
 # -- Markdown ---------------------------------------------------------------------------------------
 
@@ -21,7 +21,7 @@ from reports.table import Entry, Row, Table
 _MARKUP = re.compile(r"([\\`*_{}\[\]#~$!])")
 #: What HTML, or a table before Markdown is read, would take; and addresses that some dialects make links of.
 _REFERENCES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "://": "&#58;//", "www.": "www&#46;"}
-_REFERRED = re.compile("|".join(re.escape(taken) for taken in _REFERENCES), re.IGNORECASE)
+_REFERRED = re.compile("|".join(map(re.escape, _REFERENCES)), re.IGNORECASE)
 
 
 def markdown_text(text: str) -> str:
@@ -38,79 +38,68 @@ def markdown_text(text: str) -> str:
 def report_markdown(settings: Sequence[Setting], speed: Table | None = None) -> str:
     """The report without its figures."""
     parts = ["# What leaks, and what it costs"]
-    if notes := markdown_notes(settings):
-        parts += ["## Before you quote a figure", "\n".join(notes)]
+    if notes := _notes(settings):
+        parts += ["## Before you quote a figure", notes]
     for number, setting in enumerate(settings, start=1):
-        parts += [
-            f"## {markdown_text(subject(setting))}",
-            "\n".join(f"- {markdown_text(str(finding))}" for finding in findings(setting)),
-        ]
+        told = {
+            defense: " ".join(f"{fact.question} {fact.figure} ({fact.context})" for fact in facts)
+            for defense, facts in findings(setting).items()
+        }
+        lines = (f"{defense}: {facts or 'nothing was measured.'}" for defense, facts in told.items())
+        parts += [f"## {markdown_text(subject(setting))}", "\n".join(f"- {markdown_text(line)}" for line in lines)]
         tables = (summary(setting, number), recovery_table(setting, number))
-        parts += [table_markdown(table) for table in tables if table is not None]
+        parts += [_pipe_table(table) for table in tables if table is not None]
     if speed is not None:
-        parts += ["## Speed", table_markdown(speed)]
-    parts += ["## Provenance", table_markdown(provenance(settings))]
+        parts += ["## Speed", _pipe_table(speed)]
+    parts += ["## Provenance", _pipe_table(provenance(settings))]
     return "\n\n".join(parts) + "\n"
 
 
-def markdown_notes(settings: Sequence[Setting]) -> list[str]:
+def leaderboard_markdown(title: str, lead: str, settings: Sequence[Setting], boards: Sequence[Table]) -> str:
+    """The leaderboard, and below it what to know before quoting a figure."""
+    parts = [f"# {title}", markdown_text(lead)]
+    for setting, table in zip(settings, boards, strict=True):
+        parts += [f"## {markdown_text(subject(setting))}", _pipe_table(table)]
+    return "\n\n".join([*parts, _notes(settings)]).rstrip() + "\n"
+
+
+def _notes(settings: Sequence[Setting]) -> str:
     """What to know before quoting a figure, a line each."""
-    failed = [f"- **failed:** {markdown_text(f'{label}: {reason}')}" for label, reason in failures(settings)]
-    warned = warnings(settings).items()
-    return failed + [f"- {markdown_text(text)} ({markdown_text('; '.join(labels))})" for text, labels in warned]
+    lines = [f"**failed:** {markdown_text(f'{label}: {reason}')}" for label, reason in failures(settings)]
+    for warning, labels in warnings(settings).items():
+        lines.append(f"{markdown_text(warning)} ({markdown_text('; '.join(labels))})")
+    return "\n".join(f"- {line}" for line in lines)
 
 
-def table_markdown(table: Table) -> str:
-    """A pipe table under its caption; notes and intervals stand beside the values."""
-    head = "| " + " | ".join(markdown_text(column.heading) for column in table.columns) + " |"
+def _pipe_table(table: Table) -> str:
+    """A table under its caption; notes and intervals stand beside the values."""
+    rows = [[markdown_text(column.heading) for column in table.columns]]
+    rows += [[_markdown_entry(row[column]) for column in table.columns] for row in (*table.rows, *table.foot)]
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
     rule = "|" + "|".join("---:" if column.numeric else "---" for column in table.columns) + "|"
-    rows = [_markdown_row(row) for row in (*table.rows, *table.foot)]
-    return "\n".join([f"*{markdown_text(table.caption)}*", "", head, rule, *rows])
-
-
-def _markdown_row(row: Row) -> str:
-    return "| " + " | ".join(_markdown_entry(entry) for entry in row.entries) + " |"
+    return "\n".join([f"*{markdown_text(table.caption)}*", "", head, rule, *body])
 
 
 def _markdown_entry(entry: Entry) -> str:
     value = markdown_text(entry.text)
-    parts = [f"**{value}**" if entry.best else value]
-    if entry.interval:
-        parts.append(entry.interval)  # digits between brackets
-    if entry.note:
-        parts.append(f"({markdown_text(entry.note)})")
-    return " ".join(parts)
+    value = f"**{value}**" if entry.best else value
+    note = f"({markdown_text(entry.note)})" if entry.note else ""
+    return " ".join(filter(None, (value, entry.interval, note)))  # the interval is digits between brackets
 
 
 # -- LaTeX -----------------------------------------------------------------------------------------
 
+# fmt: off
 _ESCAPES = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
-    "`": r"\textasciigrave{}",
-    "'": r"\textquotesingle{}",
-    "[": "{[}",
-    "]": "{]}",
-    "-": "{-}",
-    MISSING: "--",
-    "…": r"\ldots{}",
-    "×": r"$\times$",
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}",
+    "[": "{[}", "]": "{]}", "-": "{-}", MISSING: "--", "…": r"\ldots{}", "×": r"$\times$",
 }
-_SPECIAL = re.compile("|".join(re.escape(character) for character in _ESCAPES))
-#: Numbers keep their minus sign and brackets.
-_NUMBER = re.compile(r"-?[\d,]+(\.\d+)?")
+# fmt: on
+_SPECIAL = re.compile("|".join(map(re.escape, _ESCAPES)))
+#: Numbers keep their minus sign.
+_NEGATIVE = re.compile(r"-[\d,]+(\.\d+)?")
 #: Columns of a page's width, after those that name the row.
 _WIDTH = 8
 
@@ -129,53 +118,38 @@ def report_latex(settings: Sequence[Setting], speed: Table | None = None) -> str
     """The summaries of all settings, each as tables that fit a page."""
     parts = ["% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc} with \\usepackage{textcomp}."]
     for number, setting in enumerate(settings, start=1):
-        parts.append(f"% {latex_text(subject(setting))}")
-        parts += _latex_tables(summary(setting, number))
+        parts += [f"% {latex_text(subject(setting))}", *_latex_tables(summary(setting, number))]
     parts += [] if speed is None else _latex_tables(speed)
     return "\n\n".join(parts) + "\n"
 
 
-def _latex_tables(table: Table) -> Iterable[str]:
+def _latex_tables(table: Table) -> Iterator[str]:
     """A wide table in several, each with the columns that name the row."""
-    names = list(range(table.headers))
-    for start in range(table.headers, len(table.columns), _WIDTH):
-        yield _latex_table(table, [*names, *range(start, min(start + _WIDTH, len(table.columns)))])
+    names, others = table.columns[: table.headers], table.columns[table.headers :]
+    for start in range(0, len(others), _WIDTH):
+        columns = names + others[start : start + _WIDTH]
+        shape = "".join("r" if column.numeric else "l" for column in columns)
+        lines = [r"\begin{table*}", r"\centering\small", rf"\caption{{{latex_text(table.caption)}}}"]
+        lines += [rf"\begin{{tabular}}{{@{{}}{shape}@{{}}}}", r"\toprule"]
+        lines += [_latex_line(latex_text(column.heading) for column in columns)]
+        for rows in filter(None, (table.rows, table.foot)):
+            lines += [r"\midrule", *(_latex_row(row, columns) for row in rows)]
+        yield "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table*}"])
 
 
-def _latex_table(table: Table, places: Sequence[int]) -> str:
-    columns = [table.columns[place] for place in places]
-    shape = "".join("r" if column.numeric else "l" for column in columns)
-    lines = [
-        r"\begin{table*}",
-        r"\centering\small",
-        rf"\caption{{{latex_text(table.caption)}}}",
-        rf"\begin{{tabular}}{{@{{}}{shape}@{{}}}}",
-        r"\toprule",
-        _line(latex_text(column.heading) for column in columns),
-        r"\midrule",
-        *(_latex_row(row, places) for row in table.rows),
-    ]
-    if table.foot:
-        lines += [r"\midrule", *(_latex_row(row, places) for row in table.foot)]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table*}"])
+def _latex_row(row: Row, columns: Iterable[Column]) -> str:
+    return _latex_line(_latex_entry(row[column]) for column in columns)
 
 
-def _line(cells: Iterable[str]) -> str:
+def _latex_line(cells: Iterable[str]) -> str:
     return " & ".join(cells) + r" \\"
-
-
-def _latex_row(row: Row, places: Sequence[int]) -> str:
-    return _line(_latex_entry(row.entries[place]) for place in places)
 
 
 def _latex_entry(entry: Entry) -> str:
     if entry.number is None:
         return latex_text(f"{entry.text} ({entry.note})" if entry.note else entry.text)
-    value = (
-        f"${entry.text}$" if entry.text.startswith("-") and _NUMBER.fullmatch(entry.text) else latex_text(entry.text)
-    )
-    if entry.best:
-        value = rf"\textbf{{{value}}}"
+    value = f"${entry.text}$" if _NEGATIVE.fullmatch(entry.text) else latex_text(entry.text)
+    value = rf"\textbf{{{value}}}" if entry.best else value
     return rf"{value} {{\scriptsize {latex_text(entry.interval)}}}" if entry.interval else value
 
 
@@ -183,10 +157,6 @@ def _latex_entry(entry: Entry) -> str:
 
 #: A cell that starts with one of these is a formula to spreadsheets.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-_HEADINGS = (
-    "run_id", "protocol", "dataset", "image_size", "defense", "attack", "knowledge", "seed", "status",
-    "figure", "value", "low", "high", "n", "reason",
-)  # fmt: skip
 
 
 def csv_text(value: Any) -> str:
@@ -200,43 +170,61 @@ def csv_text(value: Any) -> str:
     return f"'{shown}" if shown.lstrip(" ").startswith(_FORMULA) else shown
 
 
+def _csv(headings: str, rows: Iterable[Sequence[Any]]) -> str:
+    """Numbers as they are, everything else as text."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(headings.split())
+    writer.writerows([cell if isinstance(cell, int | float) else csv_text(cell) for cell in row] for row in rows)
+    return buffer.getvalue()
+
+
 def report_csv(settings: Sequence[Setting]) -> str:
     """One line for each measure of each attack, floors and ceilings included; rates are shares of 1.
 
     A failed run has one line, with its reason.
     """
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(_HEADINGS)
-    for setting in settings:
-        for cell in setting.cells:
-            manifest, result = cell.run.manifest, cell.run.result
-            config = manifest.config
-            head = [manifest.run_id, setting.protocol, config.get("dataset"), config.get("image_size")]
-            head += [cell.defense, cell.attack, cell.knowledge, cell.seed, result.status]
-            names = [csv_text(value) for value in head]
-            for figure, measure in _figures(cell):
-                low, high = measure.ci95 or ("", "")
-                value = "" if measure.value is None else measure.value
-                writer.writerow([*names, csv_text(figure), value, low, high, measure.n, csv_text(measure.reason)])
-            if cell.run.failed:
-                writer.writerow([*names, "", "", "", "", "", csv_text(result.error)])
-    return buffer.getvalue()
+    headings = "run_id protocol dataset image_size defense attack knowledge seed status figure value low high n reason"
+    return _csv(headings, (line for setting in settings for cell in setting.cells for line in _lines(cell)))
 
 
-def _figures(cell: Cell) -> Iterable[tuple[str, Measure]]:
+def _lines(cell: Cell) -> Iterator[Sequence[Any]]:
+    manifest, result = cell.run.manifest, cell.run.result
+    head = [manifest.run_id, manifest.protocol, manifest.config.get("dataset"), manifest.config.get("image_size")]
+    head += [cell.defense, cell.attack, cell.knowledge, cell.seed, result.status]
+    for figure, measure in _figures(cell):
+        yield [*head, figure, measure.value, *(measure.ci95 or ("", "")), measure.n, measure.reason]
+    if cell.run.failed:
+        yield [*head, "", "", "", "", "", result.error]
+
+
+def _figures(cell: Cell) -> Iterator[tuple[str, Measure]]:
     """(place, measure) of everything measured, with bytes and rates as measures without an interval."""
     result = cell.run.result
     parts = {"utility": result.utility}
     parts |= {name: value for name, value in cell.result or () if name != "attack"}
     yield from measures(parts)
     if result.defense is not None:
-        kind = KINDS["bytes"]
-        yield "bytes_per_face", Measure(value=result.defense.bytes_per_face, direction=kind.direction)
-    for operation, speed in (result.throughput or {}).items():
-        rate = speed.images_per_second
-        reason = f"quartiles {rate.q1:g} to {rate.q3:g}"
-        yield (
-            f"throughput.{operation}.images_per_second",
-            Measure(value=rate.median, direction=KINDS["protect"].direction, reason=reason),
-        )
+        yield "bytes_per_face", Measure(value=result.defense.bytes_per_face, direction=KINDS["bytes"].direction)
+    for operation, timed in (result.throughput or {}).items():
+        rate, direction = timed.images_per_second, KINDS["protect"].direction
+        measure = Measure(value=rate.median, direction=direction, reason=f"quartiles {rate.q1:g} to {rate.q3:g}")
+        yield f"throughput.{operation}.images_per_second", measure
+
+
+def leaderboard_csv(settings: Sequence[Setting]) -> str:
+    """One line for each defence and figure; rates are shares of 1."""
+    headings = "setting protocol synthetic defense figure value low high n strongest"
+    return _csv(headings, (line for setting in settings for line in _worst_lines(setting)))
+
+
+def _worst_lines(setting: Setting) -> Iterator[Sequence[Any]]:
+    for defense, cells in setting.defenses.items():
+        head = [setting.title, setting.protocol, setting.synthetic, defense]
+        utility = lowest_accuracy(cells)
+        figures = [] if utility is None else [("accuracy", utility, "")]
+        figures += [(name, case.measure, case.strongest.label) for name in LEAKS if (case := worst_case(cells, name))]
+        for name, measure, strongest in figures:
+            yield [*head, name, measure.value, *(measure.ci95 or ("", "")), measure.n, strongest]
+        if not figures:
+            yield [*head, "failed", "", "", "", "", ""]

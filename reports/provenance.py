@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -17,116 +16,94 @@ from reports.table import Column, Entry, Row, Table
 #: Settings that are paths: their last part says enough, the rest says where somebody keeps things.
 _PATHS = ("data_root", "evaluator", "out")
 _DIGITS = 12
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """The whole configuration of one run, and the hashes of its files, as text."""
-
-    label: str
-    config: tuple[tuple[str, str], ...]
-    artefacts: tuple[tuple[str, str], ...]
+_UNEQUAL = "the defences were not tried by the same attacks: the one that looks better may have met weaker ones"
 
 
 def provenance(settings: Sequence[Setting]) -> Table:
     """One row for each run."""
-    headings = (
-        "run",
-        "status",
-        "seed",
-        "preset",
-        "started",
-        "version",
-        "commit",
-        "python",
-        "torch",
-        "device",
-        "evaluator",
-    )
-    columns = tuple(Column(heading, numeric=heading == "seed") for heading in headings)
     rows = tuple(Row(_entries(cell), "failed" if cell.run.failed else "measured") for _, cell in _runs(settings))
+    columns = tuple(Column(key, key, numeric=key == "seed") for key in rows[0].entries)
     return Table("runs", "Every run of this report.", columns, rows)
 
 
-def records(settings: Sequence[Setting]) -> list[Record]:
-    """Configuration and hashes of every run."""
-    made = []
-    for _, cell in _runs(settings):
-        manifest, info = cell.run.manifest, cell.run.result.defense
-        config = [(key, _value(key, value)) for key, value in manifest.config.items()]
-        config += [("packages", ", ".join(f"{name} {version}" for name, version in manifest.packages.items()))]
-        config += [("threads", str(manifest.threads)), ("deterministic", str(manifest.deterministic))]
-        if info is not None:
-            config.append(("defence, resolved", json.dumps(info.options)))
-        for name, attack in cell.run.result.attack_results.items():
-            config.append((f"{name}, resolved", json.dumps(attack.attack.options)))
-        made.append(
-            Record(f"{manifest.run_id} in {cell.run.directory.name}", tuple(config), tuple(manifest.artefacts.items()))
-        )
-    return made
-
-
-def warnings(settings: Sequence[Setting]) -> dict[str, list[str]]:
-    """What to know before quoting a figure -> the runs that it concerns; each said once."""
-    holders: dict[str, list[str]] = {}
-    for label, cell in _runs(settings):
-        for warning in (*cell.run.result.warnings, *_added(cell.run)):
-            labels = holders.setdefault(warning, [])
-            if label not in labels:
-                labels.append(label)
-    for setting in settings:
-        if not same_attacks(setting):
-            holders[
-                "the defences were not tried by the same attacks: the one that looks better may have met weaker ones"
-            ] = [f"{defense}: {_tried(cells)}" for defense, cells in setting.defenses.items()]
-    return holders
-
-
-def _tried(cells: Sequence[Cell]) -> str:
-    return ", ".join(dict.fromkeys(f"{cell.attack} ({cell.knowledge})" for cell in cells))
-
-
-def _added(run: Run) -> list[str]:
-    """Warnings that a report adds to those of the run."""
-    added = [f"{name} is not the file that the run wrote: it was changed afterwards" for name in run.altered]
-    lpips = [attack.figure("lpips") for attack in run.result.attack_results.values()]
-    if any(measure is not None and measure.value is None for measure in lpips):
-        added.append("LPIPS was not measured: its weights were not there (bench doctor says how to get them)")
-    evaluator = run.result.evaluator
-    if evaluator is not None and evaluator.accuracy < 0.9:
-        added.append(
-            f"weak evaluator ({evaluator.name}): it tells {evaluator.accuracy:.0%} of plain pairs apart and accepts "
-            f"{evaluator.far_at_threshold:.0%} of impostors, so figures of identity leakage say little"
-        )
-    return added
-
-
-def _runs(settings: Sequence[Setting]) -> list[tuple[str, Cell]]:
-    return [run for setting in settings for run in setting.runs]
-
-
-def _entries(cell: Cell) -> tuple[Entry, ...]:
+def _entries(cell: Cell) -> dict[str, Entry]:
     manifest, evaluator = cell.run.manifest, cell.run.result.evaluator
-    judge = MISSING
+    scorer = MISSING
     if evaluator is not None:
         digest = f", SHA-256 {evaluator.sha256[:_DIGITS]}" if evaluator.sha256 else ""
-        judge = f"{evaluator.name} ({evaluator.accuracy:.1%} on plain pairs{digest})"
-    return (
-        Entry(manifest.run_id),
-        Entry(cell.run.result.status),
-        Entry(str(cell.seed), float(cell.seed)),
-        Entry(str(manifest.config.get("preset", MISSING))),
-        Entry(manifest.started or MISSING),
-        Entry(manifest.version or MISSING),
-        Entry(manifest.git_commit or MISSING),
-        Entry(manifest.python or MISSING),
-        Entry(manifest.packages.get("torch", MISSING)),
-        Entry(f"{manifest.device} ({manifest.device_name}), {manifest.precision}"),
-        Entry(judge),
-    )
+        scorer = f"{evaluator.name} ({evaluator.accuracy:.1%} on plain pairs{digest})"
+    texts = {
+        "run": manifest.run_id,
+        "status": cell.run.result.status,
+        "seed": str(cell.seed),
+        "preset": str(manifest.config.get("preset", MISSING)),
+        "started": manifest.started,
+        "version": manifest.version,
+        "commit": manifest.git_commit,
+        "python": manifest.python,
+        "torch": manifest.packages.get("torch"),
+        "device": f"{manifest.device} ({manifest.device_name}), {manifest.precision}",
+        "evaluator": scorer,
+    }
+    return {key: Entry(text or MISSING) for key, text in texts.items()} | {
+        "seed": Entry(str(cell.seed), float(cell.seed))
+    }
+
+
+def records(settings: Sequence[Setting]) -> Iterator[dict[str, Any]]:
+    """Label, whole configuration and hashes of every run, as text."""
+    for _, cell in _runs(settings):
+        manifest, info = cell.run.manifest, cell.run.result.defense
+        config = {key: _value(key, value) for key, value in manifest.config.items()}
+        config["packages"] = ", ".join(f"{name} {version}" for name, version in manifest.packages.items())
+        config |= {"threads": str(manifest.threads), "deterministic": str(manifest.deterministic)}
+        config |= {} if info is None else {"defence, resolved": json.dumps(info.options)}
+        for name, attack in cell.run.result.attack_results.items():
+            config[f"{name}, resolved"] = json.dumps(attack.attack.options)
+        label = f"{manifest.run_id} in {cell.run.directory.name}"
+        yield {"label": label, "config": config, "artefacts": manifest.artefacts}
 
 
 def _value(key: str, value: Any) -> str:
     if key in _PATHS and value:
         return PurePath(str(value)).name
     return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def warnings(settings: Sequence[Setting]) -> dict[str, list[str]]:
+    """What to know before quoting a figure -> the runs that it concerns; each said once."""
+    holders: dict[str, dict[str, None]] = {}
+    for label, cell in _runs(settings):
+        for warning in (*cell.run.result.warnings, *_added(cell.run)):
+            holders.setdefault(warning, {})[label] = None
+    said = {warning: list(labels) for warning, labels in holders.items()}
+    for setting in settings:
+        if not same_attacks(setting):
+            warning = (
+                "the defences were not tried by the same attacks: the one that looks better may have met weaker ones"
+            )
+            said[warning] = [f"{defense}: {_tried(cells)}" for defense, cells in setting.defenses.items()]
+    return said
+
+
+def _tried(cells: Iterable[Cell]) -> str:
+    return ", ".join(dict.fromkeys(f"{cell.attack} ({cell.knowledge})" for cell in cells))
+
+
+def _added(run: Run) -> Iterator[str]:
+    """Warnings that a report adds to those of the run."""
+    for name in run.altered:
+        yield f"{name} is not the file that the run wrote: it was changed afterwards"
+    lpips = [attack.figure("lpips") for attack in run.result.attack_results.values()]
+    if any(measure is not None and measure.value is None for measure in lpips):
+        yield "LPIPS was not measured: its weights were not there (bench doctor says how to get them)"
+    evaluator = run.result.evaluator
+    if evaluator is not None and evaluator.accuracy < 0.9:
+        yield (
+            f"weak evaluator ({evaluator.name}): it tells {evaluator.accuracy:.0%} of plain pairs apart and accepts "
+            f"{evaluator.far_at_threshold:.0%} of impostors, so figures of identity leakage say little"
+        )
+
+
+def _runs(settings: Iterable[Setting]) -> list[tuple[str, Cell]]:
+    return [run for setting in settings for run in setting.runs]

@@ -54,10 +54,7 @@ class Figure(BaseModel):
 
     def measure(self, name: str) -> Measure | None:
         """The figure ``name``; papers give no interval."""
-        if name not in self.values:
-            return None
-        kind = KINDS[name]
-        return Measure(value=self.values[name], direction=kind.direction)
+        return Measure(value=self.values[name], direction=KINDS[name].direction) if name in self.values else None
 
 
 @cache
@@ -68,7 +65,6 @@ def published() -> tuple[Figure, ...]:
     return tuple(Figure.model_validate({**entry, "source": sources[entry["source"]]}) for entry in document["figures"])
 
 
-def matching(defense: str, attacks: Iterable[str]) -> list[Figure]:
-    """What was printed of ``defense``: under one of ``attacks``, or of its recognition alone."""
-    known = set(attacks)
-    return [figure for figure in published() if figure.defense == defense and figure.attack in (None, *known)]
+def matching(defense: object, attacks: Iterable[str]) -> list[Figure]:
+    """What was printed of the defence of that name: under one of ``attacks``, or of its recognition alone."""
+    return [figure for figure in published() if figure.defense == defense and figure.attack in (None, *attacks)]

@@ -1,30 +1,38 @@
-"""``bench report`` and ``bench leaderboard``: documents from run directories."""
+"""``bench report`` and ``bench leaderboard``: documents from run directories.
+
+A page is one HTML file that loads nothing and runs no script but its own.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from bench import __version__
 from bench.files import write_text
-from bench.run.archive import load_runs
+from bench.measures import KINDS
+from bench.run.archive import data_uri, load_runs
 from reports.benchmarks import benchmark_table
-from reports.cells import Setting, lowest_accuracy, settings, worst_case
-from reports.formats import (
-    csv_text,
-    markdown_notes,
-    markdown_text,
-    report_csv,
-    report_latex,
-    report_markdown,
-    table_markdown,
-)
-from reports.html import page, report_page
-from reports.provenance import provenance, warnings
-from reports.summary import COLUMNS, LEAKS, failures, subject, worst_rows
+from reports.cells import Setting, settings
+from reports.figures import distributions, pareto, roc_figure, strength_figures, training_figures
+from reports.formats import leaderboard_csv, leaderboard_markdown, report_csv, report_latex, report_markdown
+from reports.gallery import may_show, sheets
+from reports.maps import confusion_figures, frequency_figures, state_figure
+from reports.provenance import provenance, records, warnings
+from reports.published import matching
+from reports.summary import COLUMNS, failures, findings, recovery_table, subject, summary, worst_rows
 from reports.table import Table
+
+_TEMPLATES = Path(__file__).parent / "templates"
+#: What leaks, as far as it is drawn against utility.
+_PARETO = ("ssim", "type1_tar", "linkage")
 
 
 def write_report(
@@ -48,13 +56,28 @@ def write_report(
         The files.
 
     Raises:
-        MissingError: a folder is no run directory, or a file of one cannot be read.
+        MissingError: a folder is no run directory, or a file of one cannot be read or is not what it should be.
     """
     grouped, speed = settings(load_runs(runs)), benchmark_table(benchmarks)
-    return write_files(
+    defenses = dict.fromkeys(cell.defense for setting in grouped for _, cell in setting.runs)
+    failed = len(failures(grouped))
+    cells = [cell for setting in grouped for cell in setting.cells]
+    printed = [figure for cell in cells for figure in matching(cell.run.manifest.config.get("defense"), {cell.name})]
+    page = _page(
+        "report.html.j2",
+        grouped,
+        title="What leaks, and what it costs",
+        lead=f"{_runs(grouped)} runs: {', '.join(defenses)}" + (f"; {failed} failed" if failed else ""),
+        views=[_view(setting, number, images, embed_faces) for number, setting in enumerate(grouped, start=1)],
+        speed=speed,
+        records=list(records(grouped)),
+        sources=list({figure.source.id: figure.source for figure in printed}.values()),
+        kinds=list(KINDS.values()),
+    )
+    return _write(
         out,
         {
-            "report.html": report_page(grouped, images=images, embed_faces=embed_faces, speed=speed),
+            "report.html": page,
             "report.md": report_markdown(grouped, speed),
             "report.tex": report_latex(grouped, speed),
             "measures.csv": report_csv(grouped),
@@ -62,14 +85,33 @@ def write_report(
     )
 
 
-def write_files(out: Path, documents: Mapping[str, str]) -> list[Path]:
-    """Write each document into ``out``; nothing is written unless all of them could be made."""
-    for name, document in documents.items():
-        write_text(out / name, document)
-    return [out / name for name in documents]
+def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> dict[str, Any]:
+    """One setting of the page, as its template takes it."""
+    pareto_figures = [pareto(setting, number, name) for name in _PARETO]
+    curves = [roc_figure(setting, number, table) for table in ("scores", "linkage")]
+    states = state_figure(setting, number)
+    withheld = sum(
+        cell.run.samples is not None and not may_show(cell, embed_faces=embed_faces) for _, cell in setting.runs
+    )
+    note = f"The real faces of {withheld} runs were left out; --embed-faces shows them." if withheld else ""
+    return {
+        "title": subject(setting),
+        "synthetic": setting.synthetic,
+        "findings": findings(setting),
+        "summary": summary(setting, number),
+        "drawings": {
+            "Privacy against utility and speed": list(filter(None, pareto_figures)),
+            "Telling people apart": [*filter(None, curves), *distributions(setting, number)],
+            "Stronger attackers": strength_figures(setting, number),
+            "What the defence drew": [*filter(None, [states]), *confusion_figures(setting, number)],
+            "Frequencies": frequency_figures(setting, number),
+        },
+        "training": training_figures(setting, number),
+        "sheets": sheets(setting, embed_faces=embed_faces) if images else [],
+        "faces_note": note if images else "Faces were left out (--no-images).",
+        "recovery": recovery_table(setting, number),
+    }
 
-
-# -- leaderboard -----------------------------------------------------------------------------------
 
 _TITLE = "Leaderboard of defences"
 _LEAD = (
@@ -92,64 +134,65 @@ def write_leaderboard(directory: Path, out: Path) -> list[Path]:
         MissingError: it holds no run, or a file of one cannot be read.
     """
     grouped = settings(load_runs([directory]))
-    boards = [board(setting, number) for number, setting in enumerate(grouped, start=1)]
-    document = page(
-        "leaderboard.html.j2",
-        title=_TITLE,
-        lead=_LEAD,
-        boards=list(zip(grouped, boards, strict=True)),
-        warnings=warnings(grouped),
-        failures=failures(grouped),
-        runs=sum(len(setting.runs) for setting in grouped),
-        provenance=provenance(grouped),
-    )
-    return write_files(
+    boards = [_board(setting, number) for number, setting in enumerate(grouped, start=1)]
+    ranked = list(zip(grouped, boards, strict=True))
+    return _write(
         out,
         {
-            "leaderboard.html": document,
-            "leaderboard.md": _markdown(grouped, boards),
-            "leaderboard.csv": _csv(grouped),
+            "leaderboard.html": _page("leaderboard.html.j2", grouped, title=_TITLE, lead=_LEAD, boards=ranked),
+            "leaderboard.md": leaderboard_markdown(_TITLE, _LEAD, grouped, boards),
+            "leaderboard.csv": leaderboard_csv(grouped),
         },
     )
 
 
-def board(setting: Setting, number: int) -> Table:
+def _board(setting: Setting, number: int) -> Table:
     """One row for each defence of a setting; one of which nothing was measured says so."""
-    rows = worst_rows(setting)
     # The attack and its knowledge are said below each figure; how fast it is belongs to no defence.
-    places = [place for place, column in enumerate(COLUMNS[:-1]) if column.heading != "knowledge"]
-    cut = tuple(
-        replace(row, entries=tuple(row.entries[place] for place in places), keys={"defence": defense})
-        for defense, row in rows.items()
+    columns = tuple(column for column in COLUMNS if column.key not in ("knowledge", "recover"))
+    rows = tuple(worst_rows(setting).values())
+    caption = f"Defences at their worst case: {subject(setting)}."
+    return Table(f"board-{number}", caption, columns, rows).without_empty_columns()
+
+
+def _write(out: Path, documents: Mapping[str, str]) -> list[Path]:
+    """Write each document into ``out``; nothing is written unless all of them could be made."""
+    for name, document in documents.items():
+        write_text(out / name, document)
+    return [out / name for name in documents]
+
+
+def _runs(grouped: Sequence[Setting]) -> int:
+    return sum(len(setting.runs) for setting in grouped)
+
+
+def _page(template: str, grouped: Sequence[Setting], **context: Any) -> str:
+    """Render a template of this package with its styles and script inside; everything in ``context`` is escaped."""
+    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            **context,
+            warnings=warnings(grouped),
+            failures=failures(grouped),
+            runs=_runs(grouped),
+            provenance=provenance(grouped),
+            version=__version__,
+            style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_hash=f"sha256-{digest}",
+        )
     )
-    columns = tuple(COLUMNS[place] for place in places)
-    table = Table(f"board-{number}", f"Defences at their worst case: {subject(setting)}.", columns, cut, headers=1)
-    return table.without_empty_columns()
 
 
-def _markdown(grouped: Sequence[Setting], boards: Sequence[Table]) -> str:
-    parts = [f"# {_TITLE}", markdown_text(_LEAD)]
-    for setting, table in zip(grouped, boards, strict=True):
-        parts += [f"## {markdown_text(subject(setting))}", table_markdown(table)]
-    return "\n\n".join([*parts, "\n".join(markdown_notes(grouped))]).rstrip() + "\n"
-
-
-def _csv(grouped: Sequence[Setting]) -> str:
-    """One line for each defence and figure; rates are shares of 1."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("setting", "protocol", "synthetic", "defense", "figure", "value", "low", "high", "n", "strongest"))
-    for setting in grouped:
-        for defense, cells in setting.defenses.items():
-            head = [csv_text(setting.title), csv_text(setting.protocol), setting.synthetic, csv_text(defense)]
-            utility = lowest_accuracy(cells)
-            figures = [] if utility is None else [("accuracy", utility, "")]
-            figures += [
-                (name, worst.measure, worst.strongest.label) for name in LEAKS if (worst := worst_case(cells, name))
-            ]
-            for name, measure, strongest in figures:
-                low, high = measure.ci95 or ("", "")
-                writer.writerow([*head, name, measure.value, low, high, measure.n, csv_text(strongest)])
-            if not figures:
-                writer.writerow([*head, "failed", "", "", "", "", ""])
-    return buffer.getvalue()
+@cache
+def _environment() -> Environment:
+    loader = FileSystemLoader(_TEMPLATES)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    # Drawings were written by an XML serialiser, which escaped the names in them.
+    environment.filters |= {"svg": Markup, "picture": data_uri}
+    return environment

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
-from bench.measures import KINDS, MISSING, interval, leak, shown
-from bench.results import AttackResult, Measure, Quality
+from bench.measures import KINDS, interval, leak, shown
+from bench.results import Measure
 from reports.cells import Cell, Setting, Worst, floors, lowest_accuracy, worst_case
-from reports.published import Figure, matching
-from reports.table import Column, Entry, Row, Table, column, measured
+from reports.published import matching
+from reports.table import Column, Entry, Row, Table, measured
 
 #: Figures of the summary that an attack earned, in their order.
 LEAKS = tuple(name for name, kind in KINDS.items() if kind.headline)
@@ -19,10 +19,10 @@ SYNTHETIC = "synthetic faces"
 
 #: Of the summary.
 COLUMNS = (
-    Column("defence", numeric=False),
-    Column("attack", numeric=False),
-    Column("knowledge", "What the attacker knows: blackbox, whitebox or oracle.", numeric=False),
-    *(column(name) for name in ("accuracy", *LEAKS, "bytes", "protect", "recover")),
+    Column.of_text("defence"),
+    Column.of_text("attack"),
+    Column.of_text("knowledge", "What the attacker knows: blackbox, whitebox or oracle."),
+    *map(Column.of_figure, ("accuracy", *LEAKS, "bytes", "protect", "recover")),
 )
 
 
@@ -35,56 +35,77 @@ def summary(setting: Setting, number: int) -> Table:
     """Defence against attack: one row for each run, for each defence's worst case and for each published figure."""
     worst = worst_rows(setting)
     rows: list[Row] = []
-    for name, cells in setting.defenses.items():
-        rows += [worst[name]] if name in worst else []
-        rows += [_failed(cell) if cell.result is None else _measured(cell, cell.result) for cell in cells]
-        printed = matching(str(cells[0].run.manifest.config.get("defense")), [cell.name for cell in cells])
-        rows += [_published(name, figure) for figure in printed]
+    for defense, cells in setting.defenses.items():
+        rows += [worst[defense]] if defense in worst else []
+        rows += map(_measured, cells)
+        for printed in matching(cells[0].run.manifest.config.get("defense"), {cell.name for cell in cells}):
+            figures = {name: measured(name, printed.measure(name)) for name in ("accuracy", *LEAKS)}
+            attack = printed.attack or "none", f"published: {printed.source.short}"
+            rows.append(_row("published", defense, *attack, printed.knowledge or Entry().text, figures))
     caption = (
         f"Defence against attack: {subject(setting)}. In brackets the 95 % interval over identities (of speeds: the "
         "quartiles). 'Worst case' rows take, victim by victim, the attack that leaks most; bold is the best defence by "
         "its worst case, where all were tried by the same attacks. Figures that no run has are left out."
     )
-    table = Table(f"summary-{number}", caption, COLUMNS, tuple(rows), _floors(setting), headers=3)
+    table = Table(f"summary-{number}", caption, COLUMNS, tuple(rows), tuple(_floors(setting)), headers=3)
     return table.without_empty_columns()
 
 
-def _keys(defense: str, attack: str, knowledge: str, kind: str) -> dict[str, str]:
-    return {"defence": defense, "attack": attack, "knowledge": knowledge, "kind": kind}
+def _row(
+    kind: Literal["measured", "worst", "published", "failed"],
+    defense: str,
+    attack: str,
+    note: str,
+    knowledge: str,
+    figures: Mapping[str, Entry],
+) -> Row:
+    named = {"defence": Entry(defense), "attack": Entry(attack, note=note), "knowledge": Entry(knowledge)}
+    return Row({**named, **figures}, kind)
 
 
-def _measured(cell: Cell, result: AttackResult) -> Row:
-    utility = cell.run.result.utility
-    unprotected = "" if utility is None else f"unprotected {measured('accuracy', utility.unprotected.accuracy).text}"
-    entries = (
-        Entry(cell.defense),
-        Entry(cell.attack, note="unsaturated: a lower bound" if cell.unsaturated else ""),
-        Entry(cell.knowledge),
-        measured("accuracy", None if utility is None else utility.accuracy, note=unprotected),
-        *(measured(name, result.figure(name), note=_ceiling(result, name)) for name in LEAKS),
-        _bytes(cell),
-        speed(cell, "protect"),
-        speed(cell, f"recover {cell.name}", f"link {cell.name}", "recover", "link"),
-    )
-    return Row(entries, "measured", _keys(cell.defense, cell.attack, cell.knowledge, "measured"))
+def _measured(cell: Cell) -> Row:
+    result, utility = cell.result, cell.run.result.utility
+    if result is None:
+        return _row("failed", cell.defense, cell.attack, "failed: see the warnings", cell.knowledge, {})
+    figures = {}
+    if utility is not None:
+        unprotected = f"unprotected {shown('accuracy', utility.unprotected.accuracy)}"
+        figures["accuracy"] = measured("accuracy", utility.accuracy, note=unprotected)
+    for name in LEAKS:
+        ceiling = result.ceiling(name)
+        note = "" if ceiling is None or ceiling.value is None else f"ceiling {shown(name, ceiling)}"
+        figures[name] = measured(name, result.figure(name), note=note)
+    figures |= {"bytes": _bytes(cell), "protect": speed(cell, "protect")}
+    figures["recover"] = speed(cell, f"recover {cell.name}", f"link {cell.name}", "recover", "link")
+    note = "unsaturated: a lower bound" if cell.unsaturated else ""
+    return _row("measured", cell.defense, cell.attack, note, cell.knowledge, figures)
 
 
-def _failed(cell: Cell) -> Row:
-    empty = tuple(Entry(MISSING) for _ in range(len(LEAKS) + 4))
-    entries = (Entry(cell.defense), Entry(cell.attack, note="failed: see the warnings"), Entry(cell.knowledge), *empty)
-    return Row(entries, "failed", _keys(cell.defense, cell.attack, cell.knowledge, "failed"))
+def _floors(setting: Setting) -> Iterator[Row]:
+    """The trivial floors, the highest of all runs."""
+    guesses = {name: floors(setting.cells, name) for name in LEAKS}
+    for label in dict.fromkeys(label for by_label in guesses.values() for label in by_label):
+        figures = {name: measured(name, guesses[name].get(label)) for name in LEAKS}
+        yield Row({"defence": Entry(f"floor: {label}"), **figures}, "floor")
 
 
-def _published(defense: str, figure: Figure) -> Row:
-    attack, knowledge = figure.attack or "none", figure.knowledge or MISSING
-    entries = (
-        Entry(defense),
-        Entry(attack, note=f"published: {figure.source.short}"),
-        Entry(knowledge),
-        *(measured(name, figure.measure(name)) for name in ("accuracy", *LEAKS)),
-        *(Entry(MISSING) for _ in range(3)),
-    )
-    return Row(entries, "published", _keys(defense, attack, knowledge, "published"))
+def _bytes(cell: Cell) -> Entry:
+    defense = cell.run.result.defense
+    return Entry() if defense is None else Entry(f"{defense.bytes_per_face:,}", float(defense.bytes_per_face))
+
+
+def speed(cell: Cell, *operations: str) -> Entry:
+    """Faces per second of the first of ``operations`` that the run has timed, with its quartiles."""
+    timed = cell.run.result.throughput or {}
+    rate = next((timed[name].images_per_second for name in operations if name in timed), None)
+    if rate is None:
+        return Entry()
+    return Entry(f"{rate.median:,.0f}", rate.median, f"[{rate.q1:,.0f}, {rate.q3:,.0f}]")
+
+
+def fastest(cells: Sequence[Cell]) -> Entry:
+    """How fast a defence protects: the run that other work on the machine slowed down least."""
+    return max((speed(cell, "protect") for cell in cells), key=lambda entry: entry.number or 0.0)
 
 
 # -- the worst case of a defence -------------------------------------------------------------------
@@ -99,115 +120,43 @@ def same_attacks(setting: Setting) -> bool:
 def worst_rows(setting: Setting) -> dict[str, Row]:
     """Defence -> its row at the worst case over all attacks; none for a defence of which nothing was measured."""
     worst = {
-        defense: {name: worst_case(cells, name) for name in LEAKS}
+        defense: {name: case for name in LEAKS if (case := worst_case(cells, name)) is not None}
         for defense, cells in setting.defenses.items()
         if not all(cell.run.failed for cell in cells)
     }
-    best = _best(list(worst.values())) if same_attacks(setting) else {}
-    return {defense: _worst_row(defense, setting.defenses[defense], values, best) for defense, values in worst.items()}
-
-
-def _best(rows: Sequence[Mapping[str, Worst | None]]) -> dict[str, float]:
-    """The smallest leakage at worst by each figure; nothing where only one defence has one."""
-    best = {}
-    for name in LEAKS:
-        leakages = [leak(name, worst.measure) for row in rows if (worst := row[name]) is not None]
-        if len(leakages) > 1:
+    best: dict[str, float] = {}
+    for name in LEAKS if same_attacks(setting) else ():
+        leakages = [leak(name, cases[name].measure) for cases in worst.values() if name in cases]
+        if len(leakages) > 1:  # one defence alone is not the best
             best[name] = min(leakages)
-    return best
+    return {defense: _worst_row(defense, setting.defenses[defense], cases, best) for defense, cases in worst.items()}
 
 
-def _worst_row(
-    defense: str, cells: Sequence[Cell], values: Mapping[str, Worst | None], best: Mapping[str, float]
-) -> Row:
-    leaks = []
-    for name, worst in values.items():
-        if worst is None:
-            leaks.append(Entry(MISSING))
-            continue
+def _worst_row(defense: str, cells: Sequence[Cell], cases: Mapping[str, Worst], best: Mapping[str, float]) -> Row:
+    figures = {"accuracy": measured("accuracy", lowest_accuracy(cells))}
+    for name, worst in cases.items():
         note = worst.strongest.attack + (", unsaturated" if worst.strongest.unsaturated else "")
-        leaks.append(measured(name, worst.measure, note=note, best=leak(name, worst.measure) == best.get(name)))
+        figures[name] = measured(name, worst.measure, note=note, best=leak(name, worst.measure) == best.get(name))
     done = [cell for cell in cells if not cell.run.failed]
     failed = len(cells) - len(done)
     over = f"over {len(done)} attack run{'s' * (len(done) != 1)}" + (f", {failed} failed" if failed else "")
-    entries = (
-        Entry(defense),
-        Entry("worst case", note=over),
-        Entry("any"),
-        measured("accuracy", lowest_accuracy(cells)),
-        *leaks,
-        _bytes(done[0]),
-        fastest(cells),
-        Entry(MISSING),
-    )
-    return Row(entries, "worst", _keys(defense, "worst case", "any", "worst"))
-
-
-# -- notes and floors ------------------------------------------------------------------------------
-
-
-def _ceiling(result: AttackResult, name: str) -> str:
-    """What the same attack gets from an unprotected face."""
-    ceiling = result.ceiling(name)
-    return "" if ceiling is None or ceiling.value is None else f"ceiling {measured(name, ceiling).text}"
-
-
-def _floors(setting: Setting) -> tuple[Row, ...]:
-    """The trivial floors, the highest of all runs."""
-    guesses = {name: floors(setting.cells, name) for name in LEAKS}
-    blank = Entry(MISSING)
-    return tuple(
-        Row(
-            (
-                Entry(f"floor: {label}"),
-                *[blank] * 3,
-                *(measured(name, guesses[name].get(label)) for name in LEAKS),
-                *[blank] * 3,
-            ),
-            "floor",
-        )
-        for label in dict.fromkeys(label for by_label in guesses.values() for label in by_label)
-    )
-
-
-def _bytes(cell: Cell) -> Entry:
-    defense = cell.run.result.defense
-    return Entry(MISSING) if defense is None else Entry(f"{defense.bytes_per_face:,}", float(defense.bytes_per_face))
-
-
-def speed(cell: Cell, *operations: str) -> Entry:
-    """Faces per second of the first of ``operations`` that the run has timed, with its quartiles."""
-    timed = cell.run.result.throughput or {}
-    rate = next((timed[name].images_per_second for name in operations if name in timed), None)
-    if rate is None:
-        return Entry(MISSING)
-    return Entry(f"{rate.median:,.0f}", rate.median, f"[{rate.q1:,.0f}, {rate.q3:,.0f}]")
-
-
-def fastest(cells: Sequence[Cell]) -> Entry:
-    """How fast a defence protects: the run that other work on the machine slowed down least."""
-    return max((speed(cell, "protect") for cell in cells), key=lambda entry: entry.number or 0.0)
+    figures |= {"bytes": _bytes(done[0]), "protect": fastest(cells)}
+    return _row("worst", defense, "worst case", over, "any", figures)
 
 
 def recovery_table(setting: Setting, number: int) -> Table | None:
     """Each recovery attack between the floors and its own ceiling, by every figure there is."""
     rows = []
     for cell, result in setting.measured:
-        if (recovery := result.recovery) is None:
-            continue
-        parts: dict[str, Quality] = {"attack": recovery}
-        parts |= {f"floor: {name.replace('_', ' ')}": floor for name, floor in recovery.floors.items()}
-        parts["ceiling"] = recovery.ceiling
-        for part, quality in parts.items():
-            entries = (Entry(cell.label), Entry(part), *(measured(name, quality.figure(name)) for name in _RECOVERY))
-            rows.append(Row(entries, "worst" if part == "attack" else "floor"))
-    if not rows:
-        return None
+        for part, quality in result.recovery.parts("attack").items() if result.recovery is not None else ():
+            figures = {name: measured(name, quality.figure(name)) for name in _RECOVERY}
+            kind: Literal["worst", "floor"] = "worst" if part == "attack" else "floor"
+            rows.append(Row({"run": Entry(cell.label), "of": Entry(part), **figures}, kind))
     caption = (
         f"Recovery between floors and ceiling: {subject(setting)}. The ceiling is the same attack on unprotected faces."
     )
-    columns = (Column("run", numeric=False), Column("of", numeric=False), *map(column, _RECOVERY))
-    return Table(f"recovery-{number}", caption, columns, tuple(rows), headers=2)
+    columns = (Column.of_text("run"), Column.of_text("of"), *map(Column.of_figure, _RECOVERY))
+    return Table(f"recovery-{number}", caption, columns, tuple(rows), headers=2) if rows else None
 
 
 def failures(settings: Sequence[Setting]) -> list[tuple[str, str]]:
@@ -230,8 +179,7 @@ _QUESTIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Fact:
+class Fact(NamedTuple):
     """One figure of a defence: what it answers, the figure with its interval, and what it stands between."""
 
     question: str
@@ -239,48 +187,30 @@ class Fact:
     context: str
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A defence in a few figures, each at its worst case."""
-
-    defense: str
-    facts: tuple[Fact, ...]
-
-    def __str__(self) -> str:
-        told = (f"{fact.question} {fact.figure} ({fact.context})" for fact in self.facts)
-        return f"{self.defense}: {' '.join(told) or 'nothing was measured.'}"
+def findings(setting: Setting) -> dict[str, list[Fact]]:
+    """Defence -> a few figures, each at its worst case, in plain text."""
+    return {defense: list(_facts(cells)) for defense, cells in setting.defenses.items()}
 
 
-def findings(setting: Setting) -> list[Finding]:
-    """One for each defence, in plain text."""
-    return [Finding(name, tuple(_facts(cells))) for name, cells in setting.defenses.items()]
-
-
-def _facts(cells: Sequence[Cell]) -> list[Fact]:
-    facts = []
-    utility = lowest_accuracy(cells)
-    if utility is not None:
-        facts.append(Fact("How well does it recognise?", _figure("accuracy", utility), _unprotected(cells)))
+def _facts(cells: Sequence[Cell]) -> Iterator[Fact]:
+    if (accuracy := lowest_accuracy(cells)) is not None:
+        plain = next(cell.run.result.utility.unprotected for cell in cells if cell.run.result.utility is not None)
+        context = f"without a defence {shown('accuracy', plain.accuracy)} %"
+        yield Fact("How well does it recognise?", _figure("accuracy", accuracy), context)
     for name, question in _QUESTIONS.items():
         if (worst := worst_case(cells, name)) is None:
             continue
         floor = max(floors(cells, name).values(), key=lambda measure: leak(name, measure), default=None)
-        result = worst.strongest.result
+        result, strongest = worst.strongest.result, worst.strongest
         marks = {"floor": floor, "ceiling": result.ceiling(name) if result else None}
-        context = [f"{mark} {shown(name, measure)}" for mark, measure in marks.items() if measure is not None]
-        late = ", still improving: a lower bound" if worst.strongest.unsaturated else ""
-        who = f"strongest attack: {worst.strongest.attack} ({worst.strongest.knowledge}){late}"
-        facts.append(Fact(question, _figure(name, worst.measure), "; ".join([who, *context])))
-    return facts
+        context = f"strongest attack: {strongest.attack} ({strongest.knowledge})"
+        context += ", still improving: a lower bound" if strongest.unsaturated else ""
+        for mark, measure in marks.items():
+            context += "" if measure is None else f"; {mark} {shown(name, measure)}"
+        yield Fact(question, _figure(name, worst.measure), context)
 
 
 def _figure(name: str, measure: Measure) -> str:
     kind = KINDS[name]
     value = f"{shown(name, measure)} %" if kind.unit == "%" else f"{kind.heading} {shown(name, measure)}"
-    ends = interval(name, measure)
-    return f"{value} {ends}" if ends else value
-
-
-def _unprotected(cells: Sequence[Cell]) -> str:
-    plain = (utility.unprotected.accuracy for cell in cells if (utility := cell.run.result.utility) is not None)
-    return f"without a defence {shown('accuracy', next(plain))} %"
+    return f"{value} {interval(name, measure)}".rstrip()

@@ -7,8 +7,9 @@ The colours of a figure are style names of the page: text and axes take ``curren
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
 
@@ -59,53 +60,55 @@ _RC: dict[Any, Any] = {
 }
 _SVG = "http://www.w3.org/2000/svg"
 _HREF = "{http://www.w3.org/1999/xlink}href"
-#: Inches of a plot without its legend; about as wide as a phone, so that its letters need not shrink.
-SIZE = (4.7, 3.1)
 _LEGEND_LINE = 0.165
 _LONGEST_LABEL = 58
 #: Width on a page, so that letters have one size in all figures.
 _REM_PER_INCH = 7.2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Drawing:
     """A figure for a page.
 
     Attributes:
+        title: its heading, which says it if the faces are synthetic.
+        axes: to paint into while it is being drawn; labelled lines get a legend below the plot.
+        told: what it shows, in words, for those who do not see it: a sentence in parts.
+        closing: what the words end with.
         svg: the element, safe to inline.
-        title: its heading.
-        description: what it shows, in words, for those who do not see it.
     """
 
-    svg: str
     title: str
-    description: str
+    axes: Axes = field(repr=False, compare=False)
+    told: list[str] = field(default_factory=list)
+    closing: str = ""
+    svg: str = ""
+
+    @property
+    def description(self) -> str:
+        """All of the words."""
+        return f"{'; '.join(self.told)}.{self.closing}"
 
 
+@contextmanager
 def draw(
-    name: str,
-    title: str,
-    description: str,
-    paint: Callable[[Axes], None],
-    *,
-    synthetic: bool,
-    size: tuple[float, float] = SIZE,
-) -> Drawing:
-    """Draw one figure.
+    name: str, title: str, labels: tuple[str, str], *, synthetic: bool, size: tuple[float, float] = (4.7, 3.1)
+) -> Iterator[Drawing]:
+    """A figure that is painted in the block and finished at its end.
 
     Args:
         name: unique within the page; letters, digits and dashes.
-        title: heading, which says it if the faces are synthetic.
-        description: see :class:`Drawing`.
-        paint: paints into axes; labelled lines get a legend below the plot.
+        title: heading.
+        labels: of the axes, to the right and upwards.
         synthetic: whether the figure is of synthetic faces; it then says so within the picture, too.
-        size: inches of the plot.
+        size: inches of the plot without its legend; as it is about as wide as a phone, its letters need not shrink.
     """
     with mpl.rc_context(_RC):
         figure = Figure(figsize=size)
-        canvas = FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        paint(axes)
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot(xlabel=labels[0], ylabel=labels[1])
+        drawing = Drawing(f"{title} (synthetic faces)" if synthetic else title, axes)
+        yield drawing
         bottom = _legend(figure, axes, size)
         if synthetic:
             figure.text(0.995, 0.985, "synthetic faces", ha="right", va="top", fontsize=7, style="italic")
@@ -113,10 +116,7 @@ def draw(
         buffer = io.BytesIO()
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-        del canvas
-    if synthetic:
-        title = f"{title} (synthetic faces)"
-    return Drawing(_inline(buffer.getvalue(), name, title, description, size[0]), title, description)
+    drawing.svg = _inline(buffer.getvalue(), name, drawing, size[0])
 
 
 def series(place: int, *, line: bool = True, marker: bool = True) -> dict[str, Any]:
@@ -148,29 +148,24 @@ def spread(points: Sequence[int], most: int = 160) -> list[int]:
 
 def _legend(figure: Figure, axes: Axes, size: tuple[float, float]) -> float:
     """Put the legend below the plot and make the figure so much higher; the share of the height that it takes."""
-    handles, labels = axes.get_legend_handles_labels()
     # matplotlib lists plain lines before points with error bars; points are what a figure is about.
-    pairs = sorted(zip(handles, labels, strict=True), key=lambda pair: not isinstance(pair[0], Container))
-    handles, labels = [handle for handle, _ in pairs], [label for _, label in pairs]
-    if not labels:
+    pairs = sorted(zip(*axes.get_legend_handles_labels(), strict=True), key=lambda p: not isinstance(p[0], Container))
+    if not pairs:
         return 0.0
-    height = _LEGEND_LINE * len(labels) + 0.05
+    height = _LEGEND_LINE * len(pairs) + 0.05
     figure.set_size_inches(size[0], size[1] + height)
-    shown = [shorten(label.strip()) for label in labels]
-    figure.legend(handles, shown, loc="lower left", borderaxespad=0.2, labelspacing=0.25)
+    handles, labels = [handle for handle, _ in pairs], [shorten(label.strip()) for _, label in pairs]
+    figure.legend(handles, labels, loc="lower left", borderaxespad=0.2, labelspacing=0.25)
     return height / (size[1] + height)
 
 
-def _inline(document: bytes, name: str, title: str, description: str, width: float) -> str:
+def _inline(document: bytes, name: str, drawing: Drawing, width: float) -> str:
     """The ``<svg>`` element of a file, without what is a file's own, in the page's colours."""
     ElementTree.register_namespace("", _SVG)
     root = ElementTree.fromstring(document)
-    for child in list(root):
-        if child.tag.endswith("}metadata"):
-            root.remove(child)
-    for parent in root.iter():
+    for parent in list(root.iter()):
         # A style sheet inside an inlined figure would style the whole page.
-        for child in [child for child in parent if child.tag == f"{{{_SVG}}}style"]:
+        for child in [child for child in parent if child.tag.endswith(("}metadata", "}style"))]:
             parent.remove(child)
     for element in root.iter():
         for key, value in list(element.attrib.items()):
@@ -181,15 +176,17 @@ def _inline(document: bytes, name: str, title: str, description: str, width: flo
             element.set("href", element.attrib.pop(_HREF).replace("#", f"#{name}-", 1))
     for size in ("width", "height", "version"):
         root.attrib.pop(size, None)
-    root.set("role", "img")
-    root.set("style", f"max-width: {_REM_PER_INCH * width:g}rem")
-    root.set("aria-labelledby", f"{name}-title {name}-description")
-    root.set("stroke-linejoin", "round")
-    root.set("stroke-linecap", "butt")
-    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
-        element = ElementTree.Element(f"{{{_SVG}}}{tag}", id=f"{name}-{'title' if tag == 'title' else 'description'}")
+    root.attrib |= {
+        "role": "img",
+        "style": f"max-width: {_REM_PER_INCH * width:g}rem",
+        "aria-labelledby": f"{name}-title {name}-description",
+        "stroke-linejoin": "round",
+        "stroke-linecap": "butt",
+    }
+    for tag, identifier, text in (("desc", "description", drawing.description), ("title", "title", drawing.title)):
+        element = ElementTree.Element(f"{{{_SVG}}}{tag}", id=f"{name}-{identifier}")
         element.text = text
-        root.insert(place, element)
+        root.insert(0, element)
     return ElementTree.tostring(root, encoding="unicode")
 
 

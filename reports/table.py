@@ -1,12 +1,12 @@
-"""Tables as data; HTML, Markdown, LaTeX and CSV each write them in their own way."""
+"""Tables as data: rows of named entries, which HTML, Markdown and LaTeX each write in their own way."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from bench.measures import KINDS, MISSING, interval, shown
-from bench.results import Measure
+from bench.measures import KINDS, MISSING, Measure, interval, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Entry:
         best: whether it is the best of its column.
     """
 
-    text: str
+    text: str = MISSING
     number: float | None = None
     interval: str = ""
     note: str = ""
@@ -30,20 +30,33 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column: its heading, what it means, whether it holds numbers."""
+    """A column: the key of its entries, its heading, what it means, whether it holds numbers."""
 
+    key: str
     heading: str
     meaning: str = ""
     numeric: bool = True
 
+    @classmethod
+    def of_text(cls, heading: str, meaning: str = "") -> Column:
+        """A column of texts under their heading."""
+        return cls(heading, heading, meaning, numeric=False)
+
+    @classmethod
+    def of_figure(cls, name: str) -> Column:
+        """The column of a figure of :data:`bench.measures.KINDS`."""
+        return cls(name, KINDS[name].label, KINDS[name].meaning)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row; ``kind`` decides how it is marked, ``keys`` what it can be filtered by."""
+    """A row: what it has of the columns; ``kind`` decides how it is marked."""
 
-    entries: tuple[Entry, ...]
+    entries: Mapping[str, Entry]
     kind: Literal["measured", "worst", "published", "failed", "floor"] = "measured"
-    keys: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, column: Column) -> Entry:
+        return self.entries.get(column.key, Entry())
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,28 +82,18 @@ class Table:
     def without_empty_columns(self) -> Table:
         """This table without the columns of numbers in which no row has one."""
         rows = (*self.rows, *self.foot)
-        kept = [
-            place
-            for place, column in enumerate(self.columns)
-            if not column.numeric or any(row.entries[place].number is not None for row in rows)
-        ]
+        kept = (c for c in self.columns if not c.numeric or any(row[c].number is not None for row in rows))
+        return replace(self, columns=tuple(kept))
 
-        def cut(row: Row) -> Row:
-            return replace(row, entries=tuple(row.entries[place] for place in kept))
-
-        columns = tuple(self.columns[place] for place in kept)
-        return replace(self, columns=columns, rows=tuple(map(cut, self.rows)), foot=tuple(map(cut, self.foot)))
+    def filters(self) -> dict[str, list[str]]:
+        """What the rows can be filtered by: what names them, and their kind."""
+        keys = [column.key for column in self.columns[: self.headers]]
+        values = {key: list(dict.fromkeys(row.entries[key].text for row in self.rows)) for key in keys}
+        return {**values, "kind": list(dict.fromkeys(row.kind for row in self.rows))}
 
 
 def measured(name: str, measure: Measure | None, *, note: str = "", best: bool = False) -> Entry:
     """The entry of a measure: its value in the unit of its column, its interval, and a note."""
     if measure is None or measure.value is None:
-        return Entry(MISSING, None)
-    number = KINDS[name].scale * measure.value
-    return Entry(shown(name, measure), number, interval(name, measure), note, best)
-
-
-def column(name: str) -> Column:
-    """The column of the figure ``name``."""
-    kind = KINDS[name]
-    return Column(kind.label, kind.meaning)
+        return Entry()
+    return Entry(shown(name, measure), KINDS[name].scale * measure.value, interval(name, measure), note, best)

@@ -30,7 +30,7 @@ def stored(tmp_path):
 
 def test_seconds_become_milliseconds_and_notes_are_kept(stored):
     (row,) = benchmark_table([stored]).rows
-    name, median, rounds, noted, machine = row.entries
+    name, median, rounds, noted, machine = row.entries.values()
     assert (name.text, median.text, median.interval) == ("test_protect[64]", "12.5", "[12, 13]")
     assert median.number == pytest.approx(12.5)
     assert rounds.text == "7"

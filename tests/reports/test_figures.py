@@ -25,8 +25,8 @@ def setting(tmp_path):
         write_run(tmp_path / "b", attack="linkage", linkage=True),
         write_run(tmp_path / "c", defense="blur", ssim=(0.9,) * 8),
     ]
-    (found,) = settings(load_runs(folders))
-    return found
+    (setting,) = settings(load_runs(folders))
+    return setting
 
 
 def test_roc_against_scikit_learn():
@@ -37,6 +37,26 @@ def test_roc_against_scikit_learn():
     expected_far, expected_tar, _ = roc_curve(same, scores, drop_intermediate=False)
     np.testing.assert_allclose(far, expected_far)
     np.testing.assert_allclose(tar, expected_tar)
+
+
+def test_each_linkage_attack_has_its_own_scores(tmp_path):
+    folder = write_run(tmp_path / "a", attack="linkage,other", linkage=True)
+    table = pd.read_parquet(folder / "linkage.parquet")
+    table["protected_plain"] = table["same"] ^ (table["attack"] == "other")  # one is always right, the other never
+    table.to_parquet(folder / "linkage.parquet")
+    (setting,) = settings(load_runs([folder]))
+    told = roc_figure(setting, 1, "linkage").description
+    assert "partialface, linkage (whitebox), linkage of protected and plain: 100% accepted" in told
+    assert "partialface, other (whitebox), linkage of protected and plain: 0% accepted" in told
+    linked = [drawing.description for drawing in distributions(setting, 1) if "linkage of" in drawing.title]
+    assert [re.search(r"same person: median (\S+),", words)[1] for words in linked] == ["1.000", "0.000"]
+
+
+def test_scores_of_before_several_linkage_attacks_are_of_the_only_one(tmp_path):
+    folder = write_run(tmp_path / "a", attack="linkage", linkage=True)
+    pd.read_parquet(folder / "linkage.parquet").drop(columns="attack").to_parquet(folder / "linkage.parquet")
+    (setting,) = settings(load_runs([folder]))
+    assert "partialface, linkage of protected and plain: " in roc_figure(setting, 1, "linkage").description
 
 
 def test_the_pareto_front_keeps_what_nothing_beats():
@@ -51,10 +71,11 @@ def test_spread_keeps_both_ends():
 
 
 def every_drawing(setting):
-    one = [pareto(setting, 1, name) for name in ("ssim", "type1_tar", "linkage")]
-    one += [roc_figure(setting, 1, "scores"), roc_figure(setting, 1, "linkage"), state_figure(setting, 1)]
-    several = (distributions, strength_figures, training_figures, frequency_figures, confusion_figures)
-    return [drawing for drawing in one if drawing] + [drawing for make in several for drawing in make(setting, 1)]
+    drawings = [pareto(setting, 1, name) for name in ("ssim", "type1_tar", "linkage")]
+    drawings += [roc_figure(setting, 1, "scores"), roc_figure(setting, 1, "linkage"), state_figure(setting, 1)]
+    for make in (distributions, strength_figures, training_figures, frequency_figures, confusion_figures):
+        drawings += make(setting, 1)
+    return list(filter(None, drawings))
 
 
 def test_every_figure_can_stand_in_a_page(setting):
@@ -96,7 +117,9 @@ def test_figures_of_real_faces_do_not(tmp_path):
 
 @pytest.mark.parametrize("label", ["<script>alert(1)</script>", "$\\frac$", "_hidden", "a&b\"'", "$x$", "\\"])
 def test_hostile_labels_are_text(label):
-    drawing = draw("x", label, label, lambda axes: axes.plot([0, 1], [0, 1], label=entry(label)), synthetic=False)
+    with draw("x", label, ("", ""), synthetic=False) as drawing:
+        drawing.axes.plot([0, 1], [0, 1], label=entry(label))
+        drawing.told.append(label)
     root = ElementTree.fromstring(drawing.svg)
     assert not [element for element in root.iter() if element.tag.endswith("script")]
     assert root.find(f"{SVG}title").text == label

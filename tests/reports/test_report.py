@@ -47,11 +47,11 @@ class Elements(HTMLParser):
 
     def __init__(self, document):
         super().__init__()
-        self.found = []
+        self.elements = []
         self.feed(document)
 
     def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
 
 
 def report(tmp_path, *folders, **options):
@@ -97,7 +97,7 @@ def test_each_of_several_attacks_has_its_row(tmp_path):
 
 def test_the_page_loads_nothing(tmp_path):
     page, *_ = report(tmp_path, write_run(tmp_path / "a"))
-    for tag, attributes in Elements(page).found:
+    for tag, attributes in Elements(page).elements:
         for name in ("src", "href", "xlink:href", "action", "srcset", "data", "poster"):
             value = attributes.get(name) or ""
             outside = value.startswith(("http:", "https:", "//"))
@@ -108,7 +108,7 @@ def test_the_page_loads_nothing(tmp_path):
 
 def test_the_page_can_be_read_without_seeing_it(tmp_path):
     page, *_ = report(tmp_path, write_run(tmp_path / "a"))
-    elements = Elements(page).found
+    elements = Elements(page).elements
     assert ("html", {"lang": "en"}) in elements
     pictures = [attributes for tag, attributes in elements if tag == "img"][:-1]  # the last is the empty dialog's
     assert pictures
@@ -130,7 +130,7 @@ def hostile_report(tmp_path_factory):
 
 def test_hostile_names_are_text_on_the_page(hostile_report):
     page = hostile_report[0]
-    elements = Elements(page).found
+    elements = Elements(page).elements
     assert len([1 for tag, _ in elements if tag == "script"]) == 1
     assert not [name for _, attributes in elements for name in attributes if name.startswith("on")]
     assert all((attributes.get("src") or "data:").startswith("data:") for tag, attributes in elements if tag == "img")

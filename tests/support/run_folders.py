@@ -189,9 +189,10 @@ def write_run(
         scores |= {name: same + rng.normal(0, 0.5, 100) for name in ("protected", "unprotected")}
         pd.DataFrame(scores).to_parquet(folder / "scores.parquet")
         if linkage:
-            names = ("protected_plain", "protected_protected", "plain")
-            table = {"same": same, "fold": scores["fold"], **{name: same + rng.normal(0, 0.5, 100) for name in names}}
-            pd.DataFrame(table).to_parquet(folder / "linkage.parquet")
+            kinds = ("protected_plain", "protected_protected", "plain")
+            table = {"same": same, "fold": scores["fold"], **{kind: same + rng.normal(0, 0.5, 100) for kind in kinds}}
+            linked = [pd.DataFrame(table).assign(attack=name) for name in names]
+            pd.concat(linked, ignore_index=True).to_parquet(folder / "linkage.parquet")
         else:
             people = [f"person-{number // 2}" for number in range(VICTIMS)]
             rows = pd.DataFrame({"image": range(VICTIMS), "identity": people, "cosine": cosine})
