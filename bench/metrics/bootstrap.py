@@ -19,7 +19,7 @@ state draw the same identities; differences of two conditions are computed withi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,19 +37,12 @@ _FEW = "a confidence interval needs at least two identities"
 
 @dataclass(frozen=True, slots=True)
 class VerificationEstimates:
-    """Verification statistics with intervals.
-
-    Attributes:
-        accuracy: mean accuracy over folds (LFW View 2); over all pairs.
-        auc: area under the ROC; over all pairs.
-        eer: equal error rate; over all pairs.
-        tar_at_far: TAR by FAR; over the genuine pairs.
-    """
+    """Accuracy (mean over folds, LFW View 2), AUC and EER over all pairs; TAR by FAR over the genuine pairs."""
 
     accuracy: Estimate
     auc: Estimate
     eer: Estimate
-    tar_at_far: Mapping[float, Estimate] = field(default_factory=dict)
+    tar_at_far: Mapping[float, Estimate]
 
 
 def draw_identities(identities: int, generator: torch.Generator, replicates: int = REPLICATES) -> Tensor:
@@ -60,11 +53,16 @@ def draw_identities(identities: int, generator: torch.Generator, replicates: int
         >>> draw_identities(4, torch.Generator().manual_seed(0), replicates=3).sum(1)
         tensor([4., 4., 4.], dtype=torch.float64)
     """
-    if identities < 1 or replicates < 1:
-        raise DataError(f"a bootstrap needs identities and replicates, got {identities} and {replicates}")
     drawn = torch.randint(identities, (replicates, identities), generator=generator, device=generator.device).cpu()
     counts = torch.zeros(replicates, identities, dtype=torch.float64)
     return counts.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand_as(drawn))
+
+
+def _draws(identities: int, generator: torch.Generator, replicates: int, width: int) -> Iterator[Tensor]:
+    """:func:`draw_identities`, so many replicates at a time that (r, ``width``) stays within some tens of megabytes."""
+    rows = max(1, _CHUNK_ELEMENTS // max(width, identities))
+    for start in range(0, replicates, rows):
+        yield draw_identities(identities, generator, min(rows, replicates - start))
 
 
 def resampled_pairs(
@@ -86,9 +84,7 @@ def resampled_pairs(
     people, index = torch.unique(identities.cpu(), return_inverse=True)
     if not torch.equal(index[:, 0] == index[:, 1], same):
         raise DataError("the pairs contradict the identities: `same` must hold exactly within a person")
-    rows = max(1, _CHUNK_ELEMENTS // max(len(same), len(people)))
-    for start in range(0, replicates, rows):
-        drawn = draw_identities(len(people), generator, min(rows, replicates - start))
+    for drawn in _draws(len(people), generator, replicates, len(same)):
         weights = drawn[:, index[:, 0]]
         yield torch.where(same, weights, weights * drawn[:, index[:, 1]])
 
@@ -96,7 +92,7 @@ def resampled_pairs(
 def mean_estimate(
     values: Tensor, identities: Tensor, generator: torch.Generator, *, replicates: int = REPLICATES
 ) -> Estimate:
-    """Mean over images with its interval over identities.
+    """Mean over images with its interval over identities; of differences of two conditions, a paired interval.
 
     Args:
         values: float or bool (N,), one per image; NaN where it cannot be measured for that image, which leaves it out.
@@ -136,48 +132,10 @@ def mean_estimate(
     centre = values.mean()
     sums = zeros.scatter_add(0, cluster, values - centre)
     sizes = zeros.scatter_add(0, cluster, torch.ones_like(values))
-    # Never more replicates at once than fit some tens of megabytes, however many people there are.
-    rows = max(1, _CHUNK_ELEMENTS // len(people))
-    means = []
-    for start in range(0, replicates, rows):
-        weights = draw_identities(len(people), generator, min(rows, replicates - start))
-        means.append((weights @ sums) / (weights @ sizes))
+    means = [
+        (weights @ sums) / (weights @ sizes) for weights in _draws(len(people), generator, replicates, len(people))
+    ]
     return interval(float(centre), torch.cat(means) + centre, len(values))
-
-
-def difference_estimate(
-    first: Tensor,
-    second: Tensor,
-    identities: Tensor,
-    generator: torch.Generator,
-    *,
-    replicates: int = REPLICATES,
-) -> Estimate:
-    """Mean of ``first - second`` on the same victims, with its paired interval over identities.
-
-    Args:
-        first: (N,), one condition.
-        second: (N,), the other, of the same images in the same order; an image counts if measured in both.
-        identities: int64 (N,).
-        generator: source of the draws.
-        replicates: how many resamples.
-
-    Raises:
-        DataError: as :func:`mean_estimate`.
-
-    Example:
-        >>> import torch
-        >>> a, b = torch.tensor([0.50, 0.75, 1.00]), torch.tensor([0.25, 0.25, 0.25])
-        >>> difference_estimate(a, b, torch.tensor([0, 1, 2]), torch.Generator().manual_seed(0)).value
-        0.5
-    """
-    if first.shape != second.shape:
-        raise DataError(
-            f"paired conditions need values of the same images, got {tuple(first.shape)} and {tuple(second.shape)}"
-        )
-    return mean_estimate(
-        first.cpu().to(torch.float64) - second.cpu().to(torch.float64), identities, generator, replicates=replicates
-    )
 
 
 def verification_estimates(
@@ -187,6 +145,7 @@ def verification_estimates(
     identities: Tensor,
     generator: torch.Generator,
     *,
+    minus: Tensor | None = None,
     fars: Sequence[float] = (),
     replicates: int = REPLICATES,
 ) -> VerificationEstimates:
@@ -198,6 +157,8 @@ def verification_estimates(
         fold: int64 (P,).
         identities: int64 (P, 2), the people of each pair.
         generator: source of the draws.
+        minus: float (P,), another condition's scores of the same pairs: what comes out are the differences to it, with
+            paired intervals.
         fars: false-accept rates; one below a single impostor pair gets no value but the reason.
         replicates: how many resamples.
 
@@ -205,76 +166,31 @@ def verification_estimates(
         DataError: shapes differ, scores are not finite, a class or a second fold is absent, or ``same`` contradicts the
             identities.
     """
-    points, samples = _statistics(scores, same, fold, identities, generator, fars, replicates)
-    return _estimates(points, samples, same, fars)
+    conditions = [checked_pairs(values, same)[0] for values in (scores, minus) if values is not None]
+    same = same.cpu()
 
+    def statistics(weights: Tensor | None) -> Tensor:
+        """(R, S): accuracy, AUC, EER, then one TAR per FAR."""
+        rows = []
+        for values in conditions:
+            accuracies, curve = fold_accuracies(values, same, fold, weights), roc(values, same, weights)
+            tars = [curve.tar_at_far(far) for far in fars]
+            # A fold that a replicate left empty says nothing about it: the mean is over the others.
+            rows.append(torch.stack([accuracies.nanmean(1), curve.auc(), curve.eer(), *tars], 1))
+        return rows[0] if minus is None else rows[0] - rows[1]
 
-def verification_differences(
-    first: Tensor,
-    second: Tensor,
-    same: Tensor,
-    fold: Tensor,
-    identities: Tensor,
-    generator: torch.Generator,
-    *,
-    fars: Sequence[float] = (),
-    replicates: int = REPLICATES,
-) -> VerificationEstimates:
-    """``first`` minus ``second``: two conditions scored on the same pairs, with paired intervals.
-
-    Args:
-        first: float (P,), scores of one condition.
-        second: float (P,), scores of the other.
-        same, fold, identities, generator, fars, replicates: as :func:`verification_estimates`.
-
-    Raises:
-        DataError: as :func:`verification_estimates`.
-    """
-    if first.shape != second.shape:
-        raise DataError(
-            f"paired conditions need scores of the same pairs, got {tuple(first.shape)} and {tuple(second.shape)}"
-        )
-    state = generator.get_state()
-    points, samples = _statistics(first, same, fold, identities, generator, fars, replicates)
-    generator.set_state(state)  # the same people are drawn again
-    other_points, other_samples = _statistics(second, same, fold, identities, generator, fars, replicates)
-    return _estimates(points - other_points, samples - other_samples, same, fars)
-
-
-def _statistics(
-    scores: Tensor,
-    same: Tensor,
-    fold: Tensor,
-    identities: Tensor,
-    generator: torch.Generator,
-    fars: Sequence[float],
-    replicates: int,
-) -> tuple[Tensor, Tensor]:
-    """Statistics (S,) of the sample and (R, S) of its resamples: accuracy, AUC, EER, then one TAR per FAR."""
-    scores, same = checked_pairs(scores, same)
-
-    def evaluate(weights: Tensor | None) -> Tensor:
-        accuracies = fold_accuracies(scores, same, fold, weights)
-        curve = roc(scores, same, weights)
-        tars = [curve.tar_at_far(far) for far in fars]
-        # A fold that a replicate left empty says nothing about it: the mean is over the others.
-        return torch.stack([accuracies.nanmean(1), curve.auc(), curve.eer(), *tars], 1)
-
-    samples = [evaluate(weights) for weights in resampled_pairs(identities, same, generator, replicates)]
-    return evaluate(None)[0], torch.cat(samples)
-
-
-def _estimates(points: Tensor, samples: Tensor, same: Tensor, fars: Sequence[float]) -> VerificationEstimates:
-    pairs, genuine = len(same), int(same.sum())
-    accuracy, auc, eer = (interval(float(points[i]), samples[:, i], pairs) for i in range(3))
+    points = statistics(None)[0].tolist()
+    samples = torch.cat([statistics(w) for w in resampled_pairs(identities, same, generator, replicates)])
+    genuine = int(same.sum())
     tars = {}
     for column, far in enumerate(fars, start=3):
-        reason = far_not_measurable(far, pairs - genuine)
+        reason = far_not_measurable(far, len(same) - genuine)
         tars[far] = (
-            interval(float(points[column]), samples[:, column], genuine)
+            interval(points[column], samples[:, column], genuine)
             if reason is None
             else Estimate(None, None, genuine, reason)
         )
+    accuracy, auc, eer = (interval(points[i], samples[:, i], len(same)) for i in range(3))
     return VerificationEstimates(accuracy, auc, eer, tars)
 
 

@@ -39,13 +39,8 @@ _TIE = 1e-6
 class IdentityLeakage:
     """Identity leakage of each of N recovered faces, float32 (N,); higher is more of the identity.
 
-    Attributes:
-        cosine: in [-1, 1].
-        type1: 0 or 1.
-        type2: 0 or 1; NaN where the person has no other image.
-        rank1: 0 to 1; NaN where the person has no other image.
-        rank5: 0 to 1; NaN where the person has no other image.
-        gallery_size: people in the gallery; chance level of ``rank1`` is one over it, of ``rank5`` five times that.
+    ``cosine`` lies in [-1, 1], the others in [0, 1]; all but ``type1`` of these are NaN where the person has no other
+    image.
     """
 
     cosine: Tensor
@@ -53,7 +48,6 @@ class IdentityLeakage:
     type2: Tensor
     rank1: Tensor
     rank5: Tensor
-    gallery_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,56 +63,45 @@ class Probes:
     gallery: Tensor
 
 
-def split_gallery(identities: Tensor, generator: torch.Generator, *, content: Tensor | None = None) -> Probes:
-    """Draw one image of each person as the gallery and leave the rest, in their order, to be attacked.
+def select_probes(victims: FaceSet, count: int, generator: torch.Generator) -> Probes:
+    """Draw at most ``count`` images to attack, as many people as possible before a second image of anyone.
 
-    A person with a single image stays a probe, without a gallery image. Verification packs repeat images: a copy of the
-    gallery image must not be a probe, or Type II would compare an image with itself.
-
-    Args:
-        identities: int64 (M,), the person of each image.
-        generator: source of the draw.
-        content: int64 (M,), equal where two images are equal (:func:`content_ids`); None if all differ.
+    One image of each person, drawn uniformly, is the gallery. Only people with another image take part, so that type II
+    acceptance and rank-1 are defined for every probe. Verification packs repeat images: a copy of the gallery image is
+    no probe, or Type II would compare an image with itself.
 
     Raises:
-        DataError: shapes differ or there are no images.
-
-    Example:
-        >>> import torch
-        >>> split = split_gallery(torch.tensor([5, 5, 8]), torch.Generator().manual_seed(0))
-        >>> len(split.gallery), len(split.attacked), 2 in split.attacked
-        (1, 2, True)
+        DataError: nobody has two different images.
     """
-    identities = identities.cpu()
-    content = torch.arange(len(identities)) if content is None else content.cpu()
-    if identities.ndim != 1 or not len(identities) or content.shape != identities.shape:
-        raise DataError(
-            "identities and content must share one shape (M,), M > 0, "
-            f"got {tuple(identities.shape)} and {tuple(content.shape)}"
-        )
-    # A random order, then a stable sort by person: the first of each run is a uniform draw.
-    shuffled = torch.randperm(len(identities), generator=generator, device=generator.device).cpu()
-    order = shuffled[identities[shuffled].argsort(stable=True)]
-    ranked = identities[order]
-    starts = torch.cat((torch.ones(1, dtype=torch.bool), ranked[1:] != ranked[:-1]))
-    drawn = order[starts]
-    person = torch.unique(identities, return_inverse=True)[1]
-    copies = content == content[drawn][person]
-    # Only a person who keeps a probe can give an image away.
-    others = torch.zeros(len(drawn), dtype=torch.int64).scatter_add_(0, person, (~copies).to(torch.int64)) > 0
-    probes = (~copies | ~others[person]).nonzero().squeeze(1)
-    return Probes(probes, drawn[others])
+    labels, content = victims.labels, content_ids(victims.images)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    drawn = shuffled[_occurrence(labels[shuffled]) == 0]
+    drawn = drawn[labels[drawn].argsort()]
+    person = torch.unique(labels, return_inverse=True)[1]
+    candidates = (content != content[drawn][person]).nonzero().squeeze(1)
+    gallery = drawn[person[candidates].bincount(minlength=len(drawn)) > 0]
+    if not len(gallery):
+        raise DataError("no victim has two different images: identity leakage cannot be measured; use a larger dataset")
+    candidates = candidates[torch.randperm(len(candidates), generator=generator)]
+    turn = _occurrence(labels[candidates])
+    return Probes(candidates[turn.argsort(stable=True)][:count], gallery)
+
+
+def _occurrence(labels: Tensor) -> Tensor:
+    """For each position, how often its label stood before it: int64 (N,)."""
+    order = labels.argsort(stable=True)
+    ranked = labels[order]
+    first = torch.searchsorted(ranked, ranked)
+    occurrence = torch.empty_like(order)
+    occurrence[order] = torch.arange(len(order)) - first
+    return occurrence
 
 
 def content_ids(images: Tensor, *, batch_size: int = 256) -> Tensor:
-    """A number per image: equal for equal images, and else differs (but for a chance of 2^-56).
+    """A number per image, int64 (N,) on the CPU, of uint8 (N, C, H, W).
 
-    Args:
-        images: uint8 (N, 3, H, W).
-        batch_size: images hashed at once (eight bytes a pixel value).
-
-    Returns:
-        int64 (N,) on the CPU.
+    Equal for equal images, and else differs (but for a chance of 2^-56). Eight bytes a pixel value are held of
+    ``batch_size`` images at once.
 
     Example:
         >>> import torch
@@ -129,13 +112,12 @@ def content_ids(images: Tensor, *, batch_size: int = 256) -> Tensor:
     """
     if images.dtype != torch.uint8:
         raise DataError(f"images must be uint8, got {images.dtype}")
-    values = images[0].numel() if len(images) else 0
-    # Multilinear hash modulo 2^64 with fixed random coefficients (Lemire and Kaser 2014); int64 wraps around.
-    seeded = torch.Generator().manual_seed(0)
-    coefficients = torch.randint(-(2**63), 2**63 - 1, (values,), generator=seeded, dtype=torch.int64)
-    coefficients = coefficients.to(images.device)
     if not len(images):
         return torch.empty(0, dtype=torch.int64)
+    # Multilinear hash modulo 2^64 with fixed random coefficients (Lemire and Kaser 2014); int64 wraps around.
+    seeded = torch.Generator().manual_seed(0)
+    coefficients = torch.randint(-(2**63), 2**63 - 1, (images[0].numel(),), generator=seeded, dtype=torch.int64)
+    coefficients = coefficients.to(images.device)
     return torch.cat(
         [(b.flatten(1).to(torch.int64) * coefficients).sum(1).cpu() for b in torch.split(images, batch_size)]
     )
@@ -159,9 +141,6 @@ def identity_leakage(
         gallery_identities: int64 (K,), all different.
         threshold: cosine from which the evaluator calls two plain faces one person.
 
-    Returns:
-        Per-image values on the device of ``recovered``.
-
     Raises:
         DataError: shapes differ, embeddings are not finite, a person is in the gallery twice, or nobody is.
 
@@ -172,27 +151,14 @@ def identity_leakage(
         >>> leakage.type1.mean(), leakage.type2.mean(), leakage.rank1.mean()
         (tensor(1.), tensor(0.), tensor(0.))
     """
-    if recovered.ndim != 2 or recovered.shape != originals.shape or identities.shape != recovered.shape[:1]:
-        raise DataError(
-            "embeddings of recovered and original faces must be (N, D) with identities (N,), got "
-            f"{tuple(recovered.shape)}, {tuple(originals.shape)} and {tuple(identities.shape)}"
-        )
-    if gallery.ndim != 2 or gallery.shape[1] != recovered.shape[1] or gallery_identities.shape != gallery.shape[:1]:
-        raise DataError(
-            f"the gallery must be (K, {recovered.shape[1]}) with identities (K,), got "
-            f"{tuple(gallery.shape)} and {tuple(gallery_identities.shape)}"
-        )
     if not len(gallery):
         raise DataError("the gallery is empty: no victim has a second image to be recognised from")
     if len(torch.unique(gallery_identities)) != len(gallery_identities):
         raise DataError("the gallery must hold one image per person")
-    device = recovered.device
-    probe, plain, enrolled = (
-        F.normalize(e.detach().to(device, torch.float32), dim=1) for e in (recovered, originals, gallery)
-    )
-    if not all(torch.isfinite(e).all() for e in (probe, plain, enrolled)):
-        raise DataError("the evaluator's embeddings hold NaN or infinity")
-    identities, gallery_identities = identities.to(device), gallery_identities.to(device)
+    _check("the originals", originals, recovered, identities, len(recovered))
+    _check("the gallery", gallery, recovered, gallery_identities)
+    probe, plain, enrolled = _unit(recovered, originals, gallery)
+    identities, gallery_identities = identities.to(probe.device), gallery_identities.to(probe.device)
 
     by_person, order = gallery_identities.sort()
     position = torch.searchsorted(by_person, identities).clamp_max(len(by_person) - 1)
@@ -200,28 +166,18 @@ def identity_leakage(
     enrolment = order[position]
 
     cosine = (probe * plain).sum(1)
-    nan = torch.full_like(cosine, torch.nan)
-    type2: list[Tensor] = []
-    rank1: list[Tensor] = []
-    rank5: list[Tensor] = []
+    parts = []
     # The N x K similarities are never held at once.
     for rows, targets in zip(torch.split(probe, _CHUNK), torch.split(enrolment, _CHUNK), strict=True):
         similarity = rows @ enrolled.T
         target = similarity.gather(1, targets[:, None])
         # Equal embeddings may differ in the last bits of a matrix product.
         nearer, tied = (similarity > target + _TIE).sum(1), ((similarity - target).abs() <= _TIE).sum(1)
-        type2.append((target.squeeze(1) >= threshold).to(torch.float32))
         # Of the places up to the rank, those that nobody nearer takes fall to the tied ones by lot.
-        for ranks, rank in ((rank1, 1), (rank5, _NEAR)):
-            ranks.append(((rank - nearer) / tied).clamp(0.0, 1.0))
-    return IdentityLeakage(
-        cosine=cosine,
-        type1=(cosine >= threshold).to(torch.float32),
-        type2=torch.where(present, torch.cat(type2), nan),
-        rank1=torch.where(present, torch.cat(rank1), nan),
-        rank5=torch.where(present, torch.cat(rank5), nan),
-        gallery_size=len(gallery),
-    )
+        ranks = [((rank - nearer) / tied).clamp(0.0, 1.0) for rank in (1, _NEAR)]
+        parts.append(torch.stack([(target.squeeze(1) >= threshold).to(torch.float32), *ranks]))
+    type2, rank1, rank5 = torch.where(present, torch.cat(parts, 1), torch.nan)
+    return IdentityLeakage(cosine, (cosine >= threshold).to(torch.float32), type2, rank1, rank5)
 
 
 def knn_distance(recovered: Tensor, attacked: Tensor, plain: Tensor, identities: Tensor, content: Tensor) -> Tensor:
@@ -252,22 +208,9 @@ def knn_distance(recovered: Tensor, attacked: Tensor, plain: Tensor, identities:
         >>> knn_distance(recovered, torch.tensor([0]), plain, people, torch.arange(3))
         tensor([1.4142])
     """
-    if recovered.ndim != 2 or attacked.shape != recovered.shape[:1]:
-        raise DataError(f"recovered must be (N, D) and attacked (N,), got {recovered.shape} and {attacked.shape}")
-    if (
-        plain.ndim != 2
-        or plain.shape[1] != recovered.shape[1]
-        or not identities.shape == content.shape == plain.shape[:1]
-    ):
-        raise DataError(
-            f"plain must be (M, {recovered.shape[1]}) with identities and content (M,), got {tuple(plain.shape)}, "
-            f"{tuple(identities.shape)} and {tuple(content.shape)}"
-        )
-    device = recovered.device
-    probe, others = (F.normalize(e.detach().to(device, torch.float32), dim=1) for e in (recovered, plain))
-    if not (torch.isfinite(probe).all() and torch.isfinite(others).all()):
-        raise DataError("the evaluator's embeddings hold NaN or infinity")
-    identities, content, attacked = identities.to(device), content.to(device), attacked.to(device)
+    _check("the plain faces", plain, recovered, identities)
+    probe, others = _unit(recovered, plain)
+    identities, content, attacked = (index.to(probe.device) for index in (identities, content, attacked))
     nearest = []
     for rows, index in zip(torch.split(probe, _CHUNK), torch.split(attacked, _CHUNK), strict=True):
         candidate = (identities == identities[index, None]) & (content != content[index, None])
@@ -277,30 +220,19 @@ def knn_distance(recovered: Tensor, attacked: Tensor, plain: Tensor, identities:
     return torch.where(cosine.isinf(), torch.nan, (2 - 2 * cosine).clamp_min(0).sqrt())
 
 
-def select_probes(victims: FaceSet, count: int, generator: torch.Generator) -> Probes:
-    """Draw at most ``count`` images to attack, as many people as possible before a second image of anyone.
-
-    Only people with another image take part, so that type II acceptance and rank-1 are defined for every probe.
-
-    Raises:
-        DataError: nobody has two different images.
-    """
-    split = split_gallery(victims.labels, generator, content=content_ids(victims.images))
-    if not len(split.gallery):
-        raise DataError("no victim has two different images: identity leakage cannot be measured; use a larger dataset")
-    enrolled = torch.zeros(len(victims.names), dtype=torch.bool)
-    enrolled[victims.labels[split.gallery]] = True
-    candidates = split.attacked[enrolled[victims.labels[split.attacked]]]
-    candidates = candidates[torch.randperm(len(candidates), generator=generator)]
-    turn = _occurrence(victims.labels[candidates])
-    return Probes(candidates[turn.argsort(stable=True)][:count], split.gallery)
+def _check(what: str, embeddings: Tensor, recovered: Tensor, identities: Tensor, count: int | None = None) -> None:
+    count = len(embeddings) if count is None else count
+    shapes = (tuple(embeddings.shape), tuple(identities.shape))
+    if recovered.ndim != 2 or shapes != ((count, recovered.shape[1]), (count,)):
+        raise DataError(
+            f"{what} must be (N, D) with identities (N,), recovered faces (N, D), "
+            f"got {shapes[0]}, {shapes[1]} and {tuple(recovered.shape)}"
+        )
 
 
-def _occurrence(labels: Tensor) -> Tensor:
-    """For each position, how often its label stood before it: int64 (N,)."""
-    order = labels.argsort(stable=True)
-    ranked = labels[order]
-    first = torch.searchsorted(ranked, ranked)
-    occurrence = torch.empty_like(order)
-    occurrence[order] = torch.arange(len(order)) - first
-    return occurrence
+def _unit(*embeddings: Tensor) -> tuple[Tensor, ...]:
+    """All with rows of length 1, float32, on the device of the first."""
+    unit = tuple(F.normalize(e.detach().to(embeddings[0].device, torch.float32), dim=1) for e in embeddings)
+    if not all(torch.isfinite(e).all() for e in unit):
+        raise DataError("the evaluator's embeddings hold NaN or infinity")
+    return unit

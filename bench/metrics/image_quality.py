@@ -1,7 +1,8 @@
 """How much of the picture comes back: SSIM, PSNR and MS-SSIM per image, batched on any device.
 
-Every function takes recovered and original faces, float (N, 3, H, W) in [0, 1], and returns one value per image, so
-that confidence intervals can resample identities. Half-precision inputs are computed in float32.
+Every function takes recovered and original faces, float (N, C, H, W) in [0, 1], and returns one value per image, (N,),
+so that confidence intervals can resample identities; higher is more of the face. Half precision is computed in float32.
+Other shapes, integer images and, for the SSIMs, sides below the window's 11 pixels raise DataError.
 """
 
 from __future__ import annotations
@@ -23,33 +24,12 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def ssim(recovered: Tensor, original: Tensor) -> Tensor:
-    """:func:`bench.images.ssim` of recovered and original faces, which must hold a whole window.
-
-    Args:
-        recovered: float (N, C, H, W) in [0, 1], H and W at least 11.
-        original: the same shape.
-
-    Returns:
-        (N,) in [-1, 1], higher is more of the face.
-
-    Raises:
-        DataError: other shapes, integer images, or images smaller than the window.
-    """
+    """Structural similarity in [-1, 1] (:func:`bench.images.ssim`)."""
     return ssim_terms(*checked_faces(recovered, original, WINDOW))[0]
 
 
 def psnr(recovered: Tensor, original: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of each image, all channels pooled, capped at :data:`PSNR_CAP`.
-
-    Args:
-        recovered: float (N, C, H, W) in [0, 1].
-        original: the same shape.
-
-    Returns:
-        (N,) in dB; 100 for identical images.
-
-    Raises:
-        DataError: other shapes or integer images.
 
     Example:
         >>> import torch
@@ -61,22 +41,12 @@ def psnr(recovered: Tensor, original: Tensor) -> Tensor:
 
 
 def psnr_aligned(recovered: Tensor, original: Tensor) -> Tensor:
-    """PSNR after the least-squares fit ``a * recovered + b`` to the original, per image and channel.
+    """PSNR (dB, capped) after the least-squares fit ``a * recovered + b`` to the original, per image and channel.
 
     A recovery that is right up to brightness and contrast of a channel shows the face all the same; plain PSNR hides
     that. The slope may be negative (a negative shows the face too) and nothing is clipped, so the value never falls
     below :func:`psnr`. A constant recovered channel has no contrast to scale: it is fitted by the original's mean,
     which makes every constant image score alike.
-
-    Args:
-        recovered: float (N, C, H, W) in [0, 1].
-        original: the same shape.
-
-    Returns:
-        (N,) in dB, capped at :data:`PSNR_CAP`.
-
-    Raises:
-        DataError: other shapes or integer images.
 
     Example:
         >>> import torch
@@ -94,40 +64,13 @@ def psnr_aligned(recovered: Tensor, original: Tensor) -> Tensor:
     return _decibel((slope * r - o).square().flatten(1).mean(1))
 
 
-def ms_ssim_scales(size: int) -> int:
-    """How many of the five dyadic scales fit an image whose shorter side is ``size`` pixels.
-
-    A scale counts while the halved image still holds one whole window.
-
-    Raises:
-        DataError: not even the full image holds a window.
-
-    Example:
-        >>> [ms_ssim_scales(size) for size in (64, 112, 176)]
-        [3, 4, 5]
-    """
-    if size < WINDOW:
-        raise DataError(f"SSIM needs images of at least {WINDOW} pixels a side, got {size}")
-    return min(len(MS_SSIM_WEIGHTS), 1 + int(math.log2(size // WINDOW)))
-
-
 def ms_ssim(recovered: Tensor, original: Tensor) -> Tensor:
-    """Multi-scale structural similarity (Wang, Simoncelli and Bovik 2003, eq. 7).
+    """Multi-scale structural similarity in [0, 1] (Wang, Simoncelli and Bovik 2003, eq. 7).
 
     Contrast-structure of every scale and luminance of the coarsest, each averaged over pixels and channels, negative
     values set to zero, multiplied under the published exponents. The published five scales need 176 pixels a side.
-    Smaller faces use the first :func:`ms_ssim_scales` of them with the exponents renormalised to sum to one (64 px: 3,
-    112 px: 4), so values compare between recoveries of one size, not across sizes.
-
-    Args:
-        recovered: float (N, C, H, W) in [0, 1], H and W at least 11.
-        original: the same shape.
-
-    Returns:
-        (N,) in [0, 1], higher is more of the face.
-
-    Raises:
-        DataError: other shapes, integer images, or images smaller than the window.
+    Smaller faces use as many as still hold a whole window (64 px: 3, 112 px: 4) with the exponents renormalised to sum
+    to one, so values compare between recoveries of one size, not across sizes.
 
     Example:
         >>> import torch
@@ -136,7 +79,7 @@ def ms_ssim(recovered: Tensor, original: Tensor) -> Tensor:
         tensor([1.])
     """
     recovered, original = checked_faces(recovered, original, WINDOW)
-    scales = ms_ssim_scales(min(recovered.shape[-2:]))
+    scales = min(len(MS_SSIM_WEIGHTS), 1 + int(math.log2(min(recovered.shape[-2:]) // WINDOW)))
     weights = torch.tensor(MS_SSIM_WEIGHTS[:scales], dtype=recovered.dtype, device=recovered.device)
     weights = weights / weights.sum()
     factors = []

@@ -13,7 +13,6 @@ import os
 import pickle
 import warnings
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,35 +33,60 @@ WEIGHTS_VARIABLE = "BENCH_LPIPS_WEIGHTS"
 MIN_SIZE = 31
 
 
-@dataclass(frozen=True)
+def find_alexnet() -> Path:
+    """Where the trunk's file is: ``BENCH_LPIPS_WEIGHTS``, else torch's hub cache.
+
+    Raises:
+        MissingError: there is none; the message says how to get it.
+    """
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
+    named = os.environ.get(WEIGHTS_VARIABLE)
+    path = Path(named) if named else cached
+    if path.is_file():
+        return path
+    missing = f"the file {path} does not exist" if named else "no AlexNet weights in the torch hub cache"
+    raise MissingError(f"LPIPS: {missing}; download {ALEXNET_URL} to {cached} or set {WEIGHTS_VARIABLE} to its path")
+
+
 class Lpips:
     """LPIPS v0.1 (AlexNet) as a function of two batches of faces.
 
-    Attributes:
-        sha256: digest of the trunk's file, for the record.
+    Args:
+        path: the trunk's file (:func:`find_alexnet`).
+        device: where to compute.
+        expected_sha256: the first hexadecimal digits of the file's SHA-256, checked as torchvision does.
+
+    Raises:
+        MissingError: it is another file. The message can stand as the reason why a result has no LPIPS.
     """
 
-    sha256: str
-    _network: nn.Module
-    _device: torch.device
+    def __init__(
+        self, path: Path, device: torch.device | str = "cpu", *, expected_sha256: str = ALEXNET_SHA256
+    ) -> None:
+        # Read once: what is hashed is what is loaded, even if the file changes meanwhile.
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if not digest.startswith(expected_sha256):
+            raise MissingError(
+                f"LPIPS: {path} is not torchvision's AlexNet (SHA-256 {digest[:8]}..., expected {expected_sha256}...); "
+                f"download {ALEXNET_URL} again"
+            )
+        self._device = torch.device(device)
+        try:
+            trunk = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            self._network = _network(trunk).to(self._device)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, KeyError, TypeError) as error:
+            raise MissingError(f"LPIPS: {path} holds no AlexNet state dict; download {ALEXNET_URL} again") from error
 
     @torch.no_grad()
     def __call__(self, recovered: Tensor, original: Tensor, *, batch_size: int = 64) -> Tensor:
-        """Perceptual distance of each pair; 0 for identical images, higher is more private.
+        """Perceptual distance of each pair, float32 (N,) on the metric's device; 0 for identical images.
 
-        Faces enter at their own size (64 px leaves AlexNet a 3x3 map in its last layers, 112 px a 6x6 one), so values
-        compare between recoveries of one size, not across sizes.
-
-        Args:
-            recovered: float (N, 3, H, W) in [0, 1], H and W at least 31.
-            original: the same shape.
-            batch_size: faces per forward pass.
-
-        Returns:
-            float32 (N,), on the metric's device.
+        Faces, float (N, 3, H, W) in [0, 1], enter at their own size (64 px leaves AlexNet a 3x3 map in its last layers,
+        112 px a 6x6 one), so values compare between recoveries of one size, not across sizes.
 
         Raises:
-            DataError: other shapes, integer images, or faces too small.
+            DataError: other shapes, integer images, or a side below 31 pixels.
         """
         recovered, original = checked_faces(recovered, original, MIN_SIZE)
         if not len(recovered):
@@ -74,54 +98,7 @@ class Lpips:
         return torch.cat(distances).reshape(-1)
 
 
-def find_alexnet(weights: Path | None = None) -> Path:
-    """Where the trunk's file is: ``weights``, else ``BENCH_LPIPS_WEIGHTS``, else torch's hub cache.
-
-    Raises:
-        MissingError: there is none; the message says how to get it.
-    """
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
-    named = weights or os.environ.get(WEIGHTS_VARIABLE)
-    path = Path(named) if named else cached
-    if path.is_file():
-        return path
-    missing = f"the file {path} does not exist" if named else "no AlexNet weights in the torch hub cache"
-    raise MissingError(f"LPIPS: {missing}; download {ALEXNET_URL} to {cached} or set {WEIGHTS_VARIABLE} to its path")
-
-
-def load_lpips(
-    weights: Path | None = None, device: torch.device | str = "cpu", *, expected_sha256: str = ALEXNET_SHA256
-) -> Lpips:
-    """Load LPIPS v0.1 with the AlexNet trunk.
-
-    Args:
-        weights: torchvision's ``alexnet-owt-7be5be79.pth``; None to look where :func:`find_alexnet` looks.
-        device: where to compute.
-        expected_sha256: the first hexadecimal digits of the file's SHA-256, checked as torchvision does.
-
-    Raises:
-        MissingError: the trunk is not there, or what is there is another file. The message can stand as the reason
-            why a result has no LPIPS.
-    """
-    path = find_alexnet(weights)
-    # Read once: what is hashed is what is loaded, even if the file changes meanwhile.
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if not digest.startswith(expected_sha256):
-        raise MissingError(
-            f"LPIPS: {path} is not torchvision's AlexNet (SHA-256 {digest[:8]}..., expected {expected_sha256}...); "
-            f"download {ALEXNET_URL} again"
-        )
-    try:
-        trunk = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-        raise MissingError(f"LPIPS: {path} is no PyTorch state dict; download {ALEXNET_URL} again") from error
-    network = _network(trunk, path)
-    torch_device = torch.device(device)
-    return Lpips(digest, network.to(torch_device), torch_device)
-
-
-def _network(trunk: dict[str, Tensor], path: Path) -> nn.Module:
+def _network(trunk: dict[str, Tensor]) -> nn.Module:
     # The package would start from a download; instead the trunk is built untrained and every one of its weights is
     # replaced. Building it draws from the global generator, which is put back, and torchvision warns about the
     # package's old-style arguments, which nobody who runs the benchmark can change.
@@ -132,12 +109,5 @@ def _network(trunk: dict[str, Tensor], path: Path) -> nn.Module:
         network: nn.Module = lpips.LPIPS(net="alex", version="0.1", pnet_rand=True, verbose=False)
     features = network.get_submodule("net")
     # ``slice2.3.weight`` of the package is ``features.3.weight`` of torchvision.
-    names = {name: "features." + name.split(".", 1)[1] for name in features.state_dict()}
-    absent = sorted(set(names.values()) - trunk.keys()) if isinstance(trunk, dict) else sorted(names.values())
-    if absent:
-        raise MissingError(f"LPIPS: {path} is no AlexNet state dict (no {absent[0]}); download {ALEXNET_URL} again")
-    try:
-        features.load_state_dict({name: trunk[source] for name, source in names.items()})
-    except RuntimeError as error:
-        raise MissingError(f"LPIPS: {path} holds an AlexNet of other shapes; download {ALEXNET_URL} again") from error
+    features.load_state_dict({name: trunk["features." + name.split(".", 1)[1]] for name in features.state_dict()})
     return network.eval().requires_grad_(False)

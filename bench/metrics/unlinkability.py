@@ -25,13 +25,13 @@ many bins, at most the authors' 100, as keep this below :data:`LARGEST_BIAS`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.errors import DataError
 from bench.measures import Estimate
 from bench.metrics.bootstrap import REPLICATES, interval, resampled_pairs
 from bench.metrics.verification import checked_pairs
@@ -41,33 +41,10 @@ LARGEST_BIAS = 0.05
 _MOST_BINS = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Unlinkability:
-    """D_sys and the histogram it comes from, of B bins.
-
-    Attributes:
-        d_sys: in [0, 1].
-        edges: float64 (B - 1,), rising, between the bins; a score on an edge lies above it.
-        mated, non_mated: float64 (B,), the shares of each class; both sum to 1.
-        likelihood_ratio: float64 (B,); infinite where a bin holds mated scores alone.
-        local: float64 (B,), D(s) in [0, 1].
-    """
-
-    d_sys: float
-    edges: Tensor
-    mated: Tensor
-    non_mated: Tensor
-    likelihood_ratio: Tensor
-    local: Tensor
-
-
 def chance_level(bins: int, mated: int, non_mated: int) -> float:
     """What D_sys comes to at most, on average, where both classes have one distribution and scores are independent.
 
-    Args:
-        bins: B, of equal mass.
-        mated: scores of pairs of one person.
-        non_mated: scores of pairs of two people.
+    Of ``bins`` bins of equal mass and so many mated and non-mated scores.
 
     Example:
         >>> round(chance_level(70, 3000, 3000), 3)
@@ -93,8 +70,8 @@ def choose_bins(mated: int, non_mated: int) -> int:
     return bins
 
 
-def unlinkability(scores: Tensor, same: Tensor, *, bins: int | None = None) -> Unlinkability:
-    """D_sys and the local measure.
+def unlinkability(scores: Tensor, same: Tensor, *, bins: int | None = None) -> float:
+    """D_sys, in [0, 1].
 
     Args:
         scores: float (P,), higher is more alike.
@@ -102,32 +79,21 @@ def unlinkability(scores: Tensor, same: Tensor, *, bins: int | None = None) -> U
         bins: how many, of equal mass; fewer come out where scores tie. None for :func:`choose_bins`.
 
     Raises:
-        DataError: shapes differ, a score is not finite, one class is absent, or ``bins`` is below 1.
+        DataError: shapes differ, a score is not finite, or one class is absent.
 
     Example:
         >>> import torch
         >>> same = torch.tensor([True] * 4 + [False] * 4)
-        >>> unlinkability(torch.tensor([0.6, 0.7, 0.8, 0.9, 0.1, 0.2, 0.3, 0.4]), same).d_sys
+        >>> unlinkability(torch.tensor([0.6, 0.7, 0.8, 0.9, 0.1, 0.2, 0.3, 0.4]), same)
         1.0
-        >>> unlinkability(torch.tensor([0.1, 0.2, 0.8, 0.9, 0.1, 0.2, 0.8, 0.9]), same).d_sys
+        >>> unlinkability(torch.tensor([0.1, 0.2, 0.8, 0.9, 0.1, 0.2, 0.8, 0.9]), same)
         0.0
     """
-    scores, same = checked_pairs(scores, same, "linkage", "mated and non-mated")
-    edges = _edges(scores, same, bins)
-    mated, non_mated = (share[0] for share in _shares(_one_hot(scores, edges), same, None))
-    local = _local(mated, non_mated)
-    ratio = torch.where(mated > 0, mated / non_mated, torch.zeros_like(mated))
-    return Unlinkability(float((local * mated).sum()), edges, mated, non_mated, ratio, local)
+    return float(_d_sys(scores, same, bins)(torch.ones(1, len(same), dtype=torch.float64)))
 
 
 def unlinkability_estimate(
-    scores: Tensor,
-    same: Tensor,
-    identities: Tensor,
-    generator: torch.Generator,
-    *,
-    bins: int | None = None,
-    replicates: int = REPLICATES,
+    scores: Tensor, same: Tensor, identities: Tensor, generator: torch.Generator, *, replicates: int = REPLICATES
 ) -> Estimate:
     """D_sys with its interval over identities, resampled as in :mod:`bench.metrics.bootstrap`; bins stay as they are.
 
@@ -135,11 +101,9 @@ def unlinkability_estimate(
     above the estimate. So the replicates' spread is kept and their mean moved to the estimate, within [0, 1].
 
     Args:
-        scores: float (P,), higher is more alike.
-        same: bool (P,), whether the pair is mated.
+        scores, same: as :func:`unlinkability`.
         identities: int64 (P, 2), the people of each pair.
         generator: source of the draws.
-        bins: as :func:`unlinkability`.
         replicates: how many resamples.
 
     Raises:
@@ -153,17 +117,29 @@ def unlinkability_estimate(
         >>> estimate.value, estimate.ci95
         (1.0, None)
     """
-    point = unlinkability(scores, same, bins=bins)
-    scores, same = checked_pairs(scores, same, "linkage", "mated and non-mated")
-    member = _one_hot(scores, point.edges)
-    samples = []
-    for weights in resampled_pairs(identities, same, generator, replicates):
-        mated, non_mated = _shares(member, same, weights)
-        samples.append((_local(mated, non_mated) * mated).sum(dim=1))
-    estimate = interval(point.d_sys, torch.cat(samples), len(scores), moved=True)
+    d_sys = _d_sys(scores, same, None)
+    samples = torch.cat([d_sys(weights) for weights in resampled_pairs(identities, same.cpu(), generator, replicates)])
+    estimate = interval(unlinkability(scores, same), samples, len(scores), moved=True)
     if estimate.ci95 is None:
         return estimate
     return replace(estimate, ci95=(max(0.0, estimate.ci95[0]), min(1.0, estimate.ci95[1])))
+
+
+def _d_sys(scores: Tensor, same: Tensor, bins: int | None) -> Callable[[Tensor], Tensor]:
+    """D_sys (R,) of weights (R, P) of the pairs, NaN for a replicate without a class."""
+    scores, same = checked_pairs(scores, same, "linkage", "mated and non-mated")
+    edges = _edges(scores, same, bins)
+    member = F.one_hot(torch.bucketize(scores, edges, right=True), len(edges) + 1).to(torch.float64)
+
+    def measure(weights: Tensor) -> Tensor:
+        mated, non_mated = (weights[:, mask] @ member[mask] for mask in (same, ~same))
+        mated, non_mated = (share / share.sum(dim=1, keepdim=True) for share in (mated, non_mated))
+        # D(s) of each bin: 2 LR / (1 + LR) - 1 = (p - q) / (p + q), which needs no care where q is 0.
+        total, excess = mated + non_mated, (mated - non_mated).clamp(min=0)
+        local = torch.where(total == 0, torch.zeros_like(total), excess / torch.where(total == 0, 1.0, total))
+        return (local * mated).sum(dim=1)
+
+    return measure
 
 
 def _edges(scores: Tensor, same: Tensor, bins: int | None) -> Tensor:
@@ -171,8 +147,6 @@ def _edges(scores: Tensor, same: Tensor, bins: int | None) -> Tensor:
     mated, non_mated = int(same.sum()), int((~same).sum())
     if bins is None:
         bins = choose_bins(mated, non_mated)
-    if bins < 1:
-        raise DataError(f"a histogram needs at least one bin, got {bins}")
     order = scores.argsort(stable=True)
     ranked = scores[order]
     mass = torch.where(same[order], 0.5 / mated, 0.5 / non_mated).cumsum(0)
@@ -187,23 +161,3 @@ def _edges(scores: Tensor, same: Tensor, bins: int | None) -> Tensor:
     edges = torch.where(tied, (below + ranked[upper]) / 2, (below + above) / 2)
     distinct: Tensor = torch.unique(edges[edges > ranked[0]])
     return distinct
-
-
-def _one_hot(scores: Tensor, edges: Tensor) -> Tensor:
-    """float64 (P, B): which bin each score lies in."""
-    bins = torch.bucketize(scores, edges, right=True)
-    return F.one_hot(bins, len(edges) + 1).to(torch.float64)
-
-
-def _shares(member: Tensor, same: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shares (R, B) of mated and non-mated pairs in each bin; NaN for a replicate without a class."""
-    weights = torch.ones(1, len(same), dtype=torch.float64) if weights is None else weights
-    mated, non_mated = (weights[:, mask] @ member[mask] for mask in (same, ~same))
-    return mated / mated.sum(dim=1, keepdim=True), non_mated / non_mated.sum(dim=1, keepdim=True)
-
-
-def _local(mated: Tensor, non_mated: Tensor) -> Tensor:
-    """D(s) of each bin: 2 LR / (1 + LR) - 1 = (p - q) / (p + q), which needs no care where q is 0."""
-    total = mated + non_mated
-    excess = (mated - non_mated).clamp(min=0)
-    return torch.where(total == 0, torch.zeros_like(total), excess / torch.where(total == 0, 1.0, total))

@@ -28,13 +28,11 @@ class Accuracy:
         mean: mean accuracy over folds.
         std: population standard deviation over folds, as the field prints it behind the mean.
         threshold: the threshold with the best accuracy over all pairs: the recogniser's operating point elsewhere.
-        per_fold: accuracy of each fold, under the threshold chosen on the others.
     """
 
     mean: float
     std: float
     threshold: float
-    per_fold: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +73,7 @@ class Roc:
 
 
 def pair_scores(embeddings: Tensor, protocol: PairProtocol) -> Tensor:
-    """Cosine similarity of every pair of the protocol.
-
-    Args:
-        embeddings: float (N, D), one per face of the set that the protocol indexes; normalised here if they are not.
-        protocol: P pairs.
-
-    Returns:
-        float32 (P,) in [-1, 1].
+    """Cosine similarity of every pair of the protocol, float32 (P,), from embeddings (N, D) of any length.
 
     Raises:
         DataError: the protocol indexes faces that have no embedding.
@@ -160,18 +151,12 @@ def lfw_accuracy(scores: Tensor, same: Tensor, fold: Tensor) -> Accuracy:
     Example:
         >>> import torch
         >>> scores, same = torch.tensor([0.9, 0.2, 0.8, 0.7]), torch.tensor([True, False, True, False])
-        >>> lfw_accuracy(scores, same, torch.tensor([0, 0, 1, 1])).per_fold
-        (1.0, 0.5)
+        >>> lfw_accuracy(scores, same, torch.tensor([0, 0, 1, 1])).mean
+        0.75
     """
     accuracies = fold_accuracies(scores, same, fold)
-    checked_scores, checked_same = checked_pairs(scores, same)
-    everything = torch.ones(1, len(checked_scores), dtype=torch.float64)
-    return Accuracy(
-        mean=float(accuracies.mean()),
-        std=float(accuracies.std(correction=0)),
-        threshold=float(_best_thresholds(checked_scores, checked_same, everything)),
-        per_fold=tuple(accuracies[0].tolist()),
-    )
+    threshold = _best_thresholds(*checked_pairs(scores, same), _weights(None, len(scores)))
+    return Accuracy(float(accuracies.mean()), float(accuracies.std(correction=0)), float(threshold))
 
 
 def fold_accuracies(scores: Tensor, same: Tensor, fold: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -180,16 +165,11 @@ def fold_accuracies(scores: Tensor, same: Tensor, fold: Tensor, weights: Tensor 
     Candidate thresholds are those of the unweighted sample: a pair of weight zero still marks one.
 
     Args:
-        scores: float (P,).
-        same: bool (P,).
-        fold: int64 (P,), F >= 2 different values.
+        scores, same, fold: as :func:`lfw_accuracy`, F different folds.
         weights: non-negative (R, P); None for R = 1 with every pair counted once.
 
     Returns:
         float64 (R, F), NaN where a fold has no weight.
-
-    Raises:
-        DataError: as :func:`lfw_accuracy`.
     """
     scores, same = checked_pairs(scores, same)
     if fold.shape != scores.shape:

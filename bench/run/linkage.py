@@ -12,7 +12,7 @@ from torch import Tensor
 from bench.data.faces import PairProtocol
 from bench.errors import DataError
 from bench.measures import KINDS
-from bench.metrics.bootstrap import REPLICATES, mean_estimate, verification_differences
+from bench.metrics.bootstrap import REPLICATES, mean_estimate, verification_estimates
 from bench.metrics.identity import Probes, identity_leakage
 from bench.metrics.unlinkability import chance_level, choose_bins, unlinkability_estimate
 from bench.metrics.verification import pair_scores
@@ -167,13 +167,13 @@ def run_linkage(
         )
 
     def gain(name: str, after: _Point, before: _Point) -> Measure:
-        differences = verification_differences(
+        differences = verification_estimates(
             after[0]["protected_plain"],
-            before[0]["protected_plain"],
             pairs.same,
             pairs.fold,
             people,
             attacks.streams.generator("bootstrap"),
+            minus=before[0]["protected_plain"],
             replicates=config.bootstrap,
         )
         return KINDS[name].measure({"linkage": differences.accuracy, "linkage_auc": differences.auc}[name])

@@ -30,7 +30,7 @@ from bench.data.stream.scan import Scan, scan
 from bench.errors import BenchError, DataError, MissingError, UsageError
 from bench.files import sha256, write_text
 from bench.images import to_float
-from bench.metrics.evaluator import Evaluator, OnnxEvaluator, RecogniserEvaluator
+from bench.metrics.evaluator import Evaluator
 from bench.metrics.verification import pair_scores
 from bench.nets.augmentation import augment
 from bench.nets.heads import MarginHead
@@ -401,10 +401,10 @@ class Stages(StageRunner):
     def evaluator(self) -> Evaluator:
         """The recogniser that judges identity leakage; neither defence nor attack ever sees it."""
         if self.config.evaluator is not None:
-            return OnnxEvaluator(self.config.evaluator, device=self.fabric.device)
+            return Evaluator.from_onnx(self.config.evaluator, self.fabric.device)
         recogniser = self.recogniser(self._plain(), "evaluator")
         size = (self.config.image_size, self.config.image_size)
-        return RecogniserEvaluator(recogniser, f"trained {self.config.evaluator_backbone}", size, self.fabric.device)
+        return Evaluator(recogniser, f"trained {self.config.evaluator_backbone}", size, self.fabric.device)
 
     def victim_keys(self, defense: Defense, purpose: str = "victims") -> Tensor | None:
         """The key of each victim image's client, int64 (N, k); None for a defence without keys.

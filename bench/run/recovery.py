@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.errors import MissingError
 from bench.metrics.floors import grey, mean_face, nearest, noise
-from bench.metrics.perceptual import Lpips, load_lpips
+from bench.metrics.perceptual import Lpips, find_alexnet
 from bench.results import Measure, Recovery
 from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages, Recovered
@@ -140,7 +140,7 @@ def make_scorer(attacks: AttackStages) -> Scorer:
     stages, config, device = attacks.stages, attacks.config, attacks.fabric.device
     lpips: Lpips | MissingError
     try:
-        lpips = load_lpips(None, device)
+        lpips = Lpips(find_alexnet(), device)
     except MissingError as error:
         lpips = error
     return Scorer(

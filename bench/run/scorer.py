@@ -14,7 +14,7 @@ from bench.data.faces import FaceSet, PairProtocol
 from bench.errors import MissingError
 from bench.images import to_float
 from bench.measures import KINDS, Measure
-from bench.metrics.bootstrap import difference_estimate, mean_estimate
+from bench.metrics.bootstrap import mean_estimate
 from bench.metrics.evaluator import Evaluator
 from bench.metrics.identity import Probes, content_ids, identity_leakage, knn_distance
 from bench.metrics.image_quality import ms_ssim, psnr, psnr_aligned, ssim
@@ -87,7 +87,7 @@ class Scorer:
         impostors = scores[~pairs.same]
         self.info = EvaluatorInfo(
             name=evaluator.name,
-            sha256=evaluator.describe().get("sha256"),
+            sha256=evaluator.sha256,
             accuracy=accuracy.mean,
             threshold=accuracy.threshold,
             far_at_threshold=float((impostors >= accuracy.threshold).double().mean()),
@@ -143,9 +143,8 @@ class Scorer:
         """How much more leaks by the figure ``name`` in ``after`` than in ``before``, paired over the victims."""
         generator = torch.Generator().manual_seed(self._seed)
         more, less = (before, after) if KINDS[name].leaks < 0 else (after, before)
-        estimate = difference_estimate(
-            more.values[name], less.values[name], self._labels, generator, replicates=self._replicates
-        )
+        gained = more.values[name].double() - less.values[name].double()
+        estimate = mean_estimate(gained, self._labels, generator, replicates=self._replicates)
         return Measure.of(estimate, "leakage")
 
     def measure(self, name: str, values: Tensor) -> Measure:

@@ -49,23 +49,8 @@ def test_nearest_is_the_nearest_representation(batch_size: int) -> None:
     keys = (public.float() / 255).flatten(1) @ matrix
     expected = torch.cdist(observed.flatten(1).double(), keys.double()).argmin(1)
     assert len(torch.unique(expected)) > 3
-    found = nearest(observed, public, protect, batch_size=batch_size)
-    torch.testing.assert_close(found, public[expected].float() / 255)
-
-
-def test_views_search_several_draws_of_a_random_defence() -> None:
-    # Each draw shows one half of the face; the interception shows the second.
-    public = pictures(20).float() / 255
-    draws = []
-
-    def protect(faces: torch.Tensor) -> torch.Tensor:
-        draws.append(len(faces))
-        half = faces[..., :4] if len(draws) == 1 else faces[..., 4:]
-        return half
-
-    observed = public[[13, 2]][..., 4:]
-    assert torch.equal(nearest(observed, public, protect, views=2, batch_size=20), public[[13, 2]])
-    assert draws == [20, 20]
+    faces = nearest(observed, public, protect, batch_size=batch_size)
+    torch.testing.assert_close(faces, public[expected].float() / 255)
 
 
 def test_wrong_input_is_refused() -> None:
@@ -76,7 +61,3 @@ def test_wrong_input_is_refused() -> None:
         mean_face(public.long(), 2)
     with pytest.raises(DataError, match="public representations are"):
         nearest(torch.rand(2, 3, 4, 4), public, lambda faces: faces)
-    with pytest.raises(DataError, match="at least 1"):
-        nearest(torch.rand(2, 3, 8, 8), public, lambda faces: faces, views=0)
-    with pytest.raises(DataError, match="no interceptions"):
-        nearest(torch.rand(0, 3, 8, 8), public, lambda faces: faces)

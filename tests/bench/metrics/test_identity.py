@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from bench.data.faces import FaceSet
 from bench.errors import DataError
 from bench.metrics import identity
-from bench.metrics.identity import content_ids, identity_leakage, knn_distance, select_probes, split_gallery
+from bench.metrics.identity import content_ids, identity_leakage, knn_distance, select_probes
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -25,7 +25,6 @@ def test_leakage_follows_its_definitions(monkeypatch: pytest.MonkeyPatch) -> Non
     recovered = 3 * (originals + 2.5 * normal(20, 16, seed=2))  # any length: only directions count
     gallery = centres[people] + 0.6 * normal(4, 16, seed=3)
     leakage = identity_leakage(recovered, originals, labels, gallery, people, threshold=0.3)
-    assert leakage.gallery_size == 4
     for i in range(20):
         cosine = F.cosine_similarity(recovered[i], originals[i], dim=0)
         assert leakage.cosine[i] == pytest.approx(float(cosine), abs=1e-6)
@@ -35,9 +34,9 @@ def test_leakage_follows_its_definitions(monkeypatch: pytest.MonkeyPatch) -> Non
             assert leakage.rank1[i].isnan()
             continue
         to_gallery = F.cosine_similarity(recovered[i][None], gallery)
-        own = int((people == labels[i]).nonzero())
-        assert leakage.type2[i] == float(to_gallery[own] >= 0.3)
-        assert leakage.rank1[i] == float(int(to_gallery.argmax()) == own)
+        person = int((people == labels[i]).nonzero())
+        assert leakage.type2[i] == float(to_gallery[person] >= 0.3)
+        assert leakage.rank1[i] == float(int(to_gallery.argmax()) == person)
     measured = leakage.rank1[~leakage.rank1.isnan()]
     for values in (leakage.type1, leakage.type2[~leakage.type2.isnan()], measured):
         assert 0 < values.mean() < 1  # the sample exercises both outcomes
@@ -64,11 +63,11 @@ def test_rank_five_counts_who_is_nearer() -> None:
     angles = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.1])
     gallery = torch.stack((angles.cos(), angles.sin()), dim=1)
     recovered, person = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
-    found = [
+    ranks = [
         identity_leakage(recovered, recovered, person, gallery[:people], torch.arange(people), 0.5).rank5.item()
         for people in range(1, 7)
     ]
-    assert found == [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+    assert ranks == [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
 
 
 def test_ties_share_the_places_that_are_left() -> None:
@@ -100,55 +99,20 @@ def test_knn_distance_is_to_the_nearest_other_image_of_the_person(monkeypatch: p
     assert (distance[:3] > (unit - others[attacked]).norm(dim=1)[:3]).all()
 
 
-def test_knn_distance_refuses_wrong_input() -> None:
-    plain, labels = normal(4, 8), torch.tensor([0, 0, 1, 1])
-    attacked, content = torch.tensor([0, 2]), torch.arange(4)
-    with pytest.raises(DataError, match="attacked"):
-        knn_distance(plain[:3], attacked, plain, labels, content)
-    with pytest.raises(DataError, match=r"plain must be \(M, 8\)"):
-        knn_distance(plain[:2], attacked, plain, labels, content[:3])
-    with pytest.raises(DataError, match="NaN"):
-        knn_distance(plain[:2] * torch.nan, attacked, plain, labels, content)
-
-
 def test_wrong_input_is_refused() -> None:
     embeddings, people = normal(4, 8), torch.arange(4)
-    with pytest.raises(DataError, match="one image per person"):
-        identity_leakage(embeddings, embeddings, people, embeddings, torch.tensor([0, 1, 2, 2]), 0.5)
-    with pytest.raises(DataError, match="gallery is empty"):
-        identity_leakage(embeddings, embeddings, people, embeddings[:0], people[:0], 0.5)
-    with pytest.raises(DataError, match="must be \\(N, D\\)"):
-        identity_leakage(embeddings, embeddings[:3], people, embeddings, people, 0.5)
-    with pytest.raises(DataError, match="must be \\(K, 8\\)"):
-        identity_leakage(embeddings, embeddings, people, embeddings[:, :3], people, 0.5)
-    with pytest.raises(DataError, match="NaN"):
-        identity_leakage(embeddings * torch.nan, embeddings, people, embeddings, people, 0.5)
-
-
-def test_gallery_holds_one_other_image_of_everyone_who_has_two() -> None:
-    labels = torch.tensor([4, 9, 4, 4, 7, 9, 2, 2, 2])
-    split = split_gallery(labels, torch.Generator().manual_seed(0))
-    assert sorted(labels[split.gallery].tolist()) == [2, 4, 9]
-    assert sorted(torch.cat((split.gallery, split.attacked)).tolist()) == list(range(9))
-    assert 4 in split.attacked  # the only image of 7
-
-
-def test_the_gallery_image_is_a_uniform_draw() -> None:
-    labels = torch.tensor([0, 0, 0])
-    drawn = [int(split_gallery(labels, torch.Generator().manual_seed(seed)).gallery) for seed in range(300)]
-    assert all(70 <= drawn.count(image) <= 130 for image in range(3))
-
-
-def test_copies_of_the_gallery_image_are_no_probes() -> None:
-    labels = torch.tensor([0, 0, 0, 1, 1])
-    content = torch.tensor([5, 5, 6, 8, 8])  # 1 has one image, twice
-    for seed in range(10):
-        split = split_gallery(labels, torch.Generator().manual_seed(seed), content=content)
-        assert labels[split.gallery].tolist() == [0]
-        assert not set(content[split.gallery].tolist()) & set(content[split.attacked].tolist())
-        assert {3, 4} <= set(split.attacked.tolist())
-    with pytest.raises(DataError, match="share one shape"):
-        split_gallery(labels, torch.Generator(), content=content[:2])
+    for change, message in (
+        ({"gallery_identities": torch.tensor([0, 1, 2, 2])}, "one image per person"),
+        ({"gallery": embeddings[:0], "gallery_identities": people[:0]}, "gallery is empty"),
+        ({"originals": embeddings[:3]}, r"the originals must be \(N, D\)"),
+        ({"gallery": embeddings[:, :3]}, r"the gallery must be \(N, D\)"),
+        ({"recovered": embeddings * torch.nan}, "NaN"),
+    ):
+        given = {"recovered": embeddings, "originals": embeddings, "gallery": embeddings, "identities": people}
+        with pytest.raises(DataError, match=message):
+            identity_leakage(**{**given, "gallery_identities": people, "threshold": 0.5, **change})
+    with pytest.raises(DataError, match=r"the plain faces must be \(N, D\)"):
+        knn_distance(embeddings[:2, :5], people[:2], embeddings, people, people)
 
 
 def test_content_ids_tell_images_apart() -> None:
@@ -201,10 +165,20 @@ def test_people_with_one_image_are_left_out():
 
 
 def test_a_copy_of_the_gallery_image_is_no_probe():
-    victims = faces([2, 2])
+    victims = faces([2, 3])
     victims.images[1] = victims.images[0]
-    chosen = draw(victims, 10)
-    assert 0 not in victims.labels[chosen.attacked]
+    victims.images[3] = victims.images[2]
+    for seed in range(10):
+        chosen = draw(victims, 10, seed)
+        assert set(victims.labels[chosen.attacked].tolist()) == {1} == set(victims.labels[chosen.gallery].tolist())
+        pictures = victims.images.flatten(1)
+        assert not (pictures[chosen.attacked] == pictures[chosen.gallery]).all(1).any()
+
+
+def test_the_gallery_image_is_a_uniform_draw():
+    victims = faces([3])
+    drawn = [int(draw(victims, 1, seed).gallery) for seed in range(300)]
+    assert all(70 <= drawn.count(image) <= 130 for image in range(3))
 
 
 def test_nobody_with_two_images():

@@ -11,7 +11,7 @@ from skimage.measure import block_reduce
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from bench.errors import DataError
-from bench.metrics.image_quality import PSNR_CAP, ms_ssim, ms_ssim_scales, psnr, psnr_aligned, ssim
+from bench.metrics.image_quality import PSNR_CAP, ms_ssim, psnr, psnr_aligned, ssim
 
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -104,15 +104,10 @@ def test_constant_recoveries_score_alike_after_alignment() -> None:
     torch.testing.assert_close(psnr_aligned(grey, original), expected)
 
 
-def test_aligned_psnr_never_falls_below_psnr() -> None:
-    recovered, original = pairs(32)
-    assert (psnr_aligned(recovered, original) >= psnr(recovered, original) - 1e-4).all()
-
-
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
-@pytest.mark.parametrize(("size", "scales"), [(11, 1), (64, 3), (112, 4), (181, 5)])
+@pytest.mark.parametrize(("size", "scales"), [(11, 1), (21, 1), (22, 2), (64, 3), (112, 4), (181, 5)])
 def test_ms_ssim_equals_its_definition_at_as_many_scales_as_fit(size: int, scales: int) -> None:
     recovered, original = pairs(size)
     expected = [reference_ms_ssim(r, o, WEIGHTS[:scales]) for r, o in zip(recovered, original, strict=True)]
@@ -120,34 +115,17 @@ def test_ms_ssim_equals_its_definition_at_as_many_scales_as_fit(size: int, scale
     np.testing.assert_allclose(ms_ssim(recovered, original).numpy(), expected, atol=1e-4)
 
 
-def test_scales_follow_the_window() -> None:
-    assert [ms_ssim_scales(size) for size in (11, 21, 22, 43, 44, 87, 88, 175, 176, 1000)] == [
-        1, 1, 2, 2, 3, 3, 4, 4, 5, 5,
-    ]  # fmt: skip
-    with pytest.raises(DataError, match="at least 11"):
-        ms_ssim_scales(10)
-
-
-def test_half_precision_is_computed_in_single() -> None:
+@pytest.mark.parametrize("metric", [ssim, psnr, psnr_aligned, ms_ssim])
+def test_every_metric_takes_float_pairs_of_one_shape(metric: Metric) -> None:
     recovered, original = (t.to(torch.float16) for t in pairs(32))
-    for metric in (ssim, psnr, psnr_aligned, ms_ssim):
-        value = metric(recovered, original)
-        assert value.dtype == torch.float32
-        torch.testing.assert_close(value, metric(recovered.float(), original.float()))
-
-
-@pytest.mark.parametrize("metric", [ssim, psnr, psnr_aligned, ms_ssim])
-def test_no_faces_give_no_values(metric: Metric) -> None:
-    assert metric(torch.rand(0, 3, 16, 16), torch.rand(0, 3, 16, 16)).shape == (0,)
-
-
-@pytest.mark.parametrize("metric", [ssim, psnr, psnr_aligned, ms_ssim])
-def test_wrong_input_is_refused(metric: Metric) -> None:
-    faces = torch.rand(2, 3, 16, 16)
+    value = metric(recovered, original)
+    assert value.dtype == torch.float32  # half precision is computed in single
+    torch.testing.assert_close(value, metric(recovered.float(), original.float()))
+    assert metric(recovered[:0], original[:0]).shape == (0,)
     with pytest.raises(DataError, match="share one shape"):
-        metric(faces, torch.rand(2, 3, 16, 17))
+        metric(recovered, original[..., 1:])
     with pytest.raises(DataError, match="float"):
-        metric(faces, (faces * 255).to(torch.uint8))
+        metric(recovered, (original * 255).to(torch.uint8))
 
 
 @pytest.mark.parametrize("metric", [ssim, ms_ssim])

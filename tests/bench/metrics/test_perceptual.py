@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 from bench.errors import DataError, MissingError
-from bench.metrics.perceptual import ALEXNET_FILE, MIN_SIZE, Lpips, find_alexnet, load_lpips
+from bench.metrics.perceptual import ALEXNET_FILE, MIN_SIZE, Lpips, find_alexnet
 
 
 def digest(path: Path) -> str:
@@ -32,7 +32,7 @@ def trunk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def metric(trunk: Path) -> Lpips:
-    return load_lpips(trunk, expected_sha256=digest(trunk)[:8])
+    return Lpips(trunk, expected_sha256=digest(trunk)[:8])
 
 
 @pytest.fixture
@@ -64,7 +64,6 @@ def test_equals_the_package_called_directly(metric: Lpips, trunk: Path, size: in
     torch.testing.assert_close(value, expected.detach())
     assert (value > 1e-3).all()
     torch.testing.assert_close(metric(original, original), torch.zeros(5))
-    assert metric.sha256 == digest(trunk)
 
 
 def test_the_learned_heads_are_the_packages_own(metric: Lpips) -> None:
@@ -79,66 +78,50 @@ def test_loading_leaves_the_global_generator_alone(trunk: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    load_lpips(trunk, expected_sha256=digest(trunk))
+    Lpips(trunk, expected_sha256=digest(trunk))
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_the_environment_names_the_file_and_the_argument_wins(
+def test_the_environment_names_the_file_else_it_is_in_the_hub_cache(
     trunk: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = empty_cache.parent.parent / "other.pth"
-    other.write_bytes(b"x")
-    monkeypatch.setenv("BENCH_LPIPS_WEIGHTS", str(other))
-    assert find_alexnet() == other
-    assert find_alexnet(trunk) == trunk
-
-
-def test_the_hub_cache_is_the_fallback(empty_cache: Path) -> None:
     empty_cache.parent.mkdir(parents=True)
     empty_cache.write_bytes(b"x")
     assert find_alexnet() == empty_cache
+    monkeypatch.setenv("BENCH_LPIPS_WEIGHTS", str(trunk))
+    assert find_alexnet() == trunk
 
 
 def test_absent_weights_say_how_to_get_them(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MissingError, match="no AlexNet weights in the torch hub cache; download https://") as caught:
-        load_lpips()
+        find_alexnet()
     assert str(empty_cache) in str(caught.value)
     assert "BENCH_LPIPS_WEIGHTS" in str(caught.value)
     monkeypatch.setenv("BENCH_LPIPS_WEIGHTS", "/nowhere/alexnet.pth")
     with pytest.raises(MissingError, match=r"/nowhere/alexnet\.pth does not exist"):
-        load_lpips()
+        find_alexnet()
 
 
 def test_another_file_is_refused_by_its_hash(trunk: Path) -> None:
     with pytest.raises(MissingError, match="not torchvision's AlexNet"):
-        load_lpips(trunk)
+        Lpips(trunk)
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (b"not a checkpoint", "no PyTorch state dict"),
-        ({"features.0.weight": torch.zeros(64, 3, 11, 11)}, "no features"),
-        ([1, 2], "no features"),
-    ],
-)
-def test_files_that_are_no_alexnet_are_refused(tmp_path: Path, content: object, complaint: str) -> None:
-    path = tmp_path / "wrong.pth"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
+@pytest.mark.parametrize("content", ["bytes", "list", "part", "narrow"])
+def test_files_that_are_no_alexnet_are_refused(trunk: Path, tmp_path: Path, content: str) -> None:
+    path, state = tmp_path / "wrong.pth", torch.load(trunk, weights_only=True)
+    first, third = state["features.0.weight"], state["features.3.weight"]
+    states = {
+        "list": [1, 2],
+        "part": {"features.0.weight": first},
+        "narrow": state | {"features.3.weight": third[:, :1]},
+    }
+    if content == "bytes":
+        path.write_bytes(b"not a checkpoint")
     else:
-        torch.save(content, path)
-    with pytest.raises(MissingError, match=complaint):
-        load_lpips(path, expected_sha256=digest(path))
-
-
-def test_an_alexnet_of_other_shapes_is_refused(trunk: Path, tmp_path: Path) -> None:
-    state = torch.load(trunk, weights_only=True)
-    state["features.3.weight"] = state["features.3.weight"][:, :1]
-    path = tmp_path / "narrow.pth"
-    torch.save(state, path)
-    with pytest.raises(MissingError, match="other shapes"):
-        load_lpips(path, expected_sha256=digest(path))
+        torch.save(states[content], path)
+    with pytest.raises(MissingError, match=r"wrong\.pth holds no AlexNet state dict"):
+        Lpips(path, expected_sha256=digest(path))
 
 
 def test_wrong_faces_are_refused(metric: Lpips) -> None:

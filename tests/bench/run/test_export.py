@@ -15,7 +15,7 @@ from torch import nn
 from bench import cli, plugins
 from bench.errors import BenchError, DataError, MissingError, UsageError
 from bench.images import to_float
-from bench.metrics.evaluator import OnnxEvaluator, RecogniserEvaluator
+from bench.metrics.evaluator import Evaluator
 from bench.nets.recogniser import build_recogniser
 from bench.recognition.state import save_recogniser
 from bench.run import export
@@ -76,9 +76,9 @@ def test_a_recogniser_of_plain_faces_can_judge(make_run, tmp_path):
     assert written.evaluator
     assert written.inputs == {"input": ("batch", 3, SIZE, SIZE)}
     assert written.difference <= 1e-4
-    evaluator = OnnxEvaluator(tmp_path / "r.onnx")
+    evaluator = Evaluator.from_onnx(tmp_path / "r.onnx")
     assert evaluator.input_size == (SIZE, SIZE)
-    ours = RecogniserEvaluator(make_run.recogniser, "torch", (SIZE, SIZE))
+    ours = Evaluator(make_run.recogniser, "torch", (SIZE, SIZE))
     faces = to_float(make_run.faces.images)
     found, expected = evaluator.embed(faces), ours.embed(faces)
     assert (found - expected).abs().max() <= 1e-4

@@ -97,7 +97,7 @@ def test_figures_are_those_of_the_metrics(pairs: PairProtocol) -> None:
         assert part.accuracy.value == lfw_accuracy(values, pairs.same, pairs.fold).mean
         assert part.pairs == len(pairs)
     for name, measure in result.d_sys.items():
-        assert measure.value == unlinkability(scores[name], pairs.same).d_sys
+        assert measure.value == unlinkability(scores[name], pairs.same)
     similarity = embeddings(1.0, 1)[PROBES.attacked] @ embeddings(0.8, 3)[PROBES.gallery].T
     hits = (similarity.argmax(dim=1) == torch.arange(PEOPLE)).float().mean()
     assert result.rank1.value == pytest.approx(float(hits))

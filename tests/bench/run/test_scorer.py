@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from bench import plugins
 from bench.data.faces import FaceSet, PairProtocol
@@ -17,13 +18,10 @@ from defenses.layout import probe
 SIZE = 16
 
 
-class Colours(Evaluator):
+class Colours(nn.Module):
     """A face's embedding is its mean colour, about mid-grey."""
 
-    name = "colours"
-    input_size = (SIZE, SIZE)
-
-    def _forward(self, faces):
+    def forward(self, faces):
         return faces.mean(dim=(2, 3)) - 0.5 + torch.tensor([1e-3, 0.0, 0.0])
 
 
@@ -42,7 +40,7 @@ def victims():
 def judge(victims):
     first, second = torch.arange(24), torch.arange(24).roll(-1)
     same = victims.labels[first] == victims.labels[second]
-    evaluator = Colours()
+    evaluator = Evaluator(Colours(), "colours", (SIZE, SIZE))
     return Scorer(
         victims,
         PairProtocol(first, second, same, torch.arange(24) % 2),
@@ -71,7 +69,7 @@ def noisy(judge, victims):
 
 
 def test_the_distance_is_to_another_image_of_the_person(perfect, victims):
-    embeddings = F.normalize(Colours().embed(victims.images), dim=1).view(8, 3, 3)
+    embeddings = F.normalize(Colours()(to_float(victims.images)), dim=1).view(8, 3, 3)
     expected = torch.cdist(embeddings[:, :1], embeddings[:, 1:]).amin(dim=(1, 2))
     torch.testing.assert_close(perfect.values["knn_distance"], expected, atol=1e-3, rtol=0)
     measure = perfect.quality.identity.knn_distance
