@@ -57,7 +57,7 @@ def verify(path: Dataset, as_json: AsJson = False) -> None:
                 f"[{colour}]{finding.severity}[/] {escape(finding.where)}: {escape(finding.reason)}", soft_wrap=True
             )
         out.print(f"{checked.images:,} images checked, {len(checked.findings):,} findings")
-    if any(finding.severity == "damaged" for finding in checked.findings):
+    if not checked.ok:
         raise typer.Exit(BenchError.exit_code)
 
 

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from bench.errors import DataError
+from bench.errors import DataError, MissingError
 from bench.progress import Report, no_report
 
 A = TypeVar("A")
@@ -61,12 +61,7 @@ class ImageError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one encoded image may cost.
-
-    Attributes:
-        max_bytes: size of the encoded image.
-        max_pixels: width times height that its header claims.
-    """
+    """What one encoded image may cost: its size, and the width times height that its header claims."""
 
     max_bytes: int = 64 * 2**20
     max_pixels: int = 50_000_000
@@ -81,6 +76,22 @@ Encoded = Tensor | ImageError
 def shown(text: object) -> str:
     """``text`` for a one-line message: line breaks, control characters and lone surrogates escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Say in the suite's own errors what the system says of a file that is read.
+
+    Raises:
+        MissingError: there is no such file.
+        DataError: it cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingError(f"{shown(path)} does not exist") from error
+    except OSError as error:
+        raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
 
 
 def read_image_file(path: Path, limits: Limits = DEFAULT_LIMITS) -> bytes:
@@ -145,13 +156,11 @@ def _pixels(data: bytes, image_size: int | None, crop: float, limits: Limits) ->
         ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies upright images, too
         image = _to_rgb(image)
         if image_size is not None:
-            width, height = image.size
-            side = max(1.0, crop * min(width, height))
-            if (width, height) != (image_size, image_size) or side != image_size:
-                left, top = (width - side) / 2, (height - side) / 2
-                image = image.resize(
-                    (image_size, image_size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
-                )
+            side = max(1.0, crop * min(image.size))
+            if image.size != (image_size, image_size) or side != image_size:
+                left, top = ((length - side) / 2 for length in image.size)
+                box = (left, top, left + side, top + side)
+                image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
         return np.asarray(image)
     except Exception as error:  # as in open_image: a damaged body surfaces as any of a dozen exception types
         raise ImageError(f"cannot be decoded: {shown(error)}") from error
@@ -160,16 +169,10 @@ def _pixels(data: bytes, image_size: int | None, crop: float, limits: Limits) ->
 def decode_image(
     data: bytes, image_size: int | None = None, *, crop: float = 1.0, limits: Limits = DEFAULT_LIMITS
 ) -> Tensor:
-    """One image.
+    """One image as uint8 (3, H, W), RGB in [0, 255].
 
-    Args:
-        data: the encoded image.
-        image_size: side of the square to crop and resize to, in pixels; None keeps the image as it is.
-        crop: side of the central square that is kept, as a share of the shorter side.
-        limits: what the image may cost.
-
-    Returns:
-        uint8 (3, H, W), RGB in [0, 255].
+    With an ``image_size``, in pixels, its central square is resized to that; ``crop`` is the side of the square as a
+    share of the shorter side. Without one the image is kept as it is.
 
     Raises:
         ImageError: damaged, unknown format, or beyond the limits.
@@ -247,18 +250,14 @@ def is_plain_jpeg(data: memoryview | bytes, size: int) -> bool:
 def decode_batch(
     encoded: Sequence[Encoded], size: int, limits: Limits = DEFAULT_LIMITS, *, crop: float = 1.0, exact: bool = False
 ) -> tuple[Tensor, dict[int, str]]:
-    """Decode images on the calling thread; the interpreter lock is free during most of it.
+    """Decode N images on the calling thread; the interpreter lock is free during most of it.
 
-    Args:
-        encoded: N images.
-        size: S, in pixels; images of another size are cropped and resized as :func:`decode_image` does.
-        limits: what one image may cost.
-        crop: side of the central square that is kept, as a share of the shorter side.
-        exact: whether every image goes the long way. Two builds of libjpeg may round differently: pixels that are
-            compared with those of a set in memory must come from the same one.
+    Images of another size than ``size``, in pixels, are cropped and resized as :func:`decode_image` does. With
+    ``exact`` every image goes the long way: two builds of libjpeg may round differently, and pixels that are compared
+    with those of a set in memory must come from the same one.
 
     Returns:
-        uint8 (N, 3, S, S), and why images could not be decoded, by their number; those are left black.
+        uint8 (N, 3, size, size), and why images could not be decoded, by their number; those are left black.
     """
     images = torch.empty(len(encoded), 3, size, size, dtype=torch.uint8)
     target, failed = images.numpy(), {}
@@ -288,18 +287,12 @@ def decode_all(
     limits: Limits = DEFAULT_LIMITS,
     report: Report = no_report,
 ) -> tuple[Tensor, dict[int, str]]:
-    """Decode a set into one tensor, on as many threads as there are cores.
+    """Decode the images ``rows``, int64 (N,), into one tensor, on as many threads as there are cores.
 
-    Args:
-        rows: int64 (N,), its images.
-        read: gives some of them, encoded.
-        size: S, in pixels.
-        crop: see :func:`decode_image`.
-        limits: what one image may cost.
-        report: progress.
+    ``read`` gives some of them, encoded; the rest is as for :func:`decode_image`.
 
     Returns:
-        uint8 (M, 3, S, S), those that could be decoded, in order; and why the others could not, by their place in
+        uint8 (M, 3, size, size), those that could be decoded, in order; and why the others could not, by their place in
         ``rows``.
 
     Raises:

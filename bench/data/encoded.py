@@ -28,11 +28,8 @@ OnError = Literal["refuse", "skip"]
 class Batch(NamedTuple):
     """A batch as it was read.
 
-    Attributes:
-        images: uint8 (N, 3, S, S), RGB in [0, 255].
-        labels: int64 (N,), in 0..K-1.
-        rows: int64 (N,), which images of the source these are, in the order asked for.
-        skipped: images that were asked for and could not be decoded; empty unless the source skips them.
+    ``images`` are uint8 (N, 3, S, S), RGB in [0, 255]; ``labels`` int64 (N,) in 0..K-1; ``rows`` int64 (N,), which
+    images of the source these are, in the order asked for. ``skipped`` were asked for and could not be decoded.
     """
 
     images: Tensor
@@ -46,17 +43,10 @@ class EncodedSource(ABC):
 
     Reading is safe from any thread and after a fork. An image that cannot be decoded is refused; see :meth:`reading`.
 
-    Args:
-        path: what was opened.
-        image_size: S, in pixels.
-        labels: int32 (N,), in 0..K-1.
-        names: of the K identities.
-        crop: side of the central square of each image that is kept, as a share of its shorter side.
-        ignored: what lies among the images and is none.
-
-    Attributes:
-        pairs: verification pairs over its rows; None where it has none.
-        pairs_file: where they are from.
+    ``image_size`` is S, in pixels; ``labels`` int32 (N,) in 0..K-1, with a name for each of the K identities; ``crop``
+    the side of the central square of each image that is kept, as a share of its shorter side; ``ignored`` what lies
+    among the images and is none. ``pairs`` are verification pairs over the rows, where there are any, from
+    ``pairs_file``.
     """
 
     pairs: PairProtocol | None = None
@@ -91,12 +81,9 @@ class EncodedSource(ABC):
         return str(self._names[label])
 
     def reading(self, on_error: OnError, *, exact: bool = False) -> Self:
-        """This source, read in another way.
+        """This source, where images that cannot be decoded are refused or skipped.
 
-        Args:
-            on_error: what becomes of an image that cannot be decoded.
-            exact: whether images are decoded bit for bit as sets in memory are, which is slower: to be compared with
-                them.
+        With ``exact`` images are decoded bit for bit as sets in memory are, which is slower: to be compared with them.
         """
         other = copy.copy(self)
         other.on_error, other.exact = on_error, exact
@@ -137,9 +124,9 @@ class EncodedSource(ABC):
         """
         images, failed = decode_batch(self.encoded(rows), self.image_size, crop=self.crop, exact=self.exact)
         skipped = self.skip(rows, failed)
-        kept = np.array([i for i in range(len(rows)) if i not in failed], dtype=np.int64) if failed else slice(None)
-        labels, found = self.labels[rows][kept].astype(np.int64), rows[kept]
-        return Batch(images[kept], torch.from_numpy(labels), torch.from_numpy(found), skipped)
+        kept = np.delete(np.arange(len(rows)), list(failed)) if failed else slice(None)
+        labels = torch.from_numpy(self.labels[rows][kept].astype(np.int64))
+        return Batch(images[kept], labels, torch.from_numpy(rows[kept]), skipped)
 
     def skip(self, rows: NDArray[np.int64], failed: dict[int, str]) -> tuple[Skipped, ...]:
         """List what could not be decoded, by its place in ``rows``.
@@ -158,13 +145,8 @@ class EncodedSource(ABC):
 class IdentityView(Faces):
     """Some identities of a source, relabelled 0..K-1 in the order given.
 
-    Attributes:
-        source: the whole.
-        chosen: int64 (K,), labels of the source.
-        rows: int64 (N,), the images of these identities, as the source counts them, ascending.
-        labels: int32 (N,), their labels here.
-        contents: what tells the N images apart; None where nobody looked (or where it is not needed any more).
-        skipped: images that were left out.
+    ``chosen`` int64 (K,) are labels of the source; ``rows`` int64 (N,), ascending, the images of these identities, and
+    ``labels`` int32 (N,) their labels here; ``contents`` tells the images apart, where somebody looked.
     """
 
     source: EncodedSource
@@ -182,25 +164,20 @@ class IdentityView(Faces):
 
     @property
     def path(self) -> Path:
-        """Of the source."""
         return self.source.path
 
     @property
     def image_size(self) -> int:
-        """Of the source."""
         return self.source.image_size
 
     @property
     def identities(self) -> int:
-        """K, how many people there are here."""
         return len(self.chosen)
 
     def name(self, label: int) -> str:
-        """What the source calls the identity."""
         return self.source.name(int(self.chosen[label]))
 
     def where(self, row: int) -> str:
-        """What the source calls the image."""
         return self.source.where(int(self.rows[row]))
 
     def read(self, rows: NDArray[np.int64]) -> Batch:
@@ -211,11 +188,6 @@ class IdentityView(Faces):
         return Batch(read.images, labels, torch.from_numpy(back), read.skipped)
 
     def of_identities(self, identities: Tensor) -> Self:
-        """All images of the given label values (K,), relabelled 0..K-1 in the order given.
-
-        Raises:
-            ValueError: an identity that is not here, or one twice.
-        """
         wanted = identities.numpy()
         if len(np.unique(wanted)) < len(wanted):
             raise ValueError("an identity is chosen twice")
@@ -228,7 +200,6 @@ class IdentityView(Faces):
         return type(self)(self.source, self.chosen[wanted], self.rows[kept], labels[kept])
 
     def where_true(self, kept: NDArray[np.bool_]) -> Self:
-        """The images at ``kept`` (N,), labels and identities unchanged: some may have no image left."""
         contents = None if self.contents is None else self.contents.where_true(kept)
         return replace(self, rows=self.rows[kept], labels=self.labels[kept], contents=contents)
 
@@ -238,19 +209,9 @@ class IdentityView(Faces):
         return self.contents
 
     def copies(self) -> NDArray[np.int64]:
-        """int64 (L, 2): every image that equals another one pixel for pixel and is not blank, behind the first such.
-
-        Raises:
-            ValueError: nobody looked.
-        """
         return self._scanned().copies()
 
     def among(self, images: Tensor) -> NDArray[np.bool_]:
-        """bool (N,): whether each image equals one of ``images`` pixel for pixel.
-
-        Raises:
-            ValueError: nobody looked.
-        """
         return np.isin(self._scanned().digests, Contents.of(images).digests)
 
     def decode(self, report: Report = no_report) -> tuple[Tensor, dict[int, str]]:
@@ -280,11 +241,8 @@ RecordSource = EncodedSource | IdentityView
 class OpenedSet:
     """A data set as its reader opens it: nothing is decoded yet.
 
-    Attributes:
-        faces: the identities to learn from.
-        victims: the people of its verification set, nobody of whom is among ``faces``; None where it has none.
-        pairs: that set's protocol over the rows of ``victims``.
-        details: what a result says of the dataset.
+    ``faces`` are to learn from; ``victims``, the people of a verification set, are not among them; ``pairs`` is its
+    protocol over the rows of ``victims``; ``details`` are what a result says of the dataset.
     """
 
     faces: IdentityView
@@ -304,9 +262,7 @@ class OpenedSet:
         before = 0 if self.victims is None else len(self.victims)
         total = before + (0 if stream else len(self.faces))
         victims, pairs = self._verification(lambda done, _: report(done, total))
-        if stream:
-            return Source(name, self.faces, victims, pairs, details=self.details)
-        faces = self._people(lambda done, _: report(before + done, total))
+        faces = self.faces if stream else self._people(lambda done, _: report(before + done, total))
         return Source(name, faces, victims, pairs, details=self.details)
 
     def _people(self, report: Report) -> FaceSet:
@@ -317,7 +273,7 @@ class OpenedSet:
             raise DataError(
                 f"none of the {len(view)} images in {path} can be used; the first is {first.where}: {first.reason}"
             )
-        present, labels, counts = np.unique(faces.labels.numpy(), return_inverse=True, return_counts=True)
+        present, counts = np.unique(faces.labels.numpy(), return_counts=True)
         if self.victims is None and counts.max() < 2:
             raise DataError(
                 f"nobody in {path} has two usable images ({len(faces.skipped)} images skipped): without a second image "
@@ -328,8 +284,7 @@ class OpenedSet:
                 f"{path} leaves {len(faces)} usable images of {len(present)} identities ({len(faces.skipped)} images "
                 "skipped), at least 2 identities are needed to learn from"
             )
-        names = tuple(faces.names[label] for label in present.tolist())
-        return FaceSet(faces.images, torch.from_numpy(labels), names, faces.skipped)
+        return replace(faces.of_identities(torch.from_numpy(present)), skipped=faces.skipped)
 
     def _verification(self, report: Report) -> tuple[FaceSet | None, PairProtocol | None]:
         if self.victims is None or self.pairs is None:

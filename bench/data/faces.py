@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from bench.images import to_float
@@ -54,7 +56,6 @@ class Contents:
         return cls(np.frombuffer(sums, dtype=np.uint64), np.array([row.std() < BLANK for row in rows], dtype=bool))
 
     def where_true(self, kept: NDArray[np.bool_]) -> Contents:
-        """Of the images at ``kept`` (N,)."""
         return Contents(self.digests[kept], self.blank[kept])
 
     def copies(self) -> NDArray[np.int64]:
@@ -65,6 +66,13 @@ class Contents:
         new[1:] = self.digests[order[1:]] != self.digests[order[:-1]]
         first = order[new][np.cumsum(new) - 1]
         return np.stack((first, order), axis=1)[~new]
+
+
+def components(first: NDArray[np.integer], second: NDArray[np.integer], count: int) -> NDArray[np.int64]:
+    """int64 (count,): the group of each of 0..count-1, where ``first[i]`` and ``second[i]`` are in one, by number."""
+    links = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(count, count))
+    groups: NDArray[np.int64] = connected_components(links, directed=False)[1].astype(np.int64)
+    return groups
 
 
 def _rows(images: Tensor) -> NDArray[np.uint8]:
@@ -82,9 +90,7 @@ def _probes(images: Tensor) -> NDArray[np.void]:
 class Faces(ABC):
     """Faces with identity labels, in memory (:class:`FaceSet`) or on disk (:class:`bench.data.encoded.IdentityView`).
 
-    Attributes:
-        labels: integers (N,), in 0..K-1.
-        skipped: images that were left out.
+    ``labels`` are integers (N,) in 0..K-1; ``skipped`` lists images that were left out.
     """
 
     __slots__ = ()
@@ -128,14 +134,10 @@ class Faces(ABC):
 
 @dataclass(frozen=True, slots=True)
 class FaceSet(Faces):
-    """Faces in memory.
+    """Faces in memory: ``images`` uint8 (N, 3, H, W), RGB in [0, 255]; ``labels`` int64 (N,), indices into ``names``.
 
-    Attributes:
-        images: uint8 (N, 3, H, W), RGB in [0, 255].
-        labels: int64 (N,), indices into ``names``.
-        names: one name per identity; globally unique within a dataset, so that two sets are
-            identity-disjoint exactly when their used names are.
-        skipped: images that the loader left out.
+    There is one name per identity, globally unique within a dataset: two sets are identity-disjoint exactly when their
+    used names are.
     """
 
     images: Tensor
@@ -153,7 +155,6 @@ class FaceSet(Faces):
 
     @property
     def identities(self) -> int:
-        """K, as many as there are names."""
         return len(self.names)
 
     @property
@@ -162,11 +163,9 @@ class FaceSet(Faces):
         return int(self.images.shape[-1])
 
     def name(self, label: int) -> str:
-        """What the identity ``label`` is called."""
         return self.names[label]
 
     def where_true(self, kept: NDArray[np.bool_]) -> Self:
-        """The faces at ``kept`` (N,), and what was skipped; identities are unchanged, some may have no face left."""
         mask = torch.from_numpy(kept)
         return replace(self, images=self.images[mask], labels=self.labels[mask])
 
@@ -175,7 +174,6 @@ class FaceSet(Faces):
         return replace(self, images=self.images[index], labels=self.labels[index], skipped=())
 
     def of_identities(self, identities: Tensor) -> Self:
-        """All faces of the given label values, relabelled 0..K-1 in the order given."""
         lookup = torch.full((len(self.names),), -1, dtype=torch.int64)
         lookup[identities] = torch.arange(len(identities))
         labels = lookup[self.labels]
@@ -183,18 +181,16 @@ class FaceSet(Faces):
         return type(self)(self.images[keep], labels[keep], tuple(self.names[i] for i in identities.tolist()))
 
     def copies(self) -> NDArray[np.int64]:
-        """int64 (L, 2): every image that equals another one pixel for pixel and is not blank, behind the first such."""
         _, number, counts = np.unique(_probes(self.images), return_inverse=True, return_counts=True)
         alike = np.flatnonzero(counts[number] > 1)
         return alike[Contents.of(self.images[torch.from_numpy(alike)]).copies()]
 
     def among(self, images: Tensor) -> NDArray[np.bool_]:
-        """bool (N,): whether each image equals one of ``images`` pixel for pixel."""
         mine, theirs = _probes(self.images), _probes(images)
-        found = np.isin(mine, theirs)
+        alike = np.isin(mine, theirs)
         wanted = Contents.of(images[torch.from_numpy(np.isin(theirs, mine))]).digests
-        found[found] = np.isin(Contents.of(self.images[torch.from_numpy(found)]).digests, wanted)
-        return found
+        alike[alike] = np.isin(Contents.of(self.images[torch.from_numpy(alike)]).digests, wanted)
+        return alike
 
     def to(self, device: torch.device | str) -> FaceSet:
         """The set with its images on ``device`` (labels stay on the CPU, where indexing happens)."""
@@ -208,12 +204,9 @@ class FaceSet(Faces):
 
 @dataclass(frozen=True, slots=True)
 class PairProtocol:
-    """Verification pairs: ``first[i]`` against ``second[i]``, of one person where ``same[i]``.
+    """Verification pairs: ``first[i]`` against ``second[i]``, indices into a :class:`FaceSet`, int64 (P,).
 
-    Attributes:
-        first, second: int64 (P,), indices into a :class:`FaceSet`.
-        same: bool (P,).
-        fold: int64 (P,), the fold of each pair, 0..F-1.
+    ``same`` says where both are of one person, bool (P,); ``fold`` int64 (P,) counts 0..F-1.
     """
 
     first: Tensor
@@ -254,22 +247,14 @@ class Source:
 
     @property
     def in_memory(self) -> FaceSet:
-        """The faces, of a dataset that is not streamed.
-
-        Raises:
-            TypeError: they are on disk.
-        """
+        """The faces, of a dataset that is not streamed; a TypeError if they are on disk."""
         if not isinstance(self.faces, FaceSet):
             raise TypeError(f"the faces of {self.name} are on disk")
         return self.faces
 
     @property
     def on_disk(self) -> IdentityView:
-        """The faces, of a dataset that is streamed.
-
-        Raises:
-            TypeError: they are in memory.
-        """
+        """The faces, of a dataset that is streamed; a TypeError if they are in memory."""
         if isinstance(self.faces, FaceSet):
             raise TypeError(f"the faces of {self.name} are in memory")
         return self.faces

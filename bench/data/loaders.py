@@ -42,7 +42,7 @@ class Dataset:
 DATASETS: Registry[Dataset] = Registry("dataset")
 for _module in pkgutil.iter_modules([str(Path(__file__).parent / "sources")]):
     DATASETS.add(_module.name, target(f"bench.data.sources.{_module.name}:DATASET"))
-DATASETS.add("synthetic", target("bench.data.synthetic.dataset:DATASET"))
+DATASETS.add("synthetic", target("bench.data.synthetic:DATASET"))
 
 
 def parse_options(name: str, options: Mapping[str, Any], *, image_size: int, seed: int) -> BaseModel:
@@ -87,19 +87,11 @@ def load(
     stream: bool = False,
     report: Report = no_report,
 ) -> Source:
-    """Load a dataset by name.
+    """Load a dataset by name; it is not yet split.
 
-    Args:
-        name: one of :data:`DATASETS`.
-        data_root: where the data lie; not needed by ``synthetic`` and ``lfw``.
-        image_size: side of the faces in pixels, at least 8.
-        seed: the run's seed, for datasets that are drawn.
-        options: the dataset's options.
-        stream: whether the faces are left on disk, not yet scanned; victims of its own are in memory either way.
-        report: progress, called as ``report(done, total)`` in images.
-
-    Returns:
-        The dataset, not yet split.
+    ``data_root`` is not needed by ``synthetic`` and ``lfw``; ``image_size`` is in pixels; ``seed``, the run's, is for
+    datasets that are drawn. With ``stream`` the faces are left on disk, not yet scanned; victims of its own are in
+    memory either way. ``report(done, total)`` counts images.
 
     Raises:
         UsageError: unknown dataset or option, an impossible image size, or a dataset that cannot be streamed.

@@ -10,19 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.data.decode import shown
+from bench.data.decode import readable, shown
 from bench.data.faces import PairProtocol
-from bench.errors import DataError, MissingError
+from bench.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
 class NamedPair:
     """Two images by person and number, as an LFW list has them.
 
-    Attributes:
-        first, second: (name, number); numbers count from 1.
-        fold: 0-based.
-        line: where it stands in the file, 1-based.
+    Each is (name, number), counted from 1; ``fold`` counts from 0, the ``line`` of the file from 1.
     """
 
     first: tuple[str, int]
@@ -38,11 +35,9 @@ class NamedPair:
 
 @dataclass(frozen=True, slots=True)
 class PairList:
-    """An LFW-style list.
+    """An LFW-style list in the order of the file, per fold the genuine ``pairs``, then the impostor pairs.
 
-    Attributes:
-        pairs: in the order of the file: per fold the genuine pairs, then the impostor pairs.
-        folds: how many the file defines (1 for the View 1 lists).
+    ``folds`` is how many the file defines (1 for the View 1 lists).
     """
 
     pairs: tuple[NamedPair, ...]
@@ -85,11 +80,8 @@ def read_pairs(path: Path) -> PairList:
         DataError: a line that is no such thing, with its number.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise MissingError(f"{shown(path)} does not exist") from error
-    except OSError as error:
-        raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+        with readable(path):
+            lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"{shown(path)} is not UTF-8 text (byte {error.start})") from error
 
@@ -137,14 +129,8 @@ def draw_pairs(labels: Tensor, generator: torch.Generator, *, folds: int = 10, p
     fold. Each fold has as many impostor as genuine pairs, none twice. Genuine pairs are spread over the
     identities: everyone's first pair comes before anyone's second.
 
-    Args:
-        labels: int64 (N,), the identity of every image.
-        generator: source of the draws.
-        folds: as many as this where the identities allow: each fold needs two, one of them with two images.
-        per_fold: pairs of a fold, at most; half of them genuine.
-
-    Returns:
-        The pairs, by fold, genuine before impostor.
+    ``labels`` int64 (N,) are the identities of the images. There are ``folds`` folds where the identities allow (each
+    needs two, one of them with two images), of at most ``per_fold`` pairs; they come by fold, genuine before impostor.
 
     Raises:
         DataError: not even two folds can be filled.
@@ -161,24 +147,18 @@ def draw_pairs(labels: Tensor, generator: torch.Generator, *, folds: int = 10, p
             f"{len(members)} identities, {len(several)} of them with two images or more, are too few to draw "
             "verification pairs from: at least 4 are needed, 2 of them with two images or more"
         )
-    first, second, same, fold = [], [], [], []
+    ends, same, fold = [], [], []
     dealt = several + single
     for number in range(folds):
         people = [members[i] for i in dealt[number::folds]]
         genuine = _genuine(people, per_fold // 2, draws)
         impostor = _impostor(people, len(genuine), draws)
         genuine = genuine[: len(impostor)]
-        for pairs, flag in ((genuine, True), (impostor, False)):
-            first.append(pairs[:, 0])
-            second.append(pairs[:, 1])
-            same.append(np.full(len(pairs), flag))
-            fold.append(np.full(len(pairs), number))
-    return PairProtocol(
-        torch.from_numpy(np.concatenate(first)),
-        torch.from_numpy(np.concatenate(second)),
-        torch.from_numpy(np.concatenate(same)),
-        torch.from_numpy(np.concatenate(fold)),
-    )
+        ends += [genuine, impostor]
+        same.append(np.repeat([True, False], len(impostor)))
+        fold.append(np.full(2 * len(impostor), number))
+    first, second = torch.from_numpy(np.concatenate(ends).T.copy())
+    return PairProtocol(first, second, torch.from_numpy(np.concatenate(same)), torch.from_numpy(np.concatenate(fold)))
 
 
 def _genuine(people: list[NDArray[np.int64]], quota: int, draws: np.random.Generator) -> NDArray[np.int64]:
@@ -207,14 +187,11 @@ def _impostor(people: list[NDArray[np.int64]], quota: int, draws: np.random.Gene
         return np.stack([images[a[chosen]], images[b[chosen]]], axis=1)
     # Many: two people at random, an image of each, until there are enough different pairs.
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    found = np.empty(0, dtype=np.int64)
-    while len(found) < quota:
-        one = draws.integers(len(people), size=2 * quota)
-        two = (one + draws.integers(1, len(people), size=2 * quota)) % len(people)
-        a = starts[one] + draws.integers(counts[one])
-        b = starts[two] + draws.integers(counts[two])
-        found = np.concatenate([found, np.minimum(a, b) * len(images) + np.maximum(a, b)])
-        _, earliest = np.unique(found, return_index=True)
-        found = found[np.sort(earliest)]
-    found = found[:quota]
-    return np.stack([images[found // len(images)], images[found % len(images)]], axis=1)
+    pairs = np.empty(0, dtype=np.int64)
+    while len(pairs) < quota:
+        left = draws.integers(len(people), size=2 * quota)
+        right = (left + draws.integers(1, len(people), size=2 * quota)) % len(people)
+        a, b = (starts[person] + draws.integers(counts[person]) for person in (left, right))
+        pairs = np.concatenate([pairs, np.minimum(a, b) * len(images) + np.maximum(a, b)])
+        pairs = pairs[np.sort(np.unique(pairs, return_index=True)[1])]
+    return np.stack([images[half] for half in np.divmod(pairs[:quota], len(images))], axis=1)

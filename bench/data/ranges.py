@@ -30,14 +30,10 @@ def read_ranges(
 
     No file stays open and no position is shared, so that threads and forked processes can read at the same time.
 
-    Args:
-        paths: the files.
-        file: (N,), index into ``paths``.
-        offset, size: (N,), the stretches, in bytes; they may repeat and overlap.
-        spare: zeros to have behind the last stretch.
+    Each begins ``offset`` bytes into ``paths[file]`` and has ``size`` bytes, (N,) each; they may repeat and overlap.
 
     Returns:
-        One writable buffer, and where in it each stretch begins: int64 (N,).
+        One writable buffer, with ``spare`` zeros at its end, and where in it each stretch begins: int64 (N,).
 
     Raises:
         MissingError: a file is no longer there.

@@ -32,7 +32,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.data.decode import shown
+from bench.data.decode import readable, shown
 from bench.data.ranges import read_ranges
 from bench.errors import DataError, MissingError
 
@@ -71,15 +71,9 @@ class RecordFile:
     >>> bytes(buffer[begin[0] : end[0]]), float(heads["label"][0])
     (b'abc', 7.0)
 
-    Args:
-        path: the ``.rec`` file. The ``.idx`` beside it says where the records are; without one, the file is scanned.
-
-    Attributes:
-        path: the ``.rec`` file.
-        index: the ``.idx`` file; None where there is none.
-        keys: (N,), ascending, in the smallest type that holds them.
-        offsets: int64 (N,).
-        sizes: uint32 (N,), bytes up to the next record.
+    The ``.idx`` beside the file says where the records are; without one, ``index`` is None and the file is scanned.
+    ``keys`` (N,) ascend, in the smallest type that holds them; ``offsets`` are int64 (N,); ``sizes`` uint32 (N,), in
+    bytes up to the next record.
 
     Raises:
         MissingError: there is no such file.
@@ -103,9 +97,9 @@ class RecordFile:
             if len(outside):
                 row = int(outside[0])
                 raise self._unfit(f"key {keys[row]} points to offset {offsets[row]}, the file has {end} bytes")
-        by_place = np.argsort(offsets, kind="stable")
+        by_offset = np.argsort(offsets, kind="stable")
         sizes = np.empty_like(offsets)
-        sizes[by_place] = np.diff(offsets[by_place], append=end)
+        sizes[by_offset] = np.diff(offsets[by_offset], append=end)
         if sizes.max() > np.iinfo(np.uint32).max:
             row = int(sizes.argmax())
             raise self._unfit(f"{sizes[row]} bytes lie between record {keys[row]} and the next")
@@ -143,9 +137,9 @@ class RecordFile:
             DataError: one of them is damaged.
         """
         heads = np.empty(len(rows), dtype=HEAD)
-        by_place = np.argsort(self.offsets[rows], kind="stable")
+        by_offset = np.argsort(self.offsets[rows], kind="stable")
         for start in range(0, len(rows), _AT_ONCE):
-            part = by_place[start : start + _AT_ONCE]
+            part = by_offset[start : start + _AT_ONCE]
             buffer, at = self._read(rows[part], HEAD.itemsize)
             heads[part], sound = self._parse(buffer, at, rows[part])
             for i in np.flatnonzero(~sound).tolist():
@@ -256,13 +250,10 @@ def scan(path: Path) -> NDArray[np.int64]:
         return DataError(f"{shown(path)} is damaged at offset {offset}: {what}")
 
     offsets, offset = [], 0
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            while offset < len(data):
-                offsets.append(offset)
-                *_, (_, _, offset) = _parts(data, offset, damaged)
-    except OSError as error:
-        raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+    with readable(path), path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        while offset < len(data):
+            offsets.append(offset)
+            *_, (_, _, offset) = _parts(data, offset, damaged)
     return np.asarray(offsets, dtype=np.int64)
 
 
@@ -272,14 +263,12 @@ def _read_index(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     Raises:
         DataError: a line that is no such thing, with its number.
     """
-    with warnings.catch_warnings():
+    with readable(path), warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)  # how numpy says that it stopped at something else
         try:
             table = np.fromfile(path, dtype=np.int64, sep=" ")
         except (DeprecationWarning, ValueError):
             table = np.empty(0, dtype=np.int64)
-        except OSError as error:
-            raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
     if len(table) and len(table) % 2 == 0:
         return table[0::2].copy(), table[1::2].copy()
     try:
@@ -299,12 +288,10 @@ def read_property(path: Path) -> tuple[int, int, int] | None:
     Raises:
         DataError: it is not three whole numbers.
     """
-    try:
-        fields = path.read_text(encoding="ascii", errors="replace").strip().split(",")
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except OSError as error:
-        raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+    with readable(path):
+        fields = path.read_text(encoding="ascii", errors="replace").strip().split(",")
     if len(fields) != 3 or not all(field.strip().isdecimal() for field in fields):
         raise DataError(f"{shown(path)}: expected 'identities,height,width', got {shown(','.join(fields)[:60])!r}")
     identities, height, width = map(int, fields)
@@ -312,11 +299,7 @@ def read_property(path: Path) -> tuple[int, int, int] | None:
 
 
 class RecordWriter:
-    """Writes a ``.rec`` and its ``.idx``; a context manager.
-
-    Args:
-        path: the ``.rec`` file; the index goes beside it.
-    """
+    """Writes a ``.rec`` and, beside it, its ``.idx``; a context manager."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("wb")
@@ -330,12 +313,9 @@ class RecordWriter:
         self._index.close()
 
     def write(self, key: int, labels: tuple[float, ...], payload: bytes = b"") -> None:
-        """Append a record.
+        """Append a record under its key, which is also its id.
 
-        Args:
-            key: its key and id.
-            labels: one float, stored in the header, or several, stored behind it.
-            payload: the encoded image.
+        One label is stored in the header, several behind it; ``payload`` is the encoded image.
 
         Raises:
             ValueError: no label, or a record too long for the format (2**29 bytes).
@@ -371,12 +351,10 @@ def _header(key: int, labels: tuple[float, ...]) -> bytes:
 
 def _split_at_magic(data: bytes) -> list[bytes]:
     """Cut out every magic number that stands on a multiple of four, where a reader would look for one."""
-    pieces, start, found = [], 0, data.find(_MAGIC_BYTES)
-    while found >= 0:
-        if found % 4 == 0:
-            pieces.append(data[start:found])
-            start = found + 4
-            found = data.find(_MAGIC_BYTES, start)
-        else:
-            found = data.find(_MAGIC_BYTES, found + 1)
+    pieces, start, at = [], 0, data.find(_MAGIC_BYTES)
+    while at >= 0:
+        if at % 4 == 0:
+            pieces.append(data[start:at])
+            start = at + 4
+        at = data.find(_MAGIC_BYTES, max(start, at + 1))
     return [*pieces, data[start:]]

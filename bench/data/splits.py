@@ -10,12 +10,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from bench.data.encoded import IdentityView
-from bench.data.faces import Faces, FaceSet, PairProtocol, Skipped, Source
+from bench.data.faces import Faces, FaceSet, PairProtocol, Skipped, Source, components
 from bench.data.pairs import draw_pairs
 from bench.errors import DataError, UsageError
 from bench.progress import Report, no_report
@@ -32,13 +30,8 @@ def whole_identities(faces: F, budget: float, generator: torch.Generator) -> F:
     People are taken in one random order as long as they fit, so that with generators of one state a smaller budget
     gives a part of what a larger one gives. Two people are taken whatever they cost.
 
-    Args:
-        faces: the set, in memory or on disk.
-        budget: a share up to 1 of its faces, or a number of faces above 1.
-        generator: draws the order.
-
-    Returns:
-        ``faces`` itself where all fit; else a set relabelled 0..K-1, its images in the order of ``faces``.
+    A budget up to 1 is a share of the faces, above 1 their number. The result is ``faces`` itself where all fit, else
+    relabelled 0..K-1 with the images in the order of ``faces``.
 
     Raises:
         DataError: a budget that is not above 0.
@@ -70,22 +63,12 @@ def drop_victims(faces: F, victims: FaceSet) -> tuple[F, tuple[Skipped, ...]]:
     Datasets name people in ways of their own, so equal names prove an overlap and different ones prove nothing;
     hence the second test. A photo that was cropped or encoded anew escapes both.
 
-    Args:
-        faces: what is to be learned from.
-        victims: who is to be attacked; images of the same size.
-
-    Returns:
-        The faces that remain, and one entry per identity left out.
+    Both have images of one size. Returns the faces that remain, and one entry per identity left out.
     """
-    named = victims.used_names
     labels = np.asarray(faces.labels)
-    shared = set(np.unique(labels[faces.among(victims.images)]).tolist())
-    reasons = {}
-    for identity in np.unique(labels).tolist():
-        if faces.name(identity) in named:
-            reasons[identity] = "a victim has this name"
-        elif identity in shared:
-            reasons[identity] = "shares an identical image with a victim"
+    reasons = dict.fromkeys(labels[faces.among(victims.images)].tolist(), "shares an identical image with a victim")
+    named = victims.used_names
+    reasons |= {i: "a victim has this name" for i in np.unique(labels).tolist() if faces.name(i) in named}
     return _without(faces, reasons)
 
 
@@ -96,21 +79,13 @@ def drop_twins(faces: F) -> tuple[F, tuple[Skipped, ...]]:
     put one of them on either side. Of those that are linked, the one with the most images stays. Blank images
     link nobody.
 
-    Args:
-        faces: what is to be shared out.
-
-    Returns:
-        The faces that remain, and one entry per identity left out.
+    Returns the faces that remain, and one entry per identity left out.
     """
     labels = np.asarray(faces.labels)
     links = labels[faces.copies()]
     links = links[links[:, 0] != links[:, 1]]
-    if not len(links):
-        return faces, ()
-    size = faces.identities
-    graph = coo_array((np.ones(len(links), dtype=np.int8), (links[:, 0], links[:, 1])), shape=(size, size))
-    _, component = connected_components(graph, directed=False)
-    counts = np.bincount(labels, minlength=size)
+    component = components(links[:, 0], links[:, 1], faces.identities)
+    counts = np.bincount(labels, minlength=faces.identities)
     reasons = {}
     for group in np.unique(component[links[:, 0]]):
         linked = np.flatnonzero(component == group)
@@ -139,15 +114,11 @@ MINIMUM = {"provider": 2, "public": 2, "evaluator": 2, "victims": 4}
 class Splits:
     """Identity-disjoint parts of a dataset, each labelled 0..K-1.
 
-    Attributes:
-        provider: trains the recogniser (and the defence); on disk where the dataset is streamed.
-        public: is what the attacker learns from.
-        evaluator: trains the second recogniser that judges identity leakage; None where none is asked for; on disk
-            where the dataset is streamed.
-        victims: are verified and attacked.
-        pairs: the verification protocol over ``victims``.
-        dropped: identities left out because they are somebody else as well: a victim, or another learner.
-        left_on_disk: part -> images of it that were not loaded, of a streamed dataset.
+    ``provider`` trains the recogniser (and the defence), ``public`` is what the attacker learns from, ``evaluator``
+    (None where none is asked for) trains the second recogniser, which judges identity leakage, and ``victims`` are
+    verified, under ``pairs``, and attacked. ``dropped`` are identities that are somebody else as well: a victim, or
+    another learner. Of a streamed dataset those who train recognisers are on disk; ``left_on_disk`` counts the images
+    that the other parts have and memory does not.
     """
 
     provider: FaceSet | IdentityView
@@ -160,10 +131,10 @@ class Splits:
 
     def __post_init__(self) -> None:
         names = {name: part.used_names for name, part in self.parts.items()}
-        for (one, a), (two, b) in itertools.combinations(names.items(), 2):
+        for (part, a), (other, b) in itertools.combinations(names.items(), 2):
             if shared := sorted(a & b):
                 more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
-                raise DataError(f"{one} and {two} share {len(shared)} identities: {', '.join(shared[:5])}{more}")
+                raise DataError(f"{part} and {other} share {len(shared)} identities: {', '.join(shared[:5])}{more}")
 
     @property
     def parts(self) -> dict[str, FaceSet | IdentityView]:
@@ -192,16 +163,9 @@ def split(
     Of a streamed dataset the same people fall into the same parts as where it is loaded as a whole. Those who train
     recognisers stay on disk; the public faces and the victims are loaded, as many as may be held.
 
-    Args:
-        source: the dataset; a streamed one has been scanned.
-        provider, public, evaluator, victims: shares, at least 0, at most 1 together; only ``evaluator`` (and
-            ``victims``, where the dataset has its own) may be 0. What is left over is not used.
-        generator: source of the draws.
-        hold: images of a streamed dataset that each part in memory may have, of whole identities drawn at random.
-        report: progress of loading them, part by part.
-
-    Returns:
-        The parts. That they are disjoint is checked, always.
+    A streamed dataset has been scanned; ``hold`` is how many images of it each part in memory may have, of whole
+    identities drawn at random. Of the shares only ``evaluator`` (and ``victims``, where the dataset has its own) may be
+    0; together they are at most 1, and what is left over is not used. That the parts are disjoint is checked, always.
 
     Raises:
         UsageError: shares that cannot be.
@@ -234,8 +198,11 @@ def split(
     left_on_disk: dict[str, int] = {}
     for name in ("public", "victims"):
         if name in parts:
-            held[name] = _held(parts[name], hold, generator, report)
-            if left := len(parts[name]) - len(held[name]):
+            part = parts[name]
+            if not isinstance(part, FaceSet):  # nothing is drawn where memory may hold all of it
+                part = (part if len(part) <= hold else whole_identities(part, hold, generator)).load(report)
+            held[name] = part
+            if left := len(parts[name]) - len(part):
                 left_on_disk[name] = left
     if source.victims is not None:
         victim_set = source.victims.of_identities(torch.unique(source.victims.labels))  # same order, hence same pairs
@@ -243,13 +210,6 @@ def split(
         victim_set = held["victims"]
     pairs = source.pairs if source.pairs is not None else draw_pairs(victim_set.labels, generator)
     return Splits(parts["provider"], held["public"], parts.get("evaluator"), victim_set, pairs, dropped, left_on_disk)
-
-
-def _held(part: FaceSet | IdentityView, most: int, generator: torch.Generator, report: Report) -> FaceSet:
-    """As much of a part as memory may hold; nothing is drawn where all of it may."""
-    if isinstance(part, FaceSet):
-        return part
-    return (part if len(part) <= most else whole_identities(part, most, generator)).load(report)
 
 
 def _check_shares(shares: dict[str, float], *, own_victims: bool) -> None:

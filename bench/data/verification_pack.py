@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.data.decode import shown
-from bench.errors import DataError, MissingError
+from bench.data.decode import readable, shown
+from bench.errors import DataError
 
 #: Larger packs are refused; the largest in use are below 200 MB.
 MAX_PACK_BYTES = 2 * 2**30
@@ -171,36 +171,23 @@ def _inspect(data: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class VerificationPack:
-    """A verification pack, its images still encoded.
-
-    Attributes:
-        images: 2 P encoded images; pair i is images 2 i and 2 i + 1.
-        same: bool (P,), whether the two are of one person.
-    """
+    """2 P images, still encoded, pair i being images 2 i and 2 i + 1, and bool (P,) whether they are of one person."""
 
     images: tuple[bytes, ...]
     same: NDArray[np.bool_]
 
 
 def read_pack(path: Path, *, max_bytes: int = MAX_PACK_BYTES) -> VerificationPack:
-    """Read a verification pack.
-
-    Args:
-        path: the ``.bin`` file.
-        max_bytes: larger files are refused.
+    """Read a verification pack (a ``.bin`` file) of at most ``max_bytes``.
 
     Raises:
         MissingError: it is not there.
         DataError: it is no pack, is damaged, too large, or holds anything but images and flags.
     """
-    try:
+    with readable(path):
         if (size := path.stat().st_size) > max_bytes:
             raise DataError(f"{shown(path)} has {size} bytes, a verification pack may have {max_bytes}")
         data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise MissingError(f"{shown(path)} does not exist") from error
-    except OSError as error:
-        raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
     try:
         _inspect(data)
         content = _Unpickler(io.BytesIO(data), encoding="bytes").load()

@@ -36,6 +36,11 @@ class FolderOptions(BaseModel):
     )
 
 
+def pairs_in(root: Path) -> Path | None:
+    """The list of pairs that lies in a folder of identities, if there is one."""
+    return root / PAIRS if (root / PAIRS).exists() else None
+
+
 def open_folder(root: Path, image_size: int, options: FolderOptions) -> OpenedSet:
     """A folder of identities.
 
@@ -46,7 +51,7 @@ def open_folder(root: Path, image_size: int, options: FolderOptions) -> OpenedSe
         MissingError: there is no such folder.
         DataError: no image, a pair that names what is not there, or nobody left to learn from.
     """
-    pairs_file = root / PAIRS if options.use_pairs and (root / PAIRS).exists() else None
+    pairs_file = pairs_in(root) if options.use_pairs else None
     return FolderSource(root, image_size, crop=options.crop, pairs_file=pairs_file).opened()
 
 
@@ -58,16 +63,9 @@ class FolderSource(EncodedSource):
 
     Identities, and images within each, come in the order of their names; names that start with a dot are passed over.
 
-    Args:
-        path: the folder.
-        image_size: S, in pixels.
-        crop: side of the central square of each image that is kept, as a share of its shorter side.
-        pairs_file: an LFW-style list of verification pairs. Image 4 of ``Jo_Doe`` is the file whose name is
-            ``Jo_Doe_0004`` up to its suffix; without such a file, the only one in the folder whose name ends in the
-            number 4.
-
-    Attributes:
-        listed: that list.
+    ``pairs_file`` is an LFW-style list of verification pairs, read as ``listed``. Image 4 of ``Jo_Doe`` is the file
+    whose name is ``Jo_Doe_0004`` up to its suffix; without such a file, the only one in the folder whose name ends in
+    the number 4.
 
     Raises:
         MissingError: there is no such folder, or no such list.
@@ -78,38 +76,33 @@ class FolderSource(EncodedSource):
     def __init__(self, path: Path, image_size: int, *, crop: float = 1.0, pairs_file: Path | None = None) -> None:
         if not path.is_dir():
             raise MissingError(f"{shown(path)} is not a folder: expected one with a sub-folder of images per identity")
-        people: list[str] = []
-        counts: list[int] = []
+        files: dict[str, list[bytes]] = {}
         ignored: list[Skipped] = []
-        self._files: list[bytes] = []
         try:
             for entry in _visible(path):
                 if not entry.is_dir():
                     if _is_image(entry.name):
                         ignored.append(Skipped(shown(entry.name), "lies beside the identity folders, not in one"))
                     continue
-                images = []
                 for file in _visible(entry):
                     if _is_image(file.name):
-                        images.append(os.fsencode(file.name))
+                        files.setdefault(entry.name, []).append(os.fsencode(file.name))
                     else:
                         what = "a folder within an identity" if file.is_dir() else "not named like an image"
                         ignored.append(Skipped(shown(f"{entry.name}/{file.name}"), what))
-                if images:
-                    people.append(entry.name)
-                    counts.append(len(images))
-                    self._files.append(b"\0".join(images))  # no object per image: a name cannot hold a zero byte
         except OSError as error:
             raise DataError(f"{shown(path)} cannot be listed: {error.strerror or error}") from error
-        if not people:
+        if not files:
             raise DataError(
                 f"{shown(path)} holds no images: expected {shown(path.name)}/<identity>/<image>.jpg or .png"
             )
-        if len(set(map(shown, people))) < len(people):
+        if len(set(map(shown, files))) < len(files):
             raise DataError(f"{shown(path)} has two folders whose names differ in unprintable characters only")
-        labels = np.repeat(np.arange(len(people), dtype=np.int32), counts)
+        counts = list(map(len, files.values()))
+        labels = np.repeat(np.arange(len(files), dtype=np.int32), counts)
         self._first = np.cumsum(counts) - counts
-        super().__init__(path, image_size, labels, people, crop=crop, ignored=ignored)
+        self._files = [b"\0".join(images) for images in files.values()]  # no object per image: no name holds a zero
+        super().__init__(path, image_size, labels, list(files), crop=crop, ignored=ignored)
         self.pairs_file = pairs_file
         self.listed = None if pairs_file is None else read_pairs(pairs_file)
         if self.listed is not None:
@@ -118,7 +111,6 @@ class FolderSource(EncodedSource):
             self.pairs = PairProtocol(first, second, same, fold)
 
     def name(self, label: int) -> str:
-        """The identity's folder."""
         return shown(self._names[label])
 
     def file(self, row: int) -> Path:
@@ -128,16 +120,13 @@ class FolderSource(EncodedSource):
         return self.path / str(self._names[label]) / os.fsdecode(name)
 
     def where(self, row: int) -> str:
-        """The file, below the folder."""
         return shown(self.file(row).relative_to(self.path))
 
     def where_pair(self, number: int) -> str:
-        """List and line."""
         assert self.listed is not None
         return f"{shown(self.pairs_file)} line {self.listed.pairs[number].line}"
 
     def encoded(self, rows: NDArray[np.int64]) -> list[Encoded]:
-        """The images, or why they cannot be read."""
         encoded: list[Encoded] = []
         for row in rows.tolist():
             try:

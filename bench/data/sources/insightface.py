@@ -9,13 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from bench.data.decode import shown
 from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
-from bench.data.faces import PairProtocol
+from bench.data.faces import PairProtocol, components
 from bench.data.loaders import Dataset
 from bench.data.pairs import PairList, even_folds, read_pairs
 from bench.data.recordio import HEAD, RecordFile
@@ -112,21 +110,19 @@ class RecordIOSource(EncodedSource):
         if not len(self.records):
             raise DataError(f"{shown(path)} holds no image")
         if ranges is None:
-            values = self._own_labels(np.arange(len(self.records)))
+            values = self._labels_of(np.arange(len(self.records)))
         else:
-            values = np.repeat(self._own_labels(ranges[:, 0] - 1), ranges[:, 1] - ranges[:, 0])
+            values = np.repeat(self._labels_of(ranges[:, 0] - 1), ranges[:, 1] - ranges[:, 0])
         names, labels = np.unique(values, return_inverse=True)
         super().__init__(path, image_size, labels.astype(np.int32), names)
 
     def name(self, label: int) -> str:
-        """``train:000012``."""
         return f"train:{int(self._names[label]):06d}"
 
     def where(self, row: int) -> str:
-        """File, record and offset."""
         return self.records.where(row)
 
-    def _own_labels(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _labels_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._whole(rows, self.records.heads(rows))
 
     def _whole(self, rows: NDArray[np.int64], heads: NDArray[np.void]) -> NDArray[np.int64]:
@@ -240,11 +236,9 @@ class PackSource(EncodedSource):
         self.pairs: PairProtocol = PairProtocol(first, second, same, fold)
 
     def where(self, row: int) -> str:
-        """File and number of the image."""
         return f"{shown(self.path.name)} image {row}"
 
     def encoded(self, rows: NDArray[np.int64]) -> list[Tensor]:
-        """The images as they are stored."""
         return [torch.tensor(bytearray(self._images[row]), dtype=torch.uint8) for row in rows.tolist()]
 
     def once(self) -> tuple[IdentityView, PairProtocol]:
@@ -272,13 +266,9 @@ def pack_identities(
     folds of 300 + 300, so the flags alone would prove nothing. Otherwise images are of one person where genuine
     pairs or identical bytes connect them. That may take one person for two (never paired as genuine).
 
-    Args:
-        pack: the pack.
-        pairs_file: a ``pairs.txt``, which need not exist.
-        stem: prefix of the names that come from it (``lfw`` makes ``lfw:Name``).
-
     Returns:
-        The names, the identity of each of the 2 P image slots (indices into the names), and where they come from.
+        The names, those from a list behind a ``stem`` (``lfw`` makes ``lfw:Name``), the identity of each of the 2 P
+        image slots (indices into the names), and where they come from.
 
     Raises:
         DataError: ``pairs.txt`` is there and is not LFW-style.
@@ -289,10 +279,8 @@ def pack_identities(
         return tuple(f"{stem}:{name}" for name in number), np.asarray(owner, dtype=np.int64), pairs_file.name
     ids: dict[bytes, int] = {}
     content = np.asarray([ids.setdefault(image, len(ids)) for image in pack.images], dtype=np.int64)
-    first, second = content[0::2][pack.same], content[1::2][pack.same]
-    links = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(len(ids), len(ids)))
-    count, component = connected_components(links, directed=False)
-    return tuple(f"pack:{i:06d}" for i in range(count)), component.astype(np.int64)[content], "genuine pairs"
+    component = components(content[0::2][pack.same], content[1::2][pack.same], len(ids))
+    return tuple(f"pack:{i:06d}" for i in range(component.max() + 1)), component[content], "genuine pairs"
 
 
 def _belongs(listed: PairList, pack: VerificationPack) -> bool:

@@ -91,13 +91,9 @@ def default_root() -> Path:
 def open_lfw(root: Path | None, image_size: int, options: LfwOptions) -> OpenedSet:
     """LFW under the View 1 split, downloaded (about 230 MB) if need be.
 
-    Args:
-        root: a folder with the unpacked photos, or the archive, or neither yet; None for the user's cache folder.
-        image_size: side of the faces in pixels.
-        options: see :class:`LfwOptions`.
-
-    Returns:
-        Everyone not in ``pairsDevTest.txt`` as faces, the others as victims with its 1,000 pairs (10 folds of 50 + 50).
+    ``root`` is a folder with the unpacked photos, or the archive, or neither yet; None for the user's cache folder.
+    Everyone not in ``pairsDevTest.txt`` is there as faces, the others as victims under its 1,000 pairs (10 folds of
+    50 + 50).
 
     Raises:
         MissingError: not there and not to be downloaded; says what to put where.
@@ -131,8 +127,8 @@ def _obtain(remote: Remote, root: Path, download: bool) -> Path:
     path = root / remote.name
     by_hand = f"download {remote.url} and save it as {shown(path)}"
     if path.exists():
-        if (found := pooch.file_hash(str(path), alg="sha256")) != remote.sha256:
-            raise DataError(f"{shown(path)} has SHA-256 {found}, expected {remote.sha256}: delete it and {by_hand}")
+        if (actual := pooch.file_hash(str(path), alg="sha256")) != remote.sha256:
+            raise DataError(f"{shown(path)} has SHA-256 {actual}, expected {remote.sha256}: delete it and {by_hand}")
         return path
     if not download:
         raise MissingError(f"LFW is incomplete, {remote.name} is not there: {by_hand}")

@@ -15,7 +15,6 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -86,28 +85,11 @@ def find_shards(path: Path) -> list[Path]:
     return [path]
 
 
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """What one shard holds: offset and size of each image, and the identity as it is written."""
-
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    people: list[str]
-
-
 class WebDatasetSource(EncodedSource):
     """Images in tar shards.
 
-    Opening walks the headers of all members, once; images are passed over.
-
-    Args:
-        path: see :func:`find_shards`.
-        image_size: S, in pixels.
-
-    Attributes:
-        shards: the files.
-        file: int32 (N,), the shard of each image.
-        offsets: int64 (N,), and sizes: int64 (N,), the image within it, in bytes.
+    Opening walks the headers of all members, once; images are passed over. ``file`` int32 (N,) is the shard of each
+    image; ``offsets`` and ``sizes``, int64 (N,), say where it lies in that, in bytes.
 
     Raises:
         MissingError: a shard is not there.
@@ -116,21 +98,17 @@ class WebDatasetSource(EncodedSource):
 
     def __init__(self, path: Path, image_size: int) -> None:
         self.shards = find_shards(path)
-        found = list(by_threads(_index, self.shards, workers()))
-        self.file = np.repeat(np.arange(len(found), dtype=np.int32), [len(shard.offsets) for shard in found])
-        self.offsets = np.concatenate([shard.offsets for shard in found])
-        self.sizes = np.concatenate([shard.sizes for shard in found])
-        names = sorted({person for shard in found for person in shard.people}, key=_natural)
+        offsets, sizes, people = zip(*by_threads(_index, self.shards, workers()), strict=True)
+        self.file = np.repeat(np.arange(len(people), dtype=np.int32), list(map(len, people)))
+        self.offsets, self.sizes = np.concatenate(offsets), np.concatenate(sizes)
+        names = sorted(set().union(*people), key=_natural)
         number = {person: i for i, person in enumerate(names)}
-        labels = np.fromiter(
-            (number[person] for shard in found for person in shard.people), dtype=np.int32, count=len(self.file)
-        )
+        labels = np.fromiter((number[name] for shard in people for name in shard), dtype=np.int32, count=len(self.file))
         if not len(labels):
             raise DataError(f"{shown(path)} holds no samples")
         super().__init__(path, image_size, labels, names)
 
     def where(self, row: int) -> str:
-        """Shard and offset."""
         return f"{shown(self.shards[self.file[row]].name)} image at offset {self.offsets[row]}"
 
     def encoded(self, rows: NDArray[np.int64]) -> list[Tensor]:
@@ -149,7 +127,8 @@ def _natural(name: str) -> tuple[int, str]:
     return (int(name), name) if name.isdecimal() else (2**63, name)
 
 
-def _index(shard: Path) -> _Shard:
+def _index(shard: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
+    """Offset and size of each image in a shard, and the identity as it is written."""
     offsets, sizes, people = [], [], []
     once: dict[str, str] = {}  # one string per person, not one per image
     with shard.open("rb") as file:
@@ -162,7 +141,7 @@ def _index(shard: Path) -> _Shard:
             offsets.append(images[0].offset_data)
             sizes.append(images[0].size)
             people.append(once.setdefault(person, person))
-    return _Shard(np.asarray(offsets, dtype=np.int64), np.asarray(sizes, dtype=np.int64), people)
+    return np.asarray(offsets, dtype=np.int64), np.asarray(sizes, dtype=np.int64), people
 
 
 def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
@@ -172,15 +151,15 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, tarfi
     for member in _members(shard, file):
         folder, _, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
-        found, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
-        if members and found != key:
+        sample, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
+        if members and sample != key:
             yield key, members
             members = {}
         if suffix in members:
             raise DataError(
                 f"{shown(shard.name)}: {shown(member.name)!r} at offset {member.offset} is there twice in one sample"
             )
-        key, members[suffix] = found, member
+        key, members[suffix] = sample, member
     if members:
         yield key, members
 

@@ -24,18 +24,12 @@ class StreamLoader:
     stored counts the batches that were handed out, not those that were read ahead, and does not depend on how
     many workers or processes there are: a training can go on with other numbers of both.
 
-    Args:
-        source: what to read.
-        order: which images, when.
-        workers: threads or processes that read and decode; 0 to do it when a batch is asked for.
-        kind: ``threads`` share the source and hand batches over for nothing; ``processes`` do not share an
-            interpreter, which pays where many cores wait for one.
-        pin_memory: whether batches are put where a GPU can fetch them by itself.
+    ``workers`` read and decode ahead; with 0 of them a batch is read when it is asked for. Threads share the source and
+    hand batches over for nothing; processes do not share an interpreter, which pays where many cores wait for one.
+    ``pin_memory`` puts batches where a GPU can fetch them by itself.
 
-    Attributes:
-        epoch: the epoch under way, from 0.
-        position: batches of it that were handed out.
-        skipped: which images were left out so far, and why, where the source skips those that cannot be decoded.
+    ``epoch`` is the one under way, from 0, and ``position`` the batches of it that were handed out; ``skipped`` says
+    which images were left out so far, and why, where the source skips those that cannot be decoded.
 
     Raises:
         UsageError: an order over another number of images, or options that cannot be.
@@ -88,13 +82,8 @@ class StreamLoader:
 
     def _ahead(self, rows: Iterator[NDArray[np.int64]]) -> Iterator[Batch | BenchError]:
         reader = _Reader(self.source)
-        if self.workers and self.kind == "processes":
-            batches = _by_processes(reader, rows, self.workers)
-        elif self.workers:
-            batches = by_threads(reader, rows, self.workers)
-        else:
-            batches = map(reader, rows)
-        for batch in batches:
+        ahead = _by_processes if self.kind == "processes" else by_threads
+        for batch in ahead(reader, rows, self.workers) if self.workers else map(reader, rows):
             if self.pin_memory and isinstance(batch, Batch):
                 batch = batch._replace(images=batch.images.pin_memory(), labels=batch.labels.pin_memory())
             yield batch

@@ -26,14 +26,8 @@ class EpochOrder:
     Every image comes ``views`` times an epoch. The batches are even: their sizes differ by at most one. Of several
     processes each takes its own images of every batch, so that the batches stay the same however many there are.
 
-    Attributes:
-        images: N, how many there are.
-        batch_size: images per step, over all processes.
-        seed: of the order.
-        views: how often each image is shown in an epoch.
-        block: neighbours on disk that stay together until their window is shuffled.
-        blocks: blocks per window, about.
-        rank, size: this process and how many there are.
+    ``batch_size`` counts images over all processes; ``block`` neighbours on disk stay together until their window, of
+    about ``blocks`` blocks, is shuffled; ``rank`` is this process, of ``size``.
 
     >>> order = EpochOrder(images=10, batch_size=4, seed=0)
     >>> [len(batch) for batch in order.batches(0)]

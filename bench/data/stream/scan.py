@@ -21,11 +21,9 @@ from bench.progress import Report, no_report
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a pass over the N images of a view found.
+    """What a pass over the N images of a view found: their contents, and why some, by row, cannot be decoded.
 
-    Attributes:
-        contents: of the N images; of those that cannot be decoded it says nothing.
-        reasons: why an image cannot be decoded, by its row in the view.
+    Of the latter the contents say nothing.
     """
 
     contents: Contents
@@ -63,11 +61,6 @@ class Scan:
 def scan(view: IdentityView, on_error: OnError, report: Report = no_report) -> Scan:
     """Decode every image once, on as many threads as there are cores; memory holds a few hundred at a time.
 
-    Args:
-        view: what to look through.
-        on_error: whether an image that cannot be decoded is refused or noted.
-        report: progress, in images.
-
     Raises:
         DataError: a damaged file; or an image that cannot be decoded, and those are refused.
     """
@@ -78,15 +71,18 @@ def scan(view: IdentityView, on_error: OnError, report: Report = no_report) -> S
     def look(start: int) -> tuple[NDArray[np.int64], Contents, dict[int, str]]:
         wanted = view.rows[start : start + AT_ONCE]
         batch = source.read(wanted)
-        found = np.searchsorted(view.rows, batch.rows.numpy())
-        lost = np.setdiff1d(np.arange(start, start + len(wanted)), found)
-        reasons = [entry.reason for entry in batch.skipped]
-        return found, Contents.of(batch.images), dict(zip(lost.tolist(), reasons, strict=True))
+        usable = np.searchsorted(view.rows, batch.rows.numpy())
+        lost = np.setdiff1d(np.arange(start, start + len(wanted)), usable)
+        return (
+            usable,
+            Contents.of(batch.images),
+            {row: entry.reason for row, entry in zip(lost.tolist(), batch.skipped, strict=True)},
+        )
 
     done = 0
     with own_limits():
-        for found, contents, lost in by_threads(look, range(0, len(view), AT_ONCE), workers()):
-            digests[found], blank[found] = contents.digests, contents.blank
+        for usable, contents, lost in by_threads(look, range(0, len(view), AT_ONCE), workers()):
+            digests[usable], blank[usable] = contents.digests, contents.blank
             reasons |= lost
             if lost and on_error == "refuse":
                 row, reason = next(iter(lost.items()))
@@ -94,6 +90,6 @@ def scan(view: IdentityView, on_error: OnError, report: Report = no_report) -> S
                     f"{view.where(row)}: {reason} (--set stream_on_error=skip leaves out and counts what cannot be "
                     "decoded)"
                 )
-            done += len(found) + len(lost)
+            done += len(usable) + len(lost)
             report(done, len(view))
     return Scan(Contents(digests, blank), reasons)

@@ -6,20 +6,69 @@ edges stay sharp at any image size and do not alias.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from bench.data.synthetic.anatomy import MOLES, Identities
-from bench.data.synthetic.falloff import bell, spot
-from bench.data.synthetic.geometry import Surface
-from bench.data.synthetic.nuisance import Conditions
-from bench.data.synthetic.textures import MOTTLE, SPECKLE, STRAND, TEXELS_PER_UNIT, bank, sample
+from bench.data.synthetic.geometry import Surface, bell, spot
+from bench.data.synthetic.parameters import MOLES, Conditions, Identities
+
+SIZE = 512
+MOTTLE, SPECKLE, STRAND, CLOUD = range(4)
+#: Face units to bank coordinates: a texel is about a pixel (2 x 56 / 512 units) of a 112-pixel face.
+TEXELS_PER_UNIT = 1 / 4.4
 
 
-@dataclass(frozen=True, slots=True)
-class Patch:
+def _filtered(generator: torch.Generator, gain: Tensor) -> Tensor:
+    """White noise (SIZE, SIZE) shaped by ``gain`` over frequency, zero mean and unit deviation."""
+    white = torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
+    field: Tensor = torch.fft.ifft2(torch.fft.fft2(white) * gain).real
+    return (field - field.mean()) / field.std()
+
+
+@functools.lru_cache(maxsize=4)
+def bank(device: torch.device) -> Tensor:
+    """float32 (1, 4, SIZE, SIZE): skin mottle, freckle-sized speckle, hair strands, soft clouds."""
+    generator = torch.Generator().manual_seed(0x5EED)
+    frequency = torch.fft.fftfreq(SIZE, dtype=torch.float64) * SIZE
+    fy, fx = frequency[:, None], frequency[None, :]
+    radius = torch.hypot(fx, fy).clamp(min=1)
+    mottle = radius.pow(-1.0) * (radius > 6) * torch.exp(-((radius / 110) ** 2))
+    speckle = torch.exp(-((radius / 105 - 1) ** 2) / 0.18)
+    strand = torch.exp(-((fx.abs() / 55 - 1) ** 2) / 0.5) * torch.exp(-((fy / 5) ** 2))
+    cloud = radius.pow(-1.6) * torch.exp(-((radius / 60) ** 2))
+    fields = [_filtered(generator, gain) for gain in (mottle, speckle, strand, cloud)]
+    return torch.stack(fields).to(torch.float32)[None].to(device)
+
+
+@functools.lru_cache(maxsize=4)
+def grain(device: torch.device) -> Tensor:
+    """float32 (3, SIZE, SIZE): white Gaussian sensor noise of unit deviation."""
+    generator = torch.Generator().manual_seed(0x6EA1)
+    return torch.randn(3, SIZE, SIZE, generator=generator).to(device)
+
+
+def sample(fields: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """(N, C, H, W): fields (1, C, S, S) at u, v (N, H, W); they span [-1, 1] and repeat by reflection."""
+    n, height, width = u.shape
+    grid = torch.stack((u, v), dim=-1).reshape(1, n * height, width, 2)
+    read = F.grid_sample(fields, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return read.view(fields.shape[1], n, height, width).transpose(0, 1)
+
+
+def crop_grain(left: Tensor, top: Tensor, size: int, device: torch.device) -> Tensor:
+    """Windows (N, 3, size, size) of :func:`grain`, wrapped; left, top float (N,) in [0, 1)."""
+    steps = torch.arange(size, device=device)
+    rows = ((top * SIZE).long()[:, None] + steps) % SIZE
+    columns = ((left * SIZE).long()[:, None] + steps) % SIZE
+    return grain(device)[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+
+
+class Patch(NamedTuple):
     """Pixels to paint, all (N, H, W): object coordinates x, y, z and the textures read there."""
 
     x: Tensor
@@ -54,6 +103,11 @@ def rgb(p: Identities | Conditions, name: str) -> Tensor:
     return torch.stack([p[f"{name}_{channel}"] for channel in "rgb"], dim=1)
 
 
+def swatch(like: Tensor, *rgb: float) -> Tensor:
+    """A colour (1, 3, 1, 1) on the device of ``like``."""
+    return torch.tensor(rgb, device=like.device).view(1, 3, 1, 1)
+
+
 def cover(distance: Tensor, pixel: float | Tensor) -> Tensor:
     """Coverage in [0, 1] of a pixel whose centre lies ``distance`` inside an edge."""
     return (distance / pixel + 0.5).clamp_(0, 1)
@@ -62,24 +116,20 @@ def cover(distance: Tensor, pixel: float | Tensor) -> Tensor:
 def _skin(p: Identities, s: Patch) -> Coat:
     x, y = s.x, s.y
     ax = x.abs()
-    mottle, speckle = s.mottle, s.speckle
     skin = rgb(p, "skin")
-    tone = 1 + 0.045 * p["mottle"] * mottle
-    colour = skin * tone[:, None]
+    colour = skin * (1 + 0.045 * p["mottle"] * s.mottle)[:, None]
     # Blood near the surface: cheeks and the tip of the nose.
     flush = spot((ax - 0.47) / 0.20, (y - 0.25) / 0.18) + 0.8 * spot(x / 0.13, (y - p["nose_tip_y"]) / 0.10)
-    flush = flush * (0.05 + 0.16 * p["flush"]) + 0.02 * p["flush"] * mottle
-    hue = torch.tensor([0.10, -0.9, -0.75], device=x.device).view(1, 3, 1, 1)
-    colour = colour * (1 + flush[:, None] * hue)
+    flush = flush * (0.05 + 0.16 * p["flush"]) + 0.02 * p["flush"] * s.mottle
+    colour = colour * (1 + flush[:, None] * swatch(x, 0.10, -0.9, -0.75))
     # Thin, darker skin around the eyes; bags.
     around = spot((ax - p["eye_x"]) / 0.17, (y - p["eye_y"] - 0.03) / 0.11) * (0.10 + 0.20 * p["eye_bags"])
-    colour = colour * (1 - around[:, None] * torch.tensor([0.75, 1.0, 0.85], device=x.device).view(1, 3, 1, 1))
+    colour = colour * (1 - around[:, None] * swatch(x, 0.75, 1.0, 0.85))
     # Freckles: the peaks of the speckle, mostly over nose and cheeks.
     zone = 0.15 + spot(ax / 0.62, (y - 0.16) / 0.26)
-    freckle = ((speckle - 0.85).clamp(0, 1.2) * zone * p["freckles"]).clamp(max=0.6)
-    brown = skin * torch.tensor([0.55, 0.36, 0.26], device=x.device).view(1, 3, 1, 1)
+    freckle = ((s.speckle - 0.85).clamp(0, 1.2) * zone * p["freckles"]).clamp(max=0.6)
     coat = Coat(colour, 0.35 + 0.65 * p["gloss"] * (0.55 + 0.45 * spot(x / 0.35, (y - 0.0) / 0.55)), torch.ones_like(x))
-    coat.over(freckle, brown)
+    coat.over(freckle, skin * swatch(x, 0.55, 0.36, 0.26))
     return coat
 
 
@@ -89,7 +139,7 @@ def _moles(p: Identities, s: Patch, coat: Coat, pixel: float) -> None:
         distance = torch.hypot(s.x - p[f"mole{i}_x"], s.y - p[f"mole{i}_y"])
         coat.over(
             cover(radius - distance, pixel) * p[f"mole{i}_dark"].clamp(min=0),
-            rgb(p, "skin") * torch.tensor([0.34, 0.19, 0.12], device=s.x.device).view(1, 3, 1, 1),
+            rgb(p, "skin") * swatch(s.x, 0.34, 0.19, 0.12),
         )
 
 
@@ -148,10 +198,9 @@ def _eyes(p: Identities, c: Conditions, s: Patch, coat: Coat, light: tuple[Tenso
     inside = torch.minimum(v - upper, lower - v)
     white = cover(inside, pixel)
     shadow = (0.50 + 0.50 * ((v - upper) / 0.035).clamp(0, 1)) * (1 - 0.30 * u.square().clamp(max=1))
-    sclera = torch.tensor([0.70, 0.64, 0.60], device=u.device).view(1, 3, 1, 1).expand(len(u), 3, 1, 1)
-    coat.over(white, sclera)
+    coat.over(white, swatch(u, 0.70, 0.64, 0.60))
     corner = white * cover(-u - 0.82, 0.10)
-    coat.over(corner * 0.7, rgb(p, "skin") * torch.tensor([0.8, 0.45, 0.42], device=u.device).view(1, 3, 1, 1))
+    coat.over(corner * 0.7, rgb(p, "skin") * swatch(u, 0.8, 0.45, 0.42))
     gx = dx - side * c["gaze_x"]
     gy = v + 0.010 - c["gaze_y"]
     r = torch.hypot(gx, gy)
@@ -159,12 +208,12 @@ def _eyes(p: Identities, c: Conditions, s: Patch, coat: Coat, light: tuple[Tenso
     iris = white * cover(radius - r, pixel)
     ring = 1 - 0.65 * cover(r - 0.80 * radius, 0.02) + 0.25 * (torch.atan2(gy, gx) * 9).cos() * (r / radius)
     coat.over(iris, rgb(p, "iris") * ring[:, None])
-    coat.over(white * cover(0.40 * radius - r, pixel), torch.full((1, 3, 1, 1), 0.008, device=u.device))
+    coat.over(white * cover(0.40 * radius - r, pixel), swatch(u, 0.008, 0.008, 0.008))
     coat.shade *= 1 - white * (1 - shadow)
     coat.gloss *= 1 - white
     lx, ly = light
     glint = white * spot((side * gx - 0.024 * lx) / 0.012, (gy - 0.022 * ly) / 0.012)
-    coat.over((glint * 0.9).clamp(max=1), torch.full((1, 3, 1, 1), 1.3, device=u.device))
+    coat.over((glint * 0.9).clamp(max=1), swatch(u, 1.3, 1.3, 1.3))
     # Lashes: a dark edge on the upper lid that thickens outwards, a faint one below.
     lash = 0.010 + 0.012 * p["lash"] * (1 + 0.5 * u)
     outline = cover(lash - (v - upper + 0.3 * lash).abs(), pixel + 0.004) * cover(
@@ -181,10 +230,8 @@ def _nose(p: Identities, s: Patch, coat: Coat, pixel: float) -> None:
     y = s.y - p["nose_tip_y"]
     hole = spot((x.abs() - 0.62 * p["nose_wing_x"]) / 0.036, (y - 0.052 - 0.10 * (x.abs() - 0.08)) / 0.020)
     coat.shade *= 1 - 0.88 * p["nostril"] * hole.clamp(max=1)
-    under = spot(x / 0.13, (y - 0.075) / 0.022)
-    coat.shade *= 1 - 0.12 * under
-    crease = spot((x.abs() - p["nose_wing_x"] - 0.045) / 0.014, (y - 0.02) / 0.045)
-    coat.shade *= 1 - 0.34 * crease
+    coat.shade *= 1 - 0.12 * spot(x / 0.13, (y - 0.075) / 0.022)
+    coat.shade *= 1 - 0.34 * spot((x.abs() - p["nose_wing_x"] - 0.045) / 0.014, (y - 0.02) / 0.045)
 
 
 def _mouth(p: Identities, c: Conditions, s: Patch, coat: Coat, pixel: float) -> None:
@@ -205,22 +252,19 @@ def _mouth(p: Identities, c: Conditions, s: Patch, coat: Coat, pixel: float) -> 
     top = -p["upper_lip"] * thin * bow.clamp(min=-0.3) * cupid
     bottom = gap + p["lower_lip"] * thin * (1 - u.square() * (0.6 + 0.4 * u.abs())).clamp(min=-0.3)
     lips = cover(torch.minimum(v - top, bottom - v), pixel + 0.008)
-    colour = rgb(p, "lips")
-    coat.over(lips * 0.92, colour)
+    coat.over(lips * 0.92, rgb(p, "lips"))
     coat.shade *= 1 - lips * (0.20 * cover(-v, 0.03) + 0.05 * speckle)
     coat.gloss += lips * (0.35 + 0.5 * p["lip_dark"])
     # Inside of an open mouth: dark, with a row of teeth under the upper lip.
     hollow = cover(torch.minimum(v, gap - v), pixel) * (gap > 0.004)
-    coat.over(hollow, torch.tensor([0.045, 0.012, 0.012], device=x.device).view(1, 3, 1, 1))
+    coat.over(hollow, swatch(x, 0.045, 0.012, 0.012))
     teeth = hollow * cover(torch.minimum(0.055 + 0.01 * smile - v, 0.80 - u.abs() + 0 * v), pixel + 0.01)
     arc = 0.80 - 0.45 * u.square()
-    coat.over(teeth * 0.92, torch.tensor([0.66, 0.60, 0.52], device=x.device).view(1, 3, 1, 1) * arc[:, None])
+    coat.over(teeth * 0.92, swatch(x, 0.66, 0.60, 0.52) * arc[:, None])
     line = bell(v / 0.013) * cover(1.05 - u.abs(), 0.1) * (1 - cover(gap, 0.03))
     coat.shade *= 1 - 0.68 * line
-    corner = spot((u.abs() - 1.0) * half / 0.022, v / 0.022)
-    coat.shade *= 1 - 0.42 * corner
-    below = spot(x / 0.15, (v - bottom - 0.03) / 0.026)
-    coat.shade *= 1 - 0.20 * below
+    coat.shade *= 1 - 0.42 * spot((u.abs() - 1.0) * half / 0.022, v / 0.022)
+    coat.shade *= 1 - 0.20 * spot(x / 0.15, (v - bottom - 0.03) / 0.026)
 
 
 def _hairline(p: Identities, s: Patch) -> Tensor:
@@ -239,8 +283,7 @@ def _hairline(p: Identities, s: Patch) -> Tensor:
 
 def hair_tone(p: Identities, strand: Tensor, mottle: Tensor) -> Tensor:
     """Reflectance of hair (N, 3, H, W) with its strands."""
-    tone = (1 + 0.34 * strand + 0.16 * mottle).clamp(0.25, 2.2)
-    return rgb(p, "hair") * tone[:, None]
+    return rgb(p, "hair") * (1 + 0.34 * strand + 0.16 * mottle).clamp(0.25, 2.2)[:, None]
 
 
 def _hair(p: Identities, s: Patch, coat: Coat, pixel: float) -> None:
@@ -293,10 +336,8 @@ def _glasses(p: Identities, c: Conditions, s: Patch, coat: Coat, pixel: float) -
     bridge = bridge * cover(p["eye_x"] - width - s.x.abs() + 0.02, pixel)
     temple = cover(p["glasses_rim"] - (s.y - p["eye_y"] + 0.02).abs(), pixel) * cover(dx - width, pixel)
     frame = torch.maximum(torch.maximum(rim, bridge), temple) * worn
-    hue = p["glasses_hue"]
-    tint = torch.stack(
-        [0.02 + 0.25 * hue.square().square(), 0.02 + 0.12 * hue.square().square(), 0.02 + 0.04 * hue], dim=1
-    )
+    hue, dark = p["glasses_hue"], p["glasses_hue"].square().square()
+    tint = torch.stack([0.02 + 0.25 * dark, 0.02 + 0.12 * dark, 0.02 + 0.04 * hue], dim=1)
     shadow = bell((edge - 0.01) / 0.035) * cover(dy, 0.1) * worn
     coat.shade *= 1 - 0.25 * shadow
     coat.over(frame, tint)
@@ -311,30 +352,25 @@ def _band(s: Patch, coat: Coat, low: float | Tensor, high: float | Tensor) -> tu
     """
     seen = ((s.y > low) & (s.y < high)).any(dim=2).any(dim=0).nonzero()
     rows = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
-    patch = Patch(*(getattr(s, name)[:, rows] for name in Patch.__slots__))
+    patch = Patch(*(values[:, rows] for values in s))
     return patch, Coat(coat.colour[:, :, rows], coat.gloss[:, rows], coat.shade[:, rows])
 
 
 def _textured(p: Identities, s: Surface) -> Patch:
     turn = torch.atan2(s.x, s.z + 0.25)  # unrolls the sides, so that texture does not stretch there
-    k = TEXELS_PER_UNIT
-    textures = bank(s.x.device)
+    k, textures = TEXELS_PER_UNIT, bank(s.x.device)
     skin = sample(textures[:, [MOTTLE, SPECKLE]], turn * k + p["skin_u"], s.y * k + p["skin_v"])
     wave = 0.05 * p["hair_wave"] * (9 * s.y + 30 * p["hair_v"]).sin()
     lean = 0.5 * p["hair_sweep"] * (s.y + 0.6) * (s.y < 0)
     u, v = (turn + wave + lean) * k * 1.5 + p["hair_u"], s.y * k + p["hair_v"]
-    strand = sample(textures[:, [STRAND]], u, v)
-    return Patch(s.x, s.y, s.z, skin[:, 0], skin[:, 1], strand[:, 0])
+    return Patch(s.x, s.y, s.z, skin[:, 0], skin[:, 1], sample(textures[:, [STRAND]], u, v)[:, 0])
 
 
 def paint_head(p: Identities, c: Conditions, surface: Surface, light: tuple[Tensor, Tensor], pixel: float) -> Coat:
     """Material of the head's surface.
 
-    Args:
-        p, c: N rows each.
-        surface: the surface points.
-        light: direction of the key light in the image, (N, 1, 1) each, for the glint in the eyes.
-        pixel: size of a pixel in face units.
+    ``light`` is the direction of the key light in the image, (N, 1, 1) each, for the glint in the eyes; ``pixel`` is
+    the size of a pixel in face units.
     """
     s = _textured(p, surface)
     coat = _skin(p, s)

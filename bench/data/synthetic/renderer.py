@@ -6,15 +6,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.data.synthetic.anatomy import Identities
 from bench.data.synthetic.geometry import Camera, Surface, intersect
-from bench.data.synthetic.nuisance import Conditions
-from bench.data.synthetic.paint import Coat, cover, hair_tone, paint_head, rgb
-from bench.data.synthetic.shading import Light, illuminate, key_direction, shade, warmth
-from bench.data.synthetic.textures import CLOUD, MOTTLE, STRAND, TEXELS_PER_UNIT, bank, crop_grain, sample
-from bench.progress import Report
-
-"""Called with (faces done, faces in all)."""
+from bench.data.synthetic.paint import (
+    CLOUD,
+    MOTTLE,
+    STRAND,
+    TEXELS_PER_UNIT,
+    Coat,
+    bank,
+    cover,
+    crop_grain,
+    hair_tone,
+    paint_head,
+    rgb,
+    sample,
+    swatch,
+)
+from bench.data.synthetic.parameters import Conditions, Identities
+from bench.data.synthetic.shading import grid, illuminate, key_direction, shade, warmth
+from bench.progress import Report, no_report
 
 MIN_SIZE = 16
 _PIXELS_AT_ONCE = 1 << 17  # supersampled pixels per chunk: bounds memory, keeps the caches warm
@@ -22,12 +32,6 @@ _PIXELS_AT_ONCE = 1 << 17  # supersampled pixels per chunk: bounds memory, keeps
 
 def _oversampled(image_size: int) -> int:
     return image_size + image_size // 2
-
-
-def _grid(n: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixel centres x, y (n, size, size) in [-1, 1]."""
-    axis = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size * 2 - 1
-    return axis[None, None, :].expand(n, size, size), axis[None, :, None].expand(n, size, size)
 
 
 def _background(c: Conditions, x: Tensor, y: Tensor) -> Tensor:
@@ -83,7 +87,7 @@ def _behind(p: Identities, c: Conditions, camera: Camera, px: Tensor, py: Tensor
         r = torch.hypot(ex / broad, ey / tall)
         ear = cover((1 - r) * broad, pixel) * cover(0.2 - p["hair_length"], 0.1)
         rim = 0.42 + 0.35 * (r * 1.1).clamp(max=1).square()
-        reddish = rgb(p, "skin") * torch.tensor([1.0, 0.84, 0.80], device=px.device).view(1, 3, 1, 1)
+        reddish = rgb(p, "skin") * swatch(px, 1.0, 0.84, 0.80)
         coat.over(ear, reddish * light * rim[:, None])
     return coat.colour
 
@@ -117,37 +121,28 @@ def _distance(inside: Tensor) -> Tensor:
 def _render_chunk(p: Identities, c: Conditions, size: int) -> Tensor:
     device = p.values.device
     fine = _oversampled(size)
-    camera = Camera.of(c)
+    camera, pixel = Camera.of(c), 1.6 / size
     # Relief and light are smooth: half the resolution does for them, and costs a quarter.
-    coarse = intersect(p, c, camera, *camera.plane(*_grid(len(p), fine // 2, device)))
-    light = illuminate(c, coarse.depth)
-    maps = torch.stack((coarse.x, coarse.y, coarse.z, coarse.depth, _distance(coarse.inside)), dim=1)
-    maps = torch.cat((maps, light.diffuse, light.gleam), dim=1)
+    coarse = intersect(p, c, camera, *camera.plane(*grid(len(p), fine // 2, device)))
+    light = illuminate(c, coarse.depth)  # 3 + 1 maps
+    shape = torch.stack((*coarse[:4], _distance(coarse.inside)), dim=1)
+    maps = torch.cat((shape, *light), dim=1)
     maps = F.interpolate(maps, size=(fine, fine), mode="bilinear", align_corners=False)
     surface = Surface(*maps[:, :5].unbind(1))
-    x, y = _grid(len(p), fine, device)
-    pixel = 1.6 / size
-    key = key_direction(c)
-    coat = paint_head(p, c, surface, (key[0], key[1]), pixel)
-    head = shade(c, coat, Light(maps[:, 5:8], maps[:, 8:9]))
+    x, y = grid(len(p), fine, device)
+    coat = paint_head(p, c, surface, key_direction(c)[:2], pixel)
+    head = shade(c, coat, maps[:, 5:8], maps[:, 8:9])
     behind = _behind(p, c, camera, *camera.plane(x, y), _background(c, x, y), pixel)
     return _develop(c, behind.lerp_(head, cover(surface.inside, pixel)[:, None]), size)
 
 
 @torch.no_grad()
 def render(
-    identities: Identities, conditions: Conditions, image_size: int = 112, *, report: Report | None = None
+    identities: Identities, conditions: Conditions, image_size: int = 112, *, report: Report = no_report
 ) -> Tensor:
-    """Render one picture per row.
+    """Render one picture per row: float32 (N, 3, image_size, image_size), sRGB in [0, 1], on the tables' device.
 
-    Args:
-        identities: N rows, who is in each picture.
-        conditions: N rows on the same device.
-        image_size: height and width in pixels, >= 16.
-        report: called after every chunk.
-
-    Returns:
-        float32 (N, 3, image_size, image_size), sRGB in [0, 1], on the tables' device.
+    ``report`` is called after every chunk.
 
     Raises:
         ValueError: row counts differ or the size is too small.
@@ -161,6 +156,5 @@ def render(
     for start in range(0, len(identities), chunk):
         rows = slice(start, min(start + chunk, len(identities)))
         images[rows] = _render_chunk(identities.rows(rows), conditions.rows(rows), image_size)
-        if report is not None:
-            report(rows.stop, len(identities))
+        report(rows.stop, len(identities))
     return images

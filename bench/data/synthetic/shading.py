@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.data.synthetic.nuisance import Conditions
-from bench.data.synthetic.paint import Coat
+from bench.data.synthetic.paint import Coat, swatch
+from bench.data.synthetic.parameters import Conditions
 
 _SHADOW_STEPS = 6
 _SHADOW_REACH = 0.42
+
+
+def grid(n: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pixel centres x, y (n, size, size) in [-1, 1]."""
+    axis = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size * 2 - 1
+    return axis[None, None, :].expand(n, size, size), axis[None, :, None].expand(n, size, size)
 
 
 def key_direction(c: Conditions) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,21 +44,23 @@ def normals(depth: Tensor, step: float) -> tuple[Tensor, Tensor, Tensor]:
     return gx.mul_(norm), gy.mul_(norm), norm
 
 
+def _coarse(depth: Tensor) -> tuple[int, Tensor]:
+    """A side of two thirds, and the depth (N, 1, side, side): shadows are soft."""
+    side = max(depth.shape[1] * 2 // 3, 16)
+    return side, F.interpolate(depth[:, None], size=(side, side), mode="bilinear", align_corners=False)
+
+
 def _cast_shadow(depth: Tensor, light: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Share of the key light that reaches each point, by marching towards it over the depth map."""
     n, height, width = depth.shape
-    size = max(height * 2 // 3, 16)
-    coarse = F.interpolate(depth[:, None], size=(size, size), mode="bilinear", antialias=False, align_corners=False)
-    axis = (torch.arange(size, device=depth.device) + 0.5) / size * 2 - 1
+    size, coarse = _coarse(depth)
+    x, y = grid(n, size, depth.device)
     lx, ly, lz = light
     shadow = torch.zeros_like(coarse[:, 0])
     for k in range(1, _SHADOW_STEPS + 1):
         reach = _SHADOW_REACH * (k / _SHADOW_STEPS) ** 1.4
-        u = (axis[None, None, :] + lx * reach).expand(n, size, size)
-        v = (axis[None, :, None] + ly * reach).expand(n, size, size)
-        there = F.grid_sample(
-            coarse, torch.stack((u, v), -1), mode="bilinear", padding_mode="border", align_corners=False
-        )
+        towards = torch.stack((x + lx * reach, y + ly * reach), -1)
+        there = F.grid_sample(coarse, towards, mode="bilinear", padding_mode="border", align_corners=False)
         above = (there - coarse)[:, 0] - lz.clamp(min=0.1) * reach
         shadow = torch.maximum(shadow, (above / (0.02 + 0.13 * reach)).clamp(0, 1))
     shadow = F.avg_pool2d(F.pad(shadow[:, None], (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -64,8 +70,7 @@ def _cast_shadow(depth: Tensor, light: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 def _occlusion(depth: Tensor) -> Tensor:
     """Ambient light that a point gets, from how far it lies below its surroundings."""
     height, width = depth.shape[1:]
-    size = max(height * 2 // 3, 16)
-    coarse = F.interpolate(depth[:, None], size=(size, size), mode="bilinear", align_corners=False)
+    size, coarse = _coarse(depth)
     radius = max(1, round(0.07 * size))
     around = F.avg_pool2d(F.pad(coarse, (radius,) * 4, mode="replicate"), 2 * radius + 1, 1)
     below = F.interpolate(
@@ -74,21 +79,11 @@ def _occlusion(depth: Tensor) -> Tensor:
     return (1 - 6.0 * below[:, 0]).clamp_(0.35, 1.1)
 
 
-@dataclass(frozen=True, slots=True)
-class Light:
-    """Light that reaches each point.
+def illuminate(c: Conditions, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """Light on a surface given by its depth towards the camera, (N, H, W) over an image 2 units wide.
 
-    Attributes:
-        diffuse: irradiance (N, 3, H, W).
-        gleam: specular reflection of the key light (N, 1, H, W), for a gloss of 1.
+    Irradiance (N, 3, H, W), and the specular reflection of the key light (N, 1, H, W) for a gloss of 1.
     """
-
-    diffuse: Tensor
-    gleam: Tensor
-
-
-def illuminate(c: Conditions, depth: Tensor) -> Light:
-    """Light on a surface given by its depth towards the camera, (N, H, W) over an image 2 units wide."""
     nx, ny, nz = normals(depth, 2.0 / depth.shape[-1])
     lx, ly, lz = light = key_direction(c)
     cosine = nx * lx + ny * ly + nz * lz
@@ -96,8 +91,7 @@ def illuminate(c: Conditions, depth: Tensor) -> Light:
     # Light scatters under the skin: wrap the terminator a little, more for red.
     hard = ((cosine + 0.12) / 1.12).clamp_(min=0) * lit
     soft = ((cosine + 0.30) / 1.30).clamp_(min=0) * (0.3 + 0.7 * lit)
-    red = torch.tensor([0.35, 0.08, 0.04], device=depth.device).view(1, 3, 1, 1)
-    direct = torch.lerp(hard[:, None], soft[:, None], red)
+    direct = torch.lerp(hard[:, None], soft[:, None], swatch(depth, 0.35, 0.08, 0.04))
     ambient = c["ambient"] * (1 + c["ambient_x"] * nx + c["ambient_y"] * ny) * _occlusion(depth)
     diffuse = key_colour(c) * direct + warmth(c["ambient_warmth"], c["tint"]) * ambient[:, None]
     half = torch.rsqrt(lx.square() + ly.square() + (lz + 1).square())
@@ -105,11 +99,11 @@ def illuminate(c: Conditions, depth: Tensor) -> Light:
     gleam = gleam.square_().square_().square_()
     # A broad lobe and a narrow one; none at grazing angles, where the relief is too coarse for it.
     gleam = gleam * (0.35 * gleam + 0.65 * gleam.square().square()) * lit * (2.2 * nz).clamp_(max=1)
-    return Light(diffuse, gleam[:, None])
+    return diffuse, gleam[:, None]
 
 
-def shade(c: Conditions, coat: Coat, light: Light) -> Tensor:
-    """Radiance (N, 3, H, W), linear, of a material under a light."""
-    matt = coat.colour * light.diffuse
-    shine = (0.16 * key_colour(c)) * (light.gleam * coat.gloss[:, None])
+def shade(c: Conditions, coat: Coat, diffuse: Tensor, gleam: Tensor) -> Tensor:
+    """Radiance (N, 3, H, W), linear, of a material under the light of :func:`illuminate`."""
+    matt = coat.colour * diffuse
+    shine = (0.16 * key_colour(c)) * (gleam * coat.gloss[:, None])
     return matt.add_(shine).mul_(coat.shade[:, None])

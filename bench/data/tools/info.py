@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from enum import StrEnum
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from bench.data.decode import MIN_SIDE, open_image, own_limits, shown
 from bench.data.encoded import EncodedSource
-from bench.data.sources.folder import PAIRS, FolderSource
+from bench.data.sources.folder import FolderSource, pairs_in
 from bench.data.sources.insightface import PackSource, RecordIOSource
 from bench.data.sources.webdataset import WebDatasetSource
 from bench.errors import DataError, MissingError
@@ -21,63 +21,41 @@ from bench.progress import Report, no_report
 SAMPLE = 10_000
 
 
-class Layout(StrEnum):
-    """The layouts that the suite reads."""
-
-    INSIGHTFACE = "insightface"
-    FOLDER = "folder"
-    RECORDS = "record file"
-    PACK = "verification pack"
-    SHARDS = "tar shards"
+#: What a file holds, and its reader, by its suffix.
+READERS: dict[str, tuple[str, Callable[[Path, int], EncodedSource]]] = {
+    ".rec": ("record file", RecordIOSource),
+    ".bin": ("verification pack", PackSource),
+    ".tar": ("tar shards", WebDatasetSource),  # one, or the pattern of several
+}
 
 
-def layout_of(path: Path) -> Layout:
-    """Tell the layouts apart by what is there; nothing is read.
+def layout_of(path: Path) -> tuple[str, list[Path]]:
+    """The layout of a dataset, and the files or folders that it is made of, told by their names; nothing is read.
 
     Raises:
         MissingError: there is no such path.
         DataError: a file that is neither ``.rec``, ``.bin`` nor ``.tar``.
     """
     if path.is_dir():
-        packed = (path / "train.rec").is_file() or any(path.glob("*.bin"))
-        if packed:
-            return Layout.INSIGHTFACE
-        return Layout.SHARDS if any(path.glob("*.tar")) else Layout.FOLDER
-    if path.suffix == ".tar":
-        return Layout.SHARDS  # one, or the pattern of several
-    if not path.exists():
+        packed = [file for file in (path / "train.rec", *sorted(path.glob("*.bin"))) if file.is_file()]
+        return ("insightface", packed) if packed else ("tar shards" if any(path.glob("*.tar")) else "folder", [path])
+    if not path.exists() and path.suffix != ".tar":
         raise MissingError(f"{shown(path)} does not exist")
-    if path.suffix == ".rec":
-        return Layout.RECORDS
-    if path.suffix == ".bin":
-        return Layout.PACK
-    raise DataError(f"{shown(path)} is neither a folder nor a .rec or .bin file, nor a .tar shard")
-
-
-def files_of(path: Path) -> list[Path]:
-    """The files or folders that the dataset at ``path`` is made of.
-
-    Raises:
-        MissingError: there is nothing.
-        DataError: a file of another kind.
-    """
-    if layout_of(path) is not Layout.INSIGHTFACE:
-        return [path]
-    return [file for file in (path / "train.rec",) if file.is_file()] + sorted(path.glob("*.bin"))
+    if path.suffix not in READERS:
+        raise DataError(f"{shown(path)} is neither a folder nor a .rec or .bin file, nor a .tar shard")
+    return READERS[path.suffix][0], [path]
 
 
 def open_part(file: Path) -> EncodedSource:
-    """The reader of one of :func:`files_of`.
+    """The reader of one of the parts that :func:`layout_of` gives.
 
     Raises:
         DataError: a structure that cannot be read.
     """
-    layout = layout_of(file)
-    if layout is Layout.FOLDER:
-        return FolderSource(file, MIN_SIDE, pairs_file=file / PAIRS if (file / PAIRS).exists() else None)
-    if layout is Layout.SHARDS:
-        return WebDatasetSource(file, MIN_SIDE)
-    return PackSource(file, MIN_SIDE) if layout is Layout.PACK else RecordIOSource(file, MIN_SIDE)
+    layout, _ = layout_of(file)
+    if layout == "folder":
+        return FolderSource(file, MIN_SIDE, pairs_file=pairs_in(file))
+    return next(reader for name, reader in READERS.values() if name == layout)(file, MIN_SIDE)
 
 
 def part_name(source: EncodedSource) -> str:
@@ -97,19 +75,12 @@ class PairInfo(BaseModel):
 
 
 class PartInfo(BaseModel):
-    """One file or folder.
+    """One file or folder, called ``name`` ("." for a folder of images).
 
-    Attributes:
-        name: the file, or "." for a folder of images.
-        identities: people with at least one image.
-        images: image slots (a pack counts two for each pair).
-        images_per_identity: minimum, quartiles and maximum.
-        single_image_identities: people with one image.
-        sizes: how many images have which size ("112x112") and mode ("RGB"), most frequent first;
-            "unreadable" for headers that could not be read.
-        headers_read: how many images ``sizes`` is counted over (an even sample of large sets).
-        pairs: its pair list.
-        ignored: files that are no images.
+    ``identities`` counts people with an image; ``images`` slots, of which a pack has two for each pair;
+    ``images_per_identity`` has minimum, quartiles and maximum. ``sizes`` says how many images have which size and mode
+    ("112x112 RGB"), most frequent first, or an "unreadable" header, over ``headers_read`` images: an even sample of
+    large sets. ``ignored`` files are no images.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -126,13 +97,7 @@ class PartInfo(BaseModel):
 
 
 class DatasetInfo(BaseModel):
-    """What :func:`info` found.
-
-    Attributes:
-        path: as given.
-        kind: the layout.
-        parts: its files or folders.
-    """
+    """What lies at a ``path``: its layout, and its files or folders."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -148,14 +113,16 @@ def info(path: Path, *, report: Report = no_report) -> DatasetInfo:
         MissingError: there is nothing.
         DataError: its structure cannot be read.
     """
-    layout, sources = layout_of(path), [open_part(file) for file in files_of(path)]
-    total = sum(min(len(source), SAMPLE) for source in sources)
-    described, done = [], 0
+    kind, files = layout_of(path)
+    sources = list(map(open_part, files))
+    sampled = [min(len(source), SAMPLE) for source in sources]
+    before, total = np.cumsum([0, *sampled]).tolist(), sum(sampled)
     with own_limits():
-        for source in sources:
-            described.append(_describe(source, lambda n, _, before=done: report(before + n, total)))
-            done += min(len(source), SAMPLE)
-    return DatasetInfo(path=str(path), kind=layout.value, parts=tuple(described))
+        parts = [
+            _describe(source, lambda done, _, start=start: report(start + done, total))
+            for source, start in zip(sources, before, strict=False)
+        ]
+    return DatasetInfo(path=str(path), kind=kind, parts=tuple(parts))
 
 
 def _describe(source: EncodedSource, report: Report) -> PartInfo:
@@ -172,6 +139,10 @@ def _describe(source: EncodedSource, report: Report) -> PartInfo:
             sizes["unreadable"] += 1
         if done % 500 == 0 or done == len(rows):
             report(done, len(rows))
+    listed = None
+    if pairs is not None and name is not None:
+        folds = len(pairs.fold.unique())
+        listed = PairInfo(file=shown(name.name), pairs=len(pairs), genuine=int(pairs.same.sum()), folds=folds)
     quantiles = np.quantile(counts, [0, 0.25, 0.5, 0.75, 1])
     return PartInfo(
         name=part_name(source),
@@ -181,10 +152,6 @@ def _describe(source: EncodedSource, report: Report) -> PartInfo:
         single_image_identities=int((counts == 1).sum()),
         sizes=dict(sizes.most_common()),
         headers_read=len(rows),
-        pairs=None
-        if pairs is None or name is None
-        else PairInfo(
-            file=shown(name.name), pairs=len(pairs), genuine=int(pairs.same.sum()), folds=len(pairs.fold.unique())
-        ),
+        pairs=listed,
         ignored=len(source.ignored),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 
@@ -17,7 +19,7 @@ from bench.data.decode import ImageError, decode_image, open_image, shown
 from bench.data.faces import Skipped
 from bench.data.pairs import PairList
 from bench.data.recordio import RecordWriter
-from bench.data.sources.folder import PAIRS, FolderSource
+from bench.data.sources.folder import PAIRS, FolderSource, pairs_in
 from bench.data.verification_pack import VerificationPack, write_pack
 from bench.errors import DataError, UsageError
 from bench.progress import Report, no_report
@@ -32,15 +34,10 @@ _EXIF_ORIENTATION = 0x0112
 
 
 class Packed(BaseModel):
-    """What :func:`pack` wrote.
+    """What :func:`pack` wrote: ``files`` by name in the folder ``out``, and what is in them.
 
-    Attributes:
-        out: the folder.
-        files: their names.
-        identities, images: in ``train.rec``.
-        pairs: in the verification pack; 0 without one.
-        copied: images stored byte for byte, because they were JPEGs of the right size already.
-        skipped: image files left out, as (where, reason).
+    ``copied`` images are stored byte for byte, because they were JPEGs of the right size already; image files left out
+    are ``skipped``, as (where, reason).
     """
 
     model_config = ConfigDict(frozen=True)
@@ -70,13 +67,8 @@ def pack(
     they are; everything else is decoded, cropped and resized as the loaders do it, and encoded as JPEG. Everything is
     written beside ``out`` and renamed when complete.
 
-    Args:
-        folder: the folder of identities.
-        out: the folder to write; made if need be.
-        image_size: side of the stored faces in pixels; InsightFace packs have 112.
-        name: stem of the verification pack.
-        overwrite: replace files of these names in ``out``.
-        report: progress in images.
+    ``image_size`` is in pixels, and 112 in InsightFace packs; ``name`` the stem of the verification pack; ``overwrite``
+    replaces files of these names in ``out``.
 
     Raises:
         UsageError: a file to be written exists and ``overwrite`` is not set, or ``name`` is no file stem.
@@ -85,9 +77,9 @@ def pack(
     """
     if Path(name).name != name or not name:
         raise UsageError(f"{shown(name)!r} is no name for a verification pack")
-    source = FolderSource(folder, image_size, pairs_file=folder / PAIRS if (folder / PAIRS).exists() else None)
+    source = FolderSource(folder, image_size, pairs_file=pairs_in(folder))
     listed, pairs = source.listed, source.pairs
-    ends = [] if pairs is None else list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+    slots = [] if pairs is None else torch.stack((pairs.first, pairs.second), dim=1).flatten().tolist()
     files = ["train.rec", "train.idx", "property", *([f"{name}.bin", PAIRS] if listed is not None else [])]
     present = [file for file in files if (out / file).exists()]
     if present and not overwrite:
@@ -110,7 +102,6 @@ def pack(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-        slots = [row for pair in ends for row in pair]
         learners = np.flatnonzero(~np.isin(source.labels, source.labels[slots])).tolist()
         identities, images = _write_records(scratch / "train.rec", source, learners, encoded, skipped)
         if identities < 2:
@@ -152,7 +143,7 @@ def _write_records(
     file: Path, source: FolderSource, chosen: list[int], encoded: Callable[[int], bytes], skipped: list[Skipped]
 ) -> tuple[int, int]:
     """Write the chosen images; returns how many identities and images there are."""
-    ranges: list[list[int]] = []  # first image record of each identity, and the one after its last
+    starts: list[int] = []  # the first image record of each identity
     key, person = 1, -1
     with RecordWriter(file) as writer:
         # The header comes first and knows how many images follow, which is known at the end. Its length is fixed.
@@ -165,16 +156,15 @@ def _write_records(
                 continue
             if source.labels[i] != person:
                 person = int(source.labels[i])
-                ranges.append([key, key])
-            writer.write(key, (float(len(ranges) - 1),), data)
+                starts.append(key)
+            writer.write(key, (float(len(starts) - 1),), data)
             key += 1
-            ranges[-1][1] = key
-        if key + len(ranges) > _MAX_EXACT:
+        if key + len(starts) > _MAX_EXACT:
             raise DataError(f"{key - 1} images are more than the format can count ({_MAX_EXACT})")
-        for offset, (start, stop) in enumerate(ranges):
-            writer.write(key + offset, (float(start), float(stop)))
-        writer.rewrite_first((float(key), float(key + len(ranges))))
-    return len(ranges), key - 1
+        for offset, bounds in enumerate(itertools.pairwise([*starts, key])):
+            writer.write(key + offset, tuple(map(float, bounds)))
+        writer.rewrite_first((float(key), float(key + len(starts))))
+    return len(starts), key - 1
 
 
 def _as_text(listed: PairList) -> str:

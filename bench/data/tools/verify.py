@@ -14,7 +14,7 @@ from bench.data.decode import AT_ONCE, by_threads, decode_image, own_limits, sho
 from bench.data.encoded import EncodedSource
 from bench.data.recordio import RecordFile, read_property, scan
 from bench.data.sources.insightface import PackSource, RecordIOSource
-from bench.data.tools.info import files_of, layout_of, open_part, part_name
+from bench.data.tools.info import layout_of, open_part, part_name
 from bench.errors import DataError
 from bench.progress import Report, no_report
 
@@ -23,13 +23,7 @@ SMALL_SIDE = 32
 
 
 class Finding(BaseModel):
-    """Something wrong with a file or an image.
-
-    Attributes:
-        where: the file or image.
-        severity: ``damaged`` cannot be used; ``suspicious`` can, and should be looked at.
-        reason: one line.
-    """
+    """Something wrong with a file or an image: ``damaged`` ones cannot be used, ``suspicious`` ones should be seen."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -39,14 +33,7 @@ class Finding(BaseModel):
 
 
 class Verification(BaseModel):
-    """What :func:`verify` found.
-
-    Attributes:
-        path: as given.
-        kind: the layout.
-        images: images looked at.
-        findings: everything found, in order.
-    """
+    """What was looked at, and every finding in order."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -56,14 +43,9 @@ class Verification(BaseModel):
     findings: tuple[Finding, ...]
 
     @property
-    def damaged(self) -> int:
-        """How many findings are of damage."""
-        return sum(finding.severity == "damaged" for finding in self.findings)
-
-    @property
     def ok(self) -> bool:
         """Whether nothing is damaged."""
-        return self.damaged == 0
+        return all(finding.severity != "damaged" for finding in self.findings)
 
 
 def verify(path: Path, *, report: Report = no_report) -> Verification:
@@ -78,10 +60,10 @@ def verify(path: Path, *, report: Report = no_report) -> Verification:
         MissingError: there is nothing at ``path``.
         DataError: ``path`` is a file of another kind.
     """
-    layout = layout_of(path)
+    kind, files = layout_of(path)
     findings: list[Finding] = []
     images = 0
-    for file in files_of(path):
+    for file in files:
         try:
             source = open_part(file)
             findings += _images(source, lambda done, total, before=images: report(before + done, before + total))
@@ -90,7 +72,7 @@ def verify(path: Path, *, report: Report = no_report) -> Verification:
                 findings += _beside(source)
         except DataError as error:
             findings.append(Finding(where=shown(file.name), severity="damaged", reason=str(error)))
-    return Verification(path=str(path), kind=layout.value, images=images, findings=tuple(findings))
+    return Verification(path=str(path), kind=kind, images=images, findings=tuple(findings))
 
 
 def _images(source: EncodedSource, report: Report) -> list[Finding]:
@@ -102,11 +84,9 @@ def _images(source: EncodedSource, report: Report) -> list[Finding]:
             try:
                 data = source.encoded_image(i)
                 digests[i] = hashlib.blake2b(data, digest_size=16).digest()
-                image = decode_image(data)
+                findings += [_suspicious(source.where(i), reason) for reason in _oddities(decode_image(data))]
             except DataError as error:  # an image, or the record that should hold it
                 findings.append(Finding(where=source.where(i), severity="damaged", reason=str(error)))
-                continue
-            findings += [_suspicious(source.where(i), reason) for reason in _oddities(image)]
         return findings
 
     findings = [_suspicious(entry.where, entry.reason) for entry in source.ignored]
@@ -157,20 +137,17 @@ def _duplicates(source: EncodedSource, digests: list[bytes | None]) -> list[Find
 
 def _beside(source: RecordIOSource) -> list[Finding]:
     """What the record file, its index and its ``property`` say of each other."""
-    findings, file = [], source.path
-    records = RecordFile(file)
+    file, records = source.path, RecordFile(source.path)
     offsets = scan(file)  # also of what no image needs, such as the ranges of the identities
-    if records.index is None:
-        findings.append(_suspicious(shown(file.name), "has no .idx beside it: the file is scanned instead"))
-    elif strays := len(np.setxor1d(offsets, records.offsets)):
-        findings.append(
-            _suspicious(shown(records.index.name), f"disagrees with {shown(file.name)} on {strays} records")
-        )
     claimed = read_property(file.with_name("property"))
+    name, findings = shown(file.name), []
+    if records.index is None:
+        findings.append(_suspicious(name, "has no .idx beside it: the file is scanned instead"))
+    elif strays := len(np.setxor1d(offsets, records.offsets)):
+        findings.append(_suspicious(shown(records.index.name), f"disagrees with {name} on {strays} records"))
     if claimed is None:
         findings.append(_suspicious("property", "missing: InsightFace's own loaders want it"))
     elif claimed[0] != source.identities:
-        findings.append(
-            _suspicious("property", f"claims {claimed[0]} identities, {shown(file.name)} has {source.identities}")
-        )
+        what = f"claims {claimed[0]} identities, {name} has {source.identities}"
+        findings.append(_suspicious("property", what))
     return findings

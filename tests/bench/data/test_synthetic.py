@@ -15,10 +15,8 @@ from bench.data.synthetic import (
     render,
     renderer,
 )
-from bench.data.synthetic.columns import bell as bell_law
-from bench.data.synthetic.columns import draw, uniform
-from bench.data.synthetic.falloff import spot
-from bench.data.synthetic.geometry import Camera, intersect, relief
+from bench.data.synthetic.geometry import Camera, intersect, relief, spot
+from bench.data.synthetic.parameters import bell, draw, uniform
 
 
 def generator(seed=0):
@@ -223,7 +221,7 @@ def test_relief_has_a_nose_that_stands_out_and_eyes_that_lie_deep():
 
 
 def test_laws_have_the_stated_range_and_moments():
-    drawn = draw({"u": uniform(2, 5), "b": bell_law(1.0, 0.5)}, 20000, generator())
+    drawn = draw({"u": uniform(2, 5), "b": bell(1.0, 0.5)}, 20000, generator())
     assert drawn["u"].min() >= 2
     assert drawn["u"].max() < 5
     assert drawn["u"].mean() == pytest.approx(3.5, abs=0.05)

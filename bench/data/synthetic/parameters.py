@@ -1,4 +1,4 @@
-"""Identity parameters of a synthetic face: shape, relief, features, skin, hair.
+"""What a synthetic face is drawn from: who somebody is, and what changes between two pictures of one person.
 
 Lengths are in half image widths of the ArcFace 112x112 template (1 = 56 pixels), x to the right, y
 down, z towards the viewer, origin in the middle of the crop. In these units the template of the
@@ -8,17 +8,89 @@ five landmarks (Deng et al., ArcFace, CVPR 2019, reference alignment) puts the e
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
-from bench.data.synthetic.columns import Law, Table, bell, coin, draw, stack, uniform
+Law = Callable[[Tensor], Tensor]
+"""Maps uniform numbers in [0, 1) to the values of one column (an inverse distribution function)."""
+
+
+def uniform(low: float, high: float) -> Law:
+    """Uniform in [low, high)."""
+    return lambda u: low + (high - low) * u
+
+
+def bell(mean: float, deviation: float) -> Law:
+    """Normal, cut at two deviations (the tails are what makes a face implausible)."""
+    return lambda u: mean + deviation * torch.special.ndtri(0.02275 + 0.9545 * u)
+
+
+def each(law: Law, *names: str) -> dict[str, Law]:
+    """The same law for several columns."""
+    return dict.fromkeys(names, law)
+
+
+def coin(probability: float) -> Law:
+    """1 with the given probability, else 0."""
+    return lambda u: (u < probability).to(u.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """N rows of named scalar parameters: ``values`` float32 (N, D), and the position of each name in D ``columns``."""
+
+    values: Tensor
+    columns: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or self.values.shape[1] != len(self.columns):
+            raise ValueError(f"values must be (N, {len(self.columns)}), got {tuple(self.values.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Column ``name`` as (N, 1, 1), ready to broadcast over pixels."""
+        return self.values[:, self.columns[name], None, None]
+
+    def rows(self, index: Tensor | slice) -> Self:
+        """The rows at ``index``."""
+        return type(self)(self.values[index], self.columns)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The table on ``device``."""
+        return type(self)(self.values.to(device), self.columns)
+
+
+def draw(laws: Mapping[str, Law], n: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """``n`` draws of every law, float64 (n,) each, from a CPU generator.
+
+    One uniform (n, D) matrix is filled row by row, so that the first rows do not depend on ``n``.
+
+    Raises:
+        ValueError: ``n`` below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    u = torch.rand((n, len(laws)), generator=generator, dtype=torch.float64)
+    return {name: law(u[:, i]) for i, (name, law) in enumerate(laws.items())}
+
+
+def stack(values: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
+    """Columns (N,) to one float32 (N, D) matrix and the position of each name."""
+    matrix = torch.stack(list(values.values()), dim=1).to(torch.float32)
+    return matrix, {name: i for i, name in enumerate(values)}
+
 
 MOLES = 5
 
-_LAWS: dict[str, Law] = {
+_PERSON: dict[str, Law] = {
     # Latent factors that several features share.
-    "masculine": uniform(0, 1),
-    "age": uniform(0, 1),
+    **each(uniform(0, 1), "masculine", "age"),
     # Head.
     "cheek_width": bell(0.79, 0.04),
     "jaw_taper": bell(0.23, 0.12),
@@ -57,10 +129,8 @@ _LAWS: dict[str, Law] = {
     "lid_crease": uniform(0.0, 1.0),
     "lash": uniform(0.25, 1.0),
     "iris_radius": bell(0.060, 0.004),
-    "iris_hue": uniform(0, 1),
-    "iris_value": uniform(0, 1),
-    "eye_bags": uniform(0.0, 1.0),
-    "eye_shadow": uniform(0.0, 1.0),
+    **each(uniform(0, 1), "iris_hue", "iris_value"),
+    **each(uniform(0.0, 1.0), "eye_bags", "eye_shadow"),
     # Brows.
     "brow_gap": bell(0.165, 0.028),
     "brow_inner": bell(0.115, 0.035),
@@ -77,22 +147,15 @@ _LAWS: dict[str, Law] = {
     "lower_lip": bell(0.080, 0.022),
     "cupid": uniform(0.0, 0.035),
     "mouth_curve": bell(-0.006, 0.018),
-    "lip_colour": uniform(0, 1),
-    "lip_dark": uniform(0, 1),
+    **each(uniform(0, 1), "lip_colour", "lip_dark"),
     # Skin.
-    "melanin": uniform(0, 1),
-    "redness": uniform(0, 1),
-    "yellow": uniform(0, 1),
+    **each(uniform(0, 1), "melanin", "redness", "yellow"),
     "flush": uniform(0.0, 1.0),
     "freckle_draw": uniform(0, 1),
-    "mottle": uniform(0.3, 1.0),
-    "gloss": uniform(0.3, 1.0),
-    "skin_u": uniform(-0.45, 0.45),
-    "skin_v": uniform(-0.45, 0.45),
+    **each(uniform(0.3, 1.0), "mottle", "gloss"),
+    **each(uniform(-0.45, 0.45), "skin_u", "skin_v"),
     # Hair.
-    "hair_melanin": uniform(0, 1),
-    "hair_red": uniform(0, 1),
-    "hair_grey": uniform(0, 1),
+    **each(uniform(0, 1), "hair_melanin", "hair_red", "hair_grey"),
     "hairline": bell(-0.68, 0.07),
     "hair_peak": bell(0.03, 0.04),
     "hair_recession": uniform(0, 1),
@@ -103,16 +166,12 @@ _LAWS: dict[str, Law] = {
     "hair_volume": uniform(0.02, 0.22),
     "length_draw": uniform(0, 1),
     "bald_draw": uniform(0, 1),
-    "hair_wave": uniform(0, 1),
-    "hair_extent": uniform(0, 1),
-    "hair_u": uniform(-0.45, 0.45),
-    "hair_v": uniform(-0.45, 0.45),
+    **each(uniform(0, 1), "hair_wave", "hair_extent"),
+    **each(uniform(-0.45, 0.45), "hair_u", "hair_v"),
     "sideburn": uniform(-0.05, 0.35),
     "temple_z": bell(0.50, 0.05),
     # Beard.
-    "beard_draw": uniform(0, 1),
-    "stubble_draw": uniform(0, 1),
-    "moustache_draw": uniform(0, 1),
+    **each(uniform(0, 1), "beard_draw", "stubble_draw", "moustache_draw"),
     "beard_line": uniform(0.30, 0.62),
     "beard_density": uniform(0.45, 1.0),
     # Glasses.
@@ -131,7 +190,7 @@ _LAWS: dict[str, Law] = {
     "mouth_slant": bell(0.0, 0.03),
 }
 for _i in range(MOLES):
-    _LAWS |= {
+    _PERSON |= {
         f"mole{_i}_x": uniform(-0.6, 0.6),
         f"mole{_i}_y": uniform(-0.5, 0.95),
         f"mole{_i}_radius": uniform(0.012, 0.032),
@@ -178,6 +237,11 @@ def _ramp(stops: tuple[tuple[float, float, float], ...], position: Tensor) -> Te
     return torch.lerp(table[low], table[low + 1], (at - low)[:, None])
 
 
+def _towards(colour: Tensor, rgb: tuple[float, float, float], weight: Tensor | float) -> Tensor:
+    """Colours (N, 3) mixed with one of them."""
+    return torch.lerp(colour, torch.tensor(rgb, dtype=colour.dtype).expand_as(colour), weight)
+
+
 def _pick(condition: Tensor, yes: Tensor, no: Tensor | float) -> Tensor:
     return torch.where(condition, yes, torch.as_tensor(no, dtype=yes.dtype))
 
@@ -218,9 +282,9 @@ def _correlate(p: dict[str, Tensor]) -> dict[str, Tensor]:
     grey = (p["hair_grey"] * 1.5 * old.sqrt() - 0.25).clamp(0, 1)
     hair = _ramp(_HAIR, hair_melanin)
     red = (p["hair_red"] < 0.12).to(age.dtype)[:, None] * (1 - dark)[:, None]
-    hair = torch.lerp(hair, torch.tensor([0.56, 0.25, 0.11], dtype=hair.dtype).expand_as(hair), 0.8 * red)
-    hair = torch.lerp(hair, torch.tensor([0.66, 0.65, 0.64], dtype=hair.dtype).expand_as(hair), grey[:, None])
-    brow = torch.lerp(hair * 0.72, torch.tensor([0.10, 0.07, 0.06], dtype=hair.dtype).expand_as(hair), 0.3)
+    hair = _towards(hair, (0.56, 0.25, 0.11), 0.8 * red)
+    hair = _towards(hair, (0.66, 0.65, 0.64), grey[:, None])
+    brow = _towards(hair * 0.72, (0.10, 0.07, 0.06), 0.3)
     # Skin.
     skin = _ramp(_SKIN, p["melanin"].pow(0.9))
     warm = torch.stack(
@@ -248,18 +312,65 @@ def _correlate(p: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def draw_identities(n: int, generator: torch.Generator) -> Identities:
-    """Draw ``n`` people.
+    """Draw ``n`` people; the first k of them are the same whatever n is.
 
-    The first k of n people are the same whatever n is. Feature measures vary independently (so that
-    identity is carried by many of them); only sex, age and complexion tie some together.
-
-    Args:
-        n: how many, >= 1.
-        generator: CPU generator.
-
-    Raises:
-        ValueError: ``n`` below 1.
+    Feature measures vary independently, so that identity is carried by many of them; only sex, age and complexion tie
+    some together.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    return Identities(*stack(_correlate(draw(_LAWS, n, generator))))
+    return Identities(*stack(_correlate(draw(_PERSON, n, generator))))
+
+
+_PICTURE: dict[str, Law] = {
+    # Pose in radians and alignment error in half image widths.
+    "yaw": bell(0.0, 0.26),
+    "pitch": bell(0.0, 0.12),
+    "roll": bell(0.0, 0.045),
+    **each(bell(0.0, 0.018), "shift_x", "shift_y"),
+    "scale": bell(1.0, 0.022),
+    # Expression.
+    "smile": bell(0.35, 0.42),
+    "mouth_open": uniform(-1.0, 0.7),
+    "brow_raise": bell(0.0, 0.018),
+    "eye_open": bell(0.95, 0.14),
+    "gaze_x": bell(0.0, 0.018),
+    "gaze_y": bell(0.0, 0.007),
+    "glasses_on": coin(0.85),
+    # Light: a key light over a first-order spherical-harmonics ambient.
+    "light_azimuth": bell(0.0, 0.8),
+    "light_elevation": bell(0.45, 0.4),
+    "key": uniform(0.35, 1.25),
+    "ambient": uniform(0.18, 0.62),
+    "ambient_x": uniform(-0.6, 0.6),
+    "ambient_y": uniform(-0.7, 0.2),
+    **each(bell(0.0, 0.16), "key_warmth", "ambient_warmth"),
+    "tint": bell(0.0, 0.05),
+    "exposure": bell(0.0, 0.24),
+    # Camera.
+    "blur": uniform(0.0, 0.55),
+    "noise": uniform(0.002, 0.014),
+    **each(uniform(0, 1), "noise_x", "noise_y"),
+    "saturation": uniform(0.7, 1.15),
+    "contrast": uniform(0.85, 1.2),
+    # Background.
+    **each(uniform(0.02, 0.8), "back_r", "back_g", "back_b"),
+    "back_grey": uniform(0, 1),
+    **each(uniform(-0.5, 0.5), "back_slope_x", "back_slope_y"),
+    "back_texture": uniform(0.0, 0.9),
+    "back_zoom": uniform(0.15, 0.6),
+    **each(uniform(-0.45, 0.45), "back_u", "back_v"),
+}
+
+
+class Conditions(Table):
+    """One row of nuisance parameters per picture; see :func:`draw_conditions`."""
+
+
+def draw_conditions(n: int, generator: torch.Generator) -> Conditions:
+    """Draw the circumstances of ``n`` pictures; the first k of them are the same whatever n is."""
+    p = draw(_PICTURE, n, generator)
+    p["mouth_open"] = p["mouth_open"].clamp(min=0)  # closed in most pictures
+    p["smile"] = p["smile"].clamp(min=-0.25)
+    grey = (p["back_r"] + p["back_g"] + p["back_b"]) / 3
+    for channel in "rgb":
+        p[f"back_{channel}"] = torch.lerp(p[f"back_{channel}"], grey, 0.9 * p["back_grey"].sqrt()).square()
+    return Conditions(*stack(p))
