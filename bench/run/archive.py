@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -37,28 +37,21 @@ class Victim(BaseModel):
     files: dict[str, str]
 
 
-class _Index(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    columns: tuple[str, ...]
-    victims: tuple[Victim, ...]
-
-
 class Samples(BaseModel):
     """The pictures of a run.
 
     Attributes:
-        folder: holds them.
         columns: what there is of each victim, from left to right; empty where there is only a ready sheet.
         victims: those that were kept.
+        folder: holds the pictures.
         sheet: a ready contact sheet, where there is one.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
-    folder: Path
-    columns: tuple[str, ...] = ()
-    victims: tuple[Victim, ...] = ()
+    columns: tuple[str, ...]
+    victims: tuple[Victim, ...]
+    folder: Path = Path()
     sheet: Path | None = None
 
 
@@ -68,17 +61,15 @@ def read_samples(folder: Path) -> Samples | None:
     Raises:
         MissingError: the index is damaged, or names a file outside the folder or one that is not there.
     """
-    sheet = folder / "contact-sheet.png"
-    ready = sheet if sheet.is_file() else None
-    path = folder / "samples.json"
+    sheet, path = folder / "contact-sheet.png", folder / "samples.json"
+    place = {"folder": folder, "sheet": sheet if sheet.is_file() else None}
     if not path.is_file():
-        return None if ready is None else Samples(folder=folder, sheet=ready)
-    index = read_model(path, _Index, "an index of samples")
-    for victim in index.victims:
-        for name in victim.files.values():
-            if Path(name).name != name or not (folder / name).is_file() or (folder / name).is_symlink():
-                raise MissingError(f"{path} names {name!r}, which is no file of this folder")
-    return Samples(folder=folder, columns=index.columns, victims=index.victims, sheet=ready)
+        return Samples(columns=(), victims=(), folder=folder, sheet=sheet) if sheet.is_file() else None
+    index = read_model(path, Samples, "an index of samples")
+    for name in (name for victim in index.victims for name in victim.files.values()):
+        if Path(name).name != name or not (folder / name).is_file() or (folder / name).is_symlink():
+            raise MissingError(f"{path} names {name!r}, which is no file of this folder")
+    return index.model_copy(update=place)
 
 
 def data_uri(path: Path) -> str:
@@ -162,7 +153,7 @@ class Run:
     states: pd.DataFrame | None = None
     losses: tuple[Losses, ...] = ()
     samples: Samples | None = None
-    altered: tuple[str, ...] = field(default=())
+    altered: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -271,10 +262,8 @@ def load_run(directory: Path) -> Run:
         result = RunResult(run_id=manifest.run_id, protocol=manifest.protocol, status="error", error=error)
     else:
         result = read_model(result_file, RunResult)
-    read = [
-        name for name in ("metrics.json", *(f"{table}.parquet" for table in _COLUMNS)) if name in manifest.artefacts
-    ]
-    altered = [name for name in read if _hash(directory / name) != manifest.artefacts[name]]
+    recorded = {name: manifest.artefacts.get(name) for name in ("metrics.json", *(f"{t}.parquet" for t in _COLUMNS))}
+    there = {name: sha256(directory / name) if (directory / name).is_file() else None for name in recorded}
     return Run(
         directory=directory,
         manifest=manifest,
@@ -285,7 +274,7 @@ def load_run(directory: Path) -> Run:
         states=_table(directory, "state_inference"),
         losses=tuple(_losses(directory / "events.jsonl")),
         samples=read_samples(directory / "samples"),
-        altered=tuple(altered),
+        altered=tuple(name for name, digest in recorded.items() if digest and there[name] != digest),
     )
 
 
@@ -305,10 +294,6 @@ def read_model(path: Path, model: type[_M], what: str = "a file of this schema")
         raise MissingError(f"{path} is not {what}: {where or 'document'}: {first['msg']}") from None
 
 
-def _hash(path: Path) -> str | None:
-    return sha256(path) if path.is_file() else None
-
-
 def _table(directory: Path, name: Literal["per_image", "scores", "linkage", "state_inference"]) -> pd.DataFrame | None:
     path = directory / f"{name}.parquet"
     if not path.is_file():
@@ -317,8 +302,7 @@ def _table(directory: Path, name: Literal["per_image", "scores", "linkage", "sta
         table = pd.read_parquet(path)
     except (OSError, ValueError) as error:  # pyarrow's errors are among these
         raise MissingError(f"{path} is not a readable Parquet file: {error}") from None
-    missing = _COLUMNS[name] - set(table.columns)
-    if missing:
+    if missing := _COLUMNS[name] - set(table.columns):
         raise MissingError(f"{path} lacks the columns {', '.join(sorted(missing))}")
     return table
 
@@ -327,14 +311,10 @@ def _losses(path: Path) -> Iterable[Losses]:
     """Training curves of the recognisers, which the events alone hold; attacks keep theirs in the result."""
     points: dict[str, list[tuple[float, float]]] = {}
     for event in _events(path):
-        task = event.get("task")
-        done, loss = event.get("done"), event.get("loss")
-        if (
-            isinstance(task, str)
-            and " recogniser " in task
-            and isinstance(done, int | float)
-            and isinstance(loss, int | float)
-        ):
+        task, done, loss = (event.get(name) for name in ("task", "done", "loss"))
+        if not isinstance(task, str) or " recogniser " not in task:
+            continue
+        if isinstance(done, int | float) and isinstance(loss, int | float):
             points.setdefault(task, []).append((done, loss))
     return (Losses(task, tuple(curve)) for task, curve in points.items() if len(curve) > 1)
 

@@ -99,47 +99,13 @@ def _options_of(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dic
             specific[name] |= value
             continue
         # One attack alone says itself which options it has.
-        takers = names if len(names) == 1 else [name for name in names if key in _option_names(name)]
+        alone = len(names) == 1
+        takers = [name for name in names if alone or key in plugins.attacks().get(name).Options.model_fields]
         if not takers:
             raise UsageError(f"-a {key}: none of {', '.join(names)} has such an option (bench list attack NAME)")
         for name in takers:
             general[name][key] = value
     return {name: general[name] | specific[name] for name in names}
-
-
-def _option_names(attack: str) -> frozenset[str]:
-    return frozenset(plugins.attacks().get(attack).Options.model_fields)
-
-
-def check_needs(attack: Attack | type[Attack], knowledge: str) -> None:
-    """Refuse an attack that needs what the chosen rung does not grant.
-
-    Raises:
-        UsageError: naming what is missing and the rungs that would do.
-    """
-    missing = attack.needs - GRANTS[Knowledge(knowledge)]
-    if missing:
-        enough = ", ".join(rung for rung, grants in GRANTS.items() if attack.needs <= grants)
-        raise UsageError(
-            f"attack {attack.name} needs {', '.join(sorted(missing))}, which --knowledge {knowledge} does not grant: "
-            f"use --knowledge {enough or 'of another attack'}"
-        )
-
-
-def check_evaluator(attack: Attack, evaluator: Path | None) -> None:
-    """Refuse an attack that was given the file of the recogniser which is to judge it, under whatever name.
-
-    Raises:
-        UsageError: naming the option.
-    """
-    if evaluator is None or not evaluator.is_file():
-        return
-    for option, value in attack.options:
-        if isinstance(value, Path) and value.is_file() and sha256(value) == sha256(evaluator):
-            raise UsageError(
-                f"-a {option}={value} is the evaluator: the recogniser that judges leakage may not be one that the "
-                f"attack has used; give the attack, or --evaluator, another one"
-            )
 
 
 def check_coverage(report: FitReport, defense: Defense, knowledge: str) -> bool | None:
@@ -168,10 +134,22 @@ def check_attack(attack: Attack, defense: Defense, knowledge: str, evaluator: Pa
     """Refuse, before any compute, an attack that cannot work, or that was given the file of the scoring recogniser.
 
     Raises:
-        UsageError: as :func:`check_needs` and :func:`check_evaluator`.
+        UsageError: it needs what the rung ``knowledge`` does not grant (the message names the rungs that would do), or
+            an option of it is the ``evaluator``, under whatever name.
         NotApplicableError: the attack says that it cannot work on this defence.
     """
-    check_needs(attack, knowledge)
-    check_evaluator(attack, evaluator)
+    if missing := attack.needs - GRANTS[Knowledge(knowledge)]:
+        enough = ", ".join(rung for rung, grants in GRANTS.items() if attack.needs <= grants)
+        raise UsageError(
+            f"attack {attack.name} needs {', '.join(sorted(missing))}, which --knowledge {knowledge} does not grant: "
+            f"use --knowledge {enough or 'of another attack'}"
+        )
+    digest = sha256(evaluator) if evaluator is not None and evaluator.is_file() else None
+    for option, value in attack.options:
+        if digest and isinstance(value, Path) and value.is_file() and sha256(value) == digest:
+            raise UsageError(
+                f"-a {option}={value} is the evaluator: the recogniser that judges leakage may not be one that the "
+                f"attack has used; give the attack, or --evaluator, another one"
+            )
     if (reason := attack.inapplicable(defense)) is not None:
         raise NotApplicableError(f"attack {attack.name} does not apply to defence {defense.name}: {reason}")

@@ -40,7 +40,7 @@ from bench.progress import Report, no_report
 from bench.run.attack_config import AttackConfig
 from bench.run.machines import synchronise
 from bench.run.provider import Stages, failing_as
-from bench.run.service import Enrolment, Service, class_centres, traffic
+from bench.run.service import Service, class_centres, score_query, traffic
 from bench.run.stage import CODE, Job, make_key, plugin_code, save_tensors, tensor_job
 from defenses.base import Defense
 from defenses.layout import probe
@@ -321,7 +321,7 @@ class AttackStages:
                 embedded = service.embed_representations(representations.flatten(0, 1))
                 templates = embedded.unflatten(0, representations.shape[:2])
                 if scored:
-                    score = Enrolment(service, templates[:, 0], self._draws_of("scores", index), held).score
+                    score = score_query(service, templates[:, 0], self._draws_of("scores", index), held)
             if enrolment is not None:
                 enrolled = class_centres(enrolment, victims, content, index, self._draws_of("enrolment", index), keys)
             observation = Observation(

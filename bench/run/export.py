@@ -163,9 +163,8 @@ def _attack(run: Path, config: RunConfig, defense: Defense) -> tuple[nn.Module, 
     handle = network.register_forward_pre_hook(lambda _, given: seen.append(given))
     try:
         sent = defense.protect(to_float(faces.images[:_OTHER]), Streams(config.seed).generator("export"))
-        states = (
-            sent.state[:, None] if sent.state is not None and Knowledge(config.knowledge) is Knowledge.ORACLE else None
-        )
+        states = sent.state if Knowledge(config.knowledge) is Knowledge.ORACLE else None
+        states = None if states is None else states[:, None]
         attack.recover(Observation(sent.representation[:, None], states=states))
     except ValueError as error:
         raise BenchError(f"attack {attack.name} cannot be shown an example: {error}") from error

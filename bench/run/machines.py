@@ -49,8 +49,7 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
             return "bf16-mixed" if native_bfloat16(device) else "32-true"
         case "32-true" | "bf16-mixed" | "16-mixed":
             return precision
-        case _:
-            raise ValueError(f"unknown precision {precision!r}: auto, 32-true, bf16-mixed or 16-mixed")
+    raise ValueError(f"unknown precision {precision!r}: auto, 32-true, bf16-mixed or 16-mixed")
 
 
 def synchronise(device: torch.device) -> None:
@@ -161,25 +160,18 @@ class TrainingOrder:
 class ConnectedProcesses:
     """The processes of ``launch``, connected. A process that ends is noticed by all others, whatever they wait for.
 
-    Args:
-        device, precision: as for :func:`bench.run.machines.make_fabric`.
-        launch: this process and the others; each makes a processes.
+    Each of them makes one, with ``device`` and ``precision`` as for :func:`make_fabric`.
     """
 
     def __init__(self, device: str, precision: str, launch: Launch) -> None:
-        self.launch = launch
         with noticing_lost_processes(Processes(launch.rank, launch.size)):
             self.fabric = make_shared_fabric(device, precision, launch)
             self._control = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
 
-    def call(self, order: TrainingOrder | None) -> None:
-        """In the first process: tell the others what to do now; None lets them go."""
-        self._broadcast(order)
-
     def orders(self) -> Iterator[TrainingOrder]:
         """In the others: what the first one calls for, until it lets them go or ends (and says why itself)."""
         try:
-            while (order := self._broadcast(None)) is not None:
+            while (order := self.call(None)) is not None:
                 yield order
         except LostProcess:
             return
@@ -189,7 +181,8 @@ class ConnectedProcesses:
         with noticing_lost_processes(processes_of(self.fabric)):
             dist.barrier(group=self._control)  # type: ignore[arg-type, unused-ignore]
 
-    def _broadcast(self, order: TrainingOrder | None) -> TrainingOrder | None:
+    def call(self, order: TrainingOrder | None) -> TrainingOrder | None:
+        """In the first process: tell the others what to do now, None to let them go. In them: what they are told."""
         message = [order]
         with noticing_lost_processes(processes_of(self.fabric)):
             dist.broadcast_object_list(message, src=0, group=self._control)  # type: ignore[arg-type, unused-ignore]

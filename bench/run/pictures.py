@@ -57,18 +57,12 @@ def as_picture(representation: Array) -> npt.NDArray[np.uint8]:
 
 
 def contact_sheet(
-    path: Path,
-    columns: Sequence[tuple[str, Sequence[Array]]],
-    captions: Sequence[str],
-    title: str,
+    path: Path, columns: Sequence[tuple[str, Sequence[Array]]], captions: Sequence[str], title: str
 ) -> None:
-    """Write a PNG with one row per victim and one column per way of seeing it.
+    """Write a PNG with one row per victim, its caption under it, and one column per way of seeing it.
 
-    Args:
-        path: the file to write.
-        columns: (heading, pictures); a picture is float (C, h, w) as for :func:`as_picture`.
-        captions: one line per row, under it.
-        title: above everything; must say when the faces are synthetic.
+    Columns are (heading, pictures); a picture is float (C, h, w) as for :func:`as_picture`. The title must say when the
+    faces are synthetic.
 
     Raises:
         ValueError: columns of different lengths.
@@ -116,8 +110,7 @@ def write_sheet(
     """Write ``samples/contact-sheet.png``, and single pictures with their index ``samples/samples.json``.
 
     Args:
-        attacks: intercepts what is shown as sent.
-        defense: the one attacked.
+        attacks, defense: who intercepts from whom what is shown as sent.
         columns: heading -> pictures (V, C, h, w), shown to the right of ``original`` and ``sent``.
         captions: a line per victim; none for no line.
         store: has the run's folder.
@@ -125,29 +118,32 @@ def write_sheet(
         members: name -> recovered faces (V, C, h, w) of each of several attacks; single pictures only.
     """
     config, stages, probes = attacks.config, attacks.stages, attacks.selection.attacked
-    rows = min(ROWS, len(probes))
+    folder, rows = store.directory / "samples", min(ROWS, len(probes))
     roles = _roles(len(probes), leakage)
     chosen = torch.tensor(sorted({*range(rows), *roles}))
+    sent = attacks.interceptions(defense, probes[chosen], 1)
     every = {
         "original": to_float(stages.splits.victims.images[probes[chosen]]),
-        "sent": _sent(attacks, defense, probes[chosen]),
+        "sent": torch.cat([first[:, 0].float().cpu() for _, first, _ in sent]),
         **{heading: pictures[chosen] for heading, pictures in columns.items()},
         **{heading: pictures[chosen] for heading, pictures in members.items()},
     }
     kind = "synthetic faces" if stages.source.synthetic else f"dataset {stages.source.name}"
     contact_sheet(
-        store.directory / "samples" / "contact-sheet.png",
+        folder / "contact-sheet.png",
         [(heading, list(every[heading][:rows].numpy())) for heading in ("original", "sent", *columns)],
         list(captions[:rows]) or [""] * rows,
         f"{config.defense} / {config.attack} ({config.knowledge}), {kind}",
     )
-    place = {int(victim): row for row, victim in enumerate(chosen)}
-    victims = []
-    for victim, named in sorted(roles.items()):
-        pictures = {heading: tensors[place[victim]].cpu() for heading, tensors in every.items()}
+    index = []
+    for number, (victim, victim_roles) in enumerate(sorted(roles.items())):
+        row, files = chosen.tolist().index(victim), {}
+        for column, (heading, pictures) in enumerate(every.items()):
+            files[heading] = f"victim-{number}-{column}.png"
+            _write_picture(folder / files[heading], pictures[row])
         caption = captions[victim] if captions else ""
-        victims.append({"image": int(probes[victim]), "roles": named, "caption": caption, "pictures": pictures})
-    _keep(store.directory / "samples", list(every), victims)
+        index.append({"image": int(probes[victim]), "roles": victim_roles, "caption": caption, "files": files})
+    write_text(folder / "samples.json", json.dumps({"columns": list(every), "victims": index}, indent=2) + "\n")
 
 
 def _roles(count: int, leakage: Tensor | None) -> dict[int, list[str]]:
@@ -160,28 +156,8 @@ def _roles(count: int, leakage: Tensor | None) -> dict[int, list[str]]:
     return roles
 
 
-def _sent(attacks: AttackStages, defense: Defense, images: Tensor) -> Tensor:
-    """What was intercepted first of some victim images, float32 (M, C, h, w)."""
-    sent = [representations[:, 0].float().cpu() for _, representations, _ in attacks.interceptions(defense, images, 1)]
-    return torch.cat(sent)
-
-
-def _keep(folder: Path, headings: Sequence[str], victims: list[dict[str, object]]) -> None:
-    """Write the pictures of each victim, then the index that names them."""
-    index = []
-    for number, victim in enumerate(victims):
-        pictures = victim.pop("pictures")
-        assert isinstance(pictures, dict)
-        files = {}
-        for column, (heading, picture) in enumerate(pictures.items()):
-            files[heading] = f"victim-{number}-{column}.png"
-            _write_picture(folder / files[heading], picture)
-        index.append({**victim, "files": files})
-    write_text(folder / "samples.json", json.dumps({"columns": list(headings), "victims": index}, indent=2) + "\n")
-
-
 def _write_picture(path: Path, picture: Tensor) -> None:
-    pixels = as_picture(picture.numpy())
+    pixels = as_picture(picture.cpu().numpy())
     grey = bool((pixels == pixels[..., :1]).all())
     image = Image.fromarray(np.ascontiguousarray(pixels[..., 0]) if grey else pixels)
     if image.width > _SIDE:

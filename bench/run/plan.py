@@ -18,7 +18,7 @@ import torch
 from attacks.base import LinkageAttack
 from bench.data.faces import FaceSet, Source
 from bench.data.stream.scan import Scan
-from bench.nets.recogniser import Recogniser, build_recogniser
+from bench.nets.recogniser import build_recogniser
 from bench.results import PlannedStage, RunPlan
 from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages
@@ -33,44 +33,29 @@ ENOUGH_SECONDS = 3.0
 
 
 class _Enough(Exception):
-    """Raised from a progress report to stop a stage whose pace is known."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-
-class _Pace:
-    """A progress report that extrapolates and stops.
-
-    The first report starts the clock: what comes before it (building, warming up) happens once.
-    """
-
-    def __init__(self) -> None:
-        self._first: tuple[float, int] | None = None
-
-    def __call__(self, done: int, total: int, **fields: float) -> None:
-        now = time.perf_counter()
-        if self._first is None:
-            self._first = (now, done)
-            return
-        started, before = self._first
-        if done > before and now - started >= ENOUGH_SECONDS:
-            raise _Enough((now - started) / (done - before) * total)
+    """Raised from a progress report, with the estimated seconds, to stop a stage whose pace is known."""
 
 
 def _estimate(start: Callable[[Callable[..., None]], object]) -> float:
-    """Seconds that ``start(report)`` would take to its end."""
-    began = time.perf_counter()
+    """Seconds that ``start(report)`` would take to its end.
+
+    The first report starts the clock: what comes before it (building, warming up) happens once.
+    """
+    began, first = time.perf_counter(), list[tuple[float, int]]()
+
+    def pace(done: int, total: int, **fields: float) -> None:
+        now = time.perf_counter()
+        if not first:
+            first.append((now, done))
+        started, before = first[0]
+        if done > before and now - started >= ENOUGH_SECONDS:
+            raise _Enough((now - started) / (done - before) * total)
+
     try:
-        start(_Pace())
+        start(pace)
     except _Enough as enough:
-        return enough.seconds
+        return float(enough.args[0])
     return time.perf_counter() - began
-
-
-def _time_job(job: Job[Any]) -> float:
-    with TemporaryDirectory() as folder:
-        return _estimate(lambda report: job.make(Path(folder), report))
 
 
 def stand_in(config: RunConfig, seed: int) -> Source:
@@ -93,24 +78,26 @@ def make_plan(
     """
     stages = attacks.stages
     planned = []
-    if config.dataset == "synthetic":
-        cached = stages.cache.holds("data", stages.data_key)
-        if not cached:
-            seconds = _estimate(stages.load_source)
-            planned.append(PlannedStage(name="data", what="render faces", cached=False, seconds=seconds))
-            stages.source = stand_in(config, config.seed)
-    if config.stream:
-        scan = stages.scan_job()
-        cached = stages.cache.holds(scan.stage, scan.key)
-        planned.append(
-            PlannedStage(name=scan.stage, what=scan.what, cached=cached, seconds=None if cached else _time_job(scan))
-        )
-        if not cached:
-            # Nothing was looked at yet: what a scan would have found and left out is passed over.
-            faces = stages.opened.on_disk
-            tolerant = replace(faces, source=faces.source.reading("skip"))
-            stages.opened = replace(stages.opened, faces=tolerant)
-            stages.assume(scan, Scan.unknown(tolerant))
+
+    def plan(job: Job[Any], what: str, *, timed: bool = True) -> bool:
+        """List a stage; whether it is in the cache."""
+        seconds, cached = None, stages.cache.holds(job.stage, job.key)
+        if timed and not cached:
+            with TemporaryDirectory() as folder:
+                seconds = _estimate(lambda report: job.make(Path(folder), report))
+        planned.append(PlannedStage(name=job.stage, what=what, cached=cached, seconds=seconds))
+        return cached
+
+    if config.dataset == "synthetic" and not stages.cache.holds("data", stages.data_key):
+        seconds = _estimate(stages.load_source)
+        planned.append(PlannedStage(name="data", what="render faces", cached=False, seconds=seconds))
+        stages.source = stand_in(config, config.seed)
+    if config.stream and not plan(scan := stages.scan_job(), scan.what):
+        # Nothing was looked at yet: what a scan would have found and left out is passed over.
+        faces = stages.opened.on_disk
+        tolerant = replace(faces, source=faces.source.reading("skip"))
+        stages.opened = replace(stages.opened, faces=tolerant)
+        stages.assume(scan, Scan.unknown(tolerant))
     defense, plain = stages.unfitted(config.defense, config.defense_options), stages.defense("none", {})
     jobs: list[tuple[Job[Any], str, bool]] = []
     if defense.trainable:
@@ -127,7 +114,9 @@ def make_plan(
         jobs.append((job, _training(config, stages, role), True))
         if not stages.cache.holds(job.stage, job.key):
             # For attacks that query it: an untrained one is as fast.
-            stages.assume(job, _untrained(config, stages, target))
+            shape, size = stages.seen_by_recogniser(target).representation_shape, config.training.embedding_size
+            untrained = build_recogniser(config.backbone, shape, size, seed=0).to(stages.fabric.device).eval()
+            stages.assume(job, untrained)
     stages.ready(defense)
     for attack_config, target in targets:
         jobs.append((attacks.fit_job(attack_config, target), _fitting(attack_config, attacks), True))
@@ -139,9 +128,7 @@ def make_plan(
             what = f"recover {len(attacks.selection.attacked)} victim images, k = {attack_config.interceptions}"
             jobs.append((attacks.recover_job(attack_config, target), what, False))
     for job, what, timed in {(job.stage, job.key): (job, what, timed) for job, what, timed in jobs}.values():
-        cached = stages.cache.holds(job.stage, job.key)
-        estimate = _time_job(job) if timed and not cached else None
-        planned.append(PlannedStage(name=job.stage, what=what, cached=cached, seconds=estimate))
+        plan(job, what, timed=timed)
     return RunPlan(
         run_id=run_id(config),
         device=str(stages.fabric.device),
@@ -164,11 +151,13 @@ def _recognisers(
     plain: Defense,
 ) -> list[tuple[str, Defense]]:
     """Role and defence of every recogniser that the run trains."""
-    found = [("provider", defense), ("provider", plain)] if config.utility or defense.level == "template" else []
-    found += [("provider", target) for attack_config, target in targets if attacks.asks_provider(attack_config.make())]
+    trained = [("provider", defense), ("provider", plain)] if config.utility or defense.level == "template" else []
+    trained += [
+        ("provider", target) for attack_config, target in targets if attacks.asks_provider(attack_config.make())
+    ]
     if config.evaluator is None and not all(_links(attack_config) for attack_config, _ in targets):
-        found.append(("evaluator", plain))
-    return list(dict.fromkeys(found))
+        trained.append(("evaluator", plain))
+    return list(dict.fromkeys(trained))
 
 
 def _training(config: RunConfig, stages: Stages, role: str) -> str:
@@ -181,8 +170,3 @@ def _fitting(attack_config: AttackConfig, attacks: AttackStages) -> str:
     options = ", ".join(f"{name}={value}" for name, value in attack_config.options.items())
     images = len(attacks.public(attack_config))
     return f"train {attack_config.name} on {images} public images{f' ({options})' if options else ''}"
-
-
-def _untrained(config: RunConfig, stages: Stages, defense: Defense) -> Recogniser:
-    shape, size = stages.seen_by_recogniser(defense).representation_shape, config.training.embedding_size
-    return build_recogniser(config.backbone, shape, size, seed=0).to(stages.fabric.device).eval()

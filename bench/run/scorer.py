@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import pandas as pd
 import torch
@@ -43,10 +43,11 @@ class Assessment:
     quality: Quality
 
 
+@dataclass(frozen=True)
 class Scorer:
     """Holds the victims' originals, which no attack sees, and compares recoveries with them.
 
-    Args:
+    Attributes:
         victims: all victim faces.
         pairs: their protocol, which sets the evaluator's threshold on plain faces.
         probes: which images are attacked, and which others are plain.
@@ -59,130 +60,97 @@ class Scorer:
         device: where metrics are computed.
     """
 
-    def __init__(
-        self,
-        victims: FaceSet,
-        pairs: PairProtocol,
-        probes: Probes,
-        *,
-        evaluator: Evaluator,
-        embeddings: Tensor,
-        lpips: Lpips | MissingError,
-        replicates: int,
-        seed: int,
-        batch_size: int,
-        device: torch.device,
-    ) -> None:
-        self._victims = victims
-        self._probes = probes.attacked
-        self._evaluator = evaluator
-        self._lpips = lpips
-        self._replicates = replicates
-        self._seed = seed
-        self._batch_size = batch_size
-        self._device = device
-        scores = pair_scores(embeddings, pairs)
-        accuracy = lfw_accuracy(scores, pairs.same, pairs.fold)
-        self.threshold = accuracy.threshold
-        impostors = scores[~pairs.same]
-        self.info = EvaluatorInfo(
-            name=evaluator.name,
-            sha256=evaluator.sha256,
+    victims: FaceSet
+    pairs: PairProtocol
+    probes: Probes
+    evaluator: Evaluator
+    embeddings: Tensor
+    lpips: Lpips | MissingError
+    replicates: int
+    seed: int
+    batch_size: int
+    device: torch.device
+
+    @functools.cached_property
+    def info(self) -> EvaluatorInfo:
+        """The evaluator, with its operating point on the victims' plain pairs."""
+        scores = pair_scores(self.embeddings, self.pairs)
+        accuracy = lfw_accuracy(scores, self.pairs.same, self.pairs.fold)
+        return EvaluatorInfo(
+            name=self.evaluator.name,
+            sha256=self.evaluator.sha256,
             accuracy=accuracy.mean,
             threshold=accuracy.threshold,
-            far_at_threshold=float((impostors >= accuracy.threshold).double().mean()),
+            far_at_threshold=float((scores[~self.pairs.same] >= accuracy.threshold).double().mean()),
         )
-        self._originals = embeddings[probes.attacked]
-        self._gallery = embeddings[probes.gallery]
-        self._gallery_labels = victims.labels[probes.gallery]
-        self._labels = victims.labels[probes.attacked]
-        self._plain = embeddings
-        self._content = content_ids(victims.images)
+
+    @functools.cached_property
+    def _content(self) -> Tensor:
+        return content_ids(self.victims.images)
+
+    @property
+    def _labels(self) -> Tensor:
+        return self.victims.labels[self.probes.attacked]
 
     def assess(self, recovered: Tensor) -> Assessment:
         """Compare recovered faces, float (V, 3, H, W) in [0, 1] in the order of the probes, with the originals."""
-        columns: dict[str, list[Tensor]] = {name: [] for name in _QUALITY}
-        lpips: list[Tensor] = []
-        embeddings: list[Tensor] = []
-        for index, batch in zip(self._probes.split(self._batch_size), recovered.split(self._batch_size), strict=True):
-            faces = batch.to(self._device)
-            originals = to_float(self._victims.images[index].to(self._device))
-            for name, metric in _QUALITY.items():
+        metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(_QUALITY)
+        if isinstance(self.lpips, Lpips):
+            metrics["lpips"] = self.lpips
+        columns: dict[str, list[Tensor]] = {name: [] for name in (*metrics, "embedding")}
+        attacked, gallery = self.probes.attacked, self.probes.gallery
+        for index, batch in zip(attacked.split(self.batch_size), recovered.split(self.batch_size), strict=True):
+            faces = batch.to(self.device)
+            originals = to_float(self.victims.images[index].to(self.device))
+            for name, metric in metrics.items():
                 columns[name].append(metric(faces, originals).cpu())
-            if isinstance(self._lpips, Lpips):
-                lpips.append(self._lpips(faces, originals).cpu())
-            embeddings.append(self._evaluator.embed(faces).cpu())
-        table = {name: torch.cat(values) for name, values in columns.items()}
-        if lpips:
-            table["lpips"] = torch.cat(lpips)
-        found = torch.cat(embeddings)
+            columns["embedding"].append(self.evaluator.embed(faces).cpu())
+        values = {name: torch.cat(column) for name, column in columns.items()}
+        embeddings, plain, labels = values.pop("embedding"), self.embeddings, self.victims.labels
         leakage = identity_leakage(
-            found,
-            self._originals,
-            self._labels,
-            self._gallery,
-            self._gallery_labels,
-            self.threshold,
+            embeddings, plain[attacked], self._labels, plain[gallery], labels[gallery], self.info.threshold
         )
-        table |= {name: getattr(leakage, column) for name, column in _IDENTITY.items()}
-        table["knn_distance"] = knn_distance(found, self._probes, self._plain, self._victims.labels, self._content)
-        return self._assessment(table)
+        values |= {name: getattr(leakage, column) for name, column in _IDENTITY.items()}
+        values["knn_distance"] = knn_distance(embeddings, attacked, plain, labels, self._content)
+        return self._assessment(values)
 
     def worst(self, assessments: Sequence[Assessment]) -> Assessment:
         """The pointwise worst case: per victim and figure, the value under the attack from which most leaks."""
-
-        def worse(name: str, one: Tensor, other: Tensor) -> Tensor:
-            return torch.fmin(one, other) if KINDS[name].leaks < 0 else torch.fmax(one, other)
-
-        def merged(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: worse(name, values, other[name]) for name, values in one.items()}
-
-        return self._assessment(reduce(merged, (assessment.values for assessment in assessments)))
+        values = {}
+        for name in assessments[0].values:
+            worse = torch.fmin if KINDS[name].leaks < 0 else torch.fmax
+            values[name] = functools.reduce(worse, [assessment.values[name] for assessment in assessments])
+        return self._assessment(values)
 
     def gain(self, name: str, after: Assessment, before: Assessment) -> Measure:
         """How much more leaks by the figure ``name`` in ``after`` than in ``before``, paired over the victims."""
-        generator = torch.Generator().manual_seed(self._seed)
         more, less = (before, after) if KINDS[name].leaks < 0 else (after, before)
+        generator = torch.Generator().manual_seed(self.seed)
         gained = more.values[name].double() - less.values[name].double()
-        estimate = mean_estimate(gained, self._labels, generator, replicates=self._replicates)
+        estimate = mean_estimate(gained, self._labels, generator, replicates=self.replicates)
         return Measure.of(estimate, "leakage")
 
     def measure(self, name: str, values: Tensor) -> Measure:
         """The figure ``name``: the mean of ``values``, float (V,) in the order of the probes, with its interval."""
-        generator = torch.Generator().manual_seed(self._seed)
-        estimate = mean_estimate(values, self._labels, generator, replicates=self._replicates)
-        return KINDS[name].measure(estimate)
+        generator = torch.Generator().manual_seed(self.seed)
+        return KINDS[name].measure(mean_estimate(values, self._labels, generator, replicates=self.replicates))
 
     def _assessment(self, values: dict[str, Tensor]) -> Assessment:
-        quality = Quality(
-            **{name: self.measure(name, values[name]) for name in _QUALITY},
-            lpips=self._lpips_measure(values),
-            identity=Identity(
-                **{name: self.measure(name, values[name]) for name in (*_IDENTITY, "knn_distance")},
-            ),
-        )
+        measures = {name: self.measure(name, column) for name, column in values.items()}
+        if "lpips" not in measures:
+            direction = KINDS["lpips"].direction
+            measures["lpips"] = Measure(value=None, direction=direction, reason=str(self.lpips))
+        identity = Identity(**{name: measures.pop(name) for name in (*_IDENTITY, "knn_distance")})
         per_image = pd.DataFrame({name: column.double().numpy() for name, column in values.items()})
-        per_image.insert(0, "identity", [self._victims.names[int(label)] for label in self._labels])
-        per_image.insert(0, "image", self._probes.numpy())
-        return Assessment(values, per_image, quality)
-
-    def _lpips_measure(self, values: dict[str, Tensor]) -> Measure:
-        if isinstance(self._lpips, Lpips):
-            return self.measure("lpips", values["lpips"])
-        return Measure(value=None, direction=KINDS["lpips"].direction, reason=str(self._lpips))
+        per_image.insert(0, "identity", [self.victims.names[int(label)] for label in self._labels])
+        per_image.insert(0, "image", self.probes.attacked.numpy())
+        return Assessment(values, per_image, Quality(**measures, identity=identity))
 
 
 def state_inference(right: Tensor | None, defense: Defense, scorer: Scorer) -> StateInference | None:
-    """Hit rates over the attacked images, with intervals over identities.
+    """Hit rates over the attacked images, with intervals over identities; None of an attack that inferred no layout.
 
-    Args:
-        right: bool (V, k, C), the channels that an attack put in their place, images in the order of the probes; None
-            of one that inferred no places.
-        defense: the one in use.
-        scorer: knows whose images they are.
-
-    Returns:
-        The rates, or None where the attack inferred nothing.
+    ``right``, bool (V, k, C), are the channels whose place the attack knew, images in the order of the probes.
     """
     if right is None:
         return None

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attacks.base import ScoreQuery
 from bench.data.faces import FaceSet
 from bench.images import to_float
 from bench.nets.recogniser import Recogniser
@@ -40,8 +41,8 @@ class Service:
     @torch.no_grad()
     def embed_representations(self, representations: Tensor) -> Tensor:
         """Unit embeddings float32 (N, D) of representations (N, C, h, w)."""
-        parts = [self._recogniser.embed(one.to(self._device)) for one in representations.split(self._batch_size)]
-        return torch.cat(parts)
+        batches = representations.split(self._batch_size)
+        return torch.cat([self._recogniser.embed(batch.to(self._device)) for batch in batches])
 
     @torch.no_grad()
     def embed(
@@ -69,38 +70,31 @@ class Service:
         return defense.compare(first, second) if isinstance(defense, TemplateDefense) else (first * second).sum(dim=1)
 
 
-class Enrolment:
-    """Persons enrolled with one template each, and the scores that the service answers with.
+def score_query(
+    service: Service, templates: Tensor, generators: Sequence[torch.Generator], keys: Tensor | None = None
+) -> ScoreQuery:
+    """The scores that the service answers with about N persons, enrolled with one template each.
 
     Args:
         service: does the comparing.
         templates: float32 (N, D), unit rows.
         generators: N; faces that are compared with a person are protected under that person's draws,
         keys: int64 (N, k), and under that person's key; None where there are none.
+
+    Returns:
+        A query that raises :class:`ValueError` if not asked about one enrolled person per face.
     """
 
-    def __init__(
-        self, service: Service, templates: Tensor, generators: Sequence[torch.Generator], keys: Tensor | None = None
-    ) -> None:
-        self._service = service
-        self._templates = templates
-        self._generators = generators
-        self._keys = keys
-
-    def score(self, faces: Tensor, persons: Tensor) -> Tensor:
-        """An :data:`attacks.base.ScoreQuery`.
-
-        Raises:
-            ValueError: not one person per face, or a person who is not enrolled.
-        """
+    def score(faces: Tensor, persons: Tensor) -> Tensor:
         if persons.shape != faces.shape[:1] or persons.dtype != torch.int64:
             raise ValueError(f"a score query names one person, int64, per face: {len(faces)} faces, {persons.shape}")
-        if len(persons) and not 0 <= int(persons.min()) <= int(persons.max()) < len(self._templates):
-            raise ValueError(f"persons are numbered 0..{len(self._templates) - 1}")
-        templates = self._templates.to(faces.device)[persons.to(faces.device)]
-        draws = [self._generators[person] for person in persons.tolist()]
-        keys = None if self._keys is None else self._keys[persons.cpu()]
-        return self._service.compare(self._service.embed(faces, draws, keys), templates)
+        if len(persons) and not 0 <= int(persons.min()) <= int(persons.max()) < len(templates):
+            raise ValueError(f"persons are numbered 0..{len(templates) - 1}")
+        draws = [generators[person] for person in persons.tolist()]
+        embeddings = service.embed(faces, draws, None if keys is None else keys[persons.cpu()])
+        return service.compare(embeddings, templates.to(faces.device)[persons.to(faces.device)])
+
+    return score
 
 
 def class_centres(
@@ -113,15 +107,9 @@ def class_centres(
 ) -> Tensor:
     """The class centre of the person on each image of ``index``, from other images of that person: float32 (N, D).
 
-    At most :data:`ENROLMENT_IMAGES` images, drawn at random, none of them a copy of the attacked one.
-
-    Args:
-        service: embeds them.
-        victims: all their images.
-        content: int64, :func:`~bench.metrics.identity.content_ids` of these images.
-        index: int64 (N,), the attacked ones.
-        generators: N, of the draws for each attacked image.
-        keys: int64, of each of all images' clients; None where there are none.
+    At most :data:`ENROLMENT_IMAGES` images, drawn at random, none of them a copy of the attacked one by
+    ``content``, the :func:`~bench.metrics.identity.content_ids` of all ``victims``. There is a generator per image of
+    ``index``, int64 (N,), and in ``keys``, if any, a key of every victim image's client.
 
     Raises:
         ValueError: a person has no other image.

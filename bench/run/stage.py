@@ -144,9 +144,7 @@ class Entry(NamedTuple):
 class StageCache:
     """Folders ``<root>/<stage>-<key>``, made under a lock and renamed into place when finished.
 
-    Args:
-        root: the cache folder.
-        resume: whether finished and partial stages of earlier runs may be used.
+    Without ``resume`` neither finished nor partial stages of earlier runs are used.
     """
 
     def __init__(self, root: Path, *, resume: bool = True) -> None:

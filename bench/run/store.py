@@ -60,7 +60,7 @@ class RunStore:
             raise UsageError(
                 f"--out {config.out} cannot be written ({error.strerror}): choose another folder"
             ) from None
-        # A result of an earlier attack_config must not stand beside the events of this one.
+        # A result of an earlier try must not stand beside the events of this one.
         (self.directory / "metrics.json").unlink(missing_ok=True)
         (self.directory / "events.jsonl").unlink(missing_ok=True)
         self._started = datetime.now(UTC)

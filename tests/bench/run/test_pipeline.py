@@ -13,7 +13,7 @@ from bench import plugins
 from bench.errors import BenchError, UsageError
 from bench.files import sha256
 from bench.results import read_result
-from bench.run.attack_config import check_coverage, check_evaluator, check_needs
+from bench.run.attack_config import check_attack, check_coverage
 from bench.run.attacker import AttackStages
 from bench.run.config import resolve
 from bench.run.pipeline import Pipeline
@@ -198,19 +198,22 @@ def test_the_judge_is_no_teacher(tmp_path):
     judge.write_bytes(b"a recogniser")
     copy.write_bytes(b"a recogniser")
     other.write_bytes(b"another one")
-    check_evaluator(plugins.make_attack("linkage", {"teacher": other}, "quick"), judge)
-    check_evaluator(plugins.make_attack("linkage", {}, "quick"), judge)
+    plain = plugins.make_defense("none", {}, "cpu", 32)
+    check_attack(plugins.make_attack("linkage", {"teacher": other}, "quick"), plain, "whitebox", judge)
+    check_attack(plugins.make_attack("linkage", {}, "quick"), plain, "whitebox", judge)
     with pytest.raises(UsageError, match=r"-a teacher=.*copy\.onnx is the evaluator"):
-        check_evaluator(plugins.make_attack("linkage", {"teacher": copy}, "quick"), judge)
+        check_attack(plugins.make_attack("linkage", {"teacher": copy}, "quick"), plain, "whitebox", judge)
 
 
 def test_needs_are_checked_against_the_rung():
     class Greedy(plugins.attacks().get("unet")):
         needs = frozenset({Capability.STATE})
 
+    greedy = Greedy(Greedy.Options())
+
     with pytest.raises(UsageError, match=r"needs known state.*use --knowledge oracle"):
-        check_needs(Greedy, "whitebox")
-    check_needs(Greedy, "oracle")
+        check_attack(greedy, TestCoverage.defense, "whitebox")
+    check_attack(greedy, TestCoverage.defense, "oracle")
 
 
 class TestCoverage:

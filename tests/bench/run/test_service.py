@@ -9,7 +9,7 @@ from bench.data.faces import FaceSet
 from bench.images import to_float
 from bench.metrics.identity import content_ids
 from bench.nets.recogniser import build_recogniser
-from bench.run.service import Enrolment, Service, class_centres, traffic
+from bench.run.service import Service, class_centres, score_query, traffic
 
 SIZE = 32
 
@@ -52,7 +52,7 @@ def test_a_score_is_the_cosine_to_the_named_persons_template(service, victims, d
     templates = F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     persons = torch.tensor([2, 0, 2, 1])
     faces = to_float(victims.images[:4])
-    scores = Enrolment(service, templates, [draws(person) for person in range(3)]).score(faces, persons)
+    scores = score_query(service, templates, [draws(person) for person in range(3)])(faces, persons)
     streams = [draws(person) for person in range(3)]  # the second face of a person goes on in that person's stream
     sent = [defense.protect(face[None], streams[person]) for face, person in zip(faces, persons, strict=True)]
     embedded = service.embed_representations(torch.cat([one.representation for one in sent]))
@@ -64,7 +64,7 @@ def test_a_score_is_the_cosine_to_the_named_persons_template(service, victims, d
 @pytest.mark.parametrize("persons", [torch.tensor([0]), torch.tensor([0, 3]), torch.tensor([0.0, 1.0])])
 def test_a_score_query_names_an_enrolled_person_per_face(service, victims, persons):
     with pytest.raises(ValueError, match="person"):
-        Enrolment(service, torch.ones(3, 16), [draws(0)] * 3).score(to_float(victims.images[:2]), persons)
+        score_query(service, torch.ones(3, 16), [draws(0)] * 3)(to_float(victims.images[:2]), persons)
 
 
 def test_a_class_centre_is_made_of_other_images_of_the_person(service, victims, defense):
