@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 
-import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bench import cli, plugins
+from bench import plugins
 from bench.errors import BenchError, DataError, MissingError, UsageError
 from bench.images import to_float
 from bench.metrics.evaluator import Evaluator
@@ -22,6 +20,7 @@ from bench.run import export
 from bench.run.config import resolve
 
 SIZE = 32
+UNET = {"widths": "4,8", "images": "24", "batch_size": "4", "state_faces": "16"}
 TINY = {
     "defense": "none",
     "attack": "unet",
@@ -29,7 +28,7 @@ TINY = {
     "backbone": "mobilefacenet",
     "evaluator_backbone": "ir-tiny",
     "device": "cpu",
-    "attack_options": {"widths": "4,8", "images": "24", "batch_size": "4", "state_faces": "16"},
+    "attack_options": UNET,
 }
 
 
@@ -103,18 +102,10 @@ def test_a_recogniser_of_protected_faces(make_run, tmp_path, backbone):
     [
         {},
         {"defense": "partialface"},
-        {"defense": "partialface", "attack_options": {**TINY["attack_options"], "infer_state": "false"}},
-        {"defense": "partialface", "attack_options": {**TINY["attack_options"], "invariance": "sorted"}},
-        {
-            "defense": "partialface",
-            "knowledge": "oracle",
-            "attack_options": {**TINY["attack_options"], "stem_stride": "2"},
-        },
-        {
-            "defense": "partialface",
-            "knowledge": "blackbox",
-            "attack_options": {**TINY["attack_options"], "infer_state": "false"},
-        },
+        {"defense": "partialface", "attack_options": {**UNET, "infer_state": "false"}},
+        {"defense": "partialface", "attack_options": {**UNET, "invariance": "sorted"}},
+        {"defense": "partialface", "knowledge": "oracle", "attack_options": {**UNET, "stem_stride": "2"}},
+        {"defense": "partialface", "knowledge": "blackbox", "attack_options": {**UNET, "infer_state": "false"}},
     ],
     ids=["none", "reads states", "mixture", "sorted", "oracle", "blackbox"],
 )
@@ -185,17 +176,13 @@ def test_runs_that_cannot_be_exported(make_run, tmp_path, monkeypatch):
         export.export(run, "recogniser", tmp_path / "r.onnx")
 
 
-def test_the_command(make_run, tmp_path, monkeypatch, capsys):
+def test_the_command(make_run, bench):
     run = make_run(attack=False)
-    for more in ((), ("--json",)):
-        arguments = ["export", str(run), "--what", "recogniser", "--out", str(tmp_path / "r.onnx"), *more]
-        monkeypatch.setattr(sys, "argv", ["bench", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert not caught.value.code
-    said = capsys.readouterr().out
-    first, _, document = said.partition("\n")
-    assert f"input batchx3x{SIZE}x{SIZE} -> embedding" in first
-    assert first.endswith("can be an --evaluator")
+    arguments = ("export", run, "--what", "recogniser", "--out", "r.onnx")
+    code, said, _ = bench(*arguments)
+    assert code == 0
+    assert f"input batchx3x{SIZE}x{SIZE} -> embedding" in said
+    assert said.endswith("can be an --evaluator\n")
+    code, document, _ = bench(*arguments, "--json")
+    assert code == 0
     assert json.loads(document)["output"] == "embedding"
-    assert np.isfinite(json.loads(document)["difference"])

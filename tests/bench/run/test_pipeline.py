@@ -4,9 +4,10 @@ import json
 
 import pandas as pd
 import pytest
+import tiny_runs
 import torch
 from PIL import Image
-from rich.console import Console
+from tiny_runs import TINY_UNET
 
 from attacks.base import Adversary, Capability, FitReport, Observation
 from bench import plugins
@@ -15,38 +16,18 @@ from bench.files import sha256
 from bench.results import read_result
 from bench.run.attack_config import check_attack, check_coverage
 from bench.run.attacker import AttackStages
-from bench.run.config import resolve
-from bench.run.pipeline import Pipeline
 from bench.run.provider import Stages, failing_as
 
-TINY = {
-    "defense": "partialface",
-    "attack": "unet",
-    "preset": "quick",
-    "device": "cpu",
-    "image_size": 32,
-    "probes": 12,
-    "bootstrap": 100,
-    "evaluator_backbone": "mobilefacenet",
-    "dataset_options": {"identities": 40, "images_per_identity": 4},
-    "training": {"epochs": 1, "warmup_epochs": 0, "views": 1, "precision": "32-true", "embedding_size": 32},
-    "attack_options": {"widths": "4,8", "stem_stride": "2", "images": "256", "batch_size": "16"},
-}
+TINY = {"defense": "partialface", "attack": "unet", "attack_options": TINY_UNET}
 
 
 def pipeline(out, **changes):
-    return Pipeline(resolve({**TINY, "out": out, **changes}, {}), console=Console(quiet=True))
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
+    return tiny_runs.pipeline(out, **{**TINY, **changes})
 
 
 @pytest.fixture(scope="module")
 def finished(out):
-    one = pipeline(out)
-    return one.run(), one.directory
+    return tiny_runs.finished(out, **TINY)
 
 
 @pytest.mark.slow
@@ -71,20 +52,12 @@ class TestFinishedRun:
         assert result.defense.bytes_per_face == 27 * 32 * 32 * 4
         assert result.attack.states_covered is True
         assert result.peak_memory["process_bytes"] > 0
-
-    def test_lpips_without_weights_is_null_with_a_reason(self, finished):
-        lpips = finished[0].recovery.lpips
-        assert (lpips.value is None) == (lpips.reason is not None)
-
-    def test_synthetic_faces_are_named_as_such(self, finished):
-        result, _ = finished
+        assert (recovery.lpips.value is None) == (recovery.lpips.reason is not None)
         assert result.dataset.synthetic
         assert any("synthetic" in warning for warning in result.warnings)
-
-    def test_identities_are_shared_out(self, finished):
-        identities = finished[0].dataset.identities
-        assert sum(identities.values()) <= 40
-        assert set(identities) == {"provider", "public", "evaluator", "victims"}
+        assert set(result.dataset.identities) == {"provider", "public", "evaluator", "victims"}
+        assert sum(result.dataset.identities.values()) <= 40
+        assert result.cached == []  # what this run made is not called reused
 
     def test_files(self, finished):
         _, directory = finished
@@ -118,15 +91,13 @@ class TestFinishedRun:
         assert not {stage for stage in again.seconds if stage.startswith(("recogniser", "attack"))} - set(again.cached)
 
     def test_a_second_attack_trains_no_recogniser(self, finished, out):
-        changed = {**TINY["attack_options"], "widths": "4,12"}
-        one = pipeline(out, attack_options=changed)
-        one.run()
-        events = [json.loads(line) for line in (one.directory / "events.jsonl").read_text().splitlines()]
-        made = {event["stage"] for event in events if event["event"] == "stage"}
-        assert made == {"attack-unet-partialface", "attack-unet-none", "recover-unet-partialface", "recover-unet-none"}
-
-    def test_what_this_run_made_is_not_called_reused(self, finished):
-        assert finished[0].cached == []
+        _, directory = tiny_runs.finished(out, **{**TINY, "attack_options": {**TINY_UNET, "widths": "4,12"}})
+        assert set(tiny_runs.made(directory)) == {
+            "attack-unet-partialface",
+            "attack-unet-none",
+            "recover-unet-partialface",
+            "recover-unet-none",
+        }
 
     def test_plan_knows_what_is_cached(self, finished, out):
         plan = pipeline(out).plan()
@@ -143,18 +114,24 @@ class TestFinishedRun:
         assert fresh.utility.accuracy.value == pytest.approx(first.utility.accuracy.value, abs=1e-2)
 
 
-def test_a_failing_run_leaves_a_result_that_says_so(out, monkeypatch):
-    def explode(self):
-        raise BenchError("the loss is not finite")
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (BenchError("the loss is not finite"), "error", "the loss is not finite"),
+        (KeyboardInterrupt(), "cancelled", "KeyboardInterrupt"),
+    ],
+)
+def test_a_run_that_does_not_end_leaves_a_result_that_says_so(tmp_path, monkeypatch, error, status, message):
+    def explode(self, report):
+        raise error
 
-    monkeypatch.setattr(Stages, "load_source", lambda self, report: explode(self))
-    one = pipeline(out, seed=99)
-    with pytest.raises(BenchError, match="not finite"):
-        one.run()
-    result = read_result(one.directory)
-    assert result.status == "error"
-    assert result.error == "the loss is not finite"
-    assert json.loads((one.directory / "manifest.json").read_text())["status"] == "error"
+    monkeypatch.setattr(Stages, "load_source", explode)
+    cell = pipeline(tmp_path)
+    with pytest.raises(type(error)):
+        cell.run()
+    result = read_result(cell.directory)
+    assert (result.status, result.error) == (status, message)
+    assert json.loads((cell.directory / "manifest.json").read_text())["status"] == status
 
 
 def test_a_plugin_that_gives_up_is_named():
@@ -162,17 +139,6 @@ def test_a_plugin_that_gives_up_is_named():
         raise FloatingPointError("the loss became nan at step 3")
     with pytest.raises(TypeError), failing_as("attack x"):  # a bug stays a bug
         raise TypeError
-
-
-def test_an_interrupted_run_is_cancelled(out, monkeypatch):
-    def interrupt(self, report):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Stages, "load_source", interrupt)
-    one = pipeline(out, seed=98)
-    with pytest.raises(KeyboardInterrupt):
-        one.run()
-    assert read_result(one.directory).status == "cancelled"
 
 
 @pytest.mark.parametrize(
@@ -219,18 +185,15 @@ def test_needs_are_checked_against_the_rung():
 class TestCoverage:
     defense = plugins.make_defense("partialface", {}, "cpu", 32)
 
-    def test_all_states(self):
-        assert check_coverage(FitReport(states_seen=self.defense.states()), self.defense, "whitebox") is True
-
     def test_half_the_states_fail_loudly(self):
         half = FitReport(states_seen=self.defense.states()[:9])
         with pytest.raises(BenchError, match="trained on 9 of the 18 states"):
             check_coverage(half, self.defense, "oracle")
 
-    def test_guessed_states_are_not_the_real_ones(self):
+    def test_all_states_guessed_ones_and_none(self):
+        assert check_coverage(FitReport(states_seen=self.defense.states()), self.defense, "whitebox") is True
+        # Guessed states are not the real ones.
         assert check_coverage(FitReport(states_seen=self.defense.states()[:1]), self.defense, "blackbox") is None
-
-    def test_nothing_to_cover(self):
         plain = plugins.make_defense("none", {}, "cpu", 32)
         assert check_coverage(FitReport(), plain, "whitebox") is None
 
@@ -238,11 +201,11 @@ class TestCoverage:
 @pytest.mark.slow
 def test_an_attack_cannot_reach_the_victims(out, monkeypatch):
     """Whatever an attack can get hold of, the victims' pixels are not in it."""
-    stages = pipeline(out)._stages(lambda *_, **__: None)
+    stages = tiny_runs.stages_of(pipeline(out))
     attacks = AttackStages(stages)
     victims = stages.splits.victims.images
     defense = stages.defense("partialface", {})
-    attack = plugins.make_attack("unet", TINY["attack_options"], "quick")
+    attack = plugins.make_attack("unet", TINY_UNET, "quick")
     adversary = attacks.adversary(attack, defense)
     observation = next(attacks.observations(attack, defense, torch.arange(8), 1)).observation
     seen = [value for value in vars(adversary).values() if isinstance(value, torch.Tensor)]

@@ -3,50 +3,36 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import sys
 
 import pytest
-from rich.console import Console
+import tiny_runs
 from small_sets import people, picture, write_folder, write_records, write_shards
+from tiny_runs import events, made, stages_of
 
-from bench import cli
 from bench.data.encoded import IdentityView
 from bench.data.faces import FaceSet
 from bench.errors import BenchError, DataError, MissingError
 from bench.recognition import state as training_state
 from bench.recognition import training
 from bench.recognition.state import load_recogniser
-from bench.run.config import resolve
-from bench.run.pipeline import Pipeline
 from bench.run.provider import fingerprint
 
 SIZE = 32
 TINY = {
     "defense": "pixelate",
     "attack": "linear",
-    "preset": "quick",
-    "device": "cpu",
-    "image_size": SIZE,
     "probes": 4,
-    "bootstrap": 100,
+    "evaluator_backbone": "mobilefacenet",
+    "dataset_options": {},
     "training": {"epochs": 2, "warmup_epochs": 0, "batch_size": 16, "embedding_size": 16, "precision": "32-true"},
 }
+#: From disk, whatever cannot be decoded left out.
+STREAM = {"stream": True, "stream_on_error": "skip"}
 
 
 def pipeline(out, root, dataset="insightface", **changes):
-    flags = {**TINY, "out": out, "data_root": root, "dataset": dataset, **changes}
-    return Pipeline(resolve(flags, {}), console=Console(quiet=True))
-
-
-def stages_of(one):
-    return one._stages(lambda *_, **__: None)
-
-
-def events(one, name):
-    lines = (one.directory / "events.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == name]
+    return tiny_runs.pipeline(out, **{**TINY, "data_root": root, "dataset": dataset, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +46,9 @@ def pack(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
 def runs(pack, out):
     """One run from memory, one from disk."""
-    both = pipeline(out, pack), pipeline(out, pack, stream=True, stream_on_error="skip")
+    both = pipeline(out, pack), pipeline(out, pack, **STREAM)
     return [(one, one.run()) for one in both]
 
 
@@ -83,7 +64,7 @@ class TestRun:
         (memory, one), (disk, other) = runs
         assert other.dataset == one.dataset
         assert other.dataset.skipped == 3
-        reasons = [[event["reason"] for event in events(run, "skipped")] for run in (memory, disk)]
+        reasons = [[event["reason"] for event in events(run.directory, "skipped")] for run in (memory, disk)]
         assert reasons[0] == reasons[1]
         assert stages_of(disk).splits.provider.used_names == stages_of(memory).splits.provider.used_names
 
@@ -107,27 +88,26 @@ class TestRun:
         assert other.recovery.psnr == one.recovery.psnr
 
     def test_a_smaller_memory_trains_no_recogniser_again_and_says_what_it_left(self, runs, pack, out):
-        one = pipeline(out, pack, stream=True, stream_on_error="skip", stream_images=12)
+        one = pipeline(out, pack, **STREAM, stream_images=12)
         result = one.run()
-        made = {event["stage"] for event in events(one, "stage")}
-        assert not {stage for stage in made if stage.startswith(("scan", "recogniser"))}
+        assert not [stage for stage in made(one.directory) if stage.startswith(("scan", "recogniser"))]
         assert result.dataset.images["public"] <= 12
         left = result.dataset.details["public_left_on_disk"]
         assert left + result.dataset.images["public"] == runs[1][1].dataset.images["public"]
         assert any("stream_images" in warning for warning in result.warnings)
 
     def test_the_plan_reads_no_more_than_it_must(self, runs, pack, out, tmp_path):
-        known = pipeline(out, pack, stream=True, stream_on_error="skip").plan()
+        known = pipeline(out, pack, **STREAM).plan()
         assert all(stage.cached for stage in known.stages)
         assert known.stages[0].name == "scan"
-        fresh = pipeline(tmp_path, pack, stream=True, stream_on_error="skip").plan()
+        fresh = pipeline(tmp_path, pack, **STREAM).plan()
         assert {stage.name: stage.seconds is not None for stage in fresh.stages}["scan"]
         assert fresh.seconds > 0
         assert not list(tmp_path.glob("cache/*"))
 
 
 def test_a_defence_is_fitted_to_as_many_faces_as_memory_holds(pack, tmp_path):
-    stages = stages_of(pipeline(tmp_path, pack, stream=True, stream_on_error="skip", stream_images=20))
+    stages = stages_of(pipeline(tmp_path, pack, **STREAM, stream_images=20))
     faces = stages._provider_in_memory()
     assert 12 <= len(faces) <= 20
     assert faces.used_names < stages.splits.provider.used_names
@@ -135,7 +115,6 @@ def test_a_defence_is_fitted_to_as_many_faces_as_memory_holds(pack, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_within_an_epoch_ends_as_one_that_was_not(pack, tmp_path, monkeypatch):
-    flags = {"stream": True, "stream_on_error": "skip", "defense": "none"}
     monkeypatch.setattr(training, "LOOK_EVERY", 2)
     monkeypatch.setattr(training_state, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(training_state, "SAVE_SHARE", 1e9)
@@ -147,7 +126,7 @@ def test_a_run_that_was_killed_within_an_epoch_ends_as_one_that_was_not(pack, tm
         if len(saved) == 2:
             raise BenchError("killed")
 
-    whole, broken = (pipeline(tmp_path / name, pack, **flags) for name in ("whole", "broken"))
+    whole, broken = (pipeline(tmp_path / name, pack, **STREAM, defense="none") for name in ("whole", "broken"))
     stages = stages_of(whole)
     stages.recogniser(stages.defense("none", {}))
     monkeypatch.setattr(training_state.TrainingState, "save", kill)
@@ -161,14 +140,10 @@ def test_a_run_that_was_killed_within_an_epoch_ends_as_one_that_was_not(pack, tm
 
 
 class TestRefusal:
-    def test_a_dataset_that_cannot_be_streamed(self, monkeypatch, capsys, tmp_path):
-        monkeypatch.chdir(tmp_path)
-        flags = ("run", "--defense", "none", "--attack", "linear", "--set", "stream=true", "--dry-run")
-        monkeypatch.setattr(sys, "argv", ["bench", *flags])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert caught.value.code == 2
-        (line,) = capsys.readouterr().err.strip().splitlines()
+    def test_a_dataset_that_cannot_be_streamed(self, bench):
+        code, _, line = bench(*["run", "--defense", "none", "--attack", "linear", "--set", "stream=true", "--dry-run"])
+        assert code == 2
+        assert line.count("\n") == 1
         assert "'synthetic' cannot be streamed (those that can: folder, insightface, lfw, webdataset)" in line
 
     def test_a_damaged_image(self, pack, tmp_path):
@@ -204,7 +179,7 @@ class TestKeys:
 
         memory, disk = keys(), keys(stream=True)
         assert keys(stream_images=100, stream_on_error="skip") == memory  # say nothing where nothing is streamed
-        held, skipping = keys(stream=True, stream_images=100), keys(stream=True, stream_on_error="skip")
+        held, skipping = keys(stream=True, stream_images=100), keys(**STREAM)
         assert held[0] == disk[0] != memory[0]
         assert len({memory[1], disk[1], held[1], skipping[1]}) == 4
         assert skipping[0] != disk[0]

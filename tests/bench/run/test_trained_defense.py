@@ -2,47 +2,44 @@
 
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 from PIL import Image
-from rich.console import Console
+from tiny_runs import TINY_UNET, stages_of
 
 from bench.commands.protect import protect_files
 from bench.errors import MissingError, UsageError
 from bench.images import to_float
-from bench.run.config import resolve
-from bench.run.pipeline import Pipeline
+from bench.run.attacker import AttackStages
 
 TINY = {
     "defense": "split",
     "defense_options": {"width": 4, "epochs": 2, "batch_size": 16},
     "attack": "unet",
-    "attack_options": {"widths": "4,8", "stem_stride": "2", "images": "256", "batch_size": "16"},
-    "preset": "quick",
-    "device": "cpu",
-    "image_size": 32,
+    "attack_options": TINY_UNET,
     "probes": 8,
-    "bootstrap": 100,
     "utility": False,
-    "backbone": "ir-tiny",
-    "evaluator_backbone": "mobilefacenet",
     "dataset_options": {"identities": 28, "images_per_identity": 4},
-    "training": {"epochs": 1, "warmup_epochs": 0, "views": 1, "precision": "32-true", "embedding_size": 16},
+}
+#: Templates whose keys were stolen.
+TEMPLATES = {
+    "defense": "random-projection",
+    "defense_options": {"bits": 32},
+    "attack": "template",
+    "attack_options": {"width": 2, "images": 64, "batch_size": 8},
+    "knowledge": "oracle",
+    "utility": True,
 }
 
 
 def pipeline(out, **changes):
-    return Pipeline(resolve({**TINY, "out": out, **changes}, {}), console=Console(quiet=True))
+    return tiny_runs.pipeline(out, **{**TINY, **changes})
 
 
 def fitted(out, log=lambda *_, **__: None, **changes):
     """The defence of a fresh process, fitted there or read from the cache."""
-    stages = pipeline(out, **changes)._stages(log)
+    stages = stages_of(pipeline(out, **changes), log)
     return stages.defense(stages.config.defense, stages.config.defense_options)
-
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
@@ -151,16 +148,7 @@ def test_parts_are_written_under_their_names(photo, tmp_path):
 
 @pytest.fixture(scope="module")
 def templates(out):
-    """A run on templates whose keys were stolen."""
-    cell = pipeline(
-        out,
-        defense="random-projection",
-        defense_options={"bits": 32},
-        attack="template",
-        attack_options={"width": 2, "images": 64, "batch_size": 8},
-        knowledge="oracle",
-        utility=True,
-    )
+    cell = pipeline(out, **TEMPLATES)
     return cell, cell.run()
 
 
@@ -181,7 +169,7 @@ def test_templates_run_from_end_to_end(templates, photo, tmp_path):
 def test_pairs_are_scored_under_one_key(templates):
     """Each pair by hand: both plain embeddings, the first person's key, the share of equal bits."""
     cell, _ = templates
-    stages = cell._stages(lambda *_, **__: None)
+    stages = stages_of(cell)
     defense = stages.defense("random-projection", {"bits": 32})
     victims, pairs = stages.splits.victims, stages.splits.pairs
     keys = stages.victim_keys(defense, "queries")
@@ -194,18 +182,9 @@ def test_pairs_are_scored_under_one_key(templates):
 
 
 def test_keys_are_stolen_on_the_highest_rung_alone(templates, out):
-    from bench.run.attacker import AttackStages
-
     for knowledge, stolen in (("whitebox", False), ("oracle", True)):
-        cell = pipeline(
-            out,
-            defense="random-projection",
-            defense_options={"bits": 32},
-            attack="template",
-            attack_options={},
-            knowledge=knowledge,
-        )
-        attacks = AttackStages(cell._stages(lambda *_, **__: None))
+        cell = pipeline(out, **{**TEMPLATES, "knowledge": knowledge})
+        attacks = AttackStages(stages_of(cell))
         defense = attacks.stages.defense("random-projection", {"bits": 32})
         attack = next(iter(cell.attack_configs.values()))[-1].make()
         probes = attacks.selection.attacked

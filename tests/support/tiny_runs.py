@@ -1,0 +1,65 @@
+"""Runs that take seconds, and attacks that a test file defines."""
+
+from __future__ import annotations
+
+import functools
+import json
+from contextlib import contextmanager
+
+import pytest
+from rich.console import Console
+
+from bench import plugins
+from bench.run import speed
+from bench.run.config import resolve
+from bench.run.pipeline import Pipeline
+
+TINY = {
+    "preset": "quick",
+    "device": "cpu",
+    "image_size": 32,
+    "probes": 12,
+    "bootstrap": 100,
+    "evaluator_backbone": "mobilefacenet",
+    "dataset_options": {"identities": 40, "images_per_identity": 4},
+    "training": {"epochs": 1, "warmup_epochs": 0, "views": 1, "precision": "32-true", "embedding_size": 32},
+}
+TINY_UNET = {"widths": "4,8", "stem_stride": "2", "images": "256", "batch_size": "16"}
+
+
+def pipeline(out, **settings):
+    return Pipeline(resolve({**TINY, "out": out, **settings}, {}), console=Console(quiet=True))
+
+
+def finished(out, **settings):
+    """Run a configuration: (result, folder)."""
+    cell = pipeline(out, **settings)
+    return cell.run(), cell.directory
+
+
+def stages_of(cell, log=lambda *_, **__: None):
+    """The provider's stages of a pipeline, as a fresh process has them."""
+    return cell._stages(log)
+
+
+def events(directory, name):
+    """The events of that name of a run, in order."""
+    lines = (directory / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == name]
+
+
+def made(directory):
+    """The stages that a run computed, in order."""
+    return [event["stage"] for event in events(directory, "stage")]
+
+
+@contextmanager
+def registered(*attacks):
+    """Within, these attacks can be named, and no time is spent on timing."""
+    registry = plugins.attacks()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "measure", functools.partial(speed.measure, min_time=0.01))
+        for attack in attacks:
+            patch.setitem(registry._loaders, attack.name, lambda: None)
+            patch.setitem(registry._loaded, attack.name, attack)
+        yield
