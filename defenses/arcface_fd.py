@@ -22,9 +22,7 @@ class ArcFaceFD(Defense):
         return (COLOURS * CHANNELS, self.image_size, self.image_size)
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        """All channels, (N, 192, H, W)."""
         return block_dct(faces, torch.arange(CHANNELS))
 
     def linear_operator(self, state: Tensor | None) -> FrequencyOperator:
-        """The whole transform."""
         return FrequencyOperator(self.image_size, torch.arange(CHANNELS))

@@ -30,11 +30,9 @@ class DefenseOptions(BaseModel):
 class Protected:
     """What a client makes of a batch of faces.
 
-    Attributes:
-        representation: float32 (N, C, h, w), what is sent.
-        state: int64 (N, D), what a random defence drew for each face and never sends; None for a
-            defence that draws nothing countable.
-        keys: int64 (N, k), the key of each face's client, which is never sent; None for a defence without keys.
+    The ``representation``, float32 (N, C, h, w), is what is sent. What a random defence drew for each face, ``state``
+    int64 (N, D), and the ``keys`` int64 (N, k) of the faces' clients never are; None for a defence that draws nothing
+    countable, or has no keys.
     """
 
     representation: Tensor
@@ -154,11 +152,7 @@ class Defense(nn.Module, ABC):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
-        """
-        Args:
-            options: an instance of ``self.Options``; None for the defaults.
-            image_size: height and width of the faces in pixels.
-        """
+        """Build with ``options`` (None: the defaults) for faces of ``image_size`` pixels a side."""
         super().__init__()
         if options is None:
             options = self.Options()
@@ -279,14 +273,11 @@ class Defense(nn.Module, ABC):
         state: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Protected:
-        """Protect a batch.
+        """Protect a batch: float (N, 3, H, W) in [0, 1], H = W = ``image_size``, any device; left as they are.
 
-        Args:
-            faces: float (N, 3, H, W) in [0, 1], H = W = ``image_size``, any device; left as they are.
-            generator: source of all randomness; a CPU generator gives the same draws on every device.
-            labels: int64 (N,), in recogniser training only.
-            state: int64 (N, D) to pin the states instead of drawing them.
-            keys: int64 (N, k), the keys of the faces' clients, instead of fresh ones.
+        A CPU ``generator``, the source of all randomness, gives the same draws on every device. ``labels`` int64 (N,)
+        are there in recogniser training only. ``state`` int64 (N, D) pins the states instead of drawing them, ``keys``
+        int64 (N, k) are those of the faces' clients instead of fresh ones.
 
         Raises:
             ValueError: faces of another shape, type or value range; or the defence made something of another shape
@@ -310,8 +301,7 @@ class Defense(nn.Module, ABC):
             representation = self.transform(faces, state, generator)
         else:
             representation = self.keyed_transform(faces, state, keys.to(faces.device), generator)
-        if tuple(representation.shape) != (count, *self.representation_shape):
-            declared = (count, *self.representation_shape)
+        if tuple(representation.shape) != (declared := (count, *self.representation_shape)):
             raise ValueError(f"{self.name} made representations {tuple(representation.shape)}, it declares {declared}")
         if representation.numel() and not all(map(math.isfinite, map(float, representation.detach().aminmax()))):
             raise ValueError(f"{self.name} made representations that are not finite")
@@ -328,12 +318,8 @@ class Defense(nn.Module, ABC):
         """Protect a batch with a random stream of its own for every face, so that none depends on its turn.
 
         States are drawn one by one. A defence that draws more than its state (noise) is asked for one face at a time.
-
-        Args:
-            faces: as for :meth:`protect`.
-            generators: N, one per face; a stream that stands there twice goes on where it was.
-            state: int64 (N, D) to pin the states instead of drawing them.
-            keys: int64 (N, k), the keys of the faces' clients, instead of fresh ones.
+        There are N ``generators``; a stream that stands there twice goes on where it was. The rest is as for
+        :meth:`protect`.
 
         Raises:
             ValueError: as :meth:`protect`.

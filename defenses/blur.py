@@ -9,8 +9,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from defenses.base import Defense, DefenseOptions
-from defenses.linear import SeparableOperator
+from defenses.base import DefenseOptions
+from defenses.linear import SeparableDefense
 
 
 class BlurOptions(DefenseOptions):
@@ -48,7 +48,7 @@ def blur_matrix(size: int, sigma: float, radius: int) -> Tensor:
     return torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, source, kernel.expand(size, -1).contiguous())
 
 
-class Blur(Defense):
+class Blur(SeparableDefense):
     """Gaussian-blurred face, (N, 3, H, W) in [0, 1]."""
 
     name = "blur"
@@ -61,13 +61,4 @@ class Blur(Defense):
         scale = image_size / 112
         sigma = self.options.sigma * scale
         half_width = 3 * sigma if self.options.kernel is None else (self.options.kernel - 1) / 2 * scale
-        self.factor: Tensor
         self.register_buffer("factor", blur_matrix(image_size, sigma, max(1, math.ceil(half_width))), persistent=False)
-
-    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Blurred faces."""
-        return self.linear_operator(state)(faces)
-
-    def linear_operator(self, state: Tensor | None) -> SeparableOperator:
-        """Filtering rows and columns."""
-        return SeparableOperator(self.factor)

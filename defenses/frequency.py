@@ -83,11 +83,7 @@ def colour_matrix() -> Tensor:
 
 
 def dc_offset(channels: Tensor) -> Tensor:
-    """The representation of the black face, float64 (3K,), colour-major: nonzero in luma channel 0 only.
-
-    Args:
-        channels: int64 (K,).
-    """
+    """The black face in ``channels``, float64 (3K,), colour-major: nonzero in luma channel 0 only."""
     offset = torch.zeros(COLOURS, len(channels), dtype=torch.float64)
     offset[0, channels.cpu() == 0] = LUMA_DC_OFFSET
     return offset.flatten()
@@ -122,6 +118,13 @@ def _taps(size: int, transposed: bool, dtype: torch.dtype, device: torch.device)
         return taps.to(device=device, dtype=dtype)
 
 
+def _taps_of(channels: Tensor, size: int, transposed: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The channels of each face (n or 1, K), and their vertical and horizontal taps (n or 1, K, 3, size)."""
+    rows = channels if channels.ndim == 2 else channels[None]
+    on_device, taps = rows.to(like.device), _taps(size, transposed, like.dtype, like.device)
+    return rows, taps[on_device // BLOCK], taps[on_device % BLOCK]
+
+
 def _apply_taps(x: Tensor, taps: Tensor, *, dim: int, out: Tensor) -> None:
     """``out = A x`` along ``dim`` (3 or 4) of (n, 3, K or 1, H, W); ``taps`` is (n or 1, K, 3, size)."""
     shape = (len(taps), 1, taps.shape[1], *((-1, 1) if dim == 3 else (1, -1)))
@@ -148,11 +151,8 @@ def _chunks(count: int, maps: int, size: int, device: torch.device) -> list[slic
 
 def _forward(faces: Tensor, channels: Tensor, with_offset: bool) -> Tensor:
     count, _, size, _ = faces.shape
-    rows = channels if channels.ndim == 2 else channels[None]  # (n or 1, K)
+    rows, vertical, horizontal = _taps_of(channels, size, False, faces)
     length = rows.shape[1]
-    on_device = rows.to(faces.device)
-    taps = _taps(size, False, faces.dtype, faces.device)
-    vertical, horizontal = taps[on_device // BLOCK], taps[on_device % BLOCK]  # (n or 1, K, 3, size)
     planes = faces.new_empty(faces.shape)
     _apply_colour(faces, colour_matrix().tolist(), planes)
     out = faces.new_empty(count, COLOURS, length, size, size)
@@ -174,11 +174,8 @@ def _forward(faces: Tensor, channels: Tensor, with_offset: bool) -> Tensor:
 def _adjoint(representation: Tensor, channels: Tensor) -> Tensor:
     """``M^T sum_k A_u^T z_k A_v``: (N, 3K, H, W) to RGB planes (N, 3, H, W)."""
     count, _, size, _ = representation.shape
-    rows = channels if channels.ndim == 2 else channels[None]
+    rows, vertical, horizontal = _taps_of(channels, size, True, representation)
     z = representation.reshape(count, COLOURS, rows.shape[1], size, size)
-    on_device = rows.to(z.device)
-    taps = _taps(size, True, z.dtype, z.device)
-    vertical, horizontal = taps[on_device // BLOCK], taps[on_device % BLOCK]
     planes = z.new_empty(count, COLOURS, size, size)
     for chunk in _chunks(count, COLOURS * rows.shape[1], size, z.device):
         mine = chunk if len(rows) > 1 else slice(None)
@@ -191,26 +188,17 @@ def _adjoint(representation: Tensor, channels: Tensor) -> Tensor:
     return out
 
 
-class _Forward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, faces: Tensor, channels: Tensor, with_offset: bool) -> Tensor:
-        ctx.channels = channels
-        return _forward(faces, channels, with_offset)
+class _Transform(torch.autograd.Function):
+    """The transform or, where ``adjoint`` is set, its adjoint: the gradient of either is the other."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
-        return _Adjoint.apply(grads[0], ctx.channels), None, None
-
-
-class _Adjoint(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, representation: Tensor, channels: Tensor) -> Tensor:
-        ctx.channels = channels
-        return _adjoint(representation, channels)
+    def forward(ctx: Any, x: Tensor, channels: Tensor, adjoint: bool, with_offset: bool) -> Tensor:
+        ctx.channels, ctx.adjoint = channels, adjoint
+        return _adjoint(x, channels) if adjoint else _forward(x, channels, with_offset)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return _Forward.apply(grads[0], ctx.channels, False), None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+        return _Transform.apply(grads[0], ctx.channels, not ctx.adjoint, False), None, None, None
 
 
 # -- the public functions ------------------------------------------------------------------------
@@ -241,11 +229,9 @@ def _checked_images(images: Tensor, colours: int, what: str) -> Tensor:
 def block_dct(faces: Tensor, channels: Tensor, *, with_offset: bool = True) -> Tensor:
     """Requested block-DCT channels of the x8 up-sampled faces, differentiable (twice and more) in ``faces``.
 
-    Args:
-        faces: float (N, 3, H, H), RGB in [0, 1]; half types are computed in float32.
-        channels: int64 indices 8u + v in 0..63 in output order: (K,) for the whole batch, or (N, K), a list
-            of its own for every face (a subset and its permutation in one).
-        with_offset: include the level shift of -128; without it the map is linear, not affine.
+    Faces are float (N, 3, H, H), RGB in [0, 1]; half types are computed in float32. ``channels`` are int64 indices
+    8u + v in 0..63 in output order: (K,) for the whole batch, or (N, K), a list of its own for every face (a subset and
+    its permutation in one). Without ``with_offset``, the level shift of -128, the map is linear, not affine.
 
     Returns:
         (N, 3K, H, H), colour-major (K of Y, K of Cb, K of Cr), un-normalised: -1024..1016 in channel 0, at
@@ -257,36 +243,26 @@ def block_dct(faces: Tensor, channels: Tensor, *, with_offset: bool = True) -> T
     """
     faces = _checked_images(faces, COLOURS, "faces")
     channels = _checked_channels(channels, len(faces))
-    result: Tensor = _Forward.apply(faces, channels, with_offset)
+    result: Tensor = _Transform.apply(faces, channels, False, with_offset)
     return result
 
 
 def block_dct_adjoint(representation: Tensor, channels: Tensor) -> Tensor:
-    """Adjoint of the linear part of :func:`block_dct`: <A x, z> = <x, A^T z>.
-
-    Args:
-        representation: float (N, 3K, H, H), colour-major.
-        channels: int64 (K,) or (N, K), as for :func:`block_dct`.
-
-    Returns:
-        (N, 3, H, H), in the RGB space of the faces.
+    """Adjoint of the linear part of :func:`block_dct`: <A x, z> = <x, A^T z>; (N, 3K, H, H) to RGB (N, 3, H, H).
 
     Raises:
         ValueError: wrong shape or type, or a channel outside 0..63.
     """
     channels = _checked_channels(channels, len(representation))
     representation = _checked_images(representation, COLOURS * channels.shape[-1], "a representation")
-    result: Tensor = _Adjoint.apply(representation, channels)
+    result: Tensor = _Transform.apply(representation, channels, True, False)
     return result
 
 
 @dataclass(frozen=True, eq=False)
 class FrequencyOperator:
-    """The transform of one channel list as a :class:`~defenses.base.LinearOperator`, with its factors.
-
-    Attributes:
-        size: height and width of the faces, H.
-        channels: int64 (K,), in output order.
+    """The transform of one channel list, int64 (K,) in output order, for faces of ``size`` pixels a side; a
+    :class:`~defenses.base.SeparableSum`.
     """
 
     size: int

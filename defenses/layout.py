@@ -17,10 +17,8 @@ class ChannelLayout(nn.Module):
     C' >= C canonical ones and fills the others with zeros. A network that starts with a linear map per channel needs
     no zeros: it takes the weights that belong to the canonical channels. This class finds these by probing.
 
-    Attributes:
-        states: int64 (K, D) buffer.
-        canonical: int64 (K, C) buffer, the canonical channel, in [0, C'), of each channel under each state.
-        width: C'.
+    Row k of ``canonical``, int64 (K, C), says which of the ``width`` (C') canonical channels each channel is under row
+    k of ``states``, int64 (K, D).
     """
 
     states: Tensor
@@ -38,11 +36,7 @@ class ChannelLayout(nn.Module):
         return bool((self.canonical != self.canonical[:1]).any())
 
     def row_of(self, states: Tensor) -> Tensor:
-        """int64 (N,): the row of :attr:`states` that each of ``states`` (N, D) equals.
-
-        Raises:
-            ValueError: one of them is no state of the defence.
-        """
+        """:func:`row_numbers` of ``states`` among all of them."""
         return row_numbers(states.to(self.states.device), self.states)
 
 
@@ -62,12 +56,8 @@ def row_numbers(states: Tensor, listed: Tensor) -> Tensor:
 def probe(mechanism: Defense, states: Tensor | None) -> ChannelLayout | None:
     """The layout of ``mechanism`` if its :meth:`Defense.canonical` places channels, else None.
 
-    Channel c of the probe holds the constant c + 1, so that a map of the result tells where it came from.
-
-    Args:
-        mechanism: the defence.
-        states: int64 (K, D), every state; None for a defence that draws none, which has one layout and a state of
-            no numbers.
+    Channel c of the probe holds the constant c + 1, so that a map of the result tells where it came from. ``states``,
+    int64 (K, D), are all; None for a defence that draws none, which has one layout and a state of no numbers.
     """
     drawn = states is not None
     if states is None:
@@ -86,6 +76,6 @@ def probe(mechanism: Defense, states: Tensor | None) -> ChannelLayout | None:
             return None
         rows.append(values[..., 0, 0])
     spread = torch.cat(rows)  # (K, C'), the mark found in each place
-    found = spread[:, :, None] == marks  # (K, C', C)
-    once = (found.sum(dim=1) == 1).all() and (found.any(dim=2) | (spread == 0)).all()
-    return ChannelLayout(states.to(device), found.int().argmax(dim=1), spread.shape[1]) if once else None
+    placed = spread[:, :, None] == marks  # (K, C', C)
+    once = (placed.sum(dim=1) == 1).all() and (placed.any(dim=2) | (spread == 0)).all()
+    return ChannelLayout(states.to(device), placed.int().argmax(dim=1), spread.shape[1]) if once else None

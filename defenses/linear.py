@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from defenses.base import Defense
+
 
 @dataclass(frozen=True, eq=False)
 class SeparableOperator:
-    """The same linear map of rows and columns for each colour, a :class:`~defenses.base.LinearOperator`.
-
-    Attributes:
-        factor: float64 (h, H), applied to both axes: z_c = factor x_c factor^T.
-    """
+    """z_c = factor x_c factor^T for each colour, ``factor`` float64 (h, H): a :class:`~defenses.base.SeparableSum`."""
 
     factor: Tensor
 
@@ -25,12 +23,10 @@ class SeparableOperator:
 
     @property
     def row_factors(self) -> Tensor:
-        """The factor, float64 (1, h, H)."""
         return self.factor[None]
 
     @property
     def column_factors(self) -> Tensor:
-        """The factor, float64 (1, h, H)."""
         return self.factor[None]
 
     @property
@@ -62,9 +58,19 @@ class IdentityOperator(SeparableOperator):
         super().__init__(torch.eye(size, dtype=torch.float64))
 
     def __call__(self, faces: Tensor) -> Tensor:
-        """The faces."""
         return faces
 
     def adjoint(self, representation: Tensor) -> Tensor:
-        """The representation."""
         return representation
+
+
+class SeparableDefense(Defense):
+    """Filters rows and columns alike by one matrix, which a subclass registers as the buffer ``factor``."""
+
+    factor: Tensor
+
+    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
+        return self.linear_operator(state)(faces)
+
+    def linear_operator(self, state: Tensor | None) -> SeparableOperator:
+        return SeparableOperator(self.factor)

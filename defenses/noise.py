@@ -50,5 +50,4 @@ class Noise(Defense):
         return faces + self.options.scale * noise.to(faces)
 
     def linear_operator(self, state: Tensor | None) -> IdentityOperator:
-        """The identity, up to the noise."""
         return IdentityOperator(self.image_size)

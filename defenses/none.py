@@ -16,9 +16,7 @@ class Unprotected(Defense):
     summary = "no protection: the face itself"
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        """The faces."""
         return faces
 
     def linear_operator(self, state: Tensor | None) -> IdentityOperator:
-        """The identity."""
         return IdentityOperator(self.image_size)

@@ -13,16 +13,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from defenses.base import Defense, DefenseOptions
-from defenses.frequency import COLOURS, FrequencyOperator, block_dct
+from defenses.base import DefenseOptions
 from defenses.ranks import (
     OFFICIAL_PERMUTATIONS,
     OFFICIAL_SUBSETS,
     PAPER_PERMUTATIONS,
+    FrequencySubset,
     SubsetOptions,
-    draw_seed,
     random_permutations,
-    subsets_of_layouts,
 )
 
 
@@ -62,10 +60,10 @@ class PartialFaceOptions(SubsetOptions):
             raise ValueError(f"subset must be in 0..{self.n_subsets - 1}, got {self.subset}")
         if self.permutation is not None and self.permutation >= self.permutation_count:
             raise ValueError(f"permutation must be in 0..{self.permutation_count - 1}, got {self.permutation}")
-        if self.permutation_count > math.factorial(self.subset_size):
+        if self.permutation_count > (possible := math.factorial(self.subset_size)):
             raise ValueError(
-                f"{self.subset_size} channels have only {math.factorial(self.subset_size)} permutations, not "
-                f"{self.permutation_count}; set n_permutations"
+                f"{self.subset_size} channels have only {possible} permutations, not {self.permutation_count}; set "
+                "n_permutations"
             )
         return self
 
@@ -82,14 +80,16 @@ class PartialFaceOptions(SubsetOptions):
             return torch.tensor(OFFICIAL_PERMUTATIONS[: self.permutation_count])
         return random_permutations(self.subset_size, self.permutation_count, self.table_seed)
 
+    def with_random_tables(self, seed: int) -> Self:
+        return super().with_random_tables(seed).model_copy(update={"n_permutations": self.permutation_count})
 
-class PartialFace(Defense):
+
+class PartialFace(FrequencySubset):
     """Random frequency components.
 
-    The representation is (N, 3s, H, W), colour-major (s maps of Y, s of Cb, s of Cr), un-normalised block-DCT
-    coefficients (within +-78 for the default channels). The state of a face is its rank, int64 (2,): [row S of the
-    subset table, row P of the permutation table]. The tables are shared by provider and clients (the secret); the rank
-    is never sent.
+    The coefficients are within +-78 for the default channels. The state of a face is its rank, int64 (2,): [row S of
+    the subset table, row P of the permutation table]. The tables are shared by provider and clients (the secret); the
+    rank is never sent.
     """
 
     name = "partialface"
@@ -101,20 +101,14 @@ class PartialFace(Defense):
         "paper": {"views": 18, "tables": "random", "n_permutations": 6}
     }
     options: PartialFaceOptions
+    subset_table: Tensor
+    permutation_table: Tensor
 
     def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
         super().__init__(options, image_size=image_size)
-        self.kept_channels: Tensor
-        self.subset_table: Tensor
-        self.permutation_table: Tensor
         self.register_buffer("kept_channels", torch.tensor(self.options.kept_channels))
         self.register_buffer("subset_table", self.options.subset_table())
         self.register_buffer("permutation_table", self.options.permutation_table())
-
-    @property
-    def representation_shape(self) -> tuple[int, int, int]:
-        """(3s, H, W)."""
-        return (COLOURS * self.options.subset_size, self.image_size, self.image_size)
 
     @property
     def views(self) -> int:
@@ -158,15 +152,6 @@ class PartialFace(Defense):
         """``subsets`` int64 (m, s), indices into the kept channels, and ``permutations`` int64 (n, s)."""
         return {"subsets": self.subset_table, "permutations": self.permutation_table}
 
-    def guess(self, generator: torch.Generator) -> Self:
-        """The same mechanism, as many subsets and permutations, with tables drawn at random."""
-        update = {
-            "tables": "random",
-            "table_seed": draw_seed(generator),
-            "n_permutations": self.options.permutation_count,
-        }
-        return type(self)(self.options.model_copy(update=update), image_size=self.image_size)
-
     def with_layouts(self, layouts: Tensor) -> Self:
         """The mechanism whose state (i, 0) sends the canonical channels ``layouts[i]``, int64 (K, 3s).
 
@@ -174,51 +159,15 @@ class PartialFace(Defense):
         nothing.
 
         Raises:
-            ValueError: as :func:`~defenses.ranks.subsets_of_layouts`.
+            ValueError: layouts of another kind.
         """
-        rows = subsets_of_layouts(layouts, len(self.kept_channels), self.options.subset_size)
-        unpinned = self.options.model_copy(update={"subset": None, "permutation": None})
-        imitation = type(self)(unpinned, image_size=self.image_size).to(self.kept_channels.device)
-        imitation.subset_table = rows.to(self.kept_channels.device)
-        imitation.permutation_table = torch.arange(rows.shape[1])[None].to(self.kept_channels.device)
+        rows = self._subsets_of(layouts)
+        imitation = self._imitation(self.options.model_copy(update={"subset": None, "permutation": None}))
+        imitation.subset_table, imitation.permutation_table = (
+            rows,
+            torch.arange(rows.shape[1], device=rows.device)[None],
+        )
         return imitation
-
-    # -- the transform ---------------------------------------------------------------------------
-
-    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Channels of each face's own rank, (N, 3s, H, W).
-
-        Raises:
-            ValueError: ``state`` is not one rank of the tables per face.
-        """
-        return block_dct(faces, self.kept_channels[self._kept_indices(state, len(faces))])
-
-    def linear_operator(self, state: Tensor | None) -> FrequencyOperator:
-        """The map of one rank, int64 (2,).
-
-        Raises:
-            ValueError: ``state`` is not a rank of the tables.
-        """
-        indices = self._kept_indices(None if state is None else state[None], 1)[0]
-        return FrequencyOperator(self.image_size, self.kept_channels[indices])
-
-    def canonical(self, representation: Tensor, state: Tensor | None) -> Tensor:
-        """Each map back at its own frequency: (N, 3s, h, w) to (N, 3d, h, w), colour-major, zero elsewhere.
-
-        d counts the kept channels (54), in ascending order.
-
-        Raises:
-            ValueError: shapes that do not fit, or ``state`` is not one rank of the tables per representation.
-        """
-        count = len(representation)
-        if representation.ndim != 4 or representation.shape[1] != self.channels:
-            raise ValueError(f"expected (N, {self.channels}, h, w), got {tuple(representation.shape)}")
-        indices = self._kept_indices(state, count).to(representation.device)
-        height, width = representation.shape[2:]
-        maps = representation.reshape(count, COLOURS, -1, height, width)
-        canonical = maps.new_zeros(count, COLOURS, len(self.kept_channels), height, width)
-        target = indices[:, None, :, None, None].expand(maps.shape)
-        return canonical.scatter(2, target, maps).flatten(1, 2)
 
     def describe(self) -> dict[str, Any]:
         """Adds m, n and the kept channels."""
@@ -228,8 +177,7 @@ class PartialFace(Defense):
             "kept_channels": self.kept_channels.tolist(),
         }
 
-    def _kept_indices(self, state: Tensor | None, count: int) -> Tensor:
-        """Indices into the kept channels in output order, int64 (N, s)."""
+    def sent(self, state: Tensor | None, count: int) -> Tensor:
         if state is None:
             raise ValueError(f"{self.name} needs the state of each face, int64 ({count}, 2)")
         if state.dtype != torch.int64 or state.shape != (count, 2):

@@ -6,8 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from defenses.base import Defense, DefenseOptions
-from defenses.linear import SeparableOperator
+from defenses.base import DefenseOptions
+from defenses.linear import SeparableDefense
 
 
 class PixelateOptions(DefenseOptions):
@@ -26,7 +26,7 @@ def area_matrix(cells: int, size: int) -> Tensor:
     return overlap.clamp(min=0) * cells / size
 
 
-class Pixelate(Defense):
+class Pixelate(SeparableDefense):
     """Sends the grid of cell means itself, (N, 3, g, g) in [0, 1], not the mosaic blown up to the size of the face.
 
     Both carry the same information; the grid is what has to be transmitted. g = round(112 / block) whatever the
@@ -41,18 +41,9 @@ class Pixelate(Defense):
     def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
         super().__init__(options, image_size=image_size)
         self.cells = min(image_size, max(1, round(112 / self.options.block)))
-        self.factor: Tensor
         self.register_buffer("factor", area_matrix(self.cells, image_size), persistent=False)
 
     @property
     def representation_shape(self) -> tuple[int, int, int]:
         """(3, g, g)."""
         return (3, self.cells, self.cells)
-
-    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Cell means, (N, 3, g, g)."""
-        return self.linear_operator(state)(faces)
-
-    def linear_operator(self, state: Tensor | None) -> SeparableOperator:
-        """Averaging rows and columns."""
-        return SeparableOperator(self.factor)

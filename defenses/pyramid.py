@@ -84,6 +84,8 @@ class Pyramid(Defense):
     reference = "Burt and Adelson, The Laplacian Pyramid as a Compact Image Code, IEEE Trans. Communications, 1983"
     Options = PyramidOptions
     options: PyramidOptions
+    reduced: Tensor
+    expanded: Tensor
 
     def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
         super().__init__(options, image_size=image_size)
@@ -99,8 +101,6 @@ class Pyramid(Defense):
             expanded.append((expand_matrix(size) @ coarser)[repeat])
             self._sizes.append(size)
             level = coarser
-        self.reduced: Tensor
-        self.expanded: Tensor
         self.register_buffer("reduced", torch.stack(reduced), persistent=False)
         self.register_buffer("expanded", torch.stack(expanded), persistent=False)
 
@@ -115,9 +115,7 @@ class Pyramid(Defense):
         return {f"level-{level}": (3, size, size) for level, size in enumerate(self._sizes)}
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        """All levels, packed."""
         return self.linear_operator(state)(faces)
 
     def linear_operator(self, state: Tensor | None) -> PyramidOperator:
-        """The levels as they are packed."""
         return PyramidOperator(self.reduced, self.expanded)

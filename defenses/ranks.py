@@ -1,4 +1,5 @@
-"""Ranks {S, P}: which frequency channels are kept, how they are split into subsets, how they are permuted.
+"""Defences that send a subset of the frequency channels, and their ranks {S, P}: which channels are kept, how they are
+split into subsets, how they are permuted.
 
 Mi et al., *Privacy-Preserving Face Recognition Using Random Frequency Components* (PartialFace), ICCV 2023,
 section 3.3; the official tables are those of the released code.
@@ -6,15 +7,15 @@ section 3.3; the official tables are those of the released code.
 
 from __future__ import annotations
 
-import math
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from defenses.base import DefenseOptions
-from defenses.frequency import CHANNELS, COLOURS, zigzag
+from defenses.base import Defense, DefenseOptions, Shape
+from defenses.frequency import CHANNELS, COLOURS, FrequencyOperator, block_dct, zigzag
 
 Tables = Literal["official", "random"]
 
@@ -94,9 +95,7 @@ class SubsetOptions(DefenseOptions):
     @property
     def kept_channels(self) -> tuple[int, ...]:
         """Channels left after pruning, ascending."""
-        pruned = self.pruned
-        if pruned is None:
-            pruned = tuple(zigzag(OFFICIAL_SIGMA if self.sigma is None else self.sigma))
+        pruned = zigzag(OFFICIAL_SIGMA if self.sigma is None else self.sigma) if self.pruned is None else self.pruned
         return tuple(sorted(set(range(CHANNELS)) - set(pruned)))
 
     @property
@@ -114,15 +113,13 @@ class SubsetOptions(DefenseOptions):
         order = torch.randperm(len(self.kept_channels), generator=torch.Generator().manual_seed(self.table_seed))
         return order[: self.n_subsets * self.subset_size].view(self.n_subsets, self.subset_size)
 
+    def with_random_tables(self, seed: int) -> Self:
+        """These options with as many subsets, drawn by ``seed``."""
+        return self.model_copy(update={"tables": "random", "table_seed": seed})
+
 
 def random_permutations(size: int, count: int, seed: int) -> Tensor:
-    """``count`` distinct permutations of ``size`` channels, int64 (count, size).
-
-    Raises:
-        ValueError: there are fewer than ``count``.
-    """
-    if count > math.factorial(size):
-        raise ValueError(f"{size} channels have only {math.factorial(size)} permutations, not {count}")
+    """``count`` distinct ones of the ``size`` factorial permutations of channels, int64 (count, size)."""
     # A stream of its own: the permutations of a seed do not depend on how its subsets were drawn.
     generator = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15) % 2**63)
     drawn: dict[tuple[int, ...], None] = {}
@@ -131,27 +128,71 @@ def random_permutations(size: int, count: int, seed: int) -> Tensor:
     return torch.tensor(list(drawn))
 
 
-def draw_seed(generator: torch.Generator) -> int:
-    """A table seed drawn from ``generator``, for an adversary who guesses the tables."""
-    return int(torch.randint(2**53, (1,), generator=generator, device=generator.device))
+class FrequencySubset(Defense):
+    """Sends s of the d kept channels of each colour: (N, 3s, H, W), colour-major, un-normalised block-DCT coefficients.
 
-
-def subsets_of_layouts(layouts: Tensor, kept: int, size: int) -> Tensor:
-    """The kept channels, int64 (K, s) in 0..d-1, that ``layouts`` send of every colour; their majority decides.
-
-    Args:
-        layouts: int64 (K, 3s), canonical channels, colour-major.
-        kept: d, the kept channels of a colour.
-        size: s.
-
-    Raises:
-        ValueError: ``layouts`` has another shape or type, lies outside 0..3d-1, or a row names a channel twice.
+    A subclass says which (:meth:`sent`), whether they depend on the state or not.
     """
-    if layouts.dtype != torch.int64 or layouts.ndim != 2 or layouts.shape[1] != COLOURS * size or not len(layouts):
-        raise ValueError(f"layouts must be int64 (K, {COLOURS * size}), got {layouts.dtype} {tuple(layouts.shape)}")
-    if int(layouts.min()) < 0 or int(layouts.max()) >= COLOURS * kept:
-        raise ValueError(f"layouts must lie in 0..{COLOURS * kept - 1}")
-    rows = (layouts % kept).view(-1, COLOURS, size).mode(dim=1).values
-    if any(len(set(row)) < size for row in rows.tolist()):
-        raise ValueError("a row of layouts names a channel twice")
-    return rows
+
+    options: SubsetOptions
+    kept_channels: Tensor
+
+    @abstractmethod
+    def sent(self, state: Tensor | None, count: int) -> Tensor:
+        """Indices into the kept channels in output order, int64 (N, s), or (s,) for all faces.
+
+        Raises:
+            ValueError: ``state`` is not one state of the defence for each of ``count`` faces.
+        """
+
+    @property
+    def representation_shape(self) -> Shape:
+        """(3s, H, W)."""
+        return (COLOURS * self.options.subset_size, self.image_size, self.image_size)
+
+    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
+        return block_dct(faces, self.kept_channels[self.sent(state, len(faces))])
+
+    def linear_operator(self, state: Tensor | None) -> FrequencyOperator:
+        indices = self.sent(None if state is None else state[None], 1)
+        return FrequencyOperator(self.image_size, self.kept_channels[indices].flatten())
+
+    def canonical(self, representation: Tensor, state: Tensor | None) -> Tensor:
+        """Each map back at its own frequency: (N, 3s, h, w) to (N, 3d, h, w), colour-major, zero elsewhere.
+
+        Raises:
+            ValueError: shapes that do not fit, or ``state`` is not one state per representation.
+        """
+        if representation.ndim != 4 or representation.shape[1] != self.channels:
+            raise ValueError(f"expected (N, {self.channels}, h, w), got {tuple(representation.shape)}")
+        indices = self.sent(state, len(representation)).to(representation.device)
+        maps: Tensor = representation.unflatten(1, (COLOURS, -1))
+        canonical = maps.new_zeros(*maps.shape[:2], len(self.kept_channels), *maps.shape[3:])
+        target = indices.view(-1, 1, maps.shape[2], 1, 1).expand(maps.shape)
+        return canonical.scatter(2, target, maps).flatten(1, 2)
+
+    def guess(self, generator: torch.Generator) -> Self:
+        """The same mechanism with tables drawn at random, as large as these."""
+        seed = torch.randint(2**53, (1,), generator=generator, device=generator.device)
+        return self._imitation(self.options.with_random_tables(int(seed)))
+
+    def _imitation(self, options: DefenseOptions) -> Self:
+        return type(self)(options, image_size=self.image_size).to(self.kept_channels.device)
+
+    def _subsets_of(self, layouts: Tensor) -> Tensor:
+        """The indices into the kept channels, int64 (K, s), that ``layouts`` send of every colour: their majority's.
+
+        ``layouts`` are int64 (K, 3s), canonical channels, colour-major.
+
+        Raises:
+            ValueError: ``layouts`` has another shape or type, lies outside 0..3d-1, or a row names a channel twice.
+        """
+        kept, size = len(self.kept_channels), self.options.subset_size
+        if layouts.dtype != torch.int64 or layouts.ndim != 2 or layouts.shape[1] != COLOURS * size or not len(layouts):
+            raise ValueError(f"layouts must be int64 (K, {COLOURS * size}), got {layouts.dtype} {tuple(layouts.shape)}")
+        if int(layouts.min()) < 0 or int(layouts.max()) >= COLOURS * kept:
+            raise ValueError(f"layouts must lie in 0..{COLOURS * kept - 1}")
+        rows = (layouts % kept).view(-1, COLOURS, size).mode(dim=1).values
+        if any(len(set(row)) < size for row in rows.tolist()):
+            raise ValueError("a row of layouts names a channel twice")
+        return rows.to(self.kept_channels.device)

@@ -192,11 +192,7 @@ class RecordFile:
         return heads, sound
 
     def _joined(self, row: int) -> bytes:
-        """A record that was split where the magic number occurs in it, rewritten in one part.
-
-        Raises:
-            DataError: it was not split but is damaged; names file, record and offset.
-        """
+        """A record that was split where the magic number occurs in it, rewritten in one part."""
 
         def damaged(_: int, what: str) -> DataError:
             return DataError(f"{self.where(row)} is damaged: {what}")
@@ -214,11 +210,7 @@ class RecordFile:
 def _parts(
     data: bytes | mmap.mmap, offset: int, damaged: Callable[[int, str], DataError]
 ) -> Iterator[tuple[int, int, int]]:
-    """(data offset, length, offset after it) of every part of the record at ``offset``.
-
-    Raises:
-        DataError: made by ``damaged(offset, what is wrong)``.
-    """
+    """(data offset, length, offset after it) of every part of the record at ``offset``."""
     first = offset
     while True:
         if offset + _PART.size > len(data):
@@ -258,11 +250,7 @@ def scan(path: Path) -> NDArray[np.int64]:
 
 
 def _read_index(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Keys and offsets, without an object per line.
-
-    Raises:
-        DataError: a line that is no such thing, with its number.
-    """
+    """Keys and offsets, without an object per line."""
     with readable(path), warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)  # how numpy says that it stopped at something else
         try:

@@ -156,9 +156,6 @@ def _images(records: RecordFile) -> tuple[RecordFile, NDArray[np.int64] | None]:
     """The image records, and the keys [first, end) of each identity, int64 (K, 2), where the file has them.
 
     Record 0 of a face pack is a header with two labels and no image.
-
-    Raises:
-        DataError: the header claims what cannot be, or images that are not there.
     """
     head = records.heads(np.zeros(1, dtype=np.int64))[0]
     if records.keys[0] != 0 or head["count"] != 2 or records.sizes[0] > _WITHOUT_IMAGE:

@@ -165,11 +165,7 @@ def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, tarfi
 
 
 def _members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar, one at a time.
-
-    Raises:
-        DataError: it is none, or it was cut off.
-    """
+    """The regular files of a tar, one at a time."""
     end = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -186,11 +182,7 @@ def _members(shard: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _person(where: str, members: dict[str, tarfile.TarInfo], file: BinaryIO) -> str:
-    """The identity of a sample.
-
-    Raises:
-        DataError: it says none, or not in a way that is understood.
-    """
+    """The identity of a sample."""
     for suffix in ("cls", "json"):
         if suffix not in members:
             continue
