@@ -119,14 +119,9 @@ class Observation:
 
     def first(self, count: int) -> Observation:
         """The observation of the first ``count`` faces; their numbers in score queries stay as they are."""
-        return replace(
-            self,
-            representations=self.representations[:count],
-            states=None if self.states is None else self.states[:count],
-            keys=None if self.keys is None else self.keys[:count],
-            templates=None if self.templates is None else self.templates[:count],
-            enrolled=None if self.enrolled is None else self.enrolled[:count],
-        )
+        values = {name: getattr(self, name) for name in self.__slots__}
+        some: dict[str, Any] = {name: value[:count] for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **some)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from attacks.base import AttackOptions
 from attacks.parts.eigenfaces import EigenfaceSearch, EigenfaceSearchOptions, LatentScores, directions
 from bench.randomness import derived
 
@@ -68,14 +66,14 @@ class HillClimb(EigenfaceSearch):
     (Beyer's rescaled mutations).
     """
 
-    name: ClassVar[str] = "hill-climb"
-    summary: ClassVar[str] = "evolves combinations of eigenfaces towards a higher verification score"
-    cost: ClassVar[str] = "fit: PCA of the public faces; recovery: `queries` score queries per victim"
-    reference: ClassVar[str] = (
+    name = "hill-climb"
+    summary = "evolves combinations of eigenfaces towards a higher verification score"
+    cost = "fit: PCA of the public faces; recovery: `queries` score queries per victim"
+    reference = (
         "Razzhigaev et al., Darker than Black-Box: Face Reconstruction from Similarity Queries, arXiv 2106.14290, 2021"
     )
-    Options: ClassVar[type[AttackOptions]] = HillClimbOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    Options = HillClimbOptions
+    presets: ClassVar = {
         "quick": {"queries": 128, "components": 64, "batch": 16},
         "cpu": {"queries": 2_000, "components": 128},
         "gpu": {"queries": 96_000, "components": 512, "batch": 64, "starts": 4},
@@ -84,7 +82,6 @@ class HillClimb(EigenfaceSearch):
     options: HillClimbOptions
 
     def search(self, scores: LatentScores, start: Tensor) -> Tensor:
-        """See :meth:`EigenfaceSearch.search`."""
         options = self.options
         size = start.shape[1]
         _, noise = scores.at(start)
@@ -116,13 +113,7 @@ class _Climb:
     """
 
     def __init__(self, latents: Tensor, options: HillClimbOptions, noise: Tensor, total: int) -> None:
-        """
-        Args:
-            latents: where they start.
-            options: the attack's.
-            noise: float32 (N, 1, 1), variance of the answer to the same query.
-            total: generations that the best of them will have had in the end.
-        """
+        """``noise``, (N, 1, 1), is the variance of an answer; the best climb will have had ``total`` generations."""
         victims, starts, size = latents.shape
         self.latents = latents
         self.height = latents.new_zeros(victims, starts)

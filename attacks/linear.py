@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -66,17 +66,13 @@ class Linear(RecoveryAttack):
     Interceptions of one face are combined in one posterior.
     """
 
-    name: ClassVar[str] = "linear"
-    summary: ClassVar[str] = "closed-form inverse of a linear defence under a Gaussian prior of faces; trains nothing"
-    cost: ClassVar[str] = "fit: seconds (principal components); recover: a factorisation per state, then 20+ faces/s"
-    reference: ClassVar[str] = (
-        "linear minimum mean square error estimation; Kay, Fundamentals of Statistical Signal Processing, 1993"
-    )
-    needs: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC}
-    )
-    Options: ClassVar[type[AttackOptions]] = LinearOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    name = "linear"
+    summary = "closed-form inverse of a linear defence under a Gaussian prior of faces; trains nothing"
+    cost = "fit: seconds (principal components); recover: a factorisation per state, then 20+ faces/s"
+    reference = "linear minimum mean square error estimation; Kay, Fundamentals of Statistical Signal Processing, 1993"
+    needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC})
+    Options = LinearOptions
+    presets: ClassVar = {
         "quick": {"rank": 100, "state_faces": 300, "traffic": 500},
         "gpu": {"rank": 1000, "prior_faces": 20_000},
     }

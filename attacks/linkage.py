@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,11 +16,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, LinkageAttack, Widths
+from attacks.base import Adversary, Capability, FitReport, Knowledge, LinkageAttack, Widths
 from attacks.parts.encoder import Encoder
-from attacks.parts.exposure import Exposure
+from attacks.parts.exposure import Exposure, in_chunks
 from attacks.parts.states import ReaderOptions, StateReader
-from attacks.parts.training import Trainer, Training, TrainingOptions, TrainingResult
+from attacks.parts.training import Trainer, Training, TrainingOptions
 from bench.images import to_float
 from bench.nets.augmentation import augment
 from bench.nets.heads import CosFace
@@ -104,18 +105,9 @@ def variation(strength: float) -> AugmentationOptions:
     )
 
 
-# -- held-out pairs -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _HeldOut:
-    """Faces of identities that no training sees, and all pairs of them.
-
-    Attributes:
-        faces: uint8 (V, 3, H, W), on the device.
-        first, second: int64 (P,).
-        same: bool (P,).
-    """
+    """Faces, uint8 (V, 3, H, W), of identities that no training sees, and all P pairs of them."""
 
     faces: Tensor
     first: Tensor
@@ -165,9 +157,6 @@ def _best_threshold(genuine: Tensor, impostor: Tensor) -> float:
     return float(candidates[(accepted + rejected).argmax()])
 
 
-# -- what is trained ----------------------------------------------------------------------------------
-
-
 class _Classifier(nn.Module):
     """The teacher under its margin softmax, as one module with the loss as output."""
 
@@ -200,9 +189,6 @@ class _Distiller(nn.Module):
         return loss
 
 
-# -- the attack ---------------------------------------------------------------------------------------
-
-
 class Linkage(LinkageAttack):
     """Embedding distillation (FaceLinkGen): a student on representations z imitates a teacher on plain faces X.
 
@@ -212,18 +198,16 @@ class Linkage(LinkageAttack):
     also at ``oracle``: interceptions that are to be linked come without their states.
     """
 
-    name: ClassVar[str] = "linkage"
-    summary: ClassVar[str] = "an encoder of representations distilled from a face recogniser links them to plain faces"
-    cost: ClassVar[str] = "fit: teacher and student, minutes on two cores; link: hundreds of faces/s"
-    reference: ClassVar[str] = (
+    name = "linkage"
+    summary = "an encoder of representations distilled from a face recogniser links them to plain faces"
+    cost = "fit: teacher and student, minutes on two cores; link: hundreds of faces/s"
+    reference = (
         "Guo and Du, FaceLinkGen: Rethinking Identity Leakage in Privacy-Preserving Face Recognition with Identity "
         "Extraction, arXiv 2602.02914, 2026"
     )
-    needs: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC}
-    )
-    Options: ClassVar[type[AttackOptions]] = LinkageOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC})
+    Options = LinkageOptions
+    presets: ClassVar = {
         # Hundreds or a few thousand steps: higher rates and hints make the most of them.
         "quick": {
             "widths": (16, 32, 64, 128),
@@ -260,7 +244,7 @@ class Linkage(LinkageAttack):
         # As published: no state read off, no hints. Two epochs suffice of hundreds of thousands of faces, not of fewer.
         "paper": {"steps": 40_000, "infer_state": False},
     }
-    budgets: ClassVar[Mapping[str, str]] = {"steps": "steps"}
+    budgets: ClassVar = {"steps": "steps"}
     options: LinkageOptions
 
     teacher: Encoder | OnnxEncoder
@@ -322,7 +306,7 @@ class Linkage(LinkageAttack):
         self.teacher.eval().requires_grad_(False)
         learnt = self._distil(trainer, exposure, held)
 
-        plain = _embed(lambda faces: _plain(self.teacher, faces), held.faces, trainer.fabric)
+        plain = _embed(partial(_plain, self.teacher), held.faces, trainer.fabric)
         intercepted = self._intercepted(self.student, held.faces, exposure, trainer.fabric)
         for name, embeddings in (("teacher", plain), ("student", intercepted)):
             details[f"{name}_accuracy"] = held.accuracy(embeddings, plain) if held.verifiable else None
@@ -331,23 +315,21 @@ class Linkage(LinkageAttack):
             details["teacher"] = {"file": self.teacher.path.name, "sha256": bytes(self.teacher.digest.tolist()).hex()}
         if taught is not None:
             details |= {
-                "teacher_steps": taught.steps,
+                "teacher_steps": taught.details["steps"],
                 "teacher_curve": [list(point) for point in taught.curve],
                 "teacher_saturated": taught.saturated,
             }
-        report = trainer.report(
-            learnt,
-            self.student,
-            chosen,
-            training_identities=len(torch.unique(adversary.identities[trainer.training])),
-            validation_pairs=[int(held.same.sum()), int((~held.same).sum())],
-            student_saturated=learnt.saturated,
-            stopped_early=learnt.steps < options.steps,
-            states_inferred=self.reader is not None and self.reader.width is not None,
-            **details,
-        )
+        details |= {
+            "validation_faces": len(chosen),
+            "training_identities": len(torch.unique(adversary.identities[trainer.training])),
+            "validation_pairs": [int(held.same.sum()), int((~held.same).sum())],
+            "student_saturated": learnt.saturated,
+            "stopped_early": learnt.details["steps"] < options.steps,
+            "states_inferred": self.reader is not None and self.reader.width is not None,
+        }
         # A student cannot be better than whom it imitates: both have to have learnt what there is to learn.
-        return replace(report, saturated=learnt.saturated and (taught is None or taught.saturated))
+        saturated = learnt.saturated and (taught is None or taught.saturated)
+        return replace(learnt, saturated=saturated, details=learnt.details | details)
 
     def _train(
         self,
@@ -356,28 +338,23 @@ class Linkage(LinkageAttack):
         module: nn.Module,
         inputs: Callable[[Tensor, Tensor, int], tuple[Any, ...]],
         **more: Any,
-    ) -> TrainingResult:
-        """Train ``module``, whose output is the loss, on varied faces.
+    ) -> FitReport:
+        """Train ``module``, called ``name``, whose output is the loss, on varied faces.
 
-        Args:
-            trainer: of the fit.
-            name: of what is trained.
-            module: to train.
-            inputs: ``inputs(faces, index, step)``, the module's arguments for faces (n, 3, H, W) in [0, 1] that are the
-                public faces ``index``.
-            more: of :class:`Training`.
+        ``inputs(faces, index, step)`` are its arguments for faces (n, 3, H, W) in [0, 1] that are the public ones at
+        ``index``; ``more`` is of :class:`Training`.
         """
-        options, batches = self.options, trainer.batches(name)
+        options = self.options
         model = trainer.fabric.setup_module(module)
 
         def loss(step: int) -> Tensor:
-            index = batches(step).to(trainer.device)
+            index = trainer.batch(step, name).to(trainer.device)
             draws = derived(self.seed, name, "vary", step)
             faces = augment(trainer.floats(index), variation(options.augmentation), draws)
             value: Tensor = model(*inputs(faces, index, step))
             return value
 
-        optimizer = functools.partial(torch.optim.AdamW, weight_decay=options.weight_decay)
+        optimizer = partial(torch.optim.AdamW, weight_decay=options.weight_decay)
         return trainer.train(Training(name=name, network=module, loss=loss, optimizer=optimizer, **more))
 
     def _statistics(self, trainer: Trainer) -> Iterator[tuple[int, Tensor]]:
@@ -385,7 +362,7 @@ class Linkage(LinkageAttack):
         sample = trainer.sample(_STATISTICS_FACES, "statistics")
         yield from enumerate(trainer.floats(index) for index in sample.split(_CHUNK))
 
-    def _teach(self, teacher: Encoder, trainer: Trainer, held: _HeldOut) -> TrainingResult:
+    def _teach(self, teacher: Encoder, trainer: Trainer, held: _HeldOut) -> FitReport:
         options, identities = self.options, trainer.adversary.identities
         trained, position = torch.unique(identities[trainer.training], return_inverse=True)
         if len(trained) < 2 or not held.verifiable:
@@ -405,7 +382,7 @@ class Linkage(LinkageAttack):
 
         def validate(module: nn.Module) -> float:
             assert isinstance(module, _Classifier)
-            plain = _embed(lambda faces: _plain(module.encoder, faces), held.faces, trainer.fabric)
+            plain = _embed(partial(_plain, module.encoder), held.faces, trainer.fabric)
             return 1 - held.auc(plain, plain)
 
         return self._train(
@@ -421,7 +398,7 @@ class Linkage(LinkageAttack):
             later=options.steps,
         )
 
-    def _distil(self, trainer: Trainer, exposure: Exposure, held: _HeldOut) -> TrainingResult:
+    def _distil(self, trainer: Trainer, exposure: Exposure, held: _HeldOut) -> FitReport:
         def seen(faces: Tensor, *name: str | int) -> tuple[Tensor, Tensor | None, Tensor | None]:
             protected = exposure.protect(faces, *name)
             return protected.representation, self._layout(protected.representation), protected.state
@@ -429,14 +406,14 @@ class Linkage(LinkageAttack):
         self.student.normalisation.measure(
             seen(faces, "statistics", number)[:2] for number, faces in self._statistics(trainer)
         )
-        targets = _embed(lambda faces: _plain(self.teacher, faces), held.faces, trainer.fabric)
+        targets = _embed(partial(_plain, self.teacher), held.faces, trainer.fabric)
         target_of = self._targets(trainer)
         countable = exposure.countable
 
         def inputs(faces: Tensor, index: Tensor, step: int) -> tuple[Any, ...]:
             target, maps = target_of(faces, index)
             representations, layout, states = seen(faces, "protect", step)
-            trainer.seen.add(states if countable else None)
+            trainer.note(states if countable else None)
             return target, maps, representations, layout
 
         def validate(module: nn.Module) -> float:
@@ -479,13 +456,13 @@ class Linkage(LinkageAttack):
             return ask
         training = trainer.training.to(trainer.device)
         known = torch.zeros(len(trainer.faces), teacher.embedding_size, device=trainer.device)
-        known[training] = _embed(lambda faces: _plain(teacher, faces), trainer.faces[training], trainer.fabric)
+        known[training] = _embed(partial(_plain, teacher), trainer.faces[training], trainer.fabric)
         student.aim_at(known[training])
         return lambda faces, index: (known[index], [])
 
     def _intercepted(self, student: Encoder, faces: Tensor, exposure: Exposure, fabric: Fabric) -> Tensor:
         """Unit embeddings of ``faces`` (uint8) protected under draws that are the same every time."""
-        numbers = iter(range(len(faces)))
+        numbers = itertools.count()
 
         def embed(batch: Tensor) -> Tensor:
             sent = exposure.protect(batch, "validate", next(numbers)).representation
@@ -497,17 +474,11 @@ class Linkage(LinkageAttack):
 
     def encode_representations(self, representations: Tensor) -> Tensor:
         """The student's embeddings."""
-        return self._in_chunks(lambda batch: self.student(batch, self._layout(batch)), representations)
+        return in_chunks(lambda part: self.student(part, self._layout(part)), representations.to(self.device)).float()
 
     def encode_faces(self, faces: Tensor) -> Tensor:
         """The teacher's embeddings of faces and their mirror images, averaged."""
-        return self._in_chunks(lambda batch: _plain(self.teacher, batch), faces)
-
-    def _in_chunks(self, embed: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-        return torch.cat([embed(part.to(self.device)).float() for part in inputs.split(_CHUNK)])
-
-
-# -- pieces -------------------------------------------------------------------------------------------
+        return in_chunks(partial(_plain, self.teacher), faces.to(self.device))
 
 
 def _without_states(adversary: Adversary) -> Adversary:
@@ -524,4 +495,4 @@ def _plain(teacher: nn.Module, faces: Tensor) -> Tensor:
 def _embed(embed: Callable[[Tensor], Tensor], faces: Tensor, fabric: Fabric) -> Tensor:
     """``embed`` of uint8 faces as floats, a chunk at a time: float32 (N, D)."""
     with fabric.autocast():
-        return torch.cat([embed(to_float(chunk)) for chunk in faces.split(_CHUNK)]).float()
+        return in_chunks(lambda part: embed(to_float(part)), faces).float()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import Adversary, Capability, FitReport, Knowledge, Observation, RecoveryAttack
-from attacks.parts import losses as inversion_losses
-from attacks.parts.exposure import split_identities
+from attacks.parts import losses
 from attacks.parts.generator import (
     FaceGenerator,
     GeneratorOptions,
@@ -24,6 +21,7 @@ from attacks.parts.generator import (
     draw_views,
     fit_generator,
 )
+from attacks.parts.training import Trainer
 from bench.images import ssim, to_float
 from bench.randomness import derived
 from defenses.base import Defense
@@ -80,11 +78,7 @@ class ModelInversionOptions(GeneratorOptions):
         default=2, ge=1, le=1000, description="Fresh states drawn per step, over which the loss is averaged."
     )
     step_size: float | None = Field(
-        None,
-        gt=0,
-        le=100,
-        description="Rate of Adam; none for 0.1 standard deviations of what is not known of a code, or, without a "
-        "generator, 0.01 grey levels of 1.",
+        None, gt=0, le=100, description="Rate of Adam; none for 0.1 with a generator, 0.01 grey levels of 1 without."
     )
     batch_size: int = Field(256, ge=1, le=65536, description="Faces at once through the recogniser.")
     selection_views: int = Field(
@@ -105,9 +99,6 @@ class ModelInversionOptions(GeneratorOptions):
         default=32, ge=1, le=10_000, description="Held-out public faces that the weight of the prior is chosen on."
     )
     feature_weight: float = Field(default=0.01, ge=0, le=1000, description="Weight of LOMMA's regulariser.")
-
-
-# -- what is optimised --------------------------------------------------------------------------------
 
 
 class CodeEstimate(nn.Module):
@@ -133,13 +124,7 @@ class CodeEstimate(nn.Module):
 
     @torch.no_grad()
     def fit(self, codes: Tensor, embeddings: Tensor, held_out: Tensor) -> None:
-        """Fit to some pairs and choose the ridge, and measure the error, by the others.
-
-        Args:
-            codes: float (M, L).
-            embeddings: float (M, D), unit rows.
-            held_out: bool (M,), at least one True and one False.
-        """
+        """Fit to pairs (M, L), (M, D); choose the ridge and measure the error by the ``held_out`` ones, bool (M,)."""
         known = ~held_out
         self.code_mean.copy_(codes[known].mean(dim=0))
         # A value of the code that never varies says nothing.
@@ -164,33 +149,17 @@ class CodeEstimate(nn.Module):
         return self.code_mean + self.code_std * (expected + self.error * surprise)
 
 
-class _Space(ABC):
-    """What is optimised in place of the faces of some targets."""
-
-    step_size: ClassVar[float]
-    variables: list[Tensor]
-
-    @abstractmethod
-    def faces(self) -> Tensor:
-        """Faces (N, 3, H, W) in [0, 1]; differentiable in the variables."""
-
-    @abstractmethod
-    def penalty(self, faces: Tensor) -> Tensor:
-        """How unlikely they are, (N,)."""
+# Of what is optimised in place of the faces of some targets: ``variables``; ``faces()``, (N, 3, H, W) in [0, 1],
+# differentiable in them; ``penalty(faces)``, (N,), how unlikely these are; and Adam's usual ``step_size``.
 
 
-class _Codes(_Space):
+class _Codes:
     """Codes of a generator, by their distance to those expected of the target."""
 
     step_size = _CODE_STEP
 
     def __init__(
-        self,
-        network: FaceGenerator,
-        estimate: CodeEstimate,
-        targets: Tensor,
-        starts: int,
-        generator: torch.Generator,
+        self, network: FaceGenerator, estimate: CodeEstimate, targets: Tensor, starts: int, generator: torch.Generator
     ) -> None:
         """Of each target's (N, D) ``starts``, the first is the expected code, the others are draws about it."""
         self._network, self._estimate = network, estimate
@@ -207,7 +176,7 @@ class _Codes(_Space):
         return self.variables[0].square().mean(dim=1)
 
 
-class _Pixels(_Space):
+class _Pixels:
     """Pixels about the mean face, as a sum of pictures of falling resolution.
 
     Such a sum can show no more than pixels can, but a step moves large shapes as readily as single pixels (Olah et al.
@@ -236,7 +205,7 @@ class _Pixels(_Space):
         return total + (total.clamp(0, 1) - total).detach()
 
     def penalty(self, faces: Tensor) -> Tensor:
-        return _VARIATION * inversion_losses.total_variation(faces)
+        return _VARIATION * losses.total_variation(faces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,20 +246,18 @@ class ModelInversion(RecoveryAttack):
     instead. Several templates of a victim are averaged.
     """
 
-    name: ClassVar[str] = "model-inversion"
-    summary: ClassVar[str] = "gradients through defence and recogniser to a face with the victim's embedding"
-    cost: ClassVar[str] = "fit: a small generator (minutes on a CPU); recovery: steps x starts x states passes a face"
-    reference: ClassVar[str] = (
+    name = "model-inversion"
+    summary = "gradients through defence and recogniser to a face with the victim's embedding"
+    cost = "fit: a small generator (minutes on a CPU); recovery: steps x starts x states passes a face"
+    reference = (
         "Fredrikson et al., CCS 2015; Zhang et al. (GMI), CVPR 2020; Chen et al. (KED-MI), ICCV 2021; "
         "Struppek et al. (PPA), ICML 2022; Yuan et al. (PLG-MI), AAAI 2023; Nguyen et al. (LOMMA), CVPR 2023"
     )
-    needs: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.RECOGNISER, Capability.TEMPLATES}
-    )
-    needs_gradients: ClassVar[bool] = True
-    budgets: ClassVar[Mapping[str, str]] = {"steps": "steps"}
-    Options: ClassVar[type[ModelInversionOptions]] = ModelInversionOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.RECOGNISER, Capability.TEMPLATES})
+    needs_gradients = True
+    budgets: ClassVar = {"steps": "steps"}
+    Options = ModelInversionOptions
+    presets: ClassVar = {
         "quick": {
             **{"latent_size": 64, "generator_width": 16, "generator_images": 2_400, "generator_batch_size": 16},
             **{"steps": 24, "starts": 1, "states": 1, "tuning_faces": 8, "batch_size": 64},
@@ -357,38 +324,32 @@ class ModelInversion(RecoveryAttack):
             ValueError: fewer than two identities, or a checkpoint of another fit.
             FloatingPointError: the generator's loss, or that of an attack on public faces, is not finite.
         """
-        report = FitReport()
-        if self.generator is not None:
-            report = fit_generator(self.generator, adversary, self.options, self.seed)
-        share = self.options.generator_validation
-        _, held_out = split_identities(adversary.identities, share, derived(self.seed, "identities"))
-        self._learn(adversary.faces, adversary.identities, held_out)
+        trainer = self.options.trainer(adversary, self.seed)
+        report = FitReport() if self.generator is None else fit_generator(self.generator, trainer, self.options)
+        self._learn(trainer)
         details = dict(report.details)
         if self.estimate is not None:
             details["code_error"] = float(self.estimate.error.square().mean())
         if self.options.prior_weight is None:
-            details["prior_weights"] = self._choose_weight(adversary.faces, adversary.identities, held_out)
+            details["prior_weights"] = self._choose_weight(trainer)
         else:
             self.prior_weight.fill_(self.options.prior_weight)
         details["prior_weight"] = float(self.prior_weight)
         return replace(report, details=details)
 
     @torch.no_grad()
-    def _learn(self, faces: Tensor, identities: Tensor, held_out: Tensor) -> None:
+    def _learn(self, trainer: Trainer) -> None:
         """Set all buffers but the weight from embeddings of public faces."""
-        mean = torch.zeros(faces.shape[1:], dtype=torch.float64)
-        for chunk in faces.split(1024):
-            mean += chunk.cpu().double().sum(dim=0) / (255 * len(faces))
-        self.mean_face.copy_((mean + mean.flip(-1)) / 2)
-
+        identities, count = trainer.adversary.identities, len(trainer.faces)
+        self.mean_face.copy_(trainer.mean_face(torch.arange(count)))
         # Random, but the first face of each identity before all second ones.
-        order = torch.randperm(len(faces), generator=derived(self.seed, "public"))
+        order = torch.randperm(count, generator=derived(self.seed, "public"))
         order = order[_occurrence(identities[order]).argsort(stable=True)][:_PUBLIC_FACES]
         generator = derived(self.seed, "public states")
         features, codes = [], []
         for number in range(_PUBLIC_ROUNDS):
             for index in order.split(_CHUNK):
-                shown = to_float(faces[index.to(faces.device)].to(self.device))
+                shown = trainer.floats(index)
                 shown = shown.flip(-1) if number % 2 else shown
                 features.append(self._embed(shown, generator))
                 if self.generator is not None:
@@ -406,10 +367,10 @@ class ModelInversion(RecoveryAttack):
         total = torch.zeros_like(self.centres).index_add_(0, row[member], units[member])
         self.centres.copy_(functional.normalize(total, dim=1))
         if self.estimate is not None:
-            unseen = torch.isin(order, held_out).repeat(_PUBLIC_ROUNDS).to(self.device)
+            unseen = torch.isin(order, trainer.held_out).repeat(_PUBLIC_ROUNDS).to(self.device)
             self.estimate.fit(torch.cat(codes), units, unseen)
 
-    def _choose_weight(self, faces: Tensor, identities: Tensor, held_out: Tensor) -> dict[str, float]:
+    def _choose_weight(self, trainer: Trainer) -> dict[str, float]:
         """Set the weight of the prior to the lightest that recovers held-out public faces about as well as any.
 
         A light prior follows the template more closely, which is the person's; one too light ends in faces that only
@@ -419,13 +380,14 @@ class ModelInversion(RecoveryAttack):
             For each weight the distance, L1 + SSIM as the generator is trained with, of recovered to true faces.
         """
         generator = derived(self.seed, "tuning")
-        chosen = held_out[torch.randperm(len(held_out), generator=generator)[: self.options.tuning_faces]]
+        order = torch.randperm(len(trainer.held_out), generator=generator)
+        chosen = trainer.held_out[order[: self.options.tuning_faces]]
         with torch.no_grad():
-            true = to_float(faces[chosen.to(faces.device)].to(self.device))
+            true = trainer.floats(chosen)
             sent = self.mechanism.protect(true, generator)
             embedded = functional.normalize(self._recogniser[0](sent.representation).float(), dim=1)
             if self.options.target == "class":
-                goal = _Goal(self._centres_without(chosen, embedded, faces, identities, generator))
+                goal = _Goal(self._centres_without(trainer, chosen, embedded, generator))
             elif self.adversary.knowledge is Knowledge.ORACLE and sent.state is not None:
                 goal = _Goal(embedded, embedded[:, None], sent.state[:, None].to(self.device))
             else:
@@ -442,16 +404,15 @@ class ModelInversion(RecoveryAttack):
         return {f"{weight:g}": distance for weight, distance in distances.items()}
 
     def _centres_without(
-        self, chosen: Tensor, embedded: Tensor, faces: Tensor, identities: Tensor, generator: torch.Generator
+        self, trainer: Trainer, chosen: Tensor, embedded: Tensor, generator: torch.Generator
     ) -> Tensor:
         """The class centre of each chosen public face, from other faces of its identity; its own where it has none."""
-        centres = []
+        centres, identities = [], trainer.adversary.identities
         for face, embedding in zip(chosen.tolist(), embedded, strict=True):
             others = (identities == identities[face]).nonzero().flatten()
             others = others[others != face][:_ENROLMENT]
             if len(others):
-                shown = to_float(faces[others.to(faces.device)].to(self.device))
-                embedding = functional.normalize(self._embed(shown, generator), dim=1).mean(dim=0)
+                embedding = functional.normalize(self._embed(trainer.floats(others), generator), dim=1).mean(dim=0)
             centres.append(functional.normalize(embedding, dim=0))
         return torch.stack(centres)
 
@@ -487,16 +448,14 @@ class ModelInversion(RecoveryAttack):
     def _recover(self, goal: _Goal, name: str) -> Tensor:
         """Faces (N, 3, H, W) for a goal, some victims at a time; ``name`` names the draws."""
         victims = max(1, self.options.batch_size // (self.options.starts * self.options.states))
-        faces = [
-            self._invert(goal.pick(slice(start, start + victims)), derived(self.seed, name, start))
-            for start in range(0, len(goal.targets), victims)
-        ]
-        return torch.cat(faces)
+        starts = range(0, len(goal.targets), victims)
+        parts = ((goal.pick(slice(start, start + victims)), derived(self.seed, name, start)) for start in starts)
+        return torch.cat([self._invert(part, draws) for part, draws in parts])
 
     def _invert(self, goal: _Goal, generator: torch.Generator) -> Tensor:
         """The best face for each of the goal's N victims."""
         options = self.options
-        space: _Space
+        space: _Codes | _Pixels
         if self.generator is None or self.estimate is None:
             space = _Pixels(self.mean_face, len(goal.targets), options.starts, generator)
         else:
@@ -535,19 +494,19 @@ class ModelInversion(RecoveryAttack):
 
     def _mismatch(self, features: Tensor, targets: Tensor) -> Tensor:
         if self.options.loss == "cosine":
-            return inversion_losses.cosine(features, targets)
+            return losses.cosine(features, targets)
         # About the mean embedding, for those of a network of little training share most of their direction.
         mean = self.mean_embedding
         unit = functional.normalize(features, dim=1) - mean
-        logits = inversion_losses.class_logits(unit, targets - mean, functional.normalize(self.centres - mean, dim=1))
+        logits = losses.class_logits(unit, targets - mean, functional.normalize(self.centres - mean, dim=1))
         if self.options.loss == "max-margin":
-            return inversion_losses.max_margin(logits)
+            return losses.max_margin(logits)
         if self.options.loss == "poincare":
-            return inversion_losses.poincare(logits)
-        unlike = inversion_losses.feature_distance(features, self.feature_mean, self.feature_std)
-        return inversion_losses.negative_logit(logits) + self.options.feature_weight * unlike
+            return losses.poincare(logits)
+        unlike = losses.feature_distance(features, self.feature_mean, self.feature_std)
+        return losses.negative_logit(logits) + self.options.feature_weight * unlike
 
-    def _best(self, space: _Space, goal: _Goal, generator: torch.Generator) -> Tensor:
+    def _best(self, space: _Codes | _Pixels, goal: _Goal, generator: torch.Generator) -> Tensor:
         """Of each victim's outcomes the one most similar to the target over random views, less its penalty."""
         options, faces = self.options, space.faces()
         if options.starts == 1:
@@ -557,7 +516,7 @@ class ModelInversion(RecoveryAttack):
             targets, states = goal.draw(number)
             views = draw_views(len(faces), generator, shift=_VIEW_SHIFT, zoom=_VIEW_ZOOM, size=faces.shape[-1])
             features = self._embed(change_view(faces, views).clamp(0, 1), generator, states)
-            score -= inversion_losses.cosine(features, targets) / options.selection_views
+            score -= losses.cosine(features, targets) / options.selection_views
         best = score.view(-1, options.starts).argmax(dim=1)
         chosen: Tensor = faces.unflatten(0, (-1, options.starts))[torch.arange(len(best), device=best.device), best]
         return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import Adversary, Capability, EmbeddingQuery, FitReport, Knowledge, Observation, RecoveryAttack
-from attacks.parts.exposure import Exposure
-from attacks.parts.generator import FaceDecoder, change_view, draw_views, train_decoder
+from attacks.parts.exposure import Exposure, in_chunks
+from attacks.parts.generator import DECODER_TRAINING, FaceDecoder, change_view, draw_views
 from attacks.parts.losses import cosine
 from attacks.parts.training import Trainer, TrainingOptions
 from bench.images import ssim, to_float
 from bench.randomness import derived
 from defenses.base import TemplateDefense
 
-#: Faces at once outside training, and faces whose embeddings give the input statistics.
-_CHUNK = 64
+#: Faces whose embeddings give the input statistics.
 _STATISTICS_FACES = 2048
 #: Directions of the embeddings with less than this share of the largest variance are not blown up to unit variance.
 _FAINTEST = 1e-3
@@ -121,14 +120,15 @@ class _Examples:
 
     def embeddings_of(self, sample: Tensor) -> Tensor:
         """Unit embeddings of the faces at ``sample``, int64 (M,), varied: (M, D)."""
-        return torch.cat([self._shown(index, "statistics", n)[1] for n, index in enumerate(sample.split(_CHUNK))])
+        numbers = itertools.count()
+        return in_chunks(lambda index: self._shown(index, "statistics", next(numbers))[1], sample)
 
     def _query(self, embed: EmbeddingQuery) -> None:
         """Embed every public face once per view."""
         everything, views, embeddings = torch.arange(len(self.trainer.faces)), [], []
         for number in range(self.options.views):
             view = self._draw(len(everything), "view", number)
-            parts = [embed(change_view(self.trainer.floats(i), view[i])) for i in everything.split(_CHUNK)]
+            parts = [embed(change_view(self.trainer.floats(i), view[i])) for i in everything.split(64)]
             views.append(view)
             embeddings.append(torch.cat(parts))
         self.views, self.embeddings = torch.stack(views), torch.stack(embeddings)
@@ -155,14 +155,14 @@ class _Examples:
         assert self.recogniser is not None
         sent = self.exposure.protect(faces, *name)
         if self._countable and "validate" not in name:
-            self.trainer.seen.add(sent.state)
+            self.trainer.note(sent.state)
         embeddings = self.recogniser(sent.representation).float()
         return functional.normalize(self._without_key(embeddings, sent.keys), dim=1)
 
-    def loss(self, index: Tensor, step: int) -> Tensor:
-        """L1 + SSIM + identity between the faces at ``index`` and what the decoder makes of their embeddings."""
+    def loss(self, step: int) -> Tensor:
+        """L1 + SSIM + identity between the faces of a step and what the decoder makes of their embeddings."""
         options = self.options
-        faces, embeddings = self._shown(index, "step", step)
+        faces, embeddings = self._shown(self.trainer.batch(step), "step", step)
         with self.trainer.fabric.autocast():
             made = self.network(embeddings)
         loss = functional.l1_loss(made, faces)
@@ -173,7 +173,7 @@ class _Examples:
             loss = loss + options.identity_weight * cosine(again, embeddings).mean()
         return loss
 
-    def recover(self, network: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
+    def recover(self, network: nn.Module, index: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Faces by ``network`` from their embeddings, and these faces."""
         faces, embeddings = self._shown(index, "validate", int(index[0]))
         with self.trainer.fabric.autocast():
@@ -191,17 +191,15 @@ class Template(RecoveryAttack):
     first (:meth:`TemplateDefense.estimate`).
     """
 
-    name: ClassVar[str] = "template"
-    summary: ClassVar[str] = "decoder trained on public faces from the provider's embedding back to the face"
-    cost: ClassVar[str] = "fit: a decoder on public faces (minutes on a CPU); recovery: one pass a face"
-    reference: ClassVar[str] = "Mai et al. (NbNet), TPAMI 41(5), 2019; Shahreza and Marcel, 2024"
-    needs: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TEMPLATES, Capability.EMBEDDINGS}
-    )
-    uses: ClassVar[frozenset[Capability]] = frozenset({Capability.RECOGNISER, Capability.KEY})
-    budgets: ClassVar[Mapping[str, str]] = {"images": "images"}
-    Options: ClassVar[type[TemplateOptions]] = TemplateOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    name = "template"
+    summary = "decoder trained on public faces from the provider's embedding back to the face"
+    cost = "fit: a decoder on public faces (minutes on a CPU); recovery: one pass a face"
+    reference = "Mai et al. (NbNet), TPAMI 41(5), 2019; Shahreza and Marcel, 2024"
+    needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TEMPLATES, Capability.EMBEDDINGS})
+    uses = frozenset({Capability.RECOGNISER, Capability.KEY})
+    budgets: ClassVar = {"images": "images"}
+    Options = TemplateOptions
+    presets: ClassVar = {
         # Small batches and a higher rate make the most of the steps that two cores can afford.
         "quick": {"width": 16, "batch_size": 16, "learning_rate": 2e-3, "images": 2_400, "views": 4},
         "cpu": {"width": 24, "batch_size": 16, "learning_rate": 2e-3, "images": 24_000},
@@ -248,7 +246,9 @@ class Template(RecoveryAttack):
         examples = _Examples(self, trainer)
         self.network.measure(examples.embeddings_of(trainer.sample(_STATISTICS_FACES, "statistics")))
         self.network.decoder.set_mean(trainer.mean_face())
-        report = train_decoder(trainer, self.network, examples.loss, examples.recover, images=self.options.images)
+        report = trainer.train_on_faces(
+            self.network, examples.loss, examples.recover, images=self.options.images, **DECODER_TRAINING
+        )
         return replace(report, details={**report.details, **examples.details})
 
     def run(self, observation: Observation) -> Tensor:
@@ -266,4 +266,4 @@ class Template(RecoveryAttack):
             raise ValueError(f"{self.name} was trained on templates of {size} values, got {templates.shape[-1]}")
         unit = functional.normalize(templates.to(self.network.mean), dim=2)
         unit = functional.normalize(unit.mean(dim=1), dim=1)
-        return torch.cat([self.network(part) for part in unit.split(_CHUNK)])
+        return in_chunks(self.network, unit)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from attacks.base import Adversary, AttackOptions, Capability, Knowledge, Observation
+from attacks.base import Adversary, Capability, Knowledge, Observation
 from attacks.parts.encoder import channel_statistics
 from attacks.parts.exposure import Exposure
 from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, no_pictures
@@ -69,14 +69,14 @@ class UNet(InversionAttack):
         reads: bool () buffer, whether the reader proved reliable, and layouts are undone.
     """
 
-    name: ClassVar[str] = "unet"
-    summary: ClassVar[str] = "U-Net trained on public faces to undo the defence"
-    cost: ClassVar[str] = "fit: minutes (trains a network); recover: hundreds of faces/s"
-    reference: ClassVar[str] = "PartialFace (recovery attack), ICCV 2023; U-Net, MICCAI 2015"
-    needs: ClassVar[frozenset[Capability]] = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM})
-    uses: ClassVar[frozenset[Capability]] = frozenset({Capability.TRAFFIC})
-    Options: ClassVar[type[AttackOptions]] = UNetOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    name = "unet"
+    summary = "U-Net trained on public faces to undo the defence"
+    cost = "fit: minutes (trains a network); recover: hundreds of faces/s"
+    reference = "PartialFace (recovery attack), ICCV 2023; U-Net, MICCAI 2015"
+    needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM})
+    uses = frozenset({Capability.TRAFFIC})
+    Options = UNetOptions
+    presets: ClassVar = {
         "quick": {**TWO_CORES, "widths": (16, 32, 64), "images": 2_000, "state_faces": 300, "traffic": 500},
         "cpu": {**TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000, "passes": 16},
         "gpu": {"loss": "l1+ssim", "images": 600_000, "early_stop": True},
@@ -165,7 +165,6 @@ class UNet(InversionAttack):
     def _measure(self, trainer: Trainer, exposure: Exposure) -> None:
         """Set the input statistics and the mean face from public training faces."""
         sample = trainer.sample(_STATISTICS_FACES, "statistics")
-        average = torch.zeros(trainer.faces.shape[1:], dtype=torch.float64)
 
         def shown() -> Iterator[tuple[Tensor, Tensor | None]]:
             for number, index in enumerate(sample.split(_CHUNK)):
@@ -176,11 +175,7 @@ class UNet(InversionAttack):
         mean, std = channel_statistics(shown(), len(self.network.mean))
         self.network.mean.copy_(mean)
         self.network.std.copy_(std)
-        for index in sample.split(_CHUNK):
-            average += trainer.faces[index.to(trainer.device)].cpu().double().sum(dim=0) / (255 * len(sample))
-        if self.options.flip:
-            average = (average + average.flip(-1)) / 2
-        self.network.mean_face.copy_(average)
+        self.network.mean_face.copy_(trainer.mean_face(sample, mirrored=self.options.flip))
 
     # -- recovering -----------------------------------------------------------------------------------
 

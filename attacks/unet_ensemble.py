@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from attacks.base import Adversary, AttackOptions, Capability
+from attacks.base import Adversary, Capability
 from attacks.parts.exposure import Exposure
 from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, no_pictures
 from attacks.parts.training import Trainer
@@ -55,15 +54,13 @@ class UNetEnsemble(InversionAttack):
     the best one. Of k > 1 interceptions the kept answers are averaged.
     """
 
-    name: ClassVar[str] = "unet-ensemble"
-    summary: ClassVar[str] = "one U-Net per state; keeps the answer that protects to what was intercepted"
-    cost: ClassVar[str] = "fit: minutes (trains a network per state); recover: tens of faces/s"
-    reference: ClassVar[str] = "PartialFace (enhanced attacker), ICCV 2023"
-    needs: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.SECRET}
-    )
-    Options: ClassVar[type[AttackOptions]] = UNetEnsembleOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    name = "unet-ensemble"
+    summary = "one U-Net per state; keeps the answer that protects to what was intercepted"
+    cost = "fit: minutes (trains a network per state); recover: tens of faces/s"
+    reference = "PartialFace (enhanced attacker), ICCV 2023"
+    needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.SECRET})
+    Options = UNetEnsembleOptions
+    presets: ClassVar = {
         "quick": {**TWO_CORES, "widths": (8, 16, 32), "images": 2_000},
         "cpu": {**TWO_CORES, "widths": (16, 32, 64), "images": 60_000},
         "gpu": {"loss": "l1+ssim", "images": 2_000_000, "early_stop": True},

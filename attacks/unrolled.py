@@ -8,7 +8,6 @@ does not contradict is applied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -54,17 +53,15 @@ class Unrolled(InversionAttack):
             each kind of state (states that say the same are of one kind).
     """
 
-    name: ClassVar[str] = "unrolled"
-    summary: ClassVar[str] = "linear estimate, refined by a U-Net in what the observation leaves open"
-    cost: ClassVar[str] = "fit: minutes (trains a network); recover: 10+ faces/s on two cores"
-    reference: ClassVar[str] = "Schwab et al., Deep Null Space Learning for Inverse Problems, 2019"
-    needs: ClassVar[frozenset[Capability]] = frozenset(
-        {Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC}
-    )
-    Options: ClassVar[type[AttackOptions]] = UnrolledOptions
+    name = "unrolled"
+    summary = "linear estimate, refined by a U-Net in what the observation leaves open"
+    cost = "fit: minutes (trains a network); recover: 10+ faces/s on two cores"
+    reference = "Schwab et al., Deep Null Space Learning for Inverse Problems, 2019"
+    needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC})
+    Options = UnrolledOptions
     #: Linear estimates of many faces cost little more than those of a few in the same state.
-    lookahead: ClassVar[int] = 32
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    lookahead = 32
+    presets: ClassVar = {
         "quick": {**TWO_CORES, "widths": (16, 32, 64), "images": 1_000, **Linear.presets["quick"]},
         "cpu": {**TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000},
         "gpu": {"loss": "l1+ssim", "images": 600_000, "early_stop": True, **Linear.presets["gpu"]},

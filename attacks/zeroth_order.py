@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from attacks.base import AttackOptions
 from attacks.parts.eigenfaces import EigenfaceSearch, EigenfaceSearchOptions, LatentScores, directions
 from bench.randomness import derived
 
@@ -75,31 +73,22 @@ class ZerothOrder(EigenfaceSearch):
     that a score without information leads nowhere.
     """
 
-    name: ClassVar[str] = "zeroth-order"
-    summary: ClassVar[str] = "climbs gradients of the verification score that are estimated from queries"
-    cost: ClassVar[str] = "fit: PCA of the public faces; recovery: `queries` score queries per victim"
-    reference: ClassVar[str] = "MAP2V (Zhang et al.), CVPR 2024"
-    Options: ClassVar[type[AttackOptions]] = ZerothOrderOptions
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    name = "zeroth-order"
+    summary = "climbs gradients of the verification score that are estimated from queries"
+    cost = "fit: PCA of the public faces; recovery: `queries` score queries per victim"
+    reference = "MAP2V (Zhang et al.), CVPR 2024"
+    Options = ZerothOrderOptions
+    presets: ClassVar = {
         "quick": {"queries": 128, "components": 64, "directions": 8},
         "cpu": {"queries": 2_000, "components": 128},
         "gpu": {"queries": 6_800, "components": 256},
         # 400 iterations of 16 directions and the face itself.
-        "paper": {
-            "queries": 6_800,
-            "components": 512,
-            "estimator": "forward",
-            "radius": 0.1,
-            "step": 2.0,
-        },
+        "paper": {"queries": 6_800, "components": 512, "estimator": "forward", "radius": 0.1, "step": 2.0},
     }
     options: ZerothOrderOptions
 
     def search(self, scores: LatentScores, start: Tensor) -> Tensor:
-        """See :meth:`EigenfaceSearch.search`."""
-        if self.options.estimator == "filter":
-            return self._filtered(scores, start)
-        return self._differences(scores, start)
+        return (self._filtered if self.options.estimator == "filter" else self._differences)(scores, start)
 
     def _filtered(self, scores: LatentScores, latents: Tensor) -> Tensor:
         options, size = self.options, latents.shape[1]
@@ -160,13 +149,7 @@ class _Belief:
     """
 
     def __init__(self, level: Tensor, noise: Tensor, slope: Tensor, size: int) -> None:
-        """
-        Args:
-            level: float32 (N, 1), the score.
-            noise: float32 (N, 1), variance of an answer.
-            slope: float32 (N, 1), expected square of the slope's length.
-            size: r.
-        """
+        """From the score, its answers' variance and the slope's expected square length, (N, 1) each; size is r."""
         self._variance = noise + _CURVATURE**2 * slope
         self._slope = slope
         self._mean = torch.cat((level, level.new_zeros(len(level), size)), dim=1)

@@ -44,14 +44,6 @@ class Eigenfaces(nn.Module):
     explained: Tensor
 
     def __init__(self, components: int, image_size: int) -> None:
-        """
-        Args:
-            components: r.
-            image_size: H = W in pixels.
-
-        Raises:
-            ValueError: either is not positive, or there are more components than values in a face.
-        """
         super().__init__()
         if not (image_size >= 1 and 1 <= components <= 3 * image_size**2):
             raise ValueError(f"a face of {image_size} pixels a side does not have {components} components")
@@ -74,11 +66,8 @@ class Eigenfaces(nn.Module):
     def fit(self, faces: Tensor, generator: torch.Generator) -> None:
         """Principal component analysis by randomised subspace iteration (Halko et al. 2011, algorithm 4.4).
 
-        The faces are read in a few passes, some at a time, and nothing of the size of their covariance is made.
-
-        Args:
-            faces: uint8 (M, 3, H, H).
-            generator: starts the iteration.
+        The faces, uint8 (M, 3, H, H), are read in a few passes, some at a time, and nothing of the size of their
+        covariance is made.
 
         Raises:
             ValueError: faces of another type or size, or none.
@@ -154,21 +143,11 @@ class LatentScores:
     """Asks the service for the scores of latents, for all victims at once, and not once more than agreed.
 
     Attributes:
-        left: queries left per victim.
+        left: queries left per victim, ``queries`` of them at first.
     """
 
     def __init__(self, prior: Eigenfaces, score: ScoreQuery, victims: int, *, queries: int, chunk: int) -> None:
-        """
-        Args:
-            prior: turns latents into faces.
-            score: the service.
-            victims: N; their numbers are 0 to N - 1.
-            queries: the budget, per victim.
-            chunk: faces sent at once, which bounds the memory.
-        """
-        self._prior, self._score, self._chunk = prior, score, chunk
-        self._victims = victims
-        self.left = queries
+        self._prior, self._score, self._victims, self.left, self._chunk = prior, score, victims, queries, chunk
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Scores float32 (N, B) of latents float32 (N, B, r), B candidates for each victim.
@@ -230,21 +209,16 @@ class EigenfaceSearch(RecoveryAttack):
     does not depend on who else is attacked beside it.
     """
 
-    needs: ClassVar[frozenset[Capability]] = frozenset({Capability.PUBLIC_FACES, Capability.SCORES})
-    budgets: ClassVar[dict[str, str]] = {"queries": "queries"}
-    Options: ClassVar[type[AttackOptions]] = EigenfaceSearchOptions
+    needs = frozenset({Capability.PUBLIC_FACES, Capability.SCORES})
+    budgets: ClassVar = {"queries": "queries"}
+    Options = EigenfaceSearchOptions
     options: EigenfaceSearchOptions
 
     prior: Eigenfaces
 
     @abstractmethod
     def search(self, scores: LatentScores, start: Tensor) -> Tensor:
-        """Latents float32 (N, r) of the recovered faces.
-
-        Args:
-            scores: the service, and how many queries are left.
-            start: float32 (N, r), zeros: the mean face.
-        """
+        """Latents float32 (N, r) of the recovered faces, from ``start``, zeros: the mean face."""
 
     def build(self, adversary: Adversary) -> None:
         """Build the prior for the size of the public faces."""

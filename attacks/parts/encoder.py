@@ -17,12 +17,10 @@ _STRIDED_FROM = 32
 
 
 def channel_statistics(batches: Iterable[tuple[Tensor, Tensor | None]], channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each canonical channel, float64 (P,) each, on the CPU.
+    """Mean and standard deviation of each of P canonical ``channels``, float64 (P,) each, on the CPU.
 
-    Args:
-        batches: representations (n, C, h, w), each batch with the layout, int64 (n, C), of its maps: the canonical
-            channel of each; None where channels are canonical themselves.
-        channels: P.
+    The batches are representations (n, C, h, w) with the layout, int64 (n, C), of their maps: the canonical channel of
+    each; None where channels are canonical themselves.
     """
     count, total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(3))
     for representation, layout in batches:
@@ -87,13 +85,8 @@ class LayoutConvolution(nn.Module):
 
     Where a defence sends, in one channel, a map of this meaning for one face and of that for the next, each map is met
     by the filters of its meaning. That equals spreading the maps over all canonical channels, zero elsewhere, and an
-    ordinary convolution, at the cost of the maps that are there.
-
-    Args:
-        width: canonical channels.
-        channels: maps of a sample.
-        outputs: channels out.
-        stride: of the convolution.
+    ordinary convolution, at the cost of the maps that are there. There are ``width`` canonical channels, and
+    ``channels`` maps in a sample.
     """
 
     def __init__(self, width: int, channels: int, outputs: int, stride: int) -> None:
@@ -119,12 +112,8 @@ class Encoder(nn.Module):
     (a template) meets the width of the last stage from the start: the narrow layers that suffice for the many places
     of a picture would squeeze it.
 
-    Args:
-        shape: (C, h, w) of the input; any sizes, a template (D, 1, 1) too.
-        widths: channels of the first convolution and of each stage.
-        blocks: residual blocks a stage.
-        embedding_size: D.
-        width: canonical channels, where layouts vary from sample to sample; None where channels are canonical.
+    ``shape`` is (C, h, w), of any sizes; ``widths`` are channels of the first convolution and of each stage, of so many
+    residual ``blocks``. Where layouts vary from sample to sample there are ``width`` canonical channels.
     """
 
     def __init__(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -13,22 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import Adversary, AttackOptions, FitReport
-from attacks.parts.training import Trainer, Training, TrainingOptions
+from attacks.parts.training import Trainer, TrainingOptions
+from attacks.parts.unet_network import zeroed
 from bench.images import ssim
 from bench.randomness import derived, seeded
 
-#: Faces at once outside training.
-_CHUNK = 64
-#: Before so many steps at the full learning rate, a flat loss is no plateau: training has hardly begun.
-_LEAST_STEPS = 100
+#: How a network that ends in a :class:`FaceDecoder` is trained, of :class:`attacks.parts.training.Training`.
+DECODER_TRAINING: Mapping[str, Any] = {"least_steps": 100, "average_buffers": False}
 #: The coarsest grid of a decoder has at least this side, and its widest level this many times the finest one's width.
 _COARSEST = 4
 _WIDEST = 8
 #: Of WGAN-GP (Gulrajani et al., NeurIPS 2017): weight of the gradient penalty.
 _PENALTY = 10.0
-
-
-# -- networks -----------------------------------------------------------------------------------------
 
 
 def _levels(image_size: int) -> int:
@@ -40,6 +37,13 @@ def _widths(image_size: int, width: int) -> list[int]:
     """Channels per level, from the coarsest grid to half of the face's resolution."""
     levels = _levels(image_size)
     return [width * min(_WIDEST, 2 ** (levels - 1 - level)) for level in range(levels)]
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1, *, normalised: bool = True) -> list[nn.Module]:
+    """A 3x3 convolution, normalised over the batch where that is wanted, and a leaky ReLU."""
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, stride=stride, bias=not normalised)
+    normalisation = [nn.BatchNorm2d(outputs)] if normalised else []
+    return [convolution, *normalisation, nn.LeakyReLU(0.2, inplace=True)]
 
 
 class FaceDecoder(nn.Module):
@@ -55,12 +59,6 @@ class FaceDecoder(nn.Module):
     mean_logit: Tensor
 
     def __init__(self, code_size: int, image_size: int, width: int) -> None:
-        """
-        Args:
-            code_size: D.
-            image_size: H = W.
-            width: channels of the finest level; they double per coarser level, up to eight times.
-        """
         super().__init__()
         self.code_size, self.image_size = code_size, image_size
         widths = _widths(image_size, width)
@@ -69,23 +67,10 @@ class FaceDecoder(nn.Module):
         self.spread = nn.Linear(code_size, widths[0] * self.grid**2)
         layers: list[nn.Module] = [nn.BatchNorm2d(widths[0]), nn.LeakyReLU(0.2, inplace=True)]
         for wide, narrow in itertools.pairwise(widths):
-            layers += [
-                nn.Upsample(scale_factor=2, mode="nearest"),
-                nn.Conv2d(wide, narrow, 3, padding=1, bias=False),
-                nn.BatchNorm2d(narrow),
-                nn.LeakyReLU(0.2, inplace=True),
-            ]
-        layers += [
-            nn.Conv2d(widths[-1], widths[-1], 3, padding=1, bias=False),
-            nn.BatchNorm2d(widths[-1]),
-            nn.LeakyReLU(0.2, inplace=True),
-        ]
+            layers += [nn.Upsample(scale_factor=2, mode="nearest"), *_convolution(wide, narrow)]
+        layers += _convolution(widths[-1], widths[-1])
         self.layers = nn.Sequential(*layers)
-        head = nn.Conv2d(widths[-1], 3 * 4, 3, padding=1)
-        nn.init.zeros_(head.weight)
-        assert head.bias is not None
-        nn.init.zeros_(head.bias)
-        self.head = head
+        self.head = zeroed(nn.Conv2d(widths[-1], 3 * 4, 3, padding=1))
 
     def set_mean(self, mean_face: Tensor) -> None:
         """The face, float (3, H, W) in [0, 1], that the decoder starts from."""
@@ -107,10 +92,7 @@ def _shrinking(image_size: int, width: int, normalised: bool) -> nn.Sequential:
     widths = _widths(image_size, width)[::-1]
     layers: list[nn.Module] = []
     for before, after in zip([3 * 4, *widths], [*widths, widths[-1]], strict=False):
-        layers.append(nn.Conv2d(before, after, 3, padding=1, stride=2 if layers else 1, bias=not normalised))
-        if normalised:
-            layers.append(nn.BatchNorm2d(after))
-        layers.append(nn.LeakyReLU(0.2, inplace=True))
+        layers += _convolution(before, after, stride=2 if layers else 1, normalised=normalised)
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(_COARSEST), nn.Flatten())
 
 
@@ -128,12 +110,6 @@ class FaceGenerator(nn.Module):
     """
 
     def __init__(self, latent_size: int, image_size: int, width: int) -> None:
-        """
-        Args:
-            latent_size: L, values in a code.
-            image_size: H = W of the faces.
-            width: channels of the finest level of either half.
-        """
         super().__init__()
         self.latent_size, self.image_size = latent_size, image_size
         self.encoder = _shrinking(image_size, width, normalised=True)
@@ -170,21 +146,12 @@ class Critic(nn.Module):
         return score
 
 
-# -- views --------------------------------------------------------------------------------------------
-
-
 def draw_views(count: int, generator: torch.Generator, *, shift: float, zoom: float = 0.0, size: int) -> Tensor:
     """Random small changes of the crop, for :func:`change_view`: float32 (count, 4).
 
-    The columns are mirrored or not (-1 or 1, at even odds), zoom and the shifts right and down. Without zoom the
-    shifts are whole pixels, so that nothing is blurred.
-
-    Args:
-        count: how many.
-        generator: a CPU generator.
-        shift: largest shift, as a share of the width.
-        zoom: largest change of scale, as a share.
-        size: width of the faces in pixels.
+    The columns are mirrored or not (-1 or 1, at even odds), zoom and the shifts right and down, at most by shares
+    ``zoom`` of the scale and ``shift`` of the width, ``size`` pixels. Without zoom the shifts are whole pixels, so that
+    nothing is blurred.
     """
     uniform = torch.rand(count, 4, generator=generator)
     mirrored = torch.where(uniform[:, 0] < 0.5, -1.0, 1.0)
@@ -207,60 +174,6 @@ def change_view(faces: Tensor, views: Tensor) -> Tensor:
     maps[:, 0, 2] *= views[:, 0]
     grid = functional.affine_grid(maps, list(faces.shape), align_corners=False)
     return functional.grid_sample(faces, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-# -- training -----------------------------------------------------------------------------------------
-
-
-def train_decoder(
-    trainer: Trainer,
-    network: nn.Module,
-    loss: Callable[[Tensor, int], Tensor],
-    recover: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]],
-    *,
-    images: int,
-    rival: tuple[nn.Module, Callable[[Tensor, int], Tensor]] | None = None,
-    betas: tuple[float, float] = (0.9, 0.999),
-) -> FitReport:
-    """Train a network that ends in a :class:`FaceDecoder`, in place.
-
-    Args:
-        trainer: of the fit.
-        network: on the trainer's device.
-        loss: ``loss(index, step)``, what the network minimises for the faces at ``index``, int64 (b,).
-        recover: ``recover(network, index)``: faces by ``network`` or its average and what they should be, (b, 3, H, W)
-            each, for the held-out faces at ``index``; L1 between them is the loss curve.
-        images: faces to train on in all, repeats counted.
-        rival: a critic and its loss, trained in turn.
-        betas: of Adam.
-    """
-    batches, validation = trainer.batches(), trainer.validation(images)
-
-    @torch.no_grad()
-    def validate(network: nn.Module) -> float:
-        total = 0.0
-        for index in validation.split(_CHUNK):
-            faces, target = recover(network, index)
-            total += float((faces - target).abs().mean()) * len(index)
-        return total / len(validation)
-
-    result = trainer.train(
-        Training(
-            network=network,
-            loss=lambda step: loss(batches(step), step),
-            validate=validate,
-            floor=trainer.floor(validation),
-            steps=math.ceil(images / batches.size),
-            optimizer=functools.partial(torch.optim.Adam, betas=betas),
-            rival=None if rival is None else (rival[0], lambda step: rival[1](batches(step), step)),
-            least_steps=_LEAST_STEPS,
-            average_buffers=False,
-        )
-    )
-    return trainer.report(result, network, validation)
-
-
-# -- the generator ------------------------------------------------------------------------------------
 
 
 class GeneratorOptions(AttackOptions):
@@ -301,15 +214,16 @@ class GeneratorOptions(AttackOptions):
         default=0.1, gt=0, lt=1, description="Share of the public identities held out for the generator's loss curve."
     )
 
-    def training(self) -> TrainingOptions:
-        """How the generator is trained."""
-        return TrainingOptions(
+    def trainer(self, adversary: Adversary, seed: int) -> Trainer:
+        """Of the generator, on the adversary's public faces."""
+        training = TrainingOptions(
             batch_size=self.generator_batch_size,
             learning_rate=self.generator_learning_rate,
             validation=self.generator_validation,
             warmup=0.05,
             decay=0.4,
         )
+        return Trainer("the generator", adversary, seed, training, fit=self)
 
 
 class GeneratorLosses:
@@ -320,11 +234,11 @@ class GeneratorLosses:
     ) -> None:
         self.options, self.trainer, self.network, self.critic = options, trainer, network, critic
 
-    def _targets(self, index: Tensor, step: int) -> Tensor:
-        faces, generator = self.trainer.floats(index), derived(self.trainer.seed, "views", step)
-        return change_view(
-            faces, draw_views(len(faces), generator, shift=self.options.generator_shift, size=faces.shape[-1])
-        )
+    def _targets(self, step: int) -> Tensor:
+        """The faces of a step, varied."""
+        faces, draws = self.trainer.floats(self.trainer.batch(step)), derived(self.trainer.seed, "views", step)
+        shift, size = self.options.generator_shift, faces.shape[-1]
+        return change_view(faces, draw_views(len(faces), draws, shift=shift, size=size))
 
     def _make(self, faces: Tensor, *name: str | int) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstructions, mean and log variance of the codes; where there is a critic, as many faces drawn besides.
@@ -340,9 +254,9 @@ class GeneratorLosses:
             made: Tensor = self.network(codes)
         return made, mean, log_variance
 
-    def generator(self, index: Tensor, step: int) -> Tensor:
-        """What the generator minimises for the faces at ``index``."""
-        options, faces = self.options, self._targets(index, step)
+    def generator(self, step: int) -> Tensor:
+        """What the generator minimises in a step."""
+        options, faces = self.options, self._targets(step)
         made, mean, log_variance = self._make(faces, "codes", step)
         again = made[: len(faces)]
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
@@ -355,14 +269,14 @@ class GeneratorLosses:
             loss = loss - options.adversarial * score.float().mean()
         return loss
 
-    def rival(self, index: Tensor, step: int) -> Tensor:
-        """What the critic minimises (Gulrajani et al., NeurIPS 2017).
+    def rival(self, step: int) -> Tensor:
+        """What the critic minimises in a step (Gulrajani et al., NeurIPS 2017).
 
         Half of the made faces are reconstructions, half drawn.
         """
         assert self.critic is not None
         with torch.no_grad():
-            real = self._targets(index, step)
+            real = self._targets(step)
             made = self._make(real, "critic codes", step)[0]
             # Of each face either the reconstruction or the drawn one.
             made = torch.cat((made[: len(real) // 2], made[len(real) + len(real) // 2 :]))
@@ -374,7 +288,7 @@ class GeneratorLosses:
         loss: Tensor = self.critic(made).mean() - self.critic(real).mean() + _PENALTY * penalty
         return loss
 
-    def recover(self, network: nn.Module, index: Tensor) -> tuple[Tensor, Tensor]:
+    def recover(self, network: nn.Module, index: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """Reconstructions of the faces at ``index``, and these."""
         assert isinstance(network, FaceGenerator)
         faces = self.trainer.floats(index)
@@ -390,17 +304,8 @@ def build_generator(options: GeneratorOptions, image_size: int, seed: int) -> Fa
     return generator.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, unused-ignore]
 
 
-def fit_generator(generator: FaceGenerator, adversary: Adversary, options: GeneratorOptions, seed: int) -> FitReport:
-    """Train ``generator`` in place on public faces; some identities are held out for the loss curve.
-
-    Args:
-        generator: from :func:`build_generator`, on the adversary's device.
-        adversary: whose public faces of the generator's size to train on.
-        options: how.
-        seed: of all draws.
-
-    Returns:
-        The curve of the reconstruction's L1 on held-out identities, and whether it has plateaued.
+def fit_generator(generator: FaceGenerator, trainer: Trainer, options: GeneratorOptions) -> FitReport:
+    """Train ``generator``, on the trainer's device; the loss curve is L1 of the reconstruction of held-out faces.
 
     Raises:
         ValueError: fewer than two identities, or a checkpoint of another training.
@@ -408,17 +313,17 @@ def fit_generator(generator: FaceGenerator, adversary: Adversary, options: Gener
     """
     critic = None
     if options.adversarial:
-        with seeded(seed, "critic weights"):
-            critic = Critic(generator.image_size, options.generator_width).to(adversary.fabric.device)
-    trainer = Trainer("the generator", adversary, seed, options.training(), fit=options)
+        with seeded(trainer.seed, "critic weights"):
+            critic = Critic(generator.image_size, options.generator_width).to(trainer.device)
     losses = GeneratorLosses(options, trainer, generator, critic)
     generator.decoder.set_mean(trainer.mean_face())
-    return train_decoder(
-        trainer,
+    betas = (0.9, 0.999) if critic is None else (0.5, 0.9)
+    return trainer.train_on_faces(
         generator,
         losses.generator,
         losses.recover,
         images=options.generator_images,
         rival=None if critic is None else (critic, losses.rival),
-        betas=(0.9, 0.999) if critic is None else (0.5, 0.9),
+        optimizer=functools.partial(torch.optim.Adam, betas=betas),
+        **DECODER_TRAINING,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from attacks.base import Adversary, FitReport, Knowledge, Observation, RecoveryAttack
 from attacks.parts.exposure import Exposure
-from attacks.parts.training import EpochBatches, Trainer, Training, TrainingOptions
+from attacks.parts.training import Trainer, TrainingOptions
 from attacks.parts.unet_network import NetworkOptions
 from bench.images import ssim
 from bench.nets.augmentation import augment
@@ -73,8 +74,8 @@ class InversionAttack(RecoveryAttack):
     """
 
     #: Steps whose examples are made at once, where that is cheaper than one by one.
-    lookahead: ClassVar[int] = 1
-    budgets: ClassVar[Mapping[str, str]] = {"steps": "steps"}
+    lookahead = 1
+    budgets: ClassVar = {"steps": "steps"}
 
     options: InversionOptions
     network: nn.Module
@@ -125,11 +126,9 @@ class InversionAttack(RecoveryAttack):
         trainer = Trainer(self.name, adversary, self.seed, options)
         details = self._learn_of_defence(trainer)
         exposure = self._exposure()
-        images = max(options.images, options.passes * len(trainer.training))
-        validation = trainer.validation(images)
         self._measure(trainer, exposure)
-        batches, countable = trainer.batches(), exposure.countable
-        steps = options.steps or math.ceil(images / batches.size)
+        images = max(options.images, options.passes * len(trainer.training))
+        steps, countable = options.steps or math.ceil(images / trainer.batch_size), exposure.countable
         model = adversary.fabric.setup_module(self.network)
         ahead: list[_Example] = []
 
@@ -138,43 +137,37 @@ class InversionAttack(RecoveryAttack):
                 # Always the same steps together, so that a resumed training equals an unbroken one to the last bit.
                 start = step - step % self.lookahead
                 together = range(start, min(start + self.lookahead, steps))
-                ahead.extend(self._examples(trainer, batches, together, exposure)[step - start :])
+                ahead.extend(self._examples(trainer, together, exposure)[step - start :])
             target, inputs, state = ahead.pop(0)
             if countable:
-                trainer.seen.add(state)
+                trainer.note(state)
             recovered = self._predict(model, inputs)
             value = functional.l1_loss(recovered, target)
             if options.loss == "l1+ssim":
                 value = value + options.ssim_weight * (1 - ssim(recovered, target)).mean()
             return value
 
-        result = trainer.train(
-            Training(
-                network=self.network,
-                loss=loss,
-                validate=lambda network: self._validate(network, trainer, validation, exposure),
-                floor=trainer.floor(validation),
-                steps=steps,
-                stored=self,
-            )
-        )
-        return trainer.report(
-            result,
-            self.network,
-            validation,
-            epochs=result.steps * batches.size / len(trainer.training),
-            stopped_early=result.steps < steps,
-            input_range=[float(self.low.min()), float(self.high.max())],
-            **details,
-        )
+        def recover(network: nn.Module, index: Tensor, number: int) -> tuple[Tensor, Tensor]:
+            target = trainer.floats(index)
+            protected = exposure.protect(target, "validate", number)
+            with trainer.fabric.autocast():
+                return self._predict(network, self._inputs(protected.representation, protected.state)), target
+
+        report = trainer.train_on_faces(self.network, loss, recover, images=images, steps=steps, stored=self)
+        details |= {
+            "epochs": report.details["steps"] * trainer.batch_size / len(trainer.training),
+            "stopped_early": report.details["steps"] < steps,
+            "input_range": [float(self.low.min()), float(self.high.max())],
+        }
+        return replace(report, details=report.details | details)
 
     @torch.no_grad()
-    def _examples(self, trainer: Trainer, batches: EpochBatches, steps: range, exposure: Exposure) -> list[_Example]:
+    def _examples(self, trainer: Trainer, steps: range, exposure: Exposure) -> list[_Example]:
         """The faces of these steps, what the network is shown of each, and its state."""
         targets, protected = [], []
         mirroring = AugmentationOptions(flip=0.5 if self.options.flip else 0)
         for step in steps:
-            target = augment(trainer.floats(batches(step)), mirroring, derived(self.seed, "faces", step))
+            target = augment(trainer.floats(trainer.batch(step)), mirroring, derived(self.seed, "faces", step))
             targets.append(target)
             protected.append(self._protect(target, exposure, step))
             self._widen_range(protected[-1].representation)
@@ -182,21 +175,9 @@ class InversionAttack(RecoveryAttack):
         inputs = self._inputs(
             torch.cat([sent.representation for sent in protected]), torch.cat(states) if states else None
         )
-        parts = [[None] * len(steps) if value is None else value.split(batches.size) for value in inputs]
+        parts = [[None] * len(steps) if value is None else value.split(trainer.batch_size) for value in inputs]
         shown: list[tuple[Tensor | None, ...]] = list(zip(*parts, strict=True))
         return list(zip(targets, shown, [sent.state for sent in protected], strict=True))
-
-    @torch.no_grad()
-    def _validate(self, network: nn.Module, trainer: Trainer, validation: Tensor, exposure: Exposure) -> float:
-        """L1 on held-out identities, the same draws every time; L1 whatever the loss, to compare with the floor."""
-        total = 0.0
-        for number, index in enumerate(validation.split(_CHUNK)):
-            target = trainer.floats(index)
-            protected = exposure.protect(target, "validate", number)
-            with trainer.fabric.autocast():
-                recovered = self._predict(network, self._inputs(protected.representation, protected.state))
-            total += float((recovered.clamp(0, 1) - target).abs().mean()) * len(index)
-        return total / len(validation)
 
     # -- recovering -----------------------------------------------------------------------------------
 

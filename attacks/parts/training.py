@@ -6,9 +6,8 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -62,9 +61,6 @@ class TrainingOptions(AttackOptions):
         return self
 
 
-# -- rules --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Plateau:
     """Saturated: the last doubling of the training gained next to nothing on held-out identities.
@@ -76,10 +72,6 @@ class Plateau:
     loss, or below ``absolute`` of what separates the floor (the mean face) from a perfect recovery: the
     second clause is what ends the training of an attack that is already next to perfect. A loss above that of the
     floor has not come to rest, however little it moves: answering the same every time would do better.
-
-    Attributes:
-        relative: share of the earlier loss.
-        absolute: share of the floor's loss.
     """
 
     relative: float = 0.03
@@ -111,12 +103,8 @@ class WarmHoldDecay:
     """Linear warm-up, a constant phase, linear decay to zero.
 
     Unlike a cosine it has a phase in which the learning rate says nothing about how long the training
-    will be, so that losses at different lengths can be compared, and the decay can start early.
-
-    Attributes:
-        steps: in all.
-        warmup: share of ``steps`` in the warm-up.
-        decay: share of ``steps`` in the decay.
+    will be, so that losses at different lengths can be compared, and the decay can start early. ``warmup`` and
+    ``decay`` are shares of the ``steps`` in all.
     """
 
     steps: int
@@ -149,50 +137,6 @@ class WarmHoldDecay:
         shares = (1, 2**-0.5, 1 / 2, 8**-0.5, 1 / 4, 1 / 8, 1 / 16)
         points = {round(self.hold_end * share) for share in shares}
         return sorted(point for point in points if point >= 1)
-
-
-class SeenStates:
-    """The states that a training has met.
-
-    Attributes:
-        states: int64 (K, D), each once, on the CPU; None where none was noted.
-    """
-
-    def __init__(self) -> None:
-        self.states: Tensor | None = None
-
-    def add(self, states: Tensor | None) -> None:
-        """Note states, int64 (n, D)."""
-        if states is not None:
-            known = states.cpu() if self.states is None else torch.cat((self.states, states.cpu()))
-            self.states = torch.unique(known, dim=0)
-
-
-class EpochBatches:
-    """Which faces a step is trained on: each epoch is a permutation of its own, its remainder left out.
-
-    Args:
-        training: int64 (T,), the faces to train on.
-        batch_size: B; T where there are fewer.
-        seed: of the attack.
-        name: of the draws, where one attack trains several networks.
-
-    Attributes:
-        size: faces per step.
-    """
-
-    def __init__(self, training: Tensor, batch_size: int, seed: int, *name: str | int) -> None:
-        self.size = min(batch_size, len(training))
-        self._training, self._seed, self._name = training, seed, name
-
-    def __call__(self, step: int) -> Tensor:
-        """int64 (:attr:`size`,), the faces of that step (from 0)."""
-        epoch, position = divmod(step, len(self._training) // self.size)
-        order = torch.randperm(len(self._training), generator=derived(self._seed, *self._name, "epoch", epoch))
-        return self._training[order[position * self.size : (position + 1) * self.size]]
-
-
-# -- the loop -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,27 +177,6 @@ class Training:
     later: int = 0
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a training came to.
-
-    Attributes:
-        steps: it took.
-        curve: validation loss as (images seen, loss), at the full learning rate and, last, after its decay.
-        saturated: whether the last doubling at the full learning rate gained next to nothing.
-        gain: what that doubling gained, where it is known.
-        batch_size: images per step.
-        floor: validation loss of what has learnt nothing.
-    """
-
-    steps: int
-    curve: tuple[tuple[int, float], ...]
-    saturated: bool
-    gain: float | None
-    batch_size: int
-    floor: float
-
-
 @dataclass
 class _Progress:
     """Where a training stands; with the tensors it is all that a checkpoint holds."""
@@ -278,8 +201,10 @@ class Trainer:
 
     Attributes:
         faces: uint8 (M, 3, H, W), all public faces, on the device.
+        fit: what tells it from other fits, as a checkpoint records it.
         training, held_out: int64, indices of the faces to train on and of those to validate with, of other identities.
-        seen: the states trained on.
+        batch_size: faces per step.
+        states_seen: int64 (K, D), the states trained on, each once, on the CPU; None where none was noted.
 
     Raises:
         ValueError: fewer than two identities.
@@ -300,8 +225,9 @@ class Trainer:
         self.faces = adversary.faces.to(self.device)
         share = max(options.validation, held_out)
         self.training, self.held_out = split_identities(adversary.identities, share, derived(seed, "identities"))
-        self.seen = SeenStates()
-        self._fit = {
+        self.batch_size = min(options.batch_size, len(self.training))
+        self.states_seen: Tensor | None = None
+        self.fit = {
             "options": (fit or options).model_dump(mode="json"),
             "seed": seed,
             "faces": list(adversary.faces.shape),
@@ -315,9 +241,14 @@ class Trainer:
         """The faces at ``index``, int64 (b,), as float32 (b, 3, H, W) in [0, 1]."""
         return to_float(self.faces[index.to(self.device)])
 
-    def batches(self, *name: str) -> EpochBatches:
-        """Which faces each step is trained on."""
-        return EpochBatches(self.training, self.options.batch_size, self.seed, *name)
+    def batch(self, step: int, *name: str) -> Tensor:
+        """int64 (:attr:`batch_size`,), the faces of that step (from 0) of the training called ``name``.
+
+        Each epoch is a permutation of its own, its remainder left out.
+        """
+        epoch, position = divmod(step, len(self.training) // self.batch_size)
+        order = torch.randperm(len(self.training), generator=derived(self.seed, *name, "epoch", epoch))
+        return self.training[order[position * self.batch_size : (position + 1) * self.batch_size]]
 
     def sample(self, count: int, *name: str) -> Tensor:
         """Indices of at most ``count`` training faces, at random."""
@@ -328,13 +259,14 @@ class Trainer:
         most = int(min(_VALIDATION_FACES, max(_LEAST_VALIDATION_FACES, images // 50)))
         return self.held_out[torch.randperm(len(self.held_out), generator=derived(self.seed, "validation"))[:most]]
 
-    def mean_face(self) -> Tensor:
-        """Mean of the training faces and their mirror images: float32 (3, H, W) in [0, 1]."""
+    def mean_face(self, index: Tensor | None = None, *, mirrored: bool = True) -> Tensor:
+        """Mean of the faces at ``index``, by default all to train on, and mirrored: float32 (3, H, W) in [0, 1]."""
+        index = self.training if index is None else index
         total = torch.zeros(self.faces.shape[1:], dtype=torch.float64)
-        for index in self.training.split(1024):
-            total += self.faces[index.to(self.device)].double().sum(dim=0).cpu()
-        mean = total / (255 * len(self.training))
-        return ((mean + mean.flip(-1)) / 2).to(self.device, torch.float32)
+        for part in index.split(1024):
+            total += self.faces[part.to(self.device)].double().sum(dim=0).cpu()
+        mean = total / (255 * len(index))
+        return ((mean + mean.flip(-1)) / 2 if mirrored else mean).to(self.device, torch.float32)
 
     def floor(self, index: Tensor) -> float:
         """L1 of the mean face on the faces at ``index``."""
@@ -342,7 +274,43 @@ class Trainer:
 
     # -- training -----------------------------------------------------------------------------------
 
-    def train(self, training: Training) -> TrainingResult:
+    def note(self, states: Tensor | None) -> None:
+        """Count states, int64 (n, D), as trained on."""
+        if states is not None:
+            known = states.cpu() if self.states_seen is None else torch.cat((self.states_seen, states.cpu()))
+            self.states_seen = torch.unique(known, dim=0)
+
+    def train_on_faces(
+        self,
+        network: nn.Module,
+        loss: Callable[[int], Tensor],
+        recover: Callable[[nn.Module, Tensor, int], tuple[Tensor, Tensor]],
+        *,
+        images: int,
+        **more: Any,
+    ) -> FitReport:
+        """Train a network that recovers faces on ``images``, repeats counted; ``more`` is of :class:`Training`.
+
+        ``recover(network, index, number)``, by the network or its average, gives faces (b, 3, H, W) for batch
+        ``number`` of held-out faces, those at ``index``, and what they should be. The loss curve is L1 between them,
+        whatever the loss, to compare with the floor.
+        """
+        validation = self.validation(images)
+
+        @torch.no_grad()
+        def validate(module: nn.Module) -> float:
+            total = 0.0
+            for number, index in enumerate(validation.split(64)):
+                faces, target = recover(module, index, number)
+                total += float((faces.clamp(0, 1) - target).abs().mean()) * len(index)
+            return total / len(validation)
+
+        rest = {"steps": math.ceil(images / self.batch_size), **more}
+        training = Training(network=network, loss=loss, validate=validate, floor=self.floor(validation), **rest)
+        report = self.train(training)
+        return replace(report, details=report.details | {"validation_faces": len(validation)})
+
+    def train(self, training: Training) -> FitReport:
         """Train the network in place.
 
         Raises:
@@ -351,7 +319,7 @@ class Trainer:
         """
         options, network = self.options, training.network
         schedule, rule = WarmHoldDecay(training.steps, options.warmup, options.decay), Plateau(options.plateau)
-        checks, batch_size = schedule.checks(), self.batches().size
+        checks, batch_size = schedule.checks(), self.batch_size
         peak = options.learning_rate if training.learning_rate is None else training.learning_rate
         early_stop = options.early_stop if training.early_stop is None else training.early_stop
         average = copy.deepcopy(network).requires_grad_(False).eval()
@@ -380,8 +348,10 @@ class Trainer:
             for (module, turn), optimizer, stepper in zip(turns, optimizers, steppers, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * schedule.factor(step, progress.decay_start)
-                with _frozen(other for other, _ in turns if other is not module):
-                    loss = turn(step)
+                if training.rival is not None:
+                    for other, _ in turns:
+                        other.requires_grad_(other is module)
+                loss = turn(step)
                 stepper.zero_grad()
                 self.fabric.backward(loss)
                 stepper.step()
@@ -413,47 +383,21 @@ class Trainer:
         network.eval()
         self._done += progress.step * batch_size
         begun = progress.decay_start is not None and progress.decay_start >= training.least_steps
-        return TrainingResult(
-            steps=progress.step,
-            curve=(*held, (progress.step * batch_size, final)),
-            saturated=begun and rule.reached(held, training.floor),
-            gain=rule.gain(held),
-            batch_size=batch_size,
-            floor=training.floor,
-        )
-
-    def report(self, result: TrainingResult, network: nn.Module, validation: Tensor, **details: Any) -> FitReport:
-        """What a fit says of the training that it ends with, and whatever ``details`` add."""
         return FitReport(
-            saturated=result.saturated,
-            states_seen=self.seen.states,
-            curve=result.curve,
+            saturated=begun and rule.reached(held, training.floor),
+            states_seen=self.states_seen,
+            curve=(*held, (progress.step * batch_size, final)),
             details={
-                "steps": result.steps,
-                "batch_size": result.batch_size,
-                "images_seen": result.steps * result.batch_size,
-                "validation_loss": result.curve[-1][1],
-                "floor_loss": result.floor,
-                "gain_of_last_doubling": result.gain,
+                "steps": progress.step,
+                "batch_size": batch_size,
+                "images_seen": progress.step * batch_size,
+                "validation_loss": final,
+                "floor_loss": training.floor,
+                "gain_of_last_doubling": rule.gain(held),
                 "parameters": sum(parameter.numel() for parameter in network.parameters()),
                 "training_faces": len(self.training),
-                "validation_faces": len(validation),
-                **details,
             },
         )
-
-
-@contextmanager
-def _frozen(modules: Iterator[nn.Module]) -> Iterator[None]:
-    """No gradients for the weights of ``modules``."""
-    held = list(modules)
-    for module in held:
-        module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module in held:
-            module.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -469,9 +413,6 @@ def _update(average: nn.Module, network: nn.Module, step: int, buffers: bool) ->
             kept.copy_(latest)
 
 
-# -- resuming -----------------------------------------------------------------------------------------
-
-
 class _Checkpoint:
     """What a killed training goes on from; does nothing where the adversary names no folder."""
 
@@ -485,7 +426,7 @@ class _Checkpoint:
     ) -> None:
         folder = trainer.adversary.checkpoint
         self._folder = None if folder is None else folder / training.name
-        self._fit, self._seen, self._optimizers = trainer._fit, trainer.seen, optimizers
+        self._trainer, self._optimizers = trainer, optimizers
         stored = [*modules[:-1], training.stored or training.network]
         self._modules = {**{f"module{number}": module for number, module in enumerate(stored)}, "average": average}
 
@@ -496,9 +437,9 @@ class _Checkpoint:
         for number, optimizer in enumerate(self._optimizers):
             groups[f"optimizer{number}"] = flatten_optimizer(optimizer.state_dict())
         tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
-        if self._seen.states is not None:
-            tensors["seen"] = self._seen.states
-        save(self._folder, tensors, {"fit": self._fit, "progress": asdict(progress)})
+        if self._trainer.states_seen is not None:
+            tensors["seen"] = self._trainer.states_seen
+        save(self._folder, tensors, {"fit": self._trainer.fit, "progress": asdict(progress)})
 
     def resume(self) -> _Progress:
         """Load what is stored, if anything is; where the training stands."""
@@ -506,7 +447,7 @@ class _Checkpoint:
         if stored is None:
             return _Progress()
         tensors, meta = stored
-        if meta["fit"] != self._fit:
+        if meta["fit"] != self._trainer.fit:
             raise ValueError(f"{self._folder} holds the checkpoint of another fit: delete it, or name another folder")
 
         def under(prefix: str) -> dict[str, Tensor]:
@@ -516,7 +457,7 @@ class _Checkpoint:
             module.load_state_dict(under(f"{name}/"))
         for number, optimizer in enumerate(self._optimizers):
             restore_optimizer(optimizer, under(f"optimizer{number}/"))
-        self._seen.states = tensors.get("seen")
+        self._trainer.states_seen = tensors.get("seen")
         progress = meta["progress"]
         curve = [(int(images), float(loss)) for images, loss in progress["curve"]]
         return _Progress(progress["step"], progress["decay_start"], curve)

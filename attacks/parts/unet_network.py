@@ -33,6 +33,13 @@ class NetworkOptions(AttackOptions):
     norm: Literal["batch", "none"] = Field("batch", description="Normalisation after each convolution.")
 
 
+def zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
+    """The convolution with zero weights and bias, so that what it is added to is untouched before training."""
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
+    return convolution
+
+
 class _DoubleConvolution(nn.Sequential):
     """Two 3x3 convolutions, each with normalisation and ReLU (Ronneberger et al. 2015, padded)."""
 
@@ -47,15 +54,9 @@ class _DoubleConvolution(nn.Sequential):
 
 
 class _Projection(nn.Module):
-    """A 1x1 convolution whose weights follow the layout of the channels, sample by sample."""
+    """A 1x1 convolution whose weights, of ``width`` canonical channels, follow the layout of each sample."""
 
     def __init__(self, width: int, channels: int, outputs: int) -> None:
-        """
-        Args:
-            width: canonical channels.
-            channels: of a sample.
-            outputs: channels out.
-        """
         super().__init__()
         bound = (3 / channels) ** 0.5
         self.weight = nn.Parameter(torch.empty(width, outputs).uniform_(-bound, bound))
@@ -77,7 +78,7 @@ class UNetNetwork(nn.Module):
     The output is linear, not squashed. Both trained terms start at zero, so that an untrained network
     returns the mean public face. Two ramps with the pixel's row and column join the input: faces are
     aligned, so position says what to expect, and where a defence has lost the low frequencies they
-    must be put back by position.
+    must be put back by position. Where layouts vary from sample to sample there are ``width`` canonical channels.
     """
 
     mean: Tensor
@@ -85,13 +86,6 @@ class UNetNetwork(nn.Module):
     mean_face: Tensor
 
     def __init__(self, channels: int, image_size: int, options: NetworkOptions, *, width: int | None = None) -> None:
-        """
-        Args:
-            channels: C of the input.
-            image_size: H = W of the faces.
-            options: widths and layout.
-            width: canonical channels, where layouts vary from sample to sample; None where channels are canonical.
-        """
         super().__init__()
         self.image_size, self.stride = image_size, options.stem_stride
         widths = options.widths
@@ -106,10 +100,7 @@ class UNetNetwork(nn.Module):
             channels = min(channels, widths[0])
         self.bypass: nn.Module | None = None
         if options.bypass:
-            self.bypass = nn.Conv2d(channels, 3, options.bypass, padding=options.bypass // 2)
-            nn.init.zeros_(self.bypass.weight)
-            assert self.bypass.bias is not None
-            nn.init.zeros_(self.bypass.bias)
+            self.bypass = zeroed(nn.Conv2d(channels, 3, options.bypass, padding=options.bypass // 2))
         first = (channels + 2) * self.stride**2
         self.down = nn.ModuleList(
             _DoubleConvolution(a, b, options.norm) for a, b in zip((first, *widths), widths, strict=False)
@@ -120,10 +111,7 @@ class UNetNetwork(nn.Module):
             nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)) for a, b in itertools.pairwise(widths)
         )
         self.merge = nn.ModuleList(_DoubleConvolution(2 * a, a, options.norm) for a in widths[:-1])
-        self.head = nn.Conv2d(widths[0], 3 * self.stride**2, 1)
-        nn.init.zeros_(self.head.weight)
-        assert self.head.bias is not None
-        nn.init.zeros_(self.head.bias)
+        self.head = zeroed(nn.Conv2d(widths[0], 3 * self.stride**2, 1))
 
     def _standardise(self, x: Tensor, layout: Tensor | None) -> Tensor:
         mean, std = (self.mean, self.std) if layout is None else (self.mean[layout], self.std[layout])

@@ -16,7 +16,6 @@ from attacks.parts.generator import (
     draw_views,
     fit_generator,
 )
-from attacks.parts.training import Trainer
 
 SIZE = 16
 TINY = {"latent_size": 8, "generator_width": 4, "generator_batch_size": 10, "generator_images": 200}
@@ -29,9 +28,8 @@ def fit(make_adversary, plain):
     def run(*, seed=0, faces=None, **options):
         chosen = GeneratorOptions(**TINY | options)
         generator = build_generator(chosen, SIZE, seed)
-        return generator, fit_generator(
-            generator, make_adversary(plain(image_size=SIZE), faces=faces), chosen, seed=seed
-        )
+        trainer = chosen.trainer(make_adversary(plain(image_size=SIZE), faces=faces), seed)
+        return generator, fit_generator(generator, trainer, chosen)
 
     return run
 
@@ -157,13 +155,13 @@ def test_the_critic_plays_a_part_and_leaves_the_generator_trainable(fit):
 def test_a_trained_critic_tells_real_from_made_faces(make_adversary, plain):
     """The critic's own loss falls below zero: its estimate of the distance becomes positive."""
     options = GeneratorOptions(**TINY | {"adversarial": 0.01})
-    trainer = Trainer("trial", make_adversary(plain(image_size=SIZE)), 0, options.training())
+    trainer = options.trainer(make_adversary(plain(image_size=SIZE)), 0)
     losses = GeneratorLosses(options, trainer, build_generator(options, SIZE, 0), Critic(SIZE, 8))
     losses.network.train()
     optimizer = torch.optim.Adam(losses.critic.parameters(), lr=2e-3)
     for step in range(60):
         optimizer.zero_grad()
-        loss = losses.rival(trainer.training[:20], step)
+        loss = losses.rival(step)
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < -0.05

@@ -163,8 +163,8 @@ def test_a_loss_that_is_not_finite_names_the_training_and_the_step(make_adversar
         trainer.train(training)
 
 
-def test_states_are_noted_once_each():
-    seen = checkpoint.SeenStates()
+def test_states_are_noted_once_each(make_adversary, plain):
+    trainer = Trainer("trial", make_adversary(plain(image_size=8)), 0, TrainingOptions())
     for step in range(5):
-        seen.add(torch.tensor([[step % 3, 0], [1, 1]]))
-    assert seen.states.tolist() == [[0, 0], [1, 0], [1, 1], [2, 0]]
+        trainer.note(torch.tensor([[step % 3, 0], [1, 1]]))
+    assert trainer.states_seen.tolist() == [[0, 0], [1, 0], [1, 1], [2, 0]]
