@@ -43,10 +43,14 @@ class Estimate:
             raise ValueError("an interval needs a value")
 
 
-class Measure(BaseModel):
-    """One figure as it stands in a result."""
+class ResultModel(BaseModel):
+    """Part of what a command prints as JSON: unknown keys are errors, infinite numbers null."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
+
+
+class Measure(ResultModel):
+    """One figure as it stands in a result."""
 
     value: float | None = Field(description="the estimate; null with a reason where it cannot be measured")
     ci95: tuple[float, float] | None = Field(None, description="95 % interval from the bootstrap over identities")

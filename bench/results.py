@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from bench.measures import KINDS, kind_at
+from bench.measures import KINDS, ResultModel, kind_at
 from bench.measures import Direction as Direction
 from bench.measures import Measure as Measure
 
@@ -22,17 +22,13 @@ SCHEMA_VERSION = "2"
 PROTOCOL_VERSION = "1"
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
-
-
-class Quartiles(_Model):
+class Quartiles(ResultModel):
     median: float
     q1: float
     q3: float
 
 
-class Throughput(_Model):
+class Throughput(ResultModel):
     """Speed of one stage: batched images per second and batch-1 latency."""
 
     images_per_second: Quartiles
@@ -43,7 +39,7 @@ class Throughput(_Model):
     device: str
 
 
-class Verification(_Model):
+class Verification(ResultModel):
     """How well a recogniser tells pairs apart."""
 
     accuracy: Measure
@@ -58,7 +54,7 @@ class Utility(Verification):
     unprotected: Verification
 
 
-class Linkage(_Model):
+class Linkage(ResultModel):
     """How well an attack tells whether two things show one person."""
 
     protected_plain: Verification = Field(description="an intercepted representation against a plain face")
@@ -73,7 +69,7 @@ class Linkage(_Model):
     )
 
 
-class Identity(_Model):
+class Identity(ResultModel):
     """Identity leakage under the evaluator (DESIGN: type I against the same image, type II another)."""
 
     type1_tar: Measure
@@ -84,7 +80,7 @@ class Identity(_Model):
     knn_distance: Measure | None = None
 
 
-class Quality(_Model):
+class Quality(ResultModel):
     """How near recovered faces come to the originals."""
 
     ssim: Measure
@@ -96,8 +92,8 @@ class Quality(_Model):
 
     def figure(self, name: str) -> Measure | None:
         """The figure of this name, of the picture or of the person; None where it is neither or was not asked for."""
-        found: Measure | None = getattr(self if name in Quality.model_fields else self.identity, name, None)
-        return found
+        measure: Measure | None = getattr(self if name in Quality.model_fields else self.identity, name, None)
+        return measure
 
 
 class Recovery(Quality):
@@ -112,7 +108,7 @@ class Recovery(Quality):
         return {label: self, **floors, "ceiling": self.ceiling}
 
 
-class StateInference(_Model):
+class StateInference(ResultModel):
     """How often the attack named what the defence had drawn."""
 
     faces: Measure = Field(description="share of interceptions of which every channel was put in its place")
@@ -120,14 +116,14 @@ class StateInference(_Model):
     chance: float | None = Field(None, description="faces of uniform guessing, where the states can be counted")
 
 
-class StrengthPoint(_Model):
+class StrengthPoint(ResultModel):
     """What leaks to an attack of one budget."""
 
     budget: float
     values: dict[str, Measure]
 
 
-class StrengthCurve(_Model):
+class StrengthCurve(ResultModel):
     """Leakage against the attacker's budget; the last point is the run's own result."""
 
     axis: str = Field(description="what the budget counts")
@@ -142,7 +138,7 @@ class StrengthCurve(_Model):
     unsaturated: bool | None = Field(description="whether any of these metrics gains; None where none could be judged")
 
 
-class PluginInfo(_Model):
+class PluginInfo(ResultModel):
     name: str
     options: dict[str, Any]
 
@@ -153,7 +149,7 @@ class DefenseInfo(PluginInfo):
     states: int | None
     entropy_bits: float
     bytes_per_face: int
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = Field({})
 
     @classmethod
     def of(cls, description: dict[str, Any]) -> Self:
@@ -166,11 +162,11 @@ class AttackInfo(PluginInfo):
     knowledge: str
     saturated: bool | None
     states_covered: bool | None
-    curve: list[tuple[int, float]] = []
-    details: dict[str, Any] = {}
+    curve: list[tuple[int, float]] = Field([])
+    details: dict[str, Any] = Field({})
 
 
-class AttackResult(_Model):
+class AttackResult(ResultModel):
     """What one attack of a run got."""
 
     attack: AttackInfo
@@ -212,7 +208,7 @@ def _at(result: BaseModel, place: str) -> Measure | None:
     return node if isinstance(node, Measure) else None
 
 
-class EvaluatorInfo(_Model):
+class EvaluatorInfo(ResultModel):
     name: str
     sha256: str | None
     accuracy: float
@@ -220,7 +216,7 @@ class EvaluatorInfo(_Model):
     far_at_threshold: float
 
 
-class DatasetInfo(_Model):
+class DatasetInfo(ResultModel):
     name: str
     synthetic: bool
     image_size: int
@@ -229,10 +225,10 @@ class DatasetInfo(_Model):
     pairs: int
     probes: int
     skipped: int
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = Field({})
 
 
-class RunResult(_Model):
+class RunResult(ResultModel):
     """``metrics.json``. Of a failed or cancelled run only the head is there.
 
     A run of one attack has ``attack``, ``recovery``, ``linkage``, ``state_inference``, ``strength`` at the top. One of
@@ -244,7 +240,7 @@ class RunResult(_Model):
     run_id: str
     status: Literal["success", "error", "cancelled"]
     error: str | None = None
-    warnings: list[str] = []
+    warnings: list[str] = Field([])
     defense: DefenseInfo | None = None
     attack: AttackInfo | None = None
     evaluator: EvaluatorInfo | None = None
@@ -259,9 +255,9 @@ class RunResult(_Model):
         None, description="per victim and figure, the value under the recovery attack from which most leaks"
     )
     throughput: dict[str, Throughput] | None = None
-    seconds: dict[str, float] = {}
-    cached: list[str] = []
-    peak_memory: dict[str, int] = {}
+    seconds: dict[str, float] = Field({})
+    cached: list[str] = Field([])
+    peak_memory: dict[str, int] = Field({})
 
     @model_validator(mode="before")
     @classmethod
@@ -355,7 +351,7 @@ def _directed(node: Any, place: str) -> Any:
     return {name: item for name, item in node.items() if name != "higher_is_better_for"} | {"direction": direction}
 
 
-class PlannedStage(_Model):
+class PlannedStage(ResultModel):
     """One stage of ``--dry-run``; ``seconds`` is None where there is nothing to time it by."""
 
     name: str
@@ -364,7 +360,7 @@ class PlannedStage(_Model):
     seconds: float | None = None
 
 
-class RunPlan(_Model):
+class RunPlan(ResultModel):
     """What ``bench run --dry-run`` prints."""
 
     run_id: str

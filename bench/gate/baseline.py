@@ -9,7 +9,6 @@ import copy
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,7 +19,17 @@ from bench import __version__
 from bench.errors import DataError, MissingError, UsageError
 from bench.files import write_text
 from bench.gate.comparison import Variance, between_runs, moderated, pool, quantile, victims_variance
-from bench.gate.scores import FIGURES, CellKey, Role, RunScores, StoredModel, as_text, cell_key, run_scores
+from bench.gate.scores import (
+    FIGURES,
+    CellKey,
+    Role,
+    RunScores,
+    StoredModel,
+    as_text,
+    cell_key,
+    first_problem,
+    run_scores,
+)
 from bench.measures import Direction
 from bench.results import PROTOCOL_VERSION
 from bench.run.archive import Run
@@ -67,16 +76,19 @@ class Expected(StoredModel):
         """What a pass rules out: the margin, and what somebody tolerates beyond it."""
         return max(self.margin, self.tolerance)
 
+    def between(self, *, paired: bool) -> Variance:
+        """Variance between runs: of one seed if they are ``paired``, else of several."""
+        sd, df = (self.repeat_sd, self.repeat_df) if paired else (self.seed_sd, self.seed_df)
+        return Variance(sd**2, df)
+
 
 class Cell(StoredModel):
-    """One cell: what it is, what its figures are, and the runs that say so.
-
-    Attributes:
-        resolved: all options of defence and attack as they stood, for people: a changed default is told, not judged.
-    """
+    """One cell: what it is, what its figures are, and the runs that say so."""
 
     key: CellKey
-    resolved: dict[str, str] = Field(default_factory=dict)
+    resolved: dict[str, str] = Field(
+        {}, description="all options of defence and attack as they stood: a changed default is told, not judged"
+    )
     figures: dict[str, Expected]
     runs: list[RunScores] = Field(min_length=1)
 
@@ -93,21 +105,17 @@ class Cell(StoredModel):
 
 
 class Baseline(StoredModel):
-    """The file.
+    """The file."""
 
-    Attributes:
-        schema_: version of this format.
-        protocol: of the results; others cannot be compared.
-        made_by: version of the suite.
-        alpha: chance, per run, that anything is called a regression that is none.
-        alpha_pass: chance that a harmful change of a figure's margin passes.
-    """
-
-    schema_: Literal["2"] = Field("2", alias="schema")
-    protocol: str = PROTOCOL_VERSION
-    made_by: str = __version__
-    alpha: float = Field(0.002, gt=0, lt=0.5)
-    alpha_pass: float = Field(0.05, gt=0, lt=0.5)
+    schema_: Literal["2"] = Field("2", alias="schema", description="version of this format")
+    protocol: str = Field(PROTOCOL_VERSION, description="of the results; others cannot be compared")
+    made_by: str = Field(__version__, description="version of the suite")
+    alpha: float = Field(
+        0.002, gt=0, lt=0.5, description="chance, per run, that anything is called a regression that is none"
+    )
+    alpha_pass: float = Field(
+        0.05, gt=0, lt=0.5, description="chance that a harmful change of a figure's margin passes"
+    )
     cells: list[Cell] = Field(min_length=1)
 
     @model_validator(mode="before")
@@ -128,10 +136,11 @@ class Baseline(StoredModel):
 
     @model_validator(mode="after")
     def _cells_differ(self) -> Self:
-        counts = Counter(cell.key.model_dump_json() for cell in self.cells)
+        seen = set()
         for cell in self.cells:
-            if counts[cell.key.model_dump_json()] > 1:
+            if (document := cell.key.model_dump_json()) in seen:
                 raise ValueError(f"the cell {cell.key.label} is there twice")
+            seen.add(document)
         return self
 
     def to_json(self) -> str:
@@ -160,10 +169,7 @@ def read_baseline(path: Path) -> Baseline:
     except OSError as error:
         raise MissingError(f"baseline {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "document"
-        what = problem["msg"].removeprefix("Value error, ")
-        raise DataError(f"baseline {path} cannot be used: {where}: {what}") from None
+        raise DataError(f"baseline {path} cannot be used: {first_problem(error)}") from None
 
 
 def _on_one_line(match: re.Match[str]) -> str:
@@ -195,9 +201,7 @@ def make_baseline(runs: Sequence[Run], earlier: Baseline | None = None) -> Basel
             cells.setdefault(key.model_dump_json(), (key, attack, []))[2].append(run)
     kept = {cell.key.model_dump_json(): cell.figures for cell in earlier.cells} if earlier else {}
     made = [_cell(key, attack, of_it, kept.get(document, {})) for document, (key, attack, of_it) in cells.items()]
-    if earlier is not None:
-        return Baseline(cells=made, alpha=earlier.alpha, alpha_pass=earlier.alpha_pass)
-    return Baseline(cells=made)
+    return Baseline(cells=made, **(earlier.model_dump(include={"alpha", "alpha_pass"}) if earlier else {}))
 
 
 def check_protocol(run: Run, protocol: str) -> None:
@@ -222,28 +226,20 @@ def resolved_options(run: Run, attack: str) -> dict[str, str]:
 
 def _cell(key: CellKey, attack: str, runs: Sequence[Run], kept: Mapping[str, Expected]) -> Cell:
     scores = [run_scores(run, attack)[0] for run in runs]
-    _check_distinct(scores, key)
+    seen = set()
+    for run in scores:  # a run given twice would make runs look more alike than they are
+        if (content := run.model_dump_json(exclude={"run_id"})) in seen:
+            raise UsageError(f"{key.label}: two runs of seed {run.seed} are one and the same; give it once")
+        seen.add(content)
     names = [name for name in FIGURES if all(name in run.figures for run in scores)]
     if not any(FIGURES[name].role == "privacy" and name != "defense.entropy_bits" for name in names):
         raise DataError(f"{key.label}: no privacy figure was measured, so there is nothing to guard")
     scores = [run.model_copy(update={"figures": {name: run.figures[name] for name in names}}) for run in scores]
     figures = {name: _expected(name, scores, len(names)) for name in names}
-    for name, old in kept.items():
-        if name in figures:
-            update = {"absolute": old.absolute, "relative": old.relative}
-            figures[name] = figures[name].model_copy(update=update)
+    for name in figures.keys() & kept.keys():
+        tolerated = kept[name].model_dump(include={"absolute", "relative"})
+        figures[name] = figures[name].model_copy(update=tolerated)
     return Cell(key=key, resolved=resolved_options(runs[0], attack), figures=figures, runs=scores)
-
-
-def _check_distinct(runs: Sequence[RunScores], key: CellKey) -> None:
-    """A run given twice would make runs look more alike than they are."""
-    seen: dict[tuple[object, ...], RunScores] = {}
-    for run in runs:
-        hashes = sorted(scores.sha256 for scores in run.figures.values() if scores.sha256)
-        content = (run.seed, run.source, *hashes, *sorted((n, s.value) for n, s in run.figures.items()))
-        if content in seen:
-            raise UsageError(f"{key.label}: two runs of seed {run.seed} are one and the same; give it once")
-        seen[content] = run
 
 
 def _expected(name: str, runs: Sequence[RunScores], tests: int) -> Expected:

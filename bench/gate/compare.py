@@ -4,30 +4,28 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from bench.errors import UsageError
 from bench.gate.baseline import check_protocol, resolved_options
 from bench.gate.comparison import Variance, change
-from bench.gate.scores import FIGURES, RunScores, as_text, run_scores
-from bench.measures import Direction, kind_at
+from bench.gate.scores import FIGURES, RunScores, as_text, differing, run_scores
+from bench.measures import Direction, ResultModel, kind_at
 from bench.run.archive import Run
 
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
+SettingKind = Literal["asked", "resolved", "machine"]
 
 
-class Setting(_Model):
+class Setting(ResultModel):
     """One setting that differs; None where a run does not have it."""
 
-    kind: Literal["asked", "resolved", "machine"]
+    kind: SettingKind
     name: str
     first: str | None
     second: str | None
 
 
-class FigureChange(_Model):
+class FigureChange(ResultModel):
     """One figure in both runs."""
 
     figure: str = Field(description="its place in metrics.json")
@@ -41,7 +39,7 @@ class FigureChange(_Model):
     victims: str | None = Field(None, description="whether both are of the same people, so that the interval is paired")
 
 
-class Difference(_Model):
+class Difference(ResultModel):
     """``bench compare A B --json``."""
 
     first: str
@@ -65,36 +63,39 @@ def compare(first: Run, second: Run) -> Difference:
         UsageError: a run failed, or they are of two protocol versions.
         DataError: a run's files contradict each other.
     """
-    for run in (first, second):
+    runs = (first, second)
+    for run in runs:
         if run.failed:
             raise UsageError(f"{run.directory} failed ({run.result.error}): it has no figures to compare")
     check_protocol(second, first.manifest.protocol)
     figures: dict[str, FigureChange] = {}
     resolved: tuple[dict[str, str], dict[str, str]] = ({}, {})
     # What is the run's own stands in the scores of each of its attacks.
-    of_runs = [run_scores(run, next(iter(run.attacks)))[0] for run in (first, second)]
+    of_runs = [run_scores(run, next(iter(run.attacks)))[0] for run in runs]
     for prefix, attacks in _pairs(first, second).items():
         scores: list[RunScores | None] = []
-        for run, attack, options in zip((first, second), attacks, resolved, strict=True):
+        for run, attack, options in zip(runs, attacks, resolved, strict=True):
             scores.append(run_scores(run, attack)[0] if attack else None)
             asked = resolved_options(run, attack) if attack else {}
             options |= {name.replace("-a ", f"-a {attack}.") if prefix else name: asked[name] for name in asked}
         for name in dict.fromkeys(name for side in scores if side for name in side.figures):
             of_run = name.startswith(("utility.", "defense."))
             place = name if of_run else prefix + name
-            if name.startswith(_LEFT_OUT) or place in figures:
-                continue
-            figures[place] = _change(place, name, *(of_runs if of_run else scores))
+            if not name.startswith(_LEFT_OUT) and place not in figures:
+                figures[place] = _change(place, name, *(of_runs if of_run else scores))
+    asked_for = [as_text({k: v for k, v in run.manifest.config.items() if k != "out"}) for run in runs]
+    machines = [{k: str(getattr(run.manifest, k)) for k in _MACHINE} | run.manifest.packages for run in runs]
+    kinds: dict[SettingKind, Any] = {"asked": asked_for, "resolved": resolved, "machine": machines}
     return Difference(
         first=first.manifest.run_id,
         second=second.manifest.run_id,
         settings=[
-            *_settings("asked", as_text(_asked(first)), as_text(_asked(second))),
-            *_settings("resolved", *resolved),
-            *_settings("machine", _machine(first), _machine(second)),
+            Setting(kind=kind, name=name, first=here, second=there)
+            for kind, sides in kinds.items()
+            for name, here, there in differing(*sides)
         ],
         figures=list(figures.values()),
-        warnings={run.manifest.run_id: list(run.result.warnings) for run in (first, second)},
+        warnings={run.manifest.run_id: list(run.result.warnings) for run in runs},
     )
 
 
@@ -110,31 +111,13 @@ def _pairs(first: Run, second: Run) -> dict[str, tuple[str | None, str | None]]:
 
 
 def _change(place: str, name: str, first: RunScores | None, second: RunScores | None) -> FigureChange:
-    values = [scores.figures[name].value if scores and name in scores.figures else None for scores in (first, second)]
     kind = kind_at(name)
-    row = FigureChange(figure=place, direction=kind.direction if kind else None, first=values[0], second=values[1])
-    if first is None or second is None or None in values:
-        return row
-    rate = name in FIGURES and FIGURES[name].rate
-    changed = change(name, second, [first], Variance(0.0, 1.0), rate=rate)
-    half = changed.half_width(0.95)
-    interval = None if changed.se is None else (changed.value - half, changed.value + half)
-    return row.model_copy(update={"change": changed.value, "ci95": interval, "victims": changed.pairing})
-
-
-def _asked(run: Run) -> dict[str, Any]:
-    return {name: value for name, value in run.manifest.config.items() if name != "out"}
-
-
-def _machine(run: Run) -> dict[str, str]:
-    return {name: str(getattr(run.manifest, name)) for name in _MACHINE} | run.manifest.packages
-
-
-def _settings(
-    kind: Literal["asked", "resolved", "machine"], first: dict[str, str], second: dict[str, str]
-) -> list[Setting]:
-    return [
-        Setting(kind=kind, name=name, first=first.get(name), second=second.get(name))
-        for name in sorted(first.keys() | second.keys())
-        if first.get(name) != second.get(name)
-    ]
+    here, there = (
+        scores.figures[name].value if scores and name in scores.figures else None for scores in (first, second)
+    )
+    known: dict[str, Any] = {}
+    if first is not None and second is not None and here is not None and there is not None:
+        rate = name in FIGURES and FIGURES[name].rate
+        changed = change(name, second, [first], Variance(0.0, 1.0), rate=rate)
+        known = {"change": changed.value, "ci95": changed.ci95, "victims": changed.pairing}
+    return FigureChange(figure=place, direction=kind and kind.direction, first=here, second=there, **known)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy import stats
@@ -37,6 +38,9 @@ Pairing = Literal["identical", "same victims", "some victims shared", "other vic
 
 #: Resamples behind a standard error: its own error is then 2 %.
 REPLICATES = 1000
+
+#: Below this a change is a rounding of the stored scores.
+NOTHING = 1e-6
 
 #: How many runs an assumed standard deviation weighs as much as.
 PRIOR_WEIGHT = 6
@@ -73,9 +77,22 @@ class Change:
         """``now - expected``."""
         return self.now - self.expected
 
-    def half_width(self, level: float) -> float:
-        """Half the width of the two-sided interval of this level; infinite without a standard error."""
-        return math.inf if self.se is None else quantile((1 + level) / 2, self.df) * self.se
+    @property
+    def ci95(self) -> tuple[float, float] | None:
+        """Two-sided 95 % interval of the change; None without a standard error."""
+        if self.se is None:
+            return None
+        half = quantile(0.975, self.df) * self.se
+        return self.value - half, self.value + half
+
+    def tail(self, excess: float) -> float:
+        """P(T > excess / se): how easily chance alone gives such an excess."""
+        if self.se is None:
+            return 1.0
+        if self.se == 0:
+            # Exact figures, and the very same scores: sizes decide, not chance.
+            return 0.0 if excess > NOTHING else 1.0
+        return float(stats.t.sf(excess / self.se, self.df))
 
 
 def pool(parts: Iterable[Variance]) -> Variance:
@@ -119,18 +136,17 @@ def victims_variance(name: str, weighted: Sequence[tuple[RunScores, float]], *, 
     Returns:
         The variance, or None where it needs a second person.
     """
-    parts = [
+    parts: list[Variance | None] = [
         Variance((weight * scores.se) ** 2, max(1, run.victims - 1))
         for run, weight in weighted
         if (scores := run.figures[name]).se is not None
     ]
     sampled = [(run, weight) for run, weight in weighted if run.figures[name].means is not None]
-    for group in _sharing_people(name, sampled):
-        part = _resampled(name, group)
-        if part is None:
-            return None
-        parts.append(part)
-    total = pool(parts)
+    parts += [_resampled(name, group) for group in _sharing_people(name, sampled)]
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    total = pool(known)
     if rate and sampled:
         least = 1 / (min(len(_measured(run, name)) for run, _ in sampled) + 2) ** 2
         if total.value < least:
@@ -190,13 +206,10 @@ def _sharing_people(name: str, weighted: Sequence[tuple[RunScores, float]]) -> l
     groups: list[tuple[set[str], list[tuple[RunScores, float]]]] = []
     for item in weighted:
         people, members = _measured(item[0], name), [item]
-        apart = []
-        for others, runs in groups:
-            if people & others:
-                people, members = people | others, [*runs, *members]
-            else:
-                apart.append((others, runs))
-        groups = [*apart, (people, members)]
+        for group in [group for group in groups if group[0] & people]:
+            groups.remove(group)
+            people, members = people | group[0], [*group[1], *members]
+        groups.append((people, members))
     return [members for _, members in groups]
 
 
@@ -207,17 +220,15 @@ def _resampled(name: str, group: Sequence[tuple[RunScores, float]]) -> Variance 
         return None
     # One state for all: the same people are drawn wherever the same people are compared.
     drawn = draw_identities(len(people), torch.Generator().manual_seed(0), REPLICATES).numpy()
-    place = {person: index for index, person in enumerate(people)}
     total: NDArray[np.float64] = np.zeros(REPLICATES)
     for run, weight in group:
         scores = run.figures[name]
-        sums, counts = np.zeros(len(people)), np.zeros(len(people))
-        for person, mean, count in zip(run.people, scores.means or [], scores.counts or [], strict=True):
-            if mean is not None:
-                # About the mean: equal values leave no rounding for a resample to differ by.
-                sums[place[person]], counts[place[person]] = (mean - scores.value) * count, count
+        columns = {"mean": scores.means, "count": scores.counts}
+        table = pd.DataFrame(columns, index=run.people, dtype="float64").reindex(people).fillna(0.0)
+        # About the mean: equal values leave no rounding for a resample to differ by.
+        sums = (table["mean"] - scores.value) * table["count"]
         with np.errstate(invalid="ignore", divide="ignore"):
-            total += weight * (drawn @ sums) / (drawn @ counts)
+            total += weight * (drawn @ sums.to_numpy()) / (drawn @ table["count"].to_numpy())
     # The plug-in variance is short by (K - 1) / K. A resample without anybody of some run says nothing.
     value = float(np.nanvar(total)) * len(people) / (len(people) - 1)
     return Variance(value if value > 1e-18 else 0.0, len(people) - 1)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import get_args
 from xml.etree import ElementTree as ET
 
-from bench.files import write_text
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Verdict
 
 
@@ -20,17 +18,18 @@ def figure_line(figure: FigureVerdict) -> str:
         ...     now=0.8, change=0.1, ci95=(0.08, 0.12), tolerance=0.02, margin=0.05, outcome="regress"))
         'ssim regress: 0.7 -> 0.8, change +0.1 [+0.08, +0.12], tolerated 0.02, a pass rules out 0.05'
     """
-    head = f"{figure.figure} {figure.outcome}: {number(figure.baseline)} -> {number(figure.now)}"
-    parts = [head]
-    if figure.change is not None:
-        interval = f" [{figure.ci95[0]:+.3g}, {figure.ci95[1]:+.3g}]" if figure.ci95 else ""
-        parts.append(f"change {figure.change:+.3g}{interval}")
-    parts += [f"tolerated {figure.tolerance:.3g}", f"a pass rules out {figure.margin:.3g}"]
-    if figure.detectable is not None:
-        parts.append(f"detectable {figure.detectable:.3g}")
-    if figure.note:
-        parts.append(figure.note)
-    return ", ".join(parts)
+    change = None if figure.change is None else f"change {figure.change:+.3g}"
+    if change and figure.ci95:
+        change += f" [{figure.ci95[0]:+.3g}, {figure.ci95[1]:+.3g}]"
+    parts = [
+        f"{figure.figure} {figure.outcome}: {number(figure.baseline)} -> {number(figure.now)}",
+        change,
+        f"tolerated {figure.tolerance:.3g}",
+        f"a pass rules out {figure.margin:.3g}",
+        None if figure.detectable is None else f"detectable {figure.detectable:.3g}",
+        figure.note,
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def cell_lines(cell: CellVerdict) -> list[str]:
@@ -78,40 +77,36 @@ def workflow_commands(report: GateReport) -> Iterator[str]:
     """One workflow command per line: an error for what stops the job, a warning for what could not be decided."""
     for cell in report.cells:
         level = "warning" if cell.outcome == "inconclusive" else "error"
-        lines = cell_lines(cell)
-        if lines:
-            title = _property(f"privacy gate: {cell.outcome}")
-            yield f"::{level} title={title}::{_data(cell.cell + chr(10) + chr(10).join(lines))}"
+        if lines := cell_lines(cell):
+            yield _command(level, f"privacy gate: {cell.outcome}", cell.cell, *lines)
         elif any(figure.improved for figure in cell.figures):
-            yield f"::notice title=privacy gate::{_data(cell.cell + chr(10) + chr(10).join(cell.notes))}"
+            yield _command("notice", "privacy gate", cell.cell, *cell.notes)
     for line in report.extra:
-        yield f"::notice title=privacy gate::{_data(line)}"
+        yield _command("notice", "privacy gate", line)
 
 
-def append_summary(report: GateReport, path: Path) -> None:
-    """Append the summary to the file that ``GITHUB_STEP_SUMMARY`` names; other steps append to it too."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(summary(report))
+def _command(level: str, title: str, *lines: str) -> str:
+    title, text = (
+        part.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A") for part in (title, "\n".join(lines))
+    )
+    return f"::{level} title={title.replace(':', '%3A').replace(',', '%2C')}::{text}"
 
 
 def summary(report: GateReport) -> str:
     """The report as Markdown."""
     parts = [f"## {_ICON[report.outcome]} Privacy gate: {report.outcome}\n", f"Baseline {_text(report.baseline)}\n"]
-    parts += [part for cell in report.cells for part in _cell(cell)]
+    for cell in report.cells:
+        parts.append(f"### {_ICON[cell.outcome]} {_text(cell.cell)}: {cell.outcome}\n")
+        if cell.run:
+            parts.append(f"Run {_text(cell.run)}\n")
+        if cell.figures:
+            verdicts = ((_ICON[figure.outcome], _text(figure.figure), *cells(figure)[1:]) for figure in cell.figures)
+            rows = [("", *COLUMNS), ("---",) * (len(COLUMNS) + 1), *verdicts]
+            parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
+        if cell.notes:
+            parts.append("\n".join(f"- {_text(note)}" for note in cell.notes) + "\n")
     parts += [f"- {_text(line)}\n" for line in report.extra]
     return "\n".join(parts) + "\n"
-
-
-def _cell(cell: CellVerdict) -> Iterator[str]:
-    yield f"### {_ICON[cell.outcome]} {_text(cell.cell)}: {cell.outcome}\n"
-    if cell.run:
-        yield f"Run {_text(cell.run)}\n"
-    if cell.figures:
-        verdicts = ((_ICON[figure.outcome], _text(figure.figure), *cells(figure)[1:]) for figure in cell.figures)
-        rows = [("", *COLUMNS), ("---",) * (len(COLUMNS) + 1), *verdicts]
-        yield "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
-    if cell.notes:
-        yield "\n".join(f"- {_text(note)}" for note in cell.notes) + "\n"
 
 
 def _text(text: str) -> str:
@@ -119,48 +114,28 @@ def _text(text: str) -> str:
     return "".join(f"&#{ord(c)};" if c in _MARKUP else c for c in " ".join(text.split()))
 
 
-def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-
-
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")
-
-
 #: Characters that XML 1.0 cannot hold, not even escaped.
 _ILLEGAL = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def write_junit(report: GateReport, path: Path) -> None:
-    """Write the file in one step."""
-    write_text(path, junit(report))
 
 
 def junit(report: GateReport) -> str:
     """The document. What could not be decided is an ``error``, every other bad outcome a ``failure``."""
     root = ET.Element("testsuites", name="bench gate")
     for cell in report.cells:
-        suite = ET.SubElement(root, "testsuite", name=_legal(cell.cell))
-        if not cell.figures:
-            _case(suite, cell, "the cell", cell.outcome, "; ".join(cell.notes))
-        for figure in cell.figures:
-            _case(suite, cell, figure.figure, figure.outcome, figure_line(figure))
-        for tag, attribute in (("failure", "failures"), ("error", "errors")):
-            suite.set(attribute, str(len(suite.findall(f"testcase/{tag}"))))
-        suite.set("tests", str(len(suite.findall("testcase"))))
+        cases = [(figure.figure, figure.outcome, figure_line(figure)) for figure in cell.figures]
+        cases = cases or [("the cell", cell.outcome, "; ".join(cell.notes))]
+        tags = ["error" if outcome == "inconclusive" else "failure" for _, outcome, _ in cases if outcome != "pass"]
+        counts = {"failures": tags.count("failure"), "errors": tags.count("error"), "tests": len(cases)}
+        suite = _element(root, "testsuite", name=cell.cell, **{name: str(count) for name, count in counts.items()})
+        for name, outcome, message in cases:
+            case = _element(suite, "testcase", classname=cell.run or cell.cell, name=name)
+            if outcome != "pass":
+                _element(case, tags.pop(0), type=outcome, message=message)
         if cell.figures and cell.notes:
-            ET.SubElement(suite, "system-out").text = _legal("\n".join(cell.notes))
+            _element(suite, "system-out").text = _ILLEGAL.sub("\ufffd", "\n".join(cell.notes))
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _case(suite: ET.Element, cell: CellVerdict, name: str, outcome: Verdict, message: str) -> None:
-    case = ET.SubElement(suite, "testcase", classname=_legal(cell.run or cell.cell), name=_legal(name))
-    if outcome == "pass":
-        return
-    tag = "error" if outcome == "inconclusive" else "failure"
-    ET.SubElement(case, tag, type=outcome, message=_legal(message))
-
-
-def _legal(text: str) -> str:
-    return _ILLEGAL.sub("\ufffd", text)
+def _element(parent: ET.Element, tag: str, **attributes: str) -> ET.Element:
+    return ET.SubElement(parent, tag, {name: _ILLEGAL.sub("\ufffd", text) for name, text in attributes.items()})

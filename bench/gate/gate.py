@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.errors import UsageError
-from bench.gate.baseline import Baseline, Cell, Expected, check_protocol, resolved_options
-from bench.gate.comparison import Change, Variance, change, references
-from bench.gate.scores import FIGURES, CellKey, RunScores, cell_key, run_scores
+from bench.gate.baseline import Baseline, Cell, check_protocol, resolved_options
+from bench.gate.comparison import change, references
+from bench.gate.scores import FIGURES, CellKey, RunScores, cell_key, differing, run_scores
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, decide, exit_code, worst
 from bench.run.archive import Run
 
@@ -19,7 +19,7 @@ def gate(
 
     Args:
         baseline: what is expected.
-        runs: what was found; several of one cell are judged one by one.
+        runs: those to judge; several of one cell are judged one by one.
         name: of the baseline, for the report.
         ignore_options: hold a run against the cell of the same names, whatever the options of defence and attack: to
             judge a variant.
@@ -82,46 +82,23 @@ def _missing(cell: Cell, unmatched: Sequence[tuple[Run, CellKey]]) -> CellVerdic
 def _judge(run: Run, attack: str, key: CellKey, cell: Cell, baseline: Baseline) -> CellVerdict:
     about = {"cell": cell.key.label, "run": run.manifest.run_id, "directory": str(run.directory)}
     if run.failed:
-        return CellVerdict(
-            **about, outcome="failed", notes=[f"the run failed: {run.result.error or run.result.status}"]
-        )
+        notes = [f"the run failed: {run.result.error or run.result.status}"]
+        return CellVerdict(**about, outcome="failed", notes=notes)
     scores, reasons = run_scores(run, attack)
     compared, paired = references(scores, cell.runs)
-    changes: dict[str, Change] = {}
-    absent: list[FigureVerdict] = []
-    for figure, expected in cell.figures.items():
-        if figure in scores.figures:
-            between = _between(expected, paired=paired)
-            changes[figure] = change(figure, scores, compared, between, rate=expected.rate)
-        else:
-            absent.append(_not_measured(figure, expected, reasons.get(figure)))
-    figures = [*decide(changes, cell.figures, alpha=baseline.alpha, alpha_pass=baseline.alpha_pass), *absent]
-    return CellVerdict(
-        **about,
-        outcome=worst(figure.outcome for figure in figures),
-        figures=figures,
-        notes=_notes(run, attack, key, cell, scores, figures),
-    )
-
-
-def _between(expected: Expected, *, paired: bool) -> Variance:
-    if paired:
-        return Variance(expected.repeat_sd**2, expected.repeat_df)
-    return Variance(expected.seed_sd**2, expected.seed_df)
-
-
-def _not_measured(figure: str, expected: Expected, reason: str | None) -> FigureVerdict:
-    return FigureVerdict(
-        figure=figure,
-        role=expected.role,
-        direction=expected.direction,
-        baseline=expected.value,
-        now=None,
-        tolerance=expected.tolerance,
-        margin=expected.excluded,
-        outcome="inconclusive",
-        note=f"not measured: {reason or 'the run does not have this figure'}",
-    )
+    changes = {
+        name: change(name, scores, compared, expected.between(paired=paired), rate=expected.rate)
+        for name, expected in cell.figures.items()
+        if name in scores.figures
+    }
+    figures = decide(changes, cell.figures, alpha=baseline.alpha, alpha_pass=baseline.alpha_pass)
+    for name, expected in cell.figures.items():
+        if name not in changes:
+            note = f"not measured: {reasons.get(name) or 'the run does not have this figure'}"
+            lacking = FigureVerdict.of(name, expected, expected.value, None, outcome="inconclusive", note=note)
+            figures.append(lacking)
+    outcome, notes = worst(figure.outcome for figure in figures), _notes(run, attack, key, cell, scores, figures)
+    return CellVerdict(**about, outcome=outcome, figures=figures, notes=notes)
 
 
 def _notes(
@@ -137,22 +114,18 @@ def _notes(
         )
     elif better:
         notes.append(f"better than the baseline: {', '.join(better)}; if that is meant to last, make the baseline anew")
-    unknown = sorted(key.settings.keys() ^ cell.key.settings.keys())
-    if unknown:
+    if unknown := sorted(key.settings.keys() ^ cell.key.settings.keys()):
         notes.append(f"settings that only one of run and baseline knows, not compared: {', '.join(unknown)}")
-    before, now = cell.resolved, resolved_options(run, attack)
-    changed = [
-        f"{name} {before.get(name, 'unset')} -> {now.get(name, 'unset')}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
+    changed = differing(cell.resolved, resolved_options(run, attack))
     if changed:
-        notes.append(f"options are not those of the baseline: {', '.join(changed)}")
-    new = [name for name in FIGURES if name in scores.figures and name not in cell.figures]
-    if new:
+        told = ", ".join(f"{name} {before or 'unset'} -> {now or 'unset'}" for name, before, now in changed)
+        notes.append(f"options are not those of the baseline: {told}")
+    if new := [name for name in FIGURES if name in scores.figures and name not in cell.figures]:
         notes.append(f"not in the baseline, hence not judged: {', '.join(new)}")
-    measured = [figure for figure in figures if figure.role == "privacy" and figure.figure != "defense.entropy_bits"]
     if blind := [figure.figure for figure in figures if figure.blind]:
+        measured = (
+            figure for figure in figures if figure.role == "privacy" and figure.figure != "defense.entropy_bits"
+        )
         every = ", and no other figure of privacy is there" if all(figure.blind for figure in measured) else ""
         notes.append(
             f"blind: with these victims nothing less than the loss of all that is left would be seen in "

@@ -24,11 +24,8 @@ Role = Literal["privacy", "utility", "canary"]
 class Figure:
     """A figure that the gate guards.
 
-    Attributes:
-        role: ``canary`` is what the attack gets out of unprotected faces: where that falls, the attack broke.
-        direction: what a higher value means.
-        guard: its tolerance, and how much runs are assumed to differ.
-        rate: whether it is a share of trials, whose resampled error is too small near 0 and 1.
+    A ``canary`` is what the attack gets out of unprotected faces: where that falls, the attack broke. A ``rate`` is a
+    share of trials, whose resampled error is too small near 0 and 1.
     """
 
     role: Role
@@ -107,19 +104,13 @@ class CellKey(StoredModel):
     def matches(self, other: CellKey) -> bool:
         """Whether both are of one cell; a setting that only one knows came with another version of the suite."""
         known = self.settings.keys() & other.settings.keys()
-        mine, theirs = (
-            key.model_copy(update={"settings": {name: key.settings[name] for name in known}}) for key in (self, other)
-        )
-        return mine == theirs
+        same = all(self.settings[name] == other.settings[name] for name in known)
+        return same and self == other.model_copy(update={"settings": self.settings})
 
     def differences(self, other: CellKey) -> list[str]:
         """What differs, as ``name here -> there``."""
-        mine, theirs = self._flat(), other._flat()
-        return [
-            f"{name} {mine.get(name, 'default')} -> {theirs.get(name, 'default')}"
-            for name in sorted(mine.keys() | theirs.keys())
-            if mine.get(name) != theirs.get(name)
-        ]
+        pairs = differing(self._flat(), other._flat())
+        return [f"{name} {here or 'default'} -> {there or 'default'}" for name, here, there in pairs]
 
     def _flat(self) -> dict[str, str]:
         named = {name: str(getattr(self, name)) for name in (*_NAMED, "evaluator")}
@@ -144,7 +135,7 @@ class Scores(StoredModel):
         if self.means is not None and self.counts is not None:
             if len(self.means) != len(self.counts) or min(self.counts, default=0) < 0:
                 raise ValueError("means and counts must match, and no count is negative")
-            if any((mean is None) != (count == 0) for mean, count in zip(self.means, self.counts, strict=True)):
+            if [mean is None for mean in self.means] != [count == 0 for count in self.counts]:
                 raise ValueError("a mean is null exactly where its count is 0")
             if not any(self.counts):
                 raise ValueError("nobody was measured")
@@ -199,7 +190,8 @@ def cell_key(run: Run, attack: str) -> CellKey:
             | as_text({"dataset_options": config.get("dataset_options", {})}),
         )
     except (ValidationError, AttributeError) as error:
-        raise DataError(f"{run.directory / 'manifest.json'} does not say what was run: {_first_line(error)}") from None
+        problem = first_problem(error) if isinstance(error, ValidationError) else error
+        raise DataError(f"{run.directory / 'manifest.json'} does not say what was run: {problem}") from None
 
 
 def run_scores(run: Run, attack: str) -> tuple[RunScores, dict[str, str]]:
@@ -255,15 +247,15 @@ def _raw(place: str, attack: str, run: Run) -> pd.DataFrame | None:
 def _scores(rows: pd.DataFrame, names: list[str]) -> Scores:
     values = pd.to_numeric(rows["value"], errors="coerce").astype("float64")
     identity = rows["identity"].astype(str)
-    grouped = values.groupby(identity)
-    means = grouped.mean().reindex(names)
-    counts = grouped.count().reindex(names).fillna(0).astype(int)
-    digest = hashlib.sha256()
-    for image, person, value in sorted(zip(rows["image"], identity, values, strict=True)):
-        digest.update(f"{image}\0{person}\0{value.hex()}\n".encode())
+    people = values.groupby(identity).agg(["mean", "count"]).reindex(names)
+    counts = [int(count) for count in people["count"].fillna(0)]
     # Six digits: finer than any tolerance, and short enough for a file under version control.
-    rounded = [None if count == 0 else float(f"{mean:.6g}") for mean, count in zip(means, counts, strict=True)]
-    return Scores(value=_mean(rounded, list(counts)), sha256=digest.hexdigest(), means=rounded, counts=list(counts))
+    means = [float(f"{mean:.6g}") if count else None for mean, count in zip(people["mean"], counts, strict=True)]
+    lines = (
+        f"{i}\0{who}\0{value.hex()}\n" for i, who, value in sorted(zip(rows["image"], identity, values, strict=True))
+    )
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    return Scores(value=_mean(means, counts), sha256=digest, means=means, counts=counts)
 
 
 def _summary(measure: Measure, victims: int) -> Scores:
@@ -276,8 +268,7 @@ def _summary(measure: Measure, victims: int) -> Scores:
 
 
 def _mean(means: list[float | None], counts: list[int]) -> float:
-    total = sum(mean * count for mean, count in zip(means, counts, strict=True) if mean is not None)
-    return total / sum(counts)
+    return sum((mean or 0.0) * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
 
 
 def as_text(options: Mapping[str, Any]) -> dict[str, str]:
@@ -291,12 +282,18 @@ def as_text(options: Mapping[str, Any]) -> dict[str, str]:
     return flat
 
 
+def differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[str, str | None, str | None]]:
+    """(key, value in the first, value in the second) of what differs, by key; None where there is no such key."""
+    keys = sorted(first.keys() | second.keys())
+    return [(key, first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)]
+
+
 def _digest(document: object) -> str:
     return hashlib.sha256(json.dumps(document, ensure_ascii=True).encode()).hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        problem = error.errors(include_url=False)[0]
-        return f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
-    return str(error)
+def first_problem(error: ValidationError) -> str:
+    """Where the first error is, and what it is, on one line."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(map(str, problem["loc"])) or "document"
+    return f"{where}: {problem['msg'].removeprefix('Value error, ')}"

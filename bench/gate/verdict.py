@@ -19,32 +19,27 @@ can show, so that a pass says openly what it rules out instead of taking "not si
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
-from scipy import stats
+from pydantic import Field
 
 from bench.gate.baseline import Expected
-from bench.gate.comparison import Change, quantile
+from bench.gate.comparison import NOTHING, Change, quantile
 from bench.gate.scores import Role
-from bench.measures import Direction
+from bench.measures import Direction, ResultModel
 
 #: From best to worst. A cell is as good as its worst figure, a report as its worst cell.
 Verdict = Literal["pass", "inconclusive", "regress", "broken attack", "failed", "missing"]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
-
-
-class FigureVerdict(_Model):
+class FigureVerdict(ResultModel):
     """One figure of one run against its baseline."""
 
     figure: str = Field(description="its place in metrics.json")
     role: Role = Field(description="what it guards")
     direction: Direction = Field(description="what a higher value means")
     baseline: float = Field(description="what was expected")
-    now: float | None = Field(description="what was found; null where it was not measured")
+    now: float | None = Field(description="what was measured; null where it was not measured")
     change: float | None = Field(None, description="now - baseline")
     ci95: tuple[float, float] | None = Field(None, description="two-sided 95 % interval of the change")
     tolerance: float = Field(description="harmful change that is tolerated")
@@ -67,19 +62,26 @@ class FigureVerdict(_Model):
     )
     note: str | None = Field(None, description="what else there is to say")
 
+    @classmethod
+    def of(cls, figure: str, expected: Expected, baseline: float, now: float | None, **more: Any) -> Self:
+        """The verdict on a figure of which ``expected`` says what is tolerated."""
+        known: dict[str, Any] = {"role": expected.role, "direction": expected.direction}
+        known |= {"tolerance": expected.tolerance, "margin": expected.excluded}
+        return cls(figure=figure, baseline=baseline, now=now, **known, **more)
 
-class CellVerdict(_Model):
+
+class CellVerdict(ResultModel):
     """One run against its cell, or a cell without a run."""
 
     cell: str
     run: str | None
     directory: str | None = None
     outcome: Verdict
-    figures: list[FigureVerdict] = []
-    notes: list[str] = []
+    figures: list[FigureVerdict] = Field([])
+    notes: list[str] = Field([])
 
 
-class GateReport(_Model):
+class GateReport(ResultModel):
     """All of it; ``extra`` are runs that no cell of the baseline is for."""
 
     outcome: Verdict
@@ -88,7 +90,7 @@ class GateReport(_Model):
     alpha: float
     alpha_pass: float
     cells: list[CellVerdict]
-    extra: list[str] = []
+    extra: list[str] = Field([])
 
 
 def worst(outcomes: Iterable[Verdict]) -> Verdict:
@@ -109,9 +111,6 @@ def exit_code(outcome: Verdict) -> int:
 #: Of the least effect that is reported as detectable.
 _POWER = 0.8
 
-#: Below this a change is a rounding of the stored scores.
-_NOTHING = 1e-6
-
 
 def decide(
     changes: Mapping[str, Change], expected: Mapping[str, Expected], *, alpha: float, alpha_pass: float
@@ -124,16 +123,47 @@ def decide(
         alpha: of calling anything a regression.
         alpha_pass: of passing a change of the margin.
     """
-    p_harm = holm(
-        {
-            name: _tail(_harm(change, expected[name]) - expected[name].tolerance, change)
-            for name, change in changes.items()
-        }
-    )
-    return [
-        _verdict(name, change, expected[name], p_harm[name], alpha, alpha_pass, tests=len(changes))
-        for name, change in changes.items()
-    ]
+    harm = {name: expected[name].harm_sign * change.value for name, change in changes.items()}
+    p_harm = holm({name: change.tail(harm[name] - expected[name].tolerance) for name, change in changes.items()})
+    verdicts = []
+    for name, change in changes.items():
+        tolerated = expected[name]
+        p_safe = change.tail(tolerated.excluded - harm[name] + 2 * NOTHING)  # what is exactly tolerated passes
+        outcome: Verdict = "pass" if p_safe <= alpha_pass else "inconclusive"
+        if p_harm[name] <= alpha:
+            outcome = "broken attack" if tolerated.role == "canary" else "regress"
+        detectable, blind, note = None, False, None
+        if change.se is None:
+            note = "fewer than two people: nothing can be said about chance"
+        elif change.pairing == "identical":
+            note = "the same scores as in the baseline"
+        else:
+            quantiles = quantile(1 - alpha / len(changes), change.df) + quantile(_POWER, change.df)
+            detectable = tolerated.tolerance + quantiles * change.se
+            # All that is left to lose could be lost without being seen.
+            blind = (
+                tolerated.limit is not None
+                and tolerated.tolerance < abs(tolerated.limit - change.expected) < detectable
+            )
+        verdicts.append(
+            FigureVerdict.of(
+                name,
+                tolerated,
+                change.expected,
+                change.now,
+                change=change.value,
+                ci95=change.ci95,
+                detectable=detectable,
+                p_harm=p_harm[name],
+                p_safe=p_safe,
+                victims=change.pairing,
+                outcome=outcome,
+                improved=change.tail(-harm[name] - tolerated.tolerance) <= alpha_pass,
+                blind=blind,
+                note=note,
+            )
+        )
+    return verdicts
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -149,67 +179,3 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         least = max(least, min(1.0, (len(p_values) - rank) * p))
         adjusted[name] = least
     return adjusted
-
-
-def _verdict(
-    name: str, change: Change, expected: Expected, p_harm: float, alpha: float, alpha_pass: float, *, tests: int
-) -> FigureVerdict:
-    harm = _harm(change, expected)
-    p_safe = _tail(expected.excluded - harm + 2 * _NOTHING, change)  # what is exactly tolerated passes
-    outcome: Verdict
-    if p_harm <= alpha:
-        outcome = "broken attack" if expected.role == "canary" else "regress"
-    else:
-        outcome = "pass" if p_safe <= alpha_pass else "inconclusive"
-    low, high = change.value - change.half_width(0.95), change.value + change.half_width(0.95)
-    detectable = None
-    if change.se is not None and change.pairing != "identical":
-        detectable = (
-            expected.tolerance + (quantile(1 - alpha / tests, change.df) + quantile(_POWER, change.df)) * change.se
-        )
-    return FigureVerdict(
-        figure=name,
-        role=expected.role,
-        direction=expected.direction,
-        baseline=change.expected,
-        now=change.now,
-        change=change.value,
-        ci95=(low, high) if change.se is not None else None,
-        tolerance=expected.tolerance,
-        margin=expected.excluded,
-        detectable=detectable,
-        p_harm=p_harm,
-        p_safe=p_safe,
-        victims=change.pairing,
-        outcome=outcome,
-        improved=_tail(-harm - expected.tolerance, change) <= alpha_pass,
-        blind=_blind(expected, change, detectable),
-        note=_note(change),
-    )
-
-
-def _harm(change: Change, expected: Expected) -> float:
-    return expected.harm_sign * change.value
-
-
-def _tail(excess: float, change: Change) -> float:
-    """P(T > excess / se): how easily chance alone gives such an excess."""
-    if change.se is None:
-        return 1.0
-    if change.se == 0:
-        # Exact figures, and the very same scores: sizes decide, not chance.
-        return 0.0 if excess > _NOTHING else 1.0
-    return float(stats.t.sf(excess / change.se, change.df))
-
-
-def _note(change: Change) -> str | None:
-    if change.se is None:
-        return "fewer than two people: nothing can be said about chance"
-    return "the same scores as in the baseline" if change.pairing == "identical" else None
-
-
-def _blind(expected: Expected, change: Change, detectable: float | None) -> bool:
-    """Whether all that is left to lose could be lost without being seen."""
-    if expected.limit is None or detectable is None:
-        return False
-    return expected.tolerance < abs(expected.limit - change.expected) < detectable

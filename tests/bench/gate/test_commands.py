@@ -32,13 +32,14 @@ def test_exit_codes(bench, stored, seeds, tmp_path):
 def test_outputs_for_ci(bench, stored, monkeypatch, tmp_path):
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    (tmp_path / "summary.md").write_text("earlier step\n")
     leaky = make_run(tmp_path / "leaky", seed=1, retrained=1, shift={"ssim": 0.1})
     code, out, err = bench("gate", "--baseline", stored, "--junit", tmp_path / "junit.xml", "--json", leaky)
     assert code == 1
     document = json.loads(out)  # one document: the annotations go to stderr
     assert (document["outcome"], document["exit_code"]) == ("regress", 1)
     assert err.startswith("::error title=privacy gate%3A regress::")
-    assert "Privacy gate: regress" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "summary.md").read_text().startswith("earlier step\n## ❌ Privacy gate: regress")
     assert "<failure" in (tmp_path / "junit.xml").read_text()
 
 

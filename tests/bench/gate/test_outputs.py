@@ -8,7 +8,7 @@ import pytest
 from gate_world import make_run
 
 from bench.gate.baseline import make_baseline
-from bench.gate.formats import append_summary, junit, summary, workflow_commands, write_junit
+from bench.gate.formats import junit, summary, workflow_commands
 from bench.gate.gate import gate
 from bench.run.archive import load_run, load_runs
 
@@ -31,9 +31,8 @@ def hostile(tmp_path):
     return gate(base, load_runs([worse, other]), name=HOSTILE)
 
 
-def test_junit_has_a_case_per_figure(report, tmp_path):
-    write_junit(report, tmp_path / "junit.xml")
-    root = ET.parse(tmp_path / "junit.xml").getroot()
+def test_junit_has_a_case_per_figure(report):
+    root = ET.fromstring(junit(report))
     suites = root.findall("testsuite")
     assert [suite.get("failures") for suite in suites] == ["0", "1"]
     assert suites[0].get("tests") == str(len(report.cells[0].figures))
@@ -67,12 +66,9 @@ def test_an_improvement_is_a_notice(baseline, tmp_path):
     assert "better than the baseline" in line
 
 
-def test_the_summary_is_appended(report, tmp_path):
-    path = tmp_path / "summary.md"
-    path.write_text("earlier step\n")
-    append_summary(report, path)
-    text = path.read_text()
-    assert text.startswith("earlier step\n## ❌ Privacy gate: regress")
+def test_the_summary_has_a_row_per_figure(report):
+    text = summary(report)
+    assert text.startswith("## ❌ Privacy gate: regress")
     rows = [line for line in text.splitlines() if line.startswith("| ❌")]
     assert len(rows) == 1
     assert rows[0].startswith("| ❌ | recovery.ssim | 0.7")
