@@ -1,4 +1,4 @@
-"""Writes files beside their place and renames them, so that nobody ever sees half a file."""
+"""Writes files beside their place and renames them, so that nobody ever sees half a file; where downloads are kept."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+#: The project's name in package indexes, and of its cache folder.
+DISTRIBUTION = "ppfr-bench"
 
 
 @contextmanager
@@ -38,3 +41,11 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: ``BENCH_CACHE``, else the user's cache folder."""
+    import platformdirs  # `bench doctor` has to start where it is missing
+
+    named = os.environ.get("BENCH_CACHE")
+    return Path(named).expanduser() if named else platformdirs.user_cache_path(DISTRIBUTION)

@@ -38,6 +38,7 @@ def photo(tmp_path):
         ("sweep --help", {"torch", "ray", "numpy"}),
         ("list settings", {"torch", "pandas"}),
         ("list metrics", {"torch", "pandas"}),
+        ("doctor", {"torch", "torchvision", "onnxruntime"}),
     ],
 )
 def test_what_only_prints_imports_nothing_heavy(words, heavy):

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import platformdirs
 import pooch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,6 +33,7 @@ from bench.data.encoded import OpenedSet
 from bench.data.loaders import Dataset
 from bench.data.sources.folder import FolderSource
 from bench.errors import DataError, MissingError
+from bench.files import cache_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,7 @@ class LfwOptions(BaseModel):
 
 def default_root() -> Path:
     """Where LFW is kept if no data root is given: in ``BENCH_CACHE``, else in the user's cache folder."""
-    named = os.environ.get("BENCH_CACHE")
-    return (Path(named).expanduser() if named else platformdirs.user_cache_path("ppfr-bench")) / "lfw"
+    return cache_folder() / "lfw"
 
 
 def open_lfw(root: Path | None, image_size: int, options: LfwOptions) -> OpenedSet:
