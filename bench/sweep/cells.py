@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,13 +32,7 @@ class _Model(BaseModel):
 
 
 class KeyFigure(_Model):
-    """A figure with what it has to be read against.
-
-    Attributes:
-        value: as measured.
-        floor: what the best guess without an attack scores, where there is one.
-        ceiling: the same figure of unprotected faces.
-    """
+    """A figure, what the best guess without an attack scores, and the same figure of unprotected faces."""
 
     value: Measure
     floor: Measure | None = None
@@ -45,21 +40,10 @@ class KeyFigure(_Model):
 
 
 class CellState(_Model):
-    """One cell of a sweep.
+    """One cell of a sweep, as it is written down.
 
-    Attributes:
-        defense, attack, knowledge, seed: what it is.
-        defense_options, attack_options: as asked for.
-        run_id: name of its run directory; two cells with the same one are the same cell.
-        directory: the run directory, once the cell has been started.
-        status: ``refused`` cells cannot be run as they were asked for, ``not applicable`` ones not at all: the attack
-            cannot work on the defence. The reason is in ``error``.
-        attempts: how often it was started, in all calls of the sweep.
-        seconds: of the last start.
-        error: one line: why it failed or cannot be run, or how it lost its worker before it is started again.
-        unsaturated: the attack would have gained from more training: its figures are lower bounds.
-        figures: the key figures, by name.
-        warnings: of its result.
+    ``refused`` cells cannot be run as they were asked for, ``not applicable`` ones not at all: the attack cannot work
+    on the defence. ``error`` says why, or why a cell failed, or how it lost its worker before it is started again.
     """
 
     defense: str
@@ -68,13 +52,13 @@ class CellState(_Model):
     seed: int
     defense_options: dict[str, Any] = {}
     attack_options: dict[str, Any] = {}
-    run_id: str
-    directory: str | None = None
+    run_id: str = Field(description="Name of its run directory; two cells with the same one are the same cell.")
+    directory: str | None = Field(None, description="The run directory, once the cell has been started.")
     status: Status = "pending"
-    attempts: int = 0
-    seconds: float | None = None
-    error: str | None = None
-    unsaturated: bool = False
+    attempts: int = Field(0, ge=0, description="How often it was started, in all calls of the sweep.")
+    seconds: float | None = Field(None, description="Of the last start.")
+    error: str | None = Field(None, description="In one line.")
+    unsaturated: bool = Field(False, description="The attack would have gained from more training: lower bounds.")
     figures: dict[str, KeyFigure] = {}
     warnings: list[str] = []
 
@@ -105,7 +89,7 @@ class SweepState(_Model):
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
-def findings(result: RunResult) -> dict[str, Any]:
+def measured(result: RunResult) -> dict[str, Any]:
     """What a cell's state takes over from the result of its run."""
     return {
         "figures": key_figures(result),
@@ -139,12 +123,7 @@ def key_figures(result: RunResult) -> dict[str, KeyFigure]:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One combination.
-
-    Attributes:
-        config: of its run.
-        refusal: why it cannot be run, or None.
-    """
+    """One combination: the configuration of its run, and why it cannot be run, or None."""
 
     config: RunConfig
     refusal: UsageError | None = None
@@ -155,6 +134,11 @@ class Cell:
         return run_id(self.config)
 
     @property
+    def directory(self) -> Path:
+        """Its run directory."""
+        return self.config.out / self.run_id
+
+    @property
     def group(self) -> tuple[str, str, int]:
         """Cells of one group need the same recogniser: the first of them trains it."""
         config = self.config
@@ -162,21 +146,12 @@ class Cell:
 
     def state(self) -> CellState:
         """Its state before anything was run."""
-        config = self.config
-        status: Status = "pending"
-        if self.refusal is not None:
-            status = "not applicable" if isinstance(self.refusal, NotApplicableError) else "refused"
-        return CellState(
-            defense=config.defense,
-            attack=config.attack,
-            knowledge=config.knowledge,
-            seed=config.seed,
-            defense_options=config.defense_options,
-            attack_options=config.attack_options,
-            run_id=self.run_id,
-            status=status,
-            error=None if self.refusal is None else str(self.refusal),
-        )
+        asked = ("defense", "attack", "knowledge", "seed", "defense_options", "attack_options")
+        state = CellState(run_id=self.run_id, **{name: getattr(self.config, name) for name in asked})
+        if self.refusal is None:
+            return state
+        never = isinstance(self.refusal, NotApplicableError)
+        return state.changed(status="not applicable" if never else "refused", error=str(self.refusal))
 
 
 def expand(request: SweepRequest) -> list[RunConfig]:
@@ -190,12 +165,12 @@ def expand(request: SweepRequest) -> list[RunConfig]:
     for seed, defense, attack, knowledge in itertools.product(
         options.seeds, options.defenses, options.attacks, options.knowledge
     ):
-        in_table = {
+        tables = {
             "defense_options": options.defense_options.get(defense, {}),
             "attack_options": options.attack_options.get(attack, {}),
         }
         axes = {"defense": defense, "attack": attack, "knowledge": knowledge, "seed": seed}
-        settings = merge(request.below, in_table, request.flags, axes)
+        settings = merge(request.below, tables, request.flags, axes)
         settings["defense_options"] = addressed(settings["defense_options"], defense, options.defenses)
         settings["attack_options"] = addressed(settings["attack_options"], attack, options.attacks)
         config = resolve(settings, {})
@@ -207,11 +182,7 @@ def check(configs: Sequence[RunConfig], *, here: bool = True) -> list[Cell]:
     """Find out what cannot be run, without any compute.
 
     A mistake (an unknown name, an invalid option) refuses the sweep; a pair that does not go together is a cell that
-    is not run.
-
-    Args:
-        configs: the cells.
-        here: whether they run on this machine; if not, only those machines can tell whether they have the device.
+    is not run. Where cells do not run ``here``, only their machines can tell whether they have the device.
 
     Raises:
         UsageError: a mistake, or no cell that can be run.

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from bench.errors import BenchError, DataError
 from bench.files import write_text
-from bench.sweep.cells import Cell, CellState, SweepState, findings
+from bench.sweep.cells import Cell, CellState, SweepState, measured
 from bench.sweep.workers import CellEnd, finished
 
 ID_LENGTH = 8
@@ -37,17 +37,23 @@ def survey(cells: Sequence[Cell], *, again: bool = False) -> SweepState:
         DataError: there is a journal, and it cannot be read.
     """
     directory = sweep_directory(cells)
-    before = _before(directory / "sweep.json")
+    file = directory / "sweep.json"
+    earlier: dict[str, CellState] = {}
+    if file.exists():
+        try:
+            earlier = {cell.run_id: cell for cell in SweepState.model_validate_json(file.read_bytes()).cells}
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+            raise DataError(f"{file} is damaged ({problem}): delete it; finished runs are kept") from None
     states = []
     for cell in cells:
         state = cell.state()
-        known = before.get(cell.run_id, state)
+        known = earlier.get(cell.run_id, state)
         state = state.changed(attempts=known.attempts)
-        result = None if again or cell.refusal else finished(cell.config)
-        if result is not None:
+        if not (again or cell.refusal) and (result := finished(cell.config)) is not None:
             seconds = known.seconds if known.status == "success" else round(sum(result.seconds.values()), 3)
-            found = {"status": "success", "seconds": seconds, **findings(result)}
-            state = state.changed(directory=_run_directory(cell), **found)
+            done = {"status": "success", "seconds": seconds, "directory": str(cell.directory)}
+            state = state.changed(**done, **measured(result))
         states.append(state)
     return SweepState(sweep=directory.name, directory=str(directory), cells=states)
 
@@ -58,12 +64,8 @@ class Journal:
     def __init__(self, state: SweepState) -> None:
         self._head = state
         self._cells = {cell.run_id: cell for cell in state.cells}
-        self.write()
-
-    @property
-    def directory(self) -> Path:
-        """The sweep's."""
-        return Path(self._head.directory)
+        self.directory = Path(state.directory)
+        self._write()
 
     @property
     def state(self) -> SweepState:
@@ -75,15 +77,15 @@ class Journal:
         return self._cells[cell.run_id]
 
     def started(self, cell: Cell) -> None:
-        """A cell is handed to a worker; what an earlier run of it left cannot be taken for what this one finds."""
-        (cell.config.out / cell.run_id / "metrics.json").unlink(missing_ok=True)
+        """A cell is handed to a worker; what an earlier run of it left cannot be taken for what this one measures."""
+        (cell.directory / "metrics.json").unlink(missing_ok=True)
         attempts = self.of(cell).attempts + 1
-        self._change(cell, status="running", attempts=attempts, directory=_run_directory(cell), error=None)
+        self._change(cell, status="running", attempts=attempts, directory=str(cell.directory), error=None)
 
     def ended(self, cell: Cell, end: CellEnd) -> None:
         """A cell ended for good."""
         if end.result is not None:
-            self._change(cell, status="success", seconds=end.seconds, error=None, **findings(end.result))
+            self._change(cell, status="success", seconds=end.seconds, error=None, **measured(end.result))
         else:
             self._change(cell, status="failed", seconds=end.seconds, error=end.error)
 
@@ -91,13 +93,12 @@ class Journal:
         """A cell has to be run again: its worker was lost, or the sweep was interrupted."""
         self._change(cell, status="pending", error=error)
 
-    def write(self) -> None:
-        """Write ``sweep.json``."""
+    def _write(self) -> None:
         write_text(self.directory / "sweep.json", self.state.to_json())
 
     def _change(self, cell: Cell, **changes: Any) -> None:
         self._cells[cell.run_id] = self.of(cell).changed(**changes)
-        self.write()
+        self._write()
 
 
 @contextmanager
@@ -109,27 +110,9 @@ def opened(cells: Sequence[Cell], *, again: bool = False) -> Iterator[Journal]:
     """
     directory = sweep_directory(cells)
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / LOCK, timeout=0)
     try:
-        lock.acquire()
+        held = FileLock(directory / LOCK).acquire(timeout=0)
     except Timeout:
         raise BenchError(f"this sweep is running already ({directory}): wait for it, or stop it first") from None
-    try:
+    with held:
         yield Journal(survey(cells, again=again))
-    finally:
-        lock.release()
-
-
-def _run_directory(cell: Cell) -> str:
-    return str(cell.config.out / cell.run_id)
-
-
-def _before(file: Path) -> dict[str, CellState]:
-    """The cells as an earlier call left them."""
-    try:
-        document = SweepState.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValidationError as error:
-        raise DataError(f"{file} is damaged ({error.errors()[0]['msg']}): delete it; finished runs are kept") from None
-    return {cell.run_id: cell for cell in document.cells}

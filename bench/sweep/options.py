@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bench.errors import UsageError
 from bench.plugins import explain
@@ -93,13 +85,10 @@ class SweepOptions(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class SweepRequest:
-    """A sweep as asked for.
+    """A sweep as asked for: its own settings, and those of every run from below and from the command line.
 
-    Attributes:
-        options: the sweep's own settings.
-        below: settings of every run, from the environment and the config file.
-        flags: settings of every run from the command line; options that only one defence or attack gets stand in a
-            table of its name among ``defense_options`` and ``attack_options``.
+    Options that only one defence or attack gets stand in a table of its name among ``defense_options`` and
+    ``attack_options``.
     """
 
     options: SweepOptions
@@ -118,12 +107,8 @@ def read_request(
 ) -> SweepRequest:
     """A sweep from all its layers: flag > ``BENCH_*`` > config file (table ``[sweep]``, then the rest) > default.
 
-    Args:
-        sweep: flags with the names of :class:`SweepOptions`; absent ones left out.
-        flags: flags with the names of :class:`bench.run.config.RunConfig`; absent ones left out.
-        environment: usually ``os.environ``.
-        file: a TOML file.
-        defense_options, attack_options: ``KEY=VALUE`` for all, ``NAME.KEY=VALUE`` for one defence or attack.
+    Flags come by the names of :class:`SweepOptions` (``sweep``) and :class:`bench.run.config.RunConfig` (``flags``),
+    absent ones left out, and options as ``KEY=VALUE`` for all, ``NAME.KEY=VALUE`` for one defence or attack.
 
     Raises:
         UsageError: an unknown key or an invalid value, in one line.

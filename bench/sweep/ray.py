@@ -8,9 +8,8 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Mapping
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from bench.run.config import OTHER_VARIABLES, RunConfig
 from bench.run.stage import code_version
 from bench.sweep.cells import Cell
 from bench.sweep.journal import LOCK
-from bench.sweep.workers import CellEnd, Runner, run_cell
+from bench.sweep.workers import GRACE, CellEnd, Runner, run_cell
 
 #: What decides a cell's figures and cache keys.
 _CODE = ("attacks", "bench", "defenses")
@@ -34,13 +33,8 @@ def _code() -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a sweep was started.
-
-    Attributes:
-        folder: the current folder there; paths on the command line are relative to it.
-        journal: the sweep's directory, absolute; its lock is held there.
-        code: versions of the code there.
-    """
+    """Where a sweep was started: its current folder, to which paths on the command line are relative, the sweep's
+    directory (absolute), whose lock is held there, and the versions of its code."""
 
     folder: Path
     journal: Path
@@ -57,19 +51,14 @@ class Origin:
         It has to see the sweep's files, and its lock: without locks across machines two cells would make the same
         stage in the same folder.
         """
-        host = platform.node()
+        host, lock = platform.node(), self.journal / LOCK
         if not self.folder.is_dir():
             return f"{host} has no folder {self.folder}: start the sweep in a folder that all machines share"
-        lock = self.journal / LOCK
         if not lock.exists():
             return f"{host} does not see {self.journal}: --out must lie on a file system that all machines share"
-        try:
-            with FileLock(lock, timeout=0):
-                return (
-                    f"{host} is not kept out by the lock on {lock}: --out needs a file system with locks (NFS 4, say)"
-                )
-        except Timeout:
-            pass  # as it should be: whoever started the sweep holds it
+        # Whoever started the sweep holds the lock.
+        with suppress(Timeout), FileLock(lock, timeout=0):
+            return f"{host} is not kept out by the lock on {lock}: --out needs a file system with locks (NFS 4, say)"
         if self.code != _code():
             return (
                 f"{host} runs other code than the sweep was started with: install one version, and leave it meanwhile"
@@ -84,24 +73,12 @@ class Origin:
 #: Seconds after which the size of the cluster is looked at again.
 LOOK = 2.0
 
-#: Seconds that a task gets to write down that it was cancelled.
-GRACE = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    cell: Cell
-    began: float
-
 
 class RayWorkers:
-    """The machines of a Ray cluster.
+    """The machines of a Ray cluster, each of which sees the ``directory`` of the sweep and its lock, which is held.
 
-    Args:
-        runner: runs a cell.
-        directory: of the sweep, whose lock is held.
-        address: of a running cluster; None starts one on this machine for the time of the sweep.
-        cpus, gpus: what a cell needs.
+    Without the ``address`` of a cluster, one is started on this machine for the time of the sweep. A cell needs so many
+    ``cpus`` and ``gpus``.
 
     Raises:
         MissingError: Ray is not installed.
@@ -113,7 +90,7 @@ class RayWorkers:
         self._ray = _import_ray()
         self._cpus, self._gpus = cpus, gpus
         self._origin = Origin.here(directory)
-        self._tasks: dict[Any, _Task] = {}
+        self._tasks: dict[Any, Cell] = {}
         environment = {name: value for name, value in os.environ.items() if name in OTHER_VARIABLES}
         self._leave = ExitStack()
         # What Ray has to say of machines and workers goes to stdout: the result has that for itself.
@@ -148,9 +125,8 @@ class RayWorkers:
         except self._ray.exceptions.RayError as error:
             cause = _first_line(getattr(error, "cause", error))
             raise BenchError(f"a machine of the Ray cluster cannot run ppfr-bench: {cause}") from None
-        for problem in problems:
-            if problem is not None:
-                raise BenchError(problem)
+        for problem in filter(None, problems):
+            raise BenchError(problem)
 
     def _machines(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
@@ -158,11 +134,10 @@ class RayWorkers:
     def _room(self) -> int:
         """How many cells fit on the machines that are there now."""
         needs = {name: need for name, need in (("CPU", self._cpus), ("GPU", self._gpus)) if need}
-        fits = [
+        return sum(
             min(int(round(node["Resources"].get(name, 0.0) / need, 6)) for name, need in needs.items())
             for node in self._machines()
-        ]
-        return sum(fits)
+        )
 
     @property
     def slots(self) -> int:
@@ -171,7 +146,7 @@ class RayWorkers:
 
     def start(self, cell: Cell) -> None:
         """Submit a cell."""
-        self._tasks[self._work.remote(*self._shared, cell.config)] = _Task(cell, time.monotonic())
+        self._tasks[self._work.remote(*self._shared, cell.config)] = cell
 
     def wait(self) -> list[tuple[Cell, CellEnd]]:
         """The cells that ended within a short time."""
@@ -179,25 +154,21 @@ class RayWorkers:
         return [self._collect(reference) for reference in ended]
 
     def _collect(self, reference: Any) -> tuple[Cell, CellEnd]:
-        task = self._tasks.pop(reference)
-        errors = self._ray.exceptions
+        cell, errors = self._tasks.pop(reference), self._ray.exceptions
+        lost = (
+            errors.WorkerCrashedError,
+            errors.NodeDiedError,
+            errors.OutOfMemoryError,
+            errors.LocalRayletDiedError,
+            errors.ObjectLostError,
+        )
         try:
-            return task.cell, self._ray.get(reference)
+            return cell, self._ray.get(reference)
         except errors.RayTaskError as error:
             # Not the cell's own error, which is how it ended: the worker could not even begin.
-            end = CellEnd(error=f"the Ray worker failed: {_first_line(error.cause)}")
+            return cell, CellEnd(error=f"the Ray worker failed: {_first_line(error.cause)}")
         except errors.RayError as error:
-            lost = (
-                errors.WorkerCrashedError,
-                errors.NodeDiedError,
-                errors.OutOfMemoryError,
-                errors.LocalRayletDiedError,
-                errors.ObjectLostError,
-            )
-            what = f"the Ray worker was lost: {_first_line(error)}"
-            seconds = round(time.monotonic() - task.began, 3)
-            end = CellEnd(error=what, lost=isinstance(error, lost), seconds=seconds)
-        return task.cell, end
+            return cell, CellEnd(error=f"the Ray worker was lost: {_first_line(error)}", lost=isinstance(error, lost))
 
     def stop(self) -> None:
         """Cancel what still runs and leave the cluster."""
@@ -237,30 +208,22 @@ def _import_ray() -> Any:
 
 def _connect(ray: Any, address: str | None) -> None:
     """Start a cluster here, or join one, and keep what the command line does on SIGTERM."""
-    _check_address(address)
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        # Find out quickly what Ray finds out in minutes: that nobody listens there.
+        try:
+            socket.create_connection((host, int(port)), timeout=GRACE).close()
+        except (OSError, OverflowError) as error:
+            raise BenchError(f"no Ray cluster at {address}: {error} (ray start --head prints the address)") from None
     handler = signal.getsignal(signal.SIGTERM)
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    only_here = {"include_dashboard": False} if address is None else {}
     try:
-        if address is None:
-            ray.init(address="local", include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **only_here)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise BenchError(f"no Ray cluster at {address or 'this machine'}: {_first_line(error)}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
-
-
-def _check_address(address: str | None) -> None:
-    """Find out quickly what Ray finds out in minutes: that nobody listens at ``HOST:PORT``."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=GRACE).close()
-    except (OSError, OverflowError) as error:
-        raise BenchError(f"no Ray cluster at {address}: {error} (ray start --head prints the address)") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from rich.console import Console
@@ -15,61 +16,41 @@ from bench.errors import UsageError
 from bench.run.launch import Launch
 from bench.sweep.cells import Cell, SweepState, check, expand
 from bench.sweep.journal import Journal, opened, survey
-from bench.sweep.options import SweepOptions, SweepRequest
+from bench.sweep.options import SweepRequest
 from bench.sweep.ray import RayWorkers
-from bench.sweep.workers import CellEnd, Pool, Runner, ThisProcess, finished, run_pipeline
-
-
-class Workers(Protocol):
-    """What runs cells: this process, a pool of processes, a cluster."""
-
-    @property
-    def slots(self) -> int:
-        """How many cells may run at the same time, at least 1; it may change."""
-
-    def start(self, cell: Cell) -> None:
-        """Start a cell."""
-
-    def wait(self) -> list[tuple[Cell, CellEnd]]:
-        """The cells that have ended, after waiting for one; none if ``slots`` should be looked at again."""
-
-    def stop(self) -> None:
-        """End what still runs, and wait until it has."""
+from bench.sweep.workers import Pool, Runner, ThisProcess, Workers, finished, run_pipeline
 
 
 def run_cells(
     cells: Sequence[Cell], journal: Journal, workers: Workers, *, retries: int, tell: Callable[[Cell], None]
 ) -> None:
-    """Run ``cells``; one that fails does not stop the others.
+    """Run ``cells``; one that fails does not stop the others. The workers are stopped in the end, whatever happens.
 
-    Args:
-        cells: what is left to do.
-        journal: is told of everything.
-        workers: where the cells run; stopped in the end, whatever happens.
-        retries: starts after the first of a cell whose worker was lost; one that failed by itself would fail again.
-        tell: called after each change of a cell.
+    A cell whose worker was lost is started again, ``retries`` times at most; one that failed by itself would fail
+    again. ``tell`` is called after each change of a cell.
 
     Raises:
         KeyboardInterrupt: the person, or the system, wants it to end; cells that were running are pending again.
     """
-    waiting, running = list(cells), dict[str, Cell]()
-    attempts = Counter[str]()
+    waiting, running = list(cells), dict[str, tuple[Cell, float]]()
+    starts = Counter[str]()
     try:
         while waiting or running:
             while waiting and len(running) < workers.slots:
-                cell = _next(waiting, list(running.values()))
+                cell = _next(waiting, [cell for cell, _ in running.values()])
                 waiting.remove(cell)
-                running[cell.run_id] = cell
-                attempts[cell.run_id] += 1
+                running[cell.run_id] = cell, time.monotonic()
+                starts[cell.run_id] += 1
                 journal.started(cell)
                 tell(cell)
                 workers.start(cell)
             for cell, end in workers.wait():
-                del running[cell.run_id]
+                _, began = running.pop(cell.run_id)
                 if end.lost:
                     # It may have been lost after the last file was written.
-                    end = CellEnd(finished(cell.config), end.error, lost=True, seconds=end.seconds)
-                if end.result is None and end.lost and attempts[cell.run_id] <= retries:
+                    seconds = round(time.monotonic() - began, 3)
+                    end = dataclasses.replace(end, result=finished(cell.config), seconds=seconds)
+                if end.result is None and end.lost and starts[cell.run_id] <= retries:
                     waiting.append(cell)
                     journal.put_back(cell, end.error)
                 else:
@@ -77,7 +58,7 @@ def run_cells(
                 tell(cell)
     finally:
         workers.stop()
-        for cell in running.values():
+        for cell, _ in running.values():
             journal.put_back(cell)
 
 
@@ -88,12 +69,9 @@ def _next(waiting: Sequence[Cell], running: Sequence[Cell]) -> Cell:
 
 
 class Sweep:
-    """Runs the cells of a request that the run store does not hold yet.
+    """Runs the cells of a request that the run store does not hold yet; progress goes to ``console``.
 
-    Args:
-        request: what was asked for.
-        console: where progress goes.
-        runner: runs one cell, instead of the pipeline.
+    ``runner`` runs one cell instead of the pipeline.
 
     Raises:
         UsageError: an unknown name, an invalid option, or a grid of which no cell can be run.
@@ -108,8 +86,14 @@ class Sweep:
         self._again = not configs[0].resume
         configs = [config.model_copy(update={"resume": True}) for config in configs]
         self.options = request.options
-        self._gpus = _gpus(self.options, configs[0].device)
-        self.cells = check(configs, here=self.options.engine == "local")
+        device, ray = configs[0].device, self.options.engine == "ray"
+        if ray and device.startswith("cuda:"):
+            raise UsageError(
+                f"--device {device} is one device: with --engine ray use --device cuda, Ray gives each cell its own"
+            )
+        asked = self.options.gpus_per_cell
+        self._gpus = float(device == "cuda") if asked is None else asked
+        self.cells = check(configs, here=not ray)
         self._console = console
         self._runner = runner
 
@@ -128,7 +112,9 @@ class Sweep:
             left = [cell for cell in self.cells if journal.of(cell).status == "pending"]
             if left:
                 workers = self._workers(journal, min(self.options.jobs, len(left)))
-                run_cells(left, journal, workers, retries=self.options.retries, tell=self._tell(journal))
+                run_cells(
+                    left, journal, workers, retries=self.options.retries, tell=lambda cell: self._tell(journal, cell)
+                )
             return journal.state
 
     def _workers(self, journal: Journal, jobs: int) -> Workers:
@@ -142,24 +128,10 @@ class Sweep:
             torch.set_num_threads(threads)
         return ThisProcess(self._runner or functools.partial(run_pipeline, console=self._console))
 
-    def _tell(self, journal: Journal) -> Callable[[Cell], None]:
-        def tell(cell: Cell) -> None:
-            if not self._console.is_terminal:
-                return
-            state, now = journal.state, journal.of(cell)
-            done = len(state.cells) - state.count("pending", "running")
-            error = f" ({now.error})" if now.error else ""
-            self._console.print(f"{done}/{len(state.cells)} {escape(now.name)}: {now.status}{escape(error)}")
-
-        return tell
-
-
-def _gpus(options: SweepOptions, device: str) -> float:
-    """Accelerators that Ray gives to a cell."""
-    if options.engine == "ray" and device.startswith("cuda:"):
-        raise UsageError(
-            f"--device {device} is one device: with --engine ray use --device cuda, Ray gives each cell its own"
-        )
-    if options.gpus_per_cell is not None:
-        return options.gpus_per_cell
-    return 1.0 if device == "cuda" else 0.0
+    def _tell(self, journal: Journal, cell: Cell) -> None:
+        if not self._console.is_terminal:
+            return
+        state, now = journal.state, journal.of(cell)
+        done = len(state.cells) - state.count("pending", "running")
+        error = f" ({now.error})" if now.error else ""
+        self._console.print(f"{done}/{len(state.cells)} {escape(now.name)}: {now.status}{escape(error)}")

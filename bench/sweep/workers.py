@@ -1,4 +1,7 @@
-"""Runs cells: in this process, or each in a spawned one, so that one that is killed takes no other with it."""
+"""Runs cells: in this process, or each in a spawned one, so that one that is killed takes no other with it.
+
+No executor of :mod:`concurrent.futures`: its pool is broken as a whole by one worker that dies.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -29,8 +32,17 @@ from bench.run.config import RunConfig
 from bench.run.store import run_id
 from bench.sweep.cells import Cell
 
-#: Runs a cell, leaves it in the run store and returns what it found. Must be importable by name: workers pickle it.
+#: Runs a cell, leaves it in the run store and returns its result. Must be importable by name: workers pickle it.
 Runner = Callable[[RunConfig], RunResult]
+
+#: How processes are made: anew, since neither threads nor accelerators survive a fork.
+START: Literal["spawn"] = "spawn"
+
+#: Seconds that a worker gets to end by itself: to write down that it was cancelled, or to exit after its work.
+GRACE = 15.0
+
+#: Exit code of a process that was told to end.
+INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +53,30 @@ class CellEnd:
         result: of a successful one.
         error: of another one, in one line.
         lost: whether its process or machine was lost, so that another start may do better.
-        seconds: that it took.
+        seconds: that it took; None where it could not say.
     """
 
     result: RunResult | None = None
     error: str | None = None
     lost: bool = False
     seconds: float | None = None
+
+
+class Workers(Protocol):
+    """What runs cells: this process, a pool of processes, a cluster."""
+
+    @property
+    def slots(self) -> int:
+        """How many cells may run at the same time, at least 1; it may change."""
+
+    def start(self, cell: Cell) -> None:
+        """Start a cell."""
+
+    def wait(self) -> list[tuple[Cell, CellEnd]]:
+        """The cells that have ended, after waiting for one; none if ``slots`` should be looked at again."""
+
+    def stop(self) -> None:
+        """End what still runs, and wait until it has."""
 
 
 def run_pipeline(config: RunConfig, console: Console | None = None) -> RunResult:
@@ -59,16 +88,20 @@ def run_pipeline(config: RunConfig, console: Console | None = None) -> RunResult
 
 def run_cell(runner: Runner, config: RunConfig) -> CellEnd:
     """Run a cell; whatever it raises but an interruption is how it ended."""
-    _forget_peaks()
-    started = time.monotonic()
+    # A result's peak memory is that of its own cell, also where several run in one process. Where the peak cannot be
+    # reset (macOS, some containers) the figure is an upper bound.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_bytes(b"5")
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    result, error, began = None, None, time.monotonic()
     try:
-        result, error = runner(config), None
-    except BenchError as raised:
-        result, error = None, " ".join(str(raised).split())
+        result = runner(config)
     except Exception as raised:
         # The run's events.jsonl has the traceback.
-        result, error = None, " ".join(f"{type(raised).__name__}: {raised}".split())
-    return CellEnd(result, error, seconds=round(time.monotonic() - started, 3))
+        bug = "" if isinstance(raised, BenchError) else f"{type(raised).__name__}: "
+        error = " ".join(f"{bug}{raised}".split())
+    return CellEnd(result, error, seconds=round(time.monotonic() - began, 3))
 
 
 def finished(config: RunConfig) -> RunResult | None:
@@ -78,15 +111,6 @@ def finished(config: RunConfig) -> RunResult | None:
     except (OSError, ValidationError):
         return None
     return result if result.status == "success" and result.protocol == PROTOCOL_VERSION else None
-
-
-def _forget_peaks() -> None:
-    """Let a result's peak memory be that of its own cell, where several run in one process."""
-    # Where it cannot be reset (macOS, some containers) the figure is an upper bound.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_bytes(b"5")
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
 
 
 class ThisProcess:
@@ -103,20 +127,16 @@ class ThisProcess:
         self._cells: list[Cell] = []
 
     def start(self, cell: Cell) -> None:
-        """Take the cell; :meth:`wait` runs it."""
+        """Take the cell."""
         self._cells.append(cell)
 
     def wait(self) -> list[tuple[Cell, CellEnd]]:
-        """Run it."""
+        """Run the cell."""
         cell = self._cells.pop()
         return [(cell, run_cell(self._runner, cell.config))]
 
     def stop(self) -> None:
         """Nothing runs beside."""
-
-
-#: Exit code of a process that was told to end.
-INTERRUPTED = 130
 
 
 def work(runner: Runner, config: RunConfig, sender: Connection, threads: int) -> None:
@@ -125,8 +145,6 @@ def work(runner: Runner, config: RunConfig, sender: Connection, threads: int) ->
     A terminal sends Ctrl-C to every process: this one leaves it to the first, which ends the others with SIGTERM. Two
     interruptions would break what the run writes down at the first.
     """
-    import torch
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)
     threading.Thread(target=_follow_parent, daemon=True).start()
@@ -150,34 +168,14 @@ def _follow_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-#: How processes are made: anew, since neither threads nor accelerators survive a fork.
-START: Literal["spawn"] = "spawn"
-
-#: Seconds that a process gets to end by itself: to write down that it was cancelled, or to exit after its work.
-GRACE = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Worker:
-    cell: Cell
-    process: BaseProcess
-    began: float
-
-
 class Pool:
-    """Up to ``jobs`` processes at a time, each with its share of the processors.
-
-    Args:
-        runner: runs a cell.
-        jobs: processes at a time.
-        threads: processor threads of each.
-    """
+    """Up to ``jobs`` processes at a time, each with so many processor ``threads``."""
 
     def __init__(self, runner: Runner, jobs: int, threads: int) -> None:
         self.slots = jobs
         self._runner = runner
         self._threads = threads
-        self._workers: dict[Connection, _Worker] = {}
+        self._workers: dict[Connection, tuple[Cell, BaseProcess]] = {}
 
     def start(self, cell: Cell) -> None:
         """Spawn a process for the cell."""
@@ -187,32 +185,29 @@ class Pool:
         with _without_interrupts():
             process.start()
         sender.close()
-        self._workers[receiver] = _Worker(cell, process, time.monotonic())
+        self._workers[receiver] = (cell, process)
 
     def wait(self) -> list[tuple[Cell, CellEnd]]:
         """The cells whose processes have answered or died."""
         ended = []
         for receiver in wait(list(self._workers)):
             assert isinstance(receiver, Connection)
-            worker = self._workers[receiver]
-            try:
+            cell, process = self._workers[receiver]
+            end = None
+            with contextlib.suppress(EOFError, OSError):
                 end = receiver.recv()
-            except (EOFError, OSError):
-                _end(worker.process)
-                seconds = round(time.monotonic() - worker.began, 3)
-                end = CellEnd(error=_obituary(worker.process.exitcode), lost=True, seconds=seconds)
-            _end(worker.process)
+            _end(process)
             del self._workers[receiver]
             receiver.close()
-            ended.append((worker.cell, end))
+            ended.append((cell, end or CellEnd(error=_obituary(process.exitcode), lost=True)))
         return ended
 
     def stop(self) -> None:
         """Ask every process to end, and end those that do not."""
-        for worker in self._workers.values():
-            worker.process.terminate()
-        for receiver, worker in self._workers.items():
-            _end(worker.process)
+        for _, process in self._workers.values():
+            process.terminate()
+        for receiver, (_, process) in self._workers.items():
+            _end(process)
             receiver.close()
         self._workers.clear()
 

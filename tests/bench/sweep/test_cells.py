@@ -42,7 +42,9 @@ def test_options_of_all_and_of_one(tmp_path):
         defense_options=["partialface.subset-size=9", "fixed-subset.channels=1,2"],
         attack_options=["unet.images=128", "flip=no"],
     )
-    options = {(one.defense, one.attack): (one.defense_options, one.attack_options) for one in expand(request)}
+    options = {
+        (config.defense, config.attack): (config.defense_options, config.attack_options) for config in expand(request)
+    }
     assert options == {
         ("fixed-subset", "unet"): ({"channels": "1,2"}, {"images": "128", "flip": "no"}),
         ("fixed-subset", "linear"): ({"channels": "1,2"}, {"flip": "no"}),
@@ -89,19 +91,19 @@ def test_flag_beats_environment_beats_table_beats_the_rest_of_the_file(tmp_path)
         return expand(grid(tmp_path, file=file, **{"defenses": None, "attacks": None, "seeds": None, **changes}))
 
     by_table = cells()
-    assert [(one.seed, one.attack, one.attack_options) for one in by_table] == [
+    assert [(config.seed, config.attack, config.attack_options) for config in by_table] == [
         (3, "unet", {"images": 128}),
         (3, "linear", {}),
         (4, "unet", {"images": 128}),
         (4, "linear", {}),
     ]
-    assert {one.defense_options["subset_size"] for one in by_table} == {9}
-    assert {one.seed for one in cells(environment={"BENCH_SEED": "8"})} == {8}
-    assert {one.seed for one in cells(environment={"BENCH_SEED": "8"}, seeds="7")} == {7}
+    assert {config.defense_options["subset_size"] for config in by_table} == {9}
+    assert {config.seed for config in cells(environment={"BENCH_SEED": "8"})} == {8}
+    assert {config.seed for config in cells(environment={"BENCH_SEED": "8"}, seeds="7")} == {7}
     by_flag = cells(defense_options=["subset_size=4"])
-    assert {one.defense_options["subset_size"] for one in by_flag} == {"4"}
+    assert {config.defense_options["subset_size"] for config in by_flag} == {"4"}
     by_name = cells(defense_options=["subset_size=4", "partialface.subset_size=5"])
-    assert {one.defense_options["subset_size"] for one in by_name} == {"5"}
+    assert {config.defense_options["subset_size"] for config in by_name} == {"5"}
     assert grid(tmp_path, file=file, defenses=None).options.jobs == 2
     assert grid(tmp_path, file=file, jobs=3).options.jobs == 3
 

@@ -110,12 +110,12 @@ def test_a_worker_that_does_not_listen_is_killed(tmp_path, monkeypatch):
     pool = Pool(endless, 1, 1)
     (cell,) = (Cell(config) for config in expand(sweep_at_work.grid(tmp_path, defenses="none", seeds="0")))
     pool.start(cell)
-    (worker,) = pool._workers.values()
+    ((_, process),) = pool._workers.values()
     while not calls(tmp_path, "began"):
         time.sleep(0.05)
-    os.kill(worker.process.pid, signal.SIGSTOP)
+    os.kill(process.pid, signal.SIGSTOP)
     pool.stop()
-    assert worker.process.exitcode == -signal.SIGKILL
+    assert process.exitcode == -signal.SIGKILL
     assert not calls(tmp_path, "cancelled")
 
 
