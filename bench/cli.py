@@ -75,13 +75,12 @@ def _fail(message: str, code: int) -> NoReturn:
     """
     line = " ".join(message.split())
     rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
+    speaker = "bench" if rank == "0" else f"bench (process {rank})"
     if rank != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends the others when one has failed: no more to say
-        if code not in (UsageError.exit_code, INTERRUPTED):
-            err.print(f"bench (process {rank}): {line}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(code)
-    err.print(f"bench: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
-    if "--json" in sys.argv:
+    if rank == "0" or code not in (UsageError.exit_code, INTERRUPTED):
+        err.print(f"{speaker}: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if rank == "0" and "--json" in sys.argv:
         print_json({"status": "error", "error": line, "exit_code": code})
     raise SystemExit(code)
 

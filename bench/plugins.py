@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
 from bench.errors import UsageError
-from bench.registry import Registry
+from bench.registry import Registry, target
 
 if TYPE_CHECKING:
     from attacks.base import Attack
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 C = TypeVar("C")
 
 
-def _from_module(module_name: str, name: str, base: type[C]) -> type[C]:
-    module = importlib.import_module(module_name)
+def _from_module(module_name: str, name: str, load_base: Callable[[], type[C]]) -> type[C]:
+    module, base = importlib.import_module(module_name), load_base()
     members = [member for member in vars(module).values() if inspect.isclass(member) and issubclass(member, base)]
     named = [member for member in members if member.__module__ == module_name and getattr(member, "name", None) == name]
     if len(named) != 1:
@@ -36,7 +36,8 @@ def _from_module(module_name: str, name: str, base: type[C]) -> type[C]:
     return named[0]
 
 
-def _from_entry_point(entry: EntryPoint, base: type[C]) -> type[C]:
+def _from_entry_point(entry: EntryPoint, load_base: Callable[[], type[C]]) -> type[C]:
+    base = load_base()
     try:
         loaded = entry.load()
     except Exception as error:
@@ -50,17 +51,13 @@ def _registry(kind: str, package_name: str, base: str) -> Registry[type[Any]]:
     """The plug-ins of a package, and those of its entry points; each is imported when it is asked for."""
     registry: Registry[type[Any]] = Registry(kind)
     package = importlib.import_module(package_name)
-
-    def load(source: Callable[[type[Any]], type[Any]]) -> type[Any]:
-        return source(getattr(importlib.import_module(f"{package_name}.base"), base))
-
-    for module in pkgutil.iter_modules(package.__path__, f"{package_name}."):
-        file = module.name.rpartition(".")[2]
-        if file not in package.SUPPORT_MODULES:
-            name = file.replace("_", "-")
-            registry.add(name, functools.partial(load, functools.partial(_from_module, module.name, name)))
+    load_base = target(f"{package_name}.base:{base}")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name not in package.SUPPORT_MODULES:
+            name = module.name.replace("_", "-")
+            registry.add(name, functools.partial(_from_module, f"{package_name}.{module.name}", name, load_base))
     for entry in entry_points(group=f"bench.{package_name}"):
-        registry.add(entry.name, functools.partial(load, functools.partial(_from_entry_point, entry)))
+        registry.add(entry.name, functools.partial(_from_entry_point, entry, load_base))
     return registry
 
 
@@ -79,14 +76,8 @@ def attacks() -> Registry[type[Attack]]:
 class Option(BaseModel):
     """One field of an option model, as lists and pages show it.
 
-    Attributes:
-        name: of the field; those of a nested model are dotted, ``training.epochs``.
-        type: in words: ``int``, ``quick | cpu``, ``list of float``.
-        default: as in JSON; None also where there is none.
-        required: whether there is no default.
-        range: what values are allowed; empty without a limit.
-        meaning: its description.
-        metavar: what stands for the value in ``--help``.
+    The name of a nested model's field is dotted (``training.epochs``), the type is in words (``int``, ``quick | cpu``,
+    ``list of float``), the default as in JSON; ``metavar`` stands for the value in ``--help``.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -120,9 +111,7 @@ def _options(
         merged = {**definitions.get(field.get("$ref", "").rpartition("/")[2], {}), **field}
         default = defaults.get(name, merged.get("default"))
         if "properties" in merged:
-            yield from _options(
-                definitions[field["$ref"].rpartition("/")[2]], definitions, f"{prefix}{name}.", default or {}
-            )
+            yield from _options(merged, definitions, f"{prefix}{name}.", default or {})
             continue
         yield Option(
             name=prefix + name,

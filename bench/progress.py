@@ -23,11 +23,9 @@ def no_report(done: int, total: int, **fields: float) -> None:
 
 
 class ProgressBars:
-    """Turns ``report(done, total, **fields)`` calls into bars with an ETA.
+    """Turns ``report(done, total, **fields)`` calls into bars with an ETA, drawn on a terminal or in a notebook only.
 
-    Args:
-        console: where the bars go; nothing is drawn unless it is a terminal or a notebook.
-        log: called as ``log("progress", task=..., done=..., total=..., **fields)`` now and then.
+    ``log("progress", task=..., done=..., total=..., **fields)`` is called now and then.
     """
 
     def __init__(self, console: Console, log: Log) -> None:

@@ -61,6 +61,10 @@ class Registry(Generic[T]):
     def __contains__(self, name: object) -> bool:
         return name in self._loaders
 
+    def items(self) -> Iterator[tuple[str, T]]:
+        """Every name with its object."""
+        return ((name, self.get(name)) for name in self)
+
     def get(self, name: str) -> T:
         """The object called ``name``.
 

@@ -7,7 +7,7 @@ test compares them. Those about plug-ins are made when the pages are built: a ne
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ from bench.sweep.options import AXES, SweepOptions
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
+
+#: The parts by name.
+PARTS: dict[str, Callable[[], str]] = {}
 
 _AT_BUILD = re.compile(r"<!-- made at build: (?P<name>\w+) -->")
 _PART = re.compile(r"(?<=<!-- made from the code: )(?P<name>\w+) -->\n.*?(?=<!-- end -->)", re.DOTALL)
@@ -55,6 +58,11 @@ def _code(text: str) -> str:
     return f"`{text}`" if text else ""
 
 
+def _part(made: Callable[[], str]) -> Callable[[], str]:
+    PARTS[made.__name__] = made
+    return made
+
+
 def _flag_row(option: Option) -> tuple[str, ...]:
     flag = f"--{option.name.rpartition('.')[2].replace('_', '-')}"
     names = f"`{flag}`, `--no-{flag[2:]}`" if option.type == "true | false" else f"`{flag}`"
@@ -66,11 +74,13 @@ def _values(option: Option) -> str:
     return ", ".join([*kinds, *([option.range] if option.range else [])]) if option.type != "true | false" else ""
 
 
+@_part
 def run_flags() -> str:
     """The settings of a run that have a flag."""
     return _table("option, value, default, meaning", (_flag_row(setting) for setting in settings() if setting.flag))
 
 
+@_part
 def run_settings() -> str:
     """The other settings of a run."""
 
@@ -88,25 +98,29 @@ def _plain(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value).lower()
 
 
+@_part
 def variables() -> str:
     """The variables that are no settings of a run."""
     return _table("variable, meaning", ((_code(name), meaning) for name, meaning in OTHER_VARIABLES.items()))
 
 
+@_part
 def sweep_flags() -> str:
     """The settings of a sweep, and the flags that it shares with a run."""
-    own = [_flag_row(option) for option in describe(SweepOptions) if option.type != "table"]
+    sweep = [_flag_row(option) for option in describe(SweepOptions) if option.type != "table"]
     flags = [_flag_row(setting)[0] for setting in settings() if setting.flag and setting.name not in AXES.values()]
     shared = (", ".join(flags), "", "", "As for [`bench run`](#bench-run), for all cells.")
-    return _table("option, value, default, meaning", [*own, shared])
+    return _table("option, value, default, meaning", [*sweep, shared])
 
 
+@_part
 def metrics() -> str:
     """What is measured."""
     rows = ((_code(name), kind.group, kind.span, kind.direction, kind.meaning) for name, kind in KINDS.items())
     return _table("metric, group, range, higher means, meaning", rows)
 
 
+@_part
 def attack_needs() -> str:
     """What each attack assumes."""
     rows = (
@@ -116,6 +130,7 @@ def attack_needs() -> str:
     return _table("attack, needs, uses where granted", rows)
 
 
+@_part
 def defense_secrets() -> str:
     """What each defence does, and what it keeps to itself."""
     rows = []
@@ -125,16 +140,6 @@ def defense_secrets() -> str:
         counted = "" if states is None else f"{len(states)} by default"
         rows.append((_code(entry["name"]), entry["level"], entry["summary"], "yes" if defense.secret else "", counted))
     return _table("defence, level, what it does, secret, states", rows)
-
-
-def attack_options() -> str:
-    """Every attack in full."""
-    return "\n".join(map(_plugin, catalogue("attacks")))
-
-
-def defense_options() -> str:
-    """Every defence in full."""
-    return "\n".join(map(_plugin, catalogue("defenses")))
 
 
 def _plugin(entry: dict[str, Any]) -> str:
@@ -149,20 +154,8 @@ def _plugin(entry: dict[str, Any]) -> str:
     return f"### {entry['name']}\n\n{' '.join(facts)}\n\n{table}"
 
 
-PARTS = {
-    made.__name__: made
-    for made in (
-        run_flags,
-        run_settings,
-        variables,
-        sweep_flags,
-        metrics,
-        attack_needs,
-        defense_secrets,
-        attack_options,
-        defense_options,
-    )
-}
+PARTS["attack_options"] = lambda: "\n".join(map(_plugin, catalogue("attacks")))
+PARTS["defense_options"] = lambda: "\n".join(map(_plugin, catalogue("defenses")))
 
 if __name__ == "__main__":
     for file in Path(__file__).parent.glob("*.md"):

@@ -38,13 +38,18 @@ def show(document: Any, as_json: bool, render: Callable[[], RenderableType]) -> 
         out.print(render())
 
 
+def show_line(document: Any, as_json: bool, line: str) -> None:
+    """Print a result as JSON, or as one line of text, which is not wrapped."""
+    if as_json:
+        print_json(document)
+    else:
+        out.print(escape(line), highlight=False, soft_wrap=True)
+
+
 def show_files(files: Iterable[Path], as_json: bool) -> None:
     """Print the names of the files that a command wrote."""
-    if as_json:
-        print_json({"files": [str(file) for file in files]})
-        return
-    for file in files:
-        out.print(escape(str(file)), highlight=False, soft_wrap=True)
+    names = [str(file) for file in files]
+    show_line({"files": names}, as_json, "\n".join(names))
 
 
 def table(rows: Iterable[Iterable[Any]], *columns: str, title: str | None = None) -> Table:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench.commands.console import err, out, print_json, progress_bars, show, table
+from bench.commands.console import err, out, print_json, progress_bars, show, show_line, table
 from bench.commands.flags import AsJson
 from bench.errors import BenchError
 
@@ -74,14 +74,8 @@ def pack(
 
     with progress_bars().task("pack images") as report:
         packed = pack_folder(folder, out_dir, image_size=image_size, overwrite=overwrite, report=report)
-    if as_json:
-        print_json(packed)
-        return
-    for where, reason in packed.skipped:
-        err.print(f"left out {escape(where)}: {escape(reason)}", style="yellow", soft_wrap=True)
-    out.print(
-        f"{escape(packed.out)}: {packed.images:,} images of {packed.identities:,} identities, {packed.pairs:,} pairs "
-        f"({', '.join(packed.files)})",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if not as_json:
+        for where, reason in packed.skipped:
+            err.print(f"left out {escape(where)}: {escape(reason)}", style="yellow", soft_wrap=True)
+    counts = f"{packed.images:,} images of {packed.identities:,} identities, {packed.pairs:,} pairs"
+    show_line(packed, as_json, f"{packed.out}: {counts} ({', '.join(packed.files)})")

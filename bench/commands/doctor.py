@@ -95,13 +95,9 @@ print(json.dumps(found))
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at.
+    """One thing that was looked at, and what to do about it, if anything.
 
-    Attributes:
-        name: what it is, in a few words.
-        status: ``ok``, ``warn`` (the suite runs, with less) or ``fail`` (a run would end in an error).
-        detail: what was seen.
-        remedy: what to do about it; None where there is nothing to do.
+    Its status is ``ok``, ``warn`` (the suite runs, with less) or ``fail`` (a run would end in an error).
     """
 
     name: str
@@ -240,11 +236,14 @@ def usable_cores() -> int:
 
 
 def check_threads(threads: int | None, cores: int) -> Check:
-    """torch's threads against the usable cores."""
-    detail = f"{cores} usable cores" + ("" if threads is None else f", torch uses {threads} threads")
-    if threads is not None and threads > cores:
-        return Check("CPU", "warn", f"{detail}: they get in each other's way", f"export OMP_NUM_THREADS={cores}")
-    return Check("CPU", "ok", detail)
+    """torch's threads, where they are known, against the usable cores."""
+    detail = f"{cores} usable cores, torch uses {threads} threads"
+    return first_case(
+        "CPU",
+        (threads is None, "ok", f"{cores} usable cores", None),
+        ((threads or 0) > cores, "warn", f"{detail}: they get in each other's way", f"export OMP_NUM_THREADS={cores}"),
+        (True, "ok", detail, None),
+    )
 
 
 def check_memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
@@ -258,9 +257,8 @@ def check_memory(limit_file: Path = Path("/sys/fs/cgroup/memory.max")) -> Check:
         total = min(total, int(limit_file.read_text(encoding="ascii")))
     available = min(memory.available, total)
     detail = f"{available / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB available"
-    if available < COMFORTABLE_MEMORY:
-        return Check("memory", "warn", detail, "close something, or take --preset quick and a smaller batch_size")
-    return Check("memory", "ok", detail)
+    low, remedy = available < COMFORTABLE_MEMORY, "close something, or take --preset quick and a smaller batch_size"
+    return first_case("memory", (low, "warn", detail, remedy), (True, "ok", detail, None))
 
 
 def check_folder(name: str, folder: Path, flag: str) -> Check:
@@ -287,14 +285,15 @@ def check_folder(name: str, folder: Path, flag: str) -> Check:
 
 def check_lpips(found: Mapping[str, Any]) -> Check:
     """The AlexNet trunk that LPIPS needs; without it LPIPS is null, never computed on a random trunk."""
-    if "lpips" in found:
-        return Check("LPIPS weights", "ok", f"{found['lpips']} (checksum right)")
-    if "lpips_error" not in found:
-        return Check("LPIPS weights", "warn", "unknown while torch and torchvision do not import")
-    problem, _, remedy = found["lpips_error"].rpartition("LPIPS: ")[2].partition("; ")
-    if os.environ.get("BENCH_LPIPS_WEIGHTS"):
-        return Check("LPIPS weights", "fail", problem, remedy)
-    return Check("LPIPS weights", "warn", f"{problem}: LPIPS is left out (null)", remedy)
+    problem, _, remedy = found.get("lpips_error", "").rpartition("LPIPS: ")[2].partition("; ")
+    named = os.environ.get("BENCH_LPIPS_WEIGHTS")
+    return first_case(
+        "LPIPS weights",
+        ("lpips" in found, "ok", f"{found.get('lpips')} (checksum right)", None),
+        (not problem, "warn", "unknown while torch and torchvision do not import", None),
+        (named, "fail", problem, remedy),
+        (True, "warn", f"{problem}: LPIPS is left out (null)", remedy),
+    )
 
 
 def check_evaluator(found: Mapping[str, Any]) -> list[Check]:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from bench.commands.console import out, print_json
+from bench.commands.console import show_line
 from bench.commands.flags import AsJson
 
 
@@ -22,13 +21,7 @@ def export(
     from bench.run.export import export as export_network
 
     written = export_network(run, what, out_file)
-    if as_json:
-        print_json(written)
-        return
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in written.inputs.items())
     use = "; can be an --evaluator" if written.evaluator else ""
-    out.print(
-        f"{escape(written.file)}: {shapes} -> {written.output}, at most {written.difference:.1g} from torch{use}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    told = f"{written.file}: {shapes} -> {written.output}, at most {written.difference:.1g} from torch{use}"
+    show_line(written, as_json, told)

@@ -44,10 +44,10 @@ def with_flags(options: Iterable[Option]) -> Callable[[Callable[..., None]], Cal
             values = {option.name: given.pop(name) for name, option in parameters.items()}
             command(**given, flags=nested({name: value for name, value in values.items() if value is not None}))
 
-        own = inspect.signature(command, eval_str=True)
+        signature = inspect.signature(command, eval_str=True)
         both = [_parameter(name, option) for name, option in parameters.items()]
-        both += [parameter for name, parameter in own.parameters.items() if name != "flags"]
-        parsed.__signature__ = own.replace(parameters=both)  # type: ignore[attr-defined]
+        both += [parameter for name, parameter in signature.parameters.items() if name != "flags"]
+        parsed.__signature__ = signature.replace(parameters=both)  # type: ignore[attr-defined]
         parsed.__annotations__ = {parameter.name: parameter.annotation for parameter in both}
         return parsed
 

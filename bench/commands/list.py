@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,39 +43,36 @@ def catalogue(kind: str) -> list[dict[str, Any]]:
     return pick("list", kind.lower().replace("defence", "defense").removesuffix("s") + "s", _MAKERS)()
 
 
-def _defenses() -> list[dict[str, Any]]:
-    plugins = [defenses().get(name) for name in defenses()]
-    return [_plugin(plugin) | {"level": plugin.level, "trainable": plugin.trainable} for plugin in plugins]
-
-
-def _attacks() -> list[dict[str, Any]]:
-    entries = []
-    for name in attacks():
-        plugin = attacks().get(name)
-        entry = _plugin(plugin)
-        entry["kind"] = _kind(plugin)
-        entry["needs"] = sorted(plugin.needs)
-        entry["uses"] = sorted(plugin.uses)
-        entry["cost"] = plugin.cost
-        entry["budgets"] = [DATA, INTERCEPTIONS, *plugin.budgets]
-        entries.append(entry)
-    return entries
+def _dump(options: Iterable[Option]) -> list[dict[str, Any]]:
+    return [option.model_dump(mode="json", exclude={"metavar"}) for option in options]
 
 
 def _plugin(plugin: type[Attack] | type[Defense]) -> dict[str, Any]:
-    return {
-        "name": plugin.name,
-        "summary": plugin.summary,
-        "reference": plugin.reference,
-        "presets": {preset: dict(options) for preset, options in plugin.presets.items()},
-        "options": [option.model_dump(mode="json", exclude={"metavar"}) for option in describe(plugin.Options)],
-    }
+    presets = {preset: dict(options) for preset, options in plugin.presets.items()}
+    facts = {"name": plugin.name, "summary": plugin.summary, "reference": plugin.reference, "presets": presets}
+    return {**facts, "options": _dump(describe(plugin.Options))}
 
 
-def _kind(plugin: type[Attack]) -> str:
+def _defenses() -> list[dict[str, Any]]:
+    return [
+        _plugin(defense) | {"level": defense.level, "trainable": defense.trainable} for _, defense in defenses().items()
+    ]
+
+
+def _attacks() -> list[dict[str, Any]]:
     from attacks.base import LinkageAttack
 
-    return "linkage" if issubclass(plugin, LinkageAttack) else "recovery"
+    return [
+        _plugin(attack)
+        | {
+            "kind": "linkage" if issubclass(attack, LinkageAttack) else "recovery",
+            "needs": sorted(attack.needs),
+            "uses": sorted(attack.uses),
+            "cost": attack.cost,
+            "budgets": [DATA, INTERCEPTIONS, *attack.budgets],
+        }
+        for _, attack in attacks().items()
+    ]
 
 
 def _datasets() -> list[dict[str, Any]]:
@@ -85,10 +83,9 @@ def _datasets() -> list[dict[str, Any]]:
             "name": name,
             "summary": dataset.summary,
             "needs": ["--data-root"] if dataset.needs_root else [],
-            "options": [option.model_dump(mode="json", exclude={"metavar"}) for option in describe(dataset.Options)],
+            "options": _dump(describe(dataset.Options)),
         }
-        for name in DATASETS
-        for dataset in [DATASETS.get(name)]
+        for name, dataset in DATASETS.items()
     ]
 
 
@@ -98,38 +95,25 @@ def _backbones() -> list[dict[str, Any]]:
     from bench.nets.backbones import BACKBONES
     from bench.nets.recogniser import Recogniser, RecogniserSpec
 
-    rows = []
-    for name in BACKBONES:
-        with torch.device("meta"):
-            recogniser = Recogniser(RecogniserSpec(name, (3, 112, 112), 512))
-        rows.append({"name": name, "parameters (RGB, 112 px, 512-d)": f"{recogniser.parameter_count / 1e6:.2f} M"})
-    return rows
+    with torch.device("meta"):
+        sizes = {name: Recogniser(RecogniserSpec(name, (3, 112, 112), 512)).parameter_count for name in BACKBONES}
+    return [{"name": name, "parameters (RGB, 112 px, 512-d)": f"{n / 1e6:.2f} M"} for name, n in sizes.items()]
 
 
 def _heads() -> list[dict[str, Any]]:
     from bench.recognition.options import HEADS
 
-    return [{"name": name, "summary": (HEADS.get(name).__doc__ or "").strip().splitlines()[0]} for name in HEADS]
+    return [{"name": name, "summary": (inspect.getdoc(head) or "").splitlines()[0]} for name, head in HEADS.items()]
 
 
 def _metrics() -> list[dict[str, Any]]:
     from bench.measures import KINDS
 
+    shown = {"group": "group", "range": "span", "unit": "unit", "higher means": "direction", "summary": "meaning"}
     return [
-        {
-            "name": name,
-            "group": kind.group,
-            "range": kind.span,
-            "unit": kind.unit,
-            "higher means": kind.direction,
-            "summary": kind.meaning,
-        }
+        {"name": name, **{column: getattr(kind, field) for column, field in shown.items()}}
         for name, kind in KINDS.items()
     ]
-
-
-def _settings() -> list[dict[str, Any]]:
-    return [setting.model_dump(mode="json", exclude={"metavar"}) for setting in settings()]
 
 
 _MAKERS: dict[str, Callable[[], list[dict[str, Any]]]] = {
@@ -139,7 +123,7 @@ _MAKERS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "backbones": _backbones,
     "heads": _heads,
     "metrics": _metrics,
-    "settings": _settings,
+    "settings": lambda: _dump(settings()),
 }
 
 #: What the table of all leaves to the page of one.

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from bench.commands.console import out, print_json
+from bench.commands.console import show_line
 from bench.commands.flags import AsJson, DefenseOptions
 from bench.errors import DataError, MissingError, UsageError
 from bench.files import replacing
@@ -31,20 +30,12 @@ def protect(
     as_json: AsJson = False,
 ) -> None:
     """Protect faces as a client would, and write the representations."""
+    options = parse_assignments(defense_option or [], "-o")
     summary = protect_files(
-        images,
-        out_file,
-        defense=defense,
-        options=parse_assignments(defense_option or [], "-o"),
-        seed=seed,
-        image_size=image_size,
-        run=run,
+        images, out_file, defense=defense, options=options, seed=seed, image_size=image_size, run=run
     )
-    if as_json:
-        print_json(summary)
-    else:
-        shape = "x".join(str(n) for n in summary["shape"])
-        out.print(f"{escape(str(out_file))}: {summary['defense']} {shape} float32", highlight=False)
+    shape = "x".join(map(str, summary["shape"]))
+    show_line(summary, as_json, f"{out_file}: {summary['defense']} {shape} float32")
 
 
 def protect_files(
@@ -61,14 +52,8 @@ def protect_files(
 
     The ``.npz`` holds what is sent, ``representation`` (N, C, h, w) float32 or, where it has several parts, each under
     its name; beside it ``state`` (N, D) and ``keys`` (N, k) int64 (empty where none are drawn), ``images`` (the paths),
-    ``defense`` and ``options`` (JSON).
-
-    Args:
-        images: one face each.
-        file: the file.
-        defense, options, image_size: the defence; left out for that of ``run``.
-        seed: of what the defence draws.
-        run: the folder of a finished run, whose defence is used, as it was fitted there.
+    ``defense`` and ``options`` (JSON). The defence is named, with its options and ``image_size``, or is that of the
+    folder of a finished ``run``, as it was fitted there; what it draws comes from ``seed``.
 
     Returns:
         A summary: name, options, shape, parts, bytes per face, file.
@@ -97,9 +82,8 @@ def protect_files(
         mechanism = make_defense(str(defense), dict(options or {}), "cpu", image_size)
         if mechanism.trainable or mechanism.level == "template":
             raise UsageError(f"{defense} learns from faces: run it with bench run, then bench protect --from RUN")
-    for image in images:
-        if not image.is_file():
-            raise MissingError(f"image {image} does not exist")
+    if missing := [image for image in images if not image.is_file()]:
+        raise MissingError(f"image {missing[0]} does not exist")
     decoded = []
     for image in images:
         try:

@@ -69,11 +69,11 @@ def test_every_floor_is_named():
 def commands(group: Any = None, path: tuple[str, ...] = ("bench",)) -> dict[str, Any]:
     """Every command by what one types."""
     group = typer.main.get_command(app) if group is None else group
-    found: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     for name, command in group.commands.items():
         whole = (*path, name)
-        found |= commands(command, whole) if hasattr(command, "commands") else {" ".join(whole): command}
-    return found
+        named |= commands(command, whole) if hasattr(command, "commands") else {" ".join(whole): command}
+    return named
 
 
 COMMANDS = commands()
@@ -106,13 +106,13 @@ def test_every_option_is_documented_and_no_other(name):
 
 def typed() -> list[tuple[str, str]]:
     """(page, command line) of everything that the pages tell people to type."""
-    found = []
-    for page in PAGES:
-        for line in re.sub(r" \\\n\s*", " ", page.read_text(encoding="utf-8")).splitlines():
-            command = re.match(r"^(?: {4,}|\$ )(bench [a-z].*)$", line)
-            if command and " " in command[1]:
-                found.append((page.name, command[1].partition("  #")[0]))
-    return found
+    lines = [
+        (page.name, line)
+        for page in PAGES
+        for line in re.sub(r" \\\n\s*", " ", page.read_text(encoding="utf-8")).splitlines()
+    ]
+    commands = [(page, re.match(r"^(?: {4,}|\$ )(bench [a-z].* .*)$", line)) for page, line in lines]
+    return [(page, command[1].partition("  #")[0]) for page, command in commands if command]
 
 
 @pytest.mark.parametrize(("page", "line"), typed())
@@ -159,7 +159,7 @@ def test_the_config_file_is_one():
 
 def test_what_each_rung_grants():
     rows = {row[0]: [cell == "yes" for cell in row[1:][1:]] for row in table("threat-models.md", "Capabilities")}
-    assert rows == {str(one): [one in GRANTS[rung] for rung in Knowledge] for one in Capability}
+    assert rows == {str(capability): [capability in GRANTS[rung] for rung in Knowledge] for capability in Capability}
     assert [row[0] for row in table("threat-models.md", "The ladder of knowledge")] == [str(rung) for rung in Knowledge]
 
 
@@ -198,7 +198,7 @@ def test_the_honesty_rules_are_those_of_contributing():
     subjects = [
         "Nobody",
         "protocol",
-        "floors|nearest public face",
+        "floors|nearest",
         "every state",
         "did best|worst",
         "people",
@@ -209,7 +209,6 @@ def test_the_honesty_rules_are_those_of_contributing():
     for document in (contributing, text("protocol.md")):
         section = re.split(r"^## ", document.split("## Honesty rules\n", 1)[1], flags=re.MULTILINE)[0]
         rules = re.split(r"^\d+\. ", section, flags=re.MULTILINE)[1:]
-        assert len(rules) == len(subjects)
         for rule, subject in zip(rules, subjects, strict=True):
             assert re.search(subject, rule, re.IGNORECASE), rule
 

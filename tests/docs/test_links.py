@@ -79,8 +79,8 @@ def test_links_from_outside_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_a_heading_is_linked_by_one_name(page):
-    found = anchors(page)
-    assert len(found) == len(set(found))
+    names = anchors(page)
+    assert len(names) == len(set(names))
 
 
 def test_every_page_is_in_the_navigation_once():

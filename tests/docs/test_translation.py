@@ -20,7 +20,7 @@ DECODER = BlockOptions(width=16, heads=2, scaled_heads=3, hidden_ratio=2)
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread():
     torch.set_num_threads(1)
 
 
@@ -37,7 +37,7 @@ def parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_the_published_model_has_the_published_size() -> None:
+def test_the_published_model_has_the_published_size():
     """FACTS: about 66.6 M with a shared vocabulary of 34k, 68 M with the global attention."""
     with torch.device("meta"):
         without, whole = published(residual_attention=False), published()
@@ -49,7 +49,7 @@ def test_the_published_model_has_the_published_size() -> None:
     assert parameters(whole) / 1e6 == pytest.approx(68, abs=0.1)
 
 
-def test_positions_are_sines_and_cosines() -> None:
+def test_positions_are_sines_and_cosines():
     table = sinusoids(7, 6)
     for position, channel in product(range(7), range(3)):
         angle = position / 10_000 ** (2 * channel / 6)
@@ -58,7 +58,7 @@ def test_positions_are_sines_and_cosines() -> None:
 
 
 @torch.no_grad()
-def test_padding_of_the_source_changes_nothing() -> None:
+def test_padding_of_the_source_changes_nothing():
     net = model()
     source, target = torch.tensor([[3, 5, 4, END]]), torch.tensor([[BEGIN, 6, 3]])
     padded = torch.nn.functional.pad(source, (0, 3), value=PADDING)
@@ -66,7 +66,7 @@ def test_padding_of_the_source_changes_nothing() -> None:
 
 
 @torch.no_grad()
-def test_the_next_word_depends_on_the_words_before_only() -> None:
+def test_the_next_word_depends_on_the_words_before_only():
     net = model()
     source, target = torch.tensor([[3, 5, END]]), torch.tensor([[BEGIN, 6, 3, 4]])
     other = target.clone()
@@ -96,7 +96,7 @@ def best_by_enumeration(net: TranslationModel, source: torch.Tensor, length: int
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
 @torch.no_grad()
-def test_a_beam_wide_enough_finds_the_best_sentence_of_all(penalty: float) -> None:
+def test_a_beam_wide_enough_finds_the_best_sentence_of_all(penalty):
     source = torch.tensor([[3, 4, END], [4, END, PADDING]])
     for seed in range(2):
         net = model(6, seed)
@@ -107,7 +107,7 @@ def test_a_beam_wide_enough_finds_the_best_sentence_of_all(penalty: float) -> No
 
 
 @torch.no_grad()
-def test_one_beam_is_greedy_and_greedy_takes_the_likeliest_word() -> None:
+def test_one_beam_is_greedy_and_greedy_takes_the_likeliest_word():
     source = torch.tensor([[3, 5, 4, END], [6, END, PADDING, PADDING], [4, 4, 3, END]])
     for seed in range(4):
         net = model(7, seed)
@@ -127,14 +127,14 @@ def test_one_beam_is_greedy_and_greedy_takes_the_likeliest_word() -> None:
                     break
 
 
-def test_impossible_models_and_beams_are_refused() -> None:
+def test_impossible_models_and_beams_are_refused():
     with pytest.raises(ValueError, match="equally wide, got 16 and 32"):
         TranslationModel(9, ENCODER, BlockOptions(width=32, heads=2, scaled_heads=3, hidden_ratio=2), (1, 1))
     with pytest.raises(ValueError, match="beams must be at least 1, got 0"):
         beam_search(model(), torch.tensor([[3, END]]), 4, beams=0)
 
 
-def test_the_generated_languages_keep_their_grammar() -> None:
+def test_the_generated_languages_keep_their_grammar():
     languages = Languages(torch.Generator().manual_seed(0))
     pairs = languages.pairs(400, torch.Generator().manual_seed(1))
     assert len({source for source, _ in pairs}) == 400
@@ -156,7 +156,7 @@ def test_the_generated_languages_keep_their_grammar() -> None:
     assert {ending for found in endings.values() for ending in found} == set(GENDERS)
 
 
-def test_numbers_are_said_units_first() -> None:
+def test_numbers_are_said_units_first():
     languages = Languages(torch.Generator().manual_seed(0))
     ten, unit = languages._target["ten"], languages._target["unit"]
     for _, target in languages.pairs(100, torch.Generator().manual_seed(2)):
@@ -166,7 +166,7 @@ def test_numbers_are_said_units_first() -> None:
                 assert target[i + 1] in ten
 
 
-def test_the_vocabulary_survives_a_round_trip() -> None:
+def test_the_vocabulary_survives_a_round_trip():
     pairs = Languages(torch.Generator().manual_seed(0)).pairs(20, torch.Generator().manual_seed(1))
     vocabulary = Vocabulary(pairs)
     sources = [source for source, _ in pairs]
@@ -177,11 +177,11 @@ def test_the_vocabulary_survives_a_round_trip() -> None:
         vocabulary.encode([("unheard",)])
 
 
-def test_the_learning_rate_rises_and_falls() -> None:
+def test_the_learning_rate_rises_and_falls():
     assert [demo.inverse_square_root(step, 4) for step in (1, 2, 4, 16, 64)] == [0.25, 0.5, 1, 0.5, 0.25]
 
 
-def test_a_small_model_learns_to_translate() -> None:
+def test_a_small_model_learns_to_translate():
     """A generated corpus; word by word, even a perfect dictionary is wrong everywhere."""
     pytest.importorskip("sacrebleu")
     report = demo.run(220, 0, beams=3, depths=(1, 1))
@@ -192,7 +192,7 @@ def test_a_small_model_learns_to_translate() -> None:
     assert "nrefs:1" in report.signature
 
 
-def test_the_command_speaks_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_speaks_json(capsys, monkeypatch):
     pytest.importorskip("sacrebleu")
     monkeypatch.setattr(demo, "TRAINING_PAIRS", 100)
     monkeypatch.setattr(demo, "TEST_PAIRS", 5)
@@ -209,7 +209,7 @@ def test_the_command_speaks_json(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "at least 1, got 0" in capsys.readouterr().err
 
 
-def test_without_sacrebleu_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_sacrebleu_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     with pytest.raises(MissingError, match="pip install sacrebleu"):
         demo.run(1, 0)

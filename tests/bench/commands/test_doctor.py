@@ -16,7 +16,7 @@ NMS = "operator torchvision::nms does not exist"
 
 
 @pytest.fixture(autouse=True)
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def environment(tmp_path, monkeypatch):
     """No BENCH_* variables, with all caches below ``tmp_path``."""
     for name in [name for name in os.environ if name.startswith("BENCH_")]:
         monkeypatch.delenv(name)
@@ -39,7 +39,7 @@ def diagnosed_with(monkeypatch: pytest.MonkeyPatch, site: Path, package: str, so
     return by_name(diagnose())
 
 
-def test_a_working_installation_has_nothing_failing(tmp_path: Path) -> None:
+def test_a_working_installation_has_nothing_failing(tmp_path):
     import torch
     import torchvision
 
@@ -64,9 +64,7 @@ def test_a_working_installation_has_nothing_failing(tmp_path: Path) -> None:
     ],
     ids=["import-error", "exit", "crash", "noise", "not-an-object"],
 )
-def test_broken_torch_is_reported_and_nothing_else_breaks(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, expected: str
-) -> None:
+def test_broken_torch_is_reported_and_nothing_else_breaks(monkeypatch, tmp_path, source, expected):
     checks = diagnosed_with(monkeypatch, tmp_path / "site", "torch", source)
     assert checks["torch"].status == "fail"
     assert expected in checks["torch"].detail
@@ -75,20 +73,18 @@ def test_broken_torch_is_reported_and_nothing_else_breaks(
     assert [checks[name].status for name in ("devices", "LPIPS weights", "run folder")] == ["warn", "warn", "ok"]
 
 
-def test_a_probe_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_hangs_is_reported(monkeypatch):
     monkeypatch.setattr(doctor, "PROBE_TIMEOUT", 0.5)
     assert doctor.probe("import time; time.sleep(60)") == {"crash": "no answer within 0.5 s"}
 
 
-def test_a_file_called_torch_in_the_current_folder_is_not_torch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_called_torch_in_the_current_folder_is_not_torch(tmp_path, monkeypatch):
     (tmp_path / "colorsys.py").write_text("raise ImportError('the wrong one')")
     monkeypatch.chdir(tmp_path)
     assert doctor.probe("import colorsys, json; print(json.dumps({'seen': True}))") == {"seen": True}
 
 
-def test_mismatched_pair_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mismatched_pair_is_explained(monkeypatch, tmp_path):
     checks = diagnosed_with(monkeypatch, tmp_path / "site", "torchvision", f"raise RuntimeError({NMS!r})")
     assert [checks[name].status for name in ("torch", "torchvision")] == ["ok", "fail"]
     assert "built for another torch" in checks["torchvision"].detail
@@ -103,15 +99,13 @@ def test_mismatched_pair_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path:
         ("ModuleNotFoundError: No module named 'x'", None, "not installed"),
     ],
 )
-def test_a_torchvision_broken_otherwise_is_no_mismatch(
-    monkeypatch: pytest.MonkeyPatch, error: str, vision: str | None, detail: str
-) -> None:
+def test_a_torchvision_broken_otherwise_is_no_mismatch(monkeypatch, error, vision, detail):
     monkeypatch.setattr(doctor, "installed", lambda distribution: vision)
     check = doctor.check_torch({"torch": "2.9", "torchvision_error": error})[1]
     assert (check.status, check.detail) == ("fail", detail)
 
 
-def test_missing_torch_asks_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torch_asks_for_both(monkeypatch):
     monkeypatch.setattr(doctor, "installed", lambda distribution: None)
     [check] = doctor.check_torch({"torch_error": "ModuleNotFoundError: No module named 'torch'"})
     assert (check.status, check.remedy) == ("fail", "pip install torch torchvision")
@@ -133,19 +127,19 @@ CPU = {"torch": "2", "cuda_build": None}
         ({**GPU, "devices": [{"name": "T4", "memory": 16e9}], "bf16": False}, True, "warn", "no bfloat16"),
     ],
 )
-def test_devices(probed: dict[str, object], driver: bool, status: str, words: str) -> None:
+def test_devices(probed, driver, status, words):
     check = doctor.check_devices(probed, driver)
     assert check.status == status
     assert words in check.detail
 
 
-def test_threads_beyond_the_cores_are_warned_of() -> None:
+def test_threads_beyond_the_cores_are_warned_of():
     assert doctor.check_threads(2, 2).status == "ok"
     check = doctor.check_threads(8, 2)
     assert (check.status, check.remedy) == ("warn", "export OMP_NUM_THREADS=2")
 
 
-def test_memory_is_cut_by_the_cgroup_limit(tmp_path: Path) -> None:
+def test_memory_is_cut_by_the_cgroup_limit(tmp_path):
     limit = tmp_path / "memory.max"
     limit.write_text("1000000000\n")
     check = doctor.check_memory(limit)
@@ -155,7 +149,7 @@ def test_memory_is_cut_by_the_cgroup_limit(tmp_path: Path) -> None:
     assert not doctor.check_memory(limit).detail.endswith("of 1.0 GB available")
 
 
-def test_requirements_that_are_not_met(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requirements_that_are_not_met(monkeypatch):
     requirements = [
         "numpy>=1",
         "numpy>=999",
@@ -172,7 +166,7 @@ def test_requirements_that_are_not_met(monkeypatch: pytest.MonkeyPatch) -> None:
     assert extra[1].endswith("needs >=998")
 
 
-def test_absent_extras_are_no_failure_and_missing_dependencies_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_extras_are_no_failure_and_missing_dependencies_are(monkeypatch):
     monkeypatch.setattr(doctor, "DISTRIBUTION", "pytest")
     monkeypatch.setattr(doctor, "installed", lambda name: None)
     checks = by_name(doctor.check_dependencies())
@@ -182,13 +176,13 @@ def test_absent_extras_are_no_failure_and_missing_dependencies_are(monkeypatch: 
     assert "pip install 'pytest[dev]'" in str(checks["extra 'dev'"].remedy)
 
 
-def test_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkout_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(doctor, "DISTRIBUTION", "no-such-distribution")
     [check] = doctor.check_dependencies()
     assert (check.status, check.remedy) == ("warn", "pip install -e .")
 
 
-def test_folders_that_are_none(tmp_path: Path) -> None:
+def test_folders_that_are_none(tmp_path):
     (tmp_path / "file").write_text("")
     check = doctor.check_folder("run folder", tmp_path / "file" / "deep", "--out")
     assert (check.status, check.detail) == ("fail", f"{tmp_path / 'file'} is a file")
@@ -199,16 +193,14 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("free", "status"), [(1e8, "fail"), (2e9, "warn"), (1e11, "ok")])
-def test_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: float, status: str) -> None:
+def test_disk_space(tmp_path, monkeypatch, free, status):
     usage = type("Usage", (), {"free": free})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     assert doctor.check_folder("run folder", tmp_path, "--out").status == status
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_wrong_with_the_lpips_trunk_is_said_by_who_loads_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_wrong_with_the_lpips_trunk_is_said_by_who_loads_it(tmp_path, monkeypatch):
     (tmp_path / "weights.pth").write_bytes(b"weights")
     with pytest.raises(MissingError) as caught:
         load_lpips(tmp_path / "weights.pth")
@@ -244,7 +236,7 @@ def onnx_model(path: Path, channels: int) -> Path:
         ("unset", "ok", "trains its own"),
     ],
 )
-def test_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, status: str, words: str) -> None:
+def test_evaluator(tmp_path, monkeypatch, kind, status, words):
     path = tmp_path / "evaluator.onnx"
     if kind in ("good", "one-channel"):
         onnx_model(path, 3 if kind == "good" else 1)
@@ -260,9 +252,7 @@ def test_evaluator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, s
 
 
 @pytest.mark.parametrize(("evaluator", "status"), [("", "warn"), ("x.onnx", "fail")])
-def test_broken_onnxruntime_matters_only_to_an_onnx_evaluator(
-    monkeypatch: pytest.MonkeyPatch, evaluator: str, status: str
-) -> None:
+def test_broken_onnxruntime_matters_only_to_an_onnx_evaluator(monkeypatch, evaluator, status):
     monkeypatch.setenv("BENCH_EVALUATOR", evaluator)
     [check] = doctor.check_evaluator({"onnxruntime_error": "ImportError: no"})
     assert check.status == status
@@ -279,9 +269,7 @@ def test_broken_onnxruntime_matters_only_to_an_onnx_evaluator(
         (None, "fail", "No such file"),
     ],
 )
-def test_data_root(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: list[str] | None, status: str, words: str
-) -> None:
+def test_data_root(tmp_path, monkeypatch, files, status, words):
     root = tmp_path / "faces"
     if files is not None:
         root.mkdir()
@@ -294,21 +282,21 @@ def test_data_root(
     assert words in check.detail
 
 
-def test_lfw_in_the_cache_is_seen(tmp_path: Path) -> None:
+def test_lfw_in_the_cache_is_seen(tmp_path):
     assert doctor.check_lfw().detail.startswith("not in")
     (tmp_path / "cache" / "lfw").mkdir(parents=True)
     (tmp_path / "cache" / "lfw" / "lfw-funneled.tgz").write_bytes(b"")
     assert "lfw-funneled.tgz" in doctor.check_lfw().detail
 
 
-def test_unknown_variables_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_variables_are_warned_of(monkeypatch):
     assert doctor.check_variables().status == "ok"
     monkeypatch.setenv("BENCH_SEDE", "1")
     check = doctor.check_variables()
     assert (check.status, check.detail) == ("warn", "unknown: BENCH_SEDE (did you mean BENCH_SEED?)")
 
 
-def test_a_check_that_breaks_does_not_end_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_breaks_does_not_end_the_report(monkeypatch):
     def broken() -> Check:
         raise ValueError("two\nlines")
 
