@@ -1,9 +1,13 @@
-"""``bench protect``: what a client would send for some images."""
+"""``bench protect``: what a client would send for some images.
+
+The ``.npz`` holds what is sent, ``representation`` (N, C, h, w) float32 or, where it has several parts, each under its
+name; beside it ``state`` (N, D) and ``keys`` (N, k) int64 (empty where none are drawn), ``images`` (the paths),
+``defense`` and ``options`` (JSON).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,39 +34,6 @@ def protect(
     as_json: AsJson = False,
 ) -> None:
     """Protect faces as a client would, and write the representations."""
-    options = parse_assignments(defense_option or [], "-o")
-    summary = protect_files(
-        images, out_file, defense=defense, options=options, seed=seed, image_size=image_size, run=run
-    )
-    shape = "x".join(map(str, summary["shape"]))
-    show_line(summary, as_json, f"{out_file}: {summary['defense']} {shape} float32")
-
-
-def protect_files(
-    images: Sequence[Path],
-    file: Path,
-    *,
-    defense: str | None = None,
-    options: Mapping[str, str] | None = None,
-    seed: int = 0,
-    image_size: int = 112,
-    run: Path | None = None,
-) -> dict[str, Any]:
-    """Protect image files and write the representations to ``file`` in one step.
-
-    The ``.npz`` holds what is sent, ``representation`` (N, C, h, w) float32 or, where it has several parts, each under
-    its name; beside it ``state`` (N, D) and ``keys`` (N, k) int64 (empty where none are drawn), ``images`` (the paths),
-    ``defense`` and ``options`` (JSON). The defence is named, with its options and ``image_size``, or is that of the
-    folder of a finished ``run``, as it was fitted there; what it draws comes from ``seed``.
-
-    Returns:
-        A summary: name, options, shape, parts, bytes per face, file.
-
-    Raises:
-        UsageError: unknown defence or option, none or two defences named, or ``file`` is no ``.npz``.
-        MissingError: an image, the run or its checkpoint is not there.
-        DataError: an image cannot be decoded, or the run's files are damaged.
-    """
     import numpy as np
     import torch
 
@@ -71,15 +42,16 @@ def protect_files(
     from bench.randomness import Streams
     from bench.run.provider import load_defense
 
-    if file.suffix != ".npz":
-        raise UsageError(f"--out {file}: the file must end in .npz")
+    options = parse_assignments(defense_option or [], "-o")
+    if out_file.suffix != ".npz":
+        raise UsageError(f"--out {out_file}: the file must end in .npz")
     if (defense is None) == (run is None) or (run is not None and options):
         raise UsageError("name a defence (--defense, with -o), or a run to take its defence from (--from)")
     if run is not None:
         config = run_config(run)
         mechanism, image_size = load_defense(run, config), config.image_size
     else:
-        mechanism = make_defense(str(defense), dict(options or {}), "cpu", image_size)
+        mechanism = make_defense(str(defense), dict(options), "cpu", image_size)
         if mechanism.trainable or mechanism.level == "template":
             raise UsageError(f"{defense} learns from faces: run it with bench run, then bench protect --from RUN")
     if missing := [image for image in images if not image.is_file()]:
@@ -95,7 +67,7 @@ def protect_files(
     parts: dict[str, Any] = mechanism.unpack(protected.representation.float())
     nothing = torch.empty(len(faces), 0, dtype=torch.int64)
     resolved = mechanism.options.model_dump(mode="json")
-    with replacing(file) as temporary:
+    with replacing(out_file) as temporary:
         np.savez(
             temporary,
             state=(nothing if protected.state is None else protected.state).numpy(),
@@ -105,11 +77,13 @@ def protect_files(
             options=np.array(json.dumps(resolved)),
             **parts,
         )
-    return {
+    summary = {
         "defense": mechanism.name,
         "options": resolved,
         "shape": list(protected.representation.shape),
         "parts": {name: list(part.shape) for name, part in parts.items()},
         "bytes_per_face": mechanism.bytes_per_face(),
-        "out": str(file),
+        "out": str(out_file),
     }
+    shape = "x".join(map(str, protected.representation.shape))
+    show_line(summary, as_json, f"{out_file}: {mechanism.name} {shape} float32")

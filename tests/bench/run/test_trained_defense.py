@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tiny_runs import TINY_UNET, stages_of
 
-from bench.commands.protect import protect_files
+from bench.commands.protect import protect
 from bench.errors import MissingError, UsageError
 from bench.images import to_float
 from bench.run.attacker import AttackStages
@@ -121,8 +121,7 @@ def test_a_killed_fit_goes_on_where_it_was(run, out, tmp_path, monkeypatch):
 
 def test_protect_takes_the_defence_of_a_run(run, out, photo, tmp_path):
     file = tmp_path / "p.npz"
-    summary = protect_files([photo], file, run=run)
-    assert summary["parts"] == {"representation": [1, 4, 8, 8]}
+    protect([photo], file, run=run)
     face = to_float(torch.from_numpy(np.array(Image.open(photo))).movedim(2, 0)[None])
     expected = fitted(out).protect(face, torch.Generator()).representation
     with np.load(file) as content:
@@ -132,14 +131,14 @@ def test_protect_takes_the_defence_of_a_run(run, out, photo, tmp_path):
 def test_protect_refuses_what_was_not_fitted(photo, tmp_path, out):
     for refused in ({"defense": "split"}, {"defense": "random-projection"}, {}, {"defense": "none", "run": out}):
         with pytest.raises(UsageError, match="--from"):
-            protect_files([photo], tmp_path / "p.npz", **refused)
+            protect([photo], tmp_path / "p.npz", **refused)
     with pytest.raises(MissingError, match=r"manifest\.json"):
-        protect_files([photo], tmp_path / "p.npz", run=out)
+        protect([photo], tmp_path / "p.npz", run=out)
 
 
 def test_parts_are_written_under_their_names(photo, tmp_path):
     file = tmp_path / "p.npz"
-    protect_files([photo], file, defense="pyramid", options={"levels": "2"}, image_size=32)
+    protect([photo], file, defense="pyramid", defense_option=["levels=2"], image_size=32)
     with np.load(file) as content:
         assert content["level-0"].shape == (1, 3, 32, 32)
         assert content["level-1"].shape == (1, 3, 16, 16)
@@ -159,7 +158,7 @@ def test_templates_run_from_end_to_end(templates, photo, tmp_path):
     names = {path.name for path in (cell.directory / "checkpoints").iterdir()}
     assert names == {"attack.safetensors", "recogniser.safetensors"}
     file = tmp_path / "p.npz"
-    protect_files([photo, photo], file, run=cell.directory)
+    protect([photo, photo], file, run=cell.directory)
     with np.load(file) as content:
         assert content["representation"].shape == (2, 32, 1, 1)
         assert content["keys"].shape == (2, 3 * 32)
