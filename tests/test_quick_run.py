@@ -24,6 +24,8 @@ KEYS = {
     "linkage",
     "state_inference",
     "strength",
+    "attacks",
+    "worst_case",
     "throughput",
     "seconds",
     "cached",

@@ -40,7 +40,7 @@ from bench.progress import Report, no_report
 from bench.run.attack_config import AttackConfig
 from bench.run.machines import synchronise
 from bench.run.provider import Stages, failing_as
-from bench.run.service import Service, class_centres, score_query, traffic
+from bench.run.service import Service, class_centres, score_query, traffic_query
 from bench.run.stage import CODE, Job, make_key, plugin_code, save_tensors, tensor_job
 from defenses.base import Defense
 from defenses.layout import probe
@@ -131,11 +131,7 @@ class Linked(NamedTuple):
 
 
 class AttackStages:
-    """The attacker's side of a run, on top of the provider's.
-
-    Args:
-        stages: data, defences and recognisers of the run.
-    """
+    """The attacker's side of a run, on top of the provider's."""
 
     def __init__(self, stages: Stages) -> None:
         self.stages = stages
@@ -161,12 +157,11 @@ class AttackStages:
 
     def public(self, attack_config: AttackConfig) -> FaceSet:
         """The public faces that an attack's budget pays for; a smaller budget gets a part of what a larger one gets."""
-        if attack_config.public not in self._public:
-            draws = self.streams.generator("budget")
-            self._public[attack_config.public] = whole_identities(
-                self.stages.splits.public, attack_config.public, draws
-            )
-        return self._public[attack_config.public]
+        share = attack_config.public
+        if share not in self._public:
+            everybody, draws = self.stages.splits.public, self.streams.generator("budget")
+            self._public[share] = whole_identities(everybody, share, draws)
+        return self._public[share]
 
     def mechanism(self, defense: Defense) -> Callable[[torch.Generator], Defense]:
         """What the adversary can protect faces with: guesses of the defence under a black box, else the one in use."""
@@ -213,19 +208,15 @@ class AttackStages:
         return Service(self.stages.recogniser(defense), defense, draws, batch_size=self.config.batch_size)
 
     def _traffic(self, defense: Defense) -> Traffic:
-        def intercept(count: int) -> Iterator[Tensor]:
-            return traffic(
-                defense,
-                self.stages.splits.victims,
-                self.selection.attacked,
-                self.streams.numbered("traffic"),
-                count=count,
-                batch_size=self.config.batch_size,
-                device=self.fabric.device,
-                keys=self.stages.victim_keys(defense),
-            )
-
-        return intercept
+        return traffic_query(
+            defense,
+            self.stages.splits.victims,
+            self.selection.attacked,
+            self.streams.numbered("traffic"),
+            batch_size=self.config.batch_size,
+            device=self.fabric.device,
+            keys=self.stages.victim_keys(defense),
+        )
 
     # -- fitting ---------------------------------------------------------------------------------
 

@@ -69,7 +69,7 @@ def make_fabric(device: str, precision: str, launch: Launch | None = None) -> Fa
 
     Args:
         device: ``auto`` (CUDA, then MPS, then CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        precision: ``auto`` or a Fabric precision such as ``32-true``, ``bf16-mixed``, ``16-mixed``.
+        precision: as for :func:`resolve_precision`.
         launch: of several processes, each takes the device of its number on its machine.
 
     Raises:
@@ -83,10 +83,7 @@ def make_fabric(device: str, precision: str, launch: Launch | None = None) -> Fa
 def make_shared_fabric(device: str, precision: str, launch: Launch, patience: timedelta = PATIENCE) -> Fabric:
     """A Fabric for data-parallel training in the processes of ``launch``, launched: gloo on the CPU, NCCL on CUDA.
 
-    Args:
-        device, precision: as for :func:`make_fabric`.
-        launch: this process and the others; each calls it.
-        patience: how long one waits for another before it takes it for lost.
+    Each of them calls it, and waits for another at most for ``patience`` before it takes it for lost.
 
     Raises:
         UsageError: a device that several processes cannot share, or one that is not here.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.base import ScoreQuery
+from attacks.base import ScoreQuery, Traffic
 from bench.data.faces import FaceSet
 from bench.images import to_float
 from bench.nets.recogniser import Recogniser
@@ -127,25 +127,28 @@ def class_centres(
     return torch.stack(centres)
 
 
-def traffic(
+def traffic_query(
     defense: Defense,
     victims: FaceSet,
     attacked: Tensor,
     draws: Callable[[int], torch.Generator],
     *,
-    count: int,
     batch_size: int,
     device: torch.device,
     keys: Tensor | None = None,
-) -> Iterator[Tensor]:
-    """An :data:`attacks.base.Traffic`: ``count`` requests of images that are not attacked, repeated where need be."""
-    mask = torch.ones(len(victims), dtype=torch.bool)
-    mask[attacked] = False
-    others = mask.nonzero().flatten()
-    order = others[torch.randperm(len(others), generator=draws(-1))]
-    index = order[torch.arange(count) % len(order)]
-    for start in range(0, count, batch_size):
-        part = index[start : start + batch_size]
-        generators = [draws(number) for number in range(start, start + len(part))]
-        held = None if keys is None else keys[part]
-        yield defense.protect_each(to_float(victims.images[part].to(device)), generators, keys=held).representation
+) -> Traffic:
+    """Requests of the ``victims``' images that are not ``attacked``, in a random order, repeated where need be."""
+
+    def intercept(count: int) -> Iterator[Tensor]:
+        mask = torch.ones(len(victims), dtype=torch.bool)
+        mask[attacked] = False
+        others = mask.nonzero().flatten()
+        order = others[torch.randperm(len(others), generator=draws(-1))]
+        index = order[torch.arange(count) % len(order)]
+        for start in range(0, count, batch_size):
+            part = index[start : start + batch_size]
+            generators = [draws(number) for number in range(start, start + len(part))]
+            held = None if keys is None else keys[part]
+            yield defense.protect_each(to_float(victims.images[part].to(device)), generators, keys=held).representation
+
+    return intercept

@@ -78,9 +78,9 @@ class TestBudgets:
         assert last.make().options.images == 200
         assert last.make().options.widths == first.make().options.widths == (4, 8)
         config = resolve({**UNET, "budget": "data=0.5,1", "queries": 2}, {})
-        assert [(one.public, one.interceptions) for one in attack_configs(config)["unet"]] == [(0.5, 2), (1, 2)]
+        assert [(c.public, c.interceptions) for c in attack_configs(config)["unet"]] == [(0.5, 2), (1, 2)]
         config = resolve({**UNET, "budget": "k=1,4"}, {})
-        assert [(one.public, one.interceptions) for one in attack_configs(config)["unet"]] == [(1, 1), (1, 4)]
+        assert [(c.public, c.interceptions) for c in attack_configs(config)["unet"]] == [(1, 1), (1, 4)]
 
     @pytest.mark.parametrize(
         ("changes", "message"),

@@ -13,6 +13,7 @@ import torch
 
 import bench.run.machines as device_module
 from bench.errors import UsageError
+from bench.recognition.state import load_recogniser
 from bench.run.launch import Launch
 from bench.run.machines import make_fabric, make_shared_fabric, native_bfloat16, resolve_precision
 
@@ -100,20 +101,13 @@ RUN = (
 )
 
 
+TORCHRUN_TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bench")
+
+
 def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "bench",
-            *arguments,
-        ],
+        [sys.executable, *TORCHRUN_TWO, *arguments],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         capture_output=True,
@@ -136,8 +130,8 @@ def test_two_processes_make_one_run(tmp_path: Path) -> None:
     assert [event["event"] for event in events].count("started") == 1
     trained = [event for event in events if event.get("task", "").startswith("train provider")]
     assert trained[-1]["done"] == trained[-1]["total"]
-    details = _details(next((tmp_path / "runs" / "cache").glob("recogniser-provider-none-*/recogniser.safetensors")))
-    assert details["processes"] == 2
+    (file,) = (tmp_path / "runs" / "cache").glob("recogniser-provider-none-*/recogniser.safetensors")
+    assert load_recogniser(file)[1]["processes"] == 2
     assert not list((tmp_path / "runs" / "cache").glob("*.partial"))
 
 
@@ -151,24 +145,15 @@ def test_a_run_that_fails_ends_in_all_processes_with_one_line(tmp_path: Path) ->
     assert json.loads(done.stdout)["status"] == "error"
 
 
-def _details(file: Path) -> dict[str, object]:
-    from bench.recognition.state import load_tensors
-
-    details: dict[str, object] = load_tensors(file)[1]["details"]
-    return details
-
-
-@pytest.mark.parametrize(("native", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
+@pytest.mark.parametrize(
+    ("precision", "native", "expected"),
+    [("auto", True, "bf16-mixed"), ("auto", False, "32-true"), ("16-mixed", True, "16-mixed")],
+)
 def test_auto_is_bfloat16_where_the_hardware_has_it(
-    monkeypatch: pytest.MonkeyPatch, native: bool, expected: str
+    monkeypatch: pytest.MonkeyPatch, precision: str, native: bool, expected: str
 ) -> None:
     monkeypatch.setattr("bench.run.machines.native_bfloat16", lambda _: native)
-    assert resolve_precision("auto", torch.device("cpu")) == expected
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_a_named_precision_is_kept(precision: str) -> None:
-    assert resolve_precision(precision, torch.device("cpu")) == precision
+    assert resolve_precision(precision, torch.device("cpu")) == expected
 
 
 def test_an_unknown_precision_is_refused() -> None:

@@ -9,7 +9,7 @@ from bench.data.faces import FaceSet
 from bench.images import to_float
 from bench.metrics.identity import content_ids
 from bench.nets.recogniser import build_recogniser
-from bench.run.service import Service, class_centres, score_query, traffic
+from bench.run.service import Service, class_centres, score_query, traffic_query
 
 SIZE = 32
 
@@ -55,7 +55,7 @@ def test_a_score_is_the_cosine_to_the_named_persons_template(service, victims, d
     scores = score_query(service, templates, [draws(person) for person in range(3)])(faces, persons)
     streams = [draws(person) for person in range(3)]  # the second face of a person goes on in that person's stream
     sent = [defense.protect(face[None], streams[person]) for face, person in zip(faces, persons, strict=True)]
-    embedded = service.embed_representations(torch.cat([one.representation for one in sent]))
+    embedded = service.embed_representations(torch.cat([protected.representation for protected in sent]))
     expected = (embedded * templates[persons]).sum(1)
     torch.testing.assert_close(scores, expected)
     assert service.queries == 4
@@ -83,13 +83,10 @@ def test_traffic_leaves_the_attacked_images_out_and_repeats(defense, victims):
     attacked = torch.tensor([0, 1, 3])
     plain = plugins.make_defense("none", {}, "quick", SIZE)
 
-    def intercept(count):
-        batches = traffic(plain, victims, attacked, draws, count=count, batch_size=4, device=torch.device("cpu"))
-        return torch.cat(list(batches))
-
-    sent = intercept(14)
+    intercept = traffic_query(plain, victims, attacked, draws, batch_size=4, device=torch.device("cpu"))
+    sent = torch.cat(list(intercept(14)))
     assert len(sent) == 14
-    torch.testing.assert_close(intercept(5), sent[:5])
+    torch.testing.assert_close(torch.cat(list(intercept(5))), sent[:5])
     # Images 0 and 2 show the same picture, so 1 and 3 are the ones that must be missing.
     for image in (1, 3):
         assert not (sent == to_float(victims.images[image])).all(dim=(1, 2, 3)).any()
