@@ -20,13 +20,9 @@ _SHOWN_OPTIONS = 3
 
 @dataclass(frozen=True)
 class Cell:
-    """One attack of a run under the names that set it apart from the others of its report.
+    """One attack (``name``) of a run.
 
-    Attributes:
-        run: the run.
-        name: of the attack.
-        defense: name of the defence, with the options that tell it from others of that name.
-        attack: name of the attack, in the same way.
+    ``defense`` and ``attack`` are their names with the options that set them apart from the others of the report.
     """
 
     run: Run
@@ -76,13 +72,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that may be compared: of one protocol version, dataset, image size and judge.
+    """Runs that may be compared, each attack a cell, by defence: of one protocol, dataset, image size and evaluator.
 
-    Attributes:
-        protocol: version of the protocol.
-        title: dataset and image size.
-        synthetic: whether any of the faces were made up.
-        cells: every attack of its runs, by defence, in the order given.
+    It is ``synthetic`` if any of its faces were made up.
     """
 
     protocol: str
@@ -109,7 +101,8 @@ class Setting:
         groups: dict[Path, list[Cell]] = {}
         for cell in self.cells:
             groups.setdefault(cell.run.directory, []).append(cell)
-        return [(_label(cells), cells[0]) for cells in groups.values()]
+        named = [(", ".join(cell.attack for cell in cells), cells[0]) for cells in groups.values()]
+        return [(f"{attacks} ({cell.knowledge}) on {cell.defense}", cell) for attacks, cell in named]
 
 
 def settings(runs: Sequence[Run]) -> list[Setting]:
@@ -150,11 +143,6 @@ def _setting(title: str, runs: Sequence[Run]) -> Setting:
     order = {name: place for place, name in enumerate(dict.fromkeys(defenses))}
     cells.sort(key=lambda cell: order[cell.defense])
     return Setting(runs[0].manifest.protocol, title, any(run.synthetic for run in runs), tuple(cells))
-
-
-def _label(cells: Sequence[Cell]) -> str:
-    attacks = ", ".join(cell.attack for cell in cells)
-    return f"{attacks} ({cells[0].knowledge}) on {cells[0].defense}"
 
 
 def _defense(run: Run) -> str:
@@ -207,12 +195,7 @@ _REPLICATES = 1000
 
 @dataclass(frozen=True)
 class Worst:
-    """What leaks at worst by one figure.
-
-    Attributes:
-        measure: the figure; victim by victim the worst where attacks were run on the same victims.
-        strongest: the attack that leaks most on average.
-    """
+    """What leaks at worst by one figure, and the attack to which most leaks on average."""
 
     measure: Measure
     strongest: Cell

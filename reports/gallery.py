@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.measures import KINDS
 from bench.run.archive import Victim
@@ -16,8 +16,7 @@ _ROLES = {"worst": "worst victim", "median": "median victim", "best": "best vict
 _FIRST = "first"
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture of a sheet: its file, what it shows in words, and a note below."""
 
     source: Path
@@ -25,22 +24,20 @@ class Picture:
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class SheetRow:
+class SheetRow(NamedTuple):
     """A victim: which one, its figures, a picture for each column or None where the run kept none."""
 
     role: str
     caption: str
-    pictures: tuple[Picture | None, ...]
+    pictures: Sequence[Picture | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Sheet:
+class Sheet(NamedTuple):
     """A table of pictures; ``title`` says when the faces are synthetic."""
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[SheetRow, ...]
+    columns: Sequence[str]
+    rows: Sequence[SheetRow]
 
 
 def sheets(setting: Setting, *, embed_faces: bool) -> list[Sheet]:
@@ -81,14 +78,14 @@ def _of_run(label: str, cell: Cell) -> Iterable[Sheet]:
     for role, name in _ROLES.items():
         victim = next((victim for victim in samples.victims if role in victim.roles), None)
         if victim is not None:
-            pictures = (_picture(cell, label, victim, column, name) for column in samples.columns)
-            rows.append(SheetRow(name, victim.caption, tuple(pictures)))
+            pictures = [_picture(cell, label, victim, column, name) for column in samples.columns]
+            rows.append(SheetRow(name, victim.caption, pictures))
     if rows:
-        yield Sheet(_title(label, cell), samples.columns, tuple(rows))
+        yield Sheet(_title(label, cell), samples.columns, rows)
     elif samples.sheet is not None and not samples.victims:
         alt = f"Contact sheet of {label}: original, sent and recovered {_faces(cell)}s, one row for each victim"
-        row = SheetRow("first victims", "", (Picture(samples.sheet, alt),))
-        yield Sheet(_title(label, cell), ("original, sent, recovered",), (row,))
+        row = SheetRow("first victims", "", [Picture(samples.sheet, alt)])
+        yield Sheet(_title(label, cell), ["original, sent, recovered"], [row])
 
 
 def _picture(cell: Cell, label: str, victim: Victim, column: str, role: str, note: str = "") -> Picture | None:
@@ -125,10 +122,10 @@ def _side_by_side(defense: str, cells: Sequence[Cell]) -> Iterable[Sheet]:
                 _picture(other, other.label, victims[place], column, name, _figures(other, victims[place]))
                 for other, column, victims in group
             ]
-            rows.append(SheetRow(name, "", tuple(pictures)))
+            rows.append(SheetRow(name, "", pictures))
         attacks = [f"{other.attack} ({other.knowledge})" for other, _, _ in group]
         title = _title(f"The same victims under every attack on {defense}", cell)
-        yield Sheet(title, (*_SHARED, *attacks), tuple(rows))
+        yield Sheet(title, [*_SHARED, *attacks], rows)
 
 
 def _figures(cell: Cell, victim: Victim) -> str:

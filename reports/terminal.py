@@ -17,21 +17,18 @@ from bench.gate.formats import COLUMNS, cells, interval, number
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Verdict
 from bench.measures import KINDS, MISSING, shown
 from bench.results import (
-    AttackInfo,
     AttackResult,
     Linkage,
     Measure,
-    Quality,
     Recovery,
     RunPlan,
     RunResult,
-    StateInference,
     StrengthCurve,
     Throughput,
     Verification,
     measures,
 )
-from bench.sweep.cells import CellState, KeyFigure, Status, SweepState
+from bench.sweep.cells import KeyFigure, Status, SweepState
 
 _QUALITY = tuple(name for name, kind in KINDS.items() if kind.group == "recovery")
 _IDENTITY = tuple(name for name, kind in KINDS.items() if kind.group == "identity")
@@ -47,19 +44,12 @@ def _table(
 ) -> RenderableType:
     """A table in which no name can act as markup.
 
-    Args:
-        title: above it.
-        headings: of its columns.
-        rows: its cells.
-        left: how many columns hold text, which may wrap; the others hold figures.
-        bold: places of the rows that stand out.
+    The first ``left`` columns hold text, which may wrap, the others figures. Rows at the places ``bold`` stand out.
     """
     table = Table(box=None, pad_edge=False)
     for place, heading in enumerate(headings):
-        if place < left:
-            table.add_column(escape(heading), overflow="fold")
-        else:
-            table.add_column(escape(heading), justify="right", no_wrap=True)
+        text = place < left
+        table.add_column(escape(heading), overflow="fold", justify="left" if text else "right", no_wrap=not text)
     for place, row in enumerate(rows):
         shielded = (cell if isinstance(cell, Text) else escape(cell) for cell in row)
         table.add_row(*shielded, style="bold" if place in bold else None)
@@ -124,14 +114,10 @@ def _headline(result: RunResult) -> Text:
 
 def _verifications(title: str, rows: Mapping[str, Verification]) -> RenderableType:
     fars = list(next(iter(rows.values())).tar_at_far)
-    table = [
-        [
-            label,
-            *(figure(name, getattr(row, name)) for name in ("accuracy", "auc", "eer")),
-            *(figure("tar_at_far", row.tar_at_far[far]) for far in fars),
-        ]
-        for label, row in rows.items()
-    ]
+    table = []
+    for label, row in rows.items():
+        figures = [figure(name, getattr(row, name)) for name in ("accuracy", "auc", "eer")]
+        table.append([label, *figures, *(figure("tar_at_far", row.tar_at_far[far]) for far in fars)])
     return _table(title, ["", "accuracy %", "AUC %", "EER %", *(f"TAR@{far} %" for far in fars)], table)
 
 
@@ -140,17 +126,21 @@ def _attack(name: str, attack: AttackResult, result: RunResult) -> Iterable[Rend
         yield from _recovery(name, attack.recovery, result)
     if attack.linkage is not None:
         yield from _linkage(attack.linkage)
-    if attack.state_inference is not None:
-        yield _state_inference(attack.state_inference)
-    yield from _queries(attack.attack)
+    if (inference := attack.state_inference) is not None:
+        chance = "" if inference.chance is None else f" (guessing: {100 * inference.chance:.1f} %)"
+        yield Text(
+            f"State inference: the attack names what was drawn for {figure('state_faces', inference.faces)} % of the "
+            f"interceptions{chance}, and the place of {figure('state_channels', inference.channels)} % of the channels"
+        )
+    counted = {"queries_per_victim": "score queries per victim", "fit_queries": "embedding queries while it was fitted"}
+    details = attack.attack.details
+    if asked := [f"{details[key]:,.10g} {what}" for key, what in counted.items() if key in details]:
+        yield Text(f"{attack.attack.name}: {', '.join(asked)}")
     if attack.strength is not None:
         yield from (_strength(attack.strength), _gain(attack.strength))
 
 
 def _recovery(label: str, recovery: Recovery, result: RunResult) -> Iterable[RenderableType]:
-    rows: dict[str, Quality] = {label: recovery}
-    rows |= {f"floor: {name.replace('_', ' ')}": floor for name, floor in recovery.floors.items()}
-    rows["ceiling"] = recovery.ceiling
     title = "Identity leakage"
     if (evaluator := result.evaluator) is not None:
         title += (
@@ -160,7 +150,7 @@ def _recovery(label: str, recovery: Recovery, result: RunResult) -> Iterable[Ren
     for heading, names in (("Recovery (victims never seen in training)", _QUALITY), (title, _IDENTITY)):
         table = [
             [row, *(figure(name, quality.figure(name), bounds=quality is recovery) for name in names)]
-            for row, quality in rows.items()
+            for row, quality in recovery.parts(label).items()
         ]
         yield _table(heading, ["", *(KINDS[name].column for name in names)], table, bold=(0,))
 
@@ -176,22 +166,6 @@ def _linkage(linkage: Linkage) -> Iterable[RenderableType]:
     rank1 = figure("linkage_rank1", linkage.rank1)
     chance = "" if linkage.d_sys_chance is None else f"; chance reaches {linkage.d_sys_chance:.3f}"
     yield Text(f"rank-1 among plain faces: {rank1} %; D_sys (0 unlinkable, 1 fully linkable{chance}): {scores}")
-
-
-def _state_inference(inference: StateInference) -> Text:
-    chance = "" if inference.chance is None else f" (guessing: {100 * inference.chance:.1f} %)"
-    return Text(
-        f"State inference: the attack names what was drawn for {figure('state_faces', inference.faces)} % of the "
-        f"interceptions{chance}, and the place of {figure('state_channels', inference.channels)} % of the channels"
-    )
-
-
-def _queries(attack: AttackInfo) -> Iterable[Text]:
-    """What an attack asked of the provider."""
-    counted = {"queries_per_victim": "score queries per victim", "fit_queries": "embedding queries while it was fitted"}
-    asked = [f"{attack.details[key]:,.10g} {what}" for key, what in counted.items() if key in attack.details]
-    if asked:
-        yield Text(f"{attack.name}: {', '.join(asked)}")
 
 
 def _strength(curve: StrengthCurve) -> RenderableType:
@@ -222,8 +196,8 @@ def _throughput(throughput: Mapping[str, Throughput], sent: int) -> RenderableTy
     rows = []
     for name, row in throughput.items():
         speed, latency = row.images_per_second, row.latency_ms
-        quartiles = f"{speed.median:.0f}", f"{speed.q1:.0f}-{speed.q3:.0f}"
-        rows.append([name, *quartiles, f"{latency.median:.2f}", f"{latency.q1:.2f}-{latency.q3:.2f}"])
+        rate = f"{speed.median:.0f}", f"{speed.q1:.0f}-{speed.q3:.0f}"
+        rows.append([name, *rate, f"{latency.median:.2f}", f"{latency.q1:.2f}-{latency.q3:.2f}"])
     title = f"Throughput on {first.device}, batch {first.batch}; {sent:,} bytes sent per face"
     return _table(title, ["", "images/s", "quartiles", "one face, ms", "quartiles"], rows)
 
@@ -244,15 +218,10 @@ def _reasons(result: RunResult) -> Iterable[str]:
 
 def render_plan(plan: RunPlan) -> RenderableType:
     """The resolved plan of ``--dry-run``."""
-    stages = [
-        [
-            stage.name,
-            stage.what,
-            "yes" if stage.cached else "no",
-            "-" if stage.seconds is None else f"{stage.seconds:.0f} s",
-        ]
-        for stage in plan.stages
-    ]
+    stages = []
+    for stage in plan.stages:
+        seconds = "-" if stage.seconds is None else f"{stage.seconds:.0f} s"
+        stages.append([stage.name, stage.what, "yes" if stage.cached else "no", seconds])
     settings = [[key, str(value)] for key, value in plan.config.items()]
     return Group(
         _table("Settings", ["setting", "value"], settings, left=2),
@@ -319,33 +288,18 @@ def render_difference(difference: Difference) -> RenderableType:
     """Settings that differ, then every figure; bold where chance among the victims does not explain a change."""
     parts: list[RenderableType] = []
     if difference.settings:
-        rows = [
-            [setting.kind, setting.name, setting.first or "-", setting.second or "-"] for setting in difference.settings
-        ]
+        rows = [[s.kind, s.name, s.first or "-", s.second or "-"] for s in difference.settings]
         parts.append(_table("What differs", ["", "setting", difference.first, difference.second], rows, left=4))
     headings = ("figure", "first", "second", "change", "95 % interval", "victims")
-    figures = [
-        [
-            _short(figure.figure),
-            number(figure.first),
-            number(figure.second),
-            number(figure.change, "+.3g"),
-            interval(figure.ci95),
-            figure.victims or "-",
-        ]
-        for figure in difference.figures
-    ]
-    changed = [
-        place
-        for place, figure in enumerate(difference.figures)
-        if figure.ci95 and not figure.ci95[0] <= 0 <= figure.ci95[1]
-    ]
+    figures, changed = [], []
+    for place, change in enumerate(difference.figures):
+        values = number(change.first), number(change.second), number(change.change, "+.3g"), interval(change.ci95)
+        figures.append([_short(change.figure), *values, change.victims or "-"])
+        if change.ci95 and not change.ci95[0] <= 0 <= change.ci95[1]:
+            changed.append(place)
     parts.append(_table("Figures: second minus first, with its interval over people", headings, figures, bold=changed))
-    parts += [
-        Text(f"{run}: {warning}", style="yellow")
-        for run, warnings in difference.warnings.items()
-        for warning in warnings
-    ]
+    for run, warnings in difference.warnings.items():
+        parts += [Text(f"{run}: {warning}", style="yellow") for warning in warnings]
     return Group(*parts)
 
 
@@ -399,9 +353,6 @@ def _warnings(sweep: SweepState) -> Iterable[str]:
     """Each warning once, with the number of cells that have it where not all have."""
     measured = [cell for cell in sweep.cells if cell.status == "success"]
     for warning in dict.fromkeys(warning for cell in measured for warning in cell.warnings):
-        holders = [cell for cell in measured if warning in cell.warnings]
-        yield warning if len(holders) == len(measured) else f"{_some(holders)}: {warning}"
-
-
-def _some(cells: Sequence[CellState]) -> str:
-    return cells[0].name if len(cells) == 1 else f"{cells[0].name} and {len(cells) - 1} more"
+        first, *others = (cell.name for cell in measured if warning in cell.warnings)
+        some = f"{first} and {len(others)} more: " if others else f"{first}: "
+        yield warning if len(others) + 1 == len(measured) else f"{some}{warning}"

@@ -22,23 +22,23 @@ from bench.results import Measure
     ],
 )
 def test_the_interval_decides_the_digits(name, value, low, high, expected, ends):
-    one = Measure(value=value, ci95=(low, high), direction="utility")
-    assert (shown(name, one), interval(name, one)) == (expected, ends)
+    figure = Measure(value=value, ci95=(low, high), direction="utility")
+    assert (shown(name, figure), interval(name, figure)) == (expected, ends)
 
 
 def test_without_an_interval_the_figure_has_its_own_digits():
-    one = Measure(value=0.5, direction="utility")
-    assert shown("ssim", one) == "0.500"
-    assert shown("accuracy", one) == "50.0"
-    assert interval("ssim", one) == ""
+    figure = Measure(value=0.5, direction="utility")
+    assert shown("ssim", figure) == "0.500"
+    assert shown("accuracy", figure) == "50.0"
+    assert interval("ssim", figure) == ""
     pinned = Measure(value=1.0, ci95=(1.0, 1.0), direction="utility")
     assert shown("ssim", pinned) == "1.000"
 
 
 def test_what_is_missing_is_a_dash_and_leaks_least():
-    for one in (None, measure(None)):
-        assert shown("lpips", one) == MISSING
-        assert leak("lpips", one) == -math.inf
+    for missing in (None, measure(None)):
+        assert shown("lpips", missing) == MISSING
+        assert leak("lpips", missing) == -math.inf
 
 
 def test_a_smaller_distance_leaks_more():

@@ -19,11 +19,11 @@ def test_only_comparable_runs_stand_together(tmp_path):
         write_run(tmp_path / "d", synthetic=False),
         write_run(tmp_path / "e", image_size=112),
     ]
-    found = grouped(*folders)
-    names = [[cell.run.directory.name for cell in setting.cells] for setting in found]
+    apart = grouped(*folders)
+    names = [[cell.run.directory.name for cell in setting.cells] for setting in apart]
     assert names == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert [setting.synthetic for setting in found] == [True, True, False, True]
-    assert len({setting.title for setting in found}) == 4
+    assert [setting.synthetic for setting in apart] == [True, True, False, True]
+    assert len({setting.title for setting in apart}) == 4
 
 
 def test_labels_hold_the_options_that_differ(tmp_path):

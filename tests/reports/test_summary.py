@@ -82,6 +82,5 @@ def test_one_defence_alone_is_not_the_best(tmp_path):
 
 def test_warnings_are_said_once_with_their_runs(tmp_path):
     setting = setting_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", attack="linear"))
-    found = warnings([setting])
-    (lpips,) = (labels for warning, labels in found.items() if warning.startswith("LPIPS"))
+    (lpips,) = (labels for warning, labels in warnings([setting]).items() if warning.startswith("LPIPS"))
     assert lpips == ["unet (whitebox) on partialface", "linear (whitebox) on partialface"]

@@ -92,20 +92,10 @@ def make_run(
     folder.mkdir(parents=True)
     run_id = f"{defense}-{attack}-seed{seed}-{folder.name}"
     asked = {
-        "defense": defense,
-        "attack": attack,
-        "knowledge": "whitebox",
-        "dataset": "synthetic",
-        "preset": "quick",
-        "image_size": 64,
-        "seed": seed,
-        "out": str(folder.parent),
-        "probes": 60,
-        "training": {"epochs": 4},
-        "defense_options": options or {},
-        "attack_options": attack_options or {},
-        **config,
-    }
+        "defense": defense, "attack": attack, "knowledge": "whitebox", "dataset": "synthetic", "preset": "quick",
+        "image_size": 64, "seed": seed, "out": str(folder.parent), "probes": 60, "training": {"epochs": 4},
+        "defense_options": options or {}, "attack_options": attack_options or {}, **config,
+    }  # fmt: skip
     manifest = {"protocol": protocol, "run_id": run_id, "status": status, "config": asked}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     if status != "success":
@@ -118,11 +108,11 @@ def make_run(
         if linkage is not None:
             parts[name] = AttackResult(attack=attack_info(name), linkage=linkage_figures(linkage))
             continue
-        own = rows(name, seed, None, shift or {}, retrained)
+        got = rows(name, seed, None, shift or {}, retrained)
         ceiling = "ceiling" if len(names) == 1 else f"{name} ceiling"
         most = rows(ceiling, seed, CEILING, ceiling_shift or {}, retrained)
-        tables += [own, most]
-        recovery = Recovery(**quality(own).model_dump(), floors={}, ceiling=quality(most))
+        tables += [got, most]
+        recovery = Recovery(**quality(got).model_dump(), floors={}, ceiling=quality(most))
         parts[name] = AttackResult(attack=attack_info(name), recovery=recovery)
     if tables:
         pd.concat(tables).to_parquet(folder / "per_image.parquet")

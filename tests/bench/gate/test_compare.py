@@ -13,11 +13,11 @@ def compared(tmp_path, first, second):
 
 
 def test_settings_and_figures(tmp_path):
-    found = compared(tmp_path, {}, {"retrained": 1, "shift": {"ssim": 0.1}, "options": {"subset": "0"}})
-    assert [(s.kind, s.name, s.first, s.second) for s in found.settings] == [
+    difference = compared(tmp_path, {}, {"retrained": 1, "shift": {"ssim": 0.1}, "options": {"subset": "0"}})
+    assert [(s.kind, s.name, s.first, s.second) for s in difference.settings] == [
         ("asked", "defense_options.subset", None, "0")
     ]
-    figures = {figure.figure: figure for figure in found.figures}
+    figures = {figure.figure: figure for figure in difference.figures}
     ssim = figures["recovery.ssim"]
     assert ssim.victims == "same victims"
     assert ssim.change == pytest.approx(0.1, abs=0.01)
@@ -30,23 +30,23 @@ def test_other_victims_give_wider_intervals(tmp_path):
     paired = compared(tmp_path / "p", {}, {"retrained": 1})
     unpaired = compared(tmp_path / "u", {}, {"seed": 7})
     width = []
-    for found in (paired, unpaired):
-        [ssim] = [figure for figure in found.figures if figure.figure == "recovery.ssim"]
+    for difference in (paired, unpaired):
+        [ssim] = [figure for figure in difference.figures if figure.figure == "recovery.ssim"]
         width.append(ssim.ci95[1] - ssim.ci95[0])
     assert width[1] > 5 * width[0]
 
 
 def test_a_figure_of_one_run_only_has_no_change(tmp_path):
-    found = compared(tmp_path, {}, {"attack": "linkage", "linkage": 0.7})
-    figures = {figure.figure: figure for figure in found.figures}
+    difference = compared(tmp_path, {}, {"attack": "linkage", "linkage": 0.7})
+    figures = {figure.figure: figure for figure in difference.figures}
     assert figures["linkage.rank1"].first is None
     assert figures["linkage.rank1"].change is None
     assert figures["recovery.ssim"].second is None
 
 
 def test_several_attacks_are_compared_one_by_one(tmp_path):
-    found = compared(tmp_path, {"attack": "linear,unet"}, {"attack": "unet,template", "shift": {"ssim": 0.1}})
-    figures = {figure.figure: figure for figure in found.figures}
+    difference = compared(tmp_path, {"attack": "linear,unet"}, {"attack": "unet,template", "shift": {"ssim": 0.1}})
+    figures = {figure.figure: figure for figure in difference.figures}
     assert figures["attacks.unet.recovery.ssim"].change == pytest.approx(0.1)
     assert figures["attacks.linear.recovery.ssim"].second is figures["attacks.template.recovery.ssim"].first is None
     assert [name for name in figures if name.endswith("utility.accuracy")] == ["utility.accuracy"]

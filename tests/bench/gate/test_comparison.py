@@ -21,24 +21,17 @@ from bench.gate.comparison import (
     victims_variance,
 )
 from bench.gate.scores import RunScores, Scores
-from bench.gate.verdict import decide, holm
+from bench.gate.verdict import decide, holm, worst
 
 NAME = "recovery.ssim"
 
 
-def run(means, *, seed=0, source="faces", people=None, counts=None, names=(NAME,), digest=None):
+def run(means, *, seed=0, source="faces", people=None, counts=None, digest=None):
     counts = counts or [1] * len(means)
     value = float(np.average(means, weights=counts))
-    scores = Scores(value=value, means=[float(m) for m in means], counts=counts, sha256=digest)
+    figures = {NAME: Scores(value=value, means=[float(m) for m in means], counts=counts, sha256=digest)}
     people = people or [f"{seed}-{i}" for i in range(len(means))]
-    return RunScores(
-        run_id=f"r{seed}",
-        seed=seed,
-        source=source,
-        victims=len(means),
-        people=people,
-        figures=dict.fromkeys(names, scores),
-    )
+    return RunScores(run_id="r", seed=seed, source=source, victims=len(means), people=people, figures=figures)
 
 
 def summary(value, se, *, seed=0, victims=10):
@@ -51,14 +44,14 @@ NOTHING = Variance(0.0, 1.0)
 class TestVictims:
     def test_one_mean_has_its_textbook_variance(self):
         values = np.random.default_rng(0).normal(size=40)
-        found = victims_variance(NAME, [(run(values), 1.0)], rate=False)
-        assert found.value == pytest.approx(values.var(ddof=1) / 40, rel=0.12)
-        assert found.df == pytest.approx(39)
+        variance = victims_variance(NAME, [(run(values), 1.0)], rate=False)
+        assert variance.value == pytest.approx(values.var(ddof=1) / 40, rel=0.12)
+        assert variance.df == pytest.approx(39)
 
     def test_few_people_are_not_taken_for_all_there_are(self):
         """Of three, the plain bootstrap variance is short by a third."""
-        found = victims_variance(NAME, [(run([0.0, 0.5, 1.0]), 1.0)], rate=False)
-        assert found.value == pytest.approx(0.25 / 3, rel=0.15)
+        variance = victims_variance(NAME, [(run([0.0, 0.5, 1.0]), 1.0)], rate=False)
+        assert variance.value == pytest.approx(0.25 / 3, rel=0.15)
 
     def test_the_same_people_are_compared_pairwise(self):
         base = np.random.default_rng(1).normal(size=30)
@@ -71,14 +64,14 @@ class TestVictims:
     def test_the_order_of_the_people_does_not_matter(self):
         values = np.random.default_rng(3).normal(size=20)
         people = [str(i) for i in range(20)]
-        one, other = run(values, people=people), run(values[::-1], people=people[::-1])
-        assert victims_variance(NAME, [(one, 1.0), (other, -1.0)], rate=False).value == 0
+        first, second = run(values, people=people), run(values[::-1], people=people[::-1])
+        assert victims_variance(NAME, [(first, 1.0), (second, -1.0)], rate=False).value == 0
 
     def test_other_people_add_up(self):
         rng = np.random.default_rng(4)
-        one, other = run(rng.normal(size=50), seed=1), run(rng.normal(size=50), seed=2)
-        alone = [victims_variance(NAME, [(r, 1.0)], rate=False).value for r in (one, other)]
-        both = victims_variance(NAME, [(one, 1.0), (other, -1.0)], rate=False)
+        first, second = run(rng.normal(size=50), seed=1), run(rng.normal(size=50), seed=2)
+        alone = [victims_variance(NAME, [(r, 1.0)], rate=False).value for r in (first, second)]
+        both = victims_variance(NAME, [(first, 1.0), (second, -1.0)], rate=False)
         assert both.value == pytest.approx(sum(alone))
         assert both.df > 49
 
@@ -95,16 +88,16 @@ class TestVictims:
 
     def test_people_count_by_their_images(self):
         """One person with nine images of ten decides the mean, and its resampled variance."""
-        found = victims_variance(NAME, [(run([1.0, 0.0, 0.0], counts=[8, 1, 1]), 1.0)], rate=False)
+        variance = victims_variance(NAME, [(run([1.0, 0.0, 0.0], counts=[8, 1, 1]), 1.0)], rate=False)
         equal = victims_variance(NAME, [(run([1.0, 0.0, 0.0]), 1.0)], rate=False)
-        assert found.value > equal.value
+        assert variance.value > equal.value
 
     def test_a_person_without_a_value_takes_no_part(self):
         scores = Scores(value=0.5, means=[0.0, None, 1.0], counts=[1, 0, 1])
         lacking = RunScores(run_id="r", seed=0, source="s", victims=3, people=["a", "b", "c"], figures={NAME: scores})
         full = run([0.0, 1.0], people=["a", "c"])
-        found = [victims_variance(NAME, [(r, 1.0)], rate=False) for r in (lacking, full)]
-        assert found[0] == found[1]
+        variance = [victims_variance(NAME, [(r, 1.0)], rate=False) for r in (lacking, full)]
+        assert variance[0] == variance[1]
 
     def test_everybody_alike_still_leaves_a_rate_open(self):
         alike = run([0.0] * 10)
@@ -118,9 +111,9 @@ class TestVictims:
         assert lonely.ci95 is None
 
     def test_figures_without_people_bring_their_own_error(self):
-        found = change(NAME, summary(0.7, 0.03), [summary(0.5, 0.04, seed=1)], NOTHING, rate=False)
-        assert found.se == pytest.approx(0.05)
-        assert found.pairing == "other victims"
+        variance = change(NAME, summary(0.7, 0.03), [summary(0.5, 0.04, seed=1)], NOTHING, rate=False)
+        assert variance.se == pytest.approx(0.05)
+        assert variance.pairing == "other victims"
 
 
 def test_pooling_by_hand():
@@ -139,15 +132,15 @@ class TestBetweenRuns:
         rng = np.random.default_rng(6)
         levels = rng.normal(0, 0.2, size=40)
         runs = [run(level + rng.normal(0, 0.1, size=25), seed=i) for i, level in enumerate(levels)]
-        found = between_runs(NAME, runs, rate=False, same_seed=False)
-        assert len(found) == 40 * 39 / 2
-        assert sum(found) / len(found) == pytest.approx(levels.var(ddof=1), rel=0.1)
+        variance = between_runs(NAME, runs, rate=False, same_seed=False)
+        assert len(variance) == 40 * 39 / 2
+        assert sum(variance) / len(variance) == pytest.approx(levels.var(ddof=1), rel=0.1)
 
     def test_victims_alone_are_not_called_a_difference_between_seeds(self):
         rng = np.random.default_rng(7)
         runs = [run(rng.normal(0, 0.5, size=25), seed=i) for i in range(40)]
-        found = between_runs(NAME, runs, rate=False, same_seed=False)
-        assert abs(sum(found) / len(found)) < 0.2 * 0.25 / 25
+        variance = between_runs(NAME, runs, rate=False, same_seed=False)
+        assert abs(sum(variance) / len(variance)) < 0.2 * 0.25 / 25
 
     def test_runs_of_one_seed_are_another_matter(self):
         runs = [run([0.1, 0.2], seed=0, people=["a", "b"]), run([0.3, 0.4], seed=0, people=["a", "b"])]
@@ -186,18 +179,16 @@ class TestChange:
         assert references(run([0.3, 0.2], seed=1, source="other"), runs) == (runs, False)
 
 
-def expected(value=0.5, role="privacy", direction="leakage", tolerance=0.05, margin=0.05):
-    return Expected(
-        value=value,
-        role=role,
-        direction=direction,
-        absolute=tolerance,
-        margin=margin,
-        seed_sd=0.0,
-        seed_df=1,
-        repeat_sd=0.0,
-        repeat_df=1,
-    )
+def expected(role="privacy", direction="leakage", margin=0.05):
+    spread = {"seed_sd": 0.0, "seed_df": 1, "repeat_sd": 0.0, "repeat_df": 1}
+    return Expected(value=0.5, role=role, direction=direction, absolute=0.05, margin=margin, **spread)
+
+
+def decided(now, se=0.01, df=math.inf, *what, pairing="other victims", **tolerated):
+    """The verdict on a figure of which 0.5 was expected."""
+    figure = {NAME: Change(0.5, now, se, df, pairing)}
+    [verdict] = decide(figure, {NAME: expected(*what, **tolerated)}, alpha=0.01, alpha_pass=0.05)
+    return verdict
 
 
 class TestDecision:
@@ -205,50 +196,42 @@ class TestDecision:
         ("value", "outcome"), [(0.10, "regress"), (0.0, "pass"), (-0.5, "pass"), (0.05, "inconclusive")]
     )
     def test_beyond_within_or_across(self, value, outcome):
-        one = Change(0.5, 0.5 + value, 0.01, math.inf, "other victims")
-        [verdict] = decide({NAME: one}, {NAME: expected()}, alpha=0.01, alpha_pass=0.05)
-        assert verdict.outcome == outcome
+        assert decided(0.5 + value).outcome == outcome
 
     def test_the_p_values_are_those_of_two_t_tests(self):
-        one = Change(0.5, 0.57, 0.02, 8, "other victims")
-        [verdict] = decide({NAME: one}, {NAME: expected(margin=0.1)}, alpha=0.01, alpha_pass=0.05)
+        verdict = decided(0.57, 0.02, 8, margin=0.1)
         assert verdict.p_harm == pytest.approx(stats.t.sf(1.0, 8))
         assert verdict.p_safe == pytest.approx(stats.t.sf(1.5, 8), rel=1e-3)
 
     def test_what_is_detectable_is_detected_four_times_in_five(self):
-        one = Change(0.5, 0.5, 0.02, 12, "other victims")
-        [verdict] = decide({NAME: one}, {NAME: expected()}, alpha=0.01, alpha_pass=0.05)
-        assert verdict.detectable == pytest.approx(0.05 + 0.02 * (stats.t.isf(0.01, 12) + stats.t.isf(0.2, 12)))
+        quantiles = stats.t.isf(0.01, 12) + stats.t.isf(0.2, 12)
+        assert decided(0.5, 0.02, 12).detectable == pytest.approx(0.05 + 0.02 * quantiles)
 
     def test_many_figures_make_each_one_harder_to_condemn(self):
-        one = Change(0.5, 0.5 + 0.05 + 0.025, 0.01, math.inf, "other victims")  # z = 2.5, p = 0.006
-        alone = decide({"a": one}, {"a": expected()}, alpha=0.01, alpha_pass=0.05)
+        risen = Change(0.5, 0.5 + 0.05 + 0.025, 0.01, math.inf, "other victims")  # z = 2.5, p = 0.006
         calm = Change(0.5, 0.5, 0.01, math.inf, "other victims")
-        among = decide({"a": one, "b": calm}, dict.fromkeys("ab", expected()), alpha=0.01, alpha_pass=0.05)
-        assert [verdict.outcome for verdict in alone] == ["regress"]
+        among = decide({"a": risen, "b": calm}, dict.fromkeys("ab", expected()), alpha=0.01, alpha_pass=0.05)
+        assert decided(risen.now).outcome == "regress"
         assert [verdict.outcome for verdict in among] == ["inconclusive", "pass"]
 
-    def test_directions(self):
-        fall = Change(0.5, 0.3, 0.01, math.inf, "other victims")
-        roles = {
-            ("privacy", "leakage"): "pass",
-            ("privacy", "privacy"): "regress",
-            ("utility", "utility"): "regress",
-            ("canary", "leakage"): "broken attack",
-        }
-        for way, outcome in roles.items():
-            [verdict] = decide({NAME: fall}, {NAME: expected(0.5, *way)}, alpha=0.01, alpha_pass=0.05)
-            assert verdict.outcome == outcome
+    @pytest.mark.parametrize(
+        ("role", "direction", "outcome"),
+        [
+            ("privacy", "leakage", "pass"),
+            ("privacy", "privacy", "regress"),
+            ("utility", "utility", "regress"),
+            ("canary", "leakage", "broken attack"),
+        ],
+    )
+    def test_what_a_fall_means(self, role, direction, outcome):
+        assert decided(0.3, 0.01, math.inf, role, direction).outcome == outcome
 
-    def test_exact_figures_are_judged_by_their_size(self):
-        for value, outcome in ((0.0, "pass"), (0.05, "pass"), (0.0501, "regress")):
-            exact = Change(0.5, 0.5 + value, 0.0, math.inf, "same victims")
-            [verdict] = decide({NAME: exact}, {NAME: expected()}, alpha=0.01, alpha_pass=0.05)
-            assert verdict.outcome == outcome
+    @pytest.mark.parametrize(("value", "outcome"), [(0.0, "pass"), (0.05, "pass"), (0.0501, "regress")])
+    def test_exact_figures_are_judged_by_their_size(self, value, outcome):
+        assert decided(0.5 + value, 0.0, pairing="same victims").outcome == outcome
 
     def test_unknown_chance_decides_nothing(self):
-        unknown = Change(0.5, 0.9, None, math.inf, "other victims")
-        [verdict] = decide({NAME: unknown}, {NAME: expected()}, alpha=0.01, alpha_pass=0.05)
+        verdict = decided(0.9, None)
         assert (verdict.outcome, verdict.ci95) == ("inconclusive", None)
         assert "fewer than two people" in verdict.note
 
@@ -276,39 +259,32 @@ class TestRates:
             means = level + harm.get(name, 0.0) + rng.normal(0, between) + rng.normal(0, people, size=12)
             # Equal counts: the value is the plain mean.
             figures[name] = Scores(value=float(means.mean()), means=means.tolist(), counts=[5] * 12)
-        return RunScores(
-            run_id="r",
-            seed=seed,
-            source=f"s{seed}",
-            victims=12,
-            people=[f"{seed}-{i}" for i in range(12)],
-            figures=figures,
-        )
+        people = [f"{seed}-{i}" for i in range(12)]
+        return RunScores(run_id="r", seed=seed, source=f"s{seed}", victims=12, people=people, figures=figures)
 
     def outcomes(self, baselines, runs, seeds, harm):
         rng = np.random.default_rng(0)
-        found: Counter[str] = Counter()
+        outcomes: Counter[str] = Counter()
         for _ in range(baselines):
             base = [self.scores(rng, seed, {}) for seed in range(seeds)]
             figures = {name: _expected(name, base, len(self.WORLD)) for name, *_ in self.WORLD}
             for seed in range(100, 100 + runs):
                 now = self.scores(rng, seed, harm)
                 changes = {
-                    name: change(name, now, base, Variance(one.seed_sd**2, one.seed_df), rate=one.rate)
-                    for name, one in figures.items()
+                    name: change(name, now, base, figure.between(paired=False), rate=figure.rate)
+                    for name, figure in figures.items()
                 }
-                verdicts = decide(changes, figures, alpha=0.002, alpha_pass=0.05)
-                found[max((v.outcome for v in verdicts), key=["pass", "inconclusive", "regress"].index)] += 1
-        return found
+                outcomes[worst(v.outcome for v in decide(changes, figures, alpha=0.002, alpha_pass=0.05))] += 1
+        return outcomes
 
     @pytest.mark.parametrize("seeds", [1, 4, 8])
     def test_no_false_alarm_in_two_hundred_runs_of_other_seeds(self, seeds):
         """At a rate of 0.002, more than 3 of 200 happen once in a thousand times; and few are undecided."""
-        found = self.outcomes(10, 20, seeds, {})
-        assert found["regress"] <= 3
-        assert found["inconclusive"] <= 3
+        outcomes = self.outcomes(10, 20, seeds, {})
+        assert outcomes["regress"] <= 3
+        assert outcomes["inconclusive"] <= 3
 
     def test_harm_is_found(self):
         """0.12 of SSIM and 4 dB: what a defence loses that shows everybody the same channels."""
-        found = self.outcomes(5, 20, 8, {"recovery.ssim": 0.12, "recovery.psnr_aligned": 4.0})
-        assert found["regress"] >= 90
+        outcomes = self.outcomes(5, 20, 8, {"recovery.ssim": 0.12, "recovery.psnr_aligned": 4.0})
+        assert outcomes["regress"] >= 90
