@@ -44,52 +44,52 @@ ONE_INDEX = (
     "if it comes back, look in `pip config list` for a find-links that offers only one of the two"
 )
 
-#: What child processes run: every step adds to ``found``, and the first that fails says so as ``<step>_error``.
+#: What child processes run: every step adds to ``probed``, and the first that fails says so as ``<step>_error``.
 PROBE = """
 import contextlib, json, sys
-found = {}
+probed = {}
 @contextlib.contextmanager
 def step(name):
     try:
         yield
     except Exception as error:
-        found[name + "_error"] = f"{type(error).__name__}: {error}"
-        print(json.dumps(found))
+        probed[name + "_error"] = f"{type(error).__name__}: {error}"
+        print(json.dumps(probed))
         sys.exit()
 """
 TORCH_PROBE = f"""{PROBE}
 with step("torch"):
     import torch
-    found["torch"] = torch.__version__
-    found["cuda_build"] = torch.version.cuda or getattr(torch.version, "hip", None)
-    found["threads"] = torch.get_num_threads()
+    probed["torch"] = torch.__version__
+    probed["cuda_build"] = torch.version.cuda or getattr(torch.version, "hip", None)
+    probed["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
         properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        found["devices"] = [{{"name": p.name, "memory": p.total_memory}} for p in properties]
-        found["bf16"] = torch.cuda.is_bf16_supported()
-    found["mps"] = torch.backends.mps.is_available()
+        probed["devices"] = [{{"name": p.name, "memory": p.total_memory}} for p in properties]
+        probed["bf16"] = torch.cuda.is_bf16_supported()
+    probed["mps"] = torch.backends.mps.is_available()
 with step("torchvision"):
     import torchvision
-    found["torchvision"] = torchvision.__version__
+    probed["torchvision"] = torchvision.__version__
     torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)  # one compiled operator
 with step("lpips"):
     sys.path.append(sys.argv[1])
-    from bench.metrics.perceptual import find_alexnet, load_lpips
-    load_lpips()
-    found["lpips"] = str(find_alexnet())
-print(json.dumps(found))
+    from bench.metrics.perceptual import Lpips, find_alexnet
+    Lpips(find_alexnet())
+    probed["lpips"] = str(find_alexnet())
+print(json.dumps(probed))
 """
 ONNX_PROBE = f"""{PROBE}
 with step("onnxruntime"):
     import onnxruntime
-    found["onnxruntime"] = onnxruntime.__version__
-    found["providers"] = onnxruntime.get_available_providers()
+    probed["onnxruntime"] = onnxruntime.__version__
+    probed["providers"] = onnxruntime.get_available_providers()
 with step("model"):
     if sys.argv[1]:
         session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-        found["inputs"] = [list(i.shape) for i in session.get_inputs()]
-        found["outputs"] = [list(o.shape) for o in session.get_outputs()]
-print(json.dumps(found))
+        probed["inputs"] = [list(i.shape) for i in session.get_inputs()]
+        probed["outputs"] = [list(o.shape) for o in session.get_outputs()]
+print(json.dumps(probed))
 """
 
 
@@ -182,23 +182,23 @@ def check_dependencies() -> list[Check]:
     return checks
 
 
-def check_torch(found: Mapping[str, Any]) -> list[Check]:
-    """torch and torchvision, one at a time and as a pair; ``found`` is what :data:`TORCH_PROBE` printed."""
+def check_torch(probed: Mapping[str, Any]) -> list[Check]:
+    """torch and torchvision, one at a time and as a pair; ``probed`` is what :data:`TORCH_PROBE` printed."""
     torch, vision = installed("torch"), installed("torchvision")
-    if reason := _one_line(found.get("crash") or found.get("torch_error") or ""):
+    if reason := _one_line(probed.get("crash") or probed.get("torch_error") or ""):
         if torch is None:
             return [Check("torch", "fail", f"not installed ({reason})", "pip install torch torchvision")]
         return [Check("torch", "fail", f"{torch} is installed and does not import: {reason}", ONE_INDEX)]
-    torch = found["torch"]
-    build = f"CUDA {found['cuda_build']} build" if found.get("cuda_build") else "CPU-only build"
-    reason = _one_line(found.get("torchvision_error", ""))
+    torch = probed["torch"]
+    build = f"CUDA {probed['cuda_build']} build" if probed.get("cuda_build") else "CPU-only build"
+    reason = _one_line(probed.get("torchvision_error", ""))
     mismatch = (
         f"torchvision {vision} was built for another torch than the {torch} ({build}) that is installed, "
         f"so its compiled operators are not loaded ({reason})"
     )
     pair = first_case(
         "torchvision",
-        (not reason, "ok", f"{found.get('torchvision')}, its operators load with torch {torch}", None),
+        (not reason, "ok", f"{probed.get('torchvision')}, its operators load with torch {torch}", None),
         (vision is None and "ModuleNotFoundError" in reason, "fail", "not installed", ONE_INDEX),
         ("torchvision::nms" in reason or "undefined symbol" in reason, "fail", mismatch, ONE_INDEX),
         (True, "fail", f"{vision} does not import with torch {torch}: {reason}", ONE_INDEX),
@@ -206,19 +206,19 @@ def check_torch(found: Mapping[str, Any]) -> list[Check]:
     return [Check("torch", "ok", f"{torch} ({build})"), pair]
 
 
-def check_devices(found: Mapping[str, Any], driver: bool) -> Check:
+def check_devices(probed: Mapping[str, Any], driver: bool) -> Check:
     """Accelerators and bfloat16, by what :data:`TORCH_PROBE` printed and whether an NVIDIA ``driver`` is there."""
-    devices, build = found.get("devices", []), found.get("cuda_build")
+    devices, build = probed.get("devices", []), probed.get("cuda_build")
     names = ", ".join(f"{device['name']} ({device['memory'] / GIGABYTE:.0f} GB)" for device in devices)
     here = "an NVIDIA driver is here, and torch"
     rebuild = "install a CUDA build of both: pip install --force-reinstall torch torchvision"
     look = "check `nvidia-smi` and CUDA_VISIBLE_DEVICES; an old driver needs an update or an older torch"
     return first_case(
         "devices",
-        ("torch" not in found, "warn", "unknown while torch does not import", None),
-        (devices and found.get("bf16"), "ok", f"{names}; bfloat16", None),
+        ("torch" not in probed, "warn", "unknown while torch does not import", None),
+        (devices and probed.get("bf16"), "ok", f"{names}; bfloat16", None),
         (devices, "warn", f"{names}; no bfloat16, so training runs in float32, more slowly", None),
-        (found.get("mps"), "ok", "Apple GPU (mps)", None),
+        (probed.get("mps"), "ok", "Apple GPU (mps)", None),
         (driver and not build, "warn", f"{here} is a CPU-only build", rebuild),
         (driver, "warn", f"{here} (CUDA {build}) finds no usable GPU", look),
         (True, "ok", "CPU only", None),
@@ -283,41 +283,41 @@ def check_folder(name: str, folder: Path, flag: str) -> Check:
     )
 
 
-def check_lpips(found: Mapping[str, Any]) -> Check:
+def check_lpips(probed: Mapping[str, Any]) -> Check:
     """The AlexNet trunk that LPIPS needs; without it LPIPS is null, never computed on a random trunk."""
-    problem, _, remedy = found.get("lpips_error", "").rpartition("LPIPS: ")[2].partition("; ")
+    problem, _, remedy = probed.get("lpips_error", "").rpartition("LPIPS: ")[2].partition("; ")
     named = os.environ.get("BENCH_LPIPS_WEIGHTS")
     return first_case(
         "LPIPS weights",
-        ("lpips" in found, "ok", f"{found.get('lpips')} (checksum right)", None),
+        ("lpips" in probed, "ok", f"{probed.get('lpips')} (checksum right)", None),
         (not problem, "warn", "unknown while torch and torchvision do not import", None),
-        (named, "fail", problem, remedy),
-        (True, "warn", f"{problem}: LPIPS is left out (null)", remedy),
+        (named, "fail", problem, remedy or None),
+        (True, "warn", f"{problem}: LPIPS is left out (null)", remedy or None),
     )
 
 
-def check_evaluator(found: Mapping[str, Any]) -> list[Check]:
+def check_evaluator(probed: Mapping[str, Any]) -> list[Check]:
     """onnxruntime, by what :data:`ONNX_PROBE` printed, and the evaluator that BENCH_EVALUATOR names."""
     path = os.environ.get("BENCH_EVALUATOR")
-    if reason := found.get("crash") or found.get("onnxruntime_error"):
+    if reason := probed.get("crash") or probed.get("onnxruntime_error"):
         detail = f"does not import: {_one_line(reason)}; an ONNX evaluator cannot be used"
         status: Status = "fail" if path else "warn"
         return [Check("onnxruntime", status, detail, "pip install --force-reinstall onnxruntime")]
-    providers = ", ".join(provider.removesuffix("ExecutionProvider") for provider in found["providers"])
-    inputs, outputs = found.get("inputs", []), found.get("outputs", [])
+    providers = ", ".join(provider.removesuffix("ExecutionProvider") for provider in probed["providers"])
+    inputs, outputs = probed.get("inputs", []), probed.get("outputs", [])
     shapes = f"{' '.join(map(str, inputs))} -> {' '.join(map(str, outputs))}"
-    broken = f"{path} is no model that onnxruntime can load: {_one_line(found.get('model_error', ''))}"
+    broken = f"{path} is no model that onnxruntime can load: {_one_line(probed.get('model_error', ''))}"
     embeds = [len(shape) for shape in inputs] == [4] and inputs[0][1] == 3 and len(outputs[0]) == 2
     remedy = "point BENCH_EVALUATOR to an ONNX face recogniser, or unset it: one is then trained in each run"
     evaluator = first_case(
         "evaluator",
         (not path, "ok", "BENCH_EVALUATOR is not set: each run trains its own judge of identity leakage", None),
         (not Path(path or "").is_file(), "fail", f"BENCH_EVALUATOR={path} is no file", remedy),
-        ("model_error" in found, "fail", broken, remedy),
+        ("model_error" in probed, "fail", broken, remedy),
         (not embeds, "fail", f"{path} maps {shapes}, not (N, 3, H, W) to (N, D)", remedy),
         (True, "ok", f"{path}: {shapes}", None),
     )
-    return [Check("onnxruntime", "ok", f"{found['onnxruntime']} ({providers})"), evaluator]
+    return [Check("onnxruntime", "ok", f"{probed['onnxruntime']} ({providers})"), evaluator]
 
 
 def check_data_root() -> Check:

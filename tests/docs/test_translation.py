@@ -100,8 +100,8 @@ def test_a_beam_wide_enough_finds_the_best_sentence_of_all(penalty):
     source = torch.tensor([[3, 4, END], [4, END, PADDING]])
     for seed in range(2):
         net = model(6, seed)
-        found = beam_search(net, source, 3, beams=64, length_penalty=penalty)
-        for row, given in zip(found.tolist(), source, strict=True):
+        searched = beam_search(net, source, 3, beams=64, length_penalty=penalty)
+        for row, given in zip(searched.tolist(), source, strict=True):
             words = tuple(word for word in row if word != PADDING)
             assert words == best_by_enumeration(net, given[given != PADDING].unsqueeze(0), 3, penalty)
 
@@ -153,7 +153,7 @@ def test_the_generated_languages_keep_their_grammar():
                 assert noun.endswith("s") == follower.endswith("s")
                 endings.setdefault(noun.removesuffix("s"), set()).add(follower.removesuffix("s")[-1])
     assert all(len(ending) == 1 for ending in endings.values())  # a noun has one gender
-    assert {ending for found in endings.values() for ending in found} == set(GENDERS)
+    assert set().union(*endings.values()) == set(GENDERS)
 
 
 def test_numbers_are_said_units_first():

@@ -100,11 +100,6 @@ def test_an_interruption_keeps_what_is_done_and_puts_the_rest_back(tmp_path):
     assert calls(tmp_path) == ALL
 
 
-def test_a_plan_writes_nothing(tmp_path):
-    assert [cell.status for cell in sweep(tmp_path / "runs", light).plan().cells] == ["pending"] * 4
-    assert not (tmp_path / "runs").exists()
-
-
 def test_two_calls_of_one_sweep_do_not_mix(tmp_path):
     first = sweep(tmp_path, light)
     state = first.run()
