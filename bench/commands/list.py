@@ -93,10 +93,10 @@ def _backbones() -> list[dict[str, Any]]:
     import torch
 
     from bench.nets.backbones import BACKBONES
-    from bench.nets.recogniser import Recogniser, RecogniserSpec
+    from bench.nets.recogniser import build_recogniser
 
     with torch.device("meta"):
-        sizes = {name: Recogniser(RecogniserSpec(name, (3, 112, 112), 512)).parameter_count for name in BACKBONES}
+        sizes = {name: build_recogniser(name, (3, 112, 112), 512).parameter_count for name in BACKBONES}
     return [{"name": name, "parameters (RGB, 112 px, 512-d)": f"{n / 1e6:.2f} M"} for name, n in sizes.items()]
 
 

@@ -25,7 +25,7 @@ class BackboneBuilder(Protocol):
 
 
 def _iresnet(layers: Sequence[int]) -> Callable[[], BackboneBuilder]:
-    return lambda: partial(target("bench.nets.iresnet:IResNet")(), layers)
+    return lambda: partial(target("bench.nets.iresnet:iresnet")(), layers)
 
 
 def _transformer(family: str, size: str) -> Callable[..., BackboneBuilder]:
@@ -71,7 +71,7 @@ class Backbones(Registry[BackboneBuilder]):
 
 
 BACKBONES = Backbones()
-BACKBONES.add("ir-tiny", target("bench.nets.iresnet:TinyIResNet"))
+BACKBONES.add("ir-tiny", target("bench.nets.iresnet:tiny_iresnet"))
 BACKBONES.add("ir-18", _iresnet((2, 2, 2, 2)))
 BACKBONES.add("ir-34", _iresnet((3, 4, 6, 3)))
 BACKBONES.add("ir-50", _iresnet((3, 4, 14, 3)))

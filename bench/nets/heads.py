@@ -14,66 +14,30 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.errors import UsageError
-
 #: Floor of 1 - cos^2 t: sin t has an infinite slope at cos t = +-1, and this keeps its gradient finite there.
 SMALLEST_SQUARED_SINE = 1e-7
 
 
-def arcface_target(cosine: Tensor, margin: float) -> Tensor:
-    """cos(t + m) from cos t, any shape, continued beyond t + m = pi.
-
-    cos(t + m) rises again there, which would reward the worst embeddings. Beyond that angle psi continues as
-    cos t - m sin m (the authors' 'hard' margin), which keeps falling; there is a small step down at t = pi - m.
-    """
-    beyond = cosine < math.cos(math.pi - margin)
-    return torch.where(beyond, cosine - margin * math.sin(margin), _shifted(cosine, margin))
-
-
-def combined_target(cosine: Tensor, angle_factor: float, margin: float, cosine_margin: float) -> Tensor:
+def margin_target(cosine: Tensor, angle_factor: float, margin: float, cosine_margin: float) -> Tensor:
     """cos(m1 t + m) - m3 from cos t, any shape, falling over all of [0, pi].
 
-    With m1 = 1 the angular part is :func:`arcface_target`. With m1 > 1 it is continued beyond m1 t + m = pi, where the
-    cosine would rise again, by a cosine of slope one: -1 - (cos t* - cos t), with t* = (pi - m) / m1.
+    cos(m1 t + m) rises again beyond m1 t + m = pi, which would reward the worst embeddings. Beyond that angle, with
+    m1 = 1, it continues as cos t - m sin m (the authors' 'hard' margin), which keeps falling; there is a small step
+    down at t = pi - m. With m1 > 1 it continues by a cosine of slope one: -1 - (cos t* - cos t), t* = (pi - m) / m1.
     """
+    sine = (1 - cosine.square()).clamp_min(SMALLEST_SQUARED_SINE).sqrt()
     if angle_factor == 1:
-        return arcface_target(cosine, margin) - cosine_margin
-    sine = (1 - cosine.square()).clamp_min(SMALLEST_SQUARED_SINE).sqrt()
-    inside = torch.cos(angle_factor * torch.atan2(sine, cosine) + margin)
-    turn = math.cos((math.pi - margin) / angle_factor)
-    return torch.where(cosine < turn, cosine - turn - 1, inside) - cosine_margin
-
-
-def _shifted(cosine: Tensor, margin: float) -> Tensor:
-    sine = (1 - cosine.square()).clamp_min(SMALLEST_SQUARED_SINE).sqrt()
-    return cosine * math.cos(margin) - sine * math.sin(margin)
-
-
-def check_size(classes: int, scale: float) -> None:
-    """Refuse a head over fewer than two identities, or of a scale that is not positive and finite (UsageError)."""
-    if classes < 2:
-        raise UsageError(f"a recogniser needs at least 2 identities to tell apart, got {classes}")
-    if not (scale > 0 and math.isfinite(scale)):
-        raise UsageError(f"scale must be positive and finite, got {scale}")
-
-
-def check_margins(angle_factor: float, margin: float, cosine_margin: float) -> None:
-    """Refuse margins that no embedding could meet.
-
-    Raises:
-        UsageError: m1 outside [1, 4], m outside [0, pi / 2) or m3 outside [0, 1).
-    """
-    for name, value, low, high in (("margin", margin, 0, math.pi / 2), ("cosine_margin", cosine_margin, 0, 1)):
-        if not low <= value < high:
-            raise UsageError(f"{name} must lie in [{low}, {high:.4g}), got {value}")
-    if not 1 <= angle_factor <= 4:
-        raise UsageError(f"angle_factor must lie in [1, 4], got {angle_factor}")
+        inside = cosine * math.cos(margin) - sine * math.sin(margin)
+        beyond = cosine - margin * math.sin(margin)
+    else:
+        inside = torch.cos(angle_factor * torch.atan2(sine, cosine) + margin)
+        beyond = cosine - math.cos((math.pi - margin) / angle_factor) - 1
+    return torch.where(cosine < math.cos((math.pi - margin) / angle_factor), beyond, inside) - cosine_margin
 
 
 class MarginHead(nn.Module, ABC):
@@ -85,28 +49,15 @@ class MarginHead(nn.Module, ABC):
         scale: s, the radius of the sphere on which logits live.
         margin: m, in cosine (CosFace) or radians (ArcFace).
         label_smoothing: share of the target spread evenly over all identities, in [0, 1).
-
-    Raises:
-        UsageError: a value out of its range.
     """
 
     def __init__(
         self, embedding_size: int, classes: int, *, scale: float, margin: float, label_smoothing: float = 0.0
     ) -> None:
         super().__init__()
-        check_size(classes, scale)
-        if not 0 <= margin < self.largest_margin:
-            raise UsageError(f"margin must lie in [0, {self.largest_margin:.4g}), got {margin}")
-        if not 0 <= label_smoothing < 1:
-            raise UsageError(f"label smoothing must lie in [0, 1), got {label_smoothing}")
-        self.scale = scale
-        self.margin = margin
-        self.label_smoothing = label_smoothing
+        self.scale, self.margin, self.label_smoothing = scale, margin, label_smoothing
         self.weight = nn.Parameter(torch.empty(classes, embedding_size))
         nn.init.normal_(self.weight, std=0.01)
-
-    #: Margins at and beyond this one push the target below every angle it can reach.
-    largest_margin: ClassVar[float]
 
     @abstractmethod
     def target(self, cosine: Tensor) -> Tensor:
@@ -129,14 +80,9 @@ class MarginHead(nn.Module, ABC):
         return self._with_margin(self.cosines(embeddings), labels)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy, and which embeddings lie nearest to their own centre (no margin).
+        """Mean cross-entropy, float32, and which embeddings lie nearest to their own centre (no margin), bool (N,).
 
-        Args:
-            embeddings: (N, D), any scale.
-            labels: int64 (N,) in [0, K).
-
-        Returns:
-            The loss, a float32 scalar, and bool (N,).
+        Of embeddings (N, D) of any scale and int64 labels (N,) in [0, K).
 
         Raises:
             ValueError: labels of another type or shape, or outside [0, K).
@@ -163,36 +109,20 @@ class MarginHead(nn.Module, ABC):
 
 
 class CosFace(MarginHead):
-    """Additive cosine margin: psi(t) = cos t - m."""
-
-    largest_margin = 1.0
+    """Additive cosine margin, m in [0, 1): psi(t) = cos t - m."""
 
     def target(self, cosine: Tensor) -> Tensor:
         return cosine - self.margin
 
 
 class ArcFace(MarginHead):
-    """Additive angular margin: psi(t) = cos(t + m).
-
-    Beyond t + m = pi it is continued (:func:`arcface_target`).
-    """
-
-    largest_margin = math.pi / 2
-
-    def target(self, cosine: Tensor) -> Tensor:
-        return arcface_target(cosine, self.margin)
-
-
-class Combined(MarginHead):
-    """Angular and cosine margins together: psi(t) = cos(m1 t + m) - m3.
+    """Angular margin, and the combined one: psi(t) = cos(m1 t + m) - m3, continued as :func:`margin_target` says.
 
     Args:
-        margin: m, radians.
+        margin: m, radians in [0, pi / 2).
         angle_factor: m1, in [1, 4].
         cosine_margin: m3, in [0, 1).
     """
-
-    largest_margin = math.pi / 2
 
     def __init__(
         self,
@@ -205,10 +135,8 @@ class Combined(MarginHead):
         angle_factor: float = 1.0,
         cosine_margin: float = 0.0,
     ) -> None:
-        check_margins(angle_factor, margin, cosine_margin)
         super().__init__(embedding_size, classes, scale=scale, margin=margin, label_smoothing=label_smoothing)
-        self.angle_factor = angle_factor
-        self.cosine_margin = cosine_margin
+        self.angle_factor, self.cosine_margin = angle_factor, cosine_margin
 
     def target(self, cosine: Tensor) -> Tensor:
-        return combined_target(cosine, self.angle_factor, self.margin, self.cosine_margin)
+        return margin_target(cosine, self.angle_factor, self.margin, self.cosine_margin)

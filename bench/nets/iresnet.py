@@ -7,7 +7,7 @@ Source: Deng et al., *ArcFace: Additive Angular Margin Loss for Deep Face Recogn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -87,48 +87,6 @@ class ResidualUnit(nn.Module):
         return output
 
 
-class IResNet(nn.Module):
-    """ArcFace's IResNet, for any number of input channels and any input size.
-
-    Args:
-        layers: residual units in each of the four stages: (2, 2, 2, 2) is IR-18, (3, 4, 6, 3) IR-34,
-            (3, 4, 14, 3) IR-50, (3, 13, 30, 3) IR-100.
-        in_channels: channels C of the input.
-        input_size: (h, w) of the input; each stage halves it, rounding up.
-        embedding_size: D, dimensions of the embedding.
-        dropout: before the fully connected layer (ArcFace: 0.4 in the paper, 0 in the released PyTorch code).
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[int],
-        *,
-        in_channels: int,
-        input_size: tuple[int, int],
-        embedding_size: int,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        width = 64
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.PReLU(width)
-        )
-        stages = []
-        for stage, units in enumerate(layers):
-            channels = 64 * 2**stage
-            for unit in range(units):
-                stages.append(ResidualUnit(width, channels, stride=2 if unit == 0 else 1))
-                width = channels
-        self.stages = nn.Sequential(*stages)
-        self.output = EmbeddingOutput((width, *halved(input_size, len(layers))), embedding_size, dropout)
-        initialise(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, h, w) to float32 embeddings (N, D), not normalised."""
-        embedding: Tensor = self.output(self.stages(self.stem(x)))
-        return embedding
-
-
 class TinyUnit(nn.Module):
     """3x3 conv of the given stride - BN - leaky ReLU - 3x3 conv - BN, plus a shortcut, then leaky ReLU.
 
@@ -155,44 +113,67 @@ class TinyUnit(nn.Module):
         return output
 
 
-class TinyIResNet(nn.Module):
-    """A residual network that two CPU cores train in minutes.
+class ResidualNet(nn.Module):
+    """A stem, stages of residual units whose first one strides, and :class:`EmbeddingOutput`.
 
     Args:
-        in_channels: channels C of the input.
-        input_size: (h, w) of the input; each stage after the first halves it, rounding up.
-        embedding_size: D, dimensions of the embedding.
+        stem: the input to ``widths[0]`` channels.
+        unit: (channels in, channels out, stride) to a residual unit.
         widths: channels of the stem and of each stage.
+        units: residual units of each stage.
+        features: (h, w) after the last stage.
+        embedding_size: D, dimensions of the embedding.
         dropout: before the fully connected layer.
     """
 
     def __init__(
         self,
-        *,
-        in_channels: int,
-        input_size: tuple[int, int],
+        stem: nn.Sequential,
+        unit: Callable[[int, int, int], nn.Module],
+        widths: Sequence[int],
+        units: Sequence[int],
+        features: tuple[int, int],
         embedding_size: int,
-        widths: Sequence[int] = (32, 64, 128, 256),
-        units: Sequence[int] = (1, 1, 1),
-        dropout: float = 0.0,
+        dropout: float,
     ) -> None:
         super().__init__()
-        width = widths[0]
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.LeakyReLU(0.25, inplace=True),
-        )
-        stages = []
+        self.stem = stem
+        stages, width = [], widths[0]
         for channels, count in zip(widths[1:], units, strict=True):
-            for unit in range(count):
-                stages.append(TinyUnit(width, channels, stride=2 if unit == 0 else 1))
+            for number in range(count):
+                stages.append(unit(width, channels, 1 if number else 2))
                 width = channels
         self.stages = nn.Sequential(*stages)
-        self.output = EmbeddingOutput((width, *halved(input_size, len(widths))), embedding_size, dropout)
+        self.output = EmbeddingOutput((width, *features), embedding_size, dropout)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) to float32 embeddings (N, D), not normalised."""
         embedding: Tensor = self.output(self.stages(self.stem(x)))
         return embedding
+
+
+def iresnet(
+    layers: Sequence[int], *, in_channels: int, input_size: tuple[int, int], embedding_size: int, dropout: float = 0.0
+) -> ResidualNet:
+    """ArcFace's IResNet, for any number of input channels and any input size; each stage halves it, rounding up.
+
+    ``layers`` are the residual units of the four stages: (2, 2, 2, 2) is IR-18, (3, 4, 6, 3) IR-34, (3, 4, 14, 3)
+    IR-50, (3, 13, 30, 3) IR-100. ArcFace's dropout is 0.4 in the paper, 0 in the released PyTorch code.
+    """
+    stem = nn.Sequential(nn.Conv2d(in_channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
+    widths = (64, *(64 * 2**stage for stage in range(len(layers))))
+    return ResidualNet(stem, ResidualUnit, widths, layers, halved(input_size, len(layers)), embedding_size, dropout)
+
+
+def tiny_iresnet(
+    *, in_channels: int, input_size: tuple[int, int], embedding_size: int, dropout: float = 0.0
+) -> ResidualNet:
+    """A residual network that two CPU cores train in minutes; the stem and each of three stages halve the input."""
+    widths = (32, 64, 128, 256)
+    stem = nn.Sequential(
+        nn.Conv2d(in_channels, widths[0], 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(widths[0]),
+        nn.LeakyReLU(0.25, inplace=True),
+    )
+    return ResidualNet(stem, TinyUnit, widths, (1, 1, 1), halved(input_size, len(widths)), embedding_size, dropout)

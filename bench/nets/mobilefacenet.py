@@ -60,11 +60,7 @@ class MobileFaceNet(nn.Module):
     The global depthwise convolution, which weighs every place of the last feature map on its own instead
     of averaging them, gets a kernel of that map's size (7x7 at the published input of 112x112).
 
-    Args:
-        in_channels: channels C of the input.
-        input_size: (h, w) of the input; reduced 16 times, rounding up at each halving.
-        embedding_size: D, dimensions of the embedding (published: 128).
-        dropout: before the last linear layer (published: none).
+    The input is reduced 16 times, rounding up at each halving. Published: 128 dimensions, no dropout.
     """
 
     def __init__(

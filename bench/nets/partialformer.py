@@ -28,7 +28,7 @@ class BlockOptions:
         residual_attention: one logit map, computed from the embeddings, is added to every self-attention's logits.
 
     Raises:
-        ValueError: sizes below 1, a width that the heads do not divide, or a dropout outside [0, 1).
+        ValueError: a width that the heads do not divide.
     """
 
     width: int
@@ -41,12 +41,8 @@ class BlockOptions:
     residual_attention: bool = True
 
     def __post_init__(self) -> None:
-        if min(self.width, self.heads, self.scaled_heads, self.hidden_ratio) < 1:
-            raise ValueError(f"width, heads, scaled_heads and hidden_ratio must be at least 1, got {self}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
     @property
     def head_width(self) -> int:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
-
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 
-from bench.errors import UsageError
 from bench.nets.backbones import BACKBONES
 
 
@@ -89,35 +86,15 @@ def _recount(module: nn.Module, _keys: object) -> None:
     module._seen = int(module.batches)
 
 
-@dataclass(frozen=True, slots=True)
-class RecogniserSpec:
-    """What a recogniser is built from.
+class RecogniserSpec(BaseModel):
+    """What a recogniser is built from. Frozen; unknown names and values out of range are a ValueError."""
 
-    Attributes:
-        backbone: a name in :data:`bench.nets.backbones.BACKBONES`.
-        representation_shape: (C, h, w) of its input.
-        embedding_size: D.
-        dropout: before the last linear layer, in training.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backbone: str
-    representation_shape: tuple[int, int, int]
-    embedding_size: int
-    dropout: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object that :meth:`from_json` reads."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> RecogniserSpec:
-        """The inverse of :meth:`to_json`.
-
-        Raises:
-            TypeError, ValueError: fields missing, unknown or of another type.
-        """
-        channels, height, width = (int(n) for n in value["representation_shape"])
-        return cls(**{**value, "representation_shape": (channels, height, width)})
+    backbone: str = Field(description="A name in `bench.nets.backbones.BACKBONES`.")
+    representation_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="(C, h, w) of its input.")
+    embedding_size: int = Field(ge=2, description="Dimensions D of the embedding.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Before the last linear layer, in training.")
 
 
 class Recogniser(nn.Module):
@@ -127,17 +104,11 @@ class Recogniser(nn.Module):
         spec: what to build; weights come from torch's global generator (see :func:`build_recogniser`).
 
     Raises:
-        UsageError: an unknown backbone or sizes that cannot be.
+        UsageError: an unknown backbone.
     """
 
     def __init__(self, spec: RecogniserSpec) -> None:
         super().__init__()
-        if len(spec.representation_shape) != 3 or min(spec.representation_shape) < 1:
-            raise UsageError(f"a recogniser takes representations (C, h, w), got {spec.representation_shape}")
-        if spec.embedding_size < 2:
-            raise UsageError(f"embedding_size must be at least 2, got {spec.embedding_size}")
-        if not 0 <= spec.dropout < 1:
-            raise UsageError(f"dropout must lie in [0, 1), got {spec.dropout}")
         self.spec = spec
         channels, height, width = spec.representation_shape
         self.normalisation = InputNormalisation(channels)
@@ -180,15 +151,14 @@ class Recogniser(nn.Module):
 class TemplateReader(Recogniser):
     """What stands for the recogniser behind a template defence: what is stored, (N, T, 1, 1), is the embedding (N, T).
 
-    Args:
-        extractor: makes the embeddings that the defence protects.
-        representation_shape: (T, 1, 1).
+    ``extractor`` makes the embeddings that the defence protects.
     """
 
     def __init__(self, extractor: Recogniser, representation_shape: tuple[int, int, int]) -> None:
         nn.Module.__init__(self)
         size = representation_shape[0]
-        self.spec = replace(extractor.spec, representation_shape=representation_shape, embedding_size=size)
+        changes = {"representation_shape": representation_shape, "embedding_size": size}
+        self.spec = extractor.spec.model_copy(update=changes)
         self.extractor = extractor
 
     def forward(self, representation: Tensor) -> Tensor:
@@ -206,17 +176,15 @@ def build_recogniser(
 ) -> Recogniser:
     """A recogniser with fresh weights, the same for the same ``seed``; torch's global generator is left as it was.
 
-    Args:
-        backbone: a name in :data:`bench.nets.backbones.BACKBONES`.
-        representation_shape: (C, h, w) of its input.
-        embedding_size: D.
-        dropout: before the last linear layer, in training.
-        seed: of the initial weights.
+    The other arguments are those of :class:`RecogniserSpec`.
 
     Raises:
-        UsageError: an unknown backbone or sizes that cannot be.
+        UsageError: an unknown backbone.
     """
+    spec = RecogniserSpec(
+        backbone=backbone, representation_shape=representation_shape, embedding_size=embedding_size, dropout=dropout
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        recogniser = Recogniser(RecogniserSpec(backbone, representation_shape, embedding_size, dropout))
+        recogniser = Recogniser(spec)
     return recogniser.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, unused-ignore]

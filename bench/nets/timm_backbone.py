@@ -26,13 +26,6 @@ class TimmBackbone(nn.Module):
     The weights are fresh: nothing is downloaded. A network that must know its input size (Vision Transformers and
     their kin) is built for ``input_size``.
 
-    Args:
-        name: as in ``timm.list_models()``.
-        in_channels: channels C of the input.
-        input_size: (h, w) of the input.
-        embedding_size: D, dimensions of the embedding.
-        dropout: before the last linear layer.
-
     Raises:
         UsageError: the network does not take such an input.
     """

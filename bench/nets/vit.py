@@ -84,17 +84,7 @@ class Tokens(nn.Module):
 
 
 class TokenBackbone(nn.Module):
-    """Tokens, an encoder, and a face embedding.
-
-    Args:
-        encoder: (N, T, d) to (N, T, d), with a layer norm at its end.
-        width: d.
-        options: how tokens are made and read.
-        in_channels: channels C of the input.
-        input_size: (h, w) of the input.
-        embedding_size: D, dimensions of the embedding.
-        dropout: before the last linear layer.
-    """
+    """Tokens, an encoder, (N, T, d) to (N, T, d) with a layer norm at its end, and a face embedding."""
 
     def __init__(
         self,

@@ -36,9 +36,9 @@ def embed_faces(
     would tell the recogniser, and an eavesdropper, more than the defence means to send).
 
     Args:
-        recogniser: on any device; its mode is restored afterwards.
-        defense: is moved to that device.
-        faces: N faces of the defence's size.
+        recogniser: on any device, to which ``defense`` is moved; its mode is restored afterwards.
+        defense: of the faces' size.
+        faces: N.
         generators: gives the CPU generator from which state and noise of the face with that number are drawn.
         batch_size: faces at a time.
         keys: int64 (N, k), of the faces' clients; None to draw them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -98,6 +99,10 @@ class TrainingOptions(BaseModel):
                     f"head {self.head} takes no {name}"
                     + (f"; it belongs to head {heads}" if heads else "; leave it out")
                 )
+        # At and beyond this margin the target lies below every angle that it can reach.
+        limit = 1 if self.head == "cosface" else math.pi / 2
+        if self.margin >= limit:
+            raise ValueError(f"margin of head {self.head} must lie in [0, {limit:.4g}), got {self.margin}")
         if self.head == "partial-fc" and self.precision == "16-mixed":
             raise ValueError("head partial-fc computes in 32-true or bf16-mixed: its centres' gradients need the range")
         return self
@@ -133,6 +138,6 @@ PUBLISHED = TrainingOptions(
 #: Margin heads by name; all are called with embeddings and labels and give a loss and hits.
 HEADS: Registry[type[nn.Module]] = Registry("head")
 HEADS.add("arcface", target("bench.nets.heads:ArcFace"))
-HEADS.add("combined", target("bench.nets.heads:Combined"))
+HEADS.add("combined", target("bench.nets.heads:ArcFace"))
 HEADS.add("cosface", target("bench.nets.heads:CosFace"))
 HEADS.add("partial-fc", target("bench.recognition.partial_fc:PartialFC"))

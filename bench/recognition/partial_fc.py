@@ -20,54 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from bench.errors import BenchError, DataError, UsageError
 from bench.files import replacing
-from bench.nets.heads import check_margins, check_size, combined_target
+from bench.nets.heads import margin_target
 from bench.randomness import Streams
 from bench.recognition.processes import Processes
 
 #: Bytes of momentum brought together at once: small enough to stay in a processor's cache.
 BLOCK_BYTES = 4 * 2**20
-
-
-@torch.no_grad()
-def update_rows(
-    weight: Tensor,
-    velocity: Tensor,
-    rows: Tensor,
-    values: Tensor,
-    gradient: Tensor,
-    *,
-    learning_rate: float,
-    momentum: float,
-    weight_decay: float,
-) -> None:
-    """One step of SGD, as :class:`torch.optim.SGD` takes it, on some rows of a matrix and of its momentum.
-
-    Rows that were not sampled keep weight and momentum: neither decays while they wait (An et al., CVPR 2022).
-
-    Args:
-        weight: (C, D), changed in place.
-        velocity: momentum of every row: (C, D), zero at first, changed in place.
-        rows: int64 (n,), no row twice.
-        values: ``weight[rows]``, or ``weight`` itself where all rows are updated in order; changed in place.
-        gradient: (n, D); changed in place.
-        learning_rate: of this step.
-        momentum: share of the velocity that is kept.
-        weight_decay: times the weights, added to the gradient.
-    """
-    per_block = max(1, BLOCK_BYTES // (weight.shape[1] * weight.element_size()))
-    whole = values.data_ptr() == weight.data_ptr()
-    gathered = velocity.new_empty(0 if whole else min(per_block, len(rows)), weight.shape[1])
-    # Block by block, every value is brought from memory once and not once for each of the operations on it.
-    for at in range(0, len(rows), per_block):
-        block = slice(at, at + per_block)
-        chosen, value, step = rows[block], values[block], gradient[block]
-        step.add_(value, alpha=weight_decay)
-        if whole:
-            value.sub_(velocity[block].mul_(momentum).add_(step), alpha=learning_rate)
-            continue
-        moving = torch.index_select(velocity, 0, chosen, out=gathered[: len(chosen)]).mul_(momentum).add_(step)
-        velocity.index_copy_(0, chosen, moving)
-        weight.index_copy_(0, chosen, value.sub_(moving, alpha=learning_rate))
 
 
 #: As in torch.nn.functional.normalize: shorter centres count as this long.
@@ -184,9 +142,7 @@ class PartialFC(nn.Module):
         embedding_size: D.
         classes: C, identities over all processes.
         scale: s, the radius of the sphere on which logits live.
-        margin: m of cos(m1 t + m) - m3, in radians; with m1 = 1 and m3 = 0 this is ArcFace.
-        angle_factor: m1, in [1, 4].
-        cosine_margin: m3; with m1 = 1 and m = 0 this is CosFace.
+        margin, angle_factor, cosine_margin: m, m1, m3 of cos(m1 t + m) - m3 (:class:`bench.nets.heads.ArcFace`).
         sample_rate: r, in (0, 1]: share of the centres in each step.
         interclass_filter: negatives whose cosine to the sample exceeds this are left out of its softmax: they may well
             be the same person under another label. The paper's is 0.4; None keeps all.
@@ -202,7 +158,7 @@ class PartialFC(nn.Module):
         overfull: steps in which this process had more positives than its quota.
 
     Raises:
-        UsageError: a value out of its range, or fewer identities than processes.
+        UsageError: fewer identities than processes.
     """
 
     weight: Tensor
@@ -224,22 +180,12 @@ class PartialFC(nn.Module):
     ) -> None:
         super().__init__()
         self.processes = processes or Processes()
-        check_size(classes, scale)
         if classes < self.processes.size:
             raise UsageError(
                 f"{classes} identities cannot be shared out among {self.processes.size} processes: start fewer"
             )
-        check_margins(angle_factor, margin, cosine_margin)
-        if not 0 < sample_rate <= 1:
-            raise UsageError(f"sample_rate must lie in (0, 1], got {sample_rate}")
-        if interclass_filter is not None and not -1 <= interclass_filter <= 1:
-            raise UsageError(f"interclass_filter is a cosine in [-1, 1], got {interclass_filter}")
-        self.classes = classes
-        self.scale = scale
-        self.margin = margin
-        self.angle_factor = angle_factor
-        self.cosine_margin = cosine_margin
-        self.interclass_filter = interclass_filter
+        self.classes, self.scale, self.interclass_filter = classes, scale, interclass_filter
+        self.margin, self.angle_factor, self.cosine_margin = margin, angle_factor, cosine_margin
         self.owned = self.processes.share(classes)
         self.quota = max(1, round(sample_rate * len(self.owned)))
         self.overfull = 0
@@ -258,11 +204,9 @@ class PartialFC(nn.Module):
     def forward(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean margin cross-entropy over the samples of all processes and the sampled centres of all processes.
 
-        Under autocast the large products are computed in its type, own cosines and softmax in float32.
-
-        Args:
-            embeddings: this process's, (N, D), any scale; other processes may bring other numbers.
-            labels: int64 (N,) in [0, C).
+        Under autocast the large products are computed in its type, the samples' cosines to their class and the softmax
+        in float32. Of this process's embeddings (N, D) of any scale and labels, int64 (N,) in [0, C); others may bring
+        other numbers.
 
         Returns:
             The loss, a float32 scalar, the same on every process, and, for this process's samples, which are nearer
@@ -290,7 +234,7 @@ class PartialFC(nn.Module):
         with torch.autocast(device, enabled=False):
             cosine, own_cosine = Cosines.apply(F.normalize(everyone), self, rows, columns, dtype)
             hits = self._hits(cosine.detach(), own_cosine.detach(), rows)[mine]
-            target = combined_target(own_cosine.clamp(-1.0, 1.0), self.angle_factor, self.margin, self.cosine_margin)
+            target = margin_target(own_cosine.clamp(-1.0, 1.0), self.angle_factor, self.margin, self.cosine_margin)
             loss: Tensor = ShardedCrossEntropy.apply(
                 cosine, target, rows, columns, self.scale, self.interclass_filter, self.processes
             )
@@ -302,20 +246,29 @@ class PartialFC(nn.Module):
         self.gradient = self._gradients[: len(self.active)]
         return self.gradient
 
+    @torch.no_grad()
     def update(self, *, learning_rate: float, momentum: float, weight_decay: float) -> None:
-        """One step of SGD on the sampled centres and their momentum; all others stay untouched, decay included."""
+        """One step of SGD, as :class:`torch.optim.SGD` takes it, on the sampled centres and their momentum.
+
+        Those not sampled keep weight and momentum: neither decays while they wait (An et al., CVPR 2022).
+        """
         if self.gradient is None:
             raise RuntimeError("update follows backward")
-        update_rows(
-            self.weight,
-            self.momentum,
-            self.sampled,
-            self.active,
-            self.gradient,
-            learning_rate=learning_rate,
-            momentum=momentum,
-            weight_decay=weight_decay,
-        )
+        weight, velocity = self.weight, self.momentum
+        per_block = max(1, BLOCK_BYTES // (weight.shape[1] * weight.element_size()))
+        whole = self.active.data_ptr() == weight.data_ptr()
+        gathered = velocity.new_empty(0 if whole else min(per_block, len(self.sampled)), weight.shape[1])
+        # Block by block, every value is brought from memory once and not once for each of the operations on it.
+        for at in range(0, len(self.sampled), per_block):
+            block = slice(at, at + per_block)
+            chosen, value, step = self.sampled[block], self.active[block], self.gradient[block]
+            step.add_(value, alpha=weight_decay)
+            if whole:
+                value.sub_(velocity[block].mul_(momentum).add_(step), alpha=learning_rate)
+                continue
+            moving = torch.index_select(velocity, 0, chosen, out=gathered[: len(chosen)]).mul_(momentum).add_(step)
+            velocity.index_copy_(0, chosen, moving)
+            weight.index_copy_(0, chosen, value.sub_(moving, alpha=learning_rate))
         self.gradient = None
 
     def overfull_everywhere(self) -> int:

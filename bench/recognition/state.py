@@ -73,7 +73,9 @@ def save_recogniser(recogniser: Recogniser, path: Path, details: Mapping[str, An
     Raises:
         BenchError: the file cannot be written.
     """
-    save_tensors(path, recogniser.state_dict(), {"spec": recogniser.spec.to_json(), "details": dict(details or {})})
+    save_tensors(
+        path, recogniser.state_dict(), {"spec": recogniser.spec.model_dump(mode="json"), "details": dict(details or {})}
+    )
 
 
 def load_recogniser(path: Path, device: torch.device | str = "cpu") -> tuple[Recogniser, dict[str, Any]]:
@@ -85,7 +87,7 @@ def load_recogniser(path: Path, device: torch.device | str = "cpu") -> tuple[Rec
     """
     tensors, content = load_tensors(path)
     try:
-        spec = RecogniserSpec.from_json(content["spec"])
+        spec = RecogniserSpec.model_validate(content["spec"])
         details = dict(content["details"])
         with torch.device("meta"):
             recogniser = Recogniser(spec)

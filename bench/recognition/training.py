@@ -7,8 +7,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -280,73 +279,58 @@ def train(
         UsageError: more processes than a batch has room for.
     """
     processes = processes_of(fabric)
+    device = fabric.device
     with (
         noticing_lost_processes(processes),
         shared_statistics(recogniser, processes if options.sync_batch_norm else Processes()),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),  # dropout's
     ):
-        return _train(recogniser, faces, defense, options, fabric, seed, head, checkpoint, report)
+        labels = faces.labels if isinstance(faces, FaceSet) else torch.from_numpy(faces.labels.astype("int64"))
+        identities = len(faces.names) if isinstance(faces, FaceSet) else faces.identities
+        if (people := len(torch.unique(labels))) < 2:
+            raise DataError(f"training needs faces of at least 2 identities, got {len(faces)} faces of {people}")
+        streams = Streams(seed)
+        if head is None:
+            head = build_head(options, identities, seed=streams.seed_for("training/head"), processes=processes)
+        known = head.classes if isinstance(head, PartialFC) else len(head.weight)
+        if known != identities:
+            raise ValueError(f"the head tells {known} identities apart, the faces have {identities}")
+        views = defense.views if options.views is None else options.views
+        per_epoch = len(faces) * views
+        steps = max(1, round(per_epoch / options.batch_size))
+        if processes.size > 1 and per_epoch // steps < 2 * processes.size:
+            raise UsageError(
+                f"{processes.size} processes cannot share batches of {per_epoch // steps}: start fewer, or raise "
+                f"training.batch_size to {2 * processes.size} or more"
+            )
+        targets = flip_labels(labels, identities, options.label_noise, streams.generator("training/label-noise"))
 
+        defense = defense.to(device)
+        batches: Batches
+        if isinstance(faces, FaceSet):
+            faces = faces.to(device)  # uint8, all of them
+            batches = MemoryBatches(faces, views, steps, streams, processes)
+        else:
+            batches = StreamBatches(faces, views, options.batch_size, streams, processes, device)
+        learner = make_learner(recogniser, head, options, fabric)
+        history = History(per_epoch * options.epochs, report if fabric.is_global_zero else no_report, processes)
+        state = None
+        if checkpoint is not None:
+            identity = _identity(options, seed, faces, defense, recogniser)
+            state = TrainingState(checkpoint, identity, learner, fabric)
+            if (reached := state.resume(history)) is not None:
+                batches.resume(reached)
 
-def _train(
-    recogniser: Recogniser,
-    faces: FaceSet | RecordSource,
-    defense: Defense,
-    options: TrainingOptions,
-    fabric: Fabric,
-    seed: int,
-    head: MarginHead | PartialFC | None,
-    checkpoint: Path | None,
-    report: Report,
-) -> TrainingReport:
-    processes = processes_of(fabric)
-    labels = faces.labels if isinstance(faces, FaceSet) else torch.from_numpy(faces.labels.astype("int64"))
-    identities = len(faces.names) if isinstance(faces, FaceSet) else faces.identities
-    if (people := len(torch.unique(labels))) < 2:
-        raise DataError(f"training needs faces of at least 2 identities, got {len(faces)} faces of {people}")
-    streams = Streams(seed)
-    if head is None:
-        head = build_head(options, identities, seed=streams.seed_for("training/head"), processes=processes)
-    known = head.classes if isinstance(head, PartialFC) else len(head.weight)
-    if known != identities:
-        raise ValueError(f"the head tells {known} identities apart, the faces have {identities}")
-    views = defense.views if options.views is None else options.views
-    per_epoch = len(faces) * views
-    steps = max(1, round(per_epoch / options.batch_size))
-    if processes.size > 1 and per_epoch // steps < 2 * processes.size:
-        raise UsageError(
-            f"{processes.size} processes cannot share batches of {per_epoch // steps}: start fewer, or raise "
-            f"training.batch_size to {2 * processes.size} or more"
-        )
-    targets = flip_labels(labels, identities, options.label_noise, streams.generator("training/label-noise"))
+        generator = torch.Generator()
 
-    device = fabric.device
-    defense = defense.to(device)
-    batches: Batches
-    if isinstance(faces, FaceSet):
-        faces = faces.to(device)  # uint8, all of them
-        batches = MemoryBatches(faces, views, steps, streams, processes)
-    else:
-        batches = StreamBatches(faces, views, options.batch_size, streams, processes, device)
-    learner = make_learner(recogniser, head, options, fabric)
-    history = History(per_epoch * options.epochs, report if fabric.is_global_zero else no_report, processes)
-    state = None
-    if checkpoint is not None:
-        identity = _identity(options, seed, faces, defense, recogniser)
-        state = TrainingState(checkpoint, identity, learner, fabric)
-        if (reached := state.resume(history)) is not None:
-            batches.resume(reached)
+        def reseed(when: str) -> None:
+            generator.manual_seed(streams.seed_for(f"training/faces/{when}/{processes.rank}"))
+            torch.manual_seed(streams.seed_for(f"training/dropout/{when}/{processes.rank}"))
+            if isinstance(head, PartialFC):
+                head.reseed(streams.seed_for(f"training/centres/{when}"))
 
-    generator = torch.Generator()
-
-    def reseed(when: str) -> None:
-        generator.manual_seed(streams.seed_for(f"training/faces/{when}/{processes.rank}"))
-        torch.manual_seed(streams.seed_for(f"training/dropout/{when}/{processes.rank}"))
-        if isinstance(head, PartialFC):
-            head.reseed(streams.seed_for(f"training/centres/{when}"))
-
-    for epoch in range(len(history.losses), options.epochs):
-        history.start_epoch(epoch)
-        with _forked(device):
+        for epoch in range(len(history.losses), options.epochs):
+            history.start_epoch(epoch)
             reseed(f"{epoch}")
             for step, chosen, pixels, total in batches.epoch(epoch):
                 if batches.resumable:
@@ -366,23 +350,23 @@ def _train(
                     history.look(step, steps, rate)
                     if state is not None and batches.resumable and not last and state.due():
                         state.save(history, batches.reached())
-        history.finish_epoch()
-        if state is not None:
-            state.save(history)
-    recogniser.eval()
-    head.eval()
-    return TrainingReport(
-        losses=tuple(history.losses),
-        accuracies=tuple(history.accuracies),
-        images_per_second=per_epoch * options.epochs / max(history.seconds, 1e-9),
-        seconds=history.seconds,
-        parameters=recogniser.parameter_count,
-        views=views,
-        identities=identities,
-        processes=processes.size,
-        flipped_labels=int((targets != labels).sum()),
-        overfull_steps=head.overfull_everywhere() if isinstance(head, PartialFC) else 0,
-    )
+            history.finish_epoch()
+            if state is not None:
+                state.save(history)
+        recogniser.eval()
+        head.eval()
+        return TrainingReport(
+            losses=tuple(history.losses),
+            accuracies=tuple(history.accuracies),
+            images_per_second=per_epoch * options.epochs / max(history.seconds, 1e-9),
+            seconds=history.seconds,
+            parameters=recogniser.parameter_count,
+            views=views,
+            identities=identities,
+            processes=processes.size,
+            flipped_labels=int((targets != labels).sum()),
+            overfull_steps=head.overfull_everywhere() if isinstance(head, PartialFC) else 0,
+        )
 
 
 def _identity(
@@ -401,7 +385,7 @@ def _identity(
         "pixels": pixels,
         "defense": defense.describe(),
         "defense_state": _digest(defense.state_dict()),
-        "recogniser": asdict(recogniser.spec),
+        "recogniser": recogniser.spec.model_dump(mode="json"),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -412,10 +396,3 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _forked(device: torch.device) -> Iterator[None]:
-    """Torch's global generators, which dropout draws from, may be seeded within and are restored after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.nets.recogniser import Recogniser, RecogniserSpec, build_recogniser
+from bench.nets.recogniser import build_recogniser
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def backbone_cost(backbone: str, representation_shape: tuple[int, int, int], emb
         UsageError: an unknown backbone or sizes that cannot be.
     """
     with torch.device("meta"):
-        recogniser = Recogniser(RecogniserSpec(backbone, representation_shape, embedding_size)).eval()
+        recogniser = build_recogniser(backbone, representation_shape, embedding_size).eval()
     network = recogniser.backbone.to("meta")  # timm's networks are built elsewhere
     counter = FlopCounterMode(display=False)
     # Plain attention, which the counter sees whole: fused kernels are counted on some devices and versions only.

@@ -52,7 +52,7 @@ def _train(head: PartialFC) -> list[dict[str, Any]]:
         loss, hits = head(part, labels[mine])
         loss.backward()
         assert head.gradient is not None
-        found = {
+        computed = {
             "loss": loss.detach(),
             "hits": hits,
             "rows": mine,
@@ -62,7 +62,7 @@ def _train(head: PartialFC) -> list[dict[str, Any]]:
         }
         head.update(**SGD)
         seen.append(
-            found | {"weight": head.weight.clone(), "momentum": head.momentum.clone(), "overfull": head.overfull}
+            computed | {"weight": head.weight.clone(), "momentum": head.momentum.clone(), "overfull": head.overfull}
         )
     return seen
 

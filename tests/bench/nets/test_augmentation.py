@@ -42,12 +42,8 @@ def test_everything_switched_on_stays_in_range_and_leaves_the_input_alone(images
     assert varied.shape == images.shape
     assert 0 <= float(varied.min()) <= float(varied.max()) <= 1
     assert torch.equal(images, before)
-    assert not torch.equal(varied, images)
-
-
-def test_the_generator_decides(images: Tensor) -> None:
-    assert torch.equal(run(images, 1, **EVERYTHING), run(images, 1, **EVERYTHING))
-    assert not torch.equal(run(images, 1, **EVERYTHING), run(images, 2, **EVERYTHING))
+    assert torch.equal(run(images, **EVERYTHING), varied)
+    assert not torch.equal(run(images, 1, **EVERYTHING), varied)
 
 
 def test_images_are_varied_independently(images: Tensor) -> None:
@@ -150,9 +146,3 @@ def test_erase_covers_one_rectangle_of_at_most_the_area() -> None:
     assert 0.6 < float(covered.flatten(1).any(1).float().mean()) < 0.8
     rows, columns = covered.any(2).sum(1), covered.any(1).sum(1)
     assert torch.equal(rows * columns, covered.sum((1, 2)))
-
-
-@pytest.mark.parametrize("options", [{"flip": 1.5}, {"shift": -0.1}, {"erase_area": 0}, {"unheard_of": 1}])
-def test_impossible_options_are_refused(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
-        AugmentationOptions(**options)

@@ -15,20 +15,13 @@ from bench.recognition.options import PUBLISHED, TrainingOptions
         ({"schedule": "step", "milestones": (5, 3)}, "ascending"),
         ({"schedule": "step", "milestones": (0, 3)}, "positive"),
         ({"epochs": 2, "warmup_epochs": 3}, "cannot exceed"),
-        ({"batch_size": 1}, "batch_size"),
-        ({"learning_rate": 0}, "learning_rate"),
-        ({"views": 0}, "views"),
-        ({"unheard_of": 1}, "unheard_of"),
-        ({"head": "partial-fc", "sample_rate": 0}, "sample_rate"),
-        ({"head": "partial-fc", "sample_rate": 1.1}, "sample_rate"),
-        ({"head": "partial-fc", "interclass_filter": 1.1}, "interclass_filter"),
+        ({"margin": 1.6}, r"margin of head arcface must lie in \[0, 1.571\)"),
+        ({"head": "cosface", "margin": 1.0}, r"margin of head cosface must lie in \[0, 1\)"),
         ({"head": "partial-fc", "label_smoothing": 0.1}, "head partial-fc takes no label_smoothing"),
         ({"head": "partial-fc", "precision": "16-mixed"}, "32-true or bf16-mixed"),
         ({"sample_rate": 0.5}, "head arcface takes no sample_rate; it belongs to head partial-fc"),
         ({"head": "cosface", "cosine_margin": 0.5}, "takes no cosine_margin; it belongs to head combined, partial-fc"),
         ({"head": "combined", "interclass_filter": 0.5}, "head combined takes no interclass_filter"),
-        ({"label_noise": 1.0}, "label_noise"),
-        ({"augmentation": {"flip": 2}}, "flip"),
     ],
 )
 def test_impossible_options_are_refused(values: dict[str, Any], message: str) -> None:
@@ -46,12 +39,6 @@ def test_a_head_is_given_what_it_takes() -> None:
         "sample_rate": 0.1,
         "interclass_filter": 0.4,
     }
-
-
-def test_options_survive_json_and_cannot_change() -> None:
-    assert TrainingOptions.model_validate_json(PUBLISHED.model_dump_json()) == PUBLISHED
-    with pytest.raises(ValueError, match="frozen"):
-        PUBLISHED.epochs = 3  # type: ignore[misc]
 
 
 def test_the_published_options_are_those_of_the_paper() -> None:

@@ -14,7 +14,7 @@ from partial_fc_at_work import CLASSES, DIMENSIONS, SGD, batches, make, start
 from torch import Tensor
 
 from bench.errors import UsageError
-from bench.nets.heads import ArcFace, Combined, CosFace, MarginHead
+from bench.nets.heads import ArcFace, CosFace, MarginHead
 from bench.recognition.processes import Processes
 
 WHOLE = [
@@ -31,7 +31,7 @@ CASES = WHOLE + SAMPLED
 
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
-def outcome(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def trained(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """By process, case and step."""
     if request.param == 1:
         return [work.train(Processes(), CASES)]
@@ -41,14 +41,14 @@ def outcome(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]
 def full_head(options: dict[str, float]) -> MarginHead:
     if "angle_factor" in options:
         margins = {name: options[name] for name in ("angle_factor", "margin", "cosine_margin")}
-        return Combined(DIMENSIONS, CLASSES, scale=16.0, **margins).double()
+        return ArcFace(DIMENSIONS, CLASSES, scale=16.0, **margins).double()
     if "cosine_margin" in options:
         return CosFace(DIMENSIONS, CLASSES, scale=16.0, margin=options["cosine_margin"]).double()
     return ArcFace(DIMENSIONS, CLASSES, scale=16.0, margin=0.3).double()
 
 
 @pytest.mark.parametrize("case", range(len(WHOLE)))
-def test_with_all_centres_it_is_the_full_head_under_sgd(outcome: list[Any], case: int) -> None:
+def test_with_all_centres_it_is_the_full_head_under_sgd(trained: list[Any], case: int) -> None:
     head = full_head(CASES[case])
     with torch.no_grad():
         head.weight.copy_(start())
@@ -60,7 +60,7 @@ def test_with_all_centres_it_is_the_full_head_under_sgd(outcome: list[Any], case
         loss.backward()
         gradient = head.weight.grad.clone()
         sgd.step()
-        parts = [process[case][step] for process in outcome]
+        parts = [process[case][step] for process in trained]
         for part in parts:
             close(part["loss"], loss.detach())
             assert torch.equal(part["hits"], hits[part["rows"]])
@@ -71,10 +71,10 @@ def test_with_all_centres_it_is_the_full_head_under_sgd(outcome: list[Any], case
 
 
 @pytest.mark.parametrize("case", range(len(WHOLE), len(CASES)))
-def test_with_sampled_centres_it_is_the_full_head_masked_to_them(outcome: list[Any], case: int) -> None:
+def test_with_sampled_centres_it_is_the_full_head_masked_to_them(trained: list[Any], case: int) -> None:
     weight, velocity = start(), torch.zeros(CLASSES, DIMENSIONS, dtype=torch.float64)
     for step, (embeddings, labels) in enumerate(batches()):
-        parts = [process[case][step] for process in outcome]
+        parts = [process[case][step] for process in trained]
         sampled = joined(parts, "sampled")
         assert torch.isin(labels, sampled).all()
         assert sampled.unique().numel() == len(sampled)
@@ -111,14 +111,14 @@ def masked_softmax(
     embeddings = embeddings.clone().requires_grad_()
     weight = weight.clone().requires_grad_()
     cosine = F.normalize(embeddings) @ F.normalize(weight).T
-    own = F.one_hot(labels, CLASSES).bool()
+    true = F.one_hot(labels, CLASSES).bool()
     absent = torch.ones(CLASSES, dtype=torch.bool)
     absent[sampled] = False
-    logits = 16.0 * torch.where(own, torch.cos(torch.arccos(cosine) + 0.3), cosine)
-    dropped = absent.unsqueeze(0).expand_as(own) if limit is None else absent | (cosine > limit)
-    loss = F.cross_entropy(logits.masked_fill(dropped & ~own, -torch.inf), labels)
+    logits = 16.0 * torch.where(true, torch.cos(torch.arccos(cosine) + 0.3), cosine)
+    dropped = absent.unsqueeze(0).expand_as(true) if limit is None else absent | (cosine > limit)
+    loss = F.cross_entropy(logits.masked_fill(dropped & ~true, -torch.inf), labels)
     loss.backward()
-    assert limit is None or ((cosine > limit) & ~own & ~absent).any()  # the filter has something to do
+    assert limit is None or ((cosine > limit) & ~true & ~absent).any()  # the filter has something to do
     nearest = cosine.masked_fill(absent, -torch.inf).argmax(1)
     gradients = {"to_embeddings": embeddings.grad, "gradient": weight.grad}
     return {"loss": loss.detach(), "hits": nearest == labels, **gradients}
@@ -128,9 +128,9 @@ def joined(parts: list[dict[str, Any]], name: str) -> Tensor:
     return torch.cat([part[name] for part in parts])
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(value: Tensor, expected: Tensor) -> None:
     """Float64, so that only a mistake could tell them apart, on whatever processor."""
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_wrong_label_in_one_process_is_refused_by_all(tmp_path: Path) -> None:

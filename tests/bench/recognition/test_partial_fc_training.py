@@ -128,13 +128,15 @@ def test_it_goes_on_in_another_number_of_processes(
 def test_centres_that_are_gone_are_an_error_in_all_processes(tmp_path: Path) -> None:
     work.learn(Processes(), [{**WHOLE, "epochs": 1}], tmp_path / "resume")
     next((tmp_path / "resume" / "centres-1").iterdir()).unlink()
-    for (found,) in in_processes(2, tmp_path / "processes", work.learn, [{**WHOLE, "epochs": 1}], tmp_path / "resume"):
-        assert re.match("(DataError|BenchError): .*centres-1 holds 0 of the", found["error"])
+    for (process,) in in_processes(
+        2, tmp_path / "processes", work.learn, [{**WHOLE, "epochs": 1}], tmp_path / "resume"
+    ):
+        assert re.match("(DataError|BenchError): .*centres-1 holds 0 of the", process["error"])
 
 
 def test_a_batch_too_small_for_the_processes_is_refused(tmp_path: Path) -> None:
-    for (found,) in in_processes(2, tmp_path, work.learn, [{"batch_size": 3}]):
-        assert found["error"] == (
+    for (process,) in in_processes(2, tmp_path, work.learn, [{"batch_size": 3}]):
+        assert process["error"] == (
             "UsageError: 2 processes cannot share batches of 3: start fewer, or raise training.batch_size to 4 or more"
         )
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -58,18 +57,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BenchError, match="cannot write"):
-        save_tensors(tmp_path / "file" / "t", {}, {})
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"no checkpoint at .*none\.safetensors"):
         load_recogniser(tmp_path / "none.safetensors")
-
-
-def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "r.safetensors"
     save_recogniser(build_recogniser("ir-tiny", SHAPE, 32), path)
     path.write_bytes(path.read_bytes()[:-100])
@@ -83,7 +73,6 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         None,
         {"format": "other", "details": "{}"},
         {"format": FORMAT, "details": "[1]"},
-        {"format": FORMAT, "details": "{"},
         {"format": FORMAT},
     ],
 )
@@ -105,6 +94,6 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path, metadata: dict[str,
 )
 def test_weights_that_do_not_fit_their_spec_are_refused(tmp_path: Path, spec: dict[str, object]) -> None:
     weights = build_recogniser("ir-tiny", SHAPE, 32).state_dict()
-    save_tensors(tmp_path / "r", weights, {"spec": json.loads(json.dumps(spec)), "details": {}})
+    save_tensors(tmp_path / "r", weights, {"spec": spec, "details": {}})
     with pytest.raises(DataError, match="holds no usable recogniser"):
         load_recogniser(tmp_path / "r")

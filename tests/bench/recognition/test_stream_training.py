@@ -23,7 +23,6 @@ from bench.nets.recogniser import Recogniser, build_recogniser
 from bench.randomness import Streams
 from bench.recognition import state as training_state
 from bench.recognition import training
-from bench.recognition import training as batches
 from bench.recognition.options import TrainingOptions
 from bench.recognition.processes import Processes
 from bench.recognition.state import load_tensors
@@ -77,8 +76,8 @@ def run(
     recogniser.backbone.register_forward_pre_hook(kill)
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     faces = open_source("folder", folder, image_size=SIZE)
-    outcome = training.train(recogniser, faces, defense, options, fabric=fabric, seed=0, **more)
-    return recogniser, outcome, calls
+    report = training.train(recogniser, faces, defense, options, fabric=fabric, seed=0, **more)
+    return recogniser, report, calls
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head["head"])
@@ -91,11 +90,11 @@ def test_a_killed_training_goes_on_within_its_epoch(
     resume = tmp_path / "resume"
     with pytest.raises(Killed):
         run(folder, make_defense(), options, killed_at, checkpoint=resume)
-    again, outcome, steps = run(folder, make_defense(), options, checkpoint=resume)
+    again, report, steps = run(folder, make_defense(), options, checkpoint=resume)
     lost = killed_at - 1 - (killed_at - 1) % 2  # done before the last save
     assert steps == 2 * STEPS - lost
-    assert outcome.losses == expected.losses
-    assert outcome.accuracies == expected.accuracies
+    assert report.losses == expected.losses
+    assert report.accuracies == expected.accuracies
     weights = again.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in whole.state_dict().items())
     assert len(list(resume.iterdir())) == (2 if head["head"] == "partial-fc" else 1)
@@ -108,7 +107,7 @@ def test_another_order_is_not_gone_on_with(
         run(folder, make_defense(), OPTIONS, 6, checkpoint=tmp_path / "resume")
     _, details = load_tensors(tmp_path / "resume" / "training.safetensors")
     assert (details["reached"]["epoch"], details["reached"]["position"]) == (0, 4)
-    monkeypatch.setattr(batches, "EpochOrder", functools.partial(EpochOrder, block=32))
+    monkeypatch.setattr(training, "EpochOrder", functools.partial(EpochOrder, block=32))
     with pytest.raises(DataError, match="reading to resume is of"):
         run(folder, make_defense(), OPTIONS, checkpoint=tmp_path / "resume")
 

@@ -26,34 +26,17 @@ from bench.recognition.training import (
 )
 
 
-def flip(labels: torch.Tensor, share: float, seed: int = 0) -> torch.Tensor:
-    return flip_labels(labels, 7, share, torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.99])
-def test_exactly_the_share_is_flipped_and_never_to_itself(share: float) -> None:
-    labels = torch.arange(7).repeat(1000)
-    before = labels.clone()
-    flipped = flip(labels, share)
-    assert int((flipped != labels).sum()) == round(share * 7000)
-    assert torch.equal(labels, before)
-    assert flipped.min() >= 0
-    assert flipped.max() < 7
-
-
-def test_wrong_labels_are_uniform() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.99])
+def test_exactly_the_share_of_labels_is_flipped_to_any_other_alike(share: float) -> None:
     labels = torch.arange(7).repeat(6000)
-    flipped = flip(labels, 0.5)
+    flipped = flip_labels(labels, 7, share, torch.Generator().manual_seed(0))
     wrong = flipped != labels
-    shift = (flipped[wrong] - labels[wrong]) % 7
-    assert (shift.bincount(minlength=7)[1:] / wrong.sum() - 1 / 6).abs().max() < 0.01
-    assert (labels[wrong].bincount() / wrong.sum() - 1 / 7).abs().max() < 0.01
-
-
-def test_the_generator_decides() -> None:
-    labels = torch.arange(7).repeat(10)
-    assert torch.equal(flip(labels, 0.3), flip(labels, 0.3))
-    assert not torch.equal(flip(labels, 0.3), flip(labels, 0.3, seed=1))
+    assert int(wrong.sum()) == round(share * len(labels))
+    assert torch.equal(labels, torch.arange(7).repeat(6000))
+    if share:
+        shift = (flipped[wrong] - labels[wrong]) % 7
+        assert (shift.bincount(minlength=7)[1:] / wrong.sum() - 1 / 6).abs().max() < 0.015
+        assert (labels[wrong].bincount() / wrong.sum() - 1 / 7).abs().max() < 0.015
 
 
 OPTIONS = TrainingOptions(
@@ -85,8 +68,8 @@ def run(
     faces: FaceSet, defense: Any, fabric: Fabric, options: TrainingOptions = OPTIONS, seed: int = 0, **more: Any
 ) -> tuple[dict[str, torch.Tensor], TrainingReport]:
     recogniser = build(defense, options.dropout)
-    outcome = train(recogniser, faces, defense, options, fabric=fabric, seed=seed, **more)
-    return weights(recogniser), outcome
+    report = train(recogniser, faces, defense, options, fabric=fabric, seed=seed, **more)
+    return weights(recogniser), report
 
 
 def test_it_overfits_a_tiny_set_behind_a_random_defence(faces: FaceSet, make_defense: Any, fabric: Fabric) -> None:
@@ -95,15 +78,15 @@ def test_it_overfits_a_tiny_set_behind_a_random_defence(faces: FaceSet, make_def
     options = OPTIONS.model_copy(update={"epochs": 12, "dropout": 0.0, "augmentation": plain})
     defense = make_defense(views=3)
     recogniser = build(defense, 0.0)
-    outcome = train(recogniser, faces, defense, options, fabric=fabric, seed=0)
-    assert outcome.accuracy > 0.95
-    assert outcome.losses[-1] < 0.3 * outcome.losses[0]
-    assert len(outcome.losses) == len(outcome.accuracies) == 12
-    assert outcome.views == 3
-    assert outcome.identities == 4
-    assert outcome.parameters == recogniser.parameter_count
-    assert outcome.seconds > 0
-    assert outcome.images_per_second == pytest.approx(12 * 3 * len(faces) / outcome.seconds)
+    report = train(recogniser, faces, defense, options, fabric=fabric, seed=0)
+    assert report.accuracy > 0.95
+    assert report.losses[-1] < 0.3 * report.losses[0]
+    assert len(report.losses) == len(report.accuracies) == 12
+    assert report.views == 3
+    assert report.identities == 4
+    assert report.parameters == recogniser.parameter_count
+    assert report.seconds > 0
+    assert report.images_per_second == pytest.approx(12 * 3 * len(faces) / report.seconds)
     assert not recogniser.training
 
     # It learnt the faces, not its training's noise: fresh states, no augmentation.
@@ -117,21 +100,15 @@ def test_it_overfits_a_tiny_set_behind_a_random_defence(faces: FaceSet, make_def
 
 def test_the_seed_decides_everything(faces: FaceSet, make_defense: Any, fabric: Fabric) -> None:
     torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
     first, report = run(faces, make_defense(), fabric)
-    torch.manual_seed(2)
+    assert torch.equal(torch.rand(1), expected)  # torch's generator is left alone
     again, same_report = run(faces, make_defense(), fabric)
     assert same(first, again)
     assert report.losses == same_report.losses
     other, _ = run(faces, make_defense(), fabric, seed=5)
     assert not same(first, other)
-
-
-def test_torchs_own_generator_is_left_alone(faces: FaceSet, make_defense: Any, fabric: Fabric) -> None:
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    run(faces, make_defense(), fabric)
-    assert torch.equal(torch.rand(1), expected)
 
 
 class Killed(Exception):
@@ -155,7 +132,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
     assert len(load_tensors(tmp_path / "training.safetensors")[1]["losses"]) == killed_at
 
     epochs: list[float] = []
-    resumed, outcome = run(
+    resumed, report = run(
         faces,
         make_defense(views=2),
         fabric,
@@ -163,8 +140,8 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
         report=lambda done, total, *, epoch, **_: epochs.append(epoch),
     )
     assert same(whole, resumed)
-    assert outcome.losses == expected.losses
-    assert outcome.accuracies == expected.accuracies
+    assert report.losses == expected.losses
+    assert report.accuracies == expected.accuracies
     assert min(epochs) == killed_at + 1
 
 
@@ -213,8 +190,8 @@ def test_each_image_appears_once_per_view_with_states_of_its_own(
 ) -> None:
     options = OPTIONS.model_copy(update={"epochs": 2, "views": asked, "augmentation": AugmentationOptions(flip=0.0)})
     defense = make_defense(views=offered)
-    _, outcome = run(faces, defense, fabric, options)
-    assert outcome.views == expected
+    _, report = run(faces, defense, fabric, options)
+    assert report.views == expected
     shown = torch.cat([images for images, _ in defense.calls])
     states = torch.cat([state for _, state in defense.calls]).flatten()
     assert len(shown) == 2 * expected * len(faces)
@@ -251,7 +228,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(
 
 def test_progress_is_reported_in_images(faces: FaceSet, make_defense: Any, fabric: Fabric) -> None:
     calls: list[tuple[int, int, dict[str, float]]] = []
-    _, outcome = run(
+    _, report = run(
         faces,
         make_defense(views=2),
         fabric,
@@ -261,7 +238,7 @@ def test_progress_is_reported_in_images(faces: FaceSet, make_defense: Any, fabri
     assert [done for done, _, _ in calls] == sorted(done for done, _, _ in calls)
     names = {"epoch", "loss", "accuracy", "learning_rate", "images_per_second"}
     assert all(set(fields) == names for _, _, fields in calls)
-    assert calls[-1][2]["loss"] == outcome.losses[-1]
+    assert calls[-1][2]["loss"] == report.losses[-1]
     assert calls[-1][2]["learning_rate"] == pytest.approx(0, abs=1e-12)
     assert {fields["epoch"] for _, _, fields in calls} == {1, 2, 3}
 
@@ -281,7 +258,7 @@ def test_gradients_can_be_clipped(faces: FaceSet, make_defense: Any, fabric: Fab
     assert moved(options.model_copy(update={"clip_gradient_norm": 1e-3})) <= bound * 1.001
 
 
-def test_a_head_of_ones_own_is_trained(faces: FaceSet, make_defense: Any, fabric: Fabric) -> None:
+def test_a_given_head_is_trained(faces: FaceSet, make_defense: Any, fabric: Fabric) -> None:
     head = ArcFace(16, 4, scale=8.0, margin=0.0)
     before = head.weight.detach().clone()
     run(faces, make_defense(), fabric, head=head)
@@ -325,8 +302,7 @@ def test_cosine_schedule_warms_up_then_falls_to_zero() -> None:
 
 def test_the_margin_grows_then_stays(faces: FaceSet, make_defense: Any, fabric: Fabric) -> None:
     options = OPTIONS.model_copy(update={"margin": 0.4, "margin_warmup_epochs": 2.0})
-    found = [margins(options, epoch)["margin"] for epoch in (0, 0.5, 1, 2, 3)]
-    assert found == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
+    assert [margins(options, epoch)["margin"] for epoch in (0, 0.5, 1, 2, 3)] == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
     assert margins(OPTIONS, 0) == {"margin": OPTIONS.margin}
     head = build_head(options, 4)
     seen: list[float] = []
