@@ -188,16 +188,10 @@ def measures(node: Any, place: str = "") -> Iterator[tuple[str, Measure]]:
     """Every measure below a part of a result, with its dotted place."""
     if isinstance(node, Measure):
         yield place, node
-        return
-    parts: Iterable[tuple[object, Any]] = ()
-    if isinstance(node, BaseModel):
-        parts = ((name, getattr(node, name)) for name in type(node).model_fields)
-    elif isinstance(node, dict):
-        parts = node.items()
-    elif isinstance(node, list):
-        parts = enumerate(node)
-    for name, part in parts:
-        yield from measures(part, f"{place}.{name}" if place else str(name))
+    elif isinstance(node, BaseModel | dict | list):
+        parts: Iterable[tuple[object, Any]] = enumerate(node) if isinstance(node, list) else dict(node).items()
+        for name, part in parts:
+            yield from measures(part, f"{place}.{name}" if place else str(name))
 
 
 def _at(result: BaseModel, place: str) -> Measure | None:
@@ -314,11 +308,9 @@ def upgrade(document: dict[str, Any]) -> dict[str, Any]:
     infos, qualities = attack.get("members"), recovery.get("members")
     document |= {name: _without_members(document.get(name)) for name in ("attack", "recovery")}
     if infos and qualities:
-        bounds = {name: recovery[name] for name in ("floors", "ceiling")}
-        document["attacks"] = {
-            name: {"attack": _without_members(info), "recovery": {**qualities[name], **bounds}}
-            for name, info in infos.items()
-        }
+        bounds = {"floors": recovery["floors"], "ceiling": recovery["ceiling"]}
+        parts = {name: {**qualities[name], **bounds} for name in infos}
+        document["attacks"] = {n: {"attack": _without_members(infos[n]), "recovery": parts[n]} for n in infos}
         document |= {"attack": None, "recovery": None, "worst_case": document["recovery"]}
     if document.get("linkage") and (curve := document.get("strength")):
         document["strength"] = {

@@ -41,7 +41,7 @@ def gate(
                 unmatched.append((run, key))
             else:
                 there.append(cell)
-                verdicts.append(_judge(run, attack, key, cell, baseline))
+                verdicts.append(_verdict(run, attack, key, cell, baseline))
     if whole:
         verdicts += [_missing(cell, unmatched) for cell in baseline.cells if cell not in there]
     outcome = worst(verdict.outcome for verdict in verdicts)
@@ -79,7 +79,7 @@ def _missing(cell: Cell, unmatched: Sequence[tuple[Run, CellKey]]) -> CellVerdic
     return CellVerdict(cell=cell.key.label, run=None, outcome="missing", notes=notes)
 
 
-def _judge(run: Run, attack: str, key: CellKey, cell: Cell, baseline: Baseline) -> CellVerdict:
+def _verdict(run: Run, attack: str, key: CellKey, cell: Cell, baseline: Baseline) -> CellVerdict:
     about = {"cell": cell.key.label, "run": run.manifest.run_id, "directory": str(run.directory)}
     if run.failed:
         notes = [f"the run failed: {run.result.error or run.result.status}"]

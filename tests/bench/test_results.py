@@ -28,8 +28,7 @@ def test_round_trip(tmp_path):
 def test_results_of_before_a_figure_existed_are_read():
     measure = {"value": 0.5, "direction": "leakage"}
     old = Identity.model_validate(dict.fromkeys(("type1_tar", "type2_tar", "rank1", "cosine"), measure))
-    assert old.rank5 is None
-    assert old.knn_distance is None
+    assert old.rank5 is old.knn_distance is None
 
 
 def old(document):
@@ -105,6 +104,7 @@ def test_one_attack_and_several_are_told_alike(stored):
     assert only.figure(figure) == (today.linkage.protected_plain.accuracy if today.linkage else today.recovery.ssim)
     assert only.ceiling(figure).value > only.figure(figure).value
     assert only.figure("ssim" if today.linkage else "linkage") is None
+    assert today.linkage or today.recovery.figure("nonsense") is today.recovery.figure("rank5") is None
     with pytest.raises(ValidationError, match="several attacks"):
         RunResult.model_validate({**today.model_dump(by_alias=True), "attacks": {name: only}})
 

@@ -56,15 +56,15 @@ def visit(browser, folder):
         page = context.new_page()
         page.on("console", lambda message: heard.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: heard.append(str(error)))
-        own = (folder / name).as_uri()
-        page.on("request", lambda request: None if request.url in (own,) else heard.append(request.url))
-        page.goto(own)
+        address = (folder / name).as_uri()
+        page.on("request", lambda request: None if request.url == address else heard.append(request.url))
+        page.goto(address)
         return page
 
     yield call
     for context in contexts:
         context.close()
-    assert [one for one in heard if not one.startswith("data:")] == []
+    assert [line for line in heard if not line.startswith("data:")] == []
 
 
 def column(page, name):
@@ -91,7 +91,7 @@ def test_it_fits(visit, name, viewport, scheme):
     page = visit(name, viewport, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     # Folded parts have to fit, too.
-    page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+    page.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true; })")
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     assert page.title() != "owned"
     picture = page.screenshot(full_page=True)
@@ -132,10 +132,10 @@ def test_sorting_by_numbers_both_ways_and_what_is_missing_stays_last(visit):
         heading(page, "SSIM").locator("button").click()
         assert heading(page, "SSIM").get_attribute("aria-sort") == state
         shown = column(page, "SSIM")
-        numbers = [float(one) for one in shown if one != "–"]
+        numbers = [float(text) for text in shown if text != "–"]
         assert numbers == sorted(numbers, reverse=state == "descending")
         assert len(numbers) > 4
-        assert shown[: len(numbers)] == [one for one in shown if one != "–"]
+        assert shown[: len(numbers)] == [text for text in shown if text != "–"]
     heading(page, "defence").locator("button").click()
     assert heading(page, "SSIM").get_attribute("aria-sort") is None
     assert column(page, "defence") == sorted(column(page, "defence"), key=str.lower)
@@ -147,7 +147,9 @@ def test_sorting_by_keyboard(visit):
     button.focus()
     page.keyboard.press("Enter")
     assert heading(page, "PSNR").get_attribute("aria-sort") == "ascending"
-    assert button.evaluate("one => document.activeElement === one && getComputedStyle(one).outlineStyle !== 'none'")
+    assert button.evaluate(
+        "button => document.activeElement === button && getComputedStyle(button).outlineStyle !== 'none'"
+    )
 
 
 def test_filters(visit):
@@ -184,7 +186,7 @@ def test_pictures_are_enlarged_by_keyboard(visit):
     assert large.get_attribute("src") == second.locator("img").get_attribute("src")
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
-    assert second.evaluate("one => document.activeElement === one")
+    assert second.evaluate("button => document.activeElement === button")
 
 
 def test_pictures_are_enlarged_by_mouse_and_closed_beside(visit):
@@ -221,5 +223,5 @@ def test_a_script_that_is_not_its_own_does_not_run(browser, folder):
 def test_printing_shows_whole_tables(visit):
     page = visit()
     page.emulate_media(media="print")
-    assert page.locator(".scroll").first.evaluate("one => getComputedStyle(one).overflowX") == "visible"
+    assert page.locator(".scroll").first.evaluate("part => getComputedStyle(part).overflowX") == "visible"
     assert not page.locator("form.filters").first.is_visible()

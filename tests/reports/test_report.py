@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 import re
 from html.parser import HTMLParser
 
@@ -12,7 +13,6 @@ from run_folders import write_run
 
 from bench.errors import MissingError
 from reports.formats import csv_text as text
-from reports.formats import latex_text as latex
 from reports.formats import markdown_text as markdown
 from reports.report import write_leaderboard, write_report
 
@@ -193,13 +193,6 @@ def test_hostile_names_are_text_in_latex(hostile_report):
     assert set(re.findall(r"\\([a-z]+)", body)) <= LATEX
 
 
-def test_latex_escapes():
-    assert latex("50% of $x_1$ & {a}\\b~^#") == (
-        r"50\% of \$x\_1\$ \& \{a\}\textbackslash{}b\textasciitilde{}\textasciicircum{}\#"
-    )
-    assert latex("a\n\nb") == "a b"
-
-
 def test_real_faces_are_shown_on_request_only(tmp_path):
     folder = write_run(tmp_path / "a", synthetic=False)
     page, *_ = report(tmp_path, folder)
@@ -272,3 +265,41 @@ def test_leaderboard(tmp_path):
         assert "protocol 1" in document
         assert "protocol 2" in document
         assert "broke" in document
+
+
+# -- the commands ------------------------------------------------------------------------------------
+
+
+def test_report_prints_its_files(bench, tmp_path):
+    folder = write_run(tmp_path / "run")
+    code, out, err = bench("report", folder, "--out", tmp_path / "out", "--json")
+    assert (code, err) == (0, "")
+    files = json.loads(out)["files"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        file.rpartition("/")[2] for file in files
+    )
+    assert len(files) == 4
+
+
+def test_leaderboard_writes_beside_the_runs(bench, tmp_path):
+    write_run(tmp_path / "runs" / "a")
+    code, out, _ = bench("leaderboard", tmp_path / "runs")
+    assert code == 0
+    assert out.split() == [str(tmp_path / "runs" / f"leaderboard.{kind}") for kind in ("html", "md", "csv")]
+    assert bench("leaderboard", tmp_path / "runs")[0] == 0, "its own files are no runs"
+
+
+@pytest.mark.parametrize("command", ["report", "leaderboard"])
+def test_a_folder_without_runs_is_refused(bench, tmp_path, command):
+    code, out, err = bench(command, tmp_path, "--out", tmp_path / "out")
+    assert code == 5
+    assert out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert f"{tmp_path} is not a run directory" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_faces_cannot_be_shown_and_left_out(bench, tmp_path):
+    code, _, err = bench("report", tmp_path, "--out", tmp_path / "out", "--no-images", "--embed-faces")
+    assert code == 2
+    assert "contradict" in err

@@ -2,7 +2,7 @@
 
 import pytest
 from rich.console import Console
-from run_folders import measure, quality, write_run
+from run_folders import measure, write_run
 
 from bench.gate.compare import Difference, FigureChange, Setting
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport
@@ -102,11 +102,6 @@ def test_figures_are_rounded_as_declared(name, value, spread, expected):
     assert figure(name, measure(value, spread)) == expected
     assert figure(name, measure(value, spread), bounds=False) == expected.partition(" ")[0]
     assert figure(name, None) == "-"
-
-
-def test_figures_that_older_results_do_not_have_are_dashes():
-    assert quality(0.5).figure("rank5") is None
-    assert quality(0.5).figure("nonsense") is None
 
 
 def test_plan():
