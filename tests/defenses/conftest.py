@@ -1,11 +1,9 @@
-"""The textbook oracle, and defences made ready for use."""
+"""Defences made ready for use."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,17 +15,6 @@ from defenses.base import Defense, DefenseTraining, TemplateDefense
 
 #: D of the recognisers that defences are given here.
 EMBEDDING = 24
-
-
-@pytest.fixture(scope="session")
-def oracle() -> ModuleType:
-    """The module ``textbook.py`` beside this file (under importmode=importlib, siblings are no packages)."""
-    spec = importlib.util.spec_from_file_location("textbook", Path(__file__).with_name("textbook.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def training(identities: int = 4, size: int = 24, folder: Path | None = None, seed: int = 0) -> DefenseTraining:

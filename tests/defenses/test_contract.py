@@ -11,6 +11,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from pictures import generator
 from pydantic import ValidationError
 
 import defenses
@@ -37,12 +38,8 @@ def _defined_in(module_name):
 CLASSES = [cls for name in MODULES for cls in _defined_in(name)]
 
 
-def _generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def _faces(count=5, dtype=torch.float32):
-    return torch.rand(count, 3, SIZE, SIZE, generator=_generator(9)).to(dtype)
+    return torch.rand(count, 3, SIZE, SIZE, generator=generator(9)).to(dtype)
 
 
 @pytest.fixture(params=CLASSES, ids=lambda cls: cls.name)
@@ -73,17 +70,19 @@ def test_one_defence_per_file_named_after_it(module):
 def test_representation(defense):
     faces = _faces()
     before = faces.clone()
-    protected = defense.protect(faces, _generator())
+    protected = defense.protect(faces, generator())
     assert tuple(protected.representation.shape) == (5, *defense.representation_shape)
     assert protected.representation.dtype == torch.float32
     assert torch.isfinite(protected.representation).all()
     assert defense.channels == protected.representation.shape[1]
     assert torch.equal(faces, before)  # the caller's faces are left alone
     assert not protected.representation.requires_grad
+    assert defense.protect(_faces(2, torch.float64), generator()).representation.dtype == torch.float64
+    assert tuple(defense.protect(_faces(0), generator()).representation.shape) == (0, *defense.representation_shape)
 
 
 def test_parts(defense):
-    representation = defense.protect(_faces(), _generator()).representation
+    representation = defense.protect(_faces(), generator()).representation
     parts = defense.unpack(representation)
     assert {name: tuple(part.shape[1:]) for name, part in parts.items()} == defense.parts
     assert torch.equal(defense.pack(parts), representation)  # nothing beside the parts is sent
@@ -98,7 +97,7 @@ def parts_are_signs(parts):
 
 def test_what_is_drawn_is_not_sent(defense):
     """No value that is sent follows a column of states or keys, and none of the secret's tables stands in it."""
-    protected = defense.protect(_faces(), _generator())
+    protected = defense.protect(_faces(), generator())
     sent = protected.representation.flatten(1).double()
     for drawn in (protected.state, protected.keys):
         for column in [] if drawn is None else drawn.double().unbind(1):
@@ -110,52 +109,37 @@ def test_what_is_drawn_is_not_sent(defense):
 
 
 def test_faces_do_not_see_each_other(defense):
-    draws = _same_draws(defense, _generator(1))
+    draws = _same_draws(defense, generator(1))
     order = torch.tensor([3, 0, 4, 2, 1])
-    first = defense.protect(_faces(), _generator(2), **draws).representation
-    if not torch.equal(first, defense.protect(_faces(), _generator(3), **draws).representation):
+    first = defense.protect(_faces(), generator(2), **draws).representation
+    if not torch.equal(first, defense.protect(_faces(), generator(3), **draws).representation):
         pytest.skip("adds noise that is no state")
     turned = {name: None if drawn is None else drawn[order] for name, drawn in draws.items()}
-    second = defense.protect(_faces()[order], _generator(2), **turned).representation
+    second = defense.protect(_faces()[order], generator(2), **turned).representation
     torch.testing.assert_close(second, first[order], rtol=1e-5, atol=1e-5)
 
 
-def test_double_precision_is_kept(defense):
-    protected = defense.protect(_faces(2, torch.float64), _generator())
-    assert protected.representation.dtype == torch.float64
-
-
-def test_empty_batch(defense):
-    assert tuple(defense.protect(_faces(0), _generator()).representation.shape) == (0, *defense.representation_shape)
-
-
-def test_deterministic_given_the_generator(defense):
-    first, second = (defense.protect(_faces(), _generator(3)) for _ in range(2))
-    assert torch.equal(first.representation, second.representation)
-    assert (first.state is None) == (second.state is None)
-    if first.state is not None and second.state is not None:
-        assert torch.equal(first.state, second.state)
-
-
-def test_independent_of_the_global_random_state(defense):
+def test_the_generator_decides_and_nothing_else_is_drawn_from(defense):
     torch.manual_seed(0)
-    first = defense.protect(_faces(), _generator(3)).representation
+    first = defense.protect(_faces(), generator(3))
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    assert torch.equal(defense.protect(_faces(), _generator(3)).representation, first)
+    again = defense.protect(_faces(), generator(3))
     assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(again.representation, first.representation)
+    for name in ("state", "keys"):
+        drawn = [getattr(protected, name) for protected in (first, again)]
+        assert drawn == [None, None] or torch.equal(*drawn)
 
 
 def test_states(defense):
-    drawn = defense.draw(64, _generator())
+    drawn = defense.draw(64, generator())
     states = defense.states()
     if drawn is None:
         assert states is None
         assert defense.entropy_bits == 0
         return
-    assert drawn.dtype == torch.int64
-    assert drawn.device.type == "cpu"
-    assert drawn.shape[0] == 64
+    assert (drawn.dtype, drawn.device.type, len(drawn)) == (torch.int64, "cpu", 64)
     if states is not None:
         listed = {tuple(row) for row in states.tolist()}
         assert len(listed) == len(states)
@@ -164,26 +148,26 @@ def test_states(defense):
 
 
 def test_a_pinned_state_is_used(defense):
-    drawn = defense.draw(5, _generator(1))
+    drawn = defense.draw(5, generator(1))
     if drawn is None:
         pytest.skip("draws no state")
-    first = defense.protect(_faces(), _generator(2), state=drawn)
+    first = defense.protect(_faces(), generator(2), state=drawn)
     assert first.state is drawn
-    assert torch.equal(first.representation, defense.protect(_faces(), _generator(1)).representation)
+    assert torch.equal(first.representation, defense.protect(_faces(), generator(1)).representation)
 
 
 def test_differentiable_in_the_faces(defense):
     if not defense.differentiable:
         pytest.skip("declares no gradient")
     faces = _faces().requires_grad_()
-    defense.protect(faces, _generator()).representation.square().sum().backward()
+    defense.protect(faces, generator()).representation.square().sum().backward()
     assert faces.grad is not None
     assert torch.isfinite(faces.grad).all()
     assert float(faces.grad.abs().max()) > 0
 
 
 def test_linear_operator_is_the_transform(defense):
-    state = defense.draw(1, _generator(4))
+    state = defense.draw(1, generator(4))
     operator = defense.linear_operator(None if state is None else state[0])
     if operator is None:
         pytest.skip("not linear")
@@ -191,17 +175,17 @@ def test_linear_operator_is_the_transform(defense):
         defense = type(defense)(type(defense.options)(scale=0), image_size=defense.image_size)  # linear up to the noise
     faces = _faces(3, torch.float64)
     states = None if state is None else state.expand(3, -1)
-    sent = defense.protect(faces, _generator(), state=states).representation
+    sent = defense.protect(faces, generator(), state=states).representation
     torch.testing.assert_close(operator(faces) + operator.offset, sent, rtol=0, atol=1e-9)
     assert operator(faces.float()).dtype == torch.float32
-    z = torch.randn(sent.shape, generator=_generator(), dtype=torch.float64)
+    z = torch.randn(sent.shape, generator=generator(), dtype=torch.float64)
     back = operator.adjoint(z)
     assert back.shape == faces.shape
     assert float((operator(faces) * z).sum()) == pytest.approx(float((faces * back).sum()), rel=1e-9)
 
 
 def test_a_separable_sum_is_what_its_factors_say(defense):
-    state = defense.draw(1, _generator(4))
+    state = defense.draw(1, generator(4))
     operator = defense.linear_operator(None if state is None else state[0])
     if not isinstance(operator, SeparableSum):
         pytest.skip("does not tell its factors")
@@ -212,7 +196,7 @@ def test_a_separable_sum_is_what_its_factors_say(defense):
 
 
 def test_canonical_keeps_the_size(defense):
-    protected = defense.protect(_faces(), _generator())
+    protected = defense.protect(_faces(), generator())
     canonical = defense.canonical(protected.representation, protected.state)
     assert canonical.shape[0] == 5
     assert canonical.shape[2:] == protected.representation.shape[2:]
@@ -221,20 +205,21 @@ def test_canonical_keeps_the_size(defense):
 
 
 def test_a_guess_has_another_secret_and_the_same_interface(defense):
-    guess = defense.guess(_generator(7))
+    guess = defense.guess(generator(7))
     assert guess.representation_shape == defense.representation_shape
     if not defense.secret:
         assert guess is defense
         return
     assert guess is not defense
-    assert {name: value.shape for name, value in guess.secret.items()} == {
-        name: value.shape for name, value in defense.secret.items()
-    }
-    assert any(not torch.equal(guess.secret[name], value) for name, value in defense.secret.items())
-    other = defense.guess(_generator(8))
-    assert any(not torch.equal(guess.secret[name], value) for name, value in other.secret.items())
-    again = defense.guess(_generator(7))
-    assert all(torch.equal(guess.secret[name], value) for name, value in again.secret.items())
+    shapes, theirs = ({name: value.shape for name, value in side.secret.items()} for side in (guess, defense))
+    assert shapes == theirs
+
+    def same(other):
+        return all(torch.equal(guess.secret[name], value) for name, value in other.secret.items())
+
+    assert same(defense.guess(generator(7)))
+    assert not same(defense)
+    assert not same(defense.guess(generator(8)))
 
 
 def test_describe_is_json(defense):
@@ -250,9 +235,8 @@ def test_state_dict_loads_into_a_fresh_one(defense):
     if isinstance(fresh, TemplateDefense):
         fresh.attach(defense._recogniser[0], defense.embedding_size)
     fresh.load_state_dict(defense.state_dict())
-    assert torch.equal(
-        fresh.protect(_faces(), _generator()).representation, defense.protect(_faces(), _generator()).representation
-    )
+    first, second = (side.protect(_faces(), generator()).representation for side in (fresh, defense))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
@@ -269,15 +253,12 @@ def test_state_dict_loads_into_a_fresh_one(defense):
 )
 def test_bad_faces_are_refused(defense, faces, message):
     with pytest.raises(ValueError, match=message):
-        defense.protect(faces, _generator())
+        defense.protect(faces, generator())
 
 
-def test_unknown_options_are_refused(defense):
+def test_options_are_frozen_and_known(defense):
     with pytest.raises(ValidationError, match="no_such_option"):
         defense.Options(no_such_option=1)
-
-
-def test_options_are_frozen(defense):
     for name in type(defense.options).model_fields:
         with pytest.raises(ValidationError, match="frozen"):
             setattr(defense.options, name, getattr(defense.options, name))
@@ -307,17 +288,17 @@ def test_a_careless_defence_is_named_and_harms_nobody(change, message):
     faces = _faces(2)
     before = faces.clone()
     with nullcontext() if message is None else pytest.raises(ValueError, match=message):
-        Careless(image_size=SIZE).protect(faces, _generator())
+        Careless(image_size=SIZE).protect(faces, generator())
     assert torch.equal(faces, before)
 
 
 def test_each_face_can_have_a_generator_of_its_own(defense):
     """A face is protected alike in whatever company, and each client keeps the key that it is given."""
-    generators = [_generator(seed) for seed in range(5)]
+    generators = [generator(seed) for seed in range(5)]
     together = defense.protect_each(_faces(), generators)
-    alone = defense.protect_each(_faces()[3:4], [_generator(3)])
+    alone = defense.protect_each(_faces()[3:4], [generator(3)])
     torch.testing.assert_close(together.representation[3:4], alone.representation, rtol=1e-5, atol=1e-5)
     if together.keys is not None:
-        again = defense.protect_each(_faces(), [_generator(9)] * 5, keys=together.keys)
+        again = defense.protect_each(_faces(), [generator(9)] * 5, keys=together.keys)
         assert again.keys is together.keys
         assert torch.equal(again.representation, together.representation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pictures import generator
 
 from defenses.layout import probe
 from defenses.none import Unprotected
@@ -29,7 +30,7 @@ def test_probing_finds_where_canonical_puts_each_channel(partialface):
 def test_reading_by_layout_equals_canonical(partialface):
     layout = probe(partialface, partialface.states())
     assert layout is not None
-    sent = partialface.protect(torch.rand(8, 3, SIZE, SIZE), torch.Generator().manual_seed(0))
+    sent = partialface.protect(torch.rand(8, 3, SIZE, SIZE), generator(0))
     channels = layout.canonical[layout.row_of(sent.state)][:, :, None, None].expand_as(sent.representation)
     canonical = partialface.canonical(sent.representation, sent.state)
     assert torch.equal(canonical.gather(1, channels), sent.representation)

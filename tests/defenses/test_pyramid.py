@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pictures import generator
 from scipy.ndimage import convolve1d
 
 from defenses.pyramid import KERNEL, Pyramid, PyramidOptions, expand_matrix, reduce_matrix
@@ -11,7 +12,7 @@ from defenses.pyramid import KERNEL, Pyramid, PyramidOptions, expand_matrix, red
 
 @pytest.mark.parametrize("size", [8, 15, 28])
 def test_reducing_and_expanding_are_filters(size):
-    signal = torch.rand(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    signal = torch.rand(size, generator=generator(0), dtype=torch.float64)
     filtered = torch.from_numpy(convolve1d(signal.numpy(), KERNEL, mode="nearest"))
     torch.testing.assert_close(reduce_matrix(size) @ signal, filtered[::2])
     spread = torch.zeros(size, dtype=torch.float64)
@@ -24,7 +25,7 @@ def test_reducing_and_expanding_are_filters(size):
 
 @pytest.mark.parametrize("size", [56, 30])
 def test_the_levels_and_the_coarsest_one_give_the_face(size):
-    face = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    face = torch.rand(1, 3, size, size, generator=generator(0), dtype=torch.float64)
     defense = Pyramid(PyramidOptions(levels=3), image_size=size)
     levels = list(defense.unpack(defense.protect(face, torch.Generator()).representation).values())
     image = face  # the level that stays at home, made the long way

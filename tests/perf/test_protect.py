@@ -5,21 +5,13 @@ Run with ``pytest tests/perf --benchmark-enable``; skipped where benchmarks are 
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from textbook import textbook
 
 from defenses.partialface import PartialFace
-
-_spec = importlib.util.spec_from_file_location("textbook", Path(__file__).parent.parent / "defenses" / "textbook.py")
-assert _spec is not None
-assert _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-textbook = _module.textbook
 
 BATCH = 64
 REQUIRED_RATIO = 40

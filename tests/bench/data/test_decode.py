@@ -4,26 +4,15 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from bench.data import decode as jpeg
-from bench.data.decode import (
-    AT_ONCE,
-    ImageError,
-    Limits,
-    decode_all,
-    decode_batch,
-    decode_image,
-    is_plain_jpeg,
-    open_image,
-    own_limits,
-    read_image_file,
-    shown,
-)
+from bench.data import decode
+from bench.data.decode import AT_ONCE, ImageError, Limits, decode_all, decode_batch, decode_image, open_image, shown
 from bench.errors import DataError
 
 
@@ -49,20 +38,16 @@ def kinds(make_image, make_encoded):
 
 
 def test_which_are_plain(kinds):
-    assert [name for name, data in kinds.items() if is_plain_jpeg(data, 112)] == [
-        "plain",
-        "progressive",
-        "444",
-        "comment",
-    ]
-    assert not is_plain_jpeg(kinds["plain"], 96)
-    assert not any(is_plain_jpeg(kinds["plain"][:n], 112) for n in range(100))
+    plain = [name for name, data in kinds.items() if decode.is_plain_jpeg(data, 112)]
+    assert plain == ["plain", "progressive", "444", "comment"]
+    assert not decode.is_plain_jpeg(kinds["plain"], 96)
+    assert not any(decode.is_plain_jpeg(kinds["plain"][:n], 112) for n in range(100))
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_pixels_are_those_of_the_long_way(kinds, native, monkeypatch):
     if not native:
-        monkeypatch.setattr(jpeg, "_decode_native", None)
+        monkeypatch.setattr(decode, "_decode_native", None)
     images, failed = decode_batch([tensor(data) for data in kinds.values()], 112)
     assert failed == {}
     for image, (name, data) in zip(images, kinds.items(), strict=True):
@@ -71,9 +56,9 @@ def test_pixels_are_those_of_the_long_way(kinds, native, monkeypatch):
 
 
 def test_the_native_decoder_is_used(kinds, monkeypatch):
-    if jpeg._decode_native is None:
+    if decode._decode_native is None:
         pytest.skip("torchvision here has no JPEG decoder")
-    monkeypatch.setattr(jpeg, "_pixels", None)
+    monkeypatch.setattr(decode, "_pixels", None)
     assert decode_batch([tensor(kinds["plain"])], 112)[1] == {}
 
 
@@ -99,18 +84,23 @@ def test_exactly_and_cropped_they_are_those_of_the_long_way_to_the_bit(kinds, cr
     assert torch.equal(images, torch.stack(expected))
 
 
-def test_png_pixels_come_out_exactly(make_image, make_encoded):
-    image = make_image(0, (20, 20))
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_png_pixels_come_out_exactly_and_grey_is_repeated(make_image, make_encoded, mode):
+    image = make_image(0, (20, 20), mode)
     pixels = decode_image(make_encoded(image, "PNG"))
     assert pixels.dtype == torch.uint8
-    np.testing.assert_array_equal(pixels.numpy(), np.asarray(image).transpose(2, 0, 1))
+    np.testing.assert_array_equal(pixels.numpy(), np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP"])
-def test_each_format_is_read(make_image, make_encoded, kind):
+def test_each_format_is_read_and_refused_where_it_was_cut_off(make_image, make_encoded, kind):
     image = make_image(1, 48)
-    pixels = decode_image(make_encoded(image, kind, quality=100)).numpy().transpose(1, 2, 0)
+    data = make_encoded(image, kind, quality=100)
+    pixels = decode_image(data).numpy().transpose(1, 2, 0)
     assert np.abs(pixels.astype(int) - np.asarray(image)).mean() < 4
+    for share in (0.3, 0.7, 0.95):
+        with pytest.raises(ImageError):
+            decode_image(data[: int(share * len(data))], 32)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PPM"])
@@ -119,19 +109,11 @@ def test_other_formats_are_refused(make_image, make_encoded, kind):
         decode_image(make_encoded(make_image(1, 48), kind))
 
 
-def test_grey_is_repeated(make_image, make_encoded):
-    image = make_image(2, 16, "L")
-    pixels = decode_image(make_encoded(image, "PNG")).numpy()
-    for channel in pixels:
-        np.testing.assert_array_equal(channel, np.asarray(image))
-
-
 def test_sixteen_bit_grey_is_scaled_not_clipped(make_encoded):
     values = np.linspace(0, 65535, 4096).round().astype(np.uint16).reshape(64, 64)
     pixels = decode_image(make_encoded(Image.fromarray(values), "PNG")).numpy()
     np.testing.assert_array_equal(pixels[1], np.round(values / 257).astype(np.uint8))
-    assert pixels.min() == 0
-    assert pixels.max() == 255
+    assert (pixels.min(), pixels.max()) == (0, 255)
 
 
 def test_transparent_parts_become_black(make_image, make_encoded):
@@ -158,10 +140,8 @@ def test_palette_with_and_without_transparency(make_encoded):
 
 def test_cmyk_jpeg(make_encoded):
     image = Image.new("CMYK", (32, 32), (0, 255, 255, 0))  # red
-    red, green, blue = decode_image(make_encoded(image, "JPEG", quality=100))[:, 16, 16].tolist()
-    assert red > 245
-    assert green < 10
-    assert blue < 10
+    pixel = decode_image(make_encoded(image, "JPEG", quality=100))[:, 16, 16]
+    assert (pixel.int() - torch.tensor([255, 0, 0])).abs().max() < 10
 
 
 def test_exif_orientation_is_applied(make_image, make_encoded):
@@ -218,7 +198,7 @@ def test_decompression_bombs_are_refused_on_the_header(side, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "load", never)
     bomb = _huge_png(side)
-    with own_limits(), pytest.raises(ImageError, match="limit"):
+    with decode.own_limits(), pytest.raises(ImageError, match="limit"):
         open_image(bomb)
     images, failed = decode_all(np.arange(1), lambda _: [tensor(bomb)], 16)
     assert len(images) == 0
@@ -238,14 +218,6 @@ def test_limits_are_exact(make_image, make_encoded):
 def test_rubbish_is_refused(data):
     with pytest.raises(ImageError):
         decode_image(data)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP"])
-@pytest.mark.parametrize("share", [0.3, 0.7, 0.95])
-def test_truncated_images_are_refused(make_image, make_encoded, kind, share):
-    data = make_encoded(make_image(6, 112), kind)
-    with pytest.raises(ImageError):
-        decode_image(data[: int(share * len(data))], 32)
 
 
 def test_tiny_images_are_refused(make_image, make_encoded):
@@ -272,10 +244,7 @@ def test_decode_all_keeps_order_counts_and_reports(make_jpeg):
 
 
 def test_decode_all_refuses_what_does_not_fit(monkeypatch):
-    class Memory:
-        available = 2**20
-
-    monkeypatch.setattr("psutil.virtual_memory", lambda: Memory)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
     with pytest.raises(DataError, match=r"need 0\.\d GiB of memory.*smaller image size"):
         decode_all(np.arange(10_000), lambda _: [], 64)
 
@@ -292,15 +261,11 @@ def test_files_that_cannot_be_read(tmp_path: Path, make_jpeg):
     (tmp_path / "good.jpg").write_bytes(make_jpeg(0))
     (tmp_path / "folder.jpg").mkdir()
     limits = Limits(max_bytes=(tmp_path / "good.jpg").stat().st_size)
-    assert read_image_file(tmp_path / "good.jpg", limits) == make_jpeg(0)
+    assert decode.read_image_file(tmp_path / "good.jpg", limits) == make_jpeg(0)
     (tmp_path / "big.jpg").write_bytes(make_jpeg(0) + b"x")
-    for name, message in (
-        ("folder", "regular file"),
-        ("gone", "regular file"),
-        ("big", f"limit is {limits.max_bytes}"),
-    ):
+    for name, message in {"folder": "regular file", "gone": "regular file", "big": f"is {limits.max_bytes}"}.items():
         with pytest.raises(ImageError, match=message):
-            read_image_file(tmp_path / f"{name}.jpg", limits)
+            decode.read_image_file(tmp_path / f"{name}.jpg", limits)
 
 
 def test_shown_stays_on_one_line():

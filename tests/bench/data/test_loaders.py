@@ -28,29 +28,20 @@ def test_folder(make_tree):
     assert source.name == "folder"
 
 
-def test_synthetic_takes_size_and_seed_of_the_run():
+def test_synthetic_takes_size_and_seed_of_the_run_and_reports_progress():
+    seen: list[tuple[int, int]] = []
+
     def images(seed: int):
-        return load(
-            "synthetic", data_root=None, image_size=32, seed=seed, options={"identities": 2, "images_per_identity": 2}
-        ).faces.images
+        options = {"identities": 2, "images_per_identity": 2}
+        run = {"data_root": None, "image_size": 32, "seed": seed, "options": options}
+        source = load("synthetic", **run, report=lambda *done: seen.append(done))
+        assert seen[-1] == (4, 4)
+        return source.faces.images
 
     first = images(0)
     assert first.shape == (4, 3, 32, 32)
     assert first.equal(images(0))
     assert not first.equal(images(1))
-
-
-def test_synthetic_reports_progress():
-    seen: list[tuple[int, int]] = []
-    load(
-        "synthetic",
-        data_root=None,
-        image_size=16,
-        seed=0,
-        options={"identities": 2, "images_per_identity": 2},
-        report=lambda *args: seen.append(args),
-    )
-    assert seen[-1] == (4, 4)
 
 
 @pytest.mark.parametrize("name", ["insightface", "folder"])

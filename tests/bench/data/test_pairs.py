@@ -24,11 +24,8 @@ def test_view_2(tmp_path):
     assert listed.folds == 2
     assert listed.same.tolist() == [True, True, False, False] * 2
     assert [p.fold for p in listed.pairs] == [0] * 4 + [1] * 4
-    assert listed.pairs[1].first == ("Bob", 1)
-    assert listed.pairs[1].second == ("Bob", 3)
-    assert listed.pairs[3].first == ("Cy", 1)
-    assert listed.pairs[3].second == ("Bob", 3)
-    assert listed.pairs[3].line == 5
+    assert (listed.pairs[1].first, listed.pairs[1].second) == (("Bob", 1), ("Bob", 3))
+    assert (listed.pairs[3].first, listed.pairs[3].second, listed.pairs[3].line) == (("Cy", 1), ("Bob", 3), 5)
     assert listed.names == ("Ann", "Bob", "Cy", "Dee", "Eve")
 
 
@@ -108,8 +105,7 @@ def test_drawn_pairs(counts, per_fold, folds):
         here = pairs.fold == fold
         assert 0 < 2 * int(pairs.same[here].sum()) == int(here.sum()) <= per_fold
         people.append(set(first[here].tolist()) | set(second[here].tolist()))
-    for one, other in itertools.combinations(people, 2):
-        assert not one & other
+    assert all(fold.isdisjoint(other) for fold, other in itertools.combinations(people, 2))
 
 
 def test_all_pairs_are_used_where_they_are_few():
@@ -136,10 +132,10 @@ def test_every_pair_of_a_person_can_be_drawn():
 
 def test_seed_decides():
     labels = labels_of([4] * 40)
-    one, same, other = (draw_pairs(labels, generator(seed)) for seed in (0, 0, 1))
-    assert torch.equal(one.first, same.first)
-    assert torch.equal(one.second, same.second)
-    assert not torch.equal(one.first[:50], other.first[:50])
+    pairs, again, other = (draw_pairs(labels, generator(seed)) for seed in (0, 0, 1))
+    assert torch.equal(pairs.first, again.first)
+    assert torch.equal(pairs.second, again.second)
+    assert not torch.equal(pairs.first[:50], other.first[:50])
 
 
 @pytest.mark.parametrize("counts", [[], [5], [5, 5], [5, 5, 5], [5, 1, 1, 1, 1], [1] * 20])

@@ -59,33 +59,28 @@ def test_no_budget_is_refused(six_people):
         take(six_people, 0)
 
 
-def make(values: list[int], labels: list[int], names: tuple[str, ...]) -> FaceSet:
+def make(values, labels, names):
+    """Blank images of the given grey values."""
     images = torch.tensor(values, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
-    return FaceSet(images, torch.tensor(labels), names, (Skipped("a", "b"),))
+    return FaceSet(images, torch.tensor(labels), tuple(names), (Skipped("a", "b"),))
 
 
-def test_disjoint_sets_are_left_alone():
-    faces = make([1, 2, 3], [0, 0, 1], ("a", "b"))
-    kept, dropped = drop_victims(faces, make([4, 5], [0, 1], ("c", "d")))
+@pytest.mark.parametrize("victims", [([4, 5], [0, 1], "cd"), ([9], [0], "za")], ids=["others", "a name without images"])
+def test_disjoint_sets_are_left_alone(victims):
+    faces = make([1, 2, 3], [0, 0, 1], "ab")
+    kept, dropped = drop_victims(faces, make(*victims))
     assert kept is faces
     assert dropped == ()
 
 
 def test_whole_identities_go_and_labels_stay():
-    faces = make([1, 2, 3, 4, 5], [0, 0, 1, 1, 2], ("a", "b", "c"))
-    kept, dropped = drop_victims(faces, make([9, 2, 8], [0, 1, 1], ("c", "x")))
+    faces = make([1, 2, 3, 4, 5], [0, 0, 1, 1, 2], "abc")
+    kept, dropped = drop_victims(faces, make([9, 2, 8], [0, 1, 1], "cx"))
     assert kept.images[:, 0, 0, 0].tolist() == [3, 4]
     assert kept.labels.tolist() == [1, 1]
     assert kept.names == faces.names
     assert kept.skipped == faces.skipped
     assert [(s.where, s.reason.split()[-1]) for s in dropped] == [("a", "victim"), ("c", "name")]
-
-
-def test_names_without_images_are_nobody():
-    faces = make([1, 2], [0, 1], ("a", "b"))
-    kept, dropped = drop_victims(faces, make([9], [0], ("z", "a")))  # nobody is called a there
-    assert len(kept) == 2
-    assert dropped == ()
 
 
 def noise(seeds: list[int], labels: list[int]) -> FaceSet:
@@ -147,8 +142,8 @@ def test_shares_out_everything_once():
     for part in parts:
         assert torch.equal(part.labels.unique(), torch.arange(len(part.names)))
         assert [f"p{i}" for i in part.images[:, 0, 0, 0].tolist()] == named(part)
-    for one, other in itertools.combinations(parts, 2):
-        assert not one.used_names & other.used_names
+    for part, other in itertools.combinations(parts, 2):
+        assert not part.used_names & other.used_names
     assert len(frozenset().union(*(p.used_names for p in parts))) == 100
     assert sum(map(len, parts)) == 500
     people = splits.victims.labels
@@ -165,10 +160,10 @@ def test_rest_is_left_over():
 
 def test_seed_decides():
     source = Source("x", faces([3] * 60))
-    one, same, other = (split(source, **SHARES, generator=generator(s)) for s in (0, 0, 1))
-    assert one.victims.names == same.victims.names
-    assert torch.equal(one.pairs.first, same.pairs.first)
-    assert one.victims.names != other.victims.names
+    first, again, other = (split(source, **SHARES, generator=generator(s)) for s in (0, 0, 1))
+    assert first.victims.names == again.victims.names
+    assert torch.equal(first.pairs.first, again.pairs.first)
+    assert first.victims.names != other.victims.names
 
 
 def test_single_images_are_dealt_in_proportion():
@@ -242,16 +237,17 @@ def test_one_pixel_is_a_difference():
 
 
 def test_overlap_is_an_error_wherever_it_comes_from():
-    a, b, c = faces([2] * 3, "a"), faces([2] * 3, "b"), faces([2] * 4, "c")
+    a, b, c, d = (faces([2] * n, name) for n, name in ((3, "a"), (3, "b"), (4, "c"), (3, "d")))
     pairs = own_victims([2, 2])[1]
     Splits(a, b, None, c, pairs)
     shared = FaceSet(b.images, b.labels, ("b0", "a2", "b2"))
-    with pytest.raises(DataError, match="provider and public share 1 identities: a2"):
-        Splits(a, shared, None, c, pairs)
-    with pytest.raises(DataError, match="victims and evaluator share 1 identities: a2"):
-        Splits(c, faces([2] * 3, "d"), shared, a, pairs)
-    with pytest.raises(DataError, match="provider and victims share 3 identities: a0, a1, a2"):
-        Splits(a, b, None, a, pairs)
+    for parts, message in (
+        ((a, shared, None, c), "provider and public share 1 identities: a2"),
+        ((c, d, shared, a), "victims and evaluator share 1 identities: a2"),
+        ((a, b, None, a), "provider and victims share 3 identities: a0, a1, a2"),
+    ):
+        with pytest.raises(DataError, match=message):
+            Splits(*parts, pairs)
     unused = FaceSet(b.images, torch.zeros_like(b.labels), ("b0", "a2", "b2"))  # a name nobody answers to
     Splits(a, unused, None, c, pairs)
 

@@ -23,17 +23,23 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def neutral(table, n=None):
-    """Conditions of a frontal, expressionless picture in even light, n rows."""
-    values = table.values[:n].clone()
-    rest = {
-        "scale": 1.0,
-        "eye_open": 1.0,
-        "glasses_on": 1.0,
+def drawn(n):
+    """People, and the circumstances of a picture of each."""
+    return draw_identities(n, generator(1)), draw_conditions(n, generator(2))
+
+
+def faces_of(identities=2, each=2, size=32, **options):
+    """The faces of a small dataset, uint8 (N, 3, size, size)."""
+    options = SyntheticOptions(identities=identities, images_per_identity=each, image_size=size, **options)
+    return load_synthetic(options).faces.images
+
+
+def neutral(table):
+    """Conditions of a frontal, expressionless picture in even light."""
+    values = table.values.clone()
+    rest = dict.fromkeys(("scale", "eye_open", "glasses_on", "saturation", "contrast"), 1.0) | {
         "key": 0.6,
         "ambient": 0.5,
-        "saturation": 1.0,
-        "contrast": 1.0,
     }
     for name, column in table.columns.items():
         if not name.startswith("back"):
@@ -80,16 +86,13 @@ def test_source_is_labelled_synthetic_and_grouped_by_identity():
 
 
 def test_same_seed_same_faces_other_seed_other_faces():
-    options = SyntheticOptions(identities=3, images_per_identity=2, image_size=32, seed=5)
-    once, again = (load_synthetic(options).faces.images for _ in range(2))
-    other = load_synthetic(options.model_copy(update={"seed": 6})).faces.images
+    once, again, other = (faces_of(seed=seed) for seed in (5, 5, 6))
     assert torch.equal(once, again)
     assert (once.float() - other.float()).abs().mean() > 10
 
 
 def test_more_identities_or_pictures_leave_the_first_as_they_were():
-    few = load_synthetic(SyntheticOptions(identities=2, images_per_identity=2, image_size=32)).faces.images
-    more = load_synthetic(SyntheticOptions(identities=5, images_per_identity=3, image_size=32)).faces.images
+    few, more = faces_of(2, 2), faces_of(5, 3)
     kept = more.view(5, 3, 3, 32, 32)[:2, :2].flatten(0, 1)
     assert (few.int() - kept.int()).abs().max() <= 1
 
@@ -104,8 +107,7 @@ def test_draws_are_prefix_stable(draw_rows):
 
 
 def test_render_gives_floats_in_range_that_are_neither_flat_nor_clipped():
-    identities, conditions = draw_identities(24, generator(1)), draw_conditions(24, generator(2))
-    faces = render(identities, conditions, 64)
+    faces = render(*drawn(24), 64)
     assert faces.dtype == torch.float32
     assert faces.shape == (24, 3, 64, 64)
     assert faces.isfinite().all()
@@ -116,7 +118,7 @@ def test_render_gives_floats_in_range_that_are_neither_flat_nor_clipped():
 
 
 def test_a_face_does_not_depend_on_its_batch():
-    identities, conditions = draw_identities(12, generator(1)), draw_conditions(12, generator(2))
+    identities, conditions = drawn(12)
     together = render(identities, conditions, 48)
     for i in (0, 5, 11):
         alone = render(identities.rows(slice(i, i + 1)), conditions.rows(slice(i, i + 1)), 48)
@@ -124,7 +126,7 @@ def test_a_face_does_not_depend_on_its_batch():
 
 
 def test_chunks_report_progress_and_change_nothing(monkeypatch):
-    identities, conditions = draw_identities(5, generator(1)), draw_conditions(5, generator(2))
+    identities, conditions = drawn(5)
     whole = render(identities, conditions, 32)
     monkeypatch.setattr(renderer, "_PIXELS_AT_ONCE", 2 * 48 * 48)
     seen = []
@@ -133,26 +135,16 @@ def test_chunks_report_progress_and_change_nothing(monkeypatch):
     torch.testing.assert_close(pieces, whole, rtol=0, atol=2e-4)
 
 
-def test_loading_reports_progress_up_to_the_total():
-    seen = []
-    load_synthetic(
-        SyntheticOptions(identities=2, images_per_identity=2, image_size=16),
-        report=lambda done, total: seen.append((done, total)),
-    )
-    assert seen[-1] == (4, 4)
-
-
 def test_pixels_do_not_verify_faces(dataset):
     pixels = dataset.images.float() / 255
-    assert verification_accuracy(pixels, dataset.labels) < 0.75
-    centred = pixels - pixels.mean(dim=(1, 2, 3), keepdim=True)
-    assert verification_accuracy(centred, dataset.labels) < 0.75
+    for features in (pixels, pixels - pixels.mean(dim=(1, 2, 3), keepdim=True)):
+        assert verification_accuracy(features, dataset.labels) < 0.75
 
 
 def test_identity_shows_in_frontal_even_light():
     # The same people that pixels do not tell apart in the dataset: the rest is nuisance.
     identities = draw_identities(40, generator(1))
-    people = Identities(identities.values.repeat_interleave(6, 0), identities.columns)
+    people = identities.rows(torch.arange(40).repeat_interleave(6))
     conditions = neutral(draw_conditions(240, generator(2)))  # backgrounds still differ
     faces = render(people, conditions, 48)[:, :, 8:44, 8:40]
     assert verification_accuracy(faces - faces.mean(dim=0), torch.arange(40).repeat_interleave(6)) > 0.92
@@ -177,13 +169,14 @@ def test_eyes_of_a_neutral_face_sit_on_the_arcface_template():
 def test_pose_is_a_rotation_about_the_pivot():
     conditions = draw_conditions(16, generator(3))
     camera = Camera.of(conditions)
-    rotation = torch.stack([torch.stack([e[:, 0, 0] for e in row], -1) for row in camera.rotation], -2)
+    rotation = torch.stack([torch.cat(row, dim=2) for row in camera.rotation], dim=2)[:, 0]
     torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3).expand(16, 3, 3), atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.linalg.det(rotation), torch.ones(16), atol=1e-5, rtol=0)
 
 
 def test_rays_meet_the_implicit_surface():
-    identities, conditions = draw_identities(6, generator(1)), neutral(draw_conditions(6, generator(2)))
+    identities, conditions = drawn(6)
+    conditions = neutral(conditions)
     conditions.values[:, conditions.columns["yaw"]] = torch.linspace(-0.4, 0.4, 6)
     camera = Camera.of(conditions)
     axis = torch.linspace(-0.25, 0.25, 24)
@@ -200,7 +193,8 @@ def test_rays_meet_the_implicit_surface():
 
 
 def test_rays_miss_below_the_chin_and_beside_the_head():
-    identities, conditions = draw_identities(8, generator(1)), neutral(draw_conditions(8, generator(2)))
+    identities, conditions = drawn(8)
+    conditions = neutral(conditions)
     px = torch.tensor([0.0, 0.0, 1.1]).expand(8, 1, 3)
     py = torch.tensor([0.2, 1.3, 0.0]).expand(8, 1, 3) - 0.2
     inside = intersect(identities, conditions, Camera.of(conditions), px, py).inside[:, 0]
@@ -209,7 +203,8 @@ def test_rays_miss_below_the_chin_and_beside_the_head():
 
 
 def test_relief_has_a_nose_that_stands_out_and_eyes_that_lie_deep():
-    identities, conditions = draw_identities(50, generator(1)), neutral(draw_conditions(50, generator(2)))
+    identities, conditions = drawn(50)
+    conditions = neutral(conditions)
 
     def height(x, y):
         return relief(identities, conditions, x, y)[:, 0, 0]
@@ -221,13 +216,13 @@ def test_relief_has_a_nose_that_stands_out_and_eyes_that_lie_deep():
 
 
 def test_laws_have_the_stated_range_and_moments():
-    drawn = draw({"u": uniform(2, 5), "b": bell(1.0, 0.5)}, 20000, generator())
-    assert drawn["u"].min() >= 2
-    assert drawn["u"].max() < 5
-    assert drawn["u"].mean() == pytest.approx(3.5, abs=0.05)
-    assert drawn["b"].mean() == pytest.approx(1.0, abs=0.02)
-    assert (drawn["b"] - 1).abs().max() <= 1.0 + 1e-3
-    assert drawn["b"].std() == pytest.approx(0.44, abs=0.02)  # a normal cut at two deviations has .88 of its own
+    values = draw({"u": uniform(2, 5), "b": bell(1.0, 0.5)}, 20000, generator())
+    assert values["u"].min() >= 2
+    assert values["u"].max() < 5
+    assert values["u"].mean() == pytest.approx(3.5, abs=0.05)
+    assert values["b"].mean() == pytest.approx(1.0, abs=0.02)
+    assert (values["b"] - 1).abs().max() <= 1.0 + 1e-3
+    assert values["b"].std() == pytest.approx(0.44, abs=0.02)  # a normal cut at two deviations has .88 of its own
 
 
 def test_spot_follows_the_gaussian_and_ends():
@@ -251,7 +246,6 @@ def test_rows_must_pair_up_and_sizes_make_sense():
         render(identities, conditions, 32)
     with pytest.raises(ValueError, match="at least 16"):
         render(identities, conditions.rows(slice(0, 2)), 8)
-    with pytest.raises(ValueError, match="at least 1"):
-        draw_identities(0, generator())
-    with pytest.raises(ValueError, match="at least 1"):
-        draw_conditions(0, generator())
+    for draw_rows in (draw_identities, draw_conditions):
+        with pytest.raises(ValueError, match="at least 1"):
+            draw_rows(0, generator())

@@ -30,23 +30,25 @@ def test_every_binary_protocol(tmp_path, protocol):
     assert pack.same.dtype == np.bool_
 
 
+def arrays(shape=(-1,)):
+    return [np.frombuffer(b, np.uint8).copy().reshape(shape) for b in BINS]
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("shape", [(-1,), (-1, 1), (1, -1)])
 def test_numpy_uint8_arrays(tmp_path, protocol, shape):
-    arrays = [np.frombuffer(b, np.uint8).copy().reshape(shape) for b in BINS]
-    assert read_pack(store(tmp_path, pickle.dumps((arrays, SAME), protocol))).images == tuple(BINS)
+    assert read_pack(store(tmp_path, pickle.dumps((arrays(shape), SAME), protocol))).images == tuple(BINS)
 
 
 def test_read_only_arrays_and_flags_as_an_array(tmp_path):
-    arrays = [np.frombuffer(b, np.uint8) for b in BINS]
-    pack = read_pack(store(tmp_path, pickle.dumps((arrays, np.array([1, 0], np.uint8)), 5)))
+    read_only = [np.frombuffer(b, np.uint8) for b in BINS]
+    pack = read_pack(store(tmp_path, pickle.dumps((read_only, np.array([1, 0], np.uint8)), 5)))
     assert pack.images == tuple(BINS)
     assert pack.same.tolist() == SAME
 
 
 def test_old_numpy_module_names(tmp_path):
-    arrays = [np.frombuffer(b, np.uint8).copy() for b in BINS]
-    data = pickle.dumps((arrays, SAME), 2).replace(b"numpy._core.", b"numpy.core.")
+    data = pickle.dumps((arrays(), SAME), 2).replace(b"numpy._core.", b"numpy.core.")
     assert b"numpy.core.multiarray" in data
     assert read_pack(store(tmp_path, data)).images == tuple(BINS)
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,18 +83,17 @@ def test_resumes_after_what_was_consumed_not_what_was_read(way, consumed):
 
 
 def test_one_process_goes_on_where_two_stopped():
-    two = StreamLoader(Numbers(), EpochOrder(images=103, batch_size=10, seed=0, block=4, blocks=5, rank=1, size=2))
-    stream = iter(two)
+    shared = StreamLoader(Numbers(), replace(ORDER, rank=1, size=2))
+    stream = iter(shared)
     next(stream), next(stream)
-    one = StreamLoader(Numbers(), ORDER)
-    one.load_state_dict(two.state_dict())
-    assert rows(one)[0] == list(ORDER.batches(0))[2].tolist()
+    alone = StreamLoader(Numbers(), ORDER)
+    alone.load_state_dict(shared.state_dict())
+    assert rows(alone)[0] == list(ORDER.batches(0))[2].tolist()
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"batch_size": 20}, {"block": 8}])
 def test_another_reading_is_not_resumed(other):
-    options = {"images": 103, "batch_size": 10, "seed": 0, "block": 4, "blocks": 5}
-    state = StreamLoader(Numbers(), EpochOrder(**{**options, **other})).state_dict()
+    state = StreamLoader(Numbers(), replace(ORDER, **other)).state_dict()
     with pytest.raises(DataError, match="reading to resume is of"):
         StreamLoader(Numbers(), ORDER).load_state_dict(state)
 
@@ -137,8 +138,6 @@ def test_a_lost_process_is_reported():
 
 
 def test_stopping_early_leaves_nothing_behind():
-    import threading
-
     loader = StreamLoader(Numbers(), ORDER, workers=2)
     stream = iter(loader)
     next(stream)

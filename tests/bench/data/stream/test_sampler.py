@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,10 +42,9 @@ def test_an_epoch_can_be_entered_anywhere(order, epoch, data):
 
 @given(size=st.integers(1, 4), seed=st.integers(0, 3))
 def test_processes_share_each_batch_of_one(size, seed):
-    options = {"images": 203, "batch_size": 20, "seed": seed, "block": 4, "blocks": 5}
-    one = EpochOrder(**options).batches(1)
-    each = [EpochOrder(**options, rank=rank, size=size).batches(1) for rank in range(size)]
-    for batch, *parts in zip(one, *each, strict=True):
+    order = EpochOrder(images=203, batch_size=20, seed=seed, block=4, blocks=5)
+    each = [replace(order, rank=rank, size=size).batches(1) for rank in range(size)]
+    for batch, *parts in zip(order.batches(1), *each, strict=True):
         assert sorted(np.concatenate(parts).tolist()) == sorted(batch.tolist())
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

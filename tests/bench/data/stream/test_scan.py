@@ -79,14 +79,14 @@ def test_the_same_people_and_pictures_in_the_same_parts(write, layout):
     assert isinstance(parts.provider, IdentityView)
     assert isinstance(parts.evaluator, IdentityView)
     for name, expected in whole.parts.items():
-        found = in_memory(parts.parts[name])
-        assert found.names == expected.names
-        assert torch.equal(found.labels, expected.labels)
-        assert torch.equal(found.images, expected.images)
+        part = in_memory(parts.parts[name])
+        assert part.names == expected.names
+        assert torch.equal(part.labels, expected.labels)
+        assert torch.equal(part.images, expected.images)
     assert all(torch.equal(getattr(parts.pairs, f), getattr(whole.pairs, f)) for f in ("first", "second", "same"))
     assert parts.dropped == whole.dropped
     assert len(parts.dropped) == (1 if loaded.victims is None else 2)
-    assert [one.reason for one in source.faces.skipped] == [one.reason for one in loaded.faces.skipped]
+    assert [left.reason for left in source.faces.skipped] == [left.reason for left in loaded.faces.skipped]
     assert len(source.faces.skipped) == 3
     assert parts.left_on_disk == {}
 
@@ -114,7 +114,7 @@ def test_memory_holds_whole_people_up_to_its_limit(write):
         assert len(held) <= 17 < len(full)
         assert parts.left_on_disk[name] == len(full) - len(held)
         assert held.used_names < full.used_names
-        assert all(images_of(held, one) == images_of(full, one) for one in held.names)
+        assert all(images_of(held, person) == images_of(full, person) for person in held.names)
     assert np.array_equal(parts.provider.rows, whole.provider.rows)  # trains on the disk
     assert np.array_equal(parts.evaluator.rows, whole.evaluator.rows)
 
@@ -127,13 +127,13 @@ def test_what_cannot_be_decoded_is_refused_by_name(write, layout):
 
 def test_a_scan_is_read_back_as_it_was(write, tmp_path):
     view = load_set("folder", write("folder"), stream=True).faces
-    found = scan(view, "skip")
-    found.save(tmp_path)
+    scanned = scan(view, "skip")
+    scanned.save(tmp_path)
     again = Scan.read(tmp_path)
-    assert np.array_equal(again.contents.digests, found.contents.digests)
-    assert np.array_equal(again.contents.blank, found.contents.blank)
+    assert np.array_equal(again.contents.digests, scanned.contents.digests)
+    assert np.array_equal(again.contents.blank, scanned.contents.blank)
     assert again.contents.blank.sum() == 2
-    assert again.reasons == found.reasons
+    assert again.reasons == scanned.reasons
 
 
 def test_an_image_is_in_memory_for_a_moment_only(tmp_path, monkeypatch):
