@@ -88,11 +88,8 @@ def test_first_record_can_be_rewritten(tmp_path):
         writer.write(1, (1.0,), b"a")
         writer.rewrite_first((2.0, 3.0))
         writer.write(2, (1.0, 2.0))
-    assert [read_record(tmp_path / "train.rec", key) for key in range(3)] == [
-        ([2.0, 3.0], b""),
-        ([1.0], b"a"),
-        ([1.0, 2.0], b""),
-    ]
+    stored = [read_record(tmp_path / "train.rec", key) for key in range(3)]
+    assert stored == [([2.0, 3.0], b""), ([1.0], b"a"), ([1.0, 2.0], b"")]
 
 
 def test_bad_magic_names_file_and_offset(tmp_path):

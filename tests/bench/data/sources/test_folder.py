@@ -48,13 +48,13 @@ def test_an_image_that_went_or_broke(root):
 
 def test_without_pairs(root):
     source = load_set("folder", root)
-    assert source.name == "folder"
-    assert source.victims is None
-    assert source.pairs is None
+    assert (source.name, source.victims, source.pairs) == ("folder", None, None)
     assert source.faces.names == tuple(PEOPLE)
     assert source.faces.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4]
     assert torch.equal(source.faces.images[4], decode_image((root / "Bob/Bob_0002.jpg").read_bytes(), 32))
     assert source.faces.skipped == ()
+    expected = decode_image((root / "Ann/Ann_0001.jpg").read_bytes(), 32, crop=0.5)
+    assert torch.equal(load_set("folder", root, crop=0.5).faces.images[0], expected)
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -87,11 +87,6 @@ def test_view_1_lists_are_cut_into_folds(make_tree):
     pairs = load_set("folder", root, 16).pairs
     assert torch.bincount(pairs.fold[pairs.same]).tolist() == [2] * 10
     assert torch.bincount(pairs.fold[~pairs.same]).tolist() == [2] * 10
-
-
-def test_crop(root):
-    expected = decode_image((root / "Ann/Ann_0001.jpg").read_bytes(), 32, crop=0.5)
-    assert torch.equal(load_set("folder", root, crop=0.5).faces.images[0], expected)
 
 
 def test_numbers_by_the_end_of_the_name(paired):
@@ -172,16 +167,15 @@ def test_empty_missing_and_hopeless(make_tree, tmp_path):
     with pytest.raises(MissingError, match="is not a folder"):
         load_set("folder", tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
-        load_set("folder", tmp_path / "empty")
-    (tmp_path / "empty" / "Ann").mkdir()
-    with pytest.raises(DataError, match="holds no images"):
+    for fill in (lambda: None, (tmp_path / "empty/Ann").mkdir):
+        fill()
+        with pytest.raises(DataError, match="holds no images"):
+            load_set("folder", tmp_path / "empty")
+    (tmp_path / "empty/Ann/a.jpg").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"none of the 1 images .* the first is Ann/a\.jpg: not a JPEG"):
         load_set("folder", tmp_path / "empty")
     with pytest.raises(DataError, match=r"nobody in .* has two usable images"):
         load_set("folder", make_tree({"Ann": 1, "Bob": 1}, "singles"))
-    (tmp_path / "empty" / "Ann" / "a.jpg").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"none of the 1 images .* the first is Ann/a\.jpg: not a JPEG"):
-        load_set("folder", tmp_path / "empty")
 
 
 def test_progress_covers_victims_and_faces(paired):

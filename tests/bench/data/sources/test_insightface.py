@@ -75,12 +75,10 @@ class TestTrainingImages:
     @pytest.mark.parametrize("size", [SIZE, 48])
     def test_memory_is_the_stream_decoded_whole(self, pack, make_jpeg, size):
         source = load_set("insightface", pack(), size)
-        assert source.name == "insightface"
-        assert source.faces.names == ("train:000000", "train:000001", "train:000002")
+        assert (source.name, source.faces.names) == ("insightface", tuple(f"train:00000{i}" for i in range(3)))
         assert source.faces.labels.tolist() == [0] * 3 + [1] * 2 + [2] * 4
-        assert torch.equal(
-            source.faces.images, torch.stack([decode_image(make_jpeg(key, SIZE), size) for key in range(1, 10)])
-        )
+        expected = [decode_image(make_jpeg(key, SIZE), size) for key in range(1, 10)]
+        assert torch.equal(source.faces.images, torch.stack(expected))
 
     def test_labels_need_not_be_consecutive(self, pack):
         source = source_of(pack(labels=(7, 7, 7, 4, 4, 9, 9, 9, 9)))
@@ -268,10 +266,9 @@ class TestVerificationPack:
         people = [source.victims.names[int(source.victims.labels[slot])] for slot in slots]
         if named:
             assert people == [f"lfw:{name}" for name in ("Ann", "Ann", "Ann", "Bob", "Bob", "Bob", "Bob", "Cy")]
-            assert source.details["pack_identities_from"] == "pairs.txt"
         else:
             assert people == [f"pack:00000{i}" for i in (0, 0, 0, 1, 1, 1, 1, 2)]
-            assert source.details["pack_identities_from"] == "genuine pairs"
+        assert source.details["pack_identities_from"] == ("pairs.txt" if named else "genuine pairs")
 
     @pytest.mark.parametrize(
         "text",

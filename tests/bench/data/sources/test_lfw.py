@@ -61,8 +61,6 @@ def test_download_unpack_and_load(mirror, tmp_path):
     root = tmp_path / "new" / "root"
     source = load_set("lfw", root, 64)
     assert source.name == "lfw"
-    assert source.victims is not None
-    assert source.pairs is not None
     assert source.faces.names == ("Cy_C", "Dee_D")
     assert source.victims.names == ("Ann_A", "Bob_B")
     assert source.pairs.same.tolist() == [True, True, False, False]
@@ -91,27 +89,27 @@ def test_archive_put_there_by_hand(mirror, tmp_path):
     assert len(load_set("lfw", root, 32, download=False).faces) == 4
 
 
-def test_cache_folder_is_the_default(mirror, tmp_path, monkeypatch):
+def test_cache_folder_is_the_default_and_can_be_moved(mirror, tmp_path, monkeypatch):
+    monkeypatch.delenv("BENCH_CACHE", raising=False)
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path / "cache" / name)
     load_set("lfw", None, 32)
     assert (tmp_path / "cache/ppfr-bench/lfw/lfw_funneled/Cy_C/Cy_C_0001.jpg").is_file()
+    monkeypatch.setenv("BENCH_CACHE", str(tmp_path))
+    assert default_root() == tmp_path / "lfw"
 
 
-def test_offline_says_what_to_put_where(mirror, tmp_path, monkeypatch):
+def test_offline_or_not_on_the_server_says_what_to_put_where(mirror, tmp_path, monkeypatch):
+    root = tmp_path / "root"
     with pytest.raises(MissingError, match=r"pairsDevTest\.txt is not there: download http.* and save it as .*root"):
-        load_set("lfw", tmp_path / "root", 32, download=False)
-    dead = Remote("pairsDevTest.txt", "http://127.0.0.1:9/pairs", "0" * 64)
-    monkeypatch.setattr(lfw, "PAIRS", dead)
-    with pytest.raises(
-        MissingError, match=r"cannot be downloaded.*download http://127\.0\.0\.1:9/pairs and save it as"
-    ):
-        load_set("lfw", tmp_path / "root", 32)
-
-
-def test_not_found_on_the_server(mirror, tmp_path):
+        load_set("lfw", root, 32, download=False)
     (mirror / "pairs").unlink()
     with pytest.raises(MissingError, match="cannot be downloaded"):
-        load_set("lfw", tmp_path / "root", 32)
+        load_set("lfw", root, 32)
+    monkeypatch.setattr(lfw, "PAIRS", Remote("pairsDevTest.txt", "http://127.0.0.1:9/pairs", "0" * 64))
+    with pytest.raises(
+        MissingError, match=r"cannot be downloaded.*download http://127\.0\.0\.1:9/pairs and save"
+    ):
+        load_set("lfw", root, 32)
 
 
 def test_wrong_content(mirror, tmp_path):
@@ -182,10 +180,3 @@ def test_published_hashes_are_scikit_learns():
     ]
     published = {(call["filename"], call["url"], call["checksum"]) for call in calls}
     assert {(r.name, r.url, r.sha256) for r in (*lfw.ARCHIVES.values(), lfw.PAIRS)} <= published
-
-
-def test_the_download_cache_can_be_moved(monkeypatch, tmp_path):
-    monkeypatch.setenv("BENCH_CACHE", str(tmp_path))
-    assert default_root() == tmp_path / "lfw"
-    monkeypatch.delenv("BENCH_CACHE")
-    assert default_root().parent.name == "ppfr-bench"

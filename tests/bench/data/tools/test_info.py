@@ -15,29 +15,27 @@ def test_folder(make_tree, make_image, make_encoded):
     (root / "Eve/Eve_0001.jpg").write_bytes(make_encoded(make_image(0, (60, 40), "L")))
     (root / "Dee/Dee_0005.jpg").write_bytes(b"rubbish")
     seen: list[tuple[int, int]] = []
-    found = info(root, report=lambda *args: seen.append(args))
-    assert found.kind == "folder"
-    (part,) = found.parts
+    described = info(root, report=lambda *args: seen.append(args))
+    assert described.kind == "folder"
+    (part,) = described.parts
     assert (part.identities, part.images, part.single_image_identities, part.ignored) == (5, 13, 1, 1)
     assert part.images_per_identity == {"min": 1, "q25": 2, "median": 2, "q75": 3, "max": 5}
     assert part.sizes == {"112x112 RGB": 11, "60x40 L": 1, "unreadable": 1}
-    assert part.pairs is not None
     assert (part.pairs.pairs, part.pairs.genuine, part.pairs.folds) == (4, 2, 2)
     assert seen[-1] == (13, 13)
 
 
 def test_insightface_and_its_files(paired, tmp_path):
     pack(paired, out := tmp_path / "out")
-    found = info(out)
-    assert found.kind == "insightface"
-    records, pairs = found.parts
+    described = info(out)
+    assert described.kind == "insightface"
+    records, pairs = described.parts
     assert (records.name, records.identities, records.images, records.pairs) == ("train.rec", 2, 3, None)
     assert (pairs.name, pairs.identities, pairs.images) == ("lfw.bin", 3, 8)
-    assert pairs.pairs is not None
     assert (pairs.pairs.pairs, pairs.pairs.genuine) == (4, 2)
     assert info(out / "train.rec").parts == (records,)
     assert info(out / "lfw.bin").parts == (pairs,)
-    assert found.model_validate_json(found.model_dump_json()) == found
+    assert described.model_validate_json(described.model_dump_json()) == described
 
 
 def test_nothing_there(tmp_path):

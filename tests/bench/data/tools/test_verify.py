@@ -13,8 +13,8 @@ from bench.errors import DataError, MissingError
 PEOPLE = {"Ann": 3, "Bob": 2, "Cy": 2, "Dee": 3, "Eve": 2}
 
 
-def by_place(found: Verification) -> dict[str, tuple[str, str]]:
-    return {finding.where: (finding.severity, finding.reason) for finding in found.findings}
+def by_place(checked: Verification) -> dict[str, tuple[str, str]]:
+    return {finding.where: (finding.severity, finding.reason) for finding in checked.findings}
 
 
 @pytest.fixture
@@ -27,10 +27,10 @@ def packed(make_tree, tmp_path):
 
 def test_sound_data(make_tree, packed):
     seen: list[tuple[int, int]] = []
-    found = verify(packed, report=lambda *args: seen.append(args))
-    assert found.findings == ()
-    assert found.ok
-    assert found.images == 5 + 8
+    checked = verify(packed, report=lambda *args: seen.append(args))
+    assert checked.findings == ()
+    assert checked.ok
+    assert checked.images == 5 + 8
     assert seen[-1] == (13, 13)
     assert verify(make_tree(PEOPLE, "sound")).findings == ()
 
@@ -44,8 +44,8 @@ def test_images_in_a_folder(make_tree, make_image, make_encoded):
     (root / "Dee/Dee_0002.jpg").write_bytes((root / "Dee/Dee_0001.jpg").read_bytes())
     (root / "Eve/Eve_0001.jpg").write_bytes((root / "Cy/Cy_0001.jpg").read_bytes())
     (root / "Eve/list.txt").write_text("x")
-    found = verify(root)
-    places = by_place(found)
+    checked = verify(root)
+    places = by_place(checked)
     assert set(places) == {
         *(f"Ann/Ann_000{i}.jpg" for i in (1, 2, 3)),
         *("Bob/Bob_0001.jpg", "Dee/Dee_0002.jpg", "Eve/Eve_0001.jpg", "Eve/list.txt"),
@@ -57,7 +57,7 @@ def test_images_in_a_folder(make_tree, make_image, make_encoded):
     assert places["Dee/Dee_0002.jpg"][1] == "identical to Dee/Dee_0001.jpg, of the same person"
     assert places["Eve/Eve_0001.jpg"][1] == "identical to Cy/Cy_0001.jpg, although these are Cy and Eve"
     assert sum(severity == "damaged" for severity, _ in places.values()) == 1
-    assert not found.ok
+    assert not checked.ok
 
 
 def test_genuine_pair_of_one_image(make_tree):
@@ -78,10 +78,10 @@ def test_every_damaged_record_is_listed(packed):
     for start in (starts[1], starts[3]):
         data[start : start + 4] = bytes(4)
     (packed / "train.rec").write_bytes(data)
-    found = verify(packed)
-    damaged = [finding.where for finding in found.findings if finding.severity == "damaged"]
+    checked = verify(packed)
+    damaged = [finding.where for finding in checked.findings if finding.severity == "damaged"]
     assert [where.split(" at ")[0] for where in damaged] == ["train.rec record 2", "train.rec record 4"]
-    assert found.images == 13
+    assert checked.images == 13
 
 
 def test_one_damaged_file_does_not_hide_another(packed, make_jpeg):
