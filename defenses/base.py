@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from lightning_fabric import Fabric
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,10 +20,8 @@ from bench.randomness import base_seed, derived
 Shape = tuple[int, int, int]
 
 
-class DefenseOptions(BaseModel):
+class DefenseOptions(BaseModel, frozen=True, extra="forbid"):
     """Options of a defence: frozen, keyword-only, validated; unknown names are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,6 @@ from defenses.ranks import FrequencySubset, SubsetOptions
 
 
 class FixedSubsetOptions(SubsetOptions):
-    """Options of :class:`FixedSubset`."""
-
     subset: int = Field(default=0, ge=0, description="which subset of the table, 0..m-1")
 
     @model_validator(mode="after")

@@ -25,8 +25,6 @@ from defenses.ranks import (
 
 
 class PartialFaceOptions(SubsetOptions):
-    """Options of :class:`PartialFace`."""
-
     n_permutations: int | None = Field(
         default=None,
         ge=1,

@@ -11,8 +11,6 @@ from defenses.linear import SeparableDefense
 
 
 class PixelateOptions(DefenseOptions):
-    """Options of :class:`Pixelate`."""
-
     block: float = Field(
         default=8, ge=1, le=112, allow_inf_nan=False, description="side of a cell, in pixels of the 112x112 template"
     )

@@ -19,8 +19,6 @@ KERNEL = (0.05, 0.25, 0.4, 0.25, 0.05)
 
 
 class PyramidOptions(DefenseOptions):
-    """Options of :class:`Pyramid`."""
-
     levels: int = Field(default=3, ge=1, le=8, description="band-pass levels that are sent, each of half the size")
 
 

@@ -21,8 +21,6 @@ _ROUNDS = 3
 
 
 class RandomProjectionOptions(DefenseOptions):
-    """Options of :class:`RandomProjection`."""
-
     bits: int = Field(default=256, ge=8, le=4096, description="bits of a template")
 
 

@@ -17,8 +17,6 @@ from defenses.base import Defense, DefenseOptions, DefenseTraining, Shape
 
 
 class SplitOptions(DefenseOptions):
-    """Options of :class:`Split`."""
-
     width: int = Field(default=16, ge=1, le=1024, description="channels of the features that are sent")
     noise: float = Field(
         default=0.0,

@@ -45,15 +45,10 @@ _LENGTH_MASK = (1 << _LENGTH_BITS) - 1
 
 #: A part's and an image's header with room for two labels behind it.
 HEAD = np.dtype(
-    [
-        ("magic", "<u4"),
-        ("word", "<u4"),
-        ("count", "<u4"),
-        ("label", "<f4"),
-        ("ids", "<u8", 2),
-        ("first", "<f4"),
-        ("second", "<f4"),
-    ]
+    {
+        "names": ["magic", "word", "count", "label", "ids", "first", "second"],
+        "formats": ["<u4", "<u4", "<u4", "<f4", ("<u8", 2), "<f4", "<f4"],
+    }
 )
 #: Records whose headers are read at once.
 _AT_ONCE = 4096

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from bench.data.decode import SUFFIXES, Encoded, ImageError, read_image_file, shown
 from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
@@ -23,11 +23,7 @@ from bench.errors import DataError, MissingError
 PAIRS = "pairs.txt"
 
 
-class FolderOptions(BaseModel):
-    """Options of the ``folder`` dataset."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class FolderOptions(BaseModel, frozen=True, extra="forbid"):
     use_pairs: bool = Field(
         True, description="Follow pairs.txt if there is one; false draws pairs by seed all the same."
     )

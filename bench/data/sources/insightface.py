@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from bench.data.decode import shown
@@ -23,11 +23,7 @@ from bench.errors import DataError, MissingError
 DEFAULT_PACK = "lfw.bin"
 
 
-class InsightfaceOptions(BaseModel):
-    """Options of the ``insightface`` dataset."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class InsightfaceOptions(BaseModel, frozen=True, extra="forbid"):
     pack: str | None = Field(
         None, description="File name of the verification pack; by default lfw.bin, else the only .bin there is."
     )

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 import pooch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from bench.data.decode import shown
 from bench.data.encoded import OpenedSet
@@ -70,11 +70,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 }
 
 
-class LfwOptions(BaseModel):
-    """Options of the ``lfw`` dataset."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class LfwOptions(BaseModel, frozen=True, extra="forbid"):
     alignment: Literal["funneled", "original"] = Field("funneled", description="Which of the published archives.")
     crop: int = Field(
         144, ge=32, le=250, description="Side of the central square of the 250x250 photo that is kept, in pixels."

@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from bench.data.decode import SUFFIXES, by_threads, shown, workers
@@ -36,10 +36,8 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST_LABEL_BYTES = 2**20
 
 
-class WebDatasetOptions(BaseModel):
+class WebDatasetOptions(BaseModel, frozen=True, extra="forbid"):
     """The ``webdataset`` dataset has no options."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def open_webdataset(path: Path, image_size: int, options: WebDatasetOptions) -> OpenedSet:

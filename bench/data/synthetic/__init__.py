@@ -6,7 +6,7 @@ Every identity is shown in several pictures, deterministic from one seed.
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from bench.data.faces import FaceSet, Source
 from bench.data.loaders import Dataset
@@ -28,11 +28,7 @@ __all__ = [
 _FACES_AT_ONCE = 64
 
 
-class SyntheticOptions(BaseModel):
-    """What to render."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class SyntheticOptions(BaseModel, frozen=True, extra="forbid"):
     identities: int = Field(ge=1, description="Number of people.")
     images_per_identity: int = Field(ge=1, description="Pictures of each.")
     image_size: int = Field(112, ge=MIN_SIZE, description="Height and width in pixels.")

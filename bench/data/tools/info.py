@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from bench.data.decode import MIN_SIDE, open_image, own_limits, shown
 from bench.data.encoded import EncodedSource
@@ -63,10 +63,8 @@ def part_name(source: EncodedSource) -> str:
     return "." if isinstance(source, FolderSource) else shown(source.path.name) or "."
 
 
-class PairInfo(BaseModel):
+class PairInfo(BaseModel, frozen=True):
     """A pair list: how many pairs, how many of them genuine, in how many folds."""
-
-    model_config = ConfigDict(frozen=True)
 
     file: str
     pairs: int
@@ -74,7 +72,7 @@ class PairInfo(BaseModel):
     folds: int
 
 
-class PartInfo(BaseModel):
+class PartInfo(BaseModel, frozen=True):
     """One file or folder, called ``name`` ("." for a folder of images).
 
     ``identities`` counts people with an image; ``images`` slots, of which a pack has two for each pair;
@@ -82,8 +80,6 @@ class PartInfo(BaseModel):
     ("112x112 RGB"), most frequent first, or an "unreadable" header, over ``headers_read`` images: an even sample of
     large sets. ``ignored`` files are no images.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     name: str
     identities: int
@@ -96,10 +92,8 @@ class PartInfo(BaseModel):
     ignored: int
 
 
-class DatasetInfo(BaseModel):
+class DatasetInfo(BaseModel, frozen=True):
     """What lies at a ``path``: its layout, and its files or folders."""
-
-    model_config = ConfigDict(frozen=True)
 
     path: str
     kind: str

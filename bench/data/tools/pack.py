@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from bench.data.decode import ImageError, decode_image, open_image, shown
 from bench.data.faces import Skipped
@@ -33,14 +33,12 @@ _MAX_EXACT = 2**24
 _EXIF_ORIENTATION = 0x0112
 
 
-class Packed(BaseModel):
+class Packed(BaseModel, frozen=True):
     """What :func:`pack` wrote: ``files`` by name in the folder ``out``, and what is in them.
 
     ``copied`` images are stored byte for byte, because they were JPEGs of the right size already; image files left out
     are ``skipped``, as (where, reason).
     """
-
-    model_config = ConfigDict(frozen=True)
 
     out: str
     files: tuple[str, ...]

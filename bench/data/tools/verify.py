@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from bench.data.decode import AT_ONCE, by_threads, decode_image, own_limits, shown, workers
 from bench.data.encoded import EncodedSource
@@ -22,20 +22,16 @@ from bench.progress import Report, no_report
 SMALL_SIDE = 32
 
 
-class Finding(BaseModel):
+class Finding(BaseModel, frozen=True):
     """Something wrong with a file or an image: ``damaged`` ones cannot be used, ``suspicious`` ones should be seen."""
-
-    model_config = ConfigDict(frozen=True)
 
     where: str
     severity: Literal["damaged", "suspicious"]
     reason: str
 
 
-class Verification(BaseModel):
+class Verification(BaseModel, frozen=True):
     """What was looked at, and every finding in order."""
-
-    model_config = ConfigDict(frozen=True)
 
     path: str
     kind: str

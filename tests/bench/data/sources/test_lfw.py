@@ -106,9 +106,7 @@ def test_offline_or_not_on_the_server_says_what_to_put_where(mirror, tmp_path, m
     with pytest.raises(MissingError, match="cannot be downloaded"):
         load_set("lfw", root, 32)
     monkeypatch.setattr(lfw, "PAIRS", Remote("pairsDevTest.txt", "http://127.0.0.1:9/pairs", "0" * 64))
-    with pytest.raises(
-        MissingError, match=r"cannot be downloaded.*download http://127\.0\.0\.1:9/pairs and save"
-    ):
+    with pytest.raises(MissingError, match=r"cannot be downloaded.*download http://127\.0\.0\.1:9/pairs and save"):
         load_set("lfw", root, 32)
 
 
