@@ -31,19 +31,17 @@ def print_json(document: Any) -> None:
 
 
 def show(document: Any, as_json: bool, render: Callable[[], RenderableType]) -> None:
-    """Print a result as JSON, or as what ``render`` makes of it."""
+    """Print a result as JSON, or as what ``render`` makes of it; lines of text are not wrapped."""
     if as_json:
         print_json(document)
     else:
-        out.print(render())
+        rendered = render()
+        out.print(rendered, highlight=False, soft_wrap=isinstance(rendered, str))
 
 
 def show_line(document: Any, as_json: bool, line: str) -> None:
-    """Print a result as JSON, or as one line of text, which is not wrapped."""
-    if as_json:
-        print_json(document)
-    else:
-        out.print(escape(line), highlight=False, soft_wrap=True)
+    """Print a result as JSON, or as lines of text, as they are."""
+    show(document, as_json, lambda: escape(line))
 
 
 def show_files(files: Iterable[Path], as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bench.commands.console import err, out, print_json, progress_bars, show, show_line, table
+from bench.commands.console import err, progress_bars, show, show_line, table
 from bench.commands.flags import AsJson
 from bench.errors import BenchError
 
@@ -48,15 +48,13 @@ def verify(path: Dataset, as_json: AsJson = False) -> None:
 
     with progress_bars().task("decode images") as report:
         checked = check(path, report=report)
-    if as_json:
-        print_json(checked)
-    else:
-        for finding in checked.findings:
-            colour = "red" if finding.severity == "damaged" else "yellow"
-            out.print(
-                f"[{colour}]{finding.severity}[/] {escape(finding.where)}: {escape(finding.reason)}", soft_wrap=True
-            )
-        out.print(f"{checked.images:,} images checked, {len(checked.findings):,} findings")
+    colours = {"damaged": "red"}
+    lines = [
+        f"[{colours.get(seen.severity, 'yellow')}]{seen.severity}[/] {escape(seen.where)}: {escape(seen.reason)}"
+        for seen in checked.findings
+    ]
+    counts = f"{checked.images:,} images checked, {len(checked.findings):,} findings"
+    show(checked, as_json, lambda: "\n".join([*lines, counts]))
     if not checked.ok:
         raise typer.Exit(BenchError.exit_code)
 
