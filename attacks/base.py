@@ -268,7 +268,7 @@ class Attack(nn.Module, ABC):
         """Build for this adversary and fit to its public faces.
 
         Raises:
-            ValueError: as :meth:`prepare`; or the public faces do not suffice.
+            ValueError: as :meth:`prepare`; the public faces do not suffice; or a checkpoint is that of another fit.
             FloatingPointError: a loss is not finite.
         """
         self.prepare(adversary)
@@ -327,8 +327,9 @@ class RecoveryAttack(Attack):
         """Recovered faces, float32 (N, 3, H, W) in [0, 1], on the device of the representations.
 
         Raises:
-            ValueError: the attack is not fitted; representations of another shape; what the attack needs was not
-                observed; something is not finite; or the attack returned faces of another shape.
+            ValueError: the attack is not fitted; representations of another shape, or unlike what it was trained on;
+                what the attack needs was not observed; something is not finite; or it returned another shape.
+            FloatingPointError: a loss is not finite.
         """
         size = self.adversary.faces.shape[-1]
         self._check_observation(observation)

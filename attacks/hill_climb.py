@@ -27,22 +27,16 @@ class HillClimbOptions(EigenfaceSearchOptions):
 
     batch: int = Field(32, ge=2, le=65536, description="Candidates per generation and start, in pairs.")
     starts: int = Field(
-        1,
-        ge=1,
-        le=1024,
-        description="Hills to climb. The first starts from the mean face, the others from random faces.",
+        1, ge=1, le=1024, description="Hills to climb: the first from the mean face, the others from random faces."
     )
     pilot: float = Field(
-        0.5,
-        gt=0,
-        lt=1,
-        description="Share of the queries spent on all starts; the rest goes to the one that stands highest.",
+        0.5, gt=0, lt=1, description="Share of the queries spent on all starts; the rest goes to the highest one."
     )
     step_size: float = Field(
         0.4,
         gt=0,
         le=_LARGEST_RADIUS,
-        description="First radius of the candidates around the current face, in standard deviations of the latent.",
+        description="First radius of the candidates, in standard deviations of the latent.",
     )
 
     @field_validator("batch")

@@ -36,9 +36,7 @@ class EstimateOptions(ReaderOptions):
         default=4000, ge=2, description="Public faces, mirrored ones not counted, that the components are fitted to."
     )
     memory: int = Field(
-        2048,
-        ge=64,
-        description="MiB of factored states kept at once; others are factored anew when met again.",
+        2048, ge=64, description="MiB of factored states kept at once; others are factored anew when met again."
     )
 
 
@@ -85,8 +83,6 @@ class Linear(RecoveryAttack):
         super().__init__(options)
         self._forget()
 
-    # -- fitting ------------------------------------------------------------------------------------
-
     @property
     def device(self) -> torch.device:
         """The adversary's, or the CPU where that has no double precision."""
@@ -102,11 +98,7 @@ class Linear(RecoveryAttack):
         return None
 
     def build(self, adversary: Adversary) -> None:
-        """Build the prior and the reader of states.
-
-        Raises:
-            ValueError: the defence is not linear.
-        """
+        """Build the prior and the reader of states."""
         faces = adversary.faces
         if reason := self.inapplicable(self.mechanism):
             raise ValueError(f"{reason}: use another attack")
@@ -116,11 +108,7 @@ class Linear(RecoveryAttack):
         self._forget()
 
     def fit(self, adversary: Adversary) -> FitReport:
-        """Fit the prior to public faces, measure the noise, and learn to read states.
-
-        Raises:
-            ValueError: fewer than two public identities.
-        """
+        """Fit the prior to public faces, measure the noise, and learn to read states."""
         seed, options = self.seed, self.options
         adversary.report(0, 3)
         details = self.reader.fit(seed, options)
@@ -173,8 +161,6 @@ class Linear(RecoveryAttack):
             return torch.zeros(count, dtype=torch.int64)
         return row_numbers(states.cpu(), listed.cpu())
 
-    # -- operators and posteriors -----------------------------------------------------------------------
-
     def _forget(self) -> None:
         self._posteriors: OrderedDict[tuple[bytes, ...], Posterior | IterativePosterior] = OrderedDict()
         self._covariance: PriorCovariance | None = None
@@ -213,8 +199,6 @@ class Linear(RecoveryAttack):
             raise ValueError(f"{self.reader.mechanism.name} does not tell the factors of its map: use solver=cg")
         operator = operators[0] if len(operators) == 1 else _Stacked(operators)
         return IterativePosterior(self._covariance, operator, float(self.noise), self.options.iterations)
-
-    # -- recovering -----------------------------------------------------------------------------------
 
     def run(self, observation: Observation) -> Tensor:
         """Posterior means (N, 3, H, W), not clipped."""

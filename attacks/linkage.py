@@ -64,10 +64,7 @@ class LinkageOptions(TrainingOptions, ReaderOptions):
     decay: float = Field(0.4, ge=0, le=0.9, description="Share of a training, at its end, over which it falls.")
     weight_decay: float = Field(0.05, ge=0, le=10, description="Weight decay of AdamW.")
     augmentation: float = Field(
-        1.0,
-        ge=0,
-        le=2,
-        description="How strongly public faces are varied: 0 only mirrors them, 1 is meant for a hundred identities.",
+        1.0, ge=0, le=2, description="How strongly faces are varied: 0 mirrors only, 1 suits a hundred identities."
     )
     hints: float = Field(
         0.0,
@@ -254,11 +251,7 @@ class Linkage(LinkageAttack):
     # -- building -----------------------------------------------------------------------------------
 
     def build(self, adversary: Adversary) -> None:
-        """Build both encoders and the reader of states.
-
-        Raises:
-            ValueError: ``teacher`` is no ONNX recogniser.
-        """
+        """Build both encoders and the reader of states."""
         options = self.options
         self.reader = StateReader(_without_states(adversary), self.mechanism) if options.infer_state else None
         if options.teacher is None:
@@ -284,13 +277,7 @@ class Linkage(LinkageAttack):
     # -- training -----------------------------------------------------------------------------------
 
     def fit(self, adversary: Adversary) -> FitReport:
-        """Train the teacher, where none is given, and then the student; some identities are held out for the curves.
-
-        Raises:
-            ValueError: too few identities to train and validate with; a black box without intercepted traffic where a
-                secret is to be inferred; or a checkpoint of another fit.
-            FloatingPointError: a loss is not finite.
-        """
+        """Train the teacher, where none is given, and then the student; some identities are held out for the curves."""
         options = self.options
         least = 2 / len(torch.unique(adversary.identities))
         trainer = Trainer(self.name, adversary, self.seed, options, held_out=least)

@@ -22,7 +22,7 @@ from attacks.parts.generator import (
     fit_generator,
 )
 from attacks.parts.training import Trainer
-from bench.images import ssim, to_float
+from bench.images import to_float
 from bench.randomness import derived
 from defenses.base import Defense
 
@@ -82,10 +82,7 @@ class ModelInversionOptions(GeneratorOptions):
     )
     batch_size: int = Field(256, ge=1, le=65536, description="Faces at once through the recogniser.")
     selection_views: int = Field(
-        16,
-        ge=1,
-        le=1000,
-        description="Random views, each under a fresh state, by whose mean similarity an outcome is judged (PPA).",
+        16, ge=1, le=1000, description="Random views, each under a fresh state, that an outcome is judged by (PPA)."
     )
     prior_weight: float | None = Field(
         None,
@@ -235,9 +232,6 @@ class _Goal:
         return self.each[:, interception], self.states[:, interception]
 
 
-# -- the attack ---------------------------------------------------------------------------------------
-
-
 class ModelInversion(RecoveryAttack):
     """Model inversion with or without a generative prior.
 
@@ -286,11 +280,7 @@ class ModelInversion(RecoveryAttack):
         return None if defense.differentiable else f"{defense.name} has no gradient in the face to follow"
 
     def build(self, adversary: Adversary) -> None:
-        """Build generator and buffers for the adversary's faces and recogniser.
-
-        Raises:
-            ValueError: no recogniser is given.
-        """
+        """Build generator and buffers for the adversary's faces and recogniser."""
         faces, identities = adversary.faces, adversary.identities
         if adversary.recogniser is None:
             raise ValueError(f"{self.name} needs the recogniser's weights")
@@ -318,12 +308,7 @@ class ModelInversion(RecoveryAttack):
     # -- fitting --------------------------------------------------------------------------------------
 
     def fit(self, adversary: Adversary) -> FitReport:
-        """Train the generator on public faces, embed public faces, and choose the weight of the prior on them.
-
-        Raises:
-            ValueError: fewer than two identities, or a checkpoint of another fit.
-            FloatingPointError: the generator's loss, or that of an attack on public faces, is not finite.
-        """
+        """Train the generator on public faces, embed public faces, and choose the weight of the prior on them."""
         trainer = self.options.trainer(adversary, self.seed)
         report = FitReport() if self.generator is None else fit_generator(self.generator, trainer, self.options)
         self._learn(trainer)
@@ -397,8 +382,7 @@ class ModelInversion(RecoveryAttack):
             self.prior_weight.fill_(weight)
             with torch.enable_grad():
                 made = self._recover(goal, "tuning")
-            unlike = self.options.generator_ssim * (1 - ssim(made, true)).mean()
-            distances[weight] = float((made - true).abs().mean() + unlike)
+            distances[weight] = float(losses.reconstruction(made, true, self.options.generator_ssim))
         enough = (1 + _TOLERANCE) * min(distances.values())
         self.prior_weight.fill_(min(weight for weight, distance in distances.items() if distance <= enough))
         return {f"{weight:g}": distance for weight, distance in distances.items()}
@@ -419,12 +403,7 @@ class ModelInversion(RecoveryAttack):
     # -- recovering -----------------------------------------------------------------------------------
 
     def run(self, observation: Observation) -> Tensor:
-        """Faces (N, 3, H, W) in [0, 1].
-
-        Raises:
-            ValueError: no target in the observation, or one of another size.
-            FloatingPointError: the loss is not finite.
-        """
+        """Faces (N, 3, H, W) in [0, 1]."""
         return self._recover(self._goal(observation), "run")
 
     def _goal(self, observation: Observation) -> _Goal:

@@ -15,9 +15,9 @@ from torch.nn import functional
 from attacks.base import Adversary, Capability, EmbeddingQuery, FitReport, Knowledge, Observation, RecoveryAttack
 from attacks.parts.exposure import Exposure, in_chunks
 from attacks.parts.generator import DECODER_TRAINING, FaceDecoder, change_view, draw_views
-from attacks.parts.losses import cosine
+from attacks.parts.losses import cosine, reconstruction
 from attacks.parts.training import Trainer, TrainingOptions
-from bench.images import ssim, to_float
+from bench.images import to_float
 from bench.randomness import derived
 from defenses.base import TemplateDefense
 
@@ -31,10 +31,7 @@ class TemplateOptions(TrainingOptions):
     """Options of :class:`Template`."""
 
     width: int = Field(
-        64,
-        ge=1,
-        le=1024,
-        description="Channels of the decoder's finest level; they double per coarser level, up to eight times.",
+        64, ge=1, le=1024, description="Channels of the finest level, doubled per coarser level up to eight times."
     )
     ssim_weight: float = Field(default=0.75, ge=0, le=10, description="Weight of 1 - SSIM beside L1.")
     identity_weight: float = Field(
@@ -53,10 +50,7 @@ class TemplateOptions(TrainingOptions):
         "recogniser can only be queried; with its weights every step draws afresh.",
     )
     shift: float = Field(
-        0.03,
-        ge=0,
-        le=0.25,
-        description="Largest shift of a training face, as a share of its width; half of the faces are mirrored too.",
+        0.03, ge=0, le=0.25, description="Largest shift of a training face, in widths; half are mirrored too."
     )
     warmup: float = Field(0.05, ge=0, le=0.5, description="Share of the training over which the rate rises.")
     decay: float = Field(
@@ -165,9 +159,7 @@ class _Examples:
         faces, embeddings = self._shown(self.trainer.batch(step), "step", step)
         with self.trainer.fabric.autocast():
             made = self.network(embeddings)
-        loss = functional.l1_loss(made, faces)
-        if options.ssim_weight:
-            loss = loss + options.ssim_weight * (1 - ssim(made, faces)).mean()
+        loss = reconstruction(made, faces, options.ssim_weight)
         if options.identity_weight and self.recogniser is not None:
             again = self._embed(made, "identity", step)
             loss = loss + options.identity_weight * cosine(again, embeddings).mean()
@@ -210,11 +202,7 @@ class Template(RecoveryAttack):
     network: TemplateDecoder
 
     def build(self, adversary: Adversary) -> None:
-        """Build the decoder for the size of the provider's embeddings, found out with one face.
-
-        Raises:
-            ValueError: there is no way to embed.
-        """
+        """Build the decoder for the size of the provider's embeddings, found out with one face."""
         face = to_float(adversary.faces[:1].to(self.device))
         if adversary.recogniser is not None:
             sent = Exposure(adversary, self.seed).protect(face, "probe")
@@ -236,12 +224,7 @@ class Template(RecoveryAttack):
         return mechanism.estimate(templates, keys) if isinstance(mechanism, TemplateDefense) else templates
 
     def fit(self, adversary: Adversary) -> FitReport:
-        """Train on public faces; some identities are held out for the loss curve.
-
-        Raises:
-            ValueError: fewer than two identities, or a checkpoint of another fit.
-            FloatingPointError: the loss is not finite.
-        """
+        """Train on public faces; some identities are held out for the loss curve."""
         trainer = Trainer(self.name, adversary, self.seed, self.options)
         examples = _Examples(self, trainer)
         self.network.measure(examples.embeddings_of(trainer.sample(_STATISTICS_FACES, "statistics")))
@@ -252,11 +235,7 @@ class Template(RecoveryAttack):
         return replace(report, details={**report.details, **examples.details})
 
     def run(self, observation: Observation) -> Tensor:
-        """Faces (N, 3, H, W) in [0, 1].
-
-        Raises:
-            ValueError: templates of another size.
-        """
+        """Faces (N, 3, H, W) in [0, 1]."""
         templates, keys, size = observation.templates, observation.keys, len(self.network.mean)
         assert templates is not None  # they are among the needs
         if keys is not None:

@@ -131,8 +131,6 @@ class UNet(InversionAttack):
             return self.mechanism.canonical(representations, states), None
         return representations, None
 
-    # -- training -----------------------------------------------------------------------------------
-
     def _exposure(self) -> Exposure:
         inferred = self.reader is not None and self.reader.infers_secret and bool(self.reads)
         mechanism = self.reader.mechanism if self.reader is not None and inferred else None
@@ -176,8 +174,6 @@ class UNet(InversionAttack):
         self.network.mean.copy_(mean)
         self.network.std.copy_(std)
         self.network.mean_face.copy_(trainer.mean_face(sample, mirrored=self.options.flip))
-
-    # -- recovering -----------------------------------------------------------------------------------
 
     def infer_layout(self, observation: Observation) -> Tensor | None:
         """The canonical channel of each channel, int64 (N, k, C), where states are inferred."""

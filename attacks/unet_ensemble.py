@@ -76,11 +76,7 @@ class UNetEnsemble(InversionAttack):
         return no_pictures(defense)
 
     def build(self, adversary: Adversary) -> None:
-        """Build a network per state.
-
-        Raises:
-            ValueError: the defence has more states than ``most``.
-        """
+        """Build a network per state."""
         mechanism, states = self.mechanism, self.mechanism.states()
         if reason := self.inapplicable(mechanism):
             raise ValueError(reason)
@@ -99,8 +95,6 @@ class UNetEnsemble(InversionAttack):
         """The state of that number for ``count`` faces, int64 (count, D)."""
         states = self.mechanism.states()
         return None if states is None else states[row].expand(count, -1)
-
-    # -- training -----------------------------------------------------------------------------------
 
     def _protect(self, target: Tensor, exposure: Exposure, step: int) -> Protected:
         """The members take turns, each with a whole batch of its own state."""
@@ -125,8 +119,6 @@ class UNetEnsemble(InversionAttack):
             member.mean.copy_(sent.mean(dim=(0, 2, 3)))
             member.std.copy_(torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std)))
             member.mean_face.copy_(mean_face)
-
-    # -- recovering -----------------------------------------------------------------------------------
 
     def _recover(self, representations: Tensor, states: Tensor | None) -> Tensor:
         """Faces (M, 3, H, W): by the member of the true state or, of all members', the most consistent ones."""

@@ -75,18 +75,12 @@ class Unrolled(InversionAttack):
         shared = self.options.model_dump(include=set(EstimateOptions.model_fields))
         self.linear = Linear(LinearOptions(**shared))
 
-    # -- building -----------------------------------------------------------------------------------
-
     def inapplicable(self, defense: Defense) -> str | None:
         """It starts from what the linear attack makes of it."""
         return self.linear.inapplicable(defense)
 
     def build(self, adversary: Adversary) -> None:
-        """Build the linear attack and the network.
-
-        Raises:
-            ValueError: as :meth:`Linear.build`.
-        """
+        """Build the linear attack and the network."""
         share = self.options.validation
         training, _ = split_identities(adversary.identities, share, derived(self.seed, "identities"))
         self.linear.prepare(_only(adversary, training))
@@ -99,8 +93,6 @@ class Unrolled(InversionAttack):
 
     def _exposure(self) -> Exposure:
         return Exposure(self.adversary, self.seed, mechanism=self.linear.reader.mechanism)
-
-    # -- training -----------------------------------------------------------------------------------
 
     def _learn_of_defence(self, trainer: Trainer) -> dict[str, Any]:
         """Fit the linear attack on the training faces, and measure how far its estimates are off on the same."""
@@ -148,14 +140,8 @@ class Unrolled(InversionAttack):
         faces: Tensor = shown[:, :3] + network(shown)
         return faces
 
-    # -- recovering -----------------------------------------------------------------------------------
-
     def run(self, observation: Observation) -> Tensor:
-        """Faces (N, 3, H, W), not clipped.
-
-        Raises:
-            ValueError: representations outside the range of training.
-        """
+        """Faces (N, 3, H, W), not clipped."""
         self._check_range(observation)
         rows = self.linear.rows(observation).cpu()
         faces = []

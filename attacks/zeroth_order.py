@@ -55,10 +55,7 @@ class ZerothOrderOptions(EigenfaceSearchOptions):
         "latent. Where the scores are noisy, filter takes longer ones.",
     )
     step: float = Field(
-        1.5,
-        gt=0,
-        le=100,
-        description="Length of the first steps, in standard deviations of the latent; falls to zero with the budget.",
+        1.5, gt=0, le=100, description="Length of the first steps, in standard deviations of the latent; falls to zero."
     )
 
 

@@ -164,8 +164,6 @@ class GaussianPrior(nn.Module):
         """r."""
         return len(self.variances)
 
-    # -- fitting ------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def fit(
         self, faces: Tensor, identities: Tensor, colour: Tensor, seed: int, *, held_out: float, most: int
@@ -253,8 +251,6 @@ class GaussianPrior(nn.Module):
         innovations = (1 - _VARIANCE_POOLING) * innovations + _VARIANCE_POOLING * mean + _JITTER**2
         self.weights[plane].copy_(weights.permute(2, 0, 1))
         self.innovations[plane].copy_(innovations)
-
-    # -- the residual's precision ---------------------------------------------------------------------
 
     def precision(self, plane: int, rows: int) -> BlockTridiagonal:
         """The residual's inverse covariance as blocks of ``rows`` >= :data:`REACH` image rows.

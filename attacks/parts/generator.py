@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.base import Adversary, AttackOptions, FitReport
+from attacks.parts.losses import reconstruction
 from attacks.parts.training import Trainer, TrainingOptions
 from attacks.parts.unet_network import zeroed
-from bench.images import ssim
 from bench.randomness import derived, seeded
 
 #: How a network that ends in a :class:`FaceDecoder` is trained, of :class:`attacks.parts.training.Training`.
@@ -181,10 +181,7 @@ class GeneratorOptions(AttackOptions):
 
     latent_size: int = Field(128, ge=2, le=4096, description="Values in a code of the generator.")
     generator_width: int = Field(
-        32,
-        ge=1,
-        le=1024,
-        description="Channels of the generator's finest level; they double per coarser level, up to eight times.",
+        32, ge=1, le=1024, description="Channels of the finest level, doubled per coarser level up to eight times."
     )
     generator_images: int = Field(
         default=400_000, ge=1, description="Faces to train the generator on in all, repeats counted."
@@ -205,10 +202,7 @@ class GeneratorOptions(AttackOptions):
         "three times the cost.",
     )
     generator_shift: float = Field(
-        0.03,
-        ge=0,
-        le=0.25,
-        description="Largest shift of a training face, as a share of its width; half of the faces are mirrored too.",
+        0.03, ge=0, le=0.25, description="Largest shift of a training face, in widths; half are mirrored too."
     )
     generator_validation: float = Field(
         default=0.1, gt=0, lt=1, description="Share of the public identities held out for the generator's loss curve."
@@ -260,9 +254,7 @@ class GeneratorLosses:
         made, mean, log_variance = self._make(faces, "codes", step)
         again = made[: len(faces)]
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
-        loss = functional.l1_loss(again, faces) + options.generator_kl * divergence
-        if options.generator_ssim:
-            loss = loss + options.generator_ssim * (1 - ssim(again, faces)).mean()
+        loss = reconstruction(again, faces, options.generator_ssim) + options.generator_kl * divergence
         if self.critic is not None:
             with self.trainer.fabric.autocast():
                 score = self.critic(made)

@@ -11,13 +11,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from attacks.base import Adversary, FitReport, Knowledge, Observation, RecoveryAttack
 from attacks.parts.exposure import Exposure
+from attacks.parts.losses import reconstruction
 from attacks.parts.training import Trainer, TrainingOptions
 from attacks.parts.unet_network import NetworkOptions
-from bench.images import ssim
 from bench.nets.augmentation import augment
 from bench.nets.options import AugmentationOptions
 from bench.randomness import derived
@@ -82,8 +81,6 @@ class InversionAttack(RecoveryAttack):
     low: Tensor
     high: Tensor
 
-    # -- what a subclass says -----------------------------------------------------------------------
-
     def _exposure(self) -> Exposure:
         """How public faces are protected in training."""
         return Exposure(self.adversary, self.seed)
@@ -113,15 +110,8 @@ class InversionAttack(RecoveryAttack):
         self.register_buffer("low", torch.full((self.mechanism.channels,), torch.inf))
         self.register_buffer("high", torch.full((self.mechanism.channels,), -torch.inf))
 
-    # -- training -----------------------------------------------------------------------------------
-
     def fit(self, adversary: Adversary) -> FitReport:
-        """Train on public faces; some identities are held out for the loss curve.
-
-        Raises:
-            ValueError: fewer than two identities, or a checkpoint of another fit.
-            FloatingPointError: the loss is not finite.
-        """
+        """Train on public faces; some identities are held out for the loss curve."""
         options = self.options
         trainer = Trainer(self.name, adversary, self.seed, options)
         details = self._learn_of_defence(trainer)
@@ -142,10 +132,7 @@ class InversionAttack(RecoveryAttack):
             if countable:
                 trainer.note(state)
             recovered = self._predict(model, inputs)
-            value = functional.l1_loss(recovered, target)
-            if options.loss == "l1+ssim":
-                value = value + options.ssim_weight * (1 - ssim(recovered, target)).mean()
-            return value
+            return reconstruction(recovered, target, options.ssim_weight if options.loss == "l1+ssim" else 0)
 
         def recover(network: nn.Module, index: Tensor, number: int) -> tuple[Tensor, Tensor]:
             target = trainer.floats(index)
@@ -179,15 +166,8 @@ class InversionAttack(RecoveryAttack):
         shown: list[tuple[Tensor | None, ...]] = list(zip(*parts, strict=True))
         return list(zip(targets, shown, [sent.state for sent in protected], strict=True))
 
-    # -- recovering -----------------------------------------------------------------------------------
-
     def run(self, observation: Observation) -> Tensor:
-        """Faces (N, 3, H, W), not clipped; the average over each face's k interceptions.
-
-        Raises:
-            ValueError: representations outside the range that training saw (the attack would be driven with input it
-                was never meant for), or no states at ``oracle``.
-        """
+        """Faces (N, 3, H, W), not clipped; the average over each face's k interceptions."""
         self._check_range(observation)
         representations, states = observation.representations.flatten(0, 1), observation.states
         states = None if states is None else states.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What model inversion minimises: losses on the similarity to a target, and a prior on images."""
+"""What attacks minimise: losses on faces, on the similarity to a target, and a prior on images."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bench.images import ssim
+
 #: Poincare: how far the label lies inside the unit ball (the published value), and the least room to its rim.
 _INSIDE = 1e-4
 _RIM = 1e-5
+
+
+def reconstruction(faces: Tensor, true: Tensor, ssim_weight: float) -> Tensor:
+    """L1 + ``ssim_weight`` (1 - SSIM), a scalar, of faces (N, 3, H, W)."""
+    loss = functional.l1_loss(faces, true)
+    return loss + ssim_weight * (1 - ssim(faces, true)).mean() if ssim_weight else loss
 
 
 def cosine(embeddings: Tensor, targets: Tensor) -> Tensor:

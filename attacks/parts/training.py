@@ -39,10 +39,7 @@ class TrainingOptions(AttackOptions):
         default=64, ge=2, le=65536, description="Faces per step (fewer where there are fewer public faces)."
     )
     learning_rate: float = Field(
-        1e-3,
-        gt=0,
-        le=1,
-        description="Learning rate of Adam, held after a linear warm-up, then decayed linearly to zero.",
+        1e-3, gt=0, le=1, description="Learning rate of Adam, held after a linear warm-up, then falling linearly to 0."
     )
     warmup: float = Field(0.03, ge=0, le=0.5, description="Share of a training over which the rate rises.")
     decay: float = Field(0.3, ge=0, le=0.9, description="Share of a training, at its end, over which it falls.")
