@@ -461,11 +461,17 @@ class Linkage(LinkageAttack):
 
     def encode_representations(self, representations: Tensor) -> Tensor:
         """The student's embeddings."""
-        return in_chunks(lambda part: self.student(part, self._layout(part)), representations.to(self.device)).float()
+
+        def encode(part: Tensor) -> Tensor:
+            sent = part.to(self.device)
+            embeddings: Tensor = self.student(sent, self._layout(sent))
+            return embeddings
+
+        return in_chunks(encode, representations).float()
 
     def encode_faces(self, faces: Tensor) -> Tensor:
         """The teacher's embeddings of faces and their mirror images, averaged."""
-        return in_chunks(partial(_plain, self.teacher), faces.to(self.device))
+        return in_chunks(lambda part: _plain(self.teacher, part.to(self.device)), faces)
 
 
 def _without_states(adversary: Adversary) -> Adversary:

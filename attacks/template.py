@@ -94,11 +94,7 @@ def _frozen(recogniser: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _Examples:
-    """Public faces, varied, with their embeddings; and the loss of a decoder on them.
-
-    Attributes:
-        details: how the embeddings were come by.
-    """
+    """Public faces, varied, with their embeddings; and the loss of a decoder on them."""
 
     def __init__(self, attack: Template, trainer: Trainer) -> None:
         adversary = trainer.adversary
@@ -129,9 +125,8 @@ class _Examples:
         self.details["queries"] = self.options.views * len(everything)
 
     def _draw(self, count: int, *name: str | int) -> Tensor:
-        return draw_views(
-            count, derived(self.seed, *name), shift=self.options.shift, size=self.network.decoder.image_size
-        )
+        size = self.network.decoder.image_size
+        return draw_views(count, derived(self.seed, *name), shift=self.options.shift, size=size)
 
     @torch.no_grad()
     def _shown(self, index: Tensor, *name: str | int) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,8 @@ class UNetEnsemble(InversionAttack):
     }
     options: UNetEnsembleOptions
 
+    network: _Members
+
     def inapplicable(self, defense: Defense) -> str | None:
         """It needs pictures, and a network per state: too many where there are more than ``most``."""
         states = defense.states()
@@ -87,9 +89,7 @@ class UNetEnsemble(InversionAttack):
 
     @property
     def _members(self) -> list[UNetNetwork]:
-        network = self.network
-        assert isinstance(network, _Members)
-        return [member for member in network.members if isinstance(member, UNetNetwork)]
+        return [member for member in self.network.members if isinstance(member, UNetNetwork)]
 
     def _state(self, row: int, count: int) -> Tensor | None:
         """The state of that number for ``count`` faces, int64 (count, D)."""

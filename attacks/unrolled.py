@@ -68,6 +68,7 @@ class Unrolled(InversionAttack):
     }
     options: UnrolledOptions
 
+    network: UNetNetwork
     spread: Tensor
 
     def __init__(self, options: AttackOptions | None = None) -> None:
@@ -81,8 +82,8 @@ class Unrolled(InversionAttack):
 
     def build(self, adversary: Adversary) -> None:
         """Build the linear attack and the network."""
-        share = self.options.validation
-        training, _ = split_identities(adversary.identities, share, derived(self.seed, "identities"))
+        draws = derived(self.seed, "identities")
+        training, _ = split_identities(adversary.identities, self.options.validation, draws)
         self.linear.prepare(_only(adversary, training))
         states, size = self.mechanism.states(), adversary.faces.shape[-1]
         self.register_buffer("spread", torch.ones(1 if states is None else len(states), 3, size, size))
@@ -121,7 +122,6 @@ class Unrolled(InversionAttack):
             self._widen_range(protected.representation)
             shown.append(self._inputs(protected.representation, protected.state)[0].cpu())
         inputs = torch.cat(shown)
-        assert isinstance(self.network, UNetNetwork)
         self.network.mean.copy_(inputs.mean(dim=(0, 2, 3)))
         self.network.std.copy_(inputs.std(dim=(0, 2, 3)).clamp(min=1e-6))
 

@@ -23,12 +23,10 @@ class Exposure:
     """
 
     def __init__(self, adversary: Adversary, seed: int, *, guesses: int = 0, mechanism: Defense | None = None) -> None:
-        """
-        Args:
-            adversary: whose mechanism and knowledge to use.
-            seed: the attack's own.
-            guesses: size of the fixed pool of guessed secrets under a black box; 0 for fresh ones every time.
-            mechanism: what the adversary has found out the mechanism to be; used alone.
+        """Draws derive from the attack's ``seed``.
+
+        ``mechanism`` is what the adversary has found out the defence to be, and is used alone. Under a black box there
+        is a fixed pool of so many ``guesses`` of the secret; 0 makes fresh ones every time.
         """
         self._adversary, self._seed = adversary, seed
         self._device = adversary.fabric.device

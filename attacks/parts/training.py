@@ -188,13 +188,8 @@ class Trainer:
 
     Every draw derives from the seed and the number of the step, so that a resumed training equals an unbroken one.
 
-    Args:
-        attack: its name, for messages.
-        adversary: whose public faces are trained on.
-        seed: the attack's own.
-        options: how.
-        held_out: least share of the identities to hold out, where ``options.validation`` may be too little.
-        fit: options that tell this fit from others, whose checkpoint is refused; by default ``options``.
+    ``held_out`` is the least share of the identities to hold out, where ``options.validation`` may be too little;
+    ``fit`` are options that tell this fit from others, whose checkpoint is refused, by default ``options``.
 
     Attributes:
         faces: uint8 (M, 3, H, W), all public faces, on the device.
@@ -261,7 +256,7 @@ class Trainer:
         index = self.training if index is None else index
         total = torch.zeros(self.faces.shape[1:], dtype=torch.float64)
         for part in index.split(1024):
-            total += self.faces[part.to(self.device)].double().sum(dim=0).cpu()
+            total += self.faces[part.to(self.device)].sum(dim=0).cpu()  # whole numbers: exact on every device
         mean = total / (255 * len(index))
         return ((mean + mean.flip(-1)) / 2 if mirrored else mean).to(self.device, torch.float32)
 

@@ -265,3 +265,19 @@ def test_it_says_before_any_compute_what_it_cannot_work_on(name, plain):
     at_a_loss = CASES[name].linear or name in ("unet", "unet-ensemble", "model-inversion")
     assert (reasons[Template] is not None) == at_a_loss
     assert make(name).inapplicable(defense_of("partialface")) is None
+
+
+@pytest.mark.parametrize("name", ["template", "model-inversion"])
+def test_the_providers_recogniser_is_left_as_it_was_and_without_it_the_attack_is_refused(world, name):
+    adversary, observation = world(name)
+    network = adversary.recogniser.train()
+    before = network.weight.detach().clone()
+    attack = make(name)
+    attack.learn(adversary)
+    attack.recover(observation)
+    assert torch.equal(network.weight, before)
+    assert network.weight.grad is None
+    assert network.weight.requires_grad
+    assert network.training
+    with pytest.raises(ValueError, match="recogniser's weights"):
+        make(name).prepare(replace(adversary, recogniser=None, embed=None))

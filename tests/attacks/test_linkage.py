@@ -3,10 +3,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx_models import linear_model
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
@@ -43,11 +42,11 @@ def people(count, *, seed=0, each=3):
 PUBLIC, UNSEEN = people(40), people(20, seed=1)
 
 
-def pair_auc(one, other):
+def pair_auc(left, right):
     """AUC over all pairs of different pictures in UNSEEN, one side from each set of embeddings."""
-    person = torch.arange(len(one)) // 3
-    first, second = torch.triu_indices(len(one), len(one), offset=1)
-    return roc_auc_score(person[first] == person[second], (one[first] * other[second]).sum(dim=1))
+    person = torch.arange(len(left)) // 3
+    first, second = torch.triu_indices(len(left), len(left), offset=1)
+    return roc_auc_score(person[first] == person[second], (left[first] * right[second]).sum(dim=1))
 
 
 def linked(attack, defense, faces=UNSEEN, seed=9):
@@ -61,14 +60,6 @@ def fit(adversary, **options):
     return attack, attack.learn(adversary)
 
 
-def weights_of(attack):
-    return {name: value.clone() for name, value in attack.state_dict().items()}
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 @pytest.fixture(scope="module")
 def on_plain(make_adversary, plain):
     """An attack fitted where faces are sent as they are, and its report."""
@@ -78,20 +69,6 @@ def on_plain(make_adversary, plain):
 @pytest.fixture(scope="module")
 def on_pick(make_adversary, pick):
     return fit(make_adversary(pick(), faces=PUBLIC), hints=1.0)
-
-
-# -- options ------------------------------------------------------------------------------------------
-
-
-def test_strings_from_the_command_line_parse():
-    options = LinkageOptions.model_validate({"widths": "8,16", "teacher": "model.onnx", "infer_state": "false"})
-    assert options.widths == (8, 16)
-    assert options.teacher is not None
-    assert options.teacher.name == "model.onnx"
-    assert options.infer_state is False
-
-
-# -- linking ------------------------------------------------------------------------------------------
 
 
 def test_faces_sent_as_they_are_are_linked_as_well_as_plain_ones(on_plain, plain):
@@ -132,7 +109,8 @@ def test_reading_the_state_beats_the_mixture(on_pick, make_adversary, pick):
 
 def test_an_oracle_links_without_being_told_states(on_pick, make_adversary, pick):
     oracle, _ = fit(make_adversary(pick(), "oracle", faces=PUBLIC), hints=1.0)
-    assert equal(weights_of(oracle), weights_of(on_pick[0]))
+    weights = on_pick[0].state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in oracle.state_dict().items())
 
 
 def test_a_black_box_infers_the_secret_from_what_is_sent(make_adversary, pick):
@@ -193,21 +171,10 @@ def test_a_face_and_its_mirror_image_are_one(on_plain):
     torch.testing.assert_close(attack.embed_faces(faces), attack.embed_faces(faces.flip(-1)), atol=1e-5, rtol=0)
 
 
-# -- a published teacher ------------------------------------------------------------------------------
-
-
 def recogniser(path, seed=0):
     """An ONNX recogniser: a random linear map of a 16 x 16 face to 12 dimensions."""
     weights = np.random.default_rng(seed).normal(size=(3 * SIZE * SIZE, 12)).astype(np.float32)
-    nodes = [
-        helper.make_node("Flatten", ["input"], ["flat"], axis=1),
-        helper.make_node("MatMul", ["flat", "w"], ["embedding"]),
-    ]
-    ends = (("input", ["n", 3, SIZE, SIZE]), ("embedding", ["n", 12]))
-    inputs, outputs = ([helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name, shape in ends)
-    constant = helper.make_tensor("w", TensorProto.FLOAT, weights.shape, weights.flatten())
-    graph = helper.make_graph(nodes, "linear", inputs, outputs, [constant])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    linear_model(path, weights, ("n", 3, SIZE, SIZE))
     return torch.from_numpy(weights)
 
 
@@ -246,9 +213,6 @@ def test_a_published_teacher_needs_no_second_picture_of_anyone(make_adversary, p
     assert report.details["teacher_accuracy"] is None
 
 
-# -- what a fit reports -------------------------------------------------------------------------------
-
-
 def test_the_curves_are_of_identities_that_were_not_trained_on(on_plain):
     _, report = on_plain
     details = report.details
@@ -277,9 +241,6 @@ def test_states_seen_are_recorded(on_plain, on_pick, pick):
     assert on_plain[1].states_seen is None
 
 
-# -- unusable public faces ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "identities", [torch.arange(12) // 4, torch.arange(12)], ids=["three people", "one picture each"]
 )
@@ -289,19 +250,16 @@ def test_too_few_identities_to_train_a_teacher_are_refused(make_adversary, plain
         fit(replace(adversary, identities=identities), **BRIEF)
 
 
-# -- held-out pairs -----------------------------------------------------------------------------------
-
-
 def held_out(identities):
     return _HeldOut.of(torch.zeros(len(identities), 3, 4, 4, dtype=torch.uint8), torch.tensor(identities))
 
 
 def test_auc_of_held_out_pairs_equals_scikit_learn():
     held = held_out([0, 0, 1, 1, 2, 2, 2])
-    one, other = (torch.randn(7, 2, generator=torch.Generator().manual_seed(i)).round() for i in (0, 1))
-    scores = (one[held.first] * other[held.second]).sum(dim=1)
+    left, right = (torch.randn(7, 2, generator=torch.Generator().manual_seed(i)).round() for i in (0, 1))
+    scores = (left[held.first] * right[held.second]).sum(dim=1)
     assert len(set(scores.tolist())) < len(scores)  # there are ties
-    assert held.auc(one, other) == pytest.approx(roc_auc_score(held.same, scores))
+    assert held.auc(left, right) == pytest.approx(roc_auc_score(held.same, scores))
 
 
 def test_accuracy_of_held_out_pairs():

@@ -30,9 +30,6 @@ def climb(make_adversary, plain, hidden):
     return run
 
 
-# -- what both keep -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("attack", BOTH)
 def test_it_reaches_the_template_where_scores_are_exact(climb, attack):
     faces, service = climb(attack)
@@ -140,9 +137,6 @@ def test_a_victim_is_recovered_alike_alone_and_among_others(make_adversary, plai
     torch.testing.assert_close(few, together[:3], rtol=0, atol=1e-3)
 
 
-# -- several starts of hill climbing ------------------------------------------------------------------
-
-
 def two_hills(latents):
     """A hill of height -0.05 at -2, on whose slope the start lies, and one of height 0 at 3."""
     first = latents[..., 0]
@@ -152,11 +146,8 @@ def two_hills(latents):
 @pytest.mark.parametrize(("starts", "top"), [(1, -2.0), (12, 3.0)])
 def test_several_starts_find_the_higher_hill(starts, top):
     attack = HillClimb(HillClimbOptions(queries=4000, starts=starts, batch=8, penalty=0))
-    found = attack.search(OnLatents(two_hills, 4000, 3), torch.zeros(3, 2))
-    torch.testing.assert_close(found[:, 0], torch.full((3,), top), rtol=0, atol=0.2)
-
-
-# -- estimators of the zeroth-order climb --------------------------------------------------------------
+    latents = attack.search(OnLatents(two_hills, 4000, 3), torch.zeros(3, 2))
+    torch.testing.assert_close(latents[:, 0], torch.full((3,), top), rtol=0, atol=0.2)
 
 
 @pytest.mark.parametrize("estimator", ["central", "forward"])
@@ -185,9 +176,6 @@ def test_the_published_setting_asks_17_times_in_each_of_400_steps(make_adversary
     attack.learn(make_adversary(plain(image_size=SIZE)))
     attack.recover(observation(score, 1))
     assert calls == [17] * 400
-
-
-# -- the belief ---------------------------------------------------------------------------------------
 
 
 def beliefs(size=5, victims=3):
@@ -219,15 +207,15 @@ def test_moving_changes_where_the_belief_stands_and_not_what_it_says(monkeypatch
     belief, draws = beliefs(), torch.Generator().manual_seed(1)
     belief.update(torch.randn(3, 4, 5, generator=draws), torch.randn(3, 4, generator=draws))
 
-    def said_at(place):
-        design = torch.cat((torch.ones(3, 1), place), dim=1)
+    def said_at(point):
+        design = torch.cat((torch.ones(3, 1), point), dim=1)
         mean = (design * belief._mean).sum(dim=1)
         return mean, (design[:, None] @ belief._covariance @ design[..., None]).flatten()
 
-    place, move = torch.randn(3, 5, generator=draws), torch.randn(3, 5, generator=draws)
-    before = said_at(place)
+    point, move = torch.randn(3, 5, generator=draws), torch.randn(3, 5, generator=draws)
+    before = said_at(point)
     belief.move(move)
-    torch.testing.assert_close(said_at(place - move), before, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(said_at(point - move), before, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(belief._covariance, belief._covariance.mT)
 
 

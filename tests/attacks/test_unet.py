@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from interception import observe
 
 from attacks.base import Observation
 from attacks.parts.unet_network import UNetNetwork
@@ -11,34 +12,6 @@ from attacks.unet import UNet, UNetOptions, invariant_view
 
 SIZE = 16
 TINY = {"widths": (8, 8), "stem_stride": 2, "batch_size": 10, "images": 200}
-
-
-def observe(defense, faces, *, k=1, states=False, seed=9):
-    """What an adversary intercepts of ``faces`` (uint8), with the states if asked."""
-    generator = torch.Generator().manual_seed(seed)
-    sent = [defense.protect(faces.float() / 255, generator) for _ in range(k)]
-    stacked = torch.stack([each.state for each in sent], dim=1) if states else None
-    return Observation(torch.stack([each.representation for each in sent], dim=1), stacked)
-
-
-# -- options ------------------------------------------------------------------------------------------
-
-
-def test_strings_from_the_command_line_parse():
-    options = UNetOptions.model_validate(
-        {"widths": "16, 32,64", "stem_stride": "2", "bypass": "5", "learning_rate": "2e-3", "early_stop": "true"}
-    )
-    assert options.widths == (16, 32, 64)
-    assert (options.stem_stride, options.bypass, options.learning_rate, options.early_stop) == (2, 5, 2e-3, True)
-
-
-def test_defaults_are_the_published_ones():
-    options = UNetOptions()
-    assert options.widths == (64, 128, 256, 512, 1024)
-    assert (options.loss, options.learning_rate, options.batch_size, options.stem_stride) == ("l1", 1e-3, 64, 1)
-
-
-# -- the network --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
@@ -75,9 +48,6 @@ def test_the_layout_selects_statistics_and_weights():
 def test_the_published_widths_have_the_size_of_the_published_network():
     parameters = sum(p.numel() for p in UNetNetwork(27, 112, UNetOptions()).parameters())
     assert 30e6 < parameters < 32e6  # 31.0 M for the original with 64 to 1024 channels
-
-
-# -- training -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", ["l1", "l1+ssim"])
@@ -130,9 +100,6 @@ def test_the_curve_ends_with_all_images_and_validates_on_other_identities(make_a
     assert images[-1] == 200
     assert report.details["validation_faces"] == 15  # 5 of 20 identities, 3 faces each
     assert report.details["training_faces"] == 45
-
-
-# -- the rungs ----------------------------------------------------------------------------------------
 
 
 def fitted(make_adversary, defense, knowledge, **options):
@@ -216,9 +183,6 @@ def test_several_interceptions_are_averaged(make_adversary, pick, make_faces):
     assert not torch.allclose(each[0], each[1])
 
 
-# -- input checks -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def inverter(make_adversary, plain):
     attack = UNet(UNetOptions(**TINY))
@@ -245,9 +209,6 @@ def test_recovery_does_not_depend_on_the_batch(inverter, make_faces):
     together = inverter.recover(Observation(z))
     alone = torch.cat([inverter.recover(Observation(z[i : i + 1])) for i in (0, 65)])
     torch.testing.assert_close(together[[0, 65]], alone)
-
-
-# -- storing and resuming -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sorted", "mean"])

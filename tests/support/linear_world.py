@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from interception import observe as intercept
 from pictures import smooth
 from torch import Tensor
 
-from attacks.base import Observation
 from bench.plugins import make_defense
 
 SIZE = 24
@@ -32,11 +32,8 @@ def adversary_of(make_adversary, defense, knowledge, seed=0):
 
 
 def observe(defense, count=16, k=1, *, states=True, seed=3):
-    faces = faces_of(count, seed=50).float() / 255
-    generator = torch.Generator().manual_seed(seed)
-    sent = [defense.protect(faces, generator) for _ in range(k)]
-    drawn = None if sent[0].state is None or not states else torch.stack([one.state for one in sent], 1)
-    return faces, Observation(torch.stack([one.representation for one in sent], 1), drawn)
+    faces = faces_of(count, seed=50)
+    return faces.float() / 255, intercept(defense, faces, k, states=states, seed=seed)
 
 
 def error(recovered: Tensor, faces: Tensor) -> float:

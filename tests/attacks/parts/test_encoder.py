@@ -1,17 +1,11 @@
 from __future__ import annotations
 
-import hashlib
-
-import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
 from torch import nn
 from torch.nn import functional
 
 from attacks.parts.encoder import Encoder, LayoutConvolution, MapNormalisation
-from bench.nets.onnx import OnnxEncoder
 
 
 def seeded(seed=0):
@@ -21,9 +15,6 @@ def seeded(seed=0):
 def encoder(shape, **options):
     torch.manual_seed(0)
     return Encoder(shape, **{"widths": (4, 6), "blocks": 1, "embedding_size": 5} | options)
-
-
-# -- normalisation ------------------------------------------------------------------------------------
 
 
 def test_channels_and_maps_of_any_scale_come_out_alike():
@@ -63,9 +54,6 @@ def test_statistics_follow_the_layout():
     torch.testing.assert_close(layer.std, scales, rtol=0.1, atol=0)
     torch.testing.assert_close(layer.mean, 2 * scales, rtol=0.1, atol=0)
     torch.testing.assert_close(layer(sent, layout).square().mean(dim=(2, 3)), torch.ones(50, 2))
-
-
-# -- the network --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -141,70 +129,3 @@ def test_a_student_can_start_with_the_mean_and_spread_of_what_it_imitates():
     embeddings = network(torch.rand(64, 3, 16, 16, generator=seeded(1))).detach()
     torch.testing.assert_close(embeddings.mean(dim=0), targets.mean(dim=0), rtol=0, atol=1e-4)
     torch.testing.assert_close(embeddings.std(dim=0, correction=0), targets.std(dim=0, correction=0), rtol=1e-2, atol=0)
-
-
-# -- published encoders -------------------------------------------------------------------------------
-
-WEIGHTS = np.random.default_rng(0).normal(size=(3 * 8 * 8, 4)).astype(np.float32)
-
-
-def make_model(path, *, shape=("n", 3, 8, 8), weights=WEIGHTS, outputs=("n", 4)):
-    """``flatten(x) @ weights`` as an ONNX file."""
-    nodes = [
-        helper.make_node("Flatten", ["input"], ["flat"], axis=1),
-        helper.make_node("MatMul", ["flat", "w"], ["embedding"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "linear",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, list(shape))],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, list(outputs))],
-        [helper.make_tensor("w", TensorProto.FLOAT, weights.shape, weights.flatten())],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
-
-
-CPU = torch.device("cpu")
-
-
-def test_an_onnx_file_is_fed_what_the_field_feeds_it(tmp_path):
-    path = make_model(tmp_path / "r.onnx")
-    network = OnnxEncoder(path, CPU)
-    faces = torch.rand(3, 3, 8, 8, generator=seeded())
-    expected = ((255 * faces - 127.5) / 128).flatten(1) @ torch.from_numpy(WEIGHTS)
-    torch.testing.assert_close(network(faces), expected, rtol=1e-4, atol=1e-4)
-    assert network.embedding_size == 4
-    assert bytes(network.digest.tolist()) == hashlib.sha256(path.read_bytes()).digest()
-
-
-def test_other_sizes_are_resized_and_fixed_batches_filled(tmp_path):
-    network = OnnxEncoder(make_model(tmp_path / "r.onnx", shape=(2, 3, 8, 8), outputs=(2, 4)), CPU)
-    faces = torch.rand(5, 3, 16, 16, generator=seeded())
-    small = functional.interpolate(faces, (8, 8), mode="bilinear", antialias=True).clamp(0, 1)
-    assert network(faces).shape == (5, 4)
-    torch.testing.assert_close(network(faces), network(small))
-
-
-def test_files_that_are_no_recogniser_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"absent\.onnx does not exist"):
-        OnnxEncoder(tmp_path / "absent.onnx", CPU)
-    (tmp_path / "text.onnx").write_text("no model")
-    with pytest.raises(ValueError, match="no ONNX model"):
-        OnnxEncoder(tmp_path / "text.onnx", CPU)
-    with pytest.raises(ValueError, match=r"must map \(N, 3, H, W\)"):
-        OnnxEncoder(make_model(tmp_path / "grey.onnx", shape=("n", 1, 8, 24)), CPU)
-
-
-def test_weights_of_another_file_are_found_out(tmp_path):
-    network = OnnxEncoder(make_model(tmp_path / "a.onnx"), CPU)
-    other = OnnxEncoder(make_model(tmp_path / "b.onnx", weights=2 * WEIGHTS), CPU)
-    other.load_state_dict(network.state_dict())
-    with pytest.raises(ValueError, match="not the file"):
-        other(torch.rand(1, 3, 8, 8))
-
-
-def test_embeddings_that_are_not_finite_are_refused(tmp_path):
-    network = OnnxEncoder(make_model(tmp_path / "nan.onnx", weights=WEIGHTS * np.nan), CPU)
-    with pytest.raises(ValueError, match="not finite"):
-        network(torch.rand(1, 3, 8, 8))

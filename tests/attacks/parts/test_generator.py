@@ -34,9 +34,6 @@ def fit(make_adversary, plain):
     return run
 
 
-# -- networks -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("size", [8, 9, 16, 20, 23, 32, 64, 112])
 def test_any_size_is_decoded_and_encoded(size):
     generator = FaceGenerator(6, size, 2).eval()
@@ -65,20 +62,6 @@ def test_faces_stay_in_range_and_are_differentiable_in_the_code():
     assert 0.95 < float(high) <= 1
     faces.sum().backward()
     assert (latent.grad.abs().sum(dim=1) > 0).all()
-
-
-def test_weights_depend_on_the_seed_alone():
-    options = GeneratorOptions(**TINY)
-    torch.manual_seed(1)
-    expected = torch.rand(2)
-    torch.manual_seed(1)
-    first, again, other = (build_generator(options, SIZE, seed) for seed in (0, 0, 1))
-    assert torch.equal(torch.rand(2), expected)
-    assert torch.equal(first.posterior.weight, again.posterior.weight)
-    assert not torch.equal(first.posterior.weight, other.posterior.weight)
-
-
-# -- views --------------------------------------------------------------------------------------------
 
 
 def test_a_view_that_changes_nothing(make_faces):
@@ -119,9 +102,6 @@ def test_drawn_views_keep_to_their_bounds_and_are_differentiable(make_faces):
     assert 0 <= float(changed.detach().min()) <= float(changed.detach().max()) <= 1 + 1e-6
     changed.sum().backward()
     assert (faces.grad.sum(dim=(1, 2, 3)) > 0).all()
-
-
-# -- training -----------------------------------------------------------------------------------------
 
 
 def test_it_reconstructs_faces_it_never_saw(fit):

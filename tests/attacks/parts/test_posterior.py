@@ -74,7 +74,7 @@ def dense(operator):
 
 def textbook(prior, operators, noise, representations):
     """mean + S A^T (A S A^T + s^2)^-1 (z - A mean)."""
-    matrix = torch.cat([dense(one) for one in operators])
+    matrix = torch.cat([dense(operator) for operator in operators])
     covariance = dense_covariance(prior)
     mean = prior.to_faces(prior.mean[None]).flatten()
     system = matrix @ covariance @ matrix.T + noise**2 * torch.eye(len(matrix), dtype=torch.float64)
@@ -106,19 +106,19 @@ def test_posterior_mean_is_the_textbooks(name, block, monkeypatch):
     monkeypatch.setattr("attacks.parts.posterior._BELOW_NOISE", 0.0)  # nothing left out
     prior = prior_for(operator)
     sent = operator(smooth(5, SIZE, seed=3).double() / 255)
-    found = applied(prior, [operator], NOISE, [sent])
-    torch.testing.assert_close(found, textbook(prior, [operator], NOISE, [sent]), rtol=0, atol=1e-7)
+    estimate = applied(prior, [operator], NOISE, [sent])
+    torch.testing.assert_close(estimate, textbook(prior, [operator], NOISE, [sent]), rtol=0, atol=1e-7)
 
 
 def test_several_interceptions_are_one_posterior():
     operators = [banded(0), banded(1)]
     prior = prior_for(operators[0])
     faces = smooth(3, SIZE, seed=3).double() / 255
-    sent = [one(faces) for one in operators]
-    found = applied(prior, operators, NOISE, sent)
-    torch.testing.assert_close(found, textbook(prior, operators, NOISE, sent), rtol=0, atol=1e-7)
+    sent = [operator(faces) for operator in operators]
+    estimate = applied(prior, operators, NOISE, sent)
+    torch.testing.assert_close(estimate, textbook(prior, operators, NOISE, sent), rtol=0, atol=1e-7)
     alone = applied(prior, operators[:1], NOISE, sent[:1])
-    assert float((found - faces).square().mean()) < float((alone - faces).square().mean())
+    assert float((estimate - faces).square().mean()) < float((alone - faces).square().mean())
 
 
 def test_leaving_out_what_drowns_in_noise_changes_nothing(monkeypatch):
@@ -136,8 +136,8 @@ def test_conjugate_gradients_converge_to_the_same():
     sent = operator(smooth(4, SIZE, seed=3).double() / 255)
     posterior = IterativePosterior(PriorCovariance(prior), operator, NOISE, 400)
     mean = prior.to_faces(prior.mean[None])
-    found = mean + posterior(sent - operator(mean))
-    torch.testing.assert_close(found, textbook(prior, [operator], NOISE, [sent]), rtol=0, atol=1e-6)
+    estimate = mean + posterior(sent - operator(mean))
+    torch.testing.assert_close(estimate, textbook(prior, [operator], NOISE, [sent]), rtol=0, atol=1e-6)
 
 
 def test_a_few_conjugate_gradient_steps_stay_near_the_mean():
@@ -185,8 +185,8 @@ def test_too_few_steps_are_told():
 def test_huge_noise_leaves_the_mean():
     operator = banded(0)
     prior = prior_for(operator)
-    found = applied(prior, [operator], 1e6, [operator(smooth(2, SIZE, seed=3).double() / 255)])
-    torch.testing.assert_close(found, prior.to_faces(prior.mean[None]).expand_as(found), rtol=0, atol=1e-6)
+    estimate = applied(prior, [operator], 1e6, [operator(smooth(2, SIZE, seed=3).double() / 255)])
+    torch.testing.assert_close(estimate, prior.to_faces(prior.mean[None]).expand_as(estimate), rtol=0, atol=1e-6)
 
 
 def test_reach_of_maps():

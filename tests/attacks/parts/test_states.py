@@ -35,24 +35,24 @@ def test_an_assignment_avoids_channels_never_seen():
 @pytest.mark.parametrize("confusion", [0.0, 0.2])
 def test_a_table_is_found_from_faces_that_are_misread_often(confusion):
     members = torch.arange(300) % 6
-    found, counts = infer_table(likelihoods(TABLE, members, confusion=confusion), 6)
-    assert {tuple(row) for row in found.tolist()} == {tuple(row) for row in TABLE.tolist()}
+    table, counts = infer_table(likelihoods(TABLE, members, confusion=confusion), 6)
+    assert {tuple(row) for row in table.tolist()} == {tuple(row) for row in TABLE.tolist()}
     assert counts.tolist() == [50] * 6
 
 
 def test_fewer_states_than_allowed_are_not_invented():
     members = torch.arange(300) % 3
-    found, counts = infer_table(likelihoods(TABLE, members, confusion=0.1), 6)
-    assert {tuple(row) for row in found.tolist()} == {tuple(row) for row in TABLE[:3].tolist()}
+    table, counts = infer_table(likelihoods(TABLE, members, confusion=0.1), 6)
+    assert {tuple(row) for row in table.tolist()} == {tuple(row) for row in TABLE[:3].tolist()}
     assert int(counts.sum()) == 300
 
 
 def test_rare_states_are_kept():
     members = torch.cat((torch.zeros(250, dtype=torch.int64), torch.arange(50) % 6))
-    found, counts = infer_table(likelihoods(TABLE, members), 6)
-    assert {tuple(row) for row in found.tolist()} == {tuple(row) for row in TABLE.tolist()}
+    table, counts = infer_table(likelihoods(TABLE, members), 6)
+    assert {tuple(row) for row in table.tolist()} == {tuple(row) for row in TABLE.tolist()}
     assert int(counts[0]) == 259
-    assert found[0].tolist() == TABLE[0].tolist()
+    assert table[0].tolist() == TABLE[0].tolist()
 
 
 def test_the_row_of_a_known_table_is_the_likeliest():

@@ -17,27 +17,6 @@ def test_round_trip_of_tensors_and_json(tmp_path):
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
-def test_a_second_save_replaces_the_first_and_leaves_nothing_beside_it(tmp_path):
-    checkpoint.save(tmp_path, {"x": torch.zeros(1)}, {"step": 1})
-    checkpoint.save(tmp_path, {"x": torch.ones(1)}, {"step": 2})
-    tensors, meta = checkpoint.load(tmp_path)
-    assert (tensors["x"].item(), meta["step"]) == (1.0, 2)
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_save_that_fails_keeps_the_last_one(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, {"x": torch.zeros(1)}, {"step": 1})
-
-    def half(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(checkpoint, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(tmp_path, {"x": torch.ones(1)}, {"step": 2})
-    assert checkpoint.load(tmp_path)[1] == {"step": 1}
-
-
 def test_nothing_stored_is_none(tmp_path):
     assert checkpoint.load(tmp_path / "absent") is None
 
@@ -51,52 +30,32 @@ def test_a_damaged_file_is_named(tmp_path, content):
         checkpoint.load(tmp_path)
 
 
-def test_an_optimizer_continues_as_if_never_stopped(tmp_path):
-    def build():
-        torch.manual_seed(0)
-        layer = torch.nn.Linear(3, 2)
-        return layer, torch.optim.Adam(layer.parameters(), lr=0.1)
-
-    def step(layer, optimizer):
-        optimizer.zero_grad()
-        layer(torch.ones(1, 3)).square().sum().backward()
-        optimizer.step()
-
-    layer, optimizer = build()
-    for _ in range(3):
-        step(layer, optimizer)
-    other, resumed = build()
-    other.load_state_dict(layer.state_dict())
-    checkpoint.save(tmp_path, checkpoint.flatten_optimizer(optimizer.state_dict()), {})
-    checkpoint.restore_optimizer(resumed, checkpoint.load(tmp_path)[0])
-    step(layer, optimizer)
-    step(other, resumed)
-    assert torch.equal(layer.weight, other.weight)
-
-
 FLOOR = 0.2
 
 
-def test_a_flat_last_doubling_is_a_plateau_whatever_came_before():
-    assert Plateau().reached([(1, 0.2), (2, 0.1), (4, 0.0995)], FLOOR)
+@pytest.mark.parametrize(
+    ("curve", "reached"),
+    [
+        ([(1, 0.2), (2, 0.1), (4, 0.0995)], True),  # flat, whatever came before
+        ([(1, 0.11), (2, 0.1), (4, 0.09)], False),
+        ([(1, 0.1), (2, 0.12)], True),  # a rise
+    ],
+)
+def test_a_plateau_is_a_last_doubling_that_gained_nothing(curve, reached):
+    assert Plateau().reached(curve, FLOOR) is reached
 
 
-def test_a_falling_last_doubling_is_none():
-    assert not Plateau().reached([(1, 0.11), (2, 0.1), (4, 0.09)], FLOOR)
-
-
-@pytest.mark.parametrize(("loss", "reached"), [(0.0971, True), (0.0969, False)])
-def test_the_relative_tolerance_is_a_share_of_the_earlier_loss(loss, reached):
-    assert Plateau(relative=0.03, absolute=1e-9).reached([(100, 0.1), (200, loss)], FLOOR) is reached
-
-
-@pytest.mark.parametrize(("loss", "reached"), [(0.0081, True), (0.0079, False)])
-def test_the_absolute_tolerance_is_a_share_of_the_floor(loss, reached):
-    assert Plateau(relative=1e-9, absolute=0.01).reached([(100, 0.01), (200, loss)], FLOOR) is reached
-
-
-def test_a_rising_loss_is_a_plateau():
-    assert Plateau().reached([(1, 0.1), (2, 0.12)], FLOOR)
+@pytest.mark.parametrize(
+    ("tolerances", "earlier", "loss", "reached"),
+    [
+        ((0.03, 1e-9), 0.1, 0.0971, True),  # a share of the earlier loss
+        ((0.03, 1e-9), 0.1, 0.0969, False),
+        ((1e-9, 0.01), 0.01, 0.0081, True),  # a share of the floor
+        ((1e-9, 0.01), 0.01, 0.0079, False),
+    ],
+)
+def test_what_counts_as_nothing(tolerances, earlier, loss, reached):
+    assert Plateau(*tolerances).reached([(100, earlier), (200, loss)], FLOOR) is reached
 
 
 @pytest.mark.parametrize("curve", [[], [(8, 0.1)], [(5, 0.1), (8, 0.1)], [(1, 0.1), (8, 0.1)]])
