@@ -50,8 +50,8 @@ def test_cost(benchmark):
     rates = {name: {"inference": 0.0, "training": 0.0} for name in NAMES}
     # Alternating rounds, and the fastest of each: other load only ever adds time, and not to all alike.
     for _, (name, network), mode in itertools.product(range(ROUNDS), networks.items(), ("inference", "training")):
-        median, *_ = images_per_second(network, batch, rounds=1, training=mode == "training")
-        rates[name][mode] = max(rates[name][mode], median)
+        rate = images_per_second(network, batch, rounds=1, training=mode == "training")
+        rates[name][mode] = max(rates[name][mode], rate)
     whole = networks[WHOLE].eval()
     with torch.inference_mode():
         benchmark.pedantic(whole, args=(batch,), rounds=3, warmup_rounds=1)

@@ -39,9 +39,9 @@ def streamed(source, order, batches, **options):
 
 def rate(images, work):
     """Images per second, by the clock and by the processor time of this process and its children."""
-    own, started = time.process_time(), time.perf_counter()
+    processor, clock = time.process_time(), time.perf_counter()
     work()
-    return images / (time.perf_counter() - started), images / (time.process_time() - own)
+    return images / (time.perf_counter() - clock), images / (time.process_time() - processor)
 
 
 @pytest.mark.slow
@@ -74,8 +74,8 @@ def test_three_times_as_fast_as_one_at_a_time_in_constant_memory(benchmark, tmp_
     # Alternating rounds, and the fastest of each: other load only ever adds time, and not to both alike.
     for _ in range(3):
         for way, work in works.items():
-            found = rate(read, work)
-            best[way] = tuple(max(pair) for pair in zip(best.get(way, found), found, strict=True))
+            rates = rate(read, work)
+            best[way] = tuple(max(pair) for pair in zip(best.get(way, rates), rates, strict=True))
     slow = best.pop("one at a time")
     ratio = max(fast for fast, _ in best.values()) / slow[0]
     on_one_core = best["inline"][1] / slow[1]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,16 +29,7 @@ class BackboneCost:
 
 
 def backbone_cost(backbone: str, representation_shape: tuple[int, int, int], embedding_size: int = 512) -> BackboneCost:
-    """Parameters and operations of a recogniser; nothing is computed.
-
-    Args:
-        backbone: a name in :data:`bench.nets.backbones.BACKBONES`.
-        representation_shape: (C, h, w) of its input.
-        embedding_size: D.
-
-    Raises:
-        UsageError: an unknown backbone or sizes that cannot be.
-    """
+    """Parameters and operations of a recogniser of representations (C, h, w); nothing is computed."""
     with torch.device("meta"):
         recogniser = build_recogniser(backbone, representation_shape, embedding_size).eval()
     network = recogniser.backbone.to("meta")  # timm's networks are built elsewhere
@@ -49,19 +40,10 @@ def backbone_cost(backbone: str, representation_shape: tuple[int, int, int], emb
     return BackboneCost(recogniser.parameter_count, counter.get_total_flops())
 
 
-def images_per_second(
-    module: nn.Module, batch: torch.Tensor, *, rounds: int = 5, training: bool = False
-) -> tuple[float, float, float]:
-    """Median and quartiles of a module's throughput on a batch.
+def images_per_second(module: nn.Module, batch: torch.Tensor, *, rounds: int = 5, training: bool = False) -> float:
+    """Median throughput of a module on a batch (N, C, h, w), over ``rounds`` passes after one that is not timed.
 
-    Args:
-        module: from ``batch`` to embeddings, on its device; left in the mode it is measured in.
-        batch: (N, C, h, w).
-        rounds: timed passes, after one that is not.
-        training: measure forward and backward passes, instead of inference.
-
-    Returns:
-        Median, lower and upper quartile, in images per second.
+    With ``training`` of forward and backward passes, else of inference; the module is left in that mode.
     """
     module.train(training)
     rates = []
@@ -75,20 +57,4 @@ def images_per_second(
             torch.cuda.synchronize(batch.device)
         if number:
             rates.append(len(batch) / (time.perf_counter() - start))
-    lower, median, upper = np.quantile(rates, (0.25, 0.5, 0.75)).tolist()
-    return median, lower, upper
-
-
-def throughput(
-    backbone: str,
-    representation_shape: tuple[int, int, int],
-    *,
-    batch: int = 32,
-    rounds: int = 5,
-    training: bool = False,
-    device: torch.device | str = "cpu",
-) -> tuple[float, float, float]:
-    """:func:`images_per_second` of a fresh recogniser, 512-dimensional, on noise."""
-    recogniser = build_recogniser(backbone, representation_shape, 512).to(device)
-    noise = torch.randn(batch, *representation_shape, generator=torch.Generator().manual_seed(0)).to(device)
-    return images_per_second(recogniser, noise, rounds=rounds, training=training)
+    return statistics.median(rates)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.nets.partialformer import BlockOptions, Decoder, DecoderLayer, Encoder, HeadScaling, PartialSublayer, causal
+from bench.nets.partialformer import BlockOptions, Decoder, DecoderLayer, Encoder, PartialSublayer, causal
 
 OPTIONS = BlockOptions(width=24, heads=4, scaled_heads=10, hidden_ratio=3)
 BATCH, LENGTH, SOURCE = 2, 5, 7
@@ -190,13 +190,6 @@ def test_the_decoder_looks_at_no_later_position() -> None:
         assert reached.tolist() == [s <= t for s in range(LENGTH)]
 
 
-@torch.no_grad()
-def test_without_positions_the_encoder_does_not_know_order() -> None:
-    encoder = made(Encoder(OPTIONS, 2))
-    x, order = tokens(BATCH, LENGTH, 24), torch.tensor([3, 1, 4, 0, 2])
-    torch.testing.assert_close(encoder(x[:, order]), encoder(x)[:, order], rtol=1e-10, atol=1e-10)
-
-
 def test_gradients_are_those_of_finite_differences() -> None:
     options = BlockOptions(width=8, heads=2, scaled_heads=3, hidden_ratio=2)
     decoder = made(Decoder(options, 1))
@@ -213,13 +206,6 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = encoder(x, visible)
     torch.testing.assert_close(output.float(), encoder(x, visible), rtol=0, atol=0.1)
-
-
-def test_head_scaling_acts_on_every_pair_alone() -> None:
-    scaling = HeadScaling(3, 5)
-    logits = torch.randn(2, 3, 4, 6)
-    expected = scaling.mix(torch.relu(scaling.expand(logits.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
-    torch.testing.assert_close(scaling(logits), expected)
 
 
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:

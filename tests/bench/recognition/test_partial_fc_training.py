@@ -11,9 +11,7 @@ import torch
 import training_at_work as work
 from in_processes import in_processes
 
-from bench.recognition.options import TrainingOptions
 from bench.recognition.processes import Processes
-from bench.recognition.training import build_head
 
 WHOLE = {"head": "partial-fc", "sample_rate": 1.0}
 CHANGES: list[dict[str, Any]] = [
@@ -139,10 +137,3 @@ def test_a_batch_too_small_for_the_processes_is_refused(tmp_path: Path) -> None:
         assert process["error"] == (
             "UsageError: 2 processes cannot share batches of 3: start fewer, or raise training.batch_size to 4 or more"
         )
-
-
-def test_the_head_follows_its_options() -> None:
-    options = TrainingOptions(head="partial-fc", margin=0.2, angle_factor=1.5, cosine_margin=0.1, interclass_filter=0.4)
-    head: Any = build_head(options, 90, seed=4, processes=Processes(1, 2))
-    assert (head.margin, head.angle_factor, head.cosine_margin, head.interclass_filter) == (0.2, 1.5, 0.1, 0.4)
-    assert (head.classes, head.owned, head.quota) == (90, range(45, 90), round(0.1 * 45))
