@@ -60,12 +60,6 @@ class BlockOptions:
         return self.value_heads * self.head_width
 
 
-def causal(length: int, device: torch.device | None = None) -> Tensor:
-    """Bool (T, T): position t sees positions up to t."""
-    mask: Tensor = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return mask
-
-
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, T, heads * h) to (B, heads, T, h)."""
     # A view, not ``unflatten``: ONNX export with a free batch size would keep the size it was traced with.
@@ -221,33 +215,6 @@ class PartialSublayer(nn.Module):
         return output
 
 
-class DecoderLayer(nn.Module):
-    """A self-attention and a cross-attention sub-layer, each with a small network, gate and norm of its own.
-
-    Queries and gate of the cross-attention come from the target, keys and values from the encoder. At the published
-    size (d = 360, N = 16, rho = 2) each sub-layer has 1,048,691 parameters (queries and keys 259,920, values, gate and
-    output 779,400, the small network 8,235, head scaling 416, norm 720), the layer 2,097,382.
-    """
-
-    def __init__(self, options: BlockOptions) -> None:
-        super().__init__()
-        self.itself = PartialSublayer(options)
-        self.cross = PartialSublayer(options)
-
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        visible: Tensor | None = None,
-        memory_visible: Tensor | None = None,
-        global_logits: Tensor | None = None,
-    ) -> Tensor:
-        """Target tokens (B, T, d) and encoded source (B, S, d) to (B, T, d)."""
-        x = self.itself(x, visible=visible, global_logits=global_logits)
-        output: Tensor = self.cross(x, memory, memory_visible)
-        return output
-
-
 class Encoder(nn.Module):
     """Encoder layers on any sequence of tokens, and the logit map they share; a final layer norm."""
 
@@ -262,39 +229,11 @@ class Encoder(nn.Module):
 
         Args:
             tokens: the embeddings.
-            visible: bool, broadcastable to (B, 1, T, T): for padding (B, 1, 1, T), for a language model ``causal(T)``.
+            visible: bool, broadcastable to (B, 1, T, T): such as (B, 1, 1, T) for padding.
         """
         logits = None if self.global_logits is None else self.global_logits(tokens)
         for layer in self.layers:
             tokens = layer(tokens, visible=visible, global_logits=logits)
-        output: Tensor = self.norm(tokens)
-        return output
-
-
-class Decoder(nn.Module):
-    """Decoder layers, the logit map that their self-attentions share, and a final layer norm.
-
-    Every position sees itself and those before it.
-    """
-
-    def __init__(self, options: BlockOptions, depth: int) -> None:
-        super().__init__()
-        self.global_logits = GlobalLogits(options) if options.residual_attention else None
-        self.layers = nn.ModuleList(DecoderLayer(options) for _ in range(depth))
-        self.norm = nn.LayerNorm(options.width)
-
-    def forward(self, tokens: Tensor, memory: Tensor, memory_visible: Tensor | None = None) -> Tensor:
-        """Embedded target (B, T, d) and encoded source (B, S, d) to (B, T, d).
-
-        Args:
-            tokens: embeddings of the target so far.
-            memory: the encoder's output.
-            memory_visible: bool, broadcastable to (B, 1, T, S): False for padding of the source.
-        """
-        visible = causal(tokens.shape[1], tokens.device)
-        logits = None if self.global_logits is None else self.global_logits(tokens)
-        for layer in self.layers:
-            tokens = layer(tokens, memory, visible, memory_visible, logits)
         output: Tensor = self.norm(tokens)
         return output
 
