@@ -143,7 +143,7 @@ def test_every_import_is_declared() -> None:
 def test_every_import_of_the_tests_is_declared() -> None:
     tests = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py"))
     known = declared([*PROJECT["dependencies"], *EXTRAS["test"]])
-    local = {path.stem.replace("_", "-") for path in tests} | {path.stem for path in tests} | {"docs"}
+    local = {path.stem.replace("_", "-") for path in tests} | {path.stem for path in tests} | {"translation"}
     undeclared = {name: who for name, who in third_party(tests).items() if name not in known | local}
     assert undeclared == {}
 

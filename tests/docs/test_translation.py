@@ -7,13 +7,13 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from translation import demo
+from translation.corpus import GENDERS, Languages, Vocabulary
+from translation.decoding import beam_search, greedy
+from translation.translation import BEGIN, END, PADDING, TranslationModel, published, sinusoids
 
 from bench.errors import MissingError, UsageError
 from bench.nets.partialformer import BlockOptions
-from docs.examples.translation import demo
-from docs.examples.translation.corpus import GENDERS, Languages, Vocabulary
-from docs.examples.translation.decoding import beam_search, greedy
-from docs.examples.translation.translation import BEGIN, END, PADDING, TranslationModel, published, sinusoids
 
 ENCODER = BlockOptions(width=16, heads=2, scaled_heads=5, hidden_ratio=2)
 DECODER = BlockOptions(width=16, heads=2, scaled_heads=3, hidden_ratio=2)

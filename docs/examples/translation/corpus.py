@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from docs.examples.translation.translation import BEGIN, END, PADDING
+from .translation import BEGIN, END, PADDING
 
 Sentence = tuple[str, ...]
 Pair = tuple[Sentence, Sentence]

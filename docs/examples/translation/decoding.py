@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from docs.examples.translation.translation import BEGIN, END, PADDING, TranslationModel
+from .translation import BEGIN, END, PADDING, TranslationModel
 
 
 @torch.no_grad()

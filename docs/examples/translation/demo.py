@@ -23,9 +23,10 @@ from torch import Tensor
 from bench.errors import BenchError, MissingError, UsageError
 from bench.nets.partialformer import BlockOptions
 from bench.randomness import Streams
-from docs.examples.translation.corpus import Languages, Pair, Sentence, Vocabulary
-from docs.examples.translation.decoding import beam_search, greedy
-from docs.examples.translation.translation import BEGIN, PADDING, TranslationModel
+
+from .corpus import Languages, Pair, Sentence, Vocabulary
+from .decoding import beam_search, greedy
+from .translation import BEGIN, PADDING, TranslationModel
 
 TRAINING_PAIRS, TEST_PAIRS = 8000, 200
 BATCH = 64

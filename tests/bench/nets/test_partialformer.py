@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from translation.translation import Decoder, DecoderLayer, causal
 
 from bench.nets.partialformer import BlockOptions, Encoder, PartialSublayer
-from docs.examples.translation.translation import Decoder, DecoderLayer, causal
 
 OPTIONS = BlockOptions(width=24, heads=4, scaled_heads=10, hidden_ratio=3)
 BATCH, LENGTH, SOURCE = 2, 5, 7
