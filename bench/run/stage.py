@@ -34,7 +34,7 @@ CODE: Mapping[str, tuple[str, ...]] = {
         "bench.data.sources",
         "bench.data.verification_pack",
     ),
-    "split": ("bench.data.splits", "bench.data.faces"),
+    "split": ("bench.data.splits", "bench.data.faces", "bench.data.pairs"),
     "recogniser": (
         "bench.nets",
         "bench.recognition.learner",
@@ -42,10 +42,10 @@ CODE: Mapping[str, tuple[str, ...]] = {
         "bench.recognition.training",
         "bench.data.stream.sampler",
     ),
-    "verification": ("bench.recognition.embed",),
+    "verification": ("bench.recognition.embed", "bench.metrics.verification"),
     "evaluation": ("bench.metrics.evaluator", "bench.nets.onnx"),
     "attack": ("bench.run.service",),
-    "victims": ("bench.run.attacker", "bench.run.service"),
+    "victims": ("bench.run.attacker", "bench.run.service", "bench.metrics.identity"),
 }
 
 #: Where the code of plug-ins lives, and what theirs may be built of.
