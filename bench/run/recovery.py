@@ -86,7 +86,10 @@ def run_recovery(
     with stages.timed("measure"):
         floors = {name: scorer.assess(faces) for name, faces in floor_recoveries(attacks, defense).items()}
         assessed = {name: [scorer.assess(point.faces) for point in points] for name, points in recovered.items()}
-        ceilings = {name: scorer.assess(ceiling.faces) for name, ceiling in unprotected.items()}
+        ceilings = {
+            name: assessed[name][-1] if defense.name == plain.name else scorer.assess(ceiling.faces)
+            for name, ceiling in unprotected.items()
+        }
     tables: dict[str, Assessment] = {}
     for name, configs in attack_configs.items():
         info, last, points = infos[name], recovered[name][-1], assessed[name]

@@ -116,6 +116,8 @@ class Scorer:
 
     def worst(self, assessments: Sequence[Assessment]) -> Assessment:
         """The pointwise worst case: per victim and figure, the value under the attack from which most leaks."""
+        if len(assessments) == 1:
+            return assessments[0]
         values = {}
         for name in assessments[0].values:
             worse = torch.fmin if KINDS[name].leaks < 0 else torch.fmax
