@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from rich.console import Console
 
 from bench import plugins
 from bench.errors import NotApplicableError, UsageError
-from bench.measures import Measure, leak
+from bench.measures import Measure, ResultModel, leak
 from bench.results import RunResult
 from bench.run.attack_config import attack_configs
 from bench.run.config import RunConfig, merge, resolve
@@ -27,11 +27,7 @@ SCHEMA_VERSION = "1"
 Status = Literal["pending", "running", "success", "failed", "refused", "not applicable"]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="null")
-
-
-class KeyFigure(_Model):
+class KeyFigure(ResultModel):
     """A figure, what the best guess without an attack scores, and the same figure of unprotected faces."""
 
     value: Measure
@@ -39,7 +35,7 @@ class KeyFigure(_Model):
     ceiling: Measure | None = None
 
 
-class CellState(_Model):
+class CellState(ResultModel):
     """One cell of a sweep, as it is written down.
 
     ``refused`` cells cannot be run as they were asked for, ``not applicable`` ones not at all: the attack cannot work
@@ -50,8 +46,8 @@ class CellState(_Model):
     attack: str
     knowledge: str
     seed: int
-    defense_options: dict[str, Any] = {}
-    attack_options: dict[str, Any] = {}
+    defense_options: dict[str, Any] = Field({})
+    attack_options: dict[str, Any] = Field({})
     run_id: str = Field(description="Name of its run directory; two cells with the same one are the same cell.")
     directory: str | None = Field(None, description="The run directory, once the cell has been started.")
     status: Status = "pending"
@@ -59,8 +55,8 @@ class CellState(_Model):
     seconds: float | None = Field(None, description="Of the last start.")
     error: str | None = Field(None, description="In one line.")
     unsaturated: bool = Field(False, description="The attack would have gained from more training: lower bounds.")
-    figures: dict[str, KeyFigure] = {}
-    warnings: list[str] = []
+    figures: dict[str, KeyFigure] = Field({})
+    warnings: list[str] = Field([])
 
     @property
     def name(self) -> str:
@@ -72,7 +68,7 @@ class CellState(_Model):
         return self.model_copy(update=changes)
 
 
-class SweepState(_Model):
+class SweepState(ResultModel):
     """All cells of a sweep, in the order in which they are run."""
 
     schema_: str = Field(SCHEMA_VERSION, alias="schema")
