@@ -31,6 +31,9 @@ from bench.errors import DataError
 #: How near the person must be found for ``rank5``.
 _NEAR = 5
 
+#: One person in so many is not attacked.
+_BYSTANDERS = 8
+
 _CHUNK = 1024
 _TIE = 1e-6
 
@@ -66,6 +69,9 @@ class Probes:
 def select_probes(victims: FaceSet, count: int, generator: torch.Generator) -> Probes:
     """Draw at most ``count`` images to attack, as many people as possible before a second image of anyone.
 
+    One victim in eight, and at least one of several, stays out of it: theirs are the requests of other people that an
+    attacker may intercept.
+
     One image of each person, drawn uniformly, is the gallery. Only people with another image take part, so that type II
     acceptance and rank-1 are defined for every probe. Verification packs repeat images: a copy of the gallery image is
     no probe, or Type II would compare an image with itself.
@@ -84,7 +90,12 @@ def select_probes(victims: FaceSet, count: int, generator: torch.Generator) -> P
         raise DataError("no victim has two different images: identity leakage cannot be measured; use a larger dataset")
     candidates = candidates[torch.randperm(len(candidates), generator=generator)]
     turn = _occurrence(labels[candidates])
-    return Probes(candidates[turn.argsort(stable=True)][:count], gallery)
+    candidates = candidates[turn.argsort(stable=True)]
+    people = len(drawn)
+    most = max(1, people - max(1, people // _BYSTANDERS))
+    attackable = candidates[: len(gallery)]  # of each person one
+    candidates = candidates[torch.isin(labels[candidates], labels[attackable[:most]])]
+    return Probes(candidates[:count], gallery)
 
 
 def _occurrence(labels: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from attacks.base import ScoreQuery, Traffic
 from bench.data.faces import FaceSet
+from bench.errors import DataError
 from bench.images import to_float
+from bench.metrics.identity import content_ids
 from bench.nets.recogniser import Recogniser
 from defenses.base import Defense, TemplateDefense
 
@@ -137,12 +139,23 @@ def traffic_query(
     device: torch.device,
     keys: Tensor | None = None,
 ) -> Traffic:
-    """Requests of the ``victims``' images that are not ``attacked``, in a random order, repeated where need be."""
+    """Requests of those of the ``victims`` of whom no image is ``attacked``, in a random order, repeated as need be.
+
+    Nobody's who is attacked, not even under another name: a copy of any image of theirs is left out.
+
+    Raises:
+        DataError: as it is asked for requests, where nobody else is there.
+    """
 
     def intercept(count: int) -> Iterator[Tensor]:
-        mask = torch.ones(len(victims), dtype=torch.bool)
-        mask[attacked] = False
-        others = mask.nonzero().flatten()
+        theirs, content = torch.isin(victims.labels, victims.labels[attacked]), content_ids(victims.images)
+        others = (~torch.isin(content, content[theirs])).nonzero().flatten()
+        if not len(others):
+            raise DataError(
+                "intercepted traffic: every victim is attacked, so nobody else's requests are there; "
+                "give fewer --probes, or a dataset with more people"
+            )
+        assert not torch.isin(victims.labels[others], victims.labels[attacked]).any()
         order = others[torch.randperm(len(others), generator=draws(-1))]
         index = order[torch.arange(count) % len(order)]
         for start in range(0, count, batch_size):

@@ -142,7 +142,7 @@ def draw(victims, count, seed=0):
 
 
 def test_people_first():
-    victims = faces([5, 4, 3, 2])
+    victims = faces([5, 4, 3, 2, 1])
     chosen = draw(victims, 4)
     assert sorted(victims.labels[chosen.attacked].tolist()) == [0, 1, 2, 3]
     chosen = draw(victims, 7)
@@ -150,11 +150,23 @@ def test_people_first():
 
 
 def test_probe_and_gallery_are_different_images_of_the_same_people():
-    victims = faces([5, 4, 3, 2])
+    victims = faces([5, 4, 3, 2, 1])
     chosen = draw(victims, 100)
     assert len(chosen.attacked) == 4 + 3 + 2 + 1
     assert not set(chosen.attacked.tolist()) & set(chosen.gallery.tolist())
     assert sorted(victims.labels[chosen.gallery].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("people", "attacked"), [(1, 1), (2, 1), (4, 3), (15, 14), (16, 14), (80, 70)])
+def test_some_people_are_never_attacked(people, attacked):
+    """Somebody else must send requests that an attacker may intercept."""
+    victims = faces([3] * people)
+    chosen = draw(victims, 1000)
+    assert len(torch.unique(victims.labels[chosen.attacked])) == attacked
+    assert len(chosen.attacked) == 2 * attacked
+    assert len(chosen.gallery) == people
+    fewer = draw(victims, attacked)
+    assert torch.equal(fewer.attacked, chosen.attacked[:attacked])
 
 
 def test_people_with_one_image_are_left_out():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from bench import plugins
 from bench.data.faces import FaceSet
+from bench.errors import DataError
 from bench.images import to_float
 from bench.metrics.identity import content_ids
 from bench.nets.recogniser import build_recogniser
@@ -79,15 +80,32 @@ def test_a_class_centre_is_made_of_other_images_of_the_person(service, victims, 
     assert not (seen[1] == to_float(victims.images[4])).all(dim=(1, 2, 3)).any()
 
 
-def test_traffic_leaves_the_attacked_images_out_and_repeats(defense, victims):
-    attacked = torch.tensor([0, 1, 3])
+def traffic(victims, attacked):
     plain = plugins.make_defense("none", {}, "quick", SIZE)
+    query = traffic_query(plain, victims, torch.tensor(attacked), draws, batch_size=4, device=torch.device("cpu"))
+    return lambda count: torch.cat(list(query(count)))
 
-    intercept = traffic_query(plain, victims, attacked, draws, batch_size=4, device=torch.device("cpu"))
-    sent = torch.cat(list(intercept(14)))
+
+def test_traffic_is_of_people_who_are_not_attacked_and_repeats(victims):
+    intercept = traffic(victims, [0, 3])
+    sent = intercept(14)
     assert len(sent) == 14
-    torch.testing.assert_close(torch.cat(list(intercept(5))), sent[:5])
-    # Images 0 and 2 show the same picture, so 1 and 3 are the ones that must be missing.
-    for image in (1, 3):
-        assert not (sent == to_float(victims.images[image])).all(dim=(1, 2, 3)).any()
-    assert len(torch.unique(sent.flatten(1), dim=0)) == 6
+    torch.testing.assert_close(intercept(5), sent[:5])
+    # Of a and b one image each is attacked: what is left are the three images of c.
+    expected = {image.numpy().tobytes() for image in to_float(victims.images[6:])}
+    assert {image.numpy().tobytes() for image in sent} == expected
+
+
+def test_traffic_holds_no_copy_of_an_attacked_person_under_another_name(victims):
+    copied = victims.images.clone()
+    copied[7] = copied[4]  # person c shows a picture of b that is not itself attacked
+    sent = traffic(FaceSet(copied, victims.labels, victims.names), [3])(20)
+    assert not (sent == to_float(copied[4])).all(dim=3).all(dim=2).all(dim=1).any()
+    # Of a two pictures, one of them twice, and of c two.
+    assert len(torch.unique(sent.flatten(1), dim=0)) == 4
+
+
+def test_traffic_needs_somebody_who_is_not_attacked(victims):
+    with pytest.raises(DataError, match="every victim is attacked") as raised:
+        traffic(victims, [0, 3, 8])(1)
+    assert "\n" not in str(raised.value)
