@@ -31,6 +31,10 @@ ScoreQuery = Callable[[Tensor, Tensor], Tensor]
 #: a fixed order, of faces that are not attacked; neither faces nor names come with them.
 Traffic = Callable[[int], Iterator[Tensor]]
 
+#: Runs the client of the defence in use on pictures of one's own, float (M, 3, H, W) in [0, 1]: what it would send,
+#: float32 (M, C, h, w) on their device, under the true secret, states drawn anew and one key, that of the asker.
+ProtectionQuery = Callable[[Tensor], Tensor]
+
 
 class Knowledge(StrEnum):
     """The rung of the ladder that an adversary stands on.
@@ -58,10 +62,12 @@ class Capability(StrEnum):
     TEMPLATES = "stolen templates"
     EMBEDDINGS = "embedding queries"
     SCORES = "score queries"
+    PROTECTION = "protection queries"
 
 
 #: What each rung grants. A rung is about the secret and what was distributed with it (the recogniser's weights); what
-#: was intercepted, stolen or can be queried is a matter of an attack's scenario, and open to every rung.
+#: was intercepted, stolen or can be queried is a matter of an attack's scenario, and open to every rung. Protection
+#: queries are among it: a defence works at the client, and anybody can be one.
 GRANTS: dict[Knowledge, frozenset[Capability]] = {
     Knowledge.BLACKBOX: frozenset(Capability)
     - {Capability.SECRET, Capability.STATE, Capability.KEY, Capability.RECOGNISER},
@@ -141,6 +147,8 @@ class Adversary:
             None.
         embed: embedding queries to the provider's service where the attack needs :attr:`Capability.EMBEDDINGS`.
         traffic: intercepted traffic where the attack needs :attr:`Capability.TRAFFIC`.
+        client: protection queries where the attack needs, or uses, :attr:`Capability.PROTECTION`. The harness counts
+            the pictures that are sent.
         checkpoint: a folder for resuming a killed fit, or None.
         report: progress.
     """
@@ -154,6 +162,7 @@ class Adversary:
     recogniser: nn.Module | None = None
     embed: EmbeddingQuery | None = None
     traffic: Traffic | None = None
+    client: ProtectionQuery | None = None
     checkpoint: Path | None = None
     report: Report = no_report
 

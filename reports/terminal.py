@@ -132,7 +132,11 @@ def _attack(name: str, attack: AttackResult, result: RunResult) -> Iterable[Rend
             f"State inference: the attack names what was drawn for {figure('state_faces', inference.faces)} % of the "
             f"interceptions{chance}, and the place of {figure('state_channels', inference.channels)} % of the channels"
         )
-    counted = {"queries_per_victim": "score queries per victim", "fit_queries": "embedding queries while it was fitted"}
+    counted = {
+        "queries_per_victim": "score queries per victim",
+        "fit_queries": "embedding queries while it was fitted",
+        "protection_queries": "pictures sent through the client while it was fitted",
+    }
     details = attack.attack.details
     if asked := [f"{details[key]:,.10g} {what}" for key, what in counted.items() if key in details]:
         yield Text(f"{attack.attack.name}: {', '.join(asked)}")

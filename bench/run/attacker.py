@@ -40,7 +40,7 @@ from bench.progress import Report, no_report
 from bench.run.attack_config import AttackConfig
 from bench.run.machines import synchronise
 from bench.run.provider import Stages, failing_as
-from bench.run.service import Service, class_centres, score_query, traffic_query
+from bench.run.service import Client, Service, class_centres, score_query, traffic_query
 from bench.run.stage import CODE, Job, make_key, plugin_code, save_tensors, tensor_job
 from defenses.base import Defense
 from defenses.layout import probe
@@ -176,18 +176,21 @@ class AttackStages:
         *,
         public: FaceSet | None = None,
         service: Service | None = None,
+        client: Client | None = None,
         checkpoint: Path | None = None,
         report: Report = no_report,
     ) -> Adversary:
         """What the chosen rung hands to the attack by its needs, and nothing else.
 
-        Its faces are the ``public`` ones given, else all; embedding queries are answered by the ``service`` given, else
-        by one of their own; ``checkpoint`` is a folder for resuming the fit.
+        Its faces are the ``public`` ones given, else all; queries are answered by the ``service`` and the ``client``
+        given, else by ones of their own; ``checkpoint`` is a folder for resuming the fit.
         """
         public = self.stages.splits.public if public is None else public
         given = self.given(attack)
         if Capability.EMBEDDINGS in given and service is None:
             service = self.service(defense, "fit")
+        if Capability.PROTECTION in given and client is None:
+            client = self.client(defense)
         return Adversary(
             faces=public.images,
             identities=public.labels,
@@ -198,6 +201,7 @@ class AttackStages:
             recogniser=self.stages.recogniser(defense) if Capability.RECOGNISER in given else None,
             embed=service.embed if service and Capability.EMBEDDINGS in given else None,
             traffic=self._traffic(defense) if Capability.TRAFFIC in given else None,
+            client=client if Capability.PROTECTION in given else None,
             checkpoint=checkpoint,
             report=report,
         )
@@ -206,6 +210,10 @@ class AttackStages:
         """The provider's service, whose clients draw their states from a stream of the ``purpose``'s own."""
         draws = self.streams.numbered(f"service/{purpose}")
         return Service(self.stages.recogniser(defense), defense, draws, batch_size=self.config.batch_size)
+
+    def client(self, defense: Defense) -> Client:
+        """The client as the attacker runs it, on streams of its own."""
+        return Client(defense, lambda name: self.streams.generator(f"client/{name}"), self.fabric.device)
 
     def _traffic(self, defense: Defense) -> Traffic:
         return traffic_query(
@@ -248,14 +256,27 @@ class AttackStages:
             public = self.public(attack_config)
             torch.manual_seed(self.streams.seed_for("attack"))
             fitted = attack_config.make()
-            service = self.service(defense, "fit") if Capability.EMBEDDINGS in self.given(fitted) else None
+            given = self.given(fitted)
+            service = self.service(defense, "fit") if Capability.EMBEDDINGS in given else None
+            client = self.client(defense) if Capability.PROTECTION in given else None
             adversary = self.adversary(
-                fitted, defense, public=public, service=service, checkpoint=folder / "resume", report=report
+                fitted,
+                defense,
+                public=public,
+                service=service,
+                client=client,
+                checkpoint=folder / "resume",
+                report=report,
             )
-            with _tallied(service, folder / "queries") as spent, failing_as(f"attack {fitted.name} on {defense.name}"):
+            with (
+                _tallied(service, folder / "queries") as asked,
+                _tallied(client, folder / "protection_queries") as protected,
+                failing_as(f"attack {fitted.name} on {defense.name}"),
+            ):
                 fit_report = fitted.learn(adversary)
-            if service is not None:
-                fit_report = replace(fit_report, details={**fit_report.details, "fit_queries": spent()})
+            spent = {"fit_queries": asked(), "protection_queries": protected()}
+            counted = {name: count for name, count in spent.items() if count}
+            fit_report = replace(fit_report, details={**fit_report.details, **counted})
             save_tensors(fitted.state_dict(), folder / "attack.safetensors")
             _write_report(folder, fit_report)
             shutil.rmtree(folder / "resume", ignore_errors=True)
@@ -407,17 +428,17 @@ class AttackStages:
 
 
 @contextmanager
-def _tallied(service: Service | None, tally: Path) -> Iterator[Callable[[], int]]:
+def _tallied(answers: Service | Client | None, tally: Path) -> Iterator[Callable[[], int]]:
     """Count the queries of a fit over all its tries: those of one that was killed were sent as well."""
     before = int(tally.read_text(encoding="utf-8")) if tally.is_file() else 0
 
     def spent() -> int:
-        return before + (service.queries if service else 0)
+        return before + (answers.queries if answers else 0)
 
     try:
         yield spent
     finally:
-        if service is not None:
+        if answers is not None:
             write_text(tally, str(spent()))
 
 

@@ -1,7 +1,9 @@
-"""The provider's service as an attacker can reach it: queries, stolen templates, intercepted traffic."""
+"""What an attacker can reach of a system: queries to service and client, stolen templates, intercepted traffic."""
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -18,6 +20,8 @@ from defenses.base import Defense, TemplateDefense
 
 #: Images of a person, other than the attacked one, whose mean embedding is the person's class centre.
 ENROLMENT_IMAGES = 8
+#: Pictures that the client protects at once. What they draw depends on it.
+CLIENT_BATCH = 64
 
 
 class Service:
@@ -70,6 +74,45 @@ class Service:
         """Scores (N,) of unit embeddings (N, D): the cosine, or what a template defence compares by."""
         defense = self._defense
         return defense.compare(first, second) if isinstance(defense, TemplateDefense) else (first * second).sum(dim=1)
+
+
+class Client:
+    """The client of the defence in use in the attacker's own hands: an :data:`attacks.base.ProtectionQuery`.
+
+    What a batch draws depends on its pictures and on how often it was sent before, and not on what else was sent, so
+    that a fit which goes on after it was killed is shown what it would have been shown.
+
+    Args:
+        defense: the one in use, with its true secret.
+        draws: gives the generator that is called so.
+        device: where to protect.
+    """
+
+    def __init__(self, defense: Defense, draws: Callable[[str], torch.Generator], device: torch.device) -> None:
+        self._defense, self._draws, self._device = defense, draws, device
+        self._key = defense.draw_keys(1, draws("key"))
+        self._sent: Counter[str] = Counter()
+        self.queries = 0
+
+    @torch.no_grad()
+    def __call__(self, faces: Tensor) -> Tensor:
+        """What the client sends, float32 (M, C, h, w), on the device of ``faces``.
+
+        Raises:
+            ValueError: as :meth:`~defenses.base.Defense.protect`.
+        """
+        sent = [faces.new_zeros(0, *self._defense.representation_shape, dtype=torch.float32)]
+        for batch in faces.detach().split(CLIENT_BATCH):
+            if not len(batch):
+                continue
+            pictures = hashlib.sha256(batch.cpu().contiguous().numpy().tobytes()).hexdigest()
+            generator = self._draws(f"{pictures}/{self._sent[pictures]}")
+            self._sent[pictures] += 1
+            keys = None if self._key is None else self._key.expand(len(batch), -1)
+            protected = self._defense.protect(batch.to(self._device), generator, keys=keys)
+            self.queries += len(batch)
+            sent.append(protected.representation.to(faces.device, torch.float32))
+        return torch.cat(sent)
 
 
 def score_query(

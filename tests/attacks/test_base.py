@@ -247,3 +247,4 @@ def test_each_rung_grants_more_than_the_one_below():
     assert rungs[2] == set(Capability)
     assert Capability.STATE not in rungs[1]
     assert Capability.SECRET not in rungs[0]
+    assert all(Capability.PROTECTION in grants for grants in rungs)

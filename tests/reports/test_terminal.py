@@ -70,8 +70,8 @@ def test_the_worst_case_stands_below_the_attacks(shown):
 
 def test_queries_are_told(shown, tmp_path):
     info = read_result(write_run(tmp_path / "other")).attack
-    asker = info.model_copy(update={"details": {"queries_per_victim": 6800.5, "fit_queries": 1000}})
-    told = "unet: 6,800.5 score queries per victim, 1,000 embedding queries while it was fitted"
+    asker = info.model_copy(update={"details": {"queries_per_victim": 6800.5, "protection_queries": 1000}})
+    told = "unet: 6,800.5 score queries per victim, 1,000 pictures sent through the client while it was fitted"
     assert told in shown(attack=asker)
 
 

@@ -87,13 +87,15 @@ class Reader(Echo):
 
 
 class Asker(Echo):
-    """Asks three score queries a victim, and embedding queries for ten public faces while it is fitted."""
+    """Asks three score queries a victim; while it is fitted, ten embedding queries and seven of the client."""
 
     name = "asker"
     needs: ClassVar = frozenset({Capability.EMBEDDINGS, Capability.SCORES})
+    uses: ClassVar = frozenset({Capability.PROTECTION})
 
     def fit(self, adversary):
         adversary.embed(adversary.faces[:10].float() / 255)
+        assert len(adversary.client(adversary.faces[:7].float() / 255)) == 7
         return super().fit(adversary)
 
     def run(self, observation):
@@ -257,6 +259,7 @@ class TestWithoutUtility:
         assert not any(stage.startswith("verify") for stage in result.seconds)
         # Counted, and read back from the cache.
         assert result.attack.details["fit_queries"] == 10
+        assert result.attack.details["protection_queries"] == 7
         assert result.attack.details["queries_per_victim"] == 3
         again, directory = run(attack="asker", probes=5)
         assert made(directory) == []

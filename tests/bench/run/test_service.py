@@ -10,7 +10,8 @@ from bench.errors import DataError
 from bench.images import to_float
 from bench.metrics.identity import content_ids
 from bench.nets.recogniser import build_recogniser
-from bench.run.service import Service, class_centres, score_query, traffic_query
+from bench.randomness import Streams
+from bench.run.service import Client, Service, class_centres, score_query, traffic_query
 
 SIZE = 32
 
@@ -109,3 +110,43 @@ def test_traffic_needs_somebody_who_is_not_attacked(victims):
     with pytest.raises(DataError, match="every victim is attacked") as raised:
         traffic(victims, [0, 3, 8])(1)
     assert "\n" not in str(raised.value)
+
+
+def client_of(defense):
+    return Client(defense, Streams(3).generator, torch.device("cpu"))
+
+
+def test_the_client_protects_with_the_true_secret_and_fresh_states_and_counts(victims):
+    defense = plugins.make_defense("partialface", {"tables": "random", "table_seed": 6}, "quick", SIZE)
+    client, face = client_of(defense), to_float(victims.images[:1]).requires_grad_()
+    every = defense.protect(face.detach().repeat(len(defense.states()), 1, 1, 1), draws(0), state=defense.states())
+    answers = torch.cat([client(face) for _ in range(8)])
+    # Each answer is what one state of the secret table sends, and they are not all the same.
+    nearest = (answers[:, None] - every.representation).abs().amax(dim=(2, 3, 4)).min(dim=1)
+    assert nearest.values.max() < 1e-3
+    assert len(nearest.indices.unique()) > 1
+    assert client.queries == 8
+    assert not answers.requires_grad
+    assert client(face[:0]).shape == (0, *defense.representation_shape)
+
+
+def test_what_the_client_draws_does_not_depend_on_what_else_was_sent(defense, victims):
+    faces = to_float(victims.images)
+    first, second = client_of(defense), client_of(defense)
+    expected = first(faces[:4])
+    second(faces[4:])
+    torch.testing.assert_close(second(faces[:4]), expected, rtol=0, atol=0)
+    assert not torch.allclose(second(faces[:4]), expected)
+
+
+def test_the_attackers_client_has_one_key(victims):
+    class Keyed(type(plugins.make_defense("none", {}, "quick", SIZE))):
+        def draw_keys(self, count, generator):
+            return torch.randint(1000, (count, 1), generator=generator)
+
+        def keyed_transform(self, faces, state, keys, generator):
+            return torch.zeros_like(faces) + keys[:, :, None, None]
+
+    client = client_of(Keyed(image_size=SIZE))
+    sent = torch.cat((client(to_float(victims.images[:3])), client(to_float(victims.images[5:]))))
+    assert len(sent.unique()) == 1
