@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from safetensors import SafetensorError
@@ -99,19 +100,19 @@ class Stages(StageRunner):
 
     @functools.cached_property
     def faces_key(self) -> str:
-        """Key of all faces that there are: what was asked for and, for data on disk, what lies there."""
+        """Key of all faces that there are: what was asked for or, for data on disk, what was found and decoded."""
+        if self.config.dataset != "synthetic":
+            return make_key({"content": digest(self.source), "stream": self.config.stream}, ())
+        return make_key(self._asked_for(), CODE["rendered faces"])
+
+    def _asked_for(self) -> dict[str, Any]:
         config = self.config
-        return make_key(
-            {
-                "dataset": config.dataset,
-                "options": config.dataset_options,
-                "image_size": config.image_size,
-                "seed": self.streams.seed_for("data"),
-                "files": fingerprint(config.data_root) if config.dataset != "synthetic" else None,
-                "stream": {"on_error": config.stream_on_error} if config.stream else None,
-            },
-            CODE["rendered faces" if config.dataset == "synthetic" else "faces on disk"],
-        )
+        return {
+            "dataset": config.dataset,
+            "options": config.dataset_options,
+            "image_size": config.image_size,
+            "seed": self.streams.seed_for("data"),
+        }
 
     @functools.cached_property
     def data_key(self) -> str:
@@ -157,7 +158,9 @@ class Stages(StageRunner):
         def make(folder: Path, report: Report) -> None:
             scan(self.opened.on_disk, self.config.stream_on_error, report).save(folder)
 
-        return Job("scan", self.faces_key, "look through all faces for copies", make, Scan.read)
+        files = {"files": fingerprint(self.config.data_root, self.config.out), "on_error": self.config.stream_on_error}
+        key = make_key(self._asked_for() | files, CODE["faces on disk"])
+        return Job("scan", key, "look through all faces for copies", make, Scan.read)
 
     @functools.cached_property
     def splits(self) -> Splits:
@@ -445,26 +448,54 @@ class Stages(StageRunner):
         return tensor_job("evaluate", key, what, "embeddings.safetensors", compute, read)
 
 
-def fingerprint(root: Path | None) -> str | None:
-    """A digest of name, size and modification time of every file that ``root`` means, cheap however many there are.
+def digest(source: Source) -> str:
+    """SHA-256 of all that a decoded source holds: pixels (of streamed faces, their digests), labels, names and pairs.
+
+    Files that are replaced under their old names, sizes and times are thus other data, and files that are moved, or
+    come beside them, are not.
+    """
+    found = hashlib.sha256()
+    for faces in filter(None, (source.faces, source.victims)):
+        if isinstance(faces, FaceSet):
+            content = faces.images.numpy()
+        else:
+            assert faces.contents is not None, "streamed faces are scanned first"
+            content = faces.contents.digests
+        for array in (content, np.asarray(faces.labels)):
+            found.update(f"{array.dtype} {array.shape}".encode())
+            found.update(np.ascontiguousarray(array).data)
+        found.update("\0".join(map(faces.name, range(faces.identities))).encode(errors="surrogateescape"))
+    if (pairs := source.pairs) is not None:
+        for column in (pairs.first, pairs.second, pairs.same, pairs.fold):
+            found.update(column.numpy().tobytes())
+    return found.hexdigest()
+
+
+def fingerprint(root: Path | None, out: Path | None = None) -> str | None:
+    """A digest of name, size and times of every file that ``root`` means, cheap however many there are.
+
+    Times are of the last change of the content, which an archive sets as it likes, and of the file's record, which it
+    cannot set. Hidden files do not count, nor does what lies in the folder ``out`` of the runs.
 
     Raises:
         MissingError: a tar shard is not there.
     """
     if root is None:
         return None
-    digest = hashlib.sha256()
-    for file in _files(root):
+    found = hashlib.sha256()
+    for file in _files(root, None if out is None else out.resolve()):
         stat = file.stat()
-        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+        found.update(
+            f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\n".encode(errors="surrogateescape")
+        )
+    return found.hexdigest()
 
 
-def _files(root: Path) -> Iterator[Path]:
+def _files(root: Path, out: Path | None) -> Iterator[Path]:
     if root.is_dir():
         for folder, within, names in os.walk(root):
-            within.sort()
-            yield from (file for name in sorted(names) if (file := Path(folder, name)).is_file())
+            within[:] = sorted(name for name in within if name[0] != "." and Path(folder, name).resolve() != out)
+            yield from (file for name in sorted(names) if name[0] != "." and (file := Path(folder, name)).is_file())
     elif root.suffix == ".tar":
         yield from find_shards(root)
     elif root.is_file():

@@ -7,8 +7,10 @@ import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import shutil
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +18,12 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bench.errors import BenchError
+from bench.files import replacing, sha256, write_text
 from bench.progress import ProgressBars, Report
 
 KEY_LENGTH = 16
@@ -144,13 +149,16 @@ class Entry(NamedTuple):
 class StageCache:
     """Folders ``<root>/<stage>-<key>``, made under a lock and renamed into place when finished.
 
-    Without ``resume`` neither finished nor partial stages of earlier runs are used.
+    Each lists the SHA-256 of its files: one that is not what was written (a full disk, an edited file) is made anew,
+    with a warning. So is what a killed run left, where a file of it cannot be read. Without ``resume`` neither finished
+    nor partial stages of earlier runs are used.
     """
 
     def __init__(self, root: Path, *, resume: bool = True) -> None:
         self.root = root
         self.resume = resume
         self._made: set[Path] = set()
+        self._whole: set[Path] = set()
 
     def path(self, stage: str, key: str) -> Path:
         """Where a finished stage lies."""
@@ -171,13 +179,14 @@ class StageCache:
         path = self.path(stage, key)
         partial = self.root / f"{stage}-{key}.partial"
         with FileLock(self.root / f"{stage}-{key}.lock"):
-            if self.holds(stage, key):
+            if self.holds(stage, key) and self._keeps(path, damage):
                 yield Entry(path, partial, complete=True)
                 return
-            if not self.resume:
+            if not self.resume or (partial.is_dir() and not self._keeps(partial, unreadable)):
                 shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(exist_ok=True)
             yield Entry(path, partial, complete=False)
+            list_files(partial)
             if self.resume and path.is_dir():
                 # Made by a machine whose files this one saw late (network file systems do that): somebody may be
                 # reading them, and they are as good.
@@ -187,6 +196,66 @@ class StageCache:
                 shutil.rmtree(path)
             partial.rename(path)
             self._made.add(path)
+            self._whole.add(path)
+
+    def _keeps(self, folder: Path, fault: Callable[[Path], str | None]) -> bool:
+        """Whether nothing is wrong with a folder of this cache; else it is removed, with a warning."""
+        if folder not in self._whole and (problem := fault(folder)) is not None:
+            logging.getLogger("bench").warning("bench: the cached stage %s is damaged (%s): made anew", folder, problem)
+            shutil.rmtree(folder)
+            return False
+        self._whole.add(folder)
+        return True
+
+
+#: Lists the files of a finished stage, with the SHA-256 of each.
+LISTING = "files.json"
+
+
+def list_files(folder: Path) -> None:
+    """Write the listing of a finished stage."""
+    digests = {str(file.relative_to(folder)): sha256(file) for file in _files(folder) if file.name != LISTING}
+    write_text(folder / LISTING, json.dumps(digests, indent=2))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a finished stage by its listing; None where nothing is, or where an old one has no listing."""
+    listing = folder / LISTING
+    if not listing.is_file():
+        return None
+    try:
+        digests = dict(json.loads(listing.read_bytes()))
+    except (ValueError, TypeError):
+        return f"{LISTING} cannot be read"
+    for name, digest in digests.items():
+        if not (file := folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(file) != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def unreadable(folder: Path) -> str | None:
+    """A file of an unfinished stage that cannot be read, and why; None where all can."""
+    for file in _files(folder):
+        try:
+            if not file.stat().st_size:
+                return f"{file.name} is empty"
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):  # compares the length with what the header says
+                    pass
+            elif file.suffix == ".json":
+                json.loads(file.read_bytes())
+            elif file.suffix == ".ckpt" and zipfile.ZipFile(file).testzip() is not None:
+                return f"{file.name} is not what was written"
+        except (SafetensorError, ValueError, zipfile.BadZipFile, OSError):
+            return f"{file.name} cannot be read"
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files below a folder, without those that a killed run had not yet put in their place."""
+    return sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
 
 
 T = TypeVar("T")
@@ -204,8 +273,17 @@ class Job(Generic[T]):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write named tensors, from any device, as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    """Write named tensors, from any device, as safetensors, beside and renamed.
+
+    Raises:
+        BenchError: the file cannot be written.
+    """
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        with replacing(path) as beside:
+            save_file(stored, beside)
+    except (OSError, SafetensorError) as error:
+        raise BenchError(f"cannot write {path}: {error}; free some space or choose another --out") from error
 
 
 def tensor_job(

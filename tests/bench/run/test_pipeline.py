@@ -1,6 +1,7 @@
 """One run from end to end, tiny: what is written, what is reused, what is refused."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -106,6 +107,20 @@ class TestFinishedRun:
         changed = pipeline(out, seed=1).plan()
         assert not any(stage.cached for stage in changed.stages)
         assert changed.seconds > 0
+
+    def test_a_cache_damaged_at_every_stage_is_made_anew(self, finished, out, tmp_path, caplog):
+        """A full disk cuts files short: the next run says which, and its figures are those of the first."""
+        first, _ = finished
+        shutil.copytree(out / "cache", tmp_path / "cache")
+        stages = list((tmp_path / "cache").glob("*/"))
+        for file in (tmp_path / "cache").rglob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        again = pipeline(tmp_path).run()
+        assert again.cached == []
+        assert again.recovery.ssim.value == pytest.approx(first.recovery.ssim.value, abs=1e-4)
+        warned = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+        assert len(warned) >= 6
+        assert len(warned) <= len(stages)
 
     def test_no_resume_computes_the_same_figures_again(self, finished, out, tmp_path):
         first, _ = finished

@@ -1,11 +1,16 @@
 """The stage cache: what is finished is reused, what is killed is resumed, what changed is made anew."""
 
+import json
+import logging
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from bench.errors import BenchError
 from bench.run import stage as cache_module
-from bench.run.stage import StageCache, code_version, make_key
+from bench.run.stage import LISTING, StageCache, code_version, make_key, save_tensors
 
 
 def make(cache, key="k", content="x"):
@@ -51,6 +56,57 @@ def test_a_killed_stage_keeps_its_partial_work_and_is_not_complete(tmp_path):
     with StageCache(tmp_path).entry("stage", "k") as entry:
         assert not entry.complete
         assert (entry.partial / "epoch").read_text() == "3"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def zeroed(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("name", ["file", LISTING])
+@pytest.mark.parametrize("harm", [cut, zeroed, lambda path: path.unlink()], ids=["cut", "zeroed", "lost"])
+def test_a_finished_stage_that_is_not_what_was_written_is_made_anew(tmp_path, caplog, name, harm):
+    path = make(StageCache(tmp_path), content="whole").path
+    harm(path / name)
+    with caplog.at_level(logging.WARNING):
+        entry = make(StageCache(tmp_path), content="again")
+    lost_listing = name == LISTING and harm not in (cut, zeroed)  # older versions wrote none
+    assert entry.complete is lost_listing
+    assert (path / "file").read_text() == ("whole" if lost_listing else "again")
+    assert [str(path) in record.message for record in caplog.records] == [True] * (not lost_listing)
+    assert make(StageCache(tmp_path)).complete
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kept"),
+    [
+        ("part.safetensors", None, True),
+        ("part.safetensors", b"\0" * 64, False),
+        ("state.json", b'{"a": 1', False),
+        ("state.json", b'{"a": 1}', True),
+        ("fit.ckpt", b"PK\x03\x04 and no more", False),
+        ("queries", b"", False),
+        (".part.safetensors.x1.safetensors", b"half", True),
+    ],
+)
+def test_what_a_killed_stage_left_is_used_where_it_can_be_read(tmp_path, caplog, name, content, kept):
+    with pytest.raises(KeyboardInterrupt):
+        killed(StageCache(tmp_path))
+    file = tmp_path / "stage-k.partial" / name
+    save_file({"a": torch.ones(9)}, file) if content is None else file.write_bytes(content)
+    with StageCache(tmp_path).entry("stage", "k") as entry:
+        assert (entry.partial / "epoch").exists() is kept
+    assert bool(caplog.records) is not kept
+    assert not [file for file in json.loads((entry.path / LISTING).read_text()) if file.startswith(".")]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "folder").write_text("a file where a folder should be")
+    with pytest.raises(BenchError, match=r"cannot write .*x\.safetensors: .*free some space"):
+        save_tensors({"a": torch.ones(2)}, tmp_path / "folder" / "x.safetensors")
 
 
 def test_no_resume_starts_anew_but_reuses_its_own(tmp_path):

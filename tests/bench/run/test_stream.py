@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 
 import pytest
 import tiny_runs
@@ -172,14 +173,55 @@ class TestKeys:
         (root / "p001" / "p001_0002.jpg").unlink()
         assert fingerprint(root) != before
 
-    def test_what_the_faces_depend_on(self, pack, tmp_path):
-        def keys(**changes):
-            stages = stages_of(pipeline(tmp_path, pack, **changes))
+    def test_a_record_that_an_archive_cannot_set_counts(self, tmp_path):
+        root = write_folder(tmp_path / "faces", people(3, 2))
+        file = root / "p001" / "p001_0002.jpg"
+        before, times, content = fingerprint(root), file.stat(), bytearray(file.read_bytes())
+        content[-9] ^= 1
+        file.write_bytes(content)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert fingerprint(root) != before
+
+    def test_hidden_files_and_the_runs_do_not_count(self, tmp_path):
+        root = write_folder(tmp_path / "faces", people(3, 2))
+        before = fingerprint(root, root / "runs")
+        (root / "p001" / ".DS_Store").write_text("x")
+        (root / "runs" / "cache").mkdir(parents=True)
+        (root / "runs" / "cache" / "x.jpg").write_text("x")
+        assert fingerprint(root, root / "runs") == before
+        assert fingerprint(root) != before
+
+    def test_what_the_faces_depend_on(self, pack, out, tmp_path):
+        def keys(root=pack, **changes):
+            stages = stages_of(pipeline(out, root, **changes))
             return stages.faces_key, stages.data_key
 
-        memory, disk = keys(), keys(stream=True)
+        memory, disk = keys(), keys(**STREAM)
         assert keys(stream_images=100, stream_on_error="skip") == memory  # say nothing where nothing is streamed
-        held, skipping = keys(stream=True, stream_images=100), keys(**STREAM)
+        held = keys(**STREAM, stream_images=100)
         assert held[0] == disk[0] != memory[0]
-        assert len({memory[1], disk[1], held[1], skipping[1]}) == 4
-        assert skipping[0] != disk[0]
+        assert len({memory[1], disk[1], held[1]}) == 3
+        moved = shutil.copytree(pack, tmp_path / "moved")
+        assert (keys(moved), keys(moved, **STREAM)) == (memory, disk)
+
+    @pytest.mark.parametrize("changes", [{}, STREAM], ids=["memory", "disk"])
+    def test_data_are_known_by_what_they_show(self, tmp_path, changes):
+        """Another picture under the name, size and time of an old one is other data; a file beside it is not."""
+        root = write_folder(tmp_path / "faces", people(8, 3))
+
+        def key():
+            return stages_of(pipeline(tmp_path / "out", root, "folder", **changes)).data_key
+
+        def show(person):
+            """One picture or another, of one size in bytes and one time."""
+            (root / "p001" / "p001_0002.jpg").write_bytes(picture(person, 1).ljust(4096, b"\0"))
+            os.utime(root / "p001" / "p001_0002.jpg", (1, 1))
+
+        show(1)
+        before = key()
+        (root / "p001" / ".DS_Store").write_text("x")
+        (root / "runs").mkdir()
+        (root / "runs" / "notes.txt").write_text("x")
+        assert key() == before
+        show(77)
+        assert key() != before
