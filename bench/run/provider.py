@@ -455,9 +455,9 @@ def digest(source: Source) -> str:
     come beside them, are not.
     """
     found = hashlib.sha256()
-    for faces in filter(None, (source.faces, source.victims)):
+    for faces in [source.faces] if source.victims is None else [source.faces, source.victims]:
         if isinstance(faces, FaceSet):
-            content = faces.images.numpy()
+            content: np.ndarray[Any, Any] = faces.images.numpy()
         else:
             assert faces.contents is not None, "streamed faces are scanned first"
             content = faces.contents.digests
