@@ -1,7 +1,11 @@
-"""Writes files beside their place and renames them, so that nobody ever sees half a file; where downloads are kept."""
+"""Writes files beside their place and renames them, so that nobody ever sees half a file; where downloads are kept.
+
+What people wrote is read in the encodings that their editors choose.
+"""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import tempfile
@@ -35,6 +39,20 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` in one step."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+#: Marks at the start of a text that say how it is encoded; without one it is UTF-8.
+_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def decode_text(data: bytes) -> str:
+    """A text that somebody wrote: UTF-8 with or without a byte-order mark, or UTF-16 with one.
+
+    Raises:
+        UnicodeDecodeError: it is no such text.
+    """
+    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
+    return data.decode(encoding)
 
 
 def sha256(path: Path) -> str:

@@ -35,6 +35,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from bench.errors import DataError, MissingError
+from bench.files import decode_text
 from bench.progress import Report, no_report
 
 A = TypeVar("A")
@@ -92,6 +93,22 @@ def readable(path: Path) -> Iterator[None]:
         raise MissingError(f"{shown(path)} does not exist") from error
     except OSError as error:
         raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+
+
+def read_text(path: Path) -> str:
+    """A text file, in UTF-8 or, with a byte-order mark, UTF-16; the mark is left out.
+
+    Raises:
+        MissingError: there is no such file.
+        DataError: it cannot be read, or is no text.
+    """
+    with readable(path):
+        data = path.read_bytes()
+    try:
+        return decode_text(data)
+    except UnicodeDecodeError as error:
+        wide = ", but seems to be UTF-16 without a byte-order mark" if b"\0" in data[:64] else ""
+        raise DataError(f"{shown(path)} is not UTF-8 text (byte {error.start}){wide}: save it as UTF-8") from error
 
 
 def read_image_file(path: Path, limits: Limits = DEFAULT_LIMITS) -> bytes:

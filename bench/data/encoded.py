@@ -46,9 +46,12 @@ class EncodedSource(ABC):
     ``image_size`` is S, in pixels; ``labels`` int32 (N,) in 0..K-1, with a name for each of the K identities; ``crop``
     the side of the central square of each image that is kept, as a share of its shorter side; ``ignored`` what lies
     among the images and is none. ``pairs`` are verification pairs over the rows, where there are any, from
-    ``pairs_file``.
+    ``pairs_file``. ``notes`` are sentences on how the files were understood, where that could be doubted;
+    ``guessed`` says why nobody can be looked up by name, where people are guessed.
     """
 
+    notes: tuple[str, ...] = ()
+    guessed: str | None = None
     pairs: PairProtocol | None = None
     pairs_file: Path | None = None
 
@@ -211,6 +214,9 @@ class IdentityView(Faces):
     def copies(self) -> NDArray[np.int64]:
         return self._scanned().copies()
 
+    def firsts(self) -> NDArray[np.int64]:
+        return self._scanned().firsts(self.labels)
+
     def among(self, images: Tensor) -> NDArray[np.bool_]:
         return np.isin(self._scanned().digests, Contents.of(images).digests)
 
@@ -263,7 +269,8 @@ class OpenedSet:
         total = before + (0 if stream else len(self.faces))
         victims, pairs = self._verification(lambda done, _: report(done, total))
         faces = self.faces if stream else self._people(lambda done, _: report(before + done, total))
-        return Source(name, faces, victims, pairs, details=self.details)
+        notes = (*self.faces.source.notes, *(self.victims.source.notes if self.victims is not None else ()))
+        return Source(name, faces, victims, pairs, details=self.details, notes=tuple(dict.fromkeys(notes)))
 
     def _people(self, report: Report) -> FaceSet:
         view = replace(self.faces, source=self.faces.source.reading("skip"))

@@ -67,6 +67,16 @@ class Contents:
         first = order[new][np.cumsum(new) - 1]
         return np.stack((first, order), axis=1)[~new]
 
+    def firsts(self, labels: NDArray[np.integer]) -> NDArray[np.int64]:
+        """int64 (N,): for each image the first equal one of the same label, blank or not; itself where that is it."""
+        order = np.lexsort((self.digests, labels))  # stable: the first of every group comes first
+        digests, people = self.digests[order], np.asarray(labels)[order]
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = (digests[1:] != digests[:-1]) | (people[1:] != people[:-1])
+        first = np.empty(len(order), dtype=np.int64)
+        first[order] = order[new][np.cumsum(new) - 1]
+        return first
+
 
 def components(first: NDArray[np.integer], second: NDArray[np.integer], count: int) -> NDArray[np.int64]:
     """int64 (count,): the group of each of 0..count-1, where ``first[i]`` and ``second[i]`` are in one, by number."""
@@ -128,6 +138,10 @@ class Faces(ABC):
         """int64 (L, 2): every image that equals another one pixel for pixel and is not blank, behind the first such."""
 
     @abstractmethod
+    def firsts(self) -> NDArray[np.int64]:
+        """int64 (N,): for each image the first of the same person that equals it pixel for pixel; mostly itself."""
+
+    @abstractmethod
     def among(self, images: Tensor) -> NDArray[np.bool_]:
         """bool (N,): whether each image equals one of ``images`` pixel for pixel."""
 
@@ -185,6 +199,13 @@ class FaceSet(Faces):
         alike = np.flatnonzero(counts[number] > 1)
         return alike[Contents.of(self.images[torch.from_numpy(alike)]).copies()]
 
+    def firsts(self) -> NDArray[np.int64]:
+        _, number, counts = np.unique(_probes(self.images), return_inverse=True, return_counts=True)
+        alike, first = np.flatnonzero(counts[number] > 1), np.arange(len(self))
+        some = torch.from_numpy(alike)
+        first[alike] = alike[Contents.of(self.images[some]).firsts(self.labels[some].numpy())]
+        return first
+
     def among(self, images: Tensor) -> NDArray[np.bool_]:
         mine, theirs = _probes(self.images), _probes(images)
         alike = np.isin(mine, theirs)
@@ -223,6 +244,10 @@ class PairProtocol:
         return len(self.same)
 
 
+#: Key in the details of a source whose people are guessed: one of them may stand there under two names.
+GUESSED = "identities_guessed"
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A dataset before it is split.
@@ -236,6 +261,7 @@ class Source:
         pairs: the dataset's own protocol over ``victims``; None where pairs are drawn by seed.
         synthetic: rendered faces, which every report has to say.
         details: what a result says of the dataset.
+        notes: sentences that a result warns of: how files were understood where that could be doubted.
     """
 
     name: str
@@ -244,6 +270,13 @@ class Source:
     pairs: PairProtocol | None = None
     synthetic: bool = False
     details: dict[str, str | int | float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def guessed(self) -> str | None:
+        """Why nobody can be looked up by name, where the data does not say who is who (:data:`GUESSED`); else None."""
+        why = self.details.get(GUESSED)
+        return None if why is None else str(why)
 
     @property
     def in_memory(self) -> FaceSet:

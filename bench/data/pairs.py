@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.data.decode import readable, shown
+from bench.data.decode import read_text, shown
 from bench.data.faces import PairProtocol
 from bench.errors import DataError
 
@@ -73,25 +73,22 @@ def read_pairs(path: Path) -> PairList:
 
     The first line is ``folds <tab> n`` (View 2: ``10 300``) or ``n`` alone (View 1). Each fold has n lines ``name,
     number, number`` of one person and then n lines ``name, number, name, number`` of two. Columns are
-    separated by tabs, or by blanks in a line without tabs.
+    separated by tabs, or by blanks where tabs do not give as many. A byte-order mark is passed over, and UTF-16 read.
 
     Raises:
         MissingError: no such file.
         DataError: a line that is no such thing, with its number.
     """
-    try:
-        with readable(path):
-            lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{shown(path)} is not UTF-8 text (byte {error.start})") from error
+    lines = read_text(path).split("\n")
 
     def wrong(number: int, what: str) -> DataError:
-        return DataError(f"{shown(path)} line {number}: {what}")
+        return DataError(f"{shown(path)} line {number}: {what}, got '{shown(lines[number - 1].strip()[:60])}'")
 
-    rows = [(number, _columns(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise DataError(f"{shown(path)} is empty")
-    line, header = rows[0]
+    line, first = rows[0]
+    header = first.split()
     if len(header) not in (1, 2) or not all(field.isdecimal() and int(field) > 0 for field in header):
         raise wrong(line, "expected 'folds<tab>pairs of each kind per fold' or the number of pairs of each kind")
     folds, each = (1, int(header[0])) if len(header) == 1 else (int(header[0]), int(header[1]))
@@ -100,11 +97,12 @@ def read_pairs(path: Path) -> PairList:
             line, f"the header promises {folds} x (2 x {each}) = {2 * folds * each} pairs, {len(rows) - 1} follow"
         )
     pairs = []
-    for position, (line, fields) in enumerate(rows[1:]):
+    for position, (line, text) in enumerate(rows[1:]):
         fold, within = divmod(position, 2 * each)
-        columns, kind = (3, "genuine") if within < each else (4, "impostor")
+        columns, kind = (3, "a genuine") if within < each else (4, "an impostor")
+        fields = _columns(text, columns)
         if len(fields) != columns:
-            raise wrong(line, f"expected {columns} columns (a {kind} pair), got {len(fields)}")
+            raise wrong(line, f"expected {columns} columns ({kind} pair), found {len(fields)}")
         name, number, other = fields[0], fields[1], fields[-1]
         second = fields[2] if columns == 4 else name
         if not all(n.isdecimal() and int(n) > 0 for n in (number, other)):
@@ -118,8 +116,10 @@ def read_pairs(path: Path) -> PairList:
     return PairList(tuple(pairs), folds)
 
 
-def _columns(line: str) -> list[str]:
-    return [field.strip() for field in line.strip().split("\t")] if "\t" in line.strip() else line.split()
+def _columns(line: str, wanted: int) -> list[str]:
+    """The fields between tabs, which names with blanks need; those between blanks where only these are as many."""
+    tabs, blanks = [field.strip() for field in line.split("\t")], line.split()
+    return blanks if len(tabs) != wanted and (len(blanks) == wanted or len(tabs) == 1) else tabs
 
 
 def draw_pairs(labels: Tensor, generator: torch.Generator, *, folds: int = 10, per_fold: int = 600) -> PairProtocol:

@@ -25,14 +25,14 @@ import copy
 import mmap
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.data.decode import readable, shown
+from bench.data.decode import read_text, readable, shown
 from bench.data.ranges import read_ranges
 from bench.errors import DataError, MissingError
 
@@ -87,17 +87,17 @@ class RecordFile:
             offsets = scan(path)
             keys = np.arange(len(offsets))
         else:
-            keys, offsets = _read_index(index)
+            keys, offsets = self.keys, self.offsets = _read_index(index)
             outside = np.flatnonzero((offsets < 0) | (offsets > end - _PART.size))
             if len(outside):
-                row = int(outside[0])
-                raise self._unfit(f"key {keys[row]} points to offset {offsets[row]}, the file has {end} bytes")
+                row = int(outside[offsets[outside].argmin()])
+                raise self._fault(row, f"the file has {end} bytes")
         by_offset = np.argsort(offsets, kind="stable")
         sizes = np.empty_like(offsets)
         sizes[by_offset] = np.diff(offsets[by_offset], append=end)
         if sizes.max() > np.iinfo(np.uint32).max:
             row = int(sizes.argmax())
-            raise self._unfit(f"{sizes[row]} bytes lie between record {keys[row]} and the next")
+            raise self._fault(row, f"{sizes[row]} bytes lie between it and the next")
         by_key = np.argsort(keys, kind="stable")
         keys = keys[by_key]
         if (twice := keys[1:][keys[1:] == keys[:-1]]).size:
@@ -106,11 +106,27 @@ class RecordFile:
         self.offsets, self.sizes = offsets[by_key], sizes[by_key].astype(np.uint32)
         self.bodies(np.array([self.offsets.argmax()]))  # a file that was cut off ends within its last record
 
-    def _unfit(self, what: str) -> DataError:
-        return DataError(
-            f"{shown(self.index)} does not fit {shown(self.path.name)}: {what} (delete the index to have the file "
-            "scanned)"
-        )
+    def _fault(self, row: int, what: str) -> DataError:
+        """Whose fault it is that the index and the file do not fit at a record, told by the file without the index."""
+        if self.index is None:
+            return DataError(f"{self.where(row)} is damaged: {what}")
+        at, end, file = int(self.offsets[row]), self.path.stat().st_size, shown(self.path.name)
+        (starts, damage), (_, listed) = _records(self.path), _read_index(self.index)
+        reached, last = end if damage is None else damage.record, int(listed.max())
+        # Behind what can be followed nothing tells, except that the index was right so far.
+        if at < reached or (at > reached and not np.isin(starts, listed).all()):
+            place = f"where no record of it starts ({what})" if 0 <= at < end and at not in starts else what
+            return DataError(
+                f"{shown(self.index)} does not fit {file}, whose records follow one another to offset {reached}: key "
+                f"{self.keys[row]} points to offset {at}, {place} (delete the index to have the file scanned)"
+            )
+        if damage is None or (damage.cut_off and (last == reached or last > end - _PART.size)):
+            within = "" if damage is None else f" within the record at offset {reached} ({damage.what})"
+            return DataError(
+                f"{shown(self.path)} was cut off at {end} bytes{within}: {shown(self.index.name)} lists {len(listed)} "
+                f"records, {len(starts)} are whole; copy or download the file again"
+            )
+        return DataError(f"{self.where(row)} is damaged: {what}")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -189,37 +205,45 @@ class RecordFile:
     def _joined(self, row: int) -> bytes:
         """A record that was split where the magic number occurs in it, rewritten in one part."""
 
-        def damaged(_: int, what: str) -> DataError:
-            return DataError(f"{self.where(row)} is damaged: {what}")
-
         data = self._read(np.array([row]))[0][: self.sizes[row]].tobytes()
-        body = _MAGIC_BYTES.join(data[start : start + length] for start, length, _ in _parts(data, 0, damaged))
+        try:
+            body = _MAGIC_BYTES.join(data[start : start + length] for start, length, _ in _parts(data, 0))
+        except _Damage as damage:
+            raise self._fault(row, damage.what) from damage
         if len(body) < _HEADER.size:
-            raise damaged(0, f"it has {len(body)} bytes, its header needs {_HEADER.size}")
+            raise DataError(f"{self.where(row)} is damaged: it has {len(body)} bytes, its header needs {_HEADER.size}")
         count = _HEADER.unpack_from(body)[0]
         if len(body) < _HEADER.size + 4 * count:
-            raise damaged(0, f"it claims {count} labels and ends before them")
+            raise DataError(f"{self.where(row)} is damaged: it claims {count} labels and ends before them")
         return _PART.pack(MAGIC, len(body)) + body
 
 
-def _parts(
-    data: bytes | mmap.mmap, offset: int, damaged: Callable[[int, str], DataError]
-) -> Iterator[tuple[int, int, int]]:
+class _Damage(Exception):
+    """Where and why the parts of the record at an offset do not follow one another; ``cut_off`` where the data end."""
+
+    def __init__(self, record: int, offset: int, what: str, *, cut_off: bool = False) -> None:
+        super().__init__(what)
+        self.record, self.offset, self.what, self.cut_off = record, offset, what, cut_off
+
+
+def _parts(data: bytes | mmap.mmap, offset: int) -> Iterator[tuple[int, int, int]]:
     """(data offset, length, offset after it) of every part of the record at ``offset``."""
     first = offset
     while True:
         if offset + _PART.size > len(data):
-            raise damaged(offset, "the record ends within a part")
+            raise _Damage(first, offset, "the record ends within a part", cut_off=True)
         magic, word = _PART.unpack_from(data, offset)
         if magic != MAGIC:
-            raise damaged(offset, f"no record starts here (found {magic:#010x}, not {MAGIC:#010x})")
+            raise _Damage(first, offset, f"no record starts here (found {magic:#010x}, not {MAGIC:#010x})")
         flag, length, start = word >> _LENGTH_BITS, word & _LENGTH_MASK, offset + _PART.size
         if start + length > len(data):
-            raise damaged(offset, f"the record claims {length} bytes, {len(data) - start} are left")
+            raise _Damage(
+                first, offset, f"the record claims {length} bytes, {len(data) - start} are left", cut_off=True
+            )
         if offset == first and flag not in (0, 1):
-            raise damaged(offset, f"a record cannot start with part flag {flag}")
+            raise _Damage(first, offset, f"a record cannot start with part flag {flag}")
         if offset != first and flag not in (2, 3):
-            raise damaged(offset, f"part flag {flag} within the record that starts at {first}")
+            raise _Damage(first, offset, f"part flag {flag} within the record that starts at {first}")
         offset = start + (length + 3 & ~3)
         yield start, length, offset
         if flag in (0, 3):
@@ -232,16 +256,28 @@ def scan(path: Path) -> NDArray[np.int64]:
     Raises:
         DataError: the file cannot be read, or the records do not follow one another to the end.
     """
+    offsets, damage = _records(path)
+    if damage is not None:
+        raise DataError(
+            f"{shown(path)} is damaged at offset {damage.offset}: {damage.what}; {len(offsets)} records before it are "
+            "whole: copy or download it again"
+        )
+    return offsets
 
-    def damaged(offset: int, what: str) -> DataError:
-        return DataError(f"{shown(path)} is damaged at offset {offset}: {what}")
 
-    offsets, offset = [], 0
+def _records(path: Path) -> tuple[NDArray[np.int64], _Damage | None]:
+    """Offsets of the whole records from the start of the file, and what ended them before the file's end."""
+    offsets, offset, damage = [], 0, None
     with readable(path), path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         while offset < len(data):
+            try:
+                *_, (_, _, behind) = _parts(data, offset)
+            except _Damage as found:
+                damage = found
+                break
             offsets.append(offset)
-            *_, (_, _, offset) = _parts(data, offset, damaged)
-    return np.asarray(offsets, dtype=np.int64)
+            offset = behind
+    return np.asarray(offsets, dtype=np.int64), damage
 
 
 def _read_index(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -254,15 +290,21 @@ def _read_index(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
             table = np.empty(0, dtype=np.int64)
     if len(table) and len(table) % 2 == 0:
         return table[0::2].copy(), table[1::2].copy()
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{shown(path)} is no index: byte {error.start} is not ASCII text") from error
-    for number, line in enumerate(lines, 1):
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         columns = line.split()
-        if columns and not (len(columns) == 2 and all(c.isdecimal() for c in columns)):
-            raise DataError(f"{shown(path)} line {number}: expected 'key<tab>offset', got {shown(line[:60])!r}")
-    raise DataError(f"{shown(path)} is no index: expected lines 'key<tab>offset'")
+        if columns and not (len(columns) == 2 and all(c.isascii() and c.isdecimal() for c in columns)):
+            raise DataError(
+                f"{shown(path)} line {number}: expected 'key<tab>offset', got {shown(line[:60])!r} (delete the index "
+                "to have the file scanned)"
+            )
+        rows += [[min(int(c), np.iinfo(np.int64).max) for c in columns]] if columns else []
+    if not rows:
+        raise DataError(
+            f"{shown(path)} is no index: expected lines 'key<tab>offset' (delete it to have the file scanned)"
+        )
+    keys, offsets = np.asarray(rows, dtype=np.int64).T
+    return keys.copy(), offsets.copy()
 
 
 def read_property(path: Path) -> tuple[int, int, int] | None:
@@ -273,8 +315,7 @@ def read_property(path: Path) -> tuple[int, int, int] | None:
     """
     if not path.exists():
         return None
-    with readable(path):
-        fields = path.read_text(encoding="ascii", errors="replace").strip().split(",")
+    fields = read_text(path).strip().split(",")
     if len(fields) != 3 or not all(field.strip().isdecimal() for field in fields):
         raise DataError(f"{shown(path)}: expected 'identities,height,width', got {shown(','.join(fields)[:60])!r}")
     identities, height, width = map(int, fields)

@@ -5,8 +5,11 @@ Unpickling can run any code, so nothing is left to chance here:
 
 1. Before anything is executed, every instruction of the pickle is read. Only those that build lists, tuples, strings,
    numbers and flags are allowed, and the callables named must be those of :data:`_PERMITTED`.
-2. Even these are not the real ones: what a numpy array or old-style bytes need is rebuilt by stand-ins that accept
-   one-dimensional ``uint8`` arrays and bytes, and nothing else.
+2. Even these are not the real ones: what numpy arrays, numpy scalars or old-style bytes need is rebuilt by stand-ins
+   that accept one-dimensional arrays of plain numbers and bytes, and nothing else.
+
+Images are bytes or arrays of ``uint8``. Flags are a list, a tuple, an array or bytes of what equals 0 or 1: Python's or
+numpy's booleans, whole or floating-point numbers.
 
 Packs written by Python 2 are read (its strings are the bytes of the images); protocol 0, which nobody uses for
 images, is not.
@@ -15,8 +18,10 @@ images, is not.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +41,7 @@ _OPCODES = {
     *("GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT"),
     *("EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
-    *("NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG1"),
+    *("NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     *("BINUNICODE", "SHORT_BINUNICODE", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"),
 }
@@ -46,30 +51,39 @@ class _Hostile(Exception):
     """What the pickle asks for is not what a pack is made of."""
 
 
+#: What arrays and scalars may be made of: truth values, and whole and floating-point numbers.
+_NUMBERS = re.compile(r"[|<>=]?(b1|[iu][1248]|f[248])")
+
+
 class _Array:
     """Stands in for ``numpy.ndarray`` while its pieces arrive."""
 
     __slots__ = ("values",)
 
     def __init__(self) -> None:
-        self.values: NDArray[np.uint8] | None = None
+        self.values: NDArray[Any] | None = None
 
     def __setstate__(self, state: Any) -> None:
         match state:
-            case (int(), tuple() as shape, _UnsignedByte(), _, (bytes() | bytearray()) as raw):
-                self.values = _uint8(raw, shape)
+            case (int(), tuple() as shape, _Dtype() as dtype, _, (bytes() | bytearray()) as raw):
+                self.values = _line(raw, dtype, shape)
             case _:
-                raise _Hostile("an array that is not of type uint8")
+                raise _Hostile("an array that is not of plain numbers")
 
 
-class _UnsignedByte:
-    """Stands in for ``numpy.dtype('uint8')``; its state says nothing that matters."""
+class _Dtype:
+    """Stands in for a ``numpy.dtype`` of plain numbers, whose state matters for its byte order only."""
 
-    __slots__ = ()
+    __slots__ = ("code",)
+
+    def __init__(self, code: str) -> None:
+        self.code = code
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, tuple) or any(isinstance(value, list | tuple) for value in state):
             raise _Hostile("a structured array type")
+        if len(state) > 1 and state[1] in (">", b">"):
+            self.code = ">" + self.code.lstrip("|<>=")
 
 
 class _StandIn:
@@ -89,13 +103,14 @@ class _StandIn:
         raise _Hostile("a change to a permitted name")
 
 
-def _uint8(raw: bytes | bytearray, shape: Any) -> NDArray[np.uint8]:
+def _line(raw: bytes | bytearray, dtype: _Dtype, shape: Any) -> NDArray[Any]:
     # (n,) from np.frombuffer, (n, 1) and (1, n) from OpenCV's imencode.
     if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
         raise _Hostile("an array without a proper shape")
-    if sum(n != 1 for n in shape) > 1 or len(shape) > 2 or int(np.prod(shape)) != len(raw):
-        raise _Hostile(f"an array of shape {shape}, expected the bytes of one encoded image")
-    return np.frombuffer(bytes(raw), dtype=np.uint8)
+    plain = np.dtype(dtype.code)
+    if sum(n != 1 for n in shape) > 1 or len(shape) > 2 or math.prod(shape) * plain.itemsize != len(raw):
+        raise _Hostile(f"an array of shape {shape}, expected the bytes of one encoded image, or flags")
+    return np.frombuffer(bytes(raw), dtype=plain)
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
@@ -105,17 +120,25 @@ def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
 
 
 def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    if not isinstance(raw, bytes | bytearray) or not isinstance(dtype, _UnsignedByte):
-        raise _Hostile("an array that is not of type uint8")
+    if not isinstance(raw, bytes | bytearray) or not isinstance(dtype, _Dtype):
+        raise _Hostile("an array that is not of plain numbers")
     array = _Array()
-    array.values = _uint8(raw, shape)
+    array.values = _line(raw, dtype, shape)
     return array
 
 
-def _dtype(code: Any, align: Any = False, copy: Any = False) -> _UnsignedByte:
-    if code not in ("u1", b"u1", "|u1", b"|u1"):
-        raise _Hostile(f"an array of type {code!r}, expected uint8")
-    return _UnsignedByte()
+def _scalar(dtype: Any, raw: Any) -> bool | int | float:
+    if not isinstance(raw, bytes) or not isinstance(dtype, _Dtype):
+        raise _Hostile("a numpy scalar that is no plain number")
+    value: bool | int | float = _line(raw, dtype, (1,)).tolist()[0]
+    return value
+
+
+def _dtype(code: Any, align: Any = False, copy: Any = False) -> _Dtype:
+    name = code.decode("latin-1") if isinstance(code, bytes) else code
+    if not isinstance(name, str) or not _NUMBERS.fullmatch(name):
+        raise _Hostile(f"an array of type {code!r}, expected uint8, or flags")
+    return _Dtype(name)
 
 
 def _latin1(text: Any, encoding: Any) -> bytes:
@@ -141,6 +164,7 @@ _PERMITTED: dict[tuple[str, str], _StandIn] = {
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _StandIn(_dtype),
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _StandIn(_reconstruct) for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): _StandIn(_scalar) for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _StandIn(_frombuffer) for core in ("core", "_core")},
 }
 
@@ -207,22 +231,30 @@ def _checked(path: Path, content: Any) -> VerificationPack:
     images, same = content
     if isinstance(same, _Array) and same.values is not None:
         same = same.values.tolist()
-    if not isinstance(images, list | tuple) or not isinstance(same, list | tuple):
+    if not isinstance(images, list | tuple) or not isinstance(same, list | tuple | bytes | bytearray):
         raise wrong("expected a list of images and a list of flags")
-    if not all(isinstance(flag, bool) or (type(flag) is int and flag in (0, 1)) for flag in same):
-        raise wrong("a flag is neither true nor false")
+    for number, flag in enumerate(same):
+        if not isinstance(flag, bool | int | float) or flag not in (0, 1):
+            raise wrong(f"flag {number} is neither true nor false, but {_what(flag)}")
     if not same:
         raise wrong("it holds no pair")
     if len(images) != 2 * len(same):
         raise wrong(f"{len(same)} pairs need {2 * len(same)} images, it holds {len(images)}")
     encoded = []
     for number, image in enumerate(images):
-        if isinstance(image, _Array) and image.values is not None:
+        if isinstance(image, _Array) and image.values is not None and image.values.dtype == np.uint8:
             image = image.values.tobytes()
-        if not isinstance(image, bytes):
-            raise wrong(f"image {number} is not the bytes of an encoded image")
-        encoded.append(image)
-    return VerificationPack(tuple(encoded), np.asarray(same, dtype=np.bool_))
+        if not isinstance(image, bytes | bytearray):
+            raise wrong(f"image {number} is not the bytes of an encoded image, but {_what(image)}")
+        encoded.append(bytes(image))
+    return VerificationPack(tuple(encoded), np.asarray(list(same), dtype=np.bool_))
+
+
+def _what(value: Any) -> str:
+    """A value of a pack for a message, short."""
+    if isinstance(value, _Array) and value.values is not None:
+        return f"{value.values.size} values of type {value.values.dtype}"
+    return shown(f"{value!r:.40}") if isinstance(value, bool | int | float | str | bytes) else type(value).__name__
 
 
 def write_pack(path: Path, pack: VerificationPack) -> None:

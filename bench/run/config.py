@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bench.errors import DataError, MissingError, UsageError
+from bench.files import decode_text
 from bench.plugins import Option, describe, explain
 from bench.recognition.options import PUBLISHED, TrainingOptions
 
@@ -367,12 +368,14 @@ def read_file(path: Path) -> dict[str, Any]:
 
     Raises:
         MissingError: it is not there.
-        UsageError: it is not TOML.
+        UsageError: it cannot be read or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(decode_text(path.read_bytes()))
     except FileNotFoundError:
         raise MissingError(f"config file {path} does not exist") from None
+    except OSError as error:
+        raise UsageError(f"config file {path} cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"config file {path} is not valid TOML: {error}") from None
 

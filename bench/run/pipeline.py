@@ -161,7 +161,7 @@ class Pipeline:
         return RunResult(
             run_id=store.run_id,
             status="success",
-            warnings=[*self._warnings(dataset), *findings.warnings],
+            warnings=[*self._warnings(dataset), *stages.splits.notes, *findings.warnings],
             defense=DefenseInfo.of(described | channel_energy(described, stages.splits.public.images)),
             evaluator=findings.evaluator,
             dataset=dataset,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
+import unicodedata
+from collections.abc import Iterable
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -133,7 +137,7 @@ class FolderSource(EncodedSource):
 
     def _locate(self, listed: PairList) -> NDArray[np.int64]:
         """The rows that the pairs mean, int64 (P, 2)."""
-        label_of = {self.name(label): label for label in range(self.identities)}
+        label_of = {_composed(self.name(label)): label for label in range(self.identities)}
 
         @functools.cache
         def photos(name: str) -> tuple[dict[str, list[int]], dict[int, list[int]]]:
@@ -142,14 +146,14 @@ class FolderSource(EncodedSource):
             by_number: dict[int, list[int]] = {}
             label = label_of[name]
             for row, file in enumerate(self._files[label].split(b"\0"), int(self._first[label])):
-                stem = PurePath(os.fsdecode(file)).stem
+                stem = _composed(PurePath(os.fsdecode(file)).stem)
                 by_stem.setdefault(stem, []).append(row)
                 if ending := re.search(r"[0-9]+$", stem):
                     by_number.setdefault(int(ending[0]), []).append(row)
             return by_stem, by_number
 
         def locate(photo: tuple[str, int], pair: NamedPair) -> int:
-            name, number = photo
+            name, number = _composed(photo[0]), photo[1]
             rows: list[int] = []
             if name in label_of:
                 by_stem, by_number = photos(name)
@@ -157,9 +161,17 @@ class FolderSource(EncodedSource):
             if len(rows) != 1:
                 what = f"names image {number} of {shown(name)!r}, "
                 if name not in label_of:
-                    what = f"names {shown(name)!r}, who has no folder with images in {shown(self.path)}"
+                    near = get_close_matches(name, label_of, n=3, cutoff=0.5) or list(itertools.islice(label_of, 3))
+                    what = f"names {shown(name)!r}, who has no folder with images in {shown(self.path)} ({_some(near)})"
+                elif rows:
+                    what += f"and {len(rows)} files answer to that ({_some(map(self.where, rows))})"
                 else:
-                    what += f"and {len(rows)} files answer to that" if rows else "which is not there"
+                    there = [self.where(row) for found in by_stem.values() for row in found]
+                    near = get_close_matches(f"{name}/{name}_{number:04d}", there, n=3, cutoff=0) or there
+                    what += (
+                        f"which is not there: wanted {shown(f'{name}_{number:04d}')}.*, or the only file whose name "
+                    )
+                    what += f"ends in {number} ({_some(near)})"
                 raise DataError(f"{shown(self.pairs_file)} line {pair.line} {what}")
             return rows[0]
 
@@ -186,6 +198,17 @@ class FolderSource(EncodedSource):
         return OpenedSet(
             everyone.where_true(~np.isin(self.labels, wanted)), victims, replace(self.pairs, first=first, second=second)
         )
+
+
+def _composed(name: str) -> str:
+    """A name in Unicode's composed form: file systems and editors differ in how they write an accent."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first names of what there is, for a message."""
+    some = list(itertools.islice(names, 4))
+    return f"there is {', '.join(map(shown, some[:3]))}{', ...' if len(some) > 3 else ''}"
 
 
 def _visible(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:

@@ -1,4 +1,7 @@
-"""InsightFace face packs: ``train.rec/.idx/property`` to learn from, a ``.bin`` pack to verify and attack on."""
+"""InsightFace face packs: ``train.rec/.idx/property`` to learn from, a ``.bin`` pack to verify and attack on.
+
+Without a pack the people of the ``.rec`` are shared out, victims included, as those of a folder are.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,23 @@ from torch import Tensor
 
 from bench.data.decode import shown
 from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
-from bench.data.faces import PairProtocol, components
+from bench.data.faces import GUESSED, PairProtocol, components
 from bench.data.loaders import Dataset
 from bench.data.pairs import PairList, even_folds, read_pairs
-from bench.data.recordio import HEAD, RecordFile
+from bench.data.recordio import HEAD, RecordFile, scan
 from bench.data.verification_pack import VerificationPack, read_pack
 from bench.errors import DataError, MissingError
 
 DEFAULT_PACK = "lfw.bin"
+#: Where the identities of a pack come from that has no list of names.
+FROM_PAIRS = "genuine pairs"
 
 
 class InsightfaceOptions(BaseModel, frozen=True, extra="forbid"):
     pack: str | None = Field(
-        None, description="File name of the verification pack; by default lfw.bin, else the only .bin there is."
+        None,
+        description="File name of the verification pack; by default lfw.bin, else the only .bin there is. Without any, "
+        "victims are split off train.rec and pairs drawn, by seed.",
     )
     max_identities: int | None = Field(
         None, ge=2, description="Only the first so many identities of train.rec are read; all by default."
@@ -36,37 +43,42 @@ class InsightfaceOptions(BaseModel, frozen=True, extra="forbid"):
 
 
 def open_insightface(root: Path, image_size: int, options: InsightfaceOptions) -> OpenedSet:
-    """``train.rec`` to learn from and a verification pack as victims.
+    """``train.rec``, or the only ``.rec`` there is, to learn from and a verification pack as victims.
+
+    ``root`` is their folder, or the ``.rec`` alone, beside which no pack is looked for unless the options name one.
+    Without a pack, victims are split off and pairs drawn later, by seed.
 
     The pack's pairs keep their order and are cut into ten folds of equal size, as the packs intend. An image that the
     pack repeats is a row once. Its identities are named from the ``pairs.txt`` beside it, if that list
     is the pack's own (:func:`pack_identities`), else ``pack:000000`` and so on.
 
     Raises:
-        MissingError: no folder, no ``train.rec`` or no pack.
+        MissingError: no folder, no ``.rec``, or several packs and none is named.
         DataError: a damaged file.
     """
-    if not root.is_dir():
-        raise MissingError(f"{shown(root)} is not a folder: point --data-root at one with train.rec and a .bin pack")
-    if not (root / "train.rec").is_file():
-        raise MissingError(f"{shown(root)} has no train.rec (for folders of images use --dataset folder)")
-    pack = PackSource(find_pack(root, options.pack), image_size)
-    source = RecordIOSource(root / "train.rec", image_size)
+    records = find_records(root)
+    folder = records.parent
+    source = RecordIOSource(records, image_size)
     faces = IdentityView.everything(source)
     if options.max_identities is not None or options.max_images_per_identity is not None:
         kept = np.zeros(len(source), dtype=bool)
         kept[first_rows(source.labels, options.max_identities, options.max_images_per_identity)] = True
         faces = faces.where_true(kept)
+    if options.pack is None and (root != folder or not any(folder.glob("*.bin"))):
+        return OpenedSet(faces)
+    pack = PackSource(find_pack(folder, options.pack), image_size)
     details: dict[str, str | int | float] = {
         "pack": pack.path.name,
         "pack_pairs": len(pack) // 2,
         "pack_identities_from": pack.naming,
     }
+    if pack.guessed is not None:
+        details[GUESSED] = pack.guessed
     return OpenedSet(faces, *pack.once(), details)
 
 
 DATASET = Dataset(
-    "InsightFace packs: train.rec/.idx and a .bin verification pack", InsightfaceOptions, open_insightface
+    "InsightFace packs: train.rec/.idx, with or without a .bin verification pack", InsightfaceOptions, open_insightface
 )
 
 
@@ -166,6 +178,11 @@ def _images(records: RecordFile) -> tuple[RecordFile, NDArray[np.int64] | None]:
     rows = np.searchsorted(records.keys, wanted)
     absent = wanted[records.keys[np.minimum(rows, len(records) - 1)] != wanted]
     if len(absent):
+        if records.index is not None and (unlisted := len(np.setdiff1d(scan(records.path), records.offsets))):
+            raise DataError(
+                f"{shown(records.index)} lacks {unlisted} of the records of {shown(records.path.name)} (delete the "
+                "index to have the file scanned)"
+            )
         raise DataError(
             f"{shown(records.path)} is incomplete: its header promises images 1 to {first - 1}, "
             f"{len(absent)} of them are missing, the first is {absent[0]}"
@@ -184,6 +201,28 @@ def _ranges(heads: NDArray[np.void], end: int) -> NDArray[np.int64] | None:
     if not len(ranges) or not np.array_equal(np.append(ranges[:, 0], end), np.append(1, ranges[:, 1])):
         return None
     return ranges
+
+
+def find_records(root: Path) -> Path:
+    """The record file that ``root`` means: itself, ``train.rec`` in it, or the only other ``.rec``.
+
+    Raises:
+        MissingError: there is none, or there are several and none is ``train.rec``.
+    """
+    if root.is_file() and root.suffix == ".rec":
+        return root
+    if not root.is_dir():
+        raise MissingError(f"{shown(root)} is not a folder: point --data-root at one with train.rec, or at a .rec file")
+    found = sorted(path.name for path in root.glob("*.rec") if path.is_file())
+    if "train.rec" not in found and len(found) > 1:
+        raise MissingError(
+            f"{shown(root)} has several record files and no train.rec: point --data-root at one of "
+            f"{', '.join(map(shown, found))}"
+        )
+    if not found:
+        alone = " but a verification pack, and nobody else to learn from" if any(root.glob("*.bin")) else ""
+        raise MissingError(f"{shown(root)} has no train.rec{alone} (for folders of images use --dataset folder)")
+    return root / ("train.rec" if "train.rec" in found else found[0])
 
 
 def find_pack(root: Path, name: str | None) -> Path:
@@ -223,6 +262,12 @@ class PackSource(EncodedSource):
         pack = read_pack(path)
         names, owner, self.naming = pack_identities(pack, path.with_name("pairs.txt"), path.stem)
         super().__init__(path, image_size, owner.astype(np.int32), names)
+        if self.naming == FROM_PAIRS:
+            self.guessed = (
+                f"{shown(path.name)} does not name its people: they are guessed from genuine pairs, which may take one "
+                "for two, so nobody can be looked up among them (the pairs.txt it was made from, beside it, names them)"
+            )
+            self.notes = (self.guessed,)
         self._images, self.pairs_file = pack.images, path
         first, second = torch.arange(len(self)).view(-1, 2).unbind(1)
         same, fold = torch.from_numpy(pack.same), torch.from_numpy(even_folds(len(pack.same)))
@@ -273,7 +318,7 @@ def pack_identities(
     ids: dict[bytes, int] = {}
     content = np.asarray([ids.setdefault(image, len(ids)) for image in pack.images], dtype=np.int64)
     component = components(content[0::2][pack.same], content[1::2][pack.same], len(ids))
-    return tuple(f"pack:{i:06d}" for i in range(component.max() + 1)), component[content], "genuine pairs"
+    return tuple(f"pack:{i:06d}" for i in range(component.max() + 1)), component[content], FROM_PAIRS
 
 
 def _belongs(listed: PairList, pack: VerificationPack) -> bool:

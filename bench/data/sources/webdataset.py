@@ -29,6 +29,7 @@ from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
 from bench.data.loaders import Dataset
 from bench.data.ranges import read_ranges
 from bench.errors import DataError, MissingError
+from bench.files import decode_text
 
 LABEL_KEYS = ("label", "cls", "identity", "class")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -190,7 +191,7 @@ def _person(where: str, members: dict[str, tarfile.TarInfo], file: BinaryIO) -> 
         # Not through tarfile, whose position in the file the next member is found by.
         text = os.pread(file.fileno(), member.size, member.offset_data)
         try:
-            value = text.decode().strip() if suffix == "cls" else _labelled(json.loads(text))
+            value = decode_text(text).strip() if suffix == "cls" else _labelled(json.loads(decode_text(text)))
         except ValueError as error:
             raise DataError(f"{where}: its .{suffix} cannot be read: {error}") from error
         if value:

@@ -38,6 +38,23 @@ def test_view_1_and_blanks_and_windows_line_ends(tmp_path):
     assert listed.pairs[1].line == 4
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_marks_and_line_ends_of_other_editors(tmp_path, encoding, end):
+    path, text = tmp_path / "pairs.txt", VIEW2.replace("Eve", "Zo\u00eb").replace("\n", end)
+    path.write_bytes(text.encode(encoding))
+    if encoding in ("utf-16-le", "utf-16-be"):  # without the mark nothing says so
+        with pytest.raises(DataError, match=r"pairs\.txt (is not UTF-8 text .*UTF-16 without|line 1: expected 'folds)"):
+            read_pairs(path)
+    else:
+        assert read_pairs(path).names == ("Ann", "Bob", "Cy", "Dee", "Zo\u00eb")
+
+
+def test_blanks_among_tabs(tmp_path):
+    listed = read_pairs(write(tmp_path, "1 1\nAnn\t1  2\nAnn 1\tBob 2 \n"))
+    assert [(pair.first, pair.second) for pair in listed.pairs] == [(("Ann", 1), ("Ann", 2)), (("Ann", 1), ("Bob", 2))]
+
+
 def test_names_with_blanks_need_tabs(tmp_path):
     listed = read_pairs(write(tmp_path, "1\nJo Doe\t1\t2\nJo Doe\t1\tZoë\t2\n"))
     assert listed.names == ("Jo Doe", "Zoë")
@@ -50,8 +67,11 @@ def test_names_with_blanks_need_tabs(tmp_path):
         ("Ann\t1\t2\n", "line 1: expected 'folds"),
         ("0\n", "line 1: expected 'folds"),
         ("2\t2\nAnn\t1\t2\n", r"line 1: the header promises 2 x \(2 x 2\) = 8 pairs, 1 follow"),
-        (VIEW2.replace("Bob\t1\t3\n", "Bob\t1\tAnn\t3\n"), r"line 3: expected 3 columns \(a genuine pair\), got 4"),
-        (VIEW2.replace("Cy\t1\tBob\t3", "Cy\t1\t3"), r"line 5: expected 4 columns \(a impostor pair\), got 3"),
+        (VIEW2.replace("Bob\t1\t3\n", "Bob\t1\tAnn\t3\n"), r"line 3: expected 3 columns \(a genuine pair\), found 4"),
+        (
+            VIEW2.replace("Cy\t1\tBob\t3", "Cy\t1\t3"),
+            r"line 5: expected 4 columns \(an impostor pair\), found 3, got 'Cy\\t1\\t3'",
+        ),
         (VIEW2.replace("Bob\t1\t3", "Bob\t0\t3"), "line 3: image numbers"),
         (VIEW2.replace("Bob\t1\t3", "Bob\t1\tx"), "line 3: image numbers"),
         (VIEW2.replace("Bob\t1\t3", "Bob\t3\t3"), "line 3: an image is paired with itself"),

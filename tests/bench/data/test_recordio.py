@@ -106,8 +106,13 @@ def test_bad_magic_names_file_and_offset(tmp_path):
     ("cut", "index", "message"),
     [
         (6, False, r"train\.rec is damaged at offset 36: the record claims 32 bytes, 26 are left"),
-        (6, True, r"train\.rec record 1 at offset 36 is damaged: the record claims 32 bytes, 26 are left"),
-        (36, True, r"train\.idx does not fit train\.rec: key 1 points to offset 36, the file has 40 bytes \(delete"),
+        (6, True, r"train\.rec was cut off at 70 bytes within the record at offset 36 .*lists 2 records, 1 are whole"),
+        (
+            36,
+            True,
+            r"train\.rec was cut off at 40 bytes within the record at offset 36 .*copy or download the file again",
+        ),
+        (40, True, r"train\.rec was cut off at 36 bytes: train\.idx lists 2 records, 1 are whole"),
     ],
 )
 def test_a_file_that_was_cut_off(tmp_path, cut, index, message):
@@ -146,8 +151,8 @@ def test_records_that_are_none(tmp_path, damaged, message):
         ("0\t0\n0\t36\n", "key 0 more than once"),
         ("0\t0\n1\t999999\n", "key 1 points to offset 999999, the file has"),
         ("0\t0\n1\t99999999999999999999999\n", "key 1 points to offset"),
-        ("0\t0\n1\té\n", "not ASCII"),
-        ("0\t0\n1\t8\n", "record 1 at offset 8 is damaged: no record starts here"),
+        ("0\t0\n1\té\n", r"line 2: expected .*\(delete the index"),
+        ("0\t0\n1\t8\n", "key 1 points to offset 8, where no record of it starts"),
     ],
 )
 def test_bad_index(tmp_path, text, message):
@@ -155,6 +160,38 @@ def test_bad_index(tmp_path, text, message):
     (tmp_path / "train.idx").write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         RecordFile(path)
+
+
+def test_whether_the_file_or_its_index_is_at_fault(tmp_path):
+    """Cut to 60 % it is the file; whole, with an index that is off by four, it is the index."""
+    records = [by_hand(i, bytes(range(i, i + 40))) for i in range(20)]
+    path, index = write(tmp_path, records), tmp_path / "train.idx"
+    whole, lines = path.read_bytes(), index.read_text().split()
+    path.write_bytes(whole[: int(0.6 * len(whole))])
+    with pytest.raises(DataError, match=r"train\.rec was cut off at 864 bytes: train\.idx lists 20 records, 12 are"):
+        RecordFile(path)
+    path.write_bytes(whole)
+    for step in (4, -4):
+        index.write_text("".join(f"{k}\t{int(at) + step}\n" for k, at in zip(lines[::2], lines[1::2], strict=True)))
+        with pytest.raises(DataError, match=r"train\.idx does not fit train\.rec, whose records follow one another to"):
+            RecordFile(path)
+    index.unlink()
+    assert len(RecordFile(path)) == 20
+
+
+def test_an_index_that_goes_wrong_in_the_middle(tmp_path):
+    path = write(tmp_path, [by_hand(i, b"abc") for i in range(5)])
+    (tmp_path / "train.idx").write_text("0\t0\n1\t36\n2\t76\n3\t108\n4\t144\n")
+    records = RecordFile(path)
+    for rows in ([2], [0, 2, 4]):
+        with pytest.raises(DataError, match=r"train\.idx does not fit .*key 2 points to offset 76, where no record of"):
+            records.bodies(np.array(rows))
+
+
+def test_an_index_with_a_byte_order_mark(tmp_path):
+    path = write(tmp_path, [by_hand(i, b"abc") for i in range(3)])
+    (tmp_path / "train.idx").write_bytes(b"\xef\xbb\xbf0\t0\r\n1\t36\r\n2\t72\r\n")
+    assert RecordFile(path).offsets.tolist() == [0, 36, 72]
 
 
 def test_missing_and_empty(tmp_path):
@@ -168,6 +205,8 @@ def test_missing_and_empty(tmp_path):
 def test_property(tmp_path):
     file = tmp_path / "property"
     assert read_property(file) is None
+    file.write_bytes(b"\xef\xbb\xbf355,112,96\r\n")
+    assert read_property(file) == (355, 112, 96)
     file.write_text("355,112,96\n")
     assert read_property(file) == (355, 112, 96)
     for bad in ("355", "a,b,c", "1,2,3,4", "-1,2,3"):

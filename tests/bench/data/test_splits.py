@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 
 import pytest
 import torch
+from PIL import Image
 
+from bench.data.decode import decode_image
 from bench.data.faces import FaceSet, PairProtocol, Skipped, Source
-from bench.data.splits import Splits, drop_twins, drop_victims, split, whole_identities
+from bench.data.splits import (
+    Splits,
+    drop_copies,
+    drop_near_copies,
+    drop_twins,
+    drop_victims,
+    split,
+    whole_identities,
+)
 from bench.errors import DataError, UsageError
 
 IMAGES_OF = (3, 1, 4, 2, 5, 1)
@@ -111,6 +122,85 @@ def test_blank_and_nearly_equal_images_make_no_twins():
     assert dropped == ()
 
 
+def test_of_the_copies_of_a_person_one_stays():
+    #            a  a  a  b  b  c  c
+    faces = noise([1, 2, 1, 3, 2, 4, 4], [0, 0, 0, 1, 1, 2, 2])
+    kept, dropped = drop_copies(faces)
+    assert torch.equal(kept.images, faces.images[[0, 1, 3, 4, 5]])  # what a and b share makes them twins
+    assert kept.labels.tolist() == [0, 0, 1, 1, 2]
+    assert [(entry.where, "equals another one" in entry.reason) for entry in dropped] == [("a", True), ("c", True)]
+    assert drop_copies(kept) == (kept, ())
+    blank = FaceSet(torch.full((3, 3, 8, 8), 7, dtype=torch.uint8), torch.tensor([0, 0, 1]), tuple("ab"))
+    assert drop_copies(blank)[0].labels.tolist() == [0, 1]
+
+
+def photo(seed):
+    """A smooth picture of 64x64 pixels, uint8 (3, 64, 64)."""
+    small = torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(seed)) * 255
+    return torch.nn.functional.interpolate(small, 64, mode="bicubic").clamp(0, 255).to(torch.uint8)[0]
+
+
+def encoded_anew(image, quality=50):
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
+    return decode_image(buffer.getvalue())
+
+
+def test_copies_that_were_encoded_anew_resized_or_mirrored():
+    first, second = photo(0), photo(1)
+    half = torch.nn.functional.interpolate(first[None].float(), 32, mode="area")
+    resized = torch.nn.functional.interpolate(half, 64, mode="bilinear").to(torch.uint8)[0]
+    darker = (0.7 * first.float()).to(torch.uint8)  # not the same exposure
+    images = [first, second, encoded_anew(first), resized, second.flip(2), darker, encoded_anew(second)]
+    faces = FaceSet(torch.stack(images), torch.tensor([0, 0, 0, 0, 0, 0, 1]), tuple("ab"))
+    kept, dropped = drop_near_copies(faces)
+    assert torch.equal(kept.images, faces.images[[0, 1, 5, 6]])
+    assert [entry.where for entry in dropped] == ["a"] * 3
+
+
+def test_no_drawn_pair_is_of_one_image():
+    """Of 20 people every third image is a copy, as ``x (1).jpg`` is, and every fourth was encoded anew."""
+    photos = [[photo(9 * person + i) for i in range(3)] for person in range(20)]
+    images = [image for own in photos for image in (*own, own[0], encoded_anew(own[1]))]
+    labels = torch.arange(20).repeat_interleave(5)
+    source = Source("x", FaceSet(torch.stack(images), labels, tuple(f"p{i}" for i in range(20))))
+    splits = split(source, **SHARES, generator=generator())
+    for part in parts_of(splits):
+        assert torch.bincount(part.labels).unique().tolist() == [3 if part is splits.victims else 4]
+    genuine = splits.victims.images.float()
+    apart = (genuine[splits.pairs.first] - genuine[splits.pairs.second]).abs().mean(dim=(1, 2, 3))
+    assert apart.min() > 20
+    assert len(splits.dropped) == 20 + 4
+    assert [note[:30] for note in splits.notes] == ["20 images equal another image ", "4 images of victims look like "]
+
+
+@pytest.mark.parametrize("synthetic", [True, False])
+def test_rendered_faces_are_told_apart_by_their_pixels_only(synthetic):
+    images = [image for i in range(8) for image in (photo(2 * i), photo(2 * i + 1), encoded_anew(photo(2 * i)))]
+    labels = torch.arange(8).repeat_interleave(3)
+    source = Source("x", FaceSet(torch.stack(images), labels, tuple("abcdefgh")), synthetic=synthetic)
+    splits = split(source, provider=0.25, public=0.25, evaluator=0, victims=0.5, generator=generator())
+    assert len(splits.victims) == (12 if synthetic else 8)
+
+
+def test_official_pairs_of_one_image_are_left_out_and_said():
+    images = torch.stack([photo(0), photo(1), photo(0), photo(2), photo(3), encoded_anew(photo(2))])
+    victims = FaceSet(images, torch.tensor([0, 0, 0, 1, 1, 1]), ("v0", "v1"))
+    columns = ([0, 2, 1, 3, 2], [1, 0, 2, 5, 4], [True, True, True, True, False], [0, 0, 1, 1, 1])
+    pairs = PairProtocol(*map(torch.tensor, columns))
+    splits = split(Source("x", faces([4] * 40), victims, pairs), **SHARES, generator=generator())
+    assert torch.equal(splits.victims.images, images[[0, 1, 3, 4, 5]])
+    ends = list(zip(splits.pairs.first.tolist(), splits.pairs.second.tolist(), strict=True))
+    assert ends == [(0, 1), (1, 0), (2, 4), (0, 3)]
+    assert (splits.pairs.same.tolist(), splits.pairs.fold.tolist()) == ([True, True, True, False], [0, 1, 1, 1])
+    assert [entry.where for entry in splits.dropped] == ["v0"]
+    assert splits.notes[0].startswith("1 of the 4 genuine pairs of the dataset's own list show one image twice")
+    assert splits.notes[1].startswith("1 of the 3 genuine pairs of the dataset's own list look like one picture")
+    only = PairProtocol(*(column[[1, 4]] for column in (pairs.first, pairs.second, pairs.same, pairs.fold)))
+    with pytest.raises(DataError, match="all 1 genuine pairs of the dataset show one image twice"):
+        split(Source("x", faces([4] * 40), victims, only), **SHARES, generator=generator())
+
+
 SHARES = {"provider": 0.5, "public": 0.2, "evaluator": 0.1, "victims": 0.2}
 
 
@@ -203,7 +293,7 @@ def test_own_victims_without_pairs_get_drawn_ones():
 def test_victims_among_the_faces_are_dropped_and_listed():
     learners, (victims, pairs) = faces([4] * 40), own_victims([3, 2])
     images = learners.images.clone()
-    images[learners.labels == 7] = victims.images[3]  # by content
+    images[int((learners.labels == 7).nonzero()[0])] = victims.images[3]  # by content
     names = ("v1", *learners.names[1:])  # by name
     source = Source("x", FaceSet(images, learners.labels, names), victims, pairs)
     splits = split(source, **SHARES, generator=generator())

@@ -125,7 +125,15 @@ def test_unknown_keys_in_the_file_are_errors(tmp_path):
         resolve(BASE, {}, file)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_with_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "run.toml").write_text("seed = 7\n", encoding=encoding)
+    assert resolve(BASE, {}, tmp_path / "run.toml").seed == 7
+
+
 def test_a_missing_file_and_a_broken_one(tmp_path):
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        resolve(BASE, {}, tmp_path)
     with pytest.raises(MissingError, match=r"no\.toml does not exist"):
         resolve(BASE, {}, tmp_path / "no.toml")
     file = tmp_path / "bad.toml"

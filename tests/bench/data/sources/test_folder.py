@@ -101,8 +101,9 @@ def test_numbers_by_the_end_of_the_name(paired):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (PAIRS.replace("Cy\t1\t2", "Zed\t1\t2"), "line 4 names 'Zed', who has no folder"),
-        (PAIRS.replace("Bob\t2", "Bob\t9"), "line 3 names image 9 of 'Bob', which is not there"),
+        (PAIRS.replace("Cy\t1\t2", "Zed\t1\t2"), r"line 4 names 'Zed', who has no folder .*\(there is Ann, Bob, Cy\)"),
+        (PAIRS.replace("Cy\t1\t2", "Ane\t1\t2"), r"line 4 names 'Ane', who has no folder .*\(there is Ann\)"),
+        (PAIRS.replace("Bob\t2", "Bob\t9"), r"names image 9 of 'Bob', which is not there: wanted Bob_0009\.\*"),
         ("1\nAnn\t1\t2\n", "line 1"),
         ("2\nAnn\t1\t2\nDee\t1\t2\nBob\t1\tCy\t1\nBob\t1\tDee\t1\n", r"all but 1 of the people.*at least 2 others"),
     ],
@@ -111,6 +112,20 @@ def test_pairs_that_do_not_fit(root, text, message, stream):
     (root / "pairs.txt").write_text(text)
     with pytest.raises(DataError, match=message):
         load_set("folder", root, stream=stream)
+
+
+def test_a_list_whose_files_are_numbered_otherwise_says_which_are_there(paired):
+    for file in paired.glob("Bob/*.jpg"):
+        file.rename(file.with_stem(f"{file.stem}_0"))
+    message = r"line 3 names image 2 of 'Bob', .*ends in 2 \(there is Bob/Bob_0002_0\.jpg, Bob/Bob_0001_0\.jpg\)"
+    with pytest.raises(DataError, match=message):
+        load_set("folder", paired)
+
+
+def test_accents_in_either_form(make_tree):
+    root = make_tree({"Zoe\u0308": 2, "Ann": 2, "Bob": 2, "Cy": 2})  # as macOS stores it
+    (root / "pairs.txt").write_bytes("\ufeff1\r\nZo\u00eb\t1\t2\r\nAnn\t1\tZo\u00eb\t2\r\n".encode())
+    assert load_set("folder", root).pairs.same.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("stream", [False, True])

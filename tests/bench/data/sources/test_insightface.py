@@ -246,9 +246,36 @@ class TestDamage:
             writer.write(0, (1.0, 1.0))
         with pytest.raises(DataError, match="holds no image"):
             source_of(tmp_path)
-        (pack() / "lfw.bin").unlink()
-        with pytest.raises(MissingError, match="no verification pack"):
+        (tmp_path / "train.rec").unlink()
+        pack(name="lfw.bin")
+        (tmp_path / "train.rec").unlink()
+        with pytest.raises(MissingError, match=r"no train\.rec but a verification pack, and nobody else to learn from"):
             load_set("insightface", tmp_path)
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_without_a_pack_everyone_is_shared_out(self, pack, stream):
+        root = pack()
+        alone = load_set("insightface", root / "train.rec", stream=stream)
+        assert (alone.victims, alone.pairs, alone.faces.identities) == (None, None, 3)
+        assert load_set("insightface", root / "train.rec", pack="lfw.bin").victims is not None
+        (root / "lfw.bin").unlink()
+        for name in ("train", "other"):
+            for kind in (".rec", ".idx"):
+                next(root.glob(f"*{kind}")).rename(root / f"{name}{kind}")
+            source = load_set("insightface", root, stream=stream)
+            assert (source.victims, source.pairs, len(source.faces)) == (None, None, 9)
+        with pytest.raises(MissingError, match=r"has no pack 'lfw\.bin' \(it has none\)"):
+            load_set("insightface", root, pack="lfw.bin")
+        (root / "more.rec").touch()
+        with pytest.raises(MissingError, match=r"several record files and no train\.rec: .*more\.rec, other\.rec"):
+            load_set("insightface", root)
+
+    def test_an_index_that_lacks_images(self, pack):
+        root = pack()
+        lines = (root / "train.idx").read_text().splitlines(keepends=True)
+        (root / "train.idx").write_text("".join(lines[:4] + lines[6:]))
+        with pytest.raises(DataError, match=r"train\.idx lacks 2 of the records of train\.rec \(delete the index"):
+            source_of(root)
 
 
 class TestVerificationPack:
@@ -269,6 +296,8 @@ class TestVerificationPack:
         else:
             assert people == [f"pack:00000{i}" for i in (0, 0, 0, 1, 1, 1, 1, 2)]
         assert source.details["pack_identities_from"] == ("pairs.txt" if named else "genuine pairs")
+        assert (source.guessed is None) is named
+        assert source.notes == (() if named else (source.guessed,))
 
     @pytest.mark.parametrize(
         "text",
