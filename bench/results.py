@@ -158,10 +158,51 @@ class DefenseInfo(PluginInfo):
         return cls(**known, details={key: value for key, value in description.items() if key not in known})
 
 
+#: What is said, in these words, of an attack that gets no more than a trivial guess.
+NO_BETTER = "no better than a floor: this says nothing about the defence"
+
+
+class FloorTest(ResultModel):
+    """Whether an attack gets more than a trivial guess would: paired differences over people, held against margins."""
+
+    above: bool | None = Field(
+        description="whether the lower end of one of these intervals exceeds its margin; null where there is none"
+    )
+    gains: dict[str, Measure] = Field(
+        description="figure -> how much more leaks than to the floor that comes nearest, paired over the victims"
+    )
+    floors: dict[str, str] = Field(
+        description="figure -> that floor; others: what the attack made of other people; guessing: of linkage"
+    )
+    margins: dict[str, float] = Field(description="figure -> what the lower end of its interval must exceed")
+
+    def told(self) -> str:
+        """The differences in one line."""
+        parts = []
+        for name, gain in self.gains.items():
+            if gain.value is not None:
+                kind, (low, high) = KINDS[name], gain.ci95 or (gain.value, gain.value)
+                values = (f"{kind.scale * value:+.{kind.decimals}f}" for value in (gain.value, low, high))
+                told = "{} {} [{}, {}]".format(kind.label, *values)
+                parts.append(f"{told} against {self.floors[name].replace('_', ' ')}")
+        return "; ".join(parts)
+
+
 class AttackInfo(PluginInfo):
     knowledge: str
-    saturated: bool | None
+    saturated: bool | None = Field(
+        description="whether more training would hardly have helped; null where nothing is trained or above_floor is "
+        "false"
+    )
     states_covered: bool | None
+    above_floor: bool | None = Field(
+        None, description="false: no better than a floor, so that its figures say nothing about the defence"
+    )
+    broken: bool | None = Field(
+        None, description="whether it is no better than a floor where it has to be: on unprotected faces, or a canary"
+    )
+    floor_test: FloorTest | None = Field(None, description="of what the attack got, behind above_floor")
+    plain_test: FloorTest | None = Field(None, description="of what it gets out of unprotected faces, behind broken")
     curve: list[tuple[int, float]] = Field([])
     details: dict[str, Any] = Field({})
 
@@ -246,8 +287,11 @@ class RunResult(ResultModel):
     strength: StrengthCurve | None = None
     attacks: dict[str, AttackResult] = Field({}, description="of a run of several attacks, what each got, by its name")
     worst_case: Recovery | None = Field(
-        None, description="per victim and figure, the value under the recovery attack from which most leaks"
+        None,
+        description="per victim and figure, the value under the recovery attack from which most leaks; its floor "
+        "pointwise_worst is made of the floors in the same way",
     )
+    worst_case_test: FloorTest | None = Field(None, description="of the worst case, against floors of the same kind")
     throughput: dict[str, Throughput] | None = None
     seconds: dict[str, float] = Field({})
     cached: list[str] = Field([])

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from bench.measures import KINDS, leak
-from bench.results import AttackResult, Measure
+from bench.results import NO_BETTER, AttackResult, Measure
 from bench.run.archive import Run
 
 #: Options named in a label at most; provenance has them all.
@@ -44,6 +44,20 @@ class Cell:
     def unsaturated(self) -> bool:
         """Whether the attack was still improving, so that its figures are lower bounds."""
         return self.result is not None and self.result.attack.saturated is False
+
+    @property
+    def no_better(self) -> bool:
+        """Whether the attack is no better than a floor, so that its figures say nothing about the defence."""
+        return self.result is not None and self.result.attack.above_floor is False
+
+    @property
+    def verdict(self) -> str:
+        """Why its figures are not to be taken at their word; empty where nothing is known against them."""
+        if self.result is None:
+            return "failed: see the warnings"
+        broken = "broken" if self.result.attack.broken else ""
+        unsaturated = "unsaturated: a lower bound" if self.unsaturated else ""
+        return "; ".join(filter(None, (broken, NO_BETTER if self.no_better else "", unsaturated)))
 
     @property
     def links(self) -> bool:
@@ -261,6 +275,28 @@ def floors(cells: Sequence[Cell], name: str) -> dict[str, Measure]:
             if measure is not None and leak(name, measure) > leak(name, highest.get(label)):
                 highest[label] = measure
     return highest
+
+
+def worst_floor(cells: Sequence[Cell], name: str) -> Measure | None:
+    """The floor of a worst case: per victim the guess that gets most, of several runs the most; of linkage, guessing.
+
+    The highest floor where a run keeps no raw values.
+    """
+    found = [floor for cell in cells if (floor := _pointwise_floor(cell, name)) is not None]
+    highest = [*found, *floors(cells, name).values()]
+    return max(highest, key=lambda measure: leak(name, measure), default=None)
+
+
+def _pointwise_floor(cell: Cell, name: str) -> Measure | None:
+    if cell.result is None or cell.result.recovery is None:
+        return None
+    tables = [rows for floor in cell.result.recovery.floors if (rows := cell.run.rows(floor)) is not None]
+    values = [table[name].reset_index(drop=True) for table in tables if name in table]
+    if not values:
+        return None
+    together, kind = pd.concat(values, axis=1), KINDS[name]
+    worst = together.max(axis=1) if kind.leaks > 0 else together.min(axis=1)
+    return Measure(value=float(worst.mean()), direction=kind.direction, n=len(worst))
 
 
 def lowest_accuracy(cells: Sequence[Cell]) -> Measure | None:

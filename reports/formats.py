@@ -10,9 +10,9 @@ from typing import Any
 
 from bench.measures import KINDS, MISSING
 from bench.results import Measure, measures
-from reports.cells import Cell, Setting, lowest_accuracy, worst_case
+from reports.cells import Cell, Setting, lowest_accuracy, worst_case, worst_floor
 from reports.provenance import provenance, warnings
-from reports.summary import LEAKS, failures, findings, recovery_table, subject, summary
+from reports.summary import LEAKS, failures, findings, recovery_table, subject, summary, worst_rows
 from reports.table import Column, Entry, Row, Table
 
 # -- Markdown ---------------------------------------------------------------------------------------
@@ -184,7 +184,9 @@ def report_csv(settings: Sequence[Setting]) -> str:
 
     A failed run has one line, with its reason.
     """
-    headings = "run_id protocol dataset image_size defense attack knowledge seed status figure value low high n reason"
+    headings = (
+        "run_id protocol dataset image_size defense attack knowledge seed status figure value low high n reason verdict"
+    )
     return _csv(headings, (line for setting in settings for cell in setting.cells for line in _lines(cell)))
 
 
@@ -193,9 +195,9 @@ def _lines(cell: Cell) -> Iterator[Sequence[Any]]:
     head = [manifest.run_id, manifest.protocol, manifest.config.get("dataset"), manifest.config.get("image_size")]
     head += [cell.defense, cell.attack, cell.knowledge, cell.seed, result.status]
     for figure, measure in _figures(cell):
-        yield [*head, figure, measure.value, *(measure.ci95 or ("", "")), measure.n, measure.reason]
+        yield [*head, figure, measure.value, *(measure.ci95 or ("", "")), measure.n, measure.reason, cell.verdict]
     if cell.run.failed:
-        yield [*head, "", "", "", "", "", result.error]
+        yield [*head, "", "", "", "", "", result.error, cell.verdict]
 
 
 def _figures(cell: Cell) -> Iterator[tuple[str, Measure]]:
@@ -214,17 +216,23 @@ def _figures(cell: Cell) -> Iterator[tuple[str, Measure]]:
 
 def leaderboard_csv(settings: Sequence[Setting]) -> str:
     """One line for each defence and figure; rates are shares of 1."""
-    headings = "setting protocol synthetic defense figure value low high n strongest"
+    headings = "setting protocol synthetic defense figure value low high n strongest floor note"
     return _csv(headings, (line for setting in settings for line in _worst_lines(setting)))
 
 
 def _worst_lines(setting: Setting) -> Iterator[Sequence[Any]]:
+    rows = worst_rows(setting)
     for defense, cells in setting.defenses.items():
         head = [setting.title, setting.protocol, setting.synthetic, defense]
+        note = rows[defense].entries["attack"].note if defense in rows else ""
         utility = lowest_accuracy(cells)
-        figures = [] if utility is None else [("accuracy", utility, "")]
-        figures += [(name, case.measure, case.strongest.label) for name in LEAKS if (case := worst_case(cells, name))]
-        for name, measure, strongest in figures:
-            yield [*head, name, measure.value, *(measure.ci95 or ("", "")), measure.n, strongest]
+        figures: list[tuple[str, Measure, str, Measure | None]] = []
+        figures += [] if utility is None else [("accuracy", utility, "", None)]
+        for name in LEAKS:
+            if (case := worst_case(cells, name)) is not None:
+                figures.append((name, case.measure, case.strongest.label, worst_floor(cells, name)))
+        for name, measure, strongest, floor in figures:
+            bounds = measure.ci95 or ("", "")
+            yield [*head, name, measure.value, *bounds, measure.n, strongest, floor.value if floor else "", note]
         if not figures:
-            yield [*head, "failed", "", "", "", "", ""]
+            yield [*head, "failed", "", "", "", "", "", "", ""]

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from bench.measures import KINDS, interval, leak, shown
-from bench.results import Measure
-from reports.cells import Cell, Setting, Worst, floors, lowest_accuracy, worst_case
+from bench.results import NO_BETTER, Measure
+from reports.cells import Cell, Setting, Worst, floors, lowest_accuracy, worst_case, worst_floor
 from reports.published import matching
 from reports.table import Column, Entry, Row, Table, measured
 
@@ -44,8 +44,9 @@ def summary(setting: Setting, number: int) -> Table:
             rows.append(_row("published", defense, *attack, printed.knowledge or Entry().text, figures))
     caption = (
         f"Defence against attack: {subject(setting)}. In brackets the 95 % interval over identities (of speeds: the "
-        "quartiles). 'Worst case' rows take, victim by victim, the attack that leaks most; bold is the best defence by "
-        "its worst case, where all were tried by the same attacks. Figures that no run has are left out."
+        "quartiles). 'Worst case' rows take, victim by victim, the attack that leaks most, beside the trivial guess "
+        "that gets most; bold is the best defence by its worst case, where all were tried by the same attacks, which "
+        "were better than a guess. Figures that no run has are left out."
     )
     table = Table(f"summary-{number}", caption, COLUMNS, tuple(rows), tuple(_floors(setting)), headers=3)
     return table.without_empty_columns()
@@ -66,7 +67,7 @@ def _row(
 def _measured(cell: Cell) -> Row:
     result, utility = cell.result, cell.run.result.utility
     if result is None:
-        return _row("failed", cell.defense, cell.attack, "failed: see the warnings", cell.knowledge, {})
+        return _row("failed", cell.defense, cell.attack, cell.verdict, cell.knowledge, {})
     figures = {}
     if utility is not None:
         unprotected = f"unprotected {shown('accuracy', utility.unprotected.accuracy)}"
@@ -77,8 +78,7 @@ def _measured(cell: Cell) -> Row:
         figures[name] = measured(name, result.figure(name), note=note)
     figures |= {"bytes": _bytes(cell), "protect": speed(cell, "protect")}
     figures["recover"] = speed(cell, f"recover {cell.name}", f"link {cell.name}", "recover", "link")
-    note = "unsaturated: a lower bound" if cell.unsaturated else ""
-    return _row("measured", cell.defense, cell.attack, note, cell.knowledge, figures)
+    return _row("measured", cell.defense, cell.attack, cell.verdict, cell.knowledge, figures)
 
 
 def _floors(setting: Setting) -> Iterator[Row]:
@@ -122,24 +122,43 @@ def worst_rows(setting: Setting) -> dict[str, Row]:
     worst = {
         defense: {name: case for name in LEAKS if (case := worst_case(cells, name)) is not None}
         for defense, cells in setting.defenses.items()
-        if not all(cell.run.failed for cell in cells)
+        if not all(cell.result is None for cell in cells)
     }
+    # What an attack that failed would have got, nobody knows, and what no attack has opened was not tried.
+    judged = [defense for defense in worst if _whole(setting.defenses[defense]) and _above(setting.defenses[defense])]
     best: dict[str, float] = {}
     for name in LEAKS if same_attacks(setting) else ():
-        leakages = [leak(name, cases[name].measure) for cases in worst.values() if name in cases]
+        leakages = [leak(name, worst[defense][name].measure) for defense in judged if name in worst[defense]]
         if len(leakages) > 1:  # one defence alone is not the best
             best[name] = min(leakages)
-    return {defense: _worst_row(defense, setting.defenses[defense], cases, best) for defense, cases in worst.items()}
+    return {
+        defense: _worst_row(defense, setting.defenses[defense], cases, best if defense in judged else {})
+        for defense, cases in worst.items()
+    }
+
+
+def _whole(cells: Sequence[Cell]) -> bool:
+    """Whether every attack of a worst case has figures."""
+    return all(cell.result is not None for cell in cells)
+
+
+def _above(cells: Sequence[Cell]) -> bool:
+    """Whether any attack of a worst case is better than the floors, as far as it is known."""
+    return not all(cell.no_better for cell in cells if cell.result is not None)
 
 
 def _worst_row(defense: str, cells: Sequence[Cell], cases: Mapping[str, Worst], best: Mapping[str, float]) -> Row:
     figures = {"accuracy": measured("accuracy", lowest_accuracy(cells))}
     for name, worst in cases.items():
         note = worst.strongest.attack + (", unsaturated" if worst.strongest.unsaturated else "")
+        if (floor := worst_floor(cells, name)) is not None:
+            note += f"; floor {shown(name, floor)}"
         figures[name] = measured(name, worst.measure, note=note, best=leak(name, worst.measure) == best.get(name))
-    done = [cell for cell in cells if not cell.run.failed]
+    done = [cell for cell in cells if cell.result is not None]
     failed = len(cells) - len(done)
-    over = f"over {len(done)} attack run{'s' * (len(done) != 1)}" + (f", {failed} failed" if failed else "")
+    over = f"over {len(done)} attack run{'s' * (len(done) != 1)}"
+    over += "" if _whole(cells) else f"; incomplete: {failed} failed"
+    over += "" if _above(cells) else f"; {NO_BETTER}"
     figures |= {"bytes": _bytes(done[0]), "protect": fastest(cells)}
     return _row("worst", defense, "worst case", over, "any", figures)
 
@@ -200,11 +219,12 @@ def _facts(cells: Sequence[Cell]) -> Iterator[Fact]:
     for name, question in _QUESTIONS.items():
         if (worst := worst_case(cells, name)) is None:
             continue
-        floor = max(floors(cells, name).values(), key=lambda measure: leak(name, measure), default=None)
+        floor = worst_floor(cells, name)
         result, strongest = worst.strongest.result, worst.strongest
         marks = {"floor": floor, "ceiling": result.ceiling(name) if result else None}
         context = f"strongest attack: {strongest.attack} ({strongest.knowledge})"
-        context += ", still improving: a lower bound" if strongest.unsaturated else ""
+        context += f"; {strongest.verdict}" if strongest.verdict else ""
+        context += "" if _whole(cells) else "; incomplete: an attack failed"
         for mark, measure in marks.items():
             context += "" if measure is None else f"; {mark} {shown(name, measure)}"
         yield Fact(question, _figure(name, worst.measure), context)

@@ -17,6 +17,8 @@ from bench.gate.formats import COLUMNS, cells, interval, number
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Verdict
 from bench.measures import KINDS, MISSING, shown
 from bench.results import (
+    NO_BETTER,
+    AttackInfo,
     AttackResult,
     Linkage,
     Measure,
@@ -87,6 +89,8 @@ def render_result(result: RunResult, directory: Path) -> RenderableType:
     if result.worst_case is not None:
         parts.append(Text("Worst case of all attacks, victim by victim", style="bold underline"))
         parts += _recovery("worst case", result.worst_case, result)
+        if result.worst_case_test is not None and result.worst_case_test.above is False:
+            parts.append(Text(f"worst case: {NO_BETTER}", style="bold red"))
     if result.throughput:
         parts.append(_throughput(result.throughput, result.defense.bytes_per_face if result.defense else 0))
     parts += [Text(f"null: {reason}", style="dim") for reason in dict.fromkeys(_reasons(result))]
@@ -126,6 +130,7 @@ def _attack(name: str, attack: AttackResult, result: RunResult) -> Iterable[Rend
         yield from _recovery(name, attack.recovery, result)
     if attack.linkage is not None:
         yield from _linkage(attack.linkage)
+    yield _judged(attack.attack)
     if (inference := attack.state_inference) is not None:
         chance = "" if inference.chance is None else f" (guessing: {100 * inference.chance:.1f} %)"
         yield Text(
@@ -142,6 +147,20 @@ def _attack(name: str, attack: AttackResult, result: RunResult) -> Iterable[Rend
         yield Text(f"{attack.attack.name}: {', '.join(asked)}")
     if attack.strength is not None:
         yield from (_strength(attack.strength), _gain(attack.strength))
+
+
+def _judged(info: AttackInfo) -> Text:
+    """Whether the attack had its chance: against floors, in training, over states; also where nobody can tell."""
+    floors = {True: "better than every floor", False: NO_BETTER, None: "not held against the floors"}[info.above_floor]
+    trained = {True: "saturated", False: "unsaturated: a lower bound", None: "saturation not judged"}[info.saturated]
+    covered = {True: "states covered", False: "states not covered", None: "coverage of states not judged"}
+    parts = [floors, trained, covered[info.states_covered]]
+    if info.above_floor and info.floor_test is not None:
+        parts[0] += f" ({info.floor_test.told()})"
+    if info.broken:
+        parts.insert(0, "broken")
+    weak = info.broken or info.above_floor is False
+    return Text(f"{info.name}: {'; '.join(parts)}", style="bold red" if weak else "")
 
 
 def _recovery(label: str, recovery: Recovery, result: RunResult) -> Iterable[RenderableType]:
@@ -327,6 +346,8 @@ def render_sweep(sweep: SweepState) -> RenderableType:
         parts.append(Text(note, style="dim"))
     if any(cell.unsaturated for cell in sweep.cells):
         parts.append(Text("* unsaturated: the attack was still improving, its figures are lower bounds", style="dim"))
+    if any(cell.no_better for cell in sweep.cells):
+        parts.append(Text(f"! {NO_BETTER}", style="dim"))
     parts += [Text(f"{cell.status}: {cell.name}: {cell.error}", style="red") for cell in sweep.cells if cell.error]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in _warnings(sweep)]
     parts += [Text(cell.directory, overflow="fold") for cell in sweep.cells if cell.directory]
@@ -338,7 +359,8 @@ def _sweep_table(sweep: SweepState, title: str) -> RenderableType:
     names = [name for name in KINDS if any(name in cell.figures for cell in sweep.cells)]
     rows: list[list[str | Text]] = []
     for cell in sweep.cells:
-        status = Text(cell.status + (" *" if cell.unsaturated else ""), style=_STATUS_COLOUR.get(cell.status, ""))
+        marks = " *" * cell.unsaturated + " !" * cell.no_better
+        status = Text(cell.status + marks, style=_STATUS_COLOUR.get(cell.status, ""))
         figures = (_key_figure(name, cell.figures.get(name)) for name in names)
         rows.append([cell.defense, cell.attack, cell.knowledge, str(cell.seed), status, *figures])
     headings = ("defence", "attack", "knowledge", "seed", "status", *(KINDS[name].column for name in names))

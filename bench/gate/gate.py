@@ -9,6 +9,7 @@ from bench.gate.baseline import Baseline, Cell, check_protocol, resolved_options
 from bench.gate.comparison import change, references
 from bench.gate.scores import FIGURES, CellKey, RunScores, cell_key, differing, run_scores
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, decide, exit_code, worst
+from bench.results import NO_BETTER
 from bench.run.archive import Run
 
 
@@ -98,6 +99,8 @@ def _verdict(run: Run, attack: str, key: CellKey, cell: Cell, baseline: Baseline
             lacking = FigureVerdict.of(name, expected, expected.value, None, outcome="inconclusive", note=note)
             figures.append(lacking)
     outcome, notes = worst(figure.outcome for figure in figures), _notes(run, attack, key, cell, scores, figures)
+    if (part := run.attacks[attack]) is not None and part.attack.above_floor is False:
+        outcome = worst((outcome, "inconclusive"))  # nothing was tried that could have found a change
     return CellVerdict(**about, outcome=outcome, figures=figures, notes=notes)
 
 
@@ -134,7 +137,7 @@ def _notes(
     notes += [
         warning
         for warning in run.result.warnings
-        if ("unsaturated" in warning or "broken" in warning)
+        if any(word in warning for word in ("unsaturated", "broken", NO_BETTER))
         and (len(run.attacks) == 1 or warning.startswith(f"{attack}: "))
     ]
     if run.altered:

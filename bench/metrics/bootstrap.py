@@ -33,6 +33,8 @@ REPLICATES = 1000
 
 _CHUNK_ELEMENTS = 2_000_000
 _FEW = "a confidence interval needs at least two identities"
+#: Why a figure of which nothing is uncertain has no interval.
+ALIKE = "no confidence interval: every resample gives the same value"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,7 @@ def interval(value: float, samples: Tensor, n: int, *, moved: bool = False) -> E
     if len(defined) < 0.95 * len(samples):
         return Estimate(value, None, n, "too few identities: many resamples hold pairs of one kind only")
     if defined.max() - defined.min() <= 1e-12:
-        return Estimate(value, None, n, "no confidence interval: every resample gives the same value")
+        return Estimate(value, None, n, ALIKE)
     low, high = torch.quantile(defined, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     if moved:
         shift = value - float(defined.mean())

@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from bench.measures import KINDS
+from bench.metrics.bootstrap import ALIKE
 from bench.results import (
+    NO_BETTER,
     AttackInfo,
     AttackResult,
     EvaluatorInfo,
+    FloorTest,
     Measure,
     Recovery,
     StrengthCurve,
@@ -32,6 +36,7 @@ class Findings:
         several: whether there are several attacks: warnings and speeds then say which one they are about.
         results: by the attack's name.
         worst_case: of several recovery attacks, per victim and figure the value under the one from which most leaks.
+        worst_case_test: whether that is more than the pointwise worst case of the floors.
         evaluator: the recogniser that scored identities, if one did.
         warnings: for the result.
         throughput: operation -> speed.
@@ -40,6 +45,7 @@ class Findings:
     several: bool
     results: dict[str, AttackResult] = field(default_factory=dict)
     worst_case: Recovery | None = None
+    worst_case_test: FloorTest | None = None
     evaluator: EvaluatorInfo | None = None
     warnings: list[str] = field(default_factory=list)
     throughput: dict[str, Throughput] = field(default_factory=dict)
@@ -48,14 +54,28 @@ class Findings:
         self,
         info: AttackInfo,
         strength: StrengthCurve | None,
-        warnings: Sequence[str],
+        over: FloorTest,
+        plain: FloorTest,
         speed: Mapping[str, Throughput],
         **figures: Any,
     ) -> None:
-        """Take in one attack, marked as unsaturated where its own report or its strength curve says so."""
-        unsaturated = []
+        """Take in one attack, marked by what follows from its report, its strength curve and the floors.
+
+        Args:
+            info: what it says of itself.
+            strength: its curve.
+            over: whether it gets more than the floors.
+            plain: whether it does out of unprotected faces.
+            speed: operation -> speed.
+            figures: the parts of its :class:`~bench.results.AttackResult`.
+        """
+        warnings = []
+        if over.above is False:
+            warnings.append(f"{NO_BETTER} ({over.told()})")
+        if plain.above is False:
+            warnings.append(f"broken: on unprotected faces the attack is no better than a floor ({plain.told()})")
         if info.saturated is False:
-            unsaturated.append(
+            warnings.append(
                 "unsaturated: the attack was still improving when its budget ended; its figure is a lower bound"
             )
         if strength is not None and strength.unsaturated:
@@ -64,14 +84,25 @@ class Findings:
                 for name, measure in strength.gain_of_last_doubling.items()
                 if measure.value is not None
             )
-            unsaturated.append(
-                f"unsaturated in {strength.axis}: the last doubling still gained ({gains}); a lower bound"
-            )
+            warnings.append(f"unsaturated in {strength.axis}: the last doubling still gained ({gains}); a lower bound")
             info = info.model_copy(update={"saturated": False})
-        name = info.name
+        if over.above is False:
+            # Neither says anything of an attack that has not begun to work.
+            info = info.model_copy(update={"saturated": None})
+            if strength is not None and strength.unsaturated is False:
+                strength = strength.model_copy(update={"unsaturated": None})
+        name, broken = info.name, None if plain.above is None else not plain.above
+        tests = {"above_floor": over.above, "broken": broken, "floor_test": over, "plain_test": plain}
+        info = info.model_copy(update=tests)
         self.results[name] = AttackResult(attack=info, strength=strength, **figures)
-        self.warnings += [f"{name}: {warning}" if self.several else warning for warning in (*unsaturated, *warnings)]
+        self.warnings += [f"{name}: {warning}" if self.several else warning for warning in warnings]
         self.throughput |= {f"{operation} {name}" if self.several else operation: t for operation, t in speed.items()}
+
+    def add_worst_case(self, worst_case: Recovery, over: FloorTest) -> None:
+        """Take in the worst case of several recovery attacks, and whether it is more than that of the floors."""
+        self.worst_case, self.worst_case_test = worst_case, over
+        if over.above is False:
+            self.warnings.append(f"worst case: {NO_BETTER} ({over.told()})")
 
 
 def attack_info(attacks: AttackStages, attack_config: AttackConfig, defense: Defense) -> AttackInfo:
@@ -97,6 +128,55 @@ def attack_info(attacks: AttackStages, attack_config: AttackConfig, defense: Def
 #: another: published tables differ by ten times as much between two runs of one attack.
 RECOVERY_TOLERANCE: Mapping[str, float] = {"ssim": 0.005, "cosine": 0.01}
 LINKAGE_TOLERANCE: Mapping[str, float] = {"linkage": 0.005}
+
+#: What the lower end of the interval of the difference to a floor must exceed, so that an attack counts as better: what
+#: nobody would see in a picture (a quarter of a decibel, a hundredth of SSIM), nor call a likeness.
+FLOOR_MARGINS: Mapping[str, float] = {"ssim": 0.01, "psnr_aligned": 0.25, "cosine": 0.02}
+CHANCE_MARGINS: Mapping[str, float] = {"linkage": 0.01, "linkage_auc": 0.01}
+
+
+def floor_test(gains: Mapping[str, Mapping[str, Measure]], margins: Mapping[str, float]) -> FloorTest:
+    """Whether what an attack got is more than a trivial guess gets.
+
+    It is where by one figure it is above every floor: the one that comes nearest decides.
+
+    Args:
+        gains: figure -> floor -> how much more leaks to the attack, paired over the victims; without a value where the
+            figure cannot be measured.
+        margins: figure -> what the lower end of that interval must exceed.
+    """
+    nearest, least = {}, {}
+    for name, by_floor in gains.items():
+        # Too few people for an interval decide nothing; what is the same in all of them needs none.
+        known = {floor: gain for floor, gain in by_floor.items() if gain.ci95 or gain.reason == ALIKE}
+        ends = {floor: end for floor, gain in known.items() if (end := _lower_end(gain)) is not None}
+        if ends:
+            nearest[name] = min(ends, key=ends.__getitem__)
+            least[name] = ends[nearest[name]]
+    return FloorTest(
+        above=any(end > margins[name] for name, end in least.items()) if least else None,
+        gains={name: gains[name][floor] for name, floor in nearest.items()},
+        floors=nearest,
+        margins={name: margins[name] for name in nearest},
+    )
+
+
+def chance_test(figures: Mapping[str, Measure]) -> FloorTest:
+    """Whether linkage, figure -> value, is more than guessing gets (:attr:`bench.measures.Kind.guess`)."""
+
+    def over(name: str, measure: Measure) -> Measure:
+        guess = KINDS[name].guess
+        if measure.value is None or guess is None:
+            return measure
+        low_high = None if measure.ci95 is None else (measure.ci95[0] - guess, measure.ci95[1] - guess)
+        return measure.model_copy(update={"value": measure.value - guess, "ci95": low_high})
+
+    return floor_test({name: {"guessing": over(name, measure)} for name, measure in figures.items()}, CHANCE_MARGINS)
+
+
+def _lower_end(measure: Measure) -> float | None:
+    """Of the interval; the value where there is none (every victim gains the same, or there is one victim)."""
+    return measure.ci95[0] if measure.ci95 else measure.value
 
 
 def strength_curve(
@@ -129,9 +209,7 @@ def strength_curve(
         gains = {name: Measure(value=None, direction="leakage", reason=reason) for name in tolerance}
     else:
         gains = {name: gain(name, points[-1], points[-2]) for name in tolerance}
-    # Without an interval (every victim gains the same, or there is one victim) the value has to do.
-    least = {name: measure.ci95[0] if measure.ci95 else measure.value for name, measure in gains.items()}
-    sure = {name: value for name, value in least.items() if value is not None}
+    sure = {name: end for name, measure in gains.items() if (end := _lower_end(measure)) is not None}
     return StrengthCurve(
         axis=budget.axis,
         points=[StrengthPoint(budget=s, values=dict(leakage(point))) for s, point in zip(spent, points, strict=True)],

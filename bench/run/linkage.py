@@ -16,10 +16,10 @@ from bench.metrics.bootstrap import REPLICATES, mean_estimate, verification_esti
 from bench.metrics.identity import Probes, identity_leakage
 from bench.metrics.unlinkability import chance_level, choose_bins, unlinkability_estimate
 from bench.metrics.verification import pair_scores
-from bench.results import Linkage, Measure
+from bench.results import Linkage, Measure, Verification
 from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages
-from bench.run.findings import LINKAGE_TOLERANCE, Findings, attack_info, strength_curve
+from bench.run.findings import LINKAGE_TOLERANCE, Findings, attack_info, chance_test, strength_curve
 from bench.run.pictures import write_sheet
 from bench.run.speed import linkage_speed
 from bench.run.store import RunStore
@@ -120,9 +120,6 @@ def assess_linkage(
     )
 
 
-#: Accuracy of guessing.
-_CHANCE = 0.5
-
 #: What an attack got with one budget: the scores of the pairs, and their assessment.
 _Point = tuple[dict[str, Tensor], Linkage]
 
@@ -190,7 +187,8 @@ def run_linkage(
         tables.append(score_table(pairs, scores).assign(attack=name))
         with stages.timed("throughput"):
             speed = {"link": linkage_speed(attacks, configs[-1], defense)}
-        findings.add(info, strength, _broken(linkage), speed, linkage=linkage)
+        over, over_plain = (chance_test(_accuracy(pairs)) for pairs in (linkage.protected_plain, linkage.plain))
+        findings.add(info, strength, over, over_plain, speed, linkage=linkage)
     store.write_table("linkage", pd.concat(tables, ignore_index=True))
     if sheet:
         sent = next(iter(attacks.interceptions(defense, attacks.selection.attacked, 2)))[1]
@@ -204,10 +202,6 @@ def _leakage(point: _Point) -> Mapping[str, Measure]:
     return {"linkage": verified.accuracy, "linkage_auc": verified.auc, "linkage_rank1": linkage.rank1}
 
 
-def _broken(linkage: Linkage) -> list[str]:
-    """A warning where the attack cannot even tell plain faces apart."""
-    accuracy = linkage.plain.accuracy
-    least = accuracy.ci95[0] if accuracy.ci95 else accuracy.value
-    if least is not None and least > _CHANCE:
-        return []
-    return ["the attack cannot be told from guessing on plain faces: it is broken"]
+def _accuracy(verified: Verification) -> Mapping[str, Measure]:
+    """What has to be better than guessing."""
+    return {"linkage": verified.accuracy, "linkage_auc": verified.auc}

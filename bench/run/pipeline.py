@@ -167,6 +167,7 @@ class Pipeline:
             dataset=dataset,
             utility=utility,
             worst_case=findings.worst_case,
+            worst_case_test=findings.worst_case_test,
             **figures,
             throughput=throughput | findings.throughput,
             seconds={stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},

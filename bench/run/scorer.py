@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -104,7 +104,9 @@ class Scorer:
             originals = to_float(self.victims.images[index].to(self.device))
             for name, metric in metrics.items():
                 columns[name].append(metric(faces, originals).cpu())
-            columns["embedding"].append(self.evaluator.embed(faces).cpu())
+            # One face that was expanded to many (the floors that know nothing of the victims) is looked at once.
+            seen = faces[:1] if batch.stride(0) == 0 else faces
+            columns["embedding"].append(self.evaluator.embed(seen).cpu().expand(len(batch), -1))
         values = {name: torch.cat(column) for name, column in columns.items()}
         embeddings, plain, labels = values.pop("embedding"), self.embeddings, self.victims.labels
         leakage = identity_leakage(
@@ -113,6 +115,19 @@ class Scorer:
         values |= {name: getattr(leakage, column) for name, column in _IDENTITY.items()}
         values["knn_distance"] = knn_distance(embeddings, attacked, plain, labels, self._content)
         return self._assessment(values)
+
+    def strangers(self, recovered: Tensor) -> Assessment:
+        """Recovered faces, each held against the face of somebody else.
+
+        What an attack gets there it owes to no victim: a constant guess gets as much. NaN where nobody else is there.
+        """
+        labels = self._labels
+        other = somebody_else(labels)
+        held = self.assess(recovered[other])
+        nobody = labels[other] == labels
+        return replace(
+            held, values={name: column.masked_fill(nobody, torch.nan) for name, column in held.values.items()}
+        )
 
     def worst(self, assessments: Sequence[Assessment]) -> Assessment:
         """The pointwise worst case: per victim and figure, the value under the attack from which most leaks."""
@@ -147,6 +162,21 @@ class Scorer:
         per_image.insert(0, "identity", [self.victims.names[int(label)] for label in self._labels])
         per_image.insert(0, "image", self.probes.attacked.numpy())
         return Assessment(values, per_image, Quality(**measures, identity=identity))
+
+
+def somebody_else(labels: Tensor) -> Tensor:
+    """For each of V images another, int64 (V,), each taken once: of another person wherever nobody has half of them.
+
+    Example:
+        >>> import torch
+        >>> somebody_else(torch.tensor([4, 4, 7, 9]))
+        tensor([2, 3, 0, 1])
+    """
+    order = labels.argsort(stable=True)
+    # Images of a person stand in a row: as far on as the longest row lies another person.
+    other = torch.empty_like(order)
+    other[order] = order.roll(-int(torch.unique(labels, return_counts=True)[1].max()))
+    return other
 
 
 def state_inference(right: Tensor | None, defense: Defense, scorer: Scorer) -> StateInference | None:

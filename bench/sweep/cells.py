@@ -55,6 +55,7 @@ class CellState(ResultModel):
     seconds: float | None = Field(None, description="Of the last start.")
     error: str | None = Field(None, description="In one line.")
     unsaturated: bool = Field(False, description="The attack would have gained from more training: lower bounds.")
+    no_better: bool = Field(False, description="An attack of it is no better than a floor.")
     figures: dict[str, KeyFigure] = Field({})
     warnings: list[str] = Field([])
 
@@ -91,6 +92,7 @@ def measured(result: RunResult) -> dict[str, Any]:
         "figures": key_figures(result),
         "warnings": result.warnings,
         "unsaturated": any(part.attack.saturated is False for part in result.attack_results.values()),
+        "no_better": any(part.attack.above_floor is False for part in result.attack_results.values()),
     }
 
 

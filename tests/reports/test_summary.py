@@ -1,12 +1,17 @@
 """The summary: every run has its row, failed ones too; floors, ceilings and published figures stand beside them."""
 
+import pandas as pd
+import pytest
 from run_folders import write_run
 
+from bench.results import NO_BETTER
 from bench.run.archive import load_runs
-from reports.cells import settings
+from reports.cells import settings, worst_floor
+from reports.formats import report_csv
 from reports.provenance import warnings
 from reports.published import matching, published
-from reports.summary import summary, worst_rows
+from reports.report import write_leaderboard
+from reports.summary import findings, summary, worst_rows
 
 
 def setting_of(*folders):
@@ -28,9 +33,9 @@ def test_rows(tmp_path):
     assert kinds[:4] == ["worst", "measured", "measured", "failed"]
     assert kinds[4:] == ["published"] * (len(kinds) - 4)
     worst, unet, linkage, failed = (by_heading(table, row) for row in table.rows[:4])
-    assert worst["attack"].note == "over 2 attack runs, 1 failed"
-    assert (worst["SSIM"].text, worst["SSIM"].note) == ("0.700", "unet")
-    assert (worst["linkage, %"].text, worst["linkage, %"].note) == ("80.0", "linkage")
+    assert worst["attack"].note == "over 2 attack runs; incomplete: 1 failed"
+    assert (worst["SSIM"].text, worst["SSIM"].note) == ("0.700", "unet; floor 0.400")
+    assert (worst["linkage, %"].text, worst["linkage, %"].note) == ("80.0", "linkage; floor 50.0")
     assert (unet["SSIM"].note, unet["accuracy, %"].note) == ("ceiling 0.990", "unprotected 97.0")
     assert linkage["linkage, %"].note == "ceiling 95.0"
     assert linkage["SSIM"].number is None
@@ -73,6 +78,50 @@ def test_the_best_is_bold_only_among_defences_that_met_the_same_attacks(tmp_path
     assert not any(entry.best for row in worst_rows(setting).values() for entry in row.entries.values())
     (labels,) = (labels for warning, labels in warnings([setting]).items() if "same attacks" in warning)
     assert labels == ["partialface: unet (whitebox), linear (whitebox)", "blur: unet (whitebox)"]
+
+
+def test_a_defence_that_no_attack_has_opened_is_not_the_best_and_its_rows_say_why(tmp_path):
+    folders = [
+        write_run(tmp_path / "a", ssim=(0.3,) * 8, above_floor=False, saturated=None),
+        write_run(tmp_path / "b", defense="blur", ssim=(0.9,) * 8),
+        write_run(tmp_path / "c", defense="pixelate", ssim=(0.8,) * 8),
+    ]
+    setting = setting_of(*folders)
+    rows = worst_rows(setting)
+    assert NO_BETTER in rows["partialface"].entries["attack"].note
+    assert not rows["partialface"].entries["ssim"].best
+    assert rows["pixelate"].entries["ssim"].best
+    notes = {row.entries["attack"].note for row in summary(setting, 1).rows if row.kind == "measured"}
+    assert notes == {NO_BETTER, ""}
+    facts = {defense: " ".join(fact.context for fact in facts) for defense, facts in findings(setting).items()}
+    assert (NO_BETTER in facts["partialface"], NO_BETTER in facts["blur"]) == (True, False)
+    board = write_leaderboard(tmp_path, tmp_path / "out")
+    assert all(NO_BETTER in path.read_text() for path in board)
+    assert NO_BETTER in report_csv([setting])
+
+
+def test_a_worst_case_of_which_an_attack_failed_is_incomplete_and_not_the_best(tmp_path):
+    folders = [
+        write_run(tmp_path / "a", ssim=(0.3,) * 8), write_run(tmp_path / "b", attack="linear", error="not finite"),
+        write_run(tmp_path / "c", defense="blur"), write_run(tmp_path / "d", defense="blur", attack="linear"),
+        write_run(tmp_path / "e", defense="none"), write_run(tmp_path / "f", defense="none", attack="linear"),
+    ]  # fmt: skip
+    setting = setting_of(*folders)
+    rows = worst_rows(setting)
+    assert rows["partialface"].entries["attack"].note == "over 1 attack run; incomplete: 1 failed"
+    assert not rows["partialface"].entries["ssim"].best
+    assert rows["blur"].entries["ssim"].best
+    assert "incomplete" in findings(setting)["partialface"][1].context
+
+
+def test_the_floor_of_a_worst_case_is_the_pointwise_worst_of_the_guesses(tmp_path):
+    folder = write_run(tmp_path / "a")
+    table = pd.read_parquet(folder / "per_image.parquet")
+    rows = table[table["method"] == "ceiling"]
+    guesses = {"mean_face": [0.6, 0.2] * 4, "noise": [0.1, 0.5] * 4}
+    floors = [rows.assign(method=name, ssim=values) for name, values in guesses.items()]
+    pd.concat([table, *floors]).to_parquet(folder / "per_image.parquet")
+    assert worst_floor(setting_of(folder).cells, "ssim").value == pytest.approx(0.55)
 
 
 def test_one_defence_alone_is_not_the_best(tmp_path):

@@ -6,7 +6,7 @@ from run_folders import measure, write_run
 
 from bench.gate.compare import Difference, FigureChange, Setting
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport
-from bench.results import PlannedStage, RunPlan, RunResult, read_result
+from bench.results import NO_BETTER, PlannedStage, RunPlan, RunResult, read_result
 from bench.sweep.cells import CellState, KeyFigure, SweepState
 from reports.terminal import figure, render_difference, render_gate, render_plan, render_result, render_sweep
 
@@ -61,6 +61,23 @@ def test_a_gain_that_could_not_be_judged_says_why(shown, tmp_path):
     assert "last doubling: not judged (no weights)" in shown(strength=unjudged)
 
 
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        ({}, "unet: better than every floor (SSIM +0.030 [+0.010, +0.050] against mean face); saturated; states"),
+        ({"above_floor": False, "saturated": None}, f"unet: {NO_BETTER}; saturation not judged; states covered"),
+        ({"above_floor": None, "saturated": False}, "unet: not held against the floors; unsaturated: a lower bound"),
+    ],
+)  # fmt: skip
+def test_every_verdict_is_told_the_weak_and_the_missing_too(shown, made, told):
+    assert told in shown(made)
+
+
+def test_a_broken_attack_is_called_so(shown, tmp_path):
+    info = read_result(write_run(tmp_path / "other")).attack.model_copy(update={"broken": True})
+    assert "unet: broken; better than every floor" in shown(attack=info)
+
+
 def test_the_worst_case_stands_below_the_attacks(shown):
     assert_in_order(
         shown({"attack": "linear,unet"}), "against linear, unet", "Attack linear", "linear", "Attack unet", "unet",
@@ -81,7 +98,7 @@ def test_a_linkage_run_shows_who_can_be_told_apart(shown):
         linked, "Linkage of the victims (100 pairs)", "protected against plain", "80.0", "70.0",
         "ceiling: plain against plain", "95.0", "rank-1 among plain faces: 30.0 ±1.0 %", "protected plain 0.400",
     )  # fmt: skip
-    assert "SSIM" not in linked
+    assert "PSNR" not in linked
     assert "Recognition of the victims" not in linked
 
 
@@ -174,11 +191,18 @@ def test_figures_stand_beside_their_neighbours():
         "ssim": KeyFigure(value=measure(0.5, 0), floor=measure(0.25, 0), ceiling=measure(0.75, 0)),
         "accuracy": KeyFigure(value=measure(0.9, 0), ceiling=measure(0.97, 0)),
     }
-    done = {"status": "success", "directory": "runs/r", "figures": figures, "warnings": ["odd"], "unsaturated": True}
+    done = {
+        "status": "success",
+        "directory": "runs/r",
+        "figures": figures,
+        "warnings": ["odd"],
+        "unsaturated": True,
+        "no_better": True,
+    }
     shown = sweep_text(done, {})
     assert_in_order(
         shown, "2 cells: 1 pending, 1 success", "accuracy %", "SSIM", "success *", "90.0 (97.0)",
-        "0.500 (0.250 to 0.750)", "* unsaturated", "warning: odd", "runs/sweeps/ab/sweep.json",
+        "0.500 (0.250 to 0.750)", "* unsaturated", f"! {NO_BETTER}", "warning: odd", "runs/sweeps/ab/sweep.json",
     )  # fmt: skip
     assert "linkage" not in shown  # no cell has it
 

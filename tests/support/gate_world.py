@@ -81,6 +81,7 @@ def make_run(
     accuracy=0.8,
     linkage=None,
     warnings=(),
+    above_floor=True,
     **config,
 ):
     """Write a run directory and return it.
@@ -105,15 +106,18 @@ def make_run(
     parts, tables = {}, []
     names = attack.split(",")
     for name in names:
+        info = attack_info(name, above_floor=above_floor)
         if linkage is not None:
-            parts[name] = AttackResult(attack=attack_info(name), linkage=linkage_figures(linkage))
+            parts[name] = AttackResult(
+                attack=attack_info(name, above_floor=above_floor), linkage=linkage_figures(linkage)
+            )
             continue
         got = rows(name, seed, None, shift or {}, retrained)
         ceiling = "ceiling" if len(names) == 1 else f"{name} ceiling"
         most = rows(ceiling, seed, CEILING, ceiling_shift or {}, retrained)
         tables += [got, most]
         recovery = Recovery(**quality(got).model_dump(), floors={}, ceiling=quality(most))
-        parts[name] = AttackResult(attack=attack_info(name), recovery=recovery)
+        parts[name] = AttackResult(attack=info, recovery=recovery)
     if tables:
         pd.concat(tables).to_parquet(folder / "per_image.parquet")
     result = RunResult(

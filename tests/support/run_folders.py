@@ -13,6 +13,7 @@ from bench.results import (
     DatasetInfo,
     DefenseInfo,
     EvaluatorInfo,
+    FloorTest,
     Identity,
     Linkage,
     Measure,
@@ -82,9 +83,17 @@ def dataset_info(name="synthetic", people=4, images=VICTIMS, image_size=64, *, s
     )  # fmt: skip
 
 
-def attack_info(name, knowledge="whitebox", *, saturated=True):
+def attack_info(name, knowledge="whitebox", *, saturated=True, above_floor=True):
     curve = [(100, 0.3), (200, 0.2), (400, 0.15)]
-    return AttackInfo(name=name, options={}, knowledge=knowledge, saturated=saturated, states_covered=True, curve=curve)
+    low = 0.01 if above_floor else -0.03
+    gain = Measure(value=low + 0.02, ci95=(low, low + 0.04), n=VICTIMS, direction="leakage")
+    tests = {"above_floor": above_floor, "broken": False}
+    if above_floor is not None:
+        floors, margins = {"ssim": "mean_face"}, {"ssim": 0.01}
+        tests["floor_test"] = FloorTest(above=above_floor, gains={"ssim": gain}, floors=floors, margins=margins)
+    return AttackInfo(
+        name=name, options={}, knowledge=knowledge, saturated=saturated, states_covered=True, curve=curve, **tests
+    )
 
 
 def utility(accuracy, unprotected):
@@ -113,6 +122,7 @@ def write_run(
     options=None,
     details=None,
     saturated=True,
+    above_floor=True,
     samples=True,
     error=None,
     image_size=64,
@@ -157,7 +167,7 @@ def write_run(
         recovery = Recovery(**quality(mean, cosine).model_dump(), floors=floors, ceiling=quality(0.99, 0.9))
         parts = {
             name: AttackResult(
-                attack=attack_info(name, knowledge, saturated=saturated),
+                attack=attack_info(name, knowledge, saturated=saturated, above_floor=above_floor),
                 recovery=None if linkage else recovery,
                 linkage=link if linkage else None,
                 state_inference=StateInference(faces=measure(0.6), channels=measure(0.9), chance=1 / 18),

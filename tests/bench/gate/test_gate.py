@@ -8,6 +8,7 @@ from gate_world import make_run
 from bench.errors import DataError, UsageError
 from bench.gate.baseline import make_baseline
 from bench.gate.gate import gate
+from bench.results import NO_BETTER
 from bench.run.archive import load_run, load_runs
 
 
@@ -76,6 +77,13 @@ def test_less_leakage_is_a_notice(judged):
     assert verdict.outcome == "pass"
     assert figures(verdict)["recovery.ssim"].improved
     assert any(note.startswith("better than the baseline: recovery.ssim") for note in verdict.notes)
+
+
+def test_an_attack_no_better_than_a_floor_does_not_pass_whatever_its_figures(judged):
+    verdict = judged(retrained=1, above_floor=False, warnings=[f"{NO_BETTER} (SSIM -0.1)"])
+    assert {figure.outcome for figure in verdict.figures} == {"pass"}
+    assert verdict.outcome == "inconclusive"
+    assert any(NO_BETTER in note for note in verdict.notes)
 
 
 def test_a_fallen_canary_is_a_broken_attack_not_better_privacy(judged):

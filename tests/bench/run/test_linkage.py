@@ -18,9 +18,9 @@ from bench.metrics.bootstrap import verification_estimates
 from bench.metrics.identity import Probes
 from bench.metrics.unlinkability import unlinkability
 from bench.metrics.verification import lfw_accuracy
-from bench.results import Linkage, read_result
+from bench.results import NO_BETTER, Linkage, read_result
 from bench.run.attacker import AttackStages
-from bench.run.linkage import _broken, assess_linkage, linkage_scores
+from bench.run.linkage import assess_linkage, linkage_scores
 from bench.run.verification import FARS, verification
 
 PEOPLE, EACH, WIDTH = 24, 4, 16
@@ -143,7 +143,12 @@ def test_embeddings_that_do_not_fit_are_refused(pairs: PairProtocol) -> None:
         )
 
 
-TINY = {"defense": "none", "attack": "thumbnail", "utility": False}
+TINY = {
+    "defense": "none",
+    "attack": "thumbnail",
+    "utility": False,
+    "shares": {"provider": 0.1, "public": 0.2, "evaluator": 0.1, "victims": 0.6},  # enough people for intervals
+}
 
 
 class ThumbnailOptions(AttackOptions):
@@ -175,9 +180,18 @@ class Thumbnail(LinkageAttack):
         return self.encode_faces(representations)
 
 
+class Guess(Thumbnail):
+    """The embedding of anything is drawn at random."""
+
+    name = "guess"
+
+    def encode_faces(self, faces):
+        return torch.randn(len(faces), 8, generator=torch.Generator().manual_seed(int(faces.sum())))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
-    with registered(Thumbnail):
+    with registered(Thumbnail, Guess):
         yield
 
 
@@ -264,9 +278,12 @@ def test_the_plan_has_no_ceiling_of_its_own(out, plain):
 
 
 @pytest.mark.slow
-def test_an_attack_that_guesses_is_called_broken(plain):
-    linkage = plain[0].linkage
-    for value, ci95, broken in ((0.6, (0.55, 0.65), False), (0.6, (0.5, 0.7), True), (0.6, None, False)):
-        accuracy = linkage.plain.accuracy.model_copy(update={"value": value, "ci95": ci95})
-        verification = linkage.plain.model_copy(update={"accuracy": accuracy})
-        assert bool(_broken(linkage.model_copy(update={"plain": verification}))) is broken
+def test_an_attack_that_guesses_says_nothing_and_is_called_broken(run, plain):
+    assert (plain[0].attack.above_floor, plain[0].attack.broken) == (True, False)
+    result, _ = run(attack="guess")
+    assert (result.attack.above_floor, result.attack.broken) == (False, True)
+    assert result.attack.saturated is None  # though it says so itself
+    assert set(result.attack.floor_test.floors.values()) == {"guessing"}
+    assert any(warning.startswith(NO_BETTER) for warning in result.warnings)
+    hidden, _ = run(defense="noise", defense_options={"scale": "1e5"})
+    assert (hidden.attack.above_floor, hidden.attack.broken) == (False, False)

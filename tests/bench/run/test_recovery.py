@@ -1,5 +1,6 @@
 """Runs of small attacks whose outcome is known: one that echoes, two that see a half each, one that reads states."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch.nn.functional import interpolate
 
 from attacks.base import AttackOptions, Capability, FitReport, RecoveryAttack
 from bench.errors import BenchError, UsageError
-from bench.results import read_result
+from bench.results import NO_BETTER, read_result
+from bench.run.findings import FLOOR_MARGINS
 from defenses.layout import probe
 
 TINY = {"defense": "pixelate", "attack": "echo", "utility": False}
@@ -63,6 +65,34 @@ class LeftHalf(Half):
 class RightHalf(Half):
     name = "right-half"
     columns: ClassVar = slice(16, 32)
+
+
+class Prototype(Echo):
+    """Gives everybody one face, which it has made a little better than the mean face is."""
+
+    name = "prototype"
+
+    def build(self, adversary):
+        super().build(adversary)
+        self.register_buffer("face", adversary.faces.float().mean(dim=0) / 255)
+
+    def fit(self, adversary):
+        return replace(super().fit(adversary), saturated=True)
+
+    def run(self, observation):
+        face = (self.face - self.face.mean()) * 1.02 + self.face.mean()
+        return face.expand(len(observation), -1, -1, -1)
+
+
+class PlainOnly(Echo):
+    """Opens what nobody has closed, and nothing else."""
+
+    name = "plain-only"
+
+    def run(self, observation):
+        faces = observation.representations[:, 0]
+        opened = faces.shape[-1] == 32 and bool(((faces >= 0) & (faces <= 1)).all())
+        return faces if opened else torch.full((len(faces), 3, 32, 32), 0.5)
 
 
 class Reader(Echo):
@@ -122,7 +152,7 @@ class Failing(Echo):
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
-    with registered(Echo, LeftHalf, RightHalf, Reader, Asker, Failing):
+    with registered(Echo, LeftHalf, RightHalf, Prototype, PlainOnly, Reader, Asker, Failing):
         yield
 
 
@@ -222,7 +252,6 @@ class TestSeveralAttacks:
         assert list(result.attacks) == ["left-half", "right-half"]
         assert all(result.worst_case.ssim.value > half.recovery.ssim.value for half in result.attacks.values())
         assert result.worst_case.ceiling.ssim.value > result.worst_case.ssim.value
-        assert set(result.worst_case.floors) == {"mean_face", "grey", "noise", "nearest"}
         options = {name: half.attack.options["batch_limit"] for name, half in result.attacks.items()}
         assert options == {"left-half": 3, "right-half": 0}
         assert {"recover left-half", "recover right-half"} <= set(result.throughput)
@@ -267,6 +296,42 @@ class TestWithoutUtility:
 
 
 @pytest.mark.slow
+class TestFloors:
+    def test_one_face_for_everybody_says_nothing_and_is_broken(self, run):
+        result, _ = run(attack="prototype")
+        attack = result.attack
+        assert (attack.above_floor, attack.broken, attack.saturated) == (False, True, None)
+        assert all(gain.value < FLOOR_MARGINS[name] for name, gain in attack.floor_test.gains.items())
+        assert any(warning.startswith(NO_BETTER) for warning in result.warnings)
+        assert any(warning.startswith("broken") for warning in result.warnings)
+
+    def test_an_attack_that_works_is_above_them(self, echoed):
+        attack = echoed[0].attack
+        assert (attack.above_floor, attack.broken) == (True, False)
+        assert attack.plain_test.gains["ssim"].value > 0.3
+        assert not any(NO_BETTER in warning for warning in echoed[0].warnings)
+
+    def test_what_opens_nothing_says_nothing_of_the_defence(self, run):
+        result, _ = run(attack="plain-only", defense="noise", defense_options={"scale": "0.2"})
+        assert (result.attack.above_floor, result.attack.broken) == (False, False)
+
+    def test_the_worst_case_is_held_against_the_worst_case_of_the_floors(self, several, run):
+        result, directory = several
+        floors = {name: floor.ssim.value for name, floor in result.worst_case.floors.items()}
+        assert set(floors) == {"mean_face", "grey", "noise", "nearest", "pointwise_worst"}
+        table = pd.read_parquet(directory / "per_image.parquet").set_index(["method", "image"])["ssim"]
+        highest = np.max([table.loc[name] for name in floors if name != "pointwise_worst"], axis=0)
+        np.testing.assert_array_equal(table.loc["pointwise_worst"], highest)
+        assert floors["pointwise_worst"] == pytest.approx(highest.mean(), abs=1e-6)
+        assert floors["pointwise_worst"] > max(value for name, value in floors.items() if name != "pointwise_worst")
+        better, _ = run(attack="echo,prototype")
+        assert better.worst_case_test.above is True
+        nothing, _ = run(attack="prototype,plain-only", defense="noise", defense_options={"scale": "1e4"})
+        assert nothing.worst_case_test.above is False
+        assert any(warning.startswith(f"worst case: {NO_BETTER}") for warning in nothing.warnings)
+
+
+@pytest.mark.slow
 class TestStateInference:
     def test_the_hit_rate_is_what_it_is(self, run):
         result, _ = run(attack="reader", defense="partialface", knowledge="oracle", queries=2)
@@ -295,7 +360,7 @@ def test_a_killed_recovery_goes_on_after_the_batches_it_had_done(run):
     tensors = load_file(stored / "recovered.safetensors")
     assert tensors["batch_faces"].tolist() == [5, 5, 2]
     assert len(tensors["faces"]) == 12
-    assert {path.name for path in stored.iterdir()} == {"recovered.safetensors"}
+    assert {path.name for path in stored.iterdir()} == {"recovered.safetensors", "files.json"}
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What the judge makes of recovered faces, with an evaluator that sees colours."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from bench.images import to_float
 from bench.metrics.evaluator import Evaluator
 from bench.metrics.identity import Probes
 from bench.run.attacker import layout_hits
-from bench.run.scorer import Scorer
+from bench.run.scorer import Scorer, somebody_else
 from defenses.layout import probe
 
 SIZE = 16
@@ -150,3 +152,28 @@ def test_states_are_named_by_their_rows(defense, drawn):
     expected[7] = False
     expected[0] = bool((states[0, 0] == states[4, 1]).all())
     assert same == expected
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 2], [5, 1, 5, 5, 2, 2], list(range(7)), [3, 0, 3, 0]])
+def test_everybody_is_held_against_somebody_else(labels):
+    labels = torch.tensor(labels)
+    other = somebody_else(labels)
+    assert sorted(other.tolist()) == list(range(len(labels)))
+    assert (labels[other] != labels).all()
+
+
+def test_what_is_true_of_anybody_is_true_of_strangers_and_what_is_true_of_one_is_not(judge, victims):
+    faces = to_float(victims.images[::3])
+    constant = faces.mean(dim=0, keepdim=True).expand(len(faces), -1, -1, -1)
+    strangers = judge.strangers(constant)
+    for name in ("ssim", "psnr_aligned", "cosine"):
+        assert judge.gain(name, judge.assess(constant), strangers).value == pytest.approx(0, abs=1e-6)
+    moved = judge.strangers(faces)
+    assert moved.values["ssim"].max() < 0.9
+    torch.testing.assert_close(moved.values["ssim"], judge.assess(faces[somebody_else(torch.arange(8))]).values["ssim"])
+
+
+def test_one_person_has_no_strangers(judge, victims):
+    alone = replace(judge, probes=Probes(torch.tensor([0, 1]), torch.tensor([2])))
+    held = alone.strangers(to_float(victims.images[:2]))
+    assert held.values["ssim"].isnan().all()
