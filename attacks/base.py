@@ -210,8 +210,9 @@ class Attack(nn.Module, ABC):
     summary: ClassVar[str]
     cost: ClassVar[str] = ""
     reference: ClassVar[str] = ""
-    needs: ClassVar[frozenset[Capability]] = frozenset()
-    uses: ClassVar[frozenset[Capability]] = frozenset()
+    # Of an attack that is made of others, as its options say, an instance knows more than its class.
+    needs: frozenset[Capability] = frozenset()
+    uses: frozenset[Capability] = frozenset()
     Options: ClassVar[type[AttackOptions]] = AttackOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     budgets: ClassVar[Mapping[str, str]] = {}
@@ -243,6 +244,11 @@ class Attack(nn.Module, ABC):
         """Learn from public faces, once built. What is learnt lives in parameters and buffers, to be stored."""
 
     # -- bookkeeping ------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> tuple[Attack, ...]:
+        """This attack and those that it is made of: their options and their code are its own."""
+        return tuple(module for module in self.modules() if isinstance(module, Attack))
 
     @final
     def prepare(self, adversary: Adversary) -> None:
@@ -379,6 +385,15 @@ class LinkageAttack(Attack):
     def encode_representations(self, representations: Tensor) -> Tensor:
         """Embeddings of intercepted representations, float (N, C, h, w) to (N, D), of any length."""
 
+    def encode_interceptions(self, representations: Tensor) -> Tensor:
+        """Embeddings of faces intercepted k times each, float (N, k, C, h, w) to (N, D), of any length.
+
+        By default the mean of the unit embeddings of each interception.
+        """
+        embeddings = functional.normalize(self.encode_representations(representations.flatten(0, 1)).float(), dim=1)
+        mean: Tensor = embeddings.unflatten(0, representations.shape[:2]).mean(dim=1)
+        return mean
+
     @abstractmethod
     def encode_faces(self, faces: Tensor) -> Tensor:
         """Embeddings of suspects' plain faces, float (N, 3, H, W) in [0, 1] to (N, D), of any length."""
@@ -387,11 +402,14 @@ class LinkageAttack(Attack):
     def embed_representations(self, representations: Tensor) -> Tensor:
         """Embeddings of intercepted representations, float (N, C, h, w) to float32 (N, D), unit rows.
 
+        Of faces intercepted k times, (N, k, C, h, w), one embedding each.
+
         Raises:
             ValueError: the attack is not fitted; representations of another shape; or something is not finite.
         """
         self._check_representations(representations)
-        return self._units(self.encode_representations, representations)
+        several = representations.ndim == 5
+        return self._units(self.encode_interceptions if several else self.encode_representations, representations)
 
     @final
     def embed_faces(self, faces: Tensor) -> Tensor:
@@ -427,6 +445,7 @@ def _split(value: object) -> object:
     return [part for part in value.replace(" ", "").split(",") if part] if isinstance(value, str) else value
 
 
+Names = Annotated[tuple[str, ...], BeforeValidator(_split), Field(min_length=1)]
 Widths = Annotated[
     tuple[Annotated[int, Field(ge=1, le=8192)], ...], BeforeValidator(_split), Field(min_length=1, max_length=8)
 ]

@@ -1,4 +1,8 @@
-"""Linkage by distillation: an encoder of representations that answers as a face recogniser does for the plain face."""
+"""Linkage: what was intercepted is brought into the space of a face recogniser, there to be compared with plain faces.
+
+Two ways lead there: recover a face and show it to the recogniser, or distil from the recogniser an encoder of
+representations that answers as it does for the plain face.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +12,41 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from lightning_fabric import Fabric
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from attacks.base import Adversary, Capability, FitReport, Knowledge, LinkageAttack, Widths
+from attacks.base import (
+    Adversary,
+    AttackOptions,
+    Capability,
+    FitReport,
+    Knowledge,
+    LinkageAttack,
+    Names,
+    Observation,
+    ProtectionQuery,
+    RecoveryAttack,
+    Widths,
+)
 from attacks.parts.encoder import Encoder
-from attacks.parts.exposure import Exposure, in_chunks
+from attacks.parts.exposure import Exposure, in_chunks, split_identities
 from attacks.parts.states import ReaderOptions, StateReader
 from attacks.parts.training import Trainer, Training, TrainingOptions
+from bench import plugins
+from bench.errors import UsageError
 from bench.images import to_float
 from bench.nets.augmentation import augment
 from bench.nets.heads import CosFace
 from bench.nets.onnx import OnnxEncoder
 from bench.nets.options import AugmentationOptions
+from bench.progress import no_report
 from bench.randomness import derived, seeded
+from defenses.base import Defense
 
 #: Faces that give the statistics of an encoder's input.
 _STATISTICS_FACES = 1024
@@ -34,11 +54,37 @@ _STATISTICS_FACES = 1024
 _CHUNK = 64
 #: Of guessing, in 1 - AUC.
 _CHANCE = 0.5
+#: Ways to embed what was intercepted; a fitted attack stores the place of its own here.
+_METHODS = ("recover", "distil", "fused")
+#: What representations that are to be linked come without.
+_UNSEEN = frozenset({Capability.STATE, Capability.KEY, Capability.TEMPLATES, Capability.SCORES})
 
 
 class LinkageOptions(TrainingOptions, ReaderOptions):
     """Options of :class:`Linkage`, beside those of its trainings."""
 
+    method: Literal["auto", "recover", "distil", "fused"] = Field(
+        "auto",
+        description="recover embeds recovered faces with the teacher, distil trains a student on representations to "
+        "imitate it, fused adds both embeddings; auto keeps the one that tells held-out public people apart best.",
+    )
+    recovery: Names = Field(
+        default=("linear", "unet"),
+        description="Recovery attacks whose faces the teacher is shown: the first that applies to the defence.",
+    )
+    recovery_options: dict[str, Any] = Field(
+        default={}, description="Options of these, each for those that have it (recovery_options.rank=200)."
+    )
+    recovery_preset: Literal["quick", "cpu", "gpu", "paper"] = Field(
+        "cpu", description="Preset below these options; that of the run, where it has one."
+    )
+    room: float = Field(
+        0.02,
+        ge=-1,
+        le=1,
+        description="auto trains a student only where the accuracy on recovered faces of held-out people stays further "
+        "than this below that on their plain faces; -1 always does.",
+    )
     widths: Widths = Field(
         default=(64, 128, 256, 512), description="Channels of an encoder's first convolution and of each stage."
     )
@@ -80,6 +126,37 @@ class LinkageOptions(TrainingOptions, ReaderOptions):
         "meet every map with filters of its own; at blackbox the secret table is inferred from intercepted traffic "
         "first. False trains on the mixture of states, or of guesses.",
     )
+
+    @model_validator(mode="after")
+    def _recoveries_exist(self) -> Self:
+        self.recoveries()
+        return self
+
+    def recoveries(self) -> list[RecoveryAttack]:
+        """The recovery attacks by which faces may come back, none where there is a student alone.
+
+        Raises:
+            ValueError: an unknown name, an attack that recovers no faces, or options that do not suit them.
+        """
+        if self.method == "distil":
+            return []
+        try:
+            kinds = [plugins.attacks().get(name) for name in self.recovery]
+            if strange := [kind.name for kind in kinds if not issubclass(kind, RecoveryAttack)]:
+                raise ValueError(f"recovery: {strange[0]} recovers no faces")
+            known = {name for kind in kinds for name in kind.Options.model_fields}
+            if unknown := sorted(set(self.recovery_options) - known):
+                raise ValueError(
+                    f"recovery_options: {', '.join(self.recovery)} have no {unknown[0]!r} "
+                    f"(options: {', '.join(sorted(known))})"
+                )
+            made = []
+            for kind in kinds:
+                own = {name: v for name, v in self.recovery_options.items() if name in kind.Options.model_fields}
+                made.append(kind(plugins.make_options(kind, own, self.recovery_preset, "recovery_options")))
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        return [attack for attack in made if isinstance(attack, RecoveryAttack)]
 
 
 def variation(strength: float) -> AugmentationOptions:
@@ -132,6 +209,14 @@ class _HeldOut:
         ranked = impostor.sort().values
         below = torch.searchsorted(ranked, genuine) + torch.searchsorted(ranked, genuine, right=True)
         return float(below.double().mean() / (2 * len(ranked)))
+
+    def figures(self, left: Tensor, right: Tensor) -> dict[str, float | None]:
+        """Accuracy and AUC, None where there are no pairs, and the mean cosine of both sides of one face."""
+        return {
+            "accuracy": self.accuracy(left, right) if self.verifiable else None,
+            "auc": self.auc(left, right) if self.verifiable else None,
+            "cosine": float((left.cpu() * right.cpu()).sum(dim=1).mean()),
+        }
 
     def accuracy(self, left: Tensor, right: Tensor) -> float:
         """Mean of the shares of genuine and of impostor pairs told right.
@@ -187,26 +272,39 @@ class _Distiller(nn.Module):
 
 
 class Linkage(LinkageAttack):
-    """Embedding distillation (FaceLinkGen): a student on representations z imitates a teacher on plain faces X.
+    """Representations z and plain faces X meet in the space of a teacher, a recogniser of the attacker's own.
 
-    The student minimises 1 - cos(student(z), teacher(X)) over public faces, each varied, then shown to the teacher as
-    it is and protected afresh for the student. It starts from the teacher's weights, but for the first convolution
-    where representations are no pictures. Where a defence permutes channels, the state is read off the representation,
-    also at ``oracle``: interceptions that are to be linked come without their states.
+    ``recover`` shows the teacher a recovered face, and its mirror image, in place of the plain one; any recovery attack
+    that asks for representations alone will do, and combines several interceptions as it does. ``distil`` is embedding
+    distillation (FaceLinkGen): a student minimises 1 - cos(student(z), teacher(X)) over public faces, each varied, then
+    shown to the teacher as it is and protected afresh for the student. It starts from the weights of a teacher that was
+    trained here, but for the first convolution where representations are no pictures. ``fused`` adds the two unit
+    embeddings. ``auto`` compares what there is on public people whom no training has seen: recovered faces first, which
+    cost least, then a student where these leave room, and both together.
+
+    Under a black box these people are shown to the client in use: a guessed secret would tell nothing of what links.
+    Where a defence permutes channels, the state is read off the representation, also at ``oracle``: interceptions that
+    are to be linked come without their states.
+
+    Attributes:
+        recoveries: the recovery attacks asked for.
+        chosen: int64 () buffer, the method in use, as its place among recover, distil and fused.
     """
 
     name = "linkage"
-    summary = "an encoder of representations distilled from a face recogniser links them to plain faces"
-    cost = "fit: teacher and student, minutes on two cores; link: hundreds of faces/s"
+    summary = "a recogniser of recovered faces, or an encoder distilled from it, links representations to plain faces"
+    cost = "fit: minutes where teacher or student are trained; link: tens of faces/s recovered, hundreds by the student"
     reference = (
         "Guo and Du, FaceLinkGen: Rethinking Identity Leakage in Privacy-Preserving Face Recognition with Identity "
         "Extraction, arXiv 2602.02914, 2026"
     )
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC})
+    uses = frozenset({Capability.PROTECTION})
     Options = LinkageOptions
     presets: ClassVar = {
         # Hundreds or a few thousand steps: higher rates and hints make the most of them.
         "quick": {
+            "recovery_preset": "quick",
             "widths": (16, 32, 64, 128),
             "blocks": 1,
             "embedding_size": 64,
@@ -231,6 +329,7 @@ class Linkage(LinkageAttack):
             "hints": 2.0,
         },
         "gpu": {
+            "recovery_preset": "gpu",
             "batch_size": 256,
             "teacher_steps": 8000,
             "steps": 12_000,
@@ -238,8 +337,9 @@ class Linkage(LinkageAttack):
             "hints": 2.0,
             "early_stop": True,
         },
-        # As published: no state read off, no hints. Two epochs suffice of hundreds of thousands of faces, not of fewer.
-        "paper": {"steps": 40_000, "infer_state": False},
+        # As published: a student alone, no state read off, no hints. Two epochs suffice of hundreds of thousands of
+        # faces, not of fewer.
+        "paper": {"method": "distil", "recovery_preset": "paper", "steps": 40_000, "infer_state": False},
     }
     budgets: ClassVar = {"steps": "steps"}
     options: LinkageOptions
@@ -247,12 +347,50 @@ class Linkage(LinkageAttack):
     teacher: Encoder | OnnxEncoder
     student: Encoder
     reader: StateReader | None
+    recoveries: nn.ModuleList
+    chosen: Tensor
+
+    def __init__(self, options: AttackOptions | None = None) -> None:
+        super().__init__(options)
+        self.recoveries = nn.ModuleList(self.options.recoveries())
+        self._applicable: int | None = None
+        self._reasons: list[str] = []
+        self.needs = self.needs.union(*(attack.needs for attack in self.members))
+        self.uses = self.uses.union(*(attack.uses for attack in self.members))
+
+    def inapplicable(self, defense: Defense) -> str | None:
+        """Recovered faces have to be had; a student can be trained on anything, and is where they are not asked for."""
+        if self.options.method in ("auto", "distil"):
+            return None
+        place, reasons = self._first_applicable(defense)
+        return f"{self.options.method} needs recovered faces; {'; '.join(reasons)}" if place is None else None
+
+    def _first_applicable(self, defense: Defense) -> tuple[int | None, list[str]]:
+        """The place of the first recovery attack that applies to ``defense``, and why those before it do not."""
+        reasons: list[str] = []
+        for place, attack in enumerate(self.recoveries):
+            assert isinstance(attack, RecoveryAttack)
+            unseen = sorted(attack.needs & _UNSEEN)
+            reason = f"{' and '.join(unseen)} come with no representation to be linked" if unseen else None
+            if reason is None and (reason := attack.inapplicable(defense)) is None:
+                return place, reasons
+            reasons.append(f"{attack.name}: {reason}")
+        return None, reasons
 
     # -- building -----------------------------------------------------------------------------------
 
     def build(self, adversary: Adversary) -> None:
-        """Build both encoders and the reader of states."""
+        """Build the recovery attack, both encoders and the reader of states."""
         options = self.options
+        self._applicable, self._reasons = self._first_applicable(self.mechanism)
+        if self.recovery is not None:
+            training, _ = split_identities(
+                adversary.identities, self._share_held_out(adversary), derived(self.seed, "identities")
+            )
+            self.recovery.prepare(_of_training(adversary, training))
+        elif options.method in ("recover", "fused"):
+            raise ValueError(f"{self.inapplicable(self.mechanism)}: use another recovery, or method=distil")
+        self.register_buffer("chosen", torch.tensor(_METHODS.index("distil")))
         self.reader = StateReader(_without_states(adversary), self.mechanism) if options.infer_state else None
         if options.teacher is None:
             size = options.embedding_size
@@ -263,6 +401,24 @@ class Linkage(LinkageAttack):
         width = None if self.reader is None else self.reader.width
         self.student = self._encoder(self.mechanism.representation_shape, size, width)
         self.to(memory_format=torch.channels_last)
+
+    def _share_held_out(self, adversary: Adversary) -> float:
+        """Of the identities: two at least, whose pairs can be told apart."""
+        return max(self.options.validation, 2 / len(torch.unique(adversary.identities)))
+
+    @property
+    def recovery(self) -> RecoveryAttack | None:
+        """The first recovery attack that applies to the defence; None where none does, or none is asked for."""
+        if self._applicable is None:
+            return None
+        attack = self.recoveries[self._applicable]
+        assert isinstance(attack, RecoveryAttack)
+        return attack
+
+    @property
+    def method(self) -> str:
+        """How a fitted attack embeds what was intercepted: recover, distil or fused."""
+        return _METHODS[int(self.chosen)]
 
     def _encoder(self, shape: tuple[int, int, int], size: int, width: int | None = None) -> Encoder:
         options = self.options
@@ -277,46 +433,87 @@ class Linkage(LinkageAttack):
     # -- training -----------------------------------------------------------------------------------
 
     def fit(self, adversary: Adversary) -> FitReport:
-        """Train the teacher, where none is given, and then the student; some identities are held out for the curves."""
+        """Train the teacher, where none is given, then learn to recover, to distil, or both; keep what links best.
+
+        Some identities are held out, for the curves and for the choice.
+        """
         options = self.options
-        least = 2 / len(torch.unique(adversary.identities))
-        trainer = Trainer(self.name, adversary, self.seed, options, held_out=least)
-        chosen = trainer.validation()
-        held = _HeldOut.of(trainer.faces[chosen.to(trainer.device)], adversary.identities[chosen].cpu())
+        trainer = Trainer(self.name, adversary, self.seed, options, held_out=self._share_held_out(adversary))
+        index = trainer.validation()
+        held = _HeldOut.of(trainer.faces[index.to(trainer.device)], adversary.identities[index].cpu())
         details: dict[str, Any] = {}
         mechanism = None
         if self.reader is not None:
             details |= self.reader.fit(self.seed, options)
             mechanism = self.reader.mechanism if self.reader.infers_secret else None
         exposure = Exposure(adversary, self.seed, mechanism=mechanism)
-        taught = self._teach(self.teacher, trainer, held) if isinstance(self.teacher, Encoder) else None
+        shown = exposure if adversary.knowledge is not Knowledge.BLACKBOX else adversary.client or exposure
+        reports: dict[str, FitReport] = {}
+        if isinstance(self.teacher, Encoder):
+            reports["teacher"] = self._teach(self.teacher, trainer, held)
         self.teacher.eval().requires_grad_(False)
-        learnt = self._distil(trainer, exposure, held)
-
         plain = _embed(partial(_plain, self.teacher), held.faces, trainer.fabric)
-        intercepted = self._intercepted(self.student, held.faces, exposure, trainer.fabric)
-        for name, embeddings in (("teacher", plain), ("student", intercepted)):
-            details[f"{name}_accuracy"] = held.accuracy(embeddings, plain) if held.verifiable else None
-            details[f"{name}_auc"] = held.auc(embeddings, plain) if held.verifiable else None
+        ceiling = held.figures(plain, plain)
+
+        embedded: dict[str, Tensor] = {}
+        methods: dict[str, dict[str, Any]] = {name: {} for name in _METHODS}
+        if self.recovery is not None:
+            reports["recover"] = self.recovery.learn(_of_training(adversary, trainer.training))
+            embedded["recover"] = self._intercepted(self._recovered, held.faces, shown)
+            methods["recover"] = {"recovery": self.recovery.name, **held.figures(embedded["recover"], plain)}
+        elif self._reasons:
+            methods["recover"]["not_applicable"] = "; ".join(self._reasons)
+        short = (ceiling["accuracy"] or 0.0) - (methods["recover"].get("accuracy") or 0.0)
+        if options.method == "auto" and held.verifiable and "recover" in embedded and short <= options.room:
+            methods["distil"]["skipped"] = f"recovered faces come within {options.room:g} of plain ones"
+        elif options.method != "recover":
+            reports["distil"] = self._distil(trainer, exposure, held)
+            embed = partial(self._encoded, self.student)
+            with trainer.fabric.autocast():
+                embedded["distil"] = self._intercepted(embed, held.faces, shown)
+            methods["distil"] = held.figures(embedded["distil"], plain)
+        if len(embedded) == 2:
+            embedded["fused"] = functional.normalize(embedded["recover"] + embedded["distil"], dim=1)
+            methods["fused"] = held.figures(embedded["fused"], plain)
+        best = max(embedded, key=lambda name: (methods[name]["auc"] or 0.0, methods[name]["cosine"]))
+        chosen = best if options.method == "auto" else options.method
+        self.chosen.fill_(_METHODS.index(chosen))
+
         if isinstance(self.teacher, OnnxEncoder):
             details["teacher"] = {"file": self.teacher.path.name, "sha256": bytes(self.teacher.digest.tolist()).hex()}
-        if taught is not None:
+        if "teacher" in reports:
             details |= {
-                "teacher_steps": taught.details["steps"],
-                "teacher_curve": [list(point) for point in taught.curve],
-                "teacher_saturated": taught.saturated,
+                "teacher_steps": reports["teacher"].details["steps"],
+                "teacher_curve": [list(point) for point in reports["teacher"].curve],
+                "teacher_saturated": reports["teacher"].saturated,
+            }
+        if "recover" in reports:
+            details |= {f"recovery_{name}": value for name, value in reports["recover"].details.items()}
+        if "distil" in reports:
+            learnt = reports["distil"]
+            details |= learnt.details | {
+                "student_saturated": learnt.saturated,
+                "stopped_early": learnt.details["steps"] < options.steps,
             }
         details |= {
-            "validation_faces": len(chosen),
+            "method": chosen,
+            "methods": {name: figures for name, figures in methods.items() if figures},
+            **{f"teacher_{name}": value for name, value in ceiling.items() if name != "cosine"},
+            "validation_faces": len(index),
             "training_identities": len(torch.unique(adversary.identities[trainer.training])),
             "validation_pairs": [int(held.same.sum()), int((~held.same).sum())],
-            "student_saturated": learnt.saturated,
-            "stopped_early": learnt.details["steps"] < options.steps,
             "states_inferred": self.reader is not None and self.reader.width is not None,
         }
-        # A student cannot be better than whom it imitates: both have to have learnt what there is to learn.
-        saturated = learnt.saturated and (taught is None or taught.saturated)
-        return replace(learnt, saturated=saturated, details=learnt.details | details)
+        used = {name: report for name, report in reports.items() if name in ("teacher", chosen) or chosen == "fused"}
+        # What is linked cannot be better than the teacher: all that is used has to have learnt what there is to learn.
+        rested = [report.saturated for report in used.values() if report.saturated is not None]
+        embedders = [report for name, report in used.items() if name != "teacher"]
+        return FitReport(
+            saturated=all(rested) if rested else None,
+            states_seen=_seen_by_all([report.states_seen for report in embedders]),
+            curve=embedders[-1].curve,
+            details=details,
+        )
 
     def _train(
         self,
@@ -405,7 +602,8 @@ class Linkage(LinkageAttack):
 
         def validate(module: nn.Module) -> float:
             assert isinstance(module, _Distiller)
-            intercepted = self._intercepted(module.encoder, held.faces, exposure, trainer.fabric)
+            with trainer.fabric.autocast():
+                intercepted = self._intercepted(partial(self._encoded, module.encoder), held.faces, exposure)
             return float(1 - (intercepted * targets).sum(dim=1).mean())
 
         return self._train(
@@ -447,31 +645,69 @@ class Linkage(LinkageAttack):
         student.aim_at(known[training])
         return lambda faces, index: (known[index], [])
 
-    def _intercepted(self, student: Encoder, faces: Tensor, exposure: Exposure, fabric: Fabric) -> Tensor:
-        """Unit embeddings of ``faces`` (uint8) protected under draws that are the same every time."""
+    @torch.no_grad()
+    def _intercepted(
+        self, embed: Callable[[Tensor], Tensor], faces: Tensor, shown: Exposure | ProtectionQuery
+    ) -> Tensor:
+        """``embed`` (N, D) of ``faces`` (uint8) protected once; an exposure draws the same every time."""
         numbers = itertools.count()
 
-        def embed(batch: Tensor) -> Tensor:
-            sent = exposure.protect(batch, "validate", next(numbers)).representation
-            return functional.normalize(student(sent, self._layout(sent)), dim=1)
+        def protect(batch: Tensor) -> Tensor:
+            if isinstance(shown, Exposure):
+                return shown.protect(batch, "validate", next(numbers)).representation
+            return shown(batch)
 
-        return _embed(embed, faces, fabric)
+        return in_chunks(lambda batch: embed(protect(to_float(batch))[:, None]), faces, _CHUNK).float()
+
+    def _recovered(self, representations: Tensor) -> Tensor:
+        """The teacher's unit embeddings (N, D) of the faces recovered from (N, k, C, h, w)."""
+        assert self.recovery is not None
+        return _plain(self.teacher, self.recovery.recover(Observation(representations)).to(self.device))
+
+    def _encoded(self, student: nn.Module, representations: Tensor) -> Tensor:
+        """The mean (N, D) of the student's unit embeddings of each of (N, k, C, h, w)."""
+        sent = representations.flatten(0, 1).to(self.device)
+        embeddings = functional.normalize(student(sent, self._layout(sent)).float(), dim=1)
+        return functional.normalize(embeddings.unflatten(0, representations.shape[:2]).mean(dim=1), dim=1)
 
     # -- linking ------------------------------------------------------------------------------------
 
-    def encode_representations(self, representations: Tensor) -> Tensor:
-        """The student's embeddings."""
+    def encode_interceptions(self, representations: Tensor) -> Tensor:
+        """By the method in use: of the recovered faces, by the student, or the sum of both."""
 
         def encode(part: Tensor) -> Tensor:
-            sent = part.to(self.device)
-            embeddings: Tensor = self.student(sent, self._layout(sent))
-            return embeddings
+            ways = [self._recovered(part)] if self.method != "distil" else []
+            ways += [self._encoded(self.student, part)] if self.method != "recover" else []
+            return torch.stack(ways).sum(dim=0)
 
         return in_chunks(encode, representations).float()
+
+    def encode_representations(self, representations: Tensor) -> Tensor:
+        """As of faces intercepted once."""
+        return self.encode_interceptions(representations[:, None])
 
     def encode_faces(self, faces: Tensor) -> Tensor:
         """The teacher's embeddings of faces and their mirror images, averaged."""
         return in_chunks(lambda part: _plain(self.teacher, part.to(self.device)), faces)
+
+
+def _seen_by_all(seen: Sequence[Tensor | None]) -> Tensor | None:
+    """The states that all parts of an attack were trained on, int64 (K, D); None where one has none to cover."""
+    known = [{tuple(state) for state in states.tolist()} for states in seen if states is not None]
+    if len(known) < len(seen):
+        return None
+    return torch.tensor(sorted(set.intersection(*known)), dtype=torch.int64)
+
+
+def _of_training(adversary: Adversary, training: Tensor) -> Adversary:
+    """Whom a recovery attack is fitted for: the public faces at ``training`` alone, and no states."""
+    return replace(
+        _without_states(adversary),
+        faces=adversary.faces[training.to(adversary.faces.device)],
+        identities=adversary.identities[training],
+        checkpoint=adversary.checkpoint and adversary.checkpoint / "recovery",
+        report=no_report,
+    )
 
 
 def _without_states(adversary: Adversary) -> Adversary:

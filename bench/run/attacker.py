@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -241,7 +240,7 @@ class AttackStages:
                 "recogniser": stages.recogniser_key(defense, "provider") if self.asks_provider(attack) else None,
                 **stages.trained_under(),
             },
-            (*plugin_code(type(attack).__module__), *CODE["attack"]),
+            (*CODE["attack"], *(code for member in attack.members for code in plugin_code(type(member).__module__))),
         )
 
     def fitted(self, attack_config: AttackConfig, defense: Defense) -> tuple[Attack, FitReport]:
@@ -397,7 +396,7 @@ class AttackStages:
         return self.stages.do(self.link_job(attack_config, defense))
 
     def link_job(self, attack_config: AttackConfig, defense: Defense) -> Job[Linked]:
-        """The stage that embeds the victims; several interceptions of an image give one mean embedding."""
+        """The stage that embeds the victims; several interceptions of an image give one embedding."""
 
         def compute(resume: Path, report: Report) -> dict[str, Tensor]:
             fitted, _ = self.fitted(attack_config, defense)
@@ -415,9 +414,7 @@ class AttackStages:
                     stream = f"linkage/{name}"
                     sent = self.interceptions(defense, everyone, attack_config.interceptions, stream=stream)
                     for _, representations, _ in sent:
-                        embedded = fitted.embed_representations(representations.flatten(0, 1)).cpu()
-                        mean = embedded.unflatten(0, representations.shape[:2]).mean(dim=1)
-                        keep(name, F.normalize(mean, dim=1))
+                        keep(name, fitted.embed_representations(representations))
                 for faces in victims.batches(self.config.batch_size):
                     keep("plain", fitted.embed_faces(faces.to(self.fabric.device)))
             return {name: torch.cat(batches) for name, batches in columns.items()}

@@ -52,10 +52,20 @@ CASES = {
     "linkage": Case(
         {
             **{"widths": "8,16", "blocks": 1, "embedding_size": 8, "batch_size": 10, "teacher_steps": 4, "steps": 6},
-            **{"state_faces": 60, "traffic": 60, "validation": 0.2},
+            **{"state_faces": 60, "traffic": 60, "validation": 0.2, "method": "fused"},
+            "recovery_options": {**NETWORK, "images": 60, "state_faces": 60, "traffic": 60},
         },
         10,
-        ({"margin": 1.0}, {"hints": -1}, {"embedding_size": 1}, {"batch_size": 1}, {"augmentation": 3}),
+        (
+            {"method": "guess"},
+            {"recovery": "linkage"},
+            {"recovery_options": {"no_such": 3}},
+            {"margin": 1.0},
+            {"hints": -1},
+            {"embedding_size": 1},
+            {"batch_size": 1},
+            {"augmentation": 3},
+        ),
     ),
     "template": Case(
         {"width": 4, "batch_size": 10, "images": 80, "views": 2},
@@ -260,7 +270,8 @@ def test_it_says_before_any_compute_what_it_cannot_work_on(name, plain):
         def transform(self, faces, state, generator):
             return faces.flatten(1)[:, :40, None, None]
 
-    reasons = {kind: make(name).inapplicable(kind(image_size=SIZE)) for kind in (Squares, Template)}
+    options = {"method": "auto"} if name == "linkage" else {}
+    reasons = {kind: make(name, **options).inapplicable(kind(image_size=SIZE)) for kind in (Squares, Template)}
     assert (reasons[Squares] is not None) == CASES[name].linear
     at_a_loss = CASES[name].linear or name in ("unet", "unet-ensemble", "model-inversion")
     assert (reasons[Template] is not None) == at_a_loss

@@ -9,10 +9,13 @@ from onnx_models import linear_model
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional
 
+from attacks.base import Capability, Observation
 from attacks.linkage import Linkage, LinkageOptions, _HeldOut
+from bench.plugins import make_defense
 
 SIZE = 16
 TINY = {
+    "method": "distil",
     "widths": (8, 16),
     "blocks": 1,
     "embedding_size": 16,
@@ -210,7 +213,7 @@ def test_a_published_teacher_needs_no_second_picture_of_anyone(make_adversary, p
     adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC)
     strangers = replace(adversary, identities=torch.arange(len(PUBLIC)))
     _, report = fit(strangers, **BRIEF | {"teacher": tmp_path / "public.onnx"})
-    assert report.details["teacher_accuracy"] is None
+    assert report.details["teacher_accuracy"] is report.details["methods"]["distil"]["auc"] is None
 
 
 def test_the_curves_are_of_identities_that_were_not_trained_on(on_plain):
@@ -223,8 +226,8 @@ def test_the_curves_are_of_identities_that_were_not_trained_on(on_plain):
     assert images[-1] == details["images_seen"] == 60 * 24
     assert report.curve[-1][1] == details["validation_loss"]
     assert details["teacher_curve"][-1] == [60 * 24, pytest.approx(1 - details["teacher_auc"], abs=1e-6)]
-    assert details["student_auc"] > details["teacher_auc"] - 0.05
-    assert 0.5 < details["student_accuracy"] <= 1
+    assert details["methods"]["distil"]["auc"] > details["teacher_auc"] - 0.05
+    assert 0.5 < details["methods"]["distil"]["accuracy"] <= 1
 
 
 def test_a_student_that_has_nothing_to_learn_saturates_but_only_with_its_teacher(make_adversary, plain):
@@ -248,6 +251,162 @@ def test_too_few_identities_to_train_a_teacher_are_refused(make_adversary, plain
     adversary = make_adversary(plain(image_size=SIZE), faces=PUBLIC[:12])
     with pytest.raises(ValueError, match="give more, or a teacher"):
         fit(replace(adversary, identities=identities), **BRIEF)
+
+
+# -- recovered faces -------------------------------------------------------------------------------
+
+#: One set of nine channels of a colour, and what an attacker without much time makes of it.
+SUBSET = {"subset": 5}
+QUICKLY = {"recovery_preset": "quick", "recovery_options": {"rank": 60, "images": 60, "widths": "4,8"}}
+
+
+@pytest.fixture(scope="module")
+def on_subset(make_adversary, tmp_path_factory):
+    """``on_subset(**options)``: an attack with a published teacher on PartialFace, and its report."""
+    path = tmp_path_factory.mktemp("teacher") / "public.onnx"
+    recogniser(path)
+
+    def make(defense=None, **options):
+        defense = defense or make_defense("partialface", SUBSET, "cpu", SIZE)
+        return fit(make_adversary(defense, faces=PUBLIC), teacher=path, steps=40, **QUICKLY | options)
+
+    return make
+
+
+def test_a_recovered_face_is_shown_to_the_teacher_as_it_is_and_mirrored(on_subset):
+    attack, report = on_subset(method="recover")
+    defense = make_defense("partialface", SUBSET, "cpu", SIZE)
+    twice = [defense.protect(UNSEEN / 255, torch.Generator().manual_seed(i)).representation for i in (1, 2)]
+    sent = torch.stack(twice, dim=1)
+    for representations, given in ((sent[:, 0], sent[:, :1]), (sent, sent)):
+        faces = attack.recovery.recover(Observation(given))
+        expected = functional.normalize(attack.teacher(faces) + attack.teacher(faces.flip(-1)), dim=1)
+        torch.testing.assert_close(attack.embed_representations(representations), expected, atol=1e-4, rtol=0)
+    assert attack.method == report.details["method"] == "recover"
+    assert report.details["methods"]["recover"]["recovery"] == "linear"
+    assert report.saturated is None  # nothing was trained
+    assert torch.equal(report.states_seen, defense.states())
+
+
+def test_several_interceptions_are_combined_before_they_are_embedded(on_subset):
+    """The noise that each carries is averaged by the posterior, which counts more than an average of embeddings."""
+    defense = make_defense("noise", {"scale": 2.0}, "cpu", SIZE)
+    attack, _ = on_subset(defense, method="recover")
+    draws = [torch.Generator().manual_seed(i) for i in range(8)]
+    sent = torch.stack([defense.protect(UNSEEN / 255, draw).representation for draw in draws], dim=1)
+    plain = attack.embed_faces(UNSEEN / 255)
+    single = torch.stack([attack.embed_representations(part) for part in sent.unbind(1)]).mean(dim=0)
+    combined = (attack.embed_representations(sent) * plain).sum(dim=1).mean()
+    assert combined > (functional.normalize(single, dim=1) * plain).sum(dim=1).mean()
+
+
+def test_recovered_faces_link_where_a_student_of_few_people_does_not(on_subset):
+    defense = make_defense("partialface", SUBSET, "cpu", SIZE)
+    auc = {}
+    for method in ("recover", "distil"):
+        attack, _ = on_subset(method=method)
+        intercepted, faces = linked(attack, defense)
+        auc[method] = pair_auc(intercepted, faces)
+    assert auc["recover"] > pair_auc(faces, faces) - 0.05
+    assert auc["recover"] > auc["distil"] + 0.03
+
+
+def test_auto_keeps_what_tells_held_out_people_apart_best(on_subset, make_adversary, plain):
+    attack, report = on_subset(method="auto", room=-1)
+    methods = report.details["methods"]
+    assert set(methods) == {"recover", "distil", "fused"}
+    assert methods[attack.method]["auc"] == max(figures["auc"] for figures in methods.values())
+    # A network that has hardly been trained recovers nothing, and the student of a plain picture learns fast.
+    lazy = {"recovery": "unet", "recovery_options": {"images": 10, "widths": "4,8", "bypass": 0}}
+    attack, report = fit(make_adversary(plain(image_size=SIZE), faces=PUBLIC), method="auto", **lazy)
+    methods = report.details["methods"]
+    assert attack.method == report.details["method"] != "recover"
+    assert methods["distil"]["auc"] > methods["recover"]["auc"]
+
+
+def test_no_student_is_trained_where_recovered_faces_leave_no_room(on_subset):
+    attack, report = on_subset(method="auto", room=0.1)
+    assert attack.method == "recover"
+    assert report.details["methods"].keys() == {"recover", "distil"}
+    assert "within 0.1 of plain" in report.details["methods"]["distil"]["skipped"]
+    assert "student_saturated" not in report.details
+
+
+def test_a_fused_embedding_is_the_sum_of_both(on_subset):
+    attack, _ = on_subset(method="fused")
+    defense = make_defense("partialface", SUBSET, "cpu", SIZE)
+    sent = defense.protect(UNSEEN[:9] / 255, torch.Generator().manual_seed(1)).representation[:, None]
+    parts = []
+    for place in (0, 1):
+        attack.chosen.fill_(place)
+        parts.append(attack.embed_representations(sent))
+    attack.chosen.fill_(2)
+    expected = functional.normalize(parts[0] + parts[1], dim=1)
+    torch.testing.assert_close(attack.embed_representations(sent), expected, atol=1e-5, rtol=0)
+
+
+def test_where_no_face_can_be_recovered_a_student_links_and_the_reason_is_told(on_subset, plain):
+    class Template(plain):
+        @property
+        def representation_shape(self):
+            return (40, 1, 1)
+
+        def transform(self, faces, state, generator):
+            matrix = torch.randn(3 * SIZE * SIZE, 40, generator=torch.Generator().manual_seed(0))
+            return (faces.flatten(1) @ matrix).square()[:, :, None, None]
+
+    attack, report = on_subset(Template(image_size=SIZE), method="auto")
+    assert attack.method == "distil"
+    reason = report.details["methods"]["recover"]["not_applicable"]
+    assert "linear: " in reason
+    assert "unet: " in reason
+    refused = Linkage(LinkageOptions(method="recover"))
+    assert "needs recovered faces; linear: " in refused.inapplicable(Template(image_size=SIZE))
+
+
+def test_a_recovery_that_asks_for_more_than_what_is_linked_does_not_apply(pick):
+    stolen = Linkage(LinkageOptions(method="recover", recovery="template"))
+    assert "stolen templates come with no representation" in stolen.inapplicable(pick())
+    attack = Linkage(LinkageOptions(recovery=["model-inversion"]))
+    assert attack.needs == Linkage.needs | {Capability.RECOGNISER, Capability.TEMPLATES}
+    assert Linkage(LinkageOptions()).needs == Linkage.needs
+    assert Capability.TRAFFIC in Linkage(LinkageOptions()).uses
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recovery": "linaer"}, "did you mean 'linear'"),
+        ({"recovery": "linkage"}, "linkage recovers no faces"),
+        ({"recovery": "linear", "recovery_options": {"images": 3}}, "linear have no 'images'"),
+        ({"recovery_options": {"rank": "many"}}, "recovery_options of linear: rank"),
+    ],
+)
+def test_recoveries_are_checked_with_the_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        LinkageOptions(**options)
+
+
+def test_a_black_box_chooses_by_what_the_client_in_use_sends(make_adversary, pick):
+    """Guesses of the secret would show no recovery at work that learnt the true one."""
+    defense = pick(table=torch.tensor([[5, 2], [0, 3], [4, 1]]))
+    asked = []
+
+    def client(faces):
+        asked.append(len(faces))
+        return defense.protect(faces, torch.Generator().manual_seed(len(asked))).representation
+
+    adversary = replace(make_adversary(defense, "blackbox", faces=PUBLIC), client=client)
+    brief = {"method": "fused", "infer_state": False, "recovery": "unet", "recovery_options": {"images": 10}}
+    attack, report = fit(adversary, **BRIEF | brief)
+    assert sum(asked) == 2 * report.details["validation_faces"]
+    assert attack.method == "fused"
+
+
+def test_options_reach_the_recoveries_that_have_them():
+    linear, unet = LinkageOptions(recovery_options={"rank": "7", "images": 9}, recovery_preset="quick").recoveries()
+    assert (linear.options.rank, linear.options.state_faces) == (7, 300)
+    assert (unet.options.images, unet.options.widths) == (9, (16, 32, 64))
 
 
 def held_out(identities):

@@ -113,7 +113,11 @@ def test_a_change_of_a_listed_module_makes_its_stages_anew(kind, module, monkeyp
     after = keys()
     expected = set().union(*(stages for other, stages in HELD_BY.items() if module in CODE[other]))
     # Plug-ins are built of networks, too.
-    for attack, made in (("attacks.unet", {FIT, RECOVER}), ("attacks.linkage", {LINK})):
+    for attack, made in (
+        ("attacks.unet", {FIT, RECOVER, LINK}),
+        ("attacks.linkage", {LINK}),
+        ("attacks.linear", {LINK}),
+    ):
         if module in plugin_code(attack):
             expected |= made
     assert {name for name in before if before[name] != after[name]} == expected
@@ -122,7 +126,8 @@ def test_a_change_of_a_listed_module_makes_its_stages_anew(kind, module, monkeyp
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        ("attacks.unet", {FIT, RECOVER}),
+        ("attacks.unet", {FIT, RECOVER, LINK}),  # linkage by recovered faces is built of recovery attacks
+        ("attacks.linear", {LINK}),
         ("attacks.linkage", {LINK}),
         ("attacks.base", ATTACKS),
         ("defenses.partialface", {DEFENSE, RECOGNISER, VERIFY, *ATTACKS}),
