@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Group
 from rich.markup import escape
+from rich.text import Text
 
 from bench.commands.console import err, progress_bars, show, show_line, table
 from bench.commands.flags import AsJson
@@ -38,7 +40,18 @@ def info(path: Dataset, as_json: AsJson = False) -> None:
         for part in dataset.parts
     ]
     columns = ("part", "identities", "images", "per identity", "sizes", "pairs")
-    show(dataset, as_json, lambda: table(rows, *columns, title=f"{dataset.path} ({dataset.kind})"))
+    lines = [f"{part.name}: {note}" for part in dataset.parts for note in part.notes]
+    lines += [
+        f"{part.name}: left out {count:,}: {reason}"
+        for part in dataset.parts
+        for reason, count in part.left_out.items()
+    ]
+
+    def render() -> Group:
+        described = table(rows, *columns, title=f"{dataset.path} ({dataset.kind})")
+        return Group(described, *(Text(line) for line in lines))
+
+    show(dataset, as_json, render)
 
 
 @data.command()

@@ -1,9 +1,10 @@
 """Encoded images to uint8 RGB faces: one at a time, or a whole set on a thread pool.
 
-What is accepted: JPEG, PNG, BMP and WebP, nothing else that Pillow could open. What becomes of the
-modes: grey is repeated over RGB; palette is expanded; CMYK is converted without a colour profile;
+What is accepted: JPEG, PNG, BMP, WebP, TIFF, GIF and the portable maps of Netpbm, nothing else that Pillow could open.
+What becomes of the modes: grey is repeated over RGB; palette is expanded; CMYK is converted without a colour profile;
 16-bit grey is divided by 257, so that 65535 becomes 255 (16-bit colour PNGs keep their high byte); whatever is
-transparent is composited on black. EXIF orientation is applied. Of an animation the first frame counts.
+transparent is composited on black. EXIF orientation is applied. Of an animation the first frame counts. Floating-point
+pixels have no range of their own and are refused.
 
 Images that are not square lose the ends of the longer side (central crop). Resizing is bilinear with
 antialiasing: when shrinking, the triangle filter is as wide as the shrinking factor.
@@ -41,10 +42,24 @@ from bench.progress import Report, no_report
 A = TypeVar("A")
 B = TypeVar("B")
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 
-#: File names that the folder layouts take for images, lower case.
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+#: File names that the layouts take for images, lower case.
+SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"),
+        *(".tif", ".tiff", ".gif", ".pgm", ".ppm", ".pbm", ".pnm"),
+    }
+)
+
+#: How files begin that stand where images should, and what these are.
+_STRANGERS = {
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself",
+    b"\0\0\0\x0cjP  ": "JPEG 2000: convert it",
+    b"<": "text such as a web page, saved under an image's name",
+    b"PK\x03\x04": "a ZIP archive",
+    b"\x1f\x8b": "compressed with gzip",
+}
 
 #: Below this an image holds no face worth the name.
 MIN_SIDE = 8
@@ -140,7 +155,11 @@ def open_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise ImageError("not a JPEG, PNG, BMP or WebP image, or its header is damaged") from error
+        what = next((what for begin, what in _STRANGERS.items() if data.startswith(begin)), None)
+        what = "HEIC, AVIF or a film: convert it" if data[4:8] == b"ftyp" else what
+        if what is None:
+            what = "not a JPEG, PNG, BMP, WebP, TIFF, GIF or PNM image, or its header is damaged"
+        raise ImageError(what) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"more pixels than the limit of {limits.max_pixels}") from error
     except Exception as error:  # header parsers raise whatever their arithmetic does: ValueError, struct.error, ...
@@ -156,8 +175,12 @@ def open_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    if image.mode == "F":
+        raise ImageError("floating-point pixels, of which nothing says how bright 1 is")
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
         values = np.asarray(image).astype(np.int64)
+        if values.max() > 65535:
+            raise ImageError("grey of 32 bits, of which nothing says how bright 1 is")
         return Image.fromarray(((values.clip(0, 65535) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         colours = image.convert("RGBA")
@@ -179,6 +202,8 @@ def _pixels(data: bytes, image_size: int | None, crop: float, limits: Limits) ->
                 box = (left, top, left + side, top + side)
                 image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
         return np.asarray(image)
+    except ImageError:
+        raise
     except Exception as error:  # as in open_image: a damaged body surfaces as any of a dozen exception types
         raise ImageError(f"cannot be decoded: {shown(error)}") from error
 

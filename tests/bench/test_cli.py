@@ -323,6 +323,19 @@ class TestData:
         code, _, err = bench("data", "pack", "people", "--out", "packed")
         assert (code, "overwrit" in one_line(err)) == (2, True)
 
+    def test_info_says_what_it_leaves_out(self, bench, tmp_path):
+        _person(tmp_path / "people" / "Ada" / "s1", (112, 112), images=2)
+        _person(tmp_path / "people" / "Bob" / "s1", (112, 112), images=2)
+        for name in ("a.txt", "b.txt"):
+            (tmp_path / "people" / "Ada" / "s1" / name).touch()
+        code, out, _ = bench("data", "info", "people")
+        lines = out.splitlines()
+        assert code == 0
+        assert ".: left out 2: not named like an image (.txt)" in lines
+        assert any("images two folders down" in line for line in lines)
+        left_out = json.loads(bench("data", "info", "people", "--json")[1])["parts"][0]["left_out"]
+        assert left_out == {"not named like an image (.txt)": 2}
+
     def test_verify_sees_damage(self, bench, tmp_path):
         (tmp_path / "people" / "Ada").mkdir(parents=True)
         for number in range(2):

@@ -1,9 +1,10 @@
 """WebDataset tar shards as a source: the images stay in their shards, memory holds where they begin.
 
 A sample is a run of neighbouring members that agree up to the first dot of their file name: ``a/b/000017.jpg`` and
-``a/b/000017.cls``. The image has one of the suffixes that the suite reads; the identity is the whole number or name in
-``.cls``, or the value of ``label``, ``cls``, ``identity`` or ``class`` in ``.json``. Shards are plain tar: a compressed
-one has no place to jump to.
+``a/b/000017.cls``. Where a shard makes no sense so, names have dots of their own (``St.Clair_0001.jpg``):
+its samples are told by the last dot, and that is said. The image has one of the suffixes that the suite reads; the
+identity is the whole number or name in ``.cls``, or the value of ``label``, ``cls``, ``identity`` or ``class`` in
+``.json``. Shards are plain tar: a compressed one has no place to jump to.
 
 Source: the WebDataset file format (T. Breuel), POSIX.1-2001 for tar.
 """
@@ -24,13 +25,22 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from bench.data.decode import SUFFIXES, by_threads, shown, workers
+from bench.data.decode import SUFFIXES, by_threads, readable, shown, workers
 from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
 from bench.data.loaders import Dataset
 from bench.data.ranges import read_ranges
 from bench.errors import DataError, MissingError
 from bench.files import decode_text
 
+#: How the names of shards end, plain and compressed.
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+#: How files begin that somebody may take for a tar, what they are, and what unpacks them.
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gzip -dc"),
+    b"BZh": ("bzip2", "bzip2 -dc"),
+    b"\xfd7zXZ\0": ("xz", "xz -dc"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"),
+}
 LABEL_KEYS = ("label", "cls", "identity", "class")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 #: What says who somebody is takes a line, not a megabyte.
@@ -76,6 +86,8 @@ def find_shards(path: Path) -> list[Path]:
         return shards
     if path.is_dir():
         shards = sorted(shard for shard in path.glob("*.tar") if not shard.name.startswith("."))
+        if not shards:  # compressed ones are refused when they are opened, by what they are
+            shards = sorted(shard for shard in path.glob("*.t*") if shard.name.endswith(ARCHIVES))
         if not shards:
             raise MissingError(f"{shown(path)} has no tar shards (*.tar)")
         return shards
@@ -97,7 +109,12 @@ class WebDatasetSource(EncodedSource):
 
     def __init__(self, path: Path, image_size: int) -> None:
         self.shards = find_shards(path)
-        offsets, sizes, people = zip(*by_threads(_index, self.shards, workers()), strict=True)
+        offsets, sizes, people, dotted = zip(*by_threads(_index, self.shards, workers()), strict=True)
+        if any(dotted):
+            self.notes = (
+                f"{shown(path)}: names in {sum(dotted)} of {len(dotted)} shards have dots of their own, so that "
+                "samples were told by the last dot, not the first",
+            )
         self.file = np.repeat(np.arange(len(people), dtype=np.int32), list(map(len, people)))
         self.offsets, self.sizes = np.concatenate(offsets), np.concatenate(sizes)
         names = sorted(set().union(*people), key=_natural)
@@ -126,36 +143,62 @@ def _natural(name: str) -> tuple[int, str]:
     return (int(name), name) if name.isdecimal() else (2**63, name)
 
 
-def _index(shard: Path) -> tuple[NDArray[np.int64], NDArray[np.int64], list[str]]:
-    """Offset and size of each image in a shard, and the identity as it is written."""
+#: Offset and size of each image in a shard, the identity as it is written, and whether names were cut at the last dot.
+_Index = tuple[NDArray[np.int64], NDArray[np.int64], list[str], bool]
+
+
+def _index(shard: Path) -> _Index:
+    with readable(shard), shard.open("rb") as file:
+        begin = file.read(8)
+    for magic, (kind, command) in _COMPRESSED.items():
+        if begin.startswith(magic):
+            name = shown(shard.name)
+            raise DataError(
+                f"{shown(shard)} is compressed ({kind}), and images are read where they lie: unpack it first "
+                f"({command} '{name}' > '{name.partition('.')[0]}-plain.tar')"
+            )
+    try:
+        return _indexed(shard, last=False)
+    except _SampleError as error:
+        try:
+            return _indexed(shard, last=True)
+        except _SampleError:
+            raise error from None
+
+
+class _SampleError(DataError):
+    """Members of a shard that make no sample as their names are cut."""
+
+
+def _indexed(shard: Path, *, last: bool) -> _Index:
     offsets, sizes, people = [], [], []
     once: dict[str, str] = {}  # one string per person, not one per image
     with shard.open("rb") as file:
-        for key, members in _samples(shard, file):
+        for key, members in _samples(shard, file, last):
             images = [member for suffix, member in members.items() if f".{suffix.rpartition('.')[2]}" in SUFFIXES]
             where = f"{shown(shard.name)}: sample {shown(key)!r} at offset {next(iter(members.values())).offset}"
             if len(images) != 1:
-                raise DataError(f"{where} has {len(images)} images, not one")
+                raise _SampleError(f"{where} has {len(images)} images, not one")
             person = _person(where, members, file)
             offsets.append(images[0].offset_data)
             sizes.append(images[0].size)
             people.append(once.setdefault(person, person))
-    return np.asarray(offsets, dtype=np.int64), np.asarray(sizes, dtype=np.int64), people
+    return np.asarray(offsets, dtype=np.int64), np.asarray(sizes, dtype=np.int64), people, last
 
 
-def _samples(shard: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Key of each sample, and its members by suffix, lower case."""
+def _samples(shard: Path, file: BinaryIO, last: bool) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Key of each sample, and its members by suffix, lower case: what stands behind the first or the ``last`` dot."""
     key = ""
     members: dict[str, tarfile.TarInfo] = {}
     for member in _members(shard, file):
         folder, _, name = member.name.rpartition("/")
-        stem, _, suffix = name.partition(".")
+        stem, _, suffix = name.rpartition(".") if last else name.partition(".")
         sample, suffix = f"{folder}/{stem}" if folder else stem, suffix.lower()
         if members and sample != key:
             yield key, members
             members = {}
         if suffix in members:
-            raise DataError(
+            raise _SampleError(
                 f"{shown(shard.name)}: {shown(member.name)!r} at offset {member.offset} is there twice in one sample"
             )
         key, members[suffix] = sample, member
@@ -197,7 +240,10 @@ def _person(where: str, members: dict[str, tarfile.TarInfo], file: BinaryIO) -> 
         if value:
             return value
         raise DataError(f"{where}: its .{suffix} says no identity (looked for {', '.join(LABEL_KEYS)})")
-    raise DataError(f"{where} has neither .cls nor .json: nothing says whose face it is")
+    raise _SampleError(
+        f"{where} has neither .cls nor .json next to it: nothing says whose face it is (a tar of one folder a person: "
+        "unpack it, and use --dataset folder)"
+    )
 
 
 def _labelled(content: object) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from bench.data.decode import MIN_SIDE, open_image, own_limits, shown
+from bench.data.decode import MIN_SIDE, open_image, own_limits, readable, shown
 from bench.data.encoded import EncodedSource
 from bench.data.sources.folder import FolderSource, pairs_in
 from bench.data.sources.insightface import PackSource, RecordIOSource
-from bench.data.sources.webdataset import WebDatasetSource
+from bench.data.sources.webdataset import ARCHIVES, WebDatasetSource
 from bench.errors import DataError, MissingError
 from bench.progress import Report, no_report
 
@@ -37,10 +37,15 @@ def layout_of(path: Path) -> tuple[str, list[Path]]:
         DataError: a file that is neither ``.rec``, ``.bin`` nor ``.tar``.
     """
     if path.is_dir():
-        packed = [file for file in (path / "train.rec", *sorted(path.glob("*.bin"))) if file.is_file()]
-        return ("insightface", packed) if packed else ("tar shards" if any(path.glob("*.tar")) else "folder", [path])
+        packed = [file for kind in ("*.rec", "*.bin") for file in sorted(path.glob(kind)) if file.is_file()]
+        with readable(path):
+            compressed = any(shard.name.endswith(ARCHIVES) for shard in path.iterdir())
+            shards = any(path.glob("*.tar")) or (compressed and not any(entry.is_dir() for entry in path.iterdir()))
+        return ("insightface", packed) if packed else ("tar shards" if shards else "folder", [path])
     if not path.exists() and path.suffix != ".tar":
         raise MissingError(f"{shown(path)} does not exist")
+    if path.name.endswith(ARCHIVES):
+        return READERS[".tar"][0], [path]
     if path.suffix not in READERS:
         raise DataError(f"{shown(path)} is neither a folder nor a .rec or .bin file, nor a .tar shard")
     return READERS[path.suffix][0], [path]
@@ -78,7 +83,8 @@ class PartInfo(BaseModel, frozen=True):
     ``identities`` counts people with an image; ``images`` slots, of which a pack has two for each pair;
     ``images_per_identity`` has minimum, quartiles and maximum. ``sizes`` says how many images have which size and mode
     ("112x112 RGB"), most frequent first, or an "unreadable" header, over ``headers_read`` images: an even sample of
-    large sets. ``ignored`` files are no images.
+    large sets. ``ignored`` files are no images, or not where images are looked for: ``left_out`` counts them by reason.
+    ``notes`` say how the files were understood where that could be doubted.
     """
 
     name: str
@@ -90,6 +96,8 @@ class PartInfo(BaseModel, frozen=True):
     headers_read: int
     pairs: PairInfo | None
     ignored: int
+    left_out: dict[str, int] = {}
+    notes: tuple[str, ...] = ()
 
 
 class DatasetInfo(BaseModel, frozen=True):
@@ -148,4 +156,6 @@ def _describe(source: EncodedSource, report: Report) -> PartInfo:
         headers_read=len(rows),
         pairs=listed,
         ignored=len(source.ignored),
+        left_out=dict(Counter(entry.reason for entry in source.ignored).most_common()),
+        notes=source.notes,
     )

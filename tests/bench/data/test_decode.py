@@ -92,21 +92,59 @@ def test_png_pixels_come_out_exactly_and_grey_is_repeated(make_image, make_encod
     np.testing.assert_array_equal(pixels.numpy(), np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF"])
 def test_each_format_is_read_and_refused_where_it_was_cut_off(make_image, make_encoded, kind):
     image = make_image(1, 48)
     data = make_encoded(image, kind, quality=100)
     pixels = decode_image(data).numpy().transpose(1, 2, 0)
-    assert np.abs(pixels.astype(int) - np.asarray(image)).mean() < 4
+    assert np.abs(pixels.astype(int) - np.asarray(image)).mean() < (12 if kind == "GIF" else 4)  # 256 colours
     for share in (0.3, 0.7, 0.95):
         with pytest.raises(ImageError):
             decode_image(data[: int(share * len(data))], 32)
 
 
-@pytest.mark.parametrize("kind", ["GIF", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["TGA", "PCX", "ICO", "SGI"])
 def test_other_formats_are_refused(make_image, make_encoded, kind):
-    with pytest.raises(ImageError, match="not a JPEG, PNG, BMP or WebP"):
+    with pytest.raises(ImageError, match="not a JPEG, PNG, BMP, WebP, TIFF, GIF or PNM image"):
         decode_image(make_encoded(make_image(1, 48), kind))
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC, AVIF or a film: convert it"),
+        (b"\0\0\0\x0cjP  \r\n", "JPEG 2000: convert it"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS: fetch the file itself"),
+        (b"<!DOCTYPE html>", "text such as a web page"),
+        (b"PK\x03\x04", "a ZIP archive"),
+    ],
+)
+def test_what_stands_in_the_place_of_an_image_is_named(data, what):
+    with pytest.raises(ImageError, match=what):
+        decode_image(data + b"\1" * 64)
+
+
+def test_netpbm_and_tiff_of_sixteen_bits(make_encoded):
+    values = np.linspace(0, 65535, 4096).round().astype(np.uint16).reshape(64, 64)
+    expected = np.round(values / 257).astype(np.uint8)
+    plain = b"P5 64 64 65535\n" + values.astype(">u2").tobytes()
+    for data in (plain, make_encoded(Image.fromarray(values), "TIFF")):
+        np.testing.assert_array_equal(decode_image(data).numpy()[0], expected)
+    text = b"P2 8 8 255\n" + b" ".join(b"%d" % value for value in range(64))
+    np.testing.assert_array_equal(decode_image(text).numpy()[2].ravel(), np.arange(64))
+
+
+@pytest.mark.parametrize(("dtype", "what"), [(np.float32, "floating-point pixels"), (np.int32, "grey of 32 bits")])
+def test_pixels_without_a_range_are_refused(make_encoded, dtype, what):
+    with pytest.raises(ImageError, match=what):
+        decode_image(make_encoded(Image.fromarray(np.full((16, 16), 70000, dtype=dtype)), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PPM", "GIF"])
+def test_a_bomb_is_refused_by_its_header(make_encoded, kind):
+    data = make_encoded(Image.new("L", (3000, 2000)), kind)
+    with pytest.raises(ImageError, match="3000x2000 pixels, the limit is 5000000"):
+        decode_image(data, limits=Limits(max_pixels=5_000_000))
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(make_encoded):

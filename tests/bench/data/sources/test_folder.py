@@ -159,6 +159,98 @@ def test_what_is_skipped_is_listed(root, make_jpeg):
     assert {entry.where for entry in load_set("folder", root, stream=True).faces.skipped} == set(reasons) - damaged
 
 
+@pytest.mark.parametrize("suffix", [".pgm", ".ppm", ".tif", ".TIFF", ".gif", ".webp", ".jfif", ".JPG", "", ".img"])
+def test_images_of_any_suffix_and_none(make_tree, make_image, suffix):
+    root = make_tree(dict.fromkeys("abcd", 3))
+    kinds = {".pgm": "PPM", ".ppm": "PPM", ".tif": "TIFF", ".tiff": "TIFF", ".gif": "GIF", ".webp": "WEBP"}
+    for seed, file in enumerate(sorted(root.glob("*/*.jpg"))):
+        file.unlink()
+        image = make_image(seed, 40, "L" if suffix == ".pgm" else "RGB")
+        image.save(file.with_suffix(suffix), kinds.get(suffix.lower(), "JPEG"))
+    (root / "a/notes.txt").write_text("x")
+    source = load_set("folder", root)
+    assert source.faces.labels.tolist() == [label for label in range(4) for _ in range(3)]
+    assert [entry.where for entry in source.faces.skipped] == ["a/notes.txt"]
+    assert len(source.notes) == (suffix in ("", ".img"))
+    expected = decode_image((root / f"a/a_0001{suffix}").read_bytes(), 32)
+    assert torch.equal(source.faces.images[0], expected)
+
+
+def nest(root, *, above=(), below=("s1", "s2")):
+    """Move the images of a folder of people one folder deeper, or the people."""
+    for file in sorted(root.glob("*/*.jpg")):
+        number = int(file.stem[-1])
+        part = [above[number % len(above)]] if above else []
+        folder = root.joinpath(*part, file.parent.name, *([below[number % len(below)]] if below else []))
+        folder.mkdir(parents=True, exist_ok=True)
+        file.rename(folder / file.name)
+    for folder in list(root.iterdir()):
+        if above and folder.name not in above:
+            folder.rmdir()
+    return root
+
+
+def test_sessions_of_a_person(make_tree, make_jpeg):
+    root = nest(make_tree({"Ann": 4, "Bob": 4, "Cy": 4}))
+    (root / "Ann/s1/notes.txt").write_text("x")
+    (root / "pairs.txt").write_text("1\nAnn\t1\t2\nAnn\t1\tAnn\t2\n")
+    source = load_set("folder", root, use_pairs=False)
+    assert source.faces.names == ("Ann", "Bob", "Cy")
+    assert source.faces.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert torch.equal(source.faces.images[0], decode_image((root / "Ann/s1/Ann_0002.jpg").read_bytes(), 32))
+    assert [entry.where for entry in source.faces.skipped] == ["Ann/s1/notes.txt"]
+    assert "two folders down" in source.notes[0]
+    (root / "Bob/x.jpg").write_bytes(make_jpeg(77))  # from here on images are where they belong
+    with pytest.raises(DataError, match=r"nobody in .* has two usable images"):
+        load_set("folder", root, use_pairs=False)
+    nested = load_set("folder", root, use_pairs=False, nested=True).faces
+    assert torch.equal(nested.images, source.faces.images)
+    assert {entry.where for entry in nested.skipped} == {"Ann/s1/notes.txt", "Bob/x.jpg"}
+
+
+@pytest.mark.parametrize("above", [("train", "val"), ("Train", "TEST"), ("male", "female"), ("faces",)])
+def test_parts_of_a_data_set_are_no_people(make_tree, above):
+    root = nest(make_tree(dict.fromkeys("abcde", 2)), above=above, below=())
+    with pytest.raises(DataError, match=r"images two folders down.*point --data-root at one of these.*nested=true"):
+        load_set("folder", root)
+
+
+def test_parts_without_people(make_tree):
+    root = make_tree({"train": 3, "val": 3})
+    with pytest.raises(DataError, match=r"has images in train, val, which are no people"):
+        load_set("folder", root)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["a.jpg", "b.jpg"], r"found 2 \.jpg beside the identity folders; give each person a folder of their own"),
+        (["a/1.heic", "a/2.heic"], r"found 2 \.heic one folder down; convert them"),
+        (["x/y/a/1.jpg", "x/README"], r"found 1 .* folders down.*; point --data-root at the folder of people"),
+        (["a/1", "b.txt"], r"found 1 \.txt beside the identity folders, 1 without suffix one folder down"),
+        ([".git/a/b.jpg"], "it holds no files"),
+    ],
+)
+def test_what_was_found_where_images_are_not(tmp_path, files, message):
+    for file in files:
+        (tmp_path / "set" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / file).write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"set holds no images where they are looked for, set/<identity>.*{message}"):
+        load_set("folder", tmp_path / "set")
+
+
+def test_links_that_lead_nowhere_or_in_circles(root):
+    (root / "gone").symlink_to(root / "nowhere")
+    (root / "Ann/gone.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "Bob/again").symlink_to(root)
+    loaded = load_set("folder", root).faces
+    reasons = {entry.where: entry.reason for entry in loaded.skipped}
+    assert reasons["gone"].startswith("neither a file nor a folder")
+    assert reasons["Ann/gone.jpg"] == "not a regular file"
+    assert reasons["Bob/again"] == "a folder within an identity"
+    assert len(loaded) == 10
+
+
 def test_awkward_names(make_tree):
     awkward = ["line\nbreak", "Zoë Ünal", "日本", "a b", "-rf"]
     root = make_tree(dict.fromkeys(awkward, 2))

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import tarfile
 
 import numpy as np
@@ -101,11 +103,45 @@ def test_a_shard_that_was_cut_off_or_is_compressed(shards):
     for content, message in (
         (whole[: last.offset_data - 700], rf"{damaged} behind offset \d+"),  # within an image
         (whole[: last.offset], r"faces-0001\.tar is truncated: it ends at offset \d+ without the end mark"),
-        (gzip.compress(whole), damaged),
+        (gzip.compress(whole), r"faces-0001\.tar is compressed \(gzip\), .* unpack it first \(gzip -dc"),
+        (lzma.compress(whole), r"faces-0001\.tar is compressed \(xz\)"),
+        (bz2.compress(whole), r"faces-0001\.tar is compressed \(bzip2\)"),
+        (b"", damaged),
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
             open_source("webdataset", shards)
+
+
+@pytest.mark.parametrize("name", ["faces.tar.gz", "faces.tgz"])
+def test_a_folder_of_compressed_shards(shards, name):
+    whole = (shards / "faces-0001.tar").read_bytes()
+    for shard in shards.glob("*.tar"):
+        shard.unlink()
+    (shards / name).write_bytes(gzip.compress(whole))
+    for path in (shards, shards / name):
+        with pytest.raises(DataError, match=r"is compressed \(gzip\)"):
+            open_source("webdataset", path)
+        with pytest.raises(DataError, match=r"is compressed \(gzip\)"):
+            info(path)
+
+
+def test_names_with_dots_of_their_own(tmp_path, make_jpeg):
+    people = ["St.Clair", "St.Clair", "Ann", "O.J.Doe", "Ann", "O.J.Doe"]
+    members = []
+    for number, person in enumerate(people):
+        key = f"v1.0/{person}_{number:04d}"
+        members += [(f"{key}.jpg", make_jpeg(number)), (f"{key}.cls", person.encode())]
+    write_shard(tmp_path / "a.tar", members)
+    source = open_source("webdataset", tmp_path / "a.tar")
+    assert [source.name(label) for label in source.labels] == people
+    assert len(source.read(np.arange(6)).images) == 6
+    assert "last dot" in source.notes[0]
+    assert load_set("webdataset", tmp_path / "a.tar").notes == source.notes
+    assert info(tmp_path / "a.tar").parts[0].notes == source.notes
+    write_shard(tmp_path / "a.tar", [*members, ("x.1.jpg", b"x")])  # neither way
+    with pytest.raises(DataError, match=r"a\.tar: sample 'v1\.0/St' at offset 0 has 2 images, not one"):
+        open_source("webdataset", tmp_path / "a.tar")
 
 
 def test_a_shard_that_is_cut_off_later(shards):

@@ -19,6 +19,7 @@ def test_folder(make_tree, make_image, make_encoded):
     assert described.kind == "folder"
     (part,) = described.parts
     assert (part.identities, part.images, part.single_image_identities, part.ignored) == (5, 13, 1, 1)
+    assert part.left_out == {"not named like an image (.txt)": 1}
     assert part.images_per_identity == {"min": 1, "q25": 2, "median": 2, "q75": 3, "max": 5}
     assert part.sizes == {"112x112 RGB": 11, "60x40 L": 1, "unreadable": 1}
     assert (part.pairs.pairs, part.pairs.genuine, part.pairs.folds) == (4, 2, 2)
