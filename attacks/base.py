@@ -123,6 +123,12 @@ class Observation:
     def __len__(self) -> int:
         return len(self.representations)
 
+    def copy(self) -> Observation:
+        """The same with tensors of its own, which an attack may write into."""
+        held = {name: getattr(self, name) for name in self.__slots__}
+        own: dict[str, Any] = {name: value.clone() for name, value in held.items() if isinstance(value, Tensor)}
+        return replace(self, **own)
+
     def first(self, count: int) -> Observation:
         """The observation of the first ``count`` faces; their numbers in score queries stay as they are."""
         values = {name: getattr(self, name) for name in self.__slots__}
@@ -352,7 +358,7 @@ class RecoveryAttack(Attack):
         if not len(observation):
             return torch.zeros(0, 3, size, size, device=observation.representations.device)
         with torch.set_grad_enabled(self.needs_gradients):
-            faces = self.run(observation).detach().to(observation.representations.device, torch.float32)
+            faces = self.run(observation.copy()).detach().to(observation.representations.device, torch.float32)
         if tuple(faces.shape) != (len(observation), 3, size, size):
             raise ValueError(
                 f"{self.name} returned {tuple(faces.shape)} for {len(observation)} faces of {size} x {size} pixels, "
@@ -430,7 +436,7 @@ class LinkageAttack(Attack):
     @torch.no_grad()
     def _units(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         self.eval()
-        embeddings = encode(inputs)
+        embeddings = encode(inputs.clone())  # an attack may work in place
         if embeddings.ndim != 2 or len(embeddings) != len(inputs):
             raise ValueError(
                 f"{self.name} returned {tuple(embeddings.shape)} for {len(inputs)} inputs, expected (N, D)"

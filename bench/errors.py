@@ -29,6 +29,13 @@ class DataError(BenchError):
     """Data that is there but cannot be used: corrupt, hostile, of the wrong shape (exit code 3)."""
 
 
+class DefenseError(BenchError, ValueError):
+    """A defence that made what nobody may send: of another shape than it declares, or not finite (exit code 3).
+
+    Whoever asked for it, attack or recogniser, is not to blame.
+    """
+
+
 class MissingError(BenchError):
     """Data or weights that are not there (exit code 5)."""
 

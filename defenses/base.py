@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bench.errors import DefenseError
 from bench.randomness import base_seed, derived
 
 Shape = tuple[int, int, int]
@@ -149,6 +151,18 @@ class Defense(nn.Module, ABC):
     differentiable: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Shield who calls a subclass's :meth:`canonical` from one that works in place."""
+        super().__init_subclass__(**arguments)
+        if (canonical := vars(cls).get("canonical")) is not None:
+
+            @functools.wraps(canonical)
+            def shielded(self: Defense, representation: Tensor, state: Tensor | None) -> Tensor:
+                undone: Tensor = canonical(self, representation.clone(), _copy(state))
+                return undone
+
+            setattr(cls, "canonical", shielded)  # noqa: B010
+
     def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
         """Build with ``options`` (None: the defaults) for faces of ``image_size`` pixels a side."""
         super().__init__()
@@ -271,15 +285,17 @@ class Defense(nn.Module, ABC):
         state: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Protected:
-        """Protect a batch: float (N, 3, H, W) in [0, 1], H = W = ``image_size``, any device; left as they are.
+        """Protect a batch: float (N, 3, H, W) in [0, 1], H = W = ``image_size``, any device.
+
+        Nothing that comes in or goes out is shared with the defence: it may work in place, and keep what it made.
 
         A CPU ``generator``, the source of all randomness, gives the same draws on every device. ``labels`` int64 (N,)
         are there in recogniser training only. ``state`` int64 (N, D) pins the states instead of drawing them, ``keys``
         int64 (N, k) are those of the faces' clients instead of fresh ones.
 
         Raises:
-            ValueError: faces of another shape, type or value range; or the defence made something of another shape
-                than it declares, or that is not finite.
+            ValueError: faces of another shape, type or value range.
+            DefenseError: the defence made something of another shape than it declares, or that is not finite.
         """
         count, size = len(faces), self.image_size
         if faces.ndim != 4 or tuple(faces.shape[1:]) != (3, size, size):
@@ -291,19 +307,31 @@ class Defense(nn.Module, ABC):
             if not (low >= -1e-4 and high <= 1 + 1e-4):  # also catches NaN
                 raise ValueError(f"{self.name} expects faces in [0, 1], got values from {low:.4g} to {high:.4g}")
         if state is None:
-            state = self.draw(count, generator, labels)
+            state = self.draw(count, generator, _copy(labels))
         if keys is None:
             keys = self.draw_keys(count, generator)
-        faces = faces.clone()  # a defence may work in place
+        state, keys = _copy(state), _copy(keys)
         if keys is None:
-            representation = self.transform(faces, state, generator)
+            sent = self.transform(faces.clone(), _copy(state), generator)
         else:
-            representation = self.keyed_transform(faces, state, keys.to(faces.device), generator)
-        if tuple(representation.shape) != (declared := (count, *self.representation_shape)):
-            raise ValueError(f"{self.name} made representations {tuple(representation.shape)}, it declares {declared}")
-        if representation.numel() and not all(map(math.isfinite, map(float, representation.detach().aminmax()))):
-            raise ValueError(f"{self.name} made representations that are not finite")
-        return Protected(representation, state, keys)
+            sent = self.keyed_transform(faces.clone(), _copy(state), keys.to(faces.device, copy=True), generator)
+        self._check(sent, count)
+        return Protected(sent.clone(), state, keys)
+
+    def _check(self, sent: Tensor, count: int) -> None:
+        """Refuse what the defence may not send of ``count`` faces."""
+        if tuple(sent.shape) != (declared := (count, *self.representation_shape)):
+            raise DefenseError(f"defence {self.name} made representations {tuple(sent.shape)}, it declares {declared}")
+        if not sent.is_floating_point():
+            raise DefenseError(
+                f"defence {self.name} made representations of {sent.dtype}, which has to be a float type"
+            )
+        if sent.numel() and not all(map(math.isfinite, map(float, sent.detach().aminmax()))):
+            wrong = int((~sent.detach().isfinite()).flatten(1).any(dim=1).sum())
+            raise DefenseError(
+                f"defence {self.name} made representations that are not finite, of {wrong} of {count} faces: "
+                "mend the defence, no attack and no recogniser can be judged on them"
+            )
 
     def protect_each(
         self,
@@ -433,6 +461,10 @@ class TemplateDefense(Defense):
     def keyed_transform(self, faces: Tensor, state: Tensor | None, keys: Tensor, generator: torch.Generator) -> Tensor:
         """Templates under keys, (N, T, 1, 1)."""
         return self.enrol(self.embed(faces), keys, generator)[..., None, None]
+
+
+def _copy(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def _repeated(maps: Tensor, dim: int, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -164,9 +165,10 @@ class AttackStages:
 
     def mechanism(self, defense: Defense) -> Callable[[torch.Generator], Defense]:
         """What the adversary can protect faces with: guesses of the defence under a black box, else the one in use."""
+        own = copy.deepcopy(defense)  # what an attack does to it happens to nobody else
         if Knowledge(self.config.knowledge) is Knowledge.BLACKBOX:
-            return defense.guess
-        return lambda generator: defense
+            return own.guess
+        return lambda generator: own
 
     def adversary(
         self,
@@ -191,13 +193,13 @@ class AttackStages:
         if Capability.PROTECTION in given and client is None:
             client = self.client(defense)
         return Adversary(
-            faces=public.images,
-            identities=public.labels,
+            faces=public.images.clone(),
+            identities=public.labels.clone(),
             knowledge=Knowledge(self.config.knowledge),
             mechanism=self.mechanism(defense),
             generator=self.streams.generator("attack"),
             fabric=self.fabric,
-            recogniser=self.stages.recogniser(defense) if Capability.RECOGNISER in given else None,
+            recogniser=copy.deepcopy(self.stages.recogniser(defense)) if Capability.RECOGNISER in given else None,
             embed=service.embed if service and Capability.EMBEDDINGS in given else None,
             traffic=self._traffic(defense) if Capability.TRAFFIC in given else None,
             client=client if Capability.PROTECTION in given else None,
@@ -332,12 +334,12 @@ class AttackStages:
                 embedded = service.embed_representations(representations.flatten(0, 1))
                 templates = embedded.unflatten(0, representations.shape[:2])
                 if scored:
-                    score = score_query(service, templates[:, 0], self._draws_of("scores", index), held)
+                    score = score_query(service, templates[:, 0].clone(), self._draws_of("scores", index), held)
             if enrolment is not None:
                 enrolled = class_centres(enrolment, victims, content, index, self._draws_of("enrolment", index), keys)
             observation = Observation(
                 representations,
-                states=states if reveal else None,
+                states=states.clone() if states is not None and reveal else None,
                 keys=held[:, None].expand(-1, count, -1) if held is not None and Capability.KEY in given else None,
                 templates=templates if stolen else None,
                 enrolled=enrolled,

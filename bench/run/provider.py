@@ -523,10 +523,12 @@ def failing_as(what: str) -> Iterator[None]:
     """Name the plug-in in the one line that the person sees when it gives up.
 
     Plug-ins know nothing of the harness: they say what is wrong with ``ValueError`` (input, options) and
-    ``ArithmeticError`` (a loss that is not finite).
+    ``ArithmeticError`` (a loss that is not finite). A defence that is to blame is named already.
     """
     try:
         yield
+    except BenchError:
+        raise
     except (ValueError, ArithmeticError) as error:
         raise BenchError(f"{what}: {error}") from error
 

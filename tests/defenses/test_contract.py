@@ -152,7 +152,7 @@ def test_a_pinned_state_is_used(defense):
     if drawn is None:
         pytest.skip("draws no state")
     first = defense.protect(_faces(), generator(2), state=drawn)
-    assert first.state is drawn
+    assert torch.equal(first.state, drawn)
     assert torch.equal(first.representation, defense.protect(_faces(), generator(1)).representation)
 
 

@@ -13,6 +13,7 @@ from bench import plugins
 from bench.run import speed
 from bench.run.config import resolve
 from bench.run.pipeline import Pipeline
+from defenses.base import Defense
 
 TINY = {
     "preset": "quick",
@@ -54,12 +55,12 @@ def made(directory):
 
 
 @contextmanager
-def registered(*attacks):
-    """Within, these attacks can be named, and no time is spent on timing."""
-    registry = plugins.attacks()
+def registered(*named):
+    """Within, these attacks and defences can be named, and no time is spent on timing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "measure", functools.partial(speed.measure, min_time=0.01))
-        for attack in attacks:
-            patch.setitem(registry._loaders, attack.name, lambda: None)
-            patch.setitem(registry._loaded, attack.name, attack)
+        for plugin in named:
+            registry = plugins.defenses() if issubclass(plugin, Defense) else plugins.attacks()
+            patch.setitem(registry._loaders, plugin.name, lambda: None)
+            patch.setitem(registry._loaded, plugin.name, plugin)
         yield

@@ -15,6 +15,7 @@ from attacks.base import AttackOptions, Capability, FitReport, RecoveryAttack
 from bench.errors import BenchError, UsageError
 from bench.results import NO_BETTER, read_result
 from bench.run.findings import FLOOR_MARGINS
+from defenses.base import Defense
 from defenses.layout import probe
 
 TINY = {"defense": "pixelate", "attack": "echo", "utility": False}
@@ -95,6 +96,64 @@ class PlainOnly(Echo):
         return faces if opened else torch.full((len(faces), 3, 32, 32), 0.5)
 
 
+class Vandal(Echo):
+    """Does what the echo does, and writes into all that it was handed."""
+
+    name = "vandal"
+    needs: ClassVar = frozenset({Capability.MECHANISM, Capability.RECOGNISER, Capability.STATE})
+
+    def fit(self, adversary):
+        report = super().fit(adversary)
+        adversary.faces.zero_()
+        adversary.identities.zero_()
+        for module in (self.mechanism, adversary.recogniser):
+            for tensor in module.state_dict().values():
+                tensor.zero_()
+        return report
+
+    def run(self, observation):
+        faces = super().run(observation)
+        observation.representations.zero_()
+        if observation.states is not None:
+            observation.states.zero_()
+        return faces
+
+    def infer_layout(self, observation):
+        self.run(observation)
+        return super().infer_layout(observation)
+
+
+class InPlace(Defense):
+    """Noise, added in place as a defence may, in a buffer that it uses again."""
+
+    name = "in-place"
+    summary = "for tests"
+
+    def transform(self, faces, state, generator):
+        faces += 0.3 * torch.randn(faces.shape, generator=generator)
+        return faces.clamp_(0, 1)
+
+
+class Careful(InPlace):
+    """The same on copies."""
+
+    name = "careful"
+
+    def transform(self, faces, state, generator):
+        return (faces + 0.3 * torch.randn(faces.shape, generator=generator)).clamp(0, 1)
+
+
+class Leaky(Defense):
+    """Sends something that is no number of one face in twenty."""
+
+    name = "leaky"
+    summary = "for tests"
+
+    def transform(self, faces, state, generator):
+        broken = torch.rand(len(faces), 1, 1, 1, generator=generator) < 0.05
+        return torch.where(broken, torch.nan, faces)
+
+
 class Reader(Echo):
     """Reads off the layout of all channels, and gets one channel of every other face wrong."""
 
@@ -152,7 +211,9 @@ class Failing(Echo):
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
-    with registered(Echo, LeftHalf, RightHalf, Prototype, PlainOnly, Reader, Asker, Failing):
+    with registered(
+        Echo, LeftHalf, RightHalf, Prototype, PlainOnly, Vandal, Reader, Asker, Failing, InPlace, Careful, Leaky
+    ):
         yield
 
 
@@ -293,6 +354,28 @@ class TestWithoutUtility:
         again, directory = run(attack="asker", probes=5)
         assert made(directory) == []
         assert again.attack.details == result.attack.details
+
+
+@pytest.mark.slow
+class TestThirdParties:
+    def test_an_attack_that_writes_into_what_it_is_handed_changes_nothing(self, run):
+        told = {"defense": "partialface", "knowledge": "oracle"}
+        expected, _ = run(**told)
+        result, _ = run(**told, attack="vandal")
+        assert result.recovery == expected.recovery
+        assert result.attack.floor_test == expected.attack.floor_test
+
+    def test_a_defence_that_works_in_place_is_attacked_as_one_that_does_not(self, run):
+        options = {"widths": "4,8", "stem_stride": "2", "images": "256", "batch_size": "16"}
+        trained = {"attack": "unet", "attack_options": options, "queries": 2}
+        in_place, careful = (run(defense=name, **trained)[0] for name in ("in-place", "careful"))
+        assert in_place.attack.curve == careful.attack.curve
+        assert in_place.recovery == careful.recovery
+
+    @pytest.mark.parametrize("utility", [False, True])
+    def test_a_defence_that_sends_what_is_no_number_is_named(self, run, utility):
+        with pytest.raises(BenchError, match=r"^defence leaky made representations that are not finite, of \d+ of \d+"):
+            run(defense="leaky", attack="unet", utility=utility)
 
 
 @pytest.mark.slow
