@@ -35,6 +35,12 @@ class EstimateOptions(ReaderOptions):
     prior_faces: int = Field(
         default=4000, ge=2, description="Public faces, mirrored ones not counted, that the components are fitted to."
     )
+    client_queries: int = Field(
+        50_000,
+        ge=0,
+        description="At blackbox, pictures that are sent through the client at most, to estimate a secret map that no "
+        "traffic tells; 0 sends none.",
+    )
     memory: int = Field(
         2048, ge=64, description="MiB of factored states kept at once; others are factored anew when met again."
     )
@@ -60,7 +66,8 @@ class Linear(RecoveryAttack):
 
     The estimate is the posterior mean under a Gaussian prior of public faces (:mod:`attacks.parts.gaussian_prior`),
     with the noise that transmission adds, measured on public faces. ``whitebox`` reads the state off what is sent,
-    ``blackbox`` also infers the secret table from intercepted traffic (:class:`~attacks.parts.states.StateReader`).
+    ``blackbox`` also infers the secret table from intercepted traffic (:class:`~attacks.parts.states.StateReader`) or,
+    where the secret is no such table, estimates the secret map from what the client sends of chosen pictures.
     Interceptions of one face are combined in one posterior.
     """
 
@@ -69,6 +76,7 @@ class Linear(RecoveryAttack):
     cost = "fit: seconds (principal components); recover: a factorisation per state, then 20+ faces/s"
     reference = "linear minimum mean square error estimation; Kay, Fundamentals of Statistical Signal Processing, 1993"
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC})
+    uses = frozenset({Capability.PROTECTION})
     Options = LinearOptions
     presets: ClassVar = {
         "quick": {"rank": 100, "state_faces": 300, "traffic": 500},
@@ -102,7 +110,7 @@ class Linear(RecoveryAttack):
         faces = adversary.faces
         if reason := self.inapplicable(self.mechanism):
             raise ValueError(f"{reason}: use another attack")
-        self.reader = StateReader(adversary, self.mechanism)
+        self.reader = StateReader(adversary, self.mechanism, self.options.client_queries)
         self.prior = GaussianPrior(faces.shape[-1], min(self.options.rank, max(1, len(faces) // 2)))
         self.register_buffer("noise", torch.ones((), dtype=torch.float64))
         self._forget()

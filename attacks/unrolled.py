@@ -58,6 +58,7 @@ class Unrolled(InversionAttack):
     cost = "fit: minutes (trains a network); recover: 10+ faces/s on two cores"
     reference = "Schwab et al., Deep Null Space Learning for Inverse Problems, 2019"
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC})
+    uses = frozenset({Capability.PROTECTION})
     Options = UnrolledOptions
     #: Linear estimates of many faces cost little more than those of a few in the same state.
     lookahead = 32

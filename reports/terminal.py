@@ -145,6 +145,8 @@ def _attack(name: str, attack: AttackResult, result: RunResult) -> Iterable[Rend
     details = attack.attack.details
     if asked := [f"{details[key]:,.10g} {what}" for key, what in counted.items() if key in details]:
         yield Text(f"{attack.attack.name}: {', '.join(asked)}")
+    if "protection_map" in details:
+        yield Text(f"{attack.attack.name}: what the client does, by its answers: {details['protection_map']}")
     if attack.strength is not None:
         yield from (_strength(attack.strength), _gain(attack.strength))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, Knowledge
 from attacks.parts.exposure import Exposure, in_chunks
+from attacks.parts.plaintext import EstimatedMap, Imitation, estimate_map, helps
 from bench.images import to_float
 from bench.randomness import derived
 from defenses.base import Defense
@@ -199,19 +200,22 @@ class StateReader(nn.Module):
     * ``blackbox``: as there, in a table that is inferred from intercepted traffic first, and becomes
       the :attr:`mechanism` the attack works with.
 
-    A defence whose layout never varies (and is no secret) has one state, which needs no reading.
+    A defence whose layout never varies (and is no secret) has one state, which needs no reading. A secret that no table
+    of layouts describes is estimated from protection queries, where the reader may send some (``queries``, at most).
 
     Attributes:
         width: canonical channels, where layouts are to be told apart; else None.
         infers_secret: whether the table has to be inferred.
         classifier: of maps into canonical channels, where layouts are to be told apart and are not told.
         table: int64 (K, C) buffer, the layout of each state; under a black box rows of -1 stand for states not found.
+        estimate: of the one secret map, where protection queries are to tell it.
     """
 
     table: Tensor
+    estimate: EstimatedMap | None
     classifier: ChannelClassifier | None
 
-    def __init__(self, adversary: Adversary, mechanism: Defense) -> None:
+    def __init__(self, adversary: Adversary, mechanism: Defense, queries: int = 0) -> None:
         super().__init__()
         layout = probe(mechanism, mechanism.states())
         # In a tuple: a defence is no part of an attack's weights.
@@ -226,6 +230,11 @@ class StateReader(nn.Module):
                 self.classifier = ChannelClassifier(*mechanism.representation_shape[1:], layout.width)
         self.infers_secret = secret and self.classifier is not None
         self.register_buffer("table", torch.full_like(table, -1) if secret else table.clone())
+        self.estimate, self._queries = None, queries
+        self._estimates: tuple[Imitation, ...] = ()
+        if queries and helps(adversary, mechanism) and not (self.infers_secret and self.inferable):
+            self.estimate = EstimatedMap(mechanism.image_size, mechanism.representation_shape)
+            self._estimates = (Imitation(self.estimate),)
 
     @property
     def inferable(self) -> bool:
@@ -237,9 +246,15 @@ class StateReader(nn.Module):
         return self.table[(self.table >= 0).all(dim=1)]
 
     @property
+    def _estimated(self) -> bool:
+        return self.estimate is not None and bool(self.estimate.found)
+
+    @property
     def mechanism(self) -> Defense:
         """The defence in use or, under a black box, what was found out about it."""
         adversary, mechanism, _ = self._given
+        if self._estimated:
+            return self._estimates[0]
         if not self.infers_secret or not len(self._known_rows):
             return mechanism
         if self._imitation is None or not torch.equal(self._imitation[0], self._known_rows):
@@ -251,13 +266,21 @@ class StateReader(nn.Module):
         """Fit the classifier on public faces and, under a black box, infer the table from intercepted traffic.
 
         Returns:
-            ``map_accuracy`` on public faces; under a black box also ``intercepted`` and ``states_found``; nothing
-            where there is nothing to learn.
+            ``map_accuracy`` on public faces; under a black box also ``intercepted`` and ``states_found``, or what
+            :func:`~attacks.parts.plaintext.estimate_map` says; nothing where there is nothing to learn.
 
         Raises:
-            ValueError: a black box without intercepted traffic.
+            ValueError: a black box without intercepted traffic; or a secret that shows in neither traffic nor client.
         """
         adversary, mechanism, layout = self._given
+        if self.estimate is not None and adversary.client is not None:
+            told = estimate_map(self.estimate, adversary.client, adversary.faces, seed, self._queries)
+            if not self._estimated:
+                raise ValueError(
+                    f"what is secret of {mechanism.name} is neither a table of layouts nor one linear map "
+                    f"({told['protection_map']}): use an attack that trains on what the client sends, as unet does"
+                )
+            return told
         if self.classifier is None:
             return {}
         exposure, layout = Exposure(adversary, seed), None if self.infers_secret else layout
@@ -290,7 +313,7 @@ class StateReader(nn.Module):
             if states is None:
                 raise ValueError("at oracle the states of the intercepted faces are needed")
             return layout.row_of(states)
-        if self.classifier is None:
+        if self.classifier is None or self._estimated:
             return torch.zeros(len(representations), dtype=torch.int64, device=adversary.fabric.device)
         known = self._known_rows
         return self.classifier.rows(self.classifier(representations), known if len(known) else self.table.clamp(min=0))
@@ -301,7 +324,7 @@ class StateReader(nn.Module):
 
     def infer_layout(self, representations: Tensor) -> Tensor | None:
         """As :meth:`RecoveryAttack.infer_layout`, of (N, k, C, h, w): None where nothing is inferred."""
-        if self.classifier is None:
+        if self.classifier is None or self._estimated:
             return None
         layouts = in_chunks(lambda part: self.layouts(self.rows(part, None)), representations.flatten(0, 1))
         return layouts.view(*representations.shape[:2], -1)

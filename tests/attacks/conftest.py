@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.nn import functional
 
-from attacks.base import Adversary, Knowledge, Traffic
+from attacks.base import Adversary, Knowledge, ProtectionQuery, Traffic
 from defenses.base import Defense
 
 SIZE = 16
@@ -122,6 +122,7 @@ def make_adversary(fabric: Fabric) -> AdversaryFactory:
         checkpoint: Path | None = None,
         report: Callable[..., None] = lambda done, total, **fields: None,
         traffic: Traffic | None = None,
+        client: ProtectionQuery | None = None,
     ) -> Adversary:
         faces = smooth_faces(60, defense.image_size) if faces is None else faces
         rung = Knowledge(knowledge)
@@ -133,6 +134,7 @@ def make_adversary(fabric: Fabric) -> AdversaryFactory:
             generator=torch.Generator().manual_seed(seed),
             fabric=fabric,
             traffic=traffic,
+            client=client,
             checkpoint=checkpoint,
             report=report,
         )

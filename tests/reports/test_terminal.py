@@ -87,9 +87,14 @@ def test_the_worst_case_stands_below_the_attacks(shown):
 
 def test_queries_are_told(shown, tmp_path):
     info = read_result(write_run(tmp_path / "other")).attack
-    asker = info.model_copy(update={"details": {"queries_per_victim": 6800.5, "protection_queries": 1000}})
-    told = "unet: 6,800.5 score queries per victim, 1,000 pictures sent through the client while it was fitted"
-    assert told in shown(attack=asker)
+    asker = info.model_copy(
+        update={"details": {"queries_per_victim": 6800.5, "protection_queries": 1000, "protection_map": "one"}}
+    )
+    assert_in_order(
+        shown(attack=asker),
+        "unet: 6,800.5 score queries per victim, 1,000 pictures sent through the client while it was fitted",
+        "unet: what the client does, by its answers: one",
+    )
 
 
 def test_a_linkage_run_shows_who_can_be_told_apart(shown):
