@@ -52,13 +52,16 @@ SUFFIXES = frozenset(
     }
 )
 
-#: How files begin that stand where images should, and what these are.
+#: How files begin that are found where others should be, what these are, and what to do.
 _STRANGERS = {
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself",
+    b"<": "text such as a web page, saved in its place: download it again",
+    b"PK\x03\x04": "a ZIP archive: unpack it first",
+    b"\x1f\x8b": "compressed (gzip): unpack it first (gzip -dc)",
+    b"BZh": "compressed (bzip2): unpack it first (bzip2 -dc)",
+    b"\xfd7zXZ\0": "compressed (xz): unpack it first (xz -dc)",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd): unpack it first (zstd -dc)",
     b"\0\0\0\x0cjP  ": "JPEG 2000: convert it",
-    b"<": "text such as a web page, saved under an image's name",
-    b"PK\x03\x04": "a ZIP archive",
-    b"\x1f\x8b": "compressed with gzip",
 }
 
 #: Below this an image holds no face worth the name.
@@ -94,6 +97,13 @@ def shown(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def stranger(data: bytes) -> str | None:
+    """What a file is, by its first bytes, if it is a common thing to be found in place of a face, a list or a pack."""
+    if data[4:8] == b"ftyp":
+        return "HEIC, AVIF or a film: convert it"
+    return next((what for begin, what in _STRANGERS.items() if data.startswith(begin)), None)
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Say in the suite's own errors what the system says of a file that is read.
@@ -105,9 +115,9 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise MissingError(f"{shown(path)} does not exist") from error
+        raise MissingError(f"{shown(error.filename or path)} does not exist") from error
     except OSError as error:
-        raise DataError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{shown(error.filename or path)} cannot be read: {error.strerror or error}") from error
 
 
 def read_text(path: Path) -> str:
@@ -122,8 +132,8 @@ def read_text(path: Path) -> str:
     try:
         return decode_text(data)
     except UnicodeDecodeError as error:
-        wide = ", but seems to be UTF-16 without a byte-order mark" if b"\0" in data[:64] else ""
-        raise DataError(f"{shown(path)} is not UTF-8 text (byte {error.start}){wide}: save it as UTF-8") from error
+        what = stranger(data) or "save it as UTF-8"
+        raise DataError(f"{shown(path)} is not UTF-8 text (byte {error.start}): {what}") from error
 
 
 def read_image_file(path: Path, limits: Limits = DEFAULT_LIMITS) -> bytes:
@@ -155,11 +165,8 @@ def open_image(data: bytes, limits: Limits = DEFAULT_LIMITS) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        what = next((what for begin, what in _STRANGERS.items() if data.startswith(begin)), None)
-        what = "HEIC, AVIF or a film: convert it" if data[4:8] == b"ftyp" else what
-        if what is None:
-            what = "not a JPEG, PNG, BMP, WebP, TIFF, GIF or PNM image, or its header is damaged"
-        raise ImageError(what) from error
+        what = "not a JPEG, PNG, BMP, WebP, TIFF, GIF or PNM image, or its header is damaged"
+        raise ImageError(stranger(data) or what) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"more pixels than the limit of {limits.max_pixels}") from error
     except Exception as error:  # header parsers raise whatever their arithmetic does: ValueError, struct.error, ...

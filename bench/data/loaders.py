@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -107,6 +108,11 @@ def load(
     if dataset.needs_root and data_root is None:
         raise MissingError(f"dataset {name!r} needs to know where its data lie: set --data-root or BENCH_DATA_ROOT")
     if dataset.open is not None:
-        return dataset.open(data_root, image_size, parsed).decoded(name, stream=stream, report=report)
+        from bench.data.decode import readable  # whoever lists data sets needs no torch
+
+        with readable(data_root or Path()):
+            if data_root is not None and data_root.is_dir():
+                os.scandir(data_root).close()  # what cannot be listed is not empty
+            return dataset.open(data_root, image_size, parsed).decoded(name, stream=stream, report=report)
     assert dataset.make is not None
     return dataset.make(parsed, report=report)

@@ -32,7 +32,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.data.decode import read_text, readable, shown
+from bench.data.decode import read_text, readable, shown, stranger
 from bench.data.ranges import read_ranges
 from bench.errors import DataError, MissingError
 
@@ -113,6 +113,8 @@ class RecordFile:
         at, end, file = int(self.offsets[row]), self.path.stat().st_size, shown(self.path.name)
         (starts, damage), (_, listed) = _records(self.path), _read_index(self.index)
         reached, last = end if damage is None else damage.record, int(listed.max())
+        if damage is not None and not len(starts):
+            return _damaged(self.path, starts, damage)
         # Behind what can be followed nothing tells, except that the index was right so far.
         if at < reached or (at > reached and not np.isin(starts, listed).all()):
             place = f"where no record of it starts ({what})" if 0 <= at < end and at not in starts else what
@@ -126,7 +128,8 @@ class RecordFile:
                 f"{shown(self.path)} was cut off at {end} bytes{within}: {shown(self.index.name)} lists {len(listed)} "
                 f"records, {len(starts)} are whole; copy or download the file again"
             )
-        return DataError(f"{self.where(row)} is damaged: {what}")
+        first = "" if at == reached else f" (the first damage of the file is at offset {damage.offset}: {damage.what})"
+        return DataError(f"{self.where(row)} is damaged: {what}{first}")
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -258,11 +261,19 @@ def scan(path: Path) -> NDArray[np.int64]:
     """
     offsets, damage = _records(path)
     if damage is not None:
-        raise DataError(
-            f"{shown(path)} is damaged at offset {damage.offset}: {damage.what}; {len(offsets)} records before it are "
-            "whole: copy or download it again"
-        )
+        raise _damaged(path, offsets, damage)
     return offsets
+
+
+def _damaged(path: Path, whole: NDArray[np.int64], damage: _Damage) -> DataError:
+    with path.open("rb") as file:
+        what = None if len(whole) else stranger(file.read(64))
+    if what is not None:
+        return DataError(f"{shown(path)} is no record file, but {what}")
+    return DataError(
+        f"{shown(path)} is damaged at offset {damage.offset}: {damage.what}; {len(whole)} records before it are whole: "
+        "copy or download it again"
+    )
 
 
 def _records(path: Path) -> tuple[NDArray[np.int64], _Damage | None]:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.data.decode import readable, shown
+from bench.data.decode import readable, shown, stranger
 from bench.errors import DataError
 
 #: Larger packs are refused; the largest in use are below 200 MB.
@@ -218,7 +218,8 @@ def read_pack(path: Path, *, max_bytes: int = MAX_PACK_BYTES) -> VerificationPac
     except _Hostile as error:
         raise DataError(f"{shown(path)} is refused: it holds {error}, which no verification pack needs") from error
     except Exception as error:  # a damaged pickle surfaces as nearly any exception type
-        raise DataError(f"{shown(path)} is no verification pack or is damaged: {shown(error)}") from error
+        what = stranger(data) or f"{shown(error)[:120]} (copy or download it again)"
+        raise DataError(f"{shown(path)} is no verification pack or is damaged: {what}") from error
     return _checked(path, content)
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from bench.data.decode import SUFFIXES, by_threads, readable, shown, workers
+from bench.data.decode import SUFFIXES, by_threads, readable, shown, stranger, workers
 from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
 from bench.data.loaders import Dataset
 from bench.data.ranges import read_ranges
@@ -34,13 +34,6 @@ from bench.files import decode_text
 
 #: How the names of shards end, plain and compressed.
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-#: How files begin that somebody may take for a tar, what they are, and what unpacks them.
-_COMPRESSED = {
-    b"\x1f\x8b": ("gzip", "gzip -dc"),
-    b"BZh": ("bzip2", "bzip2 -dc"),
-    b"\xfd7zXZ\0": ("xz", "xz -dc"),
-    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"),
-}
 LABEL_KEYS = ("label", "cls", "identity", "class")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 #: What says who somebody is takes a line, not a megabyte.
@@ -149,14 +142,9 @@ _Index = tuple[NDArray[np.int64], NDArray[np.int64], list[str], bool]
 
 def _index(shard: Path) -> _Index:
     with readable(shard), shard.open("rb") as file:
-        begin = file.read(8)
-    for magic, (kind, command) in _COMPRESSED.items():
-        if begin.startswith(magic):
-            name = shown(shard.name)
-            raise DataError(
-                f"{shown(shard)} is compressed ({kind}), and images are read where they lie: unpack it first "
-                f"({command} '{name}' > '{name.partition('.')[0]}-plain.tar')"
-            )
+        begin = file.read(64)
+    if what := stranger(begin):
+        raise DataError(f"{shown(shard)} is no plain tar, whose images are read where they lie, but {what}")
     try:
         return _indexed(shard, last=False)
     except _SampleError as error:

@@ -37,8 +37,8 @@ def layout_of(path: Path) -> tuple[str, list[Path]]:
         DataError: a file that is neither ``.rec``, ``.bin`` nor ``.tar``.
     """
     if path.is_dir():
-        packed = [file for kind in ("*.rec", "*.bin") for file in sorted(path.glob(kind)) if file.is_file()]
         with readable(path):
+            packed = [file for kind in ("*.rec", "*.bin") for file in sorted(path.glob(kind)) if file.is_file()]
             compressed = any(shard.name.endswith(ARCHIVES) for shard in path.iterdir())
             shards = any(path.glob("*.tar")) or (compressed and not any(entry.is_dir() for entry in path.iterdir()))
         return ("insightface", packed) if packed else ("tar shards" if shards else "folder", [path])
@@ -58,9 +58,10 @@ def open_part(file: Path) -> EncodedSource:
         DataError: a structure that cannot be read.
     """
     layout, _ = layout_of(file)
-    if layout == "folder":
-        return FolderSource(file, MIN_SIDE, pairs_file=pairs_in(file))
-    return next(reader for name, reader in READERS.values() if name == layout)(file, MIN_SIDE)
+    with readable(file):
+        if layout == "folder":
+            return FolderSource(file, MIN_SIDE, pairs_file=pairs_in(file))
+        return next(reader for name, reader in READERS.values() if name == layout)(file, MIN_SIDE)
 
 
 def part_name(source: EncodedSource) -> str:

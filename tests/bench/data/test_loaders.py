@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from bench.data.loaders import DATASETS, Dataset, load, parse_options
-from bench.errors import MissingError, UsageError
+from bench.data.tools.info import info
+from bench.errors import DataError, MissingError, UsageError
 from bench.registry import Registry
 
 
@@ -69,6 +71,17 @@ def test_usage_errors(tmp_path, name, options, message):
 def test_image_size(tmp_path):
     with pytest.raises(UsageError, match="at least 8 pixels, got 4"):
         load("folder", data_root=tmp_path, image_size=4, seed=0)
+
+
+@pytest.mark.parametrize("name", ["folder", "insightface", "webdataset"])
+def test_a_folder_that_may_not_be_listed_is_not_taken_for_empty(name, tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", refused)
+    for look in (lambda: load(name, data_root=tmp_path, image_size=32, seed=0), lambda: info(tmp_path)):
+        with pytest.raises(DataError, match=rf"{tmp_path} cannot be (read|listed): Permission denied"):
+            look()
 
 
 def test_run_settings_go_where_they_are_wanted(monkeypatch):

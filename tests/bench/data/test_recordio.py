@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import struct
 from pathlib import Path
 
@@ -177,6 +178,15 @@ def test_whether_the_file_or_its_index_is_at_fault(tmp_path):
             RecordFile(path)
     index.unlink()
     assert len(RecordFile(path)) == 20
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_what_is_no_record_file_is_named(tmp_path, index):
+    path = write(tmp_path, [by_hand(i, b"abc") for i in range(5)], index=index)
+    for content, what in ((gzip.compress(path.read_bytes()), r"compressed \(gzip\)"), (b"<html>" * 9, "a web page")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"train\.rec is no record file, but .*{what}"):
+            RecordFile(path)
 
 
 def test_an_index_that_goes_wrong_in_the_middle(tmp_path):

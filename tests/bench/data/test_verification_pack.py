@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
 import pickletools
@@ -247,6 +248,15 @@ def test_truncated_empty_and_foreign(tmp_path):
     whole = pickle.dumps((BINS, SAME), 4)
     for data in (whole[:-20], whole[: len(whole) // 2], b"", b"\xff\xd8\xff\xe0 a JPEG"):
         with pytest.raises(DataError, match=r"lfw\.bin is (no verification pack|refused)"):
+            read_pack(store(tmp_path, data))
+
+
+def test_what_is_no_pack_is_named(tmp_path):
+    for data, what in (
+        (gzip.compress(b"x"), r"compressed \(gzip\)"),
+        (b"version https://git-lfs.github.com", "Git LFS"),
+    ):
+        with pytest.raises(DataError, match=rf"lfw\.bin is no verification pack .*{what}"):
             read_pack(store(tmp_path, data))
 
 
