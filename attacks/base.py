@@ -180,12 +180,14 @@ class FitReport:
     Attributes:
         saturated: whether more training would hardly have helped; None where nothing is trained.
         states_seen: the states trained on, int64 (K, D), or None where there are none to cover.
+        states_read: the share of public faces whose state the attack reads right, where it hinges on that; else None.
         curve: validation loss along the training, as (images seen, loss).
         details: anything else worth keeping (steps, parameters, final losses).
     """
 
     saturated: bool | None = None
     states_seen: Tensor | None = None
+    states_read: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -340,6 +342,13 @@ class RecoveryAttack(Attack):
 
         Canonical channels are those of :meth:`defenses.base.Defense.canonical`. The harness, which knows what was
         drawn, turns them into a hit rate; an attack that infers no state returns None.
+        """
+        return None
+
+    def infer_states(self, observation: Observation) -> Tensor | None:
+        """Which row of :meth:`defenses.base.Defense.states` the attack takes each interception for: int64 (N, k).
+
+        For an attack that infers states without layouts; asked where :meth:`infer_layout` gives None.
         """
         return None
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation, RecoveryAttack
+from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, Observation, RecoveryAttack
+from attacks.parts.exposure import in_chunks, split_identities
 from attacks.parts.gaussian_prior import GaussianPrior
-from attacks.parts.posterior import IterativePosterior, Posterior, PriorCovariance
-from attacks.parts.states import ReaderOptions, StateReader
+from attacks.parts.operators import LinearMaps, linear_maps, why_not_linear
+from attacks.parts.posterior import IterativePosterior, LocalGram, Posterior, PriorCovariance, is_gram, local_gram
+from attacks.parts.states import ReaderOptions, StateLikelihood, StateReader
 from bench.images import to_float
 from bench.randomness import derived
 from defenses.base import Defense, LinearOperator, SeparableSum
@@ -24,6 +26,11 @@ from defenses.layout import row_numbers
 #: Faces whose representations are compared with the exact map to measure the noise.
 _NOISE_FACES = 128
 _NOISE_CHUNK = 32
+#: Public faces whose states are read to see how many are read right, and from where on the classifier's word is taken.
+_READ_FACES = 256
+_RELIABLE = 0.98
+#: Relative difference of Gram matrices that is rounding.
+_SAME = 1e-6
 #: Noise never counts as less than this share of what is sent: rounding of float32.
 _ROUNDING = 2.0**-24
 
@@ -65,10 +72,19 @@ class Linear(RecoveryAttack):
     """Gaussian-prior least squares (LMMSE) through the defence's own linear operator.
 
     The estimate is the posterior mean under a Gaussian prior of public faces (:mod:`attacks.parts.gaussian_prior`),
-    with the noise that transmission adds, measured on public faces. ``whitebox`` reads the state off what is sent,
-    ``blackbox`` also infers the secret table from intercepted traffic (:class:`~attacks.parts.states.StateReader`) or,
-    where the secret is no such table, estimates the secret map from what the client sends of chosen pictures.
-    Interceptions of one face are combined in one posterior.
+    with the noise that transmission adds, measured on public faces. The maps are those that the defence declares or, if
+    it declares none, those that numbers show (:mod:`attacks.parts.operators`).
+
+    ``whitebox`` reads the state off what is sent: by its layout where that tells states apart
+    (:class:`~attacks.parts.states.StateReader`), else by its marginal likelihood
+    (:class:`~attacks.parts.states.StateLikelihood`). How often that is right is measured on held-out public faces.
+    ``blackbox`` also infers the secret table from intercepted traffic or, where the secret is no such table, estimates
+    the secret map from what the client sends of chosen pictures. Interceptions of one face are combined in one
+    posterior.
+
+    Attributes:
+        noise: float64 () buffer, the standard deviation of what is sent around the exact map.
+        by_likelihood: bool () buffer, whether states are read by likelihood although layouts could be told apart.
     """
 
     name = "linear"
@@ -85,6 +101,7 @@ class Linear(RecoveryAttack):
     options: LinearOptions
 
     noise: Tensor
+    by_likelihood: Tensor
     reader: StateReader
 
     def __init__(self, options: AttackOptions | None = None) -> None:
@@ -98,12 +115,8 @@ class Linear(RecoveryAttack):
         return torch.device("cpu") if device.type == "mps" else device
 
     def inapplicable(self, defense: Defense) -> str | None:
-        """It needs the linear map of each state that is drawn."""
-        states = defense.states()
-        state = defense.draw(1, torch.Generator()) if states is None else states
-        if defense.linear_operator(None if state is None else state[0]) is None:
-            return f"{defense.name} is not a linear defence"
-        return None
+        """It needs a linear map, declared or not: superposition is tried on a few faces."""
+        return why_not_linear(defense)
 
     def build(self, adversary: Adversary) -> None:
         """Build the prior and the reader of states."""
@@ -113,6 +126,7 @@ class Linear(RecoveryAttack):
         self.reader = StateReader(adversary, self.mechanism, self.options.client_queries)
         self.prior = GaussianPrior(faces.shape[-1], min(self.options.rank, max(1, len(faces) // 2)))
         self.register_buffer("noise", torch.ones((), dtype=torch.float64))
+        self.register_buffer("by_likelihood", torch.tensor(False))
         self._forget()
 
     def fit(self, adversary: Adversary) -> FitReport:
@@ -122,74 +136,188 @@ class Linear(RecoveryAttack):
         details = self.reader.fit(seed, options)
         self._forget()
         adversary.report(1, 3)
-        operator = self._operators()[1][0]
-        colour = operator.colour if isinstance(operator, SeparableSum) else torch.eye(3, dtype=torch.float64)
         public = adversary.faces, adversary.identities
+        colour = self._colour_of(self.maps.operators[0])
         details |= self.prior.fit(*public, colour, seed, held_out=options.held_out, most=options.prior_faces)
         adversary.report(2, 3)
+        self._forget_posteriors()
         self.noise.fill_(self._measure_noise(adversary.faces, seed))
+        accuracy = self._learn_to_read(seed)
         adversary.report(3, 3)
+        details |= {"linearity": self.maps.source, **self.maps.details}
+        details |= {} if accuracy is None else {"state_accuracy": accuracy}
         return FitReport(
             saturated=self._converges(),
             states_seen=self.reader.mechanism.states(),
+            states_read=accuracy,
             details=details | {"noise": float(self.noise), "rank": self.prior.rank},
         )
 
+    def _colour_of(self, operator: LinearOperator) -> Tensor:
+        """The colour matrix of the map or, where it does not tell, a symmetric one with the same Gram matrix."""
+        if isinstance(operator, SeparableSum):
+            return operator.colour
+        gram = self._grams()[0]
+        if not isinstance(gram, LocalGram):
+            return torch.eye(3, dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(gram.colour)
+        root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        return root
+
+    def _learn_to_read(self, seed: int) -> float | None:
+        """The share of held-out public faces whose state is read right, in the better way; None for a single state."""
+        if self._knows_states or len(self.maps.operators) < 2 or self.reader.infers_secret:
+            return None
+        faces, identities = self.adversary.faces, self.adversary.identities
+        _, held_out = split_identities(identities, self.options.held_out, derived(seed, "prior"))
+        draws = derived(seed, "reading")
+        index = held_out[torch.randint(len(held_out), (_READ_FACES,), generator=draws)]
+        same = torch.tensor(self._alike())
+        right: dict[bool, float] = {}
+        for by_likelihood in (False, True) if self.reader.classifier is not None else (True,):
+            self.by_likelihood.fill_(by_likelihood)
+            hits = []
+            for chunk in faces[index.to(faces.device)].split(_NOISE_CHUNK):
+                sent, rows = self.maps.send(to_float(chunk.to(self.noise.device)), draws)
+                hits.append(same[self._read(sent).cpu()] == same[rows])
+            right[by_likelihood] = float(torch.cat(hits).float().mean())
+            if right[by_likelihood] >= _RELIABLE:
+                break
+        best = max(right, key=lambda way: right[way])
+        self.by_likelihood.fill_(best)
+        return right[best]
+
+    def _alike(self) -> list[int]:
+        """For each state the first that sends the same of every face."""
+        generator = torch.Generator().manual_seed(0)
+        face = torch.rand(1, 3, self.prior.size, self.prior.size, generator=generator, dtype=torch.float64)
+        sent = [self._expected(operator, face.to(self.noise.device)) for operator in self.maps.operators]
+        scale = max(float(one.abs().max()) for one in sent)
+        firsts: list[int] = []
+        for row, one in enumerate(sent):
+            earlier = (first for first in dict.fromkeys(firsts) if _close(one, sent[first], scale))
+            firsts.append(next(earlier, row))
+        return firsts
+
+    @staticmethod
+    def _expected(operator: LinearOperator, faces: Tensor) -> Tensor:
+        return operator(faces) + operator.offset.to(faces)
+
     def _converges(self) -> bool | None:
         """Whether conjugate gradients come to rest within their iterations; None where none are used."""
-        keys, operators = self._operators()
-        factored = self.options.solver == "auto" and isinstance(operators[0], SeparableSum)
-        if factored or self.options.solver == "factor":
+        keys = self._operators()[0]
+        iterative = [row for row in range(len(keys)) if keys.index(keys[row]) == row and not self._factors([row])]
+        if not iterative:
             return None
-        posterior = self._posterior((keys[0],), operators[:1])
+        posterior = self._posterior((keys[iterative[0]],), iterative[:1])
         return posterior.converges() if isinstance(posterior, IterativePosterior) else None
 
     def _measure_noise(self, faces: Tensor, seed: int) -> float:
         """Standard deviation of what is sent around the exact map."""
-        mechanism, operators, device = self.reader.mechanism, self._operators()[1], self.prior.mean.device
+        maps, device = self.maps, self.prior.mean.device
         index = torch.randint(len(faces), (_NOISE_FACES,), generator=derived(seed, "noise faces"))
         generator = derived(seed, "noise")
         squares = energy = count = 0.0
         for chunk in faces[index.to(faces.device)].split(_NOISE_CHUNK):
             target = to_float(chunk.to(device))
-            protected = mechanism.protect(target, generator)
-            for row, members in _groups(self.rows_of(protected.state, len(target))):
-                operator = operators[row]
-                sent = protected.representation[members.to(device)].double()
-                expected = operator(target[members.to(device)].double())
-                squares += float((sent - expected - operator.offset.to(expected)).square().sum())
-                energy += float(expected.square().sum())
+            everything, drawn = maps.send(target, generator)
+            for row, members in _groups(drawn):
+                operator, at = maps.operators[row], members.to(device)
+                sent = everything[at].double()
+                expected = self._expected(operator, target[at].double())
+                squares += float((maps.clean(sent) - expected).square().sum())
+                energy += float(sent.square().sum())
                 count += expected.numel()
         return max(math.sqrt(squares / count), _ROUNDING * math.sqrt(energy / count), 1e-12)
 
-    def rows_of(self, states: Tensor | None, count: int) -> Tensor:
-        """The number of each true state among the mechanism's, int64 (count,)."""
+    def imagine(self, faces: Tensor, row: int, generator: torch.Generator) -> Tensor:
+        """What operator ``row`` and the noise make of ``faces`` (N, 3, H, W): float64 (N, C, h, w)."""
+        sent = self._expected(self.maps.operators[row], faces.to(self.noise))
+        return sent + self.noise * torch.randn(sent.shape, generator=generator, dtype=sent.dtype).to(sent)
+
+    def rows_of(self, states: Tensor | None, representations: Tensor) -> Tensor:
+        """The number of each true state (N, D) among the operators, int64 (N,).
+
+        Read off the ``representations`` (N, C, h, w) where the defence lists no states.
+        """
         listed = self.reader.mechanism.states()
         if states is None or listed is None:
-            return torch.zeros(count, dtype=torch.int64)
+            return self._read(representations).cpu()
         return row_numbers(states.cpu(), listed.cpu())
 
     def _forget(self) -> None:
+        self._forget_posteriors()
+        self._maps: tuple[Defense, LinearMaps] | None = None
+        self._known_grams: list[SeparableSum | LocalGram | None] = []
+
+    def _forget_posteriors(self) -> None:
+        """What depends on the prior and the noise."""
         self._posteriors: OrderedDict[tuple[bytes, ...], Posterior | IterativePosterior] = OrderedDict()
         self._covariance: PriorCovariance | None = None
-        self._keys: tuple[Defense, list[bytes], list[LinearOperator]] | None = None
+        self._likelihood: StateLikelihood | None = None
 
-    def _operators(self) -> tuple[list[bytes], list[LinearOperator]]:
-        """The mechanism's operator for each state, and a key that is the same for states which say the same."""
+    @property
+    def maps(self) -> LinearMaps:
+        """The operators of the mechanism that the attack works with."""
         mechanism = self.reader.mechanism
-        if self._keys is None or self._keys[0] is not mechanism:
-            states = mechanism.states()
-            rows = [None] if states is None else states.to(self.noise.device)
-            linear = [operator for row in rows if (operator := mechanism.linear_operator(row)) is not None]
-            if len(linear) < len(rows):
-                raise ValueError(f"{mechanism.name} is linear in some of its states only: use another attack")
-            self._keys = mechanism, [_key(operator, row) for row, operator in enumerate(linear)], linear
-            self._posteriors.clear()
-        return self._keys[1], self._keys[2]
+        if self._maps is None or self._maps[0] is not mechanism:
+            self._forget()
+            self._maps = mechanism, linear_maps(mechanism)
+        return self._maps[1]
 
-    def _posterior(self, key: tuple[bytes, ...], operators: list[LinearOperator]) -> Posterior | IterativePosterior:
+    def _operators(self) -> tuple[list[bytes], Sequence[LinearOperator]]:
+        """The operator for each state, and a key that is the same for states which say the same."""
+        maps, grams = self.maps, self._grams()
+        keys = []
+        for row, gram in enumerate(grams):
+            if isinstance(gram, LocalGram):
+                row = next(first for first, other in enumerate(grams) if other is gram)
+            keys.append(_key(gram) if isinstance(gram, SeparableSum) else f"{row:06}".encode())
+        return keys, maps.operators
+
+    def _grams(self) -> list[SeparableSum | LocalGram | None]:
+        """What tells A^T A of each operator, the same object for operators of which it is equal; None where nothing."""
+        maps = self.maps
+        if not self._known_grams:
+            size, device = self.prior.size, self.noise.device
+            generator = torch.Generator().manual_seed(1)
+            trial = torch.randn(1, 3, size, size, generator=generator, dtype=torch.float64).to(device)
+            found: list[LocalGram] = []
+            for operator in maps.operators:
+                if isinstance(operator, SeparableSum):
+                    self._known_grams.append(operator)
+                    continue
+                gram = next((gram for gram in found if is_gram(gram, operator, trial)), None)
+                if gram is None and maps.nuisance is None:
+                    gram = local_gram(operator, size, device)
+                    found += [] if gram is None else [gram]
+                self._known_grams.append(gram)
+        return self._known_grams
+
+    def _factors(self, rows: Sequence[int]) -> list[SeparableSum | LocalGram]:
+        """A^T A of the states ``rows`` in the form that is factored; empty where one of them has none."""
+        prior, grams = self.prior, self._grams()
+        shown = prior.planes.T * prior.strengths @ prior.planes
+        factors: list[SeparableSum | LocalGram] = []
+        for row in rows:
+            gram = grams[row]
+            if self.options.solver == "cg" or gram is None:
+                return []
+            colour = gram.colour.T @ gram.colour if isinstance(gram, SeparableSum) else gram.colour
+            scale = float(colour.trace() / shown.trace())
+            # Other colours than those that the prior's planes are made for.
+            if not _close(colour.to(shown), scale * shown, float(colour.abs().max())):
+                return []
+            if isinstance(gram, LocalGram):
+                gram = LocalGram(shown, scale * gram.stencil)
+            elif abs(scale - 1) > _SAME:
+                return []
+            factors.append(gram)
+        return factors
+
+    def _posterior(self, key: tuple[bytes, ...], rows: Sequence[int]) -> Posterior | IterativePosterior:
         """The factored posterior of a set of states, from the cache where it is there."""
-        posterior = self._posteriors.pop(key, None) or self._factor(operators)
+        posterior = self._posteriors.pop(key, None) or self._factor(rows)
         self._posteriors[key] = posterior
         while len(self._posteriors) > 1 and self._bytes_kept() > self.options.memory * 2**20:
             self._posteriors.popitem(last=False)
@@ -198,15 +326,20 @@ class Linear(RecoveryAttack):
     def _bytes_kept(self) -> int:
         return sum(kept.nbytes for kept in self._posteriors.values() if isinstance(kept, Posterior))
 
-    def _factor(self, operators: list[LinearOperator]) -> Posterior | IterativePosterior:
+    @property
+    def covariance(self) -> PriorCovariance:
+        """Of the prior; what depends on that alone is made once."""
         self._covariance = self._covariance or PriorCovariance(self.prior)
-        separable = [operator for operator in operators if isinstance(operator, SeparableSum)]
-        if self.options.solver != "cg" and len(separable) == len(operators):
-            return Posterior(self._covariance, separable, float(self.noise))
+        return self._covariance
+
+    def _factor(self, rows: Sequence[int]) -> Posterior | IterativePosterior:
+        if factors := self._factors(rows):
+            return Posterior(self.covariance, factors, float(self.noise))
         if self.options.solver == "factor":
             raise ValueError(f"{self.reader.mechanism.name} does not tell the factors of its map: use solver=cg")
+        operators = [self.maps.operators[row] for row in rows]
         operator = operators[0] if len(operators) == 1 else _Stacked(operators)
-        return IterativePosterior(self._covariance, operator, float(self.noise), self.options.iterations)
+        return IterativePosterior(self.covariance, operator, float(self.noise), self.options.iterations)
 
     def run(self, observation: Observation) -> Tensor:
         """Posterior means (N, 3, H, W), not clipped."""
@@ -221,14 +354,53 @@ class Linear(RecoveryAttack):
         return out
 
     def rows(self, observation: Observation) -> Tensor:
-        """The number of the state of each interception among the mechanism's, as far as it is known: int64 (N, k)."""
+        """The number of the state of each interception among the operators, as far as it is known: int64 (N, k)."""
         representations, states = observation.representations, observation.states
-        rows = self.reader.rows(representations.flatten(0, 1), None if states is None else states.flatten(0, 1))
+        flat = representations.flatten(0, 1)
+        if self._knows_states:
+            if states is None:
+                raise ValueError("at oracle the states of the intercepted faces are needed")
+            rows = self.rows_of(states.flatten(0, 1), flat)
+        else:
+            rows = self._read(flat)
         return rows.view(representations.shape[:2])
+
+    @property
+    def _knows_states(self) -> bool:
+        return self.adversary.knowledge is Knowledge.ORACLE and self.mechanism.states() is not None
+
+    def _read(self, representations: Tensor) -> Tensor:
+        """The likeliest state of each representation (N, C, h, w), as a number of its operator: int64 (N,)."""
+        if self.reader.classifier is not None and not self.by_likelihood:
+            return self.reader.rows(representations, None)
+        maps, device = self.maps, self.noise.device
+        if len(maps.operators) == 1:
+            return torch.zeros(len(representations), dtype=torch.int64, device=device)
+        likelihood = self.likelihood
+        return in_chunks(
+            lambda part: likelihood(maps.clean(part.to(device, torch.float64))).argmax(dim=1), representations
+        )
+
+    @property
+    def likelihood(self) -> StateLikelihood:
+        """Of the operators, made when it is first asked for."""
+        if self._likelihood is None:
+            shape = self.reader.mechanism.representation_shape
+            self._likelihood = StateLikelihood(self.covariance, self.maps.operators, float(self.noise), shape)
+        return self._likelihood
+
+    def _levelled(self, representations: Tensor) -> Tensor:
+        """Interceptions (N, k, C, h, w) without a random gain, if there is one, as the first operator sends them."""
+        if (gains := self.maps.gains) is None:
+            return representations
+        flat = self.maps.clean(representations.flatten(0, 1).to(self.noise))
+        offset = self.maps.operators[0].offset.to(flat)
+        levelled = (flat - offset) / self.likelihood.gains(flat, gains)[:, :, None, None] + offset
+        return levelled.view(representations.shape)
 
     def estimate(self, representations: Tensor, rows: Tensor) -> Tensor:
         """Posterior means float64 (N, 3, H, W) for representations (N, k, C, h, w) of states ``rows``, int64 (N, k)."""
-        mean = self.mean_face()
+        mean, representations = self.mean_face(), self._levelled(representations)
         rows = rows.cpu()
         out = torch.empty(len(rows), *mean.shape, dtype=torch.float64, device=mean.device)
         for key, posterior, members in self._grouped(rows):
@@ -241,11 +413,11 @@ class Linear(RecoveryAttack):
 
     def _grouped(self, rows: Tensor) -> Iterator[tuple[tuple[bytes, ...], Posterior | IterativePosterior, Tensor]]:
         """Faces whose interceptions (rows int64 (N, k), on the CPU) say the same, with their common posterior."""
-        keys, operators = self._operators()
+        keys = self._operators()[0]
         sets = self._sets(rows)
         for key in dict.fromkeys(sets):
             members = torch.tensor([index for index, face_set in enumerate(sets) if face_set == key])
-            yield key, self._posterior(key, [operators[keys.index(part)] for part in key]), members
+            yield key, self._posterior(key, [keys.index(part) for part in key]), members
 
     def _sets(self, rows: Tensor) -> list[tuple[bytes, ...]]:
         """For each face's interceptions, rows int64 (N, k), the different things that they say."""
@@ -271,7 +443,7 @@ class Linear(RecoveryAttack):
         Arguments as for :meth:`estimate`. Returns float64 (N, 3, H, W), ``faces`` themselves where the defence does not
         tell its factors.
         """
-        start = faces.to(self.prior.mean)
+        start, representations = faces.to(self.prior.mean), self._levelled(representations)
         out, rows = start.clone(), rows.cpu()
         for posterior, members in self.posteriors(rows):
             at = members.to(out.device)
@@ -334,13 +506,22 @@ class Linear(RecoveryAttack):
             residual = torch.empty_like(z)
             for row, members in _groups(rows[index, column]):
                 operator, at = operators[row], members.to(device)
-                residual[at] = z[at] - operator.offset.to(z) - operator(self.mean_face()[None])
+                residual[at] = self.maps.clean(z[at]) - self._expected(operator, self.mean_face()[None])
             parts.append(residual)
         return posterior(torch.cat(parts, dim=1))
 
     def infer_layout(self, observation: Observation) -> Tensor | None:
-        """The canonical channel of each channel, int64 (N, k, C), where states are inferred."""
-        return self.reader.infer_layout(observation.representations)
+        """The canonical channel of each channel, int64 (N, k, C), where layouts are told apart."""
+        return (
+            None
+            if self.reader.classifier is None
+            else self.reader.layouts(self.rows(observation).flatten()).view(*observation.representations.shape[:2], -1)
+        )
+
+    def infer_states(self, observation: Observation) -> Tensor | None:
+        """The rows of the mechanism's states, int64 (N, k), where states are told apart."""
+        several = len(self.maps.operators) > 1 and not self._knows_states
+        return self.rows(observation) if several and self.mechanism.states() is not None else None
 
 
 class _Stacked:
@@ -363,12 +544,20 @@ class _Stacked:
         return torch.stack([operator.adjoint(part) for operator, part in parts]).sum(dim=0)
 
 
-def _key(operator: LinearOperator, row: int) -> bytes:
-    """The same for operators that differ in the order of their maps only."""
-    if not isinstance(operator, SeparableSum):
-        return f"state {row}".encode()
+def _key(operator: SeparableSum) -> bytes:
+    """The same for operators that differ in the order of their maps, or a turn of their colours, only."""
     pairs = zip(operator.row_factors.cpu(), operator.column_factors.cpu(), strict=True)
-    return b"".join(sorted(hashlib.sha256(r.numpy().tobytes() + c.numpy().tobytes()).digest()[:8] for r, c in pairs))
+    maps = sorted(hashlib.sha256(r.numpy().tobytes() + c.numpy().tobytes()).digest()[:8] for r, c in pairs)
+    gram = operator.colour.T @ operator.colour
+    # Rounding that could fall either way would only have a state factored twice.
+    colour = (gram / gram.abs().max()).mul(
+        2**20
+    ).round().long().cpu().numpy().tobytes() + f"{gram.trace():.9g}".encode()
+    return b"".join((*maps, hashlib.sha256(colour).digest()[:8]))
+
+
+def _close(first: Tensor, second: Tensor, scale: float) -> bool:
+    return float((first - second).abs().max()) <= _SAME * scale
 
 
 def _groups(rows: Tensor) -> list[tuple[int, Tensor]]:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from attacks.base import Adversary, AttackOptions, Capability, Observation
+from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation
 from attacks.linear import EstimateOptions, Linear, LinearOptions
 from attacks.parts.exposure import Exposure, split_identities
 from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions
@@ -29,6 +29,8 @@ from defenses.base import Defense
 _ERROR_FACES = 64
 _STATISTICS_FACES = 256
 _CHUNK = 32
+#: Details of the linear attack that are about the defence.
+_OF_DEFENSE = frozenset({"linearity", "state_accuracy", "states_found", "states_unseen", "gain", "offset_directions"})
 
 
 class UnrolledOptions(InversionOptions, EstimateOptions):
@@ -86,8 +88,8 @@ class Unrolled(InversionAttack):
         draws = derived(self.seed, "identities")
         training, _ = split_identities(adversary.identities, self.options.validation, draws)
         self.linear.prepare(_only(adversary, training))
-        states, size = self.mechanism.states(), adversary.faces.shape[-1]
-        self.register_buffer("spread", torch.ones(1 if states is None else len(states), 3, size, size))
+        size = adversary.faces.shape[-1]
+        self.register_buffer("spread", torch.ones(len(self.linear.maps.operators), 3, size, size))
         network = UNetNetwork(6, size, self.options)
         network.mean_face.zero_()  # it proposes a change, not a face
         self.network = network.to(memory_format=torch.channels_last)
@@ -100,8 +102,7 @@ class Unrolled(InversionAttack):
         """Fit the linear attack on the training faces, and measure how far its estimates are off on the same."""
         report = self.linear.learn(_only(self.adversary, trainer.training))
         sample = trainer.sample(_ERROR_FACES, "spread faces")
-        mechanism = self.linear.reader.mechanism
-        listed, kinds = mechanism.states(), self.linear.kinds()
+        kinds = self.linear.kinds()
         for row, kind in enumerate(kinds):
             if kind < row:  # another state says the same
                 self.spread[row] = self.spread[kind]
@@ -109,12 +110,16 @@ class Unrolled(InversionAttack):
             squares = torch.zeros_like(self.spread[0])
             for number, index in enumerate(sample.split(_CHUNK)):
                 target = trainer.floats(index)
-                state = None if listed is None else listed[row].expand(len(target), -1).cpu()
-                sent = mechanism.protect(target, derived(self.seed, "spread", kind, number), state=state)
-                estimate = self.linear.estimate(sent.representation[:, None], torch.full((len(target), 1), row))
+                sent = self.linear.imagine(target, row, derived(self.seed, "spread", kind, number))
+                estimate = self.linear.estimate(sent[:, None], torch.full((len(target), 1), row))
                 squares += (estimate.to(target) - target).square().sum(dim=0)
             self.spread[row] = (squares / len(sample)).sqrt()
-        return {f"linear_{name}": value for name, value in report.details.items()}
+        return {name if name in _OF_DEFENSE else f"linear_{name}": value for name, value in report.details.items()}
+
+    def fit(self, adversary: Adversary) -> FitReport:
+        """Train as every inversion; what it reads of states is what the linear attack does."""
+        report = super().fit(adversary)
+        return replace(report, states_read=report.details.get("state_accuracy"))
 
     def _measure(self, trainer: Trainer, exposure: Exposure) -> None:
         shown = []
@@ -127,7 +132,7 @@ class Unrolled(InversionAttack):
         self.network.std.copy_(inputs.std(dim=(0, 2, 3)).clamp(min=1e-6))
 
     def _inputs(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor]:
-        return (self._show(representations, self.linear.rows_of(states, len(representations))),)
+        return (self._show(representations, self.linear.rows_of(states, representations)),)
 
     def _show(self, representations: Tensor, rows: Tensor) -> Tensor:
         """The linear estimates from one interception each, and their spread: float32 (N, 6, H, W)."""
@@ -156,6 +161,10 @@ class Unrolled(InversionAttack):
     def infer_layout(self, observation: Observation) -> Tensor | None:
         """As the linear attack infers it."""
         return self.linear.infer_layout(observation)
+
+    def infer_states(self, observation: Observation) -> Tensor | None:
+        """As the linear attack infers them."""
+        return self.linear.infer_states(observation)
 
 
 def _only(adversary: Adversary, training: Tensor) -> Adversary:

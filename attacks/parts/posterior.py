@@ -14,11 +14,14 @@ Any other linear map is inverted with conjugate gradients in the space of what i
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from attacks.parts.gaussian_prior import REACH, BlockCholesky, BlockTridiagonal, GaussianPrior
 from defenses.base import LinearOperator, SeparableSum
@@ -27,6 +30,9 @@ from defenses.base import LinearOperator, SeparableSum
 _LARGEST_BLOCK = 1024
 #: Entries of a Gram matrix below this share of the largest are rounding.
 _NEGLIGIBLE = 1e-14
+#: Pixels whose responses tell how far an operator reaches, and the share of the largest that counts as a response.
+_PROBES = 16
+_LOCAL = 1e-9
 #: A singular vector whose share of the prior lies this far below the noise says nothing.
 _BELOW_NOISE = 1e-3
 #: Of conjugate gradients: steps that show whether preconditioning helps; what their last half has to gain to count, and
@@ -100,18 +106,116 @@ class _SingularGain:
         return self._from_coefficients(self._rows.T @ faces)
 
 
-def row_reach(operators: Sequence[SeparableSum]) -> int:
+@dataclass(frozen=True, eq=False)
+class LocalGram:
+    """A^T A of an operator whose sent values look at few pixels, the same for all colours up to their mixture.
+
+    Attributes:
+        colour: float64 (3, 3), of trace 3: the Gram matrix of the colours.
+        stencil: float64 (2 r + 1, 2 r + 1, H, W): entry (i, j) of a pixel is that of the pixel and the one i - r rows
+            below and j - r columns to the right of it; zero where there is none.
+    """
+
+    colour: Tensor
+    stencil: Tensor
+
+    @property
+    def reach(self) -> int:
+        """r."""
+        return len(self.stencil) // 2
+
+    def __matmul__(self, faces: Tensor) -> Tensor:
+        """The product with faces (N, 3, H, W)."""
+        reach, (height, width) = self.reach, faces.shape[-2:]
+        mixed = functional.pad(torch.einsum("cd,ndhw->nchw", self.colour, faces), (reach,) * 4)
+        out = torch.zeros_like(faces)
+        for i, row in enumerate(self.stencil):
+            for j, weight in enumerate(row):
+                out += weight * mixed[..., i : i + height, j : j + width]
+        return out
+
+    def blocks(self, rows: int) -> BlockTridiagonal:
+        """The stencil's matrix as blocks of ``rows`` image rows."""
+        height, width = self.stencil.shape[-2:]
+        count, side = -(-height // rows), rows * width
+        diagonal = torch.zeros(count, side, side, dtype=torch.float64, device=self.stencil.device)
+        lower = torch.zeros(max(0, count - 1), side, side, dtype=torch.float64, device=self.stencil.device)
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        for i, j in itertools.product(range(len(self.stencil)), repeat=2):
+            other, column = y + i - self.reach, x + j - self.reach
+            inside = (other >= 0) & (other < height) & (column >= 0) & (column < width)
+            values = self.stencil[i, j][inside.to(self.stencil.device)]
+            block, beside = (y // rows)[inside], (other // rows)[inside]
+            at, to = ((y % rows) * width + x)[inside], ((other % rows) * width + column)[inside]
+            here, below = block == beside, block == beside + 1
+            diagonal[block[here], at[here], to[here]] = values[here.to(values.device)]
+            lower[beside[below], at[below], to[below]] = values[below.to(values.device)]
+        return BlockTridiagonal(diagonal, lower)
+
+
+@torch.no_grad()
+def local_gram(operator: LinearOperator, size: int, device: torch.device) -> LocalGram | None:
+    """A^T A by its responses to isolated pixels; None where pixels far apart, or colours in each place otherwise, mix.
+
+    Many pixels are answered for at once, as far apart as a few of them tell that they have to be.
+    """
+
+    def gram(faces: Tensor) -> Tensor:
+        return torch.cat([operator.adjoint(operator(part)) for part in faces.split(_PROBES)])
+
+    draws = torch.Generator().manual_seed(0)
+    places = torch.randint(size, (_PROBES, 2), generator=draws)
+    single = torch.zeros(_PROBES, 3, size, size, dtype=torch.float64, device=device)
+    single[torch.arange(_PROBES), torch.arange(_PROBES) % 3, places[:, 0], places[:, 1]] = 1
+    answered = gram(single).abs().amax(dim=1)
+    far, y, x = (answered > _LOCAL * answered.max()).nonzero().cpu().unbind(1)
+    reach = max(int((y - places[far, 0]).abs().max()), int((x - places[far, 1]).abs().max())) if len(far) else 0
+    period = 2 * reach + 1
+    if max(REACH, reach) * size > _LARGEST_BLOCK or period > size:
+        return None
+    combs = torch.zeros(period, period, 3, 3, size, size, dtype=torch.float64, device=device)
+    for i, j, colour in itertools.product(range(period), range(period), range(3)):
+        combs[i, j, colour, colour, i::period, j::period] = 1
+    answers = gram(combs.view(-1, 3, size, size)).view(period, period, 3, 3, size, size)
+    # Pixel (y, x) and the one (dy, dx) from it: the answer at the pixel to the comb that the other stands in.
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    stencil = torch.zeros(period, period, 3, 3, size, size, dtype=torch.float64, device=device)
+    for i, j in itertools.product(range(period), repeat=2):
+        other, column = y + i - reach, x + j - reach
+        inside = ((other >= 0) & (other < size) & (column >= 0) & (column < size)).to(device)
+        taken = answers[other % period, column % period, :, :, y, x]  # (H, W, 3, 3), colour of the comb first
+        stencil[i, j] = torch.where(inside[..., None, None], taken, taken.new_zeros(())).permute(3, 2, 0, 1)
+    mixture = stencil[reach, reach].sum(dim=(2, 3))
+    mixture = 3 * mixture / mixture.trace().clamp(min=1e-300)
+    found = LocalGram(mixture, torch.einsum("cd,ijcdhw->ijhw", mixture, stencil) / mixture.square().sum())
+    trial = torch.randn(1, 3, size, size, generator=draws, dtype=torch.float64).to(device)
+    return found if is_gram(found, operator, trial) else None
+
+
+@torch.no_grad()
+def is_gram(gram: LocalGram, operator: LinearOperator, trial: Tensor) -> bool:
+    """Whether ``gram`` is A^T A of the operator, as far as a random face ``trial`` (1, 3, H, W) tells."""
+    expected = operator.adjoint(operator(trial))
+    return bool((gram @ trial - expected).norm() <= 1e-6 * expected.norm())
+
+
+def row_reach(operators: Sequence[SeparableSum | LocalGram]) -> int:
     """How many rows apart two pixels may be that the same sent value depends on."""
     reach = 0
     for operator in operators:
+        if isinstance(operator, LocalGram):
+            reach = max(reach, operator.reach)
+            continue
         gram = (operator.row_factors.mT @ operator.row_factors).abs().amax(dim=0)
         at = (gram > _NEGLIGIBLE * gram.max()).nonzero()
         reach = max(reach, int((at[:, 0] - at[:, 1]).abs().max()))
     return reach
 
 
-def gram_blocks(operator: SeparableSum, size: int, rows: int, device: torch.device) -> BlockTridiagonal:
+def gram_blocks(operator: SeparableSum | LocalGram, size: int, rows: int, device: torch.device) -> BlockTridiagonal:
     """A^T A of one plane, sum over the operator's maps of (R^T R) x (C^T C), as blocks of ``rows`` image rows."""
+    if isinstance(operator, LocalGram):
+        return operator.blocks(rows)
     blocks = -(-size // rows)
     row_factors, column_factors = operator.row_factors.to(device), operator.column_factors.to(device)
     vertical = row_factors.mT @ row_factors  # (K, H, H)
@@ -197,11 +301,13 @@ def _by_plane(apply: Sequence[Callable[[Tensor], Tensor]], planes: Tensor) -> Te
 class Posterior:
     """The posterior for one set of states, factored once and then applied to any number of faces.
 
-    The operators are the maps of the interceptions that are combined (fewer where states repeat), ``noise`` the
-    standard deviation of what is sent around A x + offset.
+    The operators, or A^T A of them for the prior's colours, are the maps of the interceptions that are combined (fewer
+    where states repeat), ``noise`` the standard deviation of what is sent around A x + offset.
     """
 
-    def __init__(self, covariance: PriorCovariance, operators: Sequence[SeparableSum], noise: float) -> None:
+    def __init__(
+        self, covariance: PriorCovariance, operators: Sequence[SeparableSum | LocalGram], noise: float
+    ) -> None:
         self._prior = prior = covariance.prior
         self._weighted = weighted = covariance.weighted
         size, device = prior.size, prior.mean.device
@@ -209,7 +315,8 @@ class Posterior:
         rows = max(REACH, reach)
         #: Whether :meth:`__call__` needs the residual maps and not only A^T of them.
         self.needs_maps = rows * size > _LARGEST_BLOCK
-        if self.needs_maps and (len(operators) > 1 or len(operators[0].row_factors) > 1):
+        wide = operators[0]
+        if self.needs_maps and (len(operators) > 1 or isinstance(wide, LocalGram) or len(wide.row_factors) > 1):
             raise ValueError(
                 f"the sent maps mix pixels {reach} rows apart: more than one such map cannot be factored; use solver=cg"
             )
@@ -233,7 +340,8 @@ class Posterior:
             if information > 0:
                 precision = prior.precision(plane, REACH if gram is None else rows)
                 if gram is None:
-                    gain = _SingularGain(prior, plane, precision, operators[0], information)
+                    assert not isinstance(wide, LocalGram)
+                    gain = _SingularGain(prior, plane, precision, wide, information)
                 else:
                     gain = _BandedGain(precision, gram, information)
                 seen = gain.from_faces(prior.components[plane].double())
@@ -276,15 +384,25 @@ class IterativePosterior:
     the mean, so that an unconverged answer is a cautious one (Hanke, *Conjugate Gradient Type Methods for Ill-Posed
     Problems*, 1995).
 
-    Where little noise is added, the system is as badly conditioned as S is. A S^-1 A^T then serves as a preconditioner:
-    it is the inverse where A only moves pixels about, and near it where A drops some. Where noise prevails it would do
-    harm. Which of both gets further is tried on a face drawn from the prior.
+    Where little noise is added, the system is as badly conditioned as S is. A K^-1 S^-1 K^-1 A^T then serves as a
+    preconditioner, with K the Gram matrix of the colours in A: it is the inverse where A mixes colours and moves pixels
+    about, and near it where A drops some. Where noise prevails it would do harm. Which of both gets further is tried on
+    a face drawn from the prior.
     """
 
     def __init__(self, covariance: PriorCovariance, operator: LinearOperator, noise: float, iterations: int) -> None:
         self._covariance, self._operator, self._noise, self._iterations = covariance, operator, noise, iterations
+        self._uncoloured = self._inverse_of_colours()
         tried = {way: self._error_on_a_draw(_TRIAL_ITERATIONS, way) for way in (False, True)}
         self._preconditioned = tried[True] < tried[False]
+
+    def _inverse_of_colours(self) -> Tensor:
+        """K^-1, float64 (3, 3), as far as the colours are seen."""
+        size, device = self._covariance.prior.size, self._covariance.prior.mean.device
+        noise = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+        sent = self._operator(torch.eye(3, dtype=torch.float64, device=device)[:, :, None, None] * noise).flatten(1)
+        inverse: Tensor = torch.linalg.pinv(sent @ sent.T / noise.square().sum(), rtol=1e-6, hermitian=True)
+        return inverse
 
     def converges(self) -> bool:
         """Whether the last half of the iterations gains next to nothing, on a face drawn from the prior."""
@@ -310,7 +428,10 @@ class IterativePosterior:
         operator = self._operator
 
         def near_inverse(r: Tensor) -> Tensor:
-            return operator(self._covariance.inverse_times(operator.adjoint(r))) if preconditioned else r
+            if not preconditioned:
+                return r
+            faces = torch.einsum("cd,ndhw->nchw", self._uncoloured, operator.adjoint(r))
+            return operator(torch.einsum("cd,ndhw->nchw", self._uncoloured, self._covariance.inverse_times(faces)))
 
         y, r = torch.zeros_like(residual), residual.clone()
         z = near_inverse(r)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,12 @@ from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, Knowledge
 from attacks.parts.exposure import Exposure, in_chunks
+from attacks.parts.operators import Gains
 from attacks.parts.plaintext import EstimatedMap, Imitation, estimate_map, helps
+from attacks.parts.posterior import PriorCovariance
 from bench.images import to_float
 from bench.randomness import derived
-from defenses.base import Defense
+from defenses.base import Defense, LinearOperator, Shape
 from defenses.layout import ChannelLayout, probe
 
 #: Faces at once.
@@ -27,6 +31,10 @@ _RIDGE = 1e-2
 #: What a layout has to gain, in units of the bits that it takes to write it down.
 _PRICE = 2.0
 _ROUNDS = 6
+#: Values of a sketch whose likelihood is compared, about, and what is added to its variances, relative to their mean.
+_SKETCH = 256
+_JITTER = 1e-6
+_SWEEPS = 50
 _REREADINGS = 4
 
 
@@ -328,3 +336,81 @@ class StateReader(nn.Module):
             return None
         layouts = in_chunks(lambda part: self.layouts(self.rows(part, None)), representations.flatten(0, 1))
         return layouts.view(*representations.shape[:2], -1)
+
+
+class StateLikelihood:
+    """Which of K linear maps each representation was sent through, by marginal likelihood under a prior of faces.
+
+    Under state k what is sent is Gaussian, N(A_k mean + offset_k, A_k S A_k^T + noise^2). A sketch P z of it is
+    compared, the same for all states: random signed sums over each channel, which tell scales, colours and places of
+    channels and pixels apart. Its covariance P A_k S A_k^T P^T is exact, by as many adjoints as the sketch has values.
+    """
+
+    def __init__(
+        self, covariance: PriorCovariance, operators: Sequence[LinearOperator], noise: float, shape: Shape
+    ) -> None:
+        channels, height, width = shape
+        mean = covariance.prior.to_faces(covariance.prior.mean[None])
+        count = min(height * width, max(1, _SKETCH // channels))
+        generator = torch.Generator().manual_seed(0)
+        if count == height * width:
+            self._signs = torch.eye(count, dtype=torch.float64, device=mean.device)
+        else:
+            signs = torch.randint(2, (count, height * width), generator=generator)
+            self._signs = (2 * signs - 1).to(mean) / math.sqrt(height * width)
+        values = channels * count
+        probes = torch.zeros(channels, count, channels, height * width, dtype=torch.float64, device=mean.device)
+        for channel in range(channels):
+            probes[channel, :, channel] = self._signs
+        probes = probes.view(values, *shape)
+        white = noise**2 * torch.kron(torch.eye(channels, dtype=torch.float64), (self._signs @ self._signs.T).cpu())
+        whitened, means, volumes = [], [], []
+        for operator in operators:
+            pulled = torch.cat([operator.adjoint(part) for part in probes.split(_CHUNK)])
+            spread = torch.cat([covariance.times(part) for part in pulled.split(_CHUNK)])
+            system = pulled.flatten(1) @ spread.flatten(1).T + white.to(mean)
+            system = (system + system.T) / 2
+            system.diagonal().add_(_JITTER * float(system.diagonal().mean()) + 1e-30)
+            factor = torch.linalg.cholesky(system)
+            identity = torch.eye(values, dtype=torch.float64, device=mean.device)
+            whitened.append(torch.linalg.solve_triangular(factor, identity, upper=False).float())
+            volumes.append(float(factor.diagonal().log().sum()))
+            means.append(self.sketch(operator(mean) + operator.offset.to(mean))[0])
+        self._whitened, self._means, self._volumes = whitened, means, volumes
+        self._offset = self.sketch(operators[0].offset.expand(1, *shape))[0]
+
+    def sketch(self, representations: Tensor) -> Tensor:
+        """float64 (N, M) of representations (N, C, h, w)."""
+        return (representations.to(self._signs).flatten(2) @ self._signs.T).flatten(1)
+
+    def __call__(self, representations: Tensor) -> Tensor:
+        """Log likelihoods float64 (N, K), up to a constant, of representations (N, C, h, w), float64."""
+        sketches = self.sketch(representations)
+        scores = [
+            -0.5 * (((sketches - mean).float() @ whitened.T).double().square().sum(dim=1)) - volume
+            for whitened, mean, volume in zip(self._whitened, self._means, self._volumes, strict=True)
+        ]
+        return torch.stack(scores, dim=1)
+
+    def gains(self, representations: Tensor, gains: Gains) -> Tensor:
+        """The likeliest gain of each channel, float64 (N, C), where the first map is scaled at random.
+
+        With y the sketch, less that of the offset, and u = 1 / gain, the log likelihood sum(log u) -
+        |W (u y - m)|^2 / 2 is concave in u; one group's u is maximised after the other's.
+        """
+        sketches = self.sketch(representations) - self._offset
+        whitened = self._whitened[0].double()
+        mean = whitened @ (self._means[0] - self._offset)
+        group = gains.groups.to(sketches.device).repeat_interleave(sketches.shape[1] // len(gains.groups))
+        count = len(gains.lowest)
+        members = torch.nn.functional.one_hot(group, count).T.to(sketches)  # (G, M)
+        turned = (sketches[:, None] * members) @ whitened.T  # (N, G, M)
+        gram, linear, sizes = turned @ turned.mT, turned @ mean, members.sum(dim=1)
+        inverse = (gains.lowest * gains.highest).rsqrt().to(sketches).repeat(len(sketches), 1)
+        lowest, highest = 1 / gains.highest.to(sketches), 1 / gains.lowest.to(sketches)
+        for index in itertools.chain(*itertools.repeat(range(count), _SWEEPS)):
+            own = gram[:, index, index].clamp(min=1e-300)
+            slope = linear[:, index] - (gram[:, index] * inverse).sum(dim=1) + own * inverse[:, index]
+            best = (slope + (slope.square() + 4 * sizes[index] * own).sqrt()) / (2 * own)
+            inverse[:, index] = best.clamp(lowest[index], highest[index])
+        return 1 / inverse[:, gains.groups.to(inverse.device)]

@@ -108,16 +108,23 @@ def _options_of(names: Sequence[str], given: Mapping[str, Any]) -> dict[str, dic
     return {name: general[name] | specific[name] for name in names}
 
 
+#: Share of public faces whose state an attack has to read right, for its figure to be about all states.
+STATES_READ = 0.9
+
+
 def check_coverage(report: FitReport, defense: Defense, knowledge: str) -> bool | None:
     """Whether the states that the attack was trained on cover what the defence emits.
 
     None where there are no states to cover, or where the attacker guesses the secret: the states of a
-    guessed table are not those of the real one.
+    guessed table are not those of the real one. False where the attack hinges on reading states and misreads more than
+    1 - :data:`STATES_READ` of those of public faces.
 
     Raises:
         BenchError: they do not: the number would be that of an attacker who was mis-driven.
     """
     states = defense.states()
+    if report.states_read is not None and report.states_read < STATES_READ:
+        return False
     if states is None or report.states_seen is None or knowledge == Knowledge.BLACKBOX:
         return None
     seen = {tuple(state) for state in report.states_seen.tolist()}

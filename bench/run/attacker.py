@@ -43,7 +43,7 @@ from bench.run.provider import Stages, failing_as
 from bench.run.service import Client, Service, class_centres, score_query, traffic_query
 from bench.run.stage import CODE, Job, make_key, plugin_code, save_tensors, tensor_job
 from defenses.base import Defense
-from defenses.layout import probe
+from defenses.layout import probe, row_numbers
 
 
 def layout_hits(inferred: Tensor, states: Tensor, defense: Defense) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ class Recovered:
         faces: float32 (V, 3, H, W) in [0, 1], in the order of the probes.
         batch_faces: int64 (B,), the faces recovered at once.
         batch_seconds: float64 (B,), what each batch took.
-        right, named: as :func:`layout_hits`, (V, k, ...); None where the attack inferred no layout.
+        right, named: as :func:`layout_hits`, (V, k, ...); None where the attack inferred no layout, or no state.
         queries: int64 (B,), score queries sent; None where the attack sends none.
     """
 
@@ -461,13 +461,18 @@ def _recover(attack: RecoveryAttack, batch: Interception, defense: Defense, devi
     if batch.states is not None:
         with torch.no_grad():
             inferred = attack.infer_layout(batch.observation)
+            rows = attack.infer_states(batch.observation) if inferred is None else None
         if inferred is not None:
             recovered |= layout_hits(inferred, batch.states, defense)
+        elif rows is not None and (listed := defense.states()) is not None:
+            drawn = row_numbers(batch.states.flatten(0, 1).cpu(), listed.cpu()).view(rows.shape)
+            recovered["named"] = torch.stack((drawn, rows.cpu()), dim=2)
     return recovered
 
 
 def _write_report(folder: Path, report: FitReport) -> None:
-    document = {"saturated": report.saturated, "curve": report.curve, "details": report.details}
+    document: dict[str, object] = {name: getattr(report, name) for name in ("saturated", "states_read", "curve")}
+    document["details"] = report.details
     states = None if report.states_seen is None else report.states_seen.tolist()
     write_text(folder / "report.json", json.dumps({**document, "states_seen": states}, indent=2))
 

@@ -91,6 +91,7 @@ class Findings:
             info = info.model_copy(update={"saturated": None})
             if strength is not None and strength.unsaturated is False:
                 strength = strength.model_copy(update={"unsaturated": None})
+        warnings += _of_states(info)
         name, broken = info.name, None if plain.above is None else not plain.above
         tests = {"above_floor": over.above, "broken": broken, "floor_test": over, "plain_test": plain}
         info = info.model_copy(update=tests)
@@ -103,6 +104,21 @@ class Findings:
         self.worst_case, self.worst_case_test = worst_case, over
         if over.above is False:
             self.warnings.append(f"worst case: {NO_BETTER} ({over.told()})")
+
+
+def _of_states(info: AttackInfo) -> list[str]:
+    """What a reader has to know of how the attack came by the defence's maps, and by the states of faces."""
+    told = []
+    if info.states_covered is False:
+        told.append(
+            f"states not told apart: the attack reads the state of {info.details['state_accuracy']:.0%} of public "
+            "faces right; its figure is a lower bound"
+        )
+    if (linearity := info.details.get("linearity")) not in (None, "declared"):
+        found = info.details.get("states_found")
+        states = "" if found is None else f" ({found} states found)"
+        told.append(f"{linearity}{states}: the attack took the defence's linear map off its own runs")
+    return told
 
 
 def attack_info(attacks: AttackStages, attack_config: AttackConfig, defense: Defense) -> AttackInfo:
