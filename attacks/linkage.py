@@ -446,7 +446,7 @@ class Linkage(LinkageAttack):
         if self.reader is not None:
             details |= self.reader.fit(self.seed, options)
             mechanism = self.reader.mechanism if self.reader.infers_secret else None
-        exposure = Exposure(adversary, self.seed, mechanism=mechanism)
+        exposure = Exposure(adversary, self.seed, mechanism=mechanism, client=True)
         shown = exposure if adversary.knowledge is not Knowledge.BLACKBOX else adversary.client or exposure
         reports: dict[str, FitReport] = {}
         if isinstance(self.teacher, Encoder):

@@ -47,6 +47,11 @@ class UNetOptions(InversionOptions, ReaderOptions):
         description="At blackbox without an inferred table, how many guesses of the secret to train on; 0 draws fresh "
         "ones every step, which marginalises over what is not known; 1 is the published single guess.",
     )
+    client: bool = Field(
+        True,
+        description="At blackbox without an inferred table, and with guesses=0, train on what the client sends of "
+        "public faces, the true secret at work, instead of on guesses.",
+    )
     invariance: Literal["none", "sorted", "mean"] = Field(
         "none",
         description="What a defence that permutes channels cannot hide: sorted shows the network the channels of each "
@@ -61,8 +66,8 @@ class UNet(InversionAttack):
     Trained to minimise L1(g(z), X) over faces X of public identities, protected afresh in every step.
     ``oracle`` knows each state and undoes the layout (:meth:`Defense.canonical`). ``whitebox`` knows the table of
     states: where :class:`~attacks.parts.states.StateReader` can tell them apart, it does the same with the inferred
-    state, else it trains on the mixture. ``blackbox`` infers the table or, where that cannot be done, guesses the
-    secret. Of k > 1 interceptions the recoveries are averaged.
+    state, else it trains on the mixture. ``blackbox`` infers the table or, where that cannot be done, trains on what
+    the client sends, or guesses the secret. Of k > 1 interceptions the recoveries are averaged.
 
     Attributes:
         reader: of states, or None where they are not to be told apart.
@@ -74,14 +79,21 @@ class UNet(InversionAttack):
     cost = "fit: minutes (trains a network); recover: hundreds of faces/s"
     reference = "PartialFace (recovery attack), ICCV 2023; U-Net, MICCAI 2015"
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM})
-    uses = frozenset({Capability.TRAFFIC})
+    uses = frozenset({Capability.TRAFFIC, Capability.PROTECTION})
     Options = UNetOptions
     presets: ClassVar = {
         "quick": {**TWO_CORES, "widths": (16, 32, 64), "images": 2_000, "state_faces": 300, "traffic": 500},
         "cpu": {**TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000, "passes": 16},
         "gpu": {"loss": "l1+ssim", "images": 600_000, "early_stop": True},
         # As published: nothing added to the network, no state read off, one guess.
-        "paper": {"images": 2_000_000, "early_stop": True, "bypass": 0, "infer_state": False, "guesses": 1},
+        "paper": {
+            "images": 2_000_000,
+            "early_stop": True,
+            "bypass": 0,
+            "infer_state": False,
+            "guesses": 1,
+            "client": False,
+        },
     }
     options: UNetOptions
 
@@ -134,7 +146,8 @@ class UNet(InversionAttack):
     def _exposure(self) -> Exposure:
         inferred = self.reader is not None and self.reader.infers_secret and bool(self.reads)
         mechanism = self.reader.mechanism if self.reader is not None and inferred else None
-        return Exposure(self.adversary, self.seed, guesses=self.options.guesses, mechanism=mechanism)
+        guesses, client = self.options.guesses, self.options.client and not self.options.guesses
+        return Exposure(self.adversary, self.seed, guesses=guesses, mechanism=mechanism, client=client)
 
     def _learn_of_defence(self, trainer: Trainer) -> dict[str, Any]:
         """Fit the reader of states, and see whether it is right on other public faces."""

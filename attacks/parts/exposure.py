@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attacks.base import Adversary, Knowledge
+from attacks.parts.plaintext import helps
 from bench.randomness import derived
 from defenses.base import Defense, Protected
 from defenses.layout import ChannelLayout, probe
@@ -17,19 +18,31 @@ _GUESSES_PER_BATCH = 8
 
 
 class Exposure:
-    """Protects public faces afresh, with the mechanism in use or, under a black box, with guesses of it.
+    """Protects public faces afresh, with the mechanism in use or, under a black box, with guesses of it or the client.
 
-    Every draw comes from a generator derived from a name, so that any batch can be drawn again.
+    Every draw, but those of the client, comes from a generator derived from a name, so that any batch can be drawn
+    again.
     """
 
-    def __init__(self, adversary: Adversary, seed: int, *, guesses: int = 0, mechanism: Defense | None = None) -> None:
+    def __init__(
+        self,
+        adversary: Adversary,
+        seed: int,
+        *,
+        guesses: int = 0,
+        mechanism: Defense | None = None,
+        client: bool = False,
+    ) -> None:
         """Draws derive from the attack's ``seed``.
 
         ``mechanism`` is what the adversary has found out the defence to be, and is used alone. Under a black box there
-        is a fixed pool of so many ``guesses`` of the secret; 0 makes fresh ones every time.
+        is a fixed pool of so many ``guesses`` of the secret; 0 makes fresh ones every time; with ``client`` the client
+        protects instead, where the adversary has one that shows the secret at work.
         """
         self._adversary, self._seed = adversary, seed
         self._device = adversary.fabric.device
+        asked = client and mechanism is None and helps(adversary, self._mechanism("mechanism"))
+        self._client = adversary.client if asked else None
         self._fixed: list[Defense] | None = None
         if mechanism is not None:
             self._fixed = [mechanism.to(self._device)]
@@ -42,7 +55,7 @@ class Exposure:
     def countable(self) -> bool:
         """Whether the states that are drawn can be counted."""
         mechanism = self._fixed[0] if self._fixed else self._mechanism("mechanism")
-        return mechanism.states() is not None
+        return self._client is None and mechanism.states() is not None
 
     def _mechanism(self, *name: str | int) -> Defense:
         return self._adversary.mechanism(derived(self._seed, *name)).to(self._device)
@@ -62,8 +75,11 @@ class Exposure:
     def protect(self, faces: Tensor, *name: str | int, state: Tensor | None = None) -> Protected:
         """Protect faces, float (N, 3, H, W) in [0, 1], with the draws called ``name``.
 
-        Where one mechanism is in use, its states can be pinned to ``state``, int64 (N, D).
+        Where one mechanism is in use, its states can be pinned to ``state``, int64 (N, D). What the client draws is
+        not known.
         """
+        if self._client is not None:
+            return Protected(self._client(faces.to(self._device)), None)
         parts = [mechanism.protect(part, draws, state=state) for mechanism, part, draws in self._parts(faces, *name)]
         if len(parts) == 1:
             return parts[0]

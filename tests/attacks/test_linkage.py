@@ -399,7 +399,7 @@ def test_a_black_box_chooses_by_what_the_client_in_use_sends(make_adversary, pic
     adversary = replace(make_adversary(defense, "blackbox", faces=PUBLIC), client=client)
     brief = {"method": "fused", "infer_state": False, "recovery": "unet", "recovery_options": {"images": 10}}
     attack, report = fit(adversary, **BRIEF | brief)
-    assert sum(asked) == 2 * report.details["validation_faces"]
+    assert sum(asked) > 2 * report.details["validation_faces"]  # and trains on it
     assert attack.method == "fused"
 
 

@@ -130,6 +130,22 @@ def test_more_knowledge_recovers_more(make_adversary, pick, make_faces):
     assert errors[1] < errors[2] < errors[3]
 
 
+def test_a_black_box_trains_on_what_the_client_sends(make_adversary, pick, make_faces):
+    """One fixed secret row: guesses mix six maps, the client shows the two that are sent."""
+    defense, draws = pick(table=torch.tensor([[5, 0]])), torch.Generator().manual_seed(2)
+
+    def client(faces):
+        return defense.protect(faces, draws).representation
+
+    errors = {}
+    for way, given in (("client", True), ("guesses", False)):
+        attack = UNet(UNetOptions(widths=(8, 16), stem_stride=2, batch_size=15, images=2000, client=given))
+        report = attack.learn(make_adversary(defense, "blackbox", client=client))
+        assert report.states_seen is None or not given
+        errors[way] = error_of(attack, defense, make_faces(20, seed=7))
+    assert errors["client"] < 0.7 * errors["guesses"]
+
+
 def test_a_black_box_with_traffic_infers_the_table_and_recovers_as_much_as_a_white_one(
     make_adversary, pick, make_faces
 ):

@@ -51,6 +51,19 @@ def test_a_pool_of_guesses_is_made_once(make_adversary, pick, guesses):
     assert len(handed) == guesses
 
 
+def test_the_client_stands_in_for_guesses_of_a_secret_alone(make_adversary, pick):
+    def exposed(knowledge, **options):
+        adversary = make_adversary(pick(), knowledge, client=lambda faces: faces[:, :2] + 1)
+        exposure = Exposure(adversary, seed=1, **options)
+        protected = exposure.protect(FACES, "step", 0)
+        return torch.equal(protected.representation, FACES[:, :2] + 1), protected.state is None, exposure.countable
+
+    assert exposed("blackbox", client=True) == (True, True, False)
+    assert exposed("blackbox") == (False, False, True)
+    assert exposed("blackbox", client=True, mechanism=pick()) == (False, False, True)
+    assert exposed("whitebox", client=True) == (False, False, True)
+
+
 def test_a_known_mechanism_ignores_guesses(make_adversary, plain):
     exposure = Exposure(make_adversary(plain(image_size=SIZE), "whitebox"), seed=1, guesses=5)
     protected = exposure.protect(FACES, "step", 0)
