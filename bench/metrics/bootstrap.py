@@ -1,37 +1,51 @@
-"""Confidence intervals by bootstrap over identities.
+r"""Confidence intervals over identities: by bootstrap of images, by influence functions of pairs.
 
 Images of one person resemble each other, and so do pairs that share a person: an interval that treats them as
-independent is too narrow. Here whole identities are drawn with replacement, ``K`` out of ``K``.
+independent is too narrow.
 
-* *Per-image values* (SSIM, a Type I acceptance): a replicate takes all images of every identity drawn, as often as it
-  was drawn (cluster bootstrap; Davison and Hinkley 1997, section 3.8; for biometrics the subsets bootstrap of Bolle,
-  Ratha and Pankanti, CVIU 93(1), 2004).
-* *Pairs*: an identity drawn ``w_i`` times gives its genuine pairs the weight ``w_i`` and a pair of two people
-  ``w_i * w_j`` (vertex bootstrap; Snijders and Borgatti, Connections 22(2), 1999; product weights as in Owen, Ann.
-  Appl. Stat. 1(2), 2007; reviewed for 1:1 matching by Fogliato, Patil and Perona, IJCV 2024). Copies of one person are
-  not paired with each other as impostors.
+*Per-image values* (SSIM, a Type I acceptance). Whole identities are drawn with replacement, ``K`` out of ``K``, each
+with all its images (cluster bootstrap; Davison and Hinkley 1997, section 3.8; for biometrics the subsets bootstrap of
+Bolle, Ratha and Pankanti, CVIU 93(1), 2004). Intervals are the percentile kind (Efron 1979): invariant under monotone
+transforms, never outside the range of the statistic. With few identities, or rates near 0 or 1, they are somewhat
+short. Functions called with generators of one state draw the same identities; differences of two conditions are
+computed within each replicate, so they are paired.
 
-Intervals are the percentile kind (Efron 1979): invariant under monotone transforms, never outside the range of the
-statistic. With few identities, or rates near 0 or 1, they are somewhat short. Functions called with generators of one
-state draw the same identities; differences of two conditions are computed within each replicate, so they are paired.
+*Pairs*. A statistic moves, to first order, by the mean of the influences :math:`\psi_p` of its pairs (Hampel 1974).
+Two pairs depend on each other where they share a person, so the variance is the sum of :math:`\psi_p \psi_q` over
+those that do: of two ways to cluster, by either person, less what both count (Cameron, Gelbach and Miller, J. Bus.
+Econ. Stat. 29(2), 2011; of pairs within one population Aronow, Samii and Assenova, Political Analysis 23(4), 2015; for
+1:1 matching Fogliato, Patil and Perona, IJCV 2024),
+
+.. math:: V = \sum_i \Bigl(\sum_{p \ni i} \psi_p\Bigr)^2 - \sum_{p\ \text{of two people}} \psi_p^2.
+
+Resampling people with product weights instead counts a pair of two people three times: where most people are in one
+pair or two, as in LFW, its intervals are 1.3 to 1.6 times too wide. The interval of a share is symmetric on the logit
+scale, hence within [0, 1]; where all pairs are judged alike it is Wilson's, of one trial for each of the people. A
+difference of two conditions has a symmetric one. The quantile is Student's, with a degree of freedom less than there
+are people. docs/metrics.md says how often these intervals hold the truth.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy import special, stats
 from torch import Tensor
 
 from bench.errors import DataError
 from bench.measures import Estimate
-from bench.metrics.verification import checked_pairs, far_not_measurable, fold_accuracies, roc
+from bench.metrics.verification import Roc, best_threshold, checked_pairs, far_not_measurable, judged_right, roc
 
 #: Replicates behind every interval; the ends of a 95 % interval then rest on 25 replicates each.
 REPLICATES = 1000
 
 _CHUNK_ELEMENTS = 2_000_000
+#: Below this a spread is a matter of rounding.
+_NOTHING = 1e-12
 _FEW = "a confidence interval needs at least two identities"
 #: Why a figure of which nothing is uncertain has no interval.
 ALIKE = "no confidence interval: every resample gives the same value"
@@ -65,30 +79,6 @@ def _draws(identities: int, generator: torch.Generator, replicates: int, width: 
     rows = max(1, _CHUNK_ELEMENTS // max(width, identities))
     for start in range(0, replicates, rows):
         yield draw_identities(identities, generator, min(rows, replicates - start))
-
-
-def resampled_pairs(
-    identities: Tensor, same: Tensor, generator: torch.Generator, replicates: int = REPLICATES
-) -> Iterator[Tensor]:
-    """Weights of P pairs in each replicate, some replicates at a time: float64 (r, P).
-
-    Args:
-        identities: int64 (P, 2), the people of each pair.
-        same: bool (P,), on the CPU.
-        generator: source of the draws.
-        replicates: how many resamples in all.
-
-    Raises:
-        DataError: shapes differ, or ``same`` contradicts the identities.
-    """
-    if identities.shape != (len(same), 2):
-        raise DataError(f"identities of the pairs must be ({len(same)}, 2), got {tuple(identities.shape)}")
-    people, index = torch.unique(identities.cpu(), return_inverse=True)
-    if not torch.equal(index[:, 0] == index[:, 1], same):
-        raise DataError("the pairs contradict the identities: `same` must hold exactly within a person")
-    for drawn in _draws(len(people), generator, replicates, len(same)):
-        weights = drawn[:, index[:, 0]]
-        yield torch.where(same, weights, weights * drawn[:, index[:, 1]])
 
 
 def mean_estimate(
@@ -145,11 +135,9 @@ def verification_estimates(
     same: Tensor,
     fold: Tensor,
     identities: Tensor,
-    generator: torch.Generator,
     *,
     minus: Tensor | None = None,
     fars: Sequence[float] = (),
-    replicates: int = REPLICATES,
 ) -> VerificationEstimates:
     """Accuracy, AUC, EER and TAR@FAR with intervals over identities.
 
@@ -158,11 +146,9 @@ def verification_estimates(
         same: bool (P,).
         fold: int64 (P,).
         identities: int64 (P, 2), the people of each pair.
-        generator: source of the draws.
         minus: float (P,), another condition's scores of the same pairs: what comes out are the differences to it, with
             paired intervals.
         fars: false-accept rates; one below a single impostor pair gets no value but the reason.
-        replicates: how many resamples.
 
     Raises:
         DataError: shapes differ, scores are not finite, a class or a second fold is absent, or ``same`` contradicts the
@@ -170,50 +156,188 @@ def verification_estimates(
     """
     conditions = [checked_pairs(values, same)[0] for values in (scores, minus) if values is not None]
     same = same.cpu()
-
-    def statistics(weights: Tensor | None) -> Tensor:
-        """(R, S): accuracy, AUC, EER, then one TAR per FAR."""
-        rows = []
-        for values in conditions:
-            accuracies, curve = fold_accuracies(values, same, fold, weights), roc(values, same, weights)
-            tars = [curve.tar_at_far(far) for far in fars]
-            # A fold that a replicate left empty says nothing about it: the mean is over the others.
-            rows.append(torch.stack([accuracies.nanmean(1), curve.auc(), curve.eer(), *tars], 1))
-        return rows[0] if minus is None else rows[0] - rows[1]
-
-    points = statistics(None)[0].tolist()
-    samples = torch.cat([statistics(w) for w in resampled_pairs(identities, same, generator, replicates)])
-    genuine = int(same.sum())
-    tars = {}
-    for column, far in enumerate(fars, start=3):
-        reason = far_not_measurable(far, len(same) - genuine)
-        tars[far] = (
-            interval(points[column], samples[:, column], genuine)
-            if reason is None
-            else Estimate(None, None, genuine, reason)
-        )
-    accuracy, auc, eer = (interval(points[i], samples[:, i], len(same)) for i in range(3))
-    return VerificationEstimates(accuracy, auc, eer, tars)
+    people = People.of(identities, same)
+    measured = [_influences(values, same, fold, people, fars) for values in conditions]
+    values, influences = measured[0][:2]
+    if minus is not None:
+        values, influences = values - measured[1][0], influences - measured[1][1]
+    genuine, everyone = int(same.sum()), len(same)
+    counts = [everyone, everyone, everyone, *(genuine for _ in fars)]
+    # Only accuracy has thresholds that are chosen.
+    chosen = [sum(gap**2 / 2 for _, _, gap in measured), *(0.0 for _ in counts[1:])]
+    accuracy, auc, eer, *tars = (
+        people.estimate(float(value), influence, n, more=more, difference=minus is not None)
+        for value, influence, n, more in zip(values, influences, counts, chosen, strict=True)
+    )
+    reasons = [far_not_measurable(far, everyone - genuine) for far in fars]
+    tars = [Estimate(None, None, genuine, why) if why else tar for tar, why in zip(tars, reasons, strict=True)]
+    return VerificationEstimates(accuracy, auc, eer, dict(zip(fars, tars, strict=True)))
 
 
-def interval(value: float, samples: Tensor, n: int, *, moved: bool = False) -> Estimate:
+def _influences(
+    scores: Tensor, same: Tensor, fold: Tensor, people: People, fars: Sequence[float]
+) -> tuple[Tensor, Tensor, float]:
+    """Accuracy, AUC, EER, then a TAR per FAR: values (S,) and the influences of the pairs, float64 (S, P).
+
+    And the gap of the accuracy to that under the best threshold of all. To first order, choosing thresholds changes
+    nothing; but they converge slowly (as the cube root of the pairs; Kim and Pollard, Ann. Stat. 18(1), 1990), and what
+    they cost varies. In simulations half the squared gap is what the influences leave of the variance.
+    """
+    genuine, impostors = int(same.sum()), int((~same).sum())
+    right, curve = judged_right(scores, same, fold).to(torch.float64), roc(scores, same)
+    accuracies = torch.stack([right[fold.cpu() == number].mean() for number in torch.unique(fold.cpu())])
+    _, number, size = torch.unique(fold.cpu(), return_inverse=True, return_counts=True)
+    share = 1 / (len(size) * size[number].double())
+    # By kind: how many pairs of each there are is the protocol's, not chance.
+    of_kind = torch.bincount(same.long(), weights=right * share) / torch.bincount(same.long(), weights=share)
+    values, rows = [accuracies.mean()], [(right - of_kind[same.long()]) * share]
+    # Of each pair the share of the other kind on the wrong side of it, ties one half (DeLong et al., 1988).
+    auc, rank = curve.auc(), torch.searchsorted(-curve.thresholds, -scores)
+    far, tar = ((share[rank] + share[rank - 1]) / 2 for share in (curve.far, curve.tar))
+    values.append(torch.tensor(auc, dtype=torch.float64))
+    rows.append(torch.where(same, (1 - far - auc) / genuine, (tar - auc) / impostors))
+
+    def accepted(point: int) -> tuple[Tensor, Tensor, float]:
+        """The influences on FAR and TAR at a point of the curve, and its slope there."""
+        passed = (scores >= curve.thresholds[point]).to(torch.float64)
+        by_far = torch.where(same, 0.0, (passed - curve.far[point]) / impostors)
+        by_tar = torch.where(same, (passed - curve.tar[point]) / genuine, 0.0)
+        return by_far, by_tar, _slope(curve, point, float(people.variance(by_far)) ** 0.5)
+
+    # Where 1 - TAR(e) = e, a rise of FAR at the threshold moves e by m / (1 + m) and one of TAR by -1 / (1 + m).
+    by_far, by_tar, slope = accepted(int((curve.far + curve.tar - 1).abs().argmin()))
+    values.append(torch.tensor(curve.eer(), dtype=torch.float64))
+    rows.append((slope * by_far - by_tar) / (1 + slope))
+    for rate in fars:
+        by_far, by_tar, slope = accepted(curve.at_far(rate))
+        values.append(torch.tensor(curve.tar_at_far(rate), dtype=torch.float64))
+        rows.append(by_tar - slope * by_far)
+    gap = float(((scores >= best_threshold(scores, same)) == same).double().mean() - values[0])
+    return torch.stack(values), torch.stack(rows), gap
+
+
+def _slope(curve: Roc, point: int, error: float) -> float:
+    """dTAR / dFAR at a point of the curve, over the 95 % interval that the standard ``error`` of FAR leaves open there.
+
+    A derivative of a step function needs a width, and this is where the threshold may lie (numerical delta method;
+    Hong and Li, J. Econometrics 206(2), 2018).
+    """
+    far = float(curve.far[point])
+    if not error:
+        return 0.0
+    # By a factor either way, as the curve is straighter over the logarithm of a small FAR.
+    factor = 1 + 2 * error / far
+    low, high = curve.at_far(far / factor), curve.at_far(min(1.0, far * factor))
+    width = float(curve.far[high] - curve.far[low])
+    if width and (least := float(curve.far[low])):
+        width = far * math.log(float(curve.far[high]) / least)
+    return float(curve.tar[high] - curve.tar[low]) / width if width else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class People:
+    """Who is in which of P pairs, and what that means for a statistic of them.
+
+    Attributes:
+        of_pair: int64 (P, 2), numbered 0..K-1.
+        same: bool (P,), whether both are one person.
+        count: how many people there are, of those in genuine or in impostor pairs the fewer.
+    """
+
+    of_pair: Tensor
+    same: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, identities: Tensor, same: Tensor) -> People:
+        """The people of pairs.
+
+        Args:
+            identities: int64 (P, 2).
+            same: bool (P,), on the CPU.
+
+        Raises:
+            DataError: shapes differ, or ``same`` contradicts the identities.
+        """
+        if identities.shape != (len(same), 2):
+            raise DataError(f"identities of the pairs must be ({len(same)}, 2), got {tuple(identities.shape)}")
+        of_pair = torch.unique(identities.cpu(), return_inverse=True)[1]
+        if not torch.equal(of_pair[:, 0] == of_pair[:, 1], same):
+            raise DataError("the pairs contradict the identities: `same` must hold exactly within a person")
+        return cls(of_pair, same, min(len(torch.unique(of_pair[kind])) for kind in (same, ~same)))
+
+    def variance(self, influence: Tensor) -> Tensor:
+        """Variance (...) of statistics from the influences of the pairs on them, float64 (..., P).
+
+        A person's pairs are left out as in the jackknife: the others' mean moves by what those in them exceed it, over
+        the share that is left. Without that, whoever is in many pairs would hide in the mean.
+        """
+        people = int(self.of_pair.max()) + 1
+        sums = influence.new_zeros(*influence.shape[:-1], people)
+        for kind in (self.same, ~self.same):
+            # Both people of an impostor pair, the one of a genuine pair once.
+            ends = self.of_pair[kind][:, :1] if bool(self.same[kind][0]) else self.of_pair[kind]
+            left = 1 - torch.bincount(ends.flatten(), minlength=people) / kind.sum()
+            of_kind = torch.zeros_like(sums)
+            for end in ends.T:
+                of_kind.index_add_(-1, end, influence[..., kind])
+            sums += of_kind / left.clamp(min=0.5)
+        squares = influence.square()
+        twice = torch.where(self.same, 0.0, squares).sum(-1)
+        shared = sums.square().sum(-1) * (1 - 1 / people) - twice
+        # Sharing people makes an estimate no surer than if all pairs were independent.
+        return torch.maximum(shared, squares.sum(-1))
+
+    def estimate(
+        self, value: float, influence: Tensor, n: int, *, more: float = 0.0, difference: bool = False
+    ) -> Estimate:
+        """A statistic in [0, 1], or a ``difference`` of two, with its interval.
+
+        Args:
+            value: the statistic.
+            influence: float64 (P,), of each pair on it.
+            n: what it counts.
+            more: variance that the influences do not know of.
+            difference: of two conditions.
+        """
+        if self.count < 2:
+            return Estimate(value, None, n, _FEW)
+        error = math.sqrt(float(self.variance(influence)) + more)
+        quantile = float(stats.t.ppf(0.975, self.count - 1))
+        if difference:
+            if error <= _NOTHING:
+                return Estimate(value, None, n, ALIKE)
+            return Estimate(value, (max(-1.0, value - quantile * error), min(1.0, value + quantile * error)), n)
+        spread = value * (1 - value)
+        if min(error, spread) <= _NOTHING:
+            return Estimate(value, wilson(value, self.count, quantile), n)
+        low, high = special.expit(special.logit(value) + quantile * error / spread * np.array([-1.0, 1.0])).tolist()
+        return Estimate(value, (low, high), n)
+
+
+def wilson(share: float, trials: float, quantile: float) -> tuple[float, float]:
+    """Wilson's interval of a share (J. Am. Stat. Assoc. 22, 1927); ``trials`` need be no whole number.
+
+    Example:
+        >>> [round(end, 3) for end in wilson(0.9, 10, 1.96)]
+        [0.596, 0.982]
+    """
+    weight = quantile**2 / trials
+    centre = (share + weight / 2) / (1 + weight)
+    half = (share * (1 - share) * weight + weight**2 / 4) ** 0.5 / (1 + weight)
+    # The ends of 0 and of 1 are these, but for rounding.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+
+
+def interval(value: float, samples: Tensor, n: int) -> Estimate:
     """An estimate with the percentile interval of its resamples.
 
     Args:
         value: the estimate.
-        samples: float64 (R,), NaN where a replicate has none.
+        samples: float64 (R,).
         n: what the estimate counts.
-        moved: move the replicates' mean to the estimate, for a statistic that the noise of resampling biases, and the
-            interval's ends so far out that it holds the estimate.
     """
-    defined = samples[~samples.isnan()]
-    # Dropping a few replicates that drew no impostor pair is harmless; losing many would bias the interval.
-    if len(defined) < 0.95 * len(samples):
-        return Estimate(value, None, n, "too few identities: many resamples hold pairs of one kind only")
-    if defined.max() - defined.min() <= 1e-12:
+    if samples.max() - samples.min() <= _NOTHING:
         return Estimate(value, None, n, ALIKE)
-    low, high = torch.quantile(defined, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    if moved:
-        shift = value - float(defined.mean())
-        low, high = min(low + shift, value), max(high + shift, value)
+    low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Estimate(value, (low, high), n)

@@ -1,8 +1,7 @@
-"""Verification statistics: LFW accuracy, ROC AUC, EER and TAR@FAR, exact and, where asked, weighted.
+"""Verification statistics: LFW accuracy, ROC AUC, EER and TAR@FAR, exact.
 
-A *score* is a similarity; a pair is accepted when its score reaches the threshold. Every statistic takes optional pair
-weights with a leading batch of replicates, (R, P): that is how :mod:`bench.metrics.bootstrap` evaluates a thousand
-resamples with one sort. All sums run in float64 on the CPU, where integer weights add up exactly.
+A *score* is a similarity; a pair is accepted when its score reaches the threshold. All sums run in float64 on the CPU.
+Their intervals are in :mod:`bench.metrics.bootstrap`.
 """
 
 from __future__ import annotations
@@ -15,9 +14,6 @@ from torch import Tensor
 
 from bench.data.faces import PairProtocol
 from bench.errors import DataError
-
-# Weights times pairs held at once per fold; about 64 MB of float64 with the intermediates.
-_CHUNK_ELEMENTS = 2_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,35 +37,34 @@ class Roc:
 
     Attributes:
         thresholds: float64 (T,), falling; a pair is accepted where its score is at least this.
-        far: float64 (R, T), weighted share of impostor pairs accepted.
-        tar: float64 (R, T), weighted share of genuine pairs accepted.
-
-    A replicate in which either class has no weight is NaN throughout.
+        far: float64 (T,), share of impostor pairs accepted.
+        tar: float64 (T,), share of genuine pairs accepted.
     """
 
     thresholds: Tensor
     far: Tensor
     tar: Tensor
 
-    def auc(self) -> Tensor:
-        """Area under the curve, (R,); ties count one half, as in the Mann-Whitney statistic."""
-        return torch.trapezoid(self.tar, self.far)
+    def auc(self) -> float:
+        """Area under the curve; ties count one half, as in the Mann-Whitney statistic."""
+        return float(torch.trapezoid(self.tar, self.far))
 
-    def eer(self) -> Tensor:
-        """Equal error rate, (R,): where FAR = FRR on the curve, linear between its points."""
+    def eer(self) -> float:
+        """Equal error rate: where FAR = FRR on the curve, linear between its points."""
         gap = self.far - (1 - self.tar)
         # From -1 to +1 and never falling: the first point at or above zero ends the segment that crosses.
-        after = (gap >= 0).to(torch.uint8).argmax(-1, keepdim=True).clamp_min(1)
-        before = after - 1
-        gap0, gap1 = gap.gather(-1, before), gap.gather(-1, after)
-        far0, far1 = self.far.gather(-1, before), self.far.gather(-1, after)
-        return (far0 - gap0 / (gap1 - gap0) * (far1 - far0)).squeeze(-1)
+        after = max(1, int((gap >= 0).to(torch.uint8).argmax()))
+        gap0, gap1, far0, far1 = (float(values[i]) for values in (gap, self.far) for i in (after - 1, after))
+        return far0 - gap0 / (gap1 - gap0) * (far1 - far0)
 
-    def tar_at_far(self, far: float) -> Tensor:
-        """Largest TAR whose FAR does not exceed ``far``, (R,); no interpolation, so never flattering."""
+    def at_far(self, far: float) -> int:
+        """The point of the largest FAR that does not exceed ``far``, and of its points the last."""
         # FAR is a quotient of counts: 3/300 must pass 0.01 however either is rounded.
-        allowed = self.far <= far + 1e-12
-        return torch.where(self.far.isnan(), self.tar, torch.where(allowed, self.tar, 0.0)).amax(-1)
+        return int((self.far <= far + 1e-12).sum()) - 1
+
+    def tar_at_far(self, far: float) -> float:
+        """Largest TAR whose FAR does not exceed ``far``; no interpolation, so never flattering."""
+        return float(self.tar[self.at_far(far)])
 
 
 def pair_scores(embeddings: Tensor, protocol: PairProtocol) -> Tensor:
@@ -92,13 +87,12 @@ def pair_scores(embeddings: Tensor, protocol: PairProtocol) -> Tensor:
     return (unit[first] * unit[second]).sum(1)
 
 
-def roc(scores: Tensor, same: Tensor, weights: Tensor | None = None) -> Roc:
+def roc(scores: Tensor, same: Tensor) -> Roc:
     """The exact ROC: one point per distinct score, and the origin.
 
     Args:
         scores: float (P,), higher is more alike.
         same: bool (P,).
-        weights: non-negative (R, P), one row per replicate; None for R = 1 with every pair counted once.
 
     Raises:
         DataError: shapes differ, a score is not finite, or there are no genuine or no impostor pairs.
@@ -106,23 +100,17 @@ def roc(scores: Tensor, same: Tensor, weights: Tensor | None = None) -> Roc:
     Example:
         >>> import torch
         >>> curve = roc(torch.tensor([0.9, 0.4, 0.5, 0.1]), torch.tensor([True, True, False, False]))
-        >>> float(curve.auc()), float(curve.eer()), float(curve.tar_at_far(0.5))
+        >>> curve.auc(), curve.eer(), curve.tar_at_far(0.5)
         (0.75, 0.5, 1.0)
     """
     scores, same = checked_pairs(scores, same)
-    weights = _weights(weights, len(scores))
     order = scores.argsort(descending=True, stable=True)
     ranked = scores[order]
     # Equal scores are accepted together: only the last of each run is a point of the curve.
     ends = torch.cat((ranked[1:] != ranked[:-1], torch.ones(1, dtype=torch.bool))).nonzero().squeeze(1)
-    weights, genuine = weights[:, order], same[order]
-    rates = []
-    for mask in (~genuine, genuine):
-        accepted = (weights * mask).cumsum(1)[:, ends]
-        rates.append(F.pad(accepted / accepted[:, -1:], (1, 0)))
-        rates[-1][accepted[:, -1] == 0] = torch.nan
-    thresholds = torch.cat((torch.tensor([torch.inf], dtype=torch.float64), ranked[ends]))
-    return Roc(thresholds, *rates)
+    genuine = same[order]
+    far, tar = (F.pad(mask.cumsum(0)[ends].to(torch.float64) / mask.sum(), (1, 0)) for mask in (~genuine, genuine))
+    return Roc(torch.cat((torch.tensor([torch.inf], dtype=torch.float64), ranked[ends])), far, tar)
 
 
 def far_not_measurable(far: float, impostors: int) -> str | None:
@@ -154,22 +142,16 @@ def lfw_accuracy(scores: Tensor, same: Tensor, fold: Tensor) -> Accuracy:
         >>> lfw_accuracy(scores, same, torch.tensor([0, 0, 1, 1])).mean
         0.75
     """
-    accuracies = fold_accuracies(scores, same, fold)
-    threshold = _best_thresholds(*checked_pairs(scores, same), _weights(None, len(scores)))
-    return Accuracy(float(accuracies.mean()), float(accuracies.std(correction=0)), float(threshold))
+    right = judged_right(scores, same, fold).to(torch.float64)
+    accuracies = torch.stack([right[fold.cpu() == number].mean() for number in torch.unique(fold.cpu())])
+    threshold = best_threshold(*checked_pairs(scores, same))
+    return Accuracy(float(accuracies.mean()), float(accuracies.std(correction=0)), threshold)
 
 
-def fold_accuracies(scores: Tensor, same: Tensor, fold: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Weighted accuracy of every fold, as :func:`lfw_accuracy` defines them.
+def judged_right(scores: Tensor, same: Tensor, fold: Tensor) -> Tensor:
+    """Whether each pair is told apart right under the threshold chosen on the other folds, bool (P,).
 
-    Candidate thresholds are those of the unweighted sample: a pair of weight zero still marks one.
-
-    Args:
-        scores, same, fold: as :func:`lfw_accuracy`, F different folds.
-        weights: non-negative (R, P); None for R = 1 with every pair counted once.
-
-    Returns:
-        float64 (R, F), NaN where a fold has no weight.
+    Takes and raises what :func:`lfw_accuracy` does.
     """
     scores, same = checked_pairs(scores, same)
     if fold.shape != scores.shape:
@@ -177,35 +159,26 @@ def fold_accuracies(scores: Tensor, same: Tensor, fold: Tensor, weights: Tensor 
     folds = torch.unique(fold.cpu())
     if len(folds) < 2:
         raise DataError("LFW accuracy needs at least two folds: the threshold is chosen on the others")
-    weights = _weights(weights, len(scores))
-    return torch.stack([_held_out(scores, same, fold.cpu() == number, weights) for number in folds.tolist()], 1)
+    right = torch.empty_like(same)
+    for number in folds.tolist():
+        test = fold.cpu() == number
+        right[test] = (scores[test] >= best_threshold(scores[~test], same[~test])) == same[test]
+    return right
 
 
-def _held_out(scores: Tensor, same: Tensor, test: Tensor, weights: Tensor) -> Tensor:
-    """Accuracies (R,) on the pairs ``test``, under the threshold chosen on the others."""
-    accuracies = []
-    for chunk in torch.split(weights, max(1, _CHUNK_ELEMENTS // len(scores))):
-        chosen = _best_thresholds(scores[~test], same[~test], chunk[:, ~test])
-        right = (scores[test] >= chosen[:, None]) == same[test]
-        accuracies.append((chunk[:, test] * right).sum(1) / chunk[:, test].sum(1))
-    return torch.cat(accuracies)
-
-
-def _best_thresholds(scores: Tensor, same: Tensor, weights: Tensor) -> Tensor:
-    """Thresholds (R,) of best weighted accuracy; the middle one of those that are equally good."""
+def best_threshold(scores: Tensor, same: Tensor) -> float:
+    """The threshold of best accuracy; the middle one of those that are equally good."""
     order = scores.argsort(stable=True)
     ranked = scores[order]
     starts = torch.cat((torch.ones(1, dtype=torch.bool), ranked[1:] != ranked[:-1])).nonzero().squeeze(1)
     distinct = ranked[starts]
     candidates = torch.cat((distinct[:1] - 1, (distinct[1:] + distinct[:-1]) / 2, distinct[-1:] + 1))
-    # Raising the threshold past a pair wins its weight if it is an impostor and loses it if it is genuine.
-    gain = (weights[:, order] * torch.where(same[order], -1.0, 1.0)).cumsum(1)
+    # Raising the threshold past a pair wins it if it is an impostor and loses it if it is genuine.
+    gain = torch.where(same[order], -1, 1).cumsum(0)
     ends = torch.cat((starts[1:] - 1, torch.tensor([len(ranked) - 1])))
-    gain = F.pad(gain[:, ends], (1, 0))
-    best = gain >= gain.amax(1, keepdim=True) - 1e-9
-    rank = best.to(torch.int32).cumsum(1)
-    middle = (rank == (rank[:, -1:] + 1) // 2).to(torch.uint8).argmax(1)
-    return candidates[middle]
+    gain = F.pad(gain[ends], (1, 0))
+    best = (gain == gain.max()).nonzero().squeeze(1)
+    return float(candidates[best[(len(best) - 1) // 2]])
 
 
 def checked_pairs(
@@ -228,11 +201,3 @@ def checked_pairs(
     if not same.any() or same.all():
         raise DataError(f"{what} needs both {classes} pairs")
     return scores, same
-
-
-def _weights(weights: Tensor | None, pairs: int) -> Tensor:
-    if weights is None:
-        return torch.ones(1, pairs, dtype=torch.float64)
-    if weights.ndim != 2 or weights.shape[1] != pairs:
-        raise DataError(f"pair weights must be (R, {pairs}), got {tuple(weights.shape)}")
-    return weights.cpu().to(torch.float64)

@@ -71,8 +71,7 @@ def assess_linkage(
 ) -> Linkage:
     """How well an attack links, from its embeddings of all N victim images.
 
-    Every figure starts its bootstrap at ``seed``: intervals rest on the same resampled people, so that conditions
-    compare. ``rank1`` is the share of intercepted probes whose own person is the nearest in the plain gallery, among
+    ``rank1`` is the share of intercepted probes whose own person is the nearest in the plain gallery, among
     one image a person.
 
     Args:
@@ -80,25 +79,16 @@ def assess_linkage(
         labels: int64 (N,), the person on each image.
         pairs: the victims' protocol.
         probes: the intercepted images that look for their person, and the plain images that stand for the people.
-        seed, replicates: of the bootstrap.
+        seed, replicates: of the bootstrap of ``rank1``.
 
     Raises:
         DataError: shapes differ, embeddings are not finite, or the protocol does not suit the labels.
     """
     scores = linkage_scores(first, second, plain, pairs)
     people = torch.stack([labels[pairs.first], labels[pairs.second]], dim=1)
-
-    def draws() -> torch.Generator:
-        return torch.Generator().manual_seed(seed)
-
-    verified = {
-        name: verification(values, pairs, labels, draws(), replicates=replicates, linking=True)
-        for name, values in scores.items()
-    }
+    verified = {name: verification(values, pairs, labels, linking=True) for name, values in scores.items()}
     d_sys = {
-        name: KINDS["d_sys"].measure(
-            unlinkability_estimate(scores[name], pairs.same, people, draws(), replicates=replicates)
-        )
+        name: KINDS["d_sys"].measure(unlinkability_estimate(scores[name], pairs.same, people))
         for name in ("protected_protected", "protected_plain")
     }
     identities = labels[probes.attacked]
@@ -110,7 +100,8 @@ def assess_linkage(
         labels[probes.gallery],
         threshold=0.0,  # of acceptance, which is no part of a rank
     )
-    rank1 = mean_estimate(leakage.rank1, identities, draws(), replicates=replicates)
+    draws = torch.Generator().manual_seed(seed)
+    rank1 = mean_estimate(leakage.rank1, identities, draws, replicates=replicates)
     mated, non_mated = int(pairs.same.sum()), int((~pairs.same).sum())
     return Linkage(
         **verified,
@@ -169,9 +160,7 @@ def run_linkage(
             pairs.same,
             pairs.fold,
             people,
-            attacks.streams.generator("bootstrap"),
             minus=before[0]["protected_plain"],
-            replicates=config.bootstrap,
         )
         return KINDS[name].measure({"linkage": differences.accuracy, "linkage_auc": differences.auc}[name])
 

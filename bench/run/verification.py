@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.data.faces import PairProtocol
 from bench.measures import KINDS
-from bench.metrics.bootstrap import REPLICATES, verification_estimates
+from bench.metrics.bootstrap import verification_estimates
 from bench.metrics.verification import lfw_accuracy
 from bench.results import Utility, Verification
 from bench.run.provider import Stages
@@ -26,9 +26,7 @@ def verification(
     scores: Tensor,
     pairs: PairProtocol,
     labels: Tensor,
-    generator: torch.Generator,
     *,
-    replicates: int = REPLICATES,
     linking: bool = False,
 ) -> Verification:
     """Accuracy, AUC, EER and TAR@FAR of scored pairs, with intervals over identities.
@@ -37,16 +35,13 @@ def verification(
         scores: float (P,), one per pair, higher is more alike.
         pairs: the protocol over N images.
         labels: int64 (N,), the person on each image.
-        generator, replicates: of the bootstrap.
         linking: whether an attack gave the scores, so that what it tells apart leaks.
 
     Raises:
         DataError: shapes differ, scores are not finite, a class or a second fold is absent, or pairs contradict labels.
     """
     people = torch.stack([labels[pairs.first], labels[pairs.second]], dim=1)
-    estimates = verification_estimates(
-        scores, pairs.same, pairs.fold, people, generator, fars=list(FARS.values()), replicates=replicates
-    )
+    estimates = verification_estimates(scores, pairs.same, pairs.fold, people, fars=list(FARS.values()))
     names = ("accuracy", "auc", "eer", "tar_at_far")
     if linking:
         names = ("linkage", "linkage_auc", "linkage_eer", "linkage_tar_at_far")
@@ -69,10 +64,7 @@ def measure_utility(stages: Stages, defense: Defense, plain: Defense, store: Run
         "unprotected": stages.do(stages.verification_job(plain)),
     }
     store.write_table("scores", score_table(pairs, scores))
-    protected, unprotected = (
-        verification(values, pairs, labels, stages.streams.generator("bootstrap"), replicates=stages.config.bootstrap)
-        for values in scores.values()
-    )
+    protected, unprotected = (verification(values, pairs, labels) for values in scores.values())
     return Utility(**protected.model_dump(), unprotected=unprotected)
 
 

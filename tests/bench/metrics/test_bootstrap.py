@@ -1,21 +1,20 @@
-"""Bootstrap over identities: against explicit resampling, against theory, and where it has nothing to say."""
+"""Intervals over identities: against explicit resampling, against theory, and where it has nothing to say."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from bench.errors import DataError
 from bench.measures import Estimate
 from bench.metrics import bootstrap
-from bench.metrics.bootstrap import (
-    draw_identities,
-    mean_estimate,
-    verification_estimates,
-)
+from bench.metrics.bootstrap import People, draw_identities, mean_estimate, verification_estimates, wilson
 from bench.metrics.verification import lfw_accuracy, roc
 
 
@@ -110,11 +109,8 @@ def test_differences_are_paired() -> None:
 def test_replicates_in_pieces_are_the_same_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
     values, people = torch.rand(30, generator=seeded(5)), torch.arange(30) // 3
     whole = mean_estimate(values, people, seeded())
-    scores, same, fold, identities = verification_sample()
-    whole_pairs = verification_estimates(scores, same, fold, identities, seeded(), replicates=50)
-    monkeypatch.setattr(bootstrap, "_CHUNK_ELEMENTS", 3 * len(scores))
+    monkeypatch.setattr(bootstrap, "_CHUNK_ELEMENTS", 30)
     assert mean_estimate(values, people, seeded()) == whole
-    assert verification_estimates(scores, same, fold, identities, seeded(), replicates=50) == whole_pairs
 
 
 def verification_sample(
@@ -131,73 +127,154 @@ def verification_sample(
     return scores, same, torch.arange(len(same)) % 3, identities
 
 
-def repeat_pairs(row: list[int], identities: torch.Tensor) -> torch.Tensor:
-    """Indices of the pairs of a resample, written out: w_i copies of a genuine pair, w_i w_j of an impostor pair."""
-    times = [row[a] if a == b else row[a] * row[b] for a, b in identities.tolist()]
-    return torch.arange(len(times)).repeat_interleave(torch.tensor(times))
-
-
-def test_verification_intervals_equal_explicit_resampling() -> None:
+def test_values_are_those_of_the_sample() -> None:
     scores, same, fold, identities = verification_sample()
-    estimates = verification_estimates(scores, same, fold, identities, seeded(), fars=(0.1, 1e-6), replicates=60)
-    assert estimates.accuracy.value == lfw_accuracy(scores, same, fold).mean
+    estimates = verification_estimates(scores, same, fold, identities, fars=(0.1, 1e-6))
     curve = roc(scores, same)
-    expected = (float(curve.auc()), float(curve.eer()), float(curve.tar_at_far(0.1)))
+    assert estimates.accuracy.value == pytest.approx(lfw_accuracy(scores, same, fold).mean)
+    expected = (curve.auc(), curve.eer(), curve.tar_at_far(0.1))
     assert (estimates.auc.value, estimates.eer.value, estimates.tar_at_far[0.1].value) == expected
-    assert (estimates.auc.n, estimates.tar_at_far[0.1].n) == (180, 90)
-
-    samples = []
-    for row in draw_identities(30, seeded(), 60).int().tolist():
-        index = repeat_pairs(row, identities)
-        s, g = scores[index], same[index]
-        curve = roc(s, g)
-        samples.append((float(curve.auc()), float(curve.eer()), float(curve.tar_at_far(0.1))))
-    low, high = np.quantile(np.array(samples, dtype=float), [0.025, 0.975], axis=0)
-    assert estimates.auc.ci95 == pytest.approx((low[0], high[0]))
-    assert estimates.eer.ci95 == pytest.approx((low[1], high[1]))
-    assert estimates.tar_at_far[0.1].ci95 == pytest.approx((low[2], high[2]))
+    assert (estimates.accuracy.n, estimates.auc.n, estimates.tar_at_far[0.1].n) == (180, 180, 90)
     assert estimates.tar_at_far[1e-6].value is None
     assert "needs at least 1000000 impostor pairs" in str(estimates.tar_at_far[1e-6].reason)
+
+
+def test_the_variance_is_the_jackknifes_less_what_two_people_count_twice() -> None:
+    scores, same, _, identities = verification_sample(9)
+    scores = scores.double() + torch.randn(9, generator=seeded(1), dtype=torch.float64)[identities].sum(1)
+
+    def difference(kept: torch.Tensor) -> float:
+        return float(scores[kept & same].mean() - scores[kept & ~same].mean())
+
+    influence = torch.where(same, scores - scores[same].mean(), scores[~same].mean() - scores) / 27
+    without = [difference((identities != person).all(1)) - difference(torch.ones_like(same)) for person in range(9)]
+    jackknife = 8 / 9 * sum(change**2 for change in without)
+    expected = jackknife - float(influence[~same].square().sum())
+    assert expected > float(influence.square().sum())
+    assert float(People.of(identities, same).variance(influence)) == pytest.approx(expected)
+
+
+def test_the_influence_on_auc_is_its_derivative() -> None:
+    """By the weight of each pair, with scikit-learn's weighted AUC."""
+    scores, same, fold, identities = verification_sample(12)
+    scores = (2 * scores).round()  # with ties
+    people = People.of(identities, same)
+    _, influences, _ = bootstrap._influences(scores.double(), same, fold, people, [])
+    step = 1e-6
+    for pair in range(0, len(same), 5):
+        weights = np.ones(len(same))
+        weights[pair] += step
+        change = roc_auc_score(same, scores, sample_weight=weights) - roc_auc_score(same, scores)
+        assert float(influences[1, pair]) == pytest.approx(change / step, abs=1e-6)
+
+
+def lfw_like() -> torch.Tensor:
+    """The people of 700 genuine and 700 impostor pairs: most in one or two, a few in dozens."""
+    often = 1 / torch.arange(1, 1101, dtype=torch.float64) ** 0.6
+    mine, first, second = (torch.multinomial(often, 700, replacement=True, generator=seeded(i)) for i in range(3))
+    second = torch.where(first == second, (second + 1) % 1100, second)
+    return torch.cat([torch.stack([mine, mine], 1), torch.stack([first, second], 1)])
+
+
+def all_pairs() -> torch.Tensor:
+    """The people of all pairs of three images each of 30."""
+    person = torch.arange(30).repeat_interleave(3)
+    return person[torch.combinations(torch.arange(90))]
+
+
+def simulated(people: torch.Tensor, seed: int, far_apart: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of the same pairs under two conditions; everybody is easy or hard to know, and like some others."""
+    generator, same = seeded(seed), people[:, 0] == people[:, 1]
+    known, common, noise = (torch.randn(size, generator=generator) for size in (1100, 1100, len(same)))
+    place = torch.randn(1100, 4, generator=generator)
+    alike = (place[people[:, 0]] * place[people[:, 1]]).sum(1) / 2
+    genuine = far_apart + 0.5 * known[people[:, 0]] + 0.87 * noise
+    scores = torch.where(same, genuine, 0.28 * common[people].sum(1) + 0.3 * alike + 0.87 * noise)
+    other = 0.8 * scores + 0.6 * torch.randn(len(same), generator=generator) + 0.1 * far_apart * same
+    return scores, other
+
+
+def coverage(structure: Callable[[], torch.Tensor], far_apart: float, runs: int) -> np.ndarray:
+    """(8,): how often intervals hold the mean estimate; accuracy, AUC, EER, TAR at FAR 1e-2, then their differences."""
+    people = structure()
+    same, fold = people[:, 0] == people[:, 1], torch.arange(len(people)) % 5
+    rows = []
+    for seed in range(runs):
+        first, second = simulated(people, seed, far_apart)
+        for minus in (None, second):
+            estimates = verification_estimates(first, same, fold, people, minus=minus, fars=(1e-2,))
+            for estimate in (estimates.accuracy, estimates.auc, estimates.eer, estimates.tar_at_far[1e-2]):
+                assert estimate.value is not None
+                assert estimate.ci95 is not None
+                assert minus is not None or 0 <= estimate.ci95[0] <= estimate.value <= estimate.ci95[1] <= 1
+                rows.append((estimate.value, *estimate.ci95))
+    values, low, high = np.array(rows).reshape(runs, 8, 3).transpose(2, 0, 1)
+    return np.asarray(((low <= values.mean(0)) & (values.mean(0) <= high)).mean(0))
+
+
+STUDY = [(lfw_like, 2.5), (lfw_like, 4.0), (all_pairs, 2.5)]
+
+
+@pytest.mark.parametrize(("structure", "far_apart"), STUDY)
+def test_intervals_of_pairs_hold_the_truth_as_often_as_they_say(structure: Any, far_apart: float) -> None:
+    """Product weights would hold it in 97.5 to 100 %."""
+    covered = coverage(structure, far_apart, 160)
+    assert 0.93 <= covered.mean() <= 0.97
+    # Each is within the chance of so few runs: 3.5 standard errors of 95 % are 6 %.
+    assert covered.min() >= 0.89
+    assert covered.max() <= 0.99
 
 
 def test_verification_differences_are_paired() -> None:
     scores, same, fold, identities = verification_sample(60)
     slightly_worse = scores - 0.05 * same
-    difference = verification_estimates(scores, same, fold, identities, seeded(), minus=slightly_worse, replicates=200)
-    alone = verification_estimates(scores, same, fold, identities, seeded(), replicates=200)
-    expected = float(roc(scores, same).auc()) - float(roc(slightly_worse, same).auc())
+    difference = verification_estimates(scores, same, fold, identities, minus=slightly_worse)
+    alone = verification_estimates(scores, same, fold, identities)
+    expected = roc(scores, same).auc() - roc(slightly_worse, same).auc()
     assert difference.auc.value == pytest.approx(expected)
     low, high = difference.auc.ci95 or (0.0, 0.0)
     alone_low, alone_high = alone.auc.ci95 or (0.0, 0.0)
     assert 0 < low < expected < high  # a certain difference, though the intervals of each overlap
     assert high - low < 0.2 * (alone_high - alone_low)
-    nothing = verification_estimates(scores, same, fold, identities, seeded(), minus=scores, replicates=20)
+    nothing = verification_estimates(scores, same, fold, identities, minus=scores)
     assert (nothing.auc.value, nothing.auc.ci95) == (0.0, None)
+    assert nothing.auc.reason == bootstrap.ALIKE
 
 
-def test_separable_pairs_have_no_interval() -> None:
-    _, same, fold, identities = verification_sample()
-    estimates = verification_estimates(same.float(), same, fold, identities, seeded(), replicates=50)
-    assert (estimates.accuracy.value, estimates.accuracy.ci95) == (1.0, None)
-    assert "same value" in str(estimates.auc.reason)
+def test_separable_pairs_are_as_sure_as_their_people_are_many() -> None:
+    for people in (30, 300):
+        _, same, fold, identities = verification_sample(people)
+        estimates = verification_estimates(same.float(), same, fold, identities, fars=(0.1,))
+        # Wilson's interval of so many successes in as many trials.
+        quantile = float(stats.t.ppf(0.975, people - 1))
+        for estimate in (estimates.accuracy, estimates.auc, estimates.tar_at_far[0.1]):
+            assert estimate.value == 1.0
+            assert estimate.ci95 == pytest.approx((people / (people + quantile**2), 1.0))
+        assert estimates.eer.value == 0.0
+        assert estimates.eer.ci95 == pytest.approx((0.0, quantile**2 / (people + quantile**2)))
 
 
-def test_too_few_identities_for_pairs_say_so() -> None:
-    identities = torch.tensor([[0, 0], [1, 1], [0, 1], [0, 1]])
+def test_wilsons_interval_is_scipys() -> None:
+    expected = stats.binomtest(81, 263).proportion_ci(0.95, method="wilson")
+    assert wilson(81 / 263, 263, 1.959964) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_pairs_of_one_kind_of_one_person_have_no_interval() -> None:
+    identities = torch.tensor([[0, 0], [0, 0], [0, 1], [0, 1]])
     scores, same = torch.tensor([0.9, 0.3, 0.5, 0.1]), torch.tensor([True, True, False, False])
-    estimate = verification_estimates(scores, same, torch.tensor([0, 1, 0, 1]), identities, seeded()).auc
+    estimate = verification_estimates(scores, same, torch.tensor([0, 1, 0, 1]), identities).auc
     assert (estimate.value, estimate.ci95) == (0.75, None)
-    assert "too few identities" in str(estimate.reason)
+    assert "at least two identities" in str(estimate.reason)
 
 
 def test_contradictions_are_refused() -> None:
     scores, same, fold, identities = verification_sample()
     with pytest.raises(DataError, match="contradict the identities"):
-        verification_estimates(scores, ~same, fold, identities, seeded())
+        verification_estimates(scores, ~same, fold, identities)
     with pytest.raises(DataError, match=r"\(180, 2\)"):
-        verification_estimates(scores, same, fold, identities[:, 0], seeded())
+        verification_estimates(scores, same, fold, identities[:, 0])
     with pytest.raises(DataError, match=r"float \(P,\) and bool"):
-        verification_estimates(scores, same, fold, identities, seeded(), minus=scores[:3])
+        verification_estimates(scores, same, fold, identities, minus=scores[:3])
     with pytest.raises(DataError, match="share one shape"):
         mean_estimate(scores, fold[:3], seeded())
     with pytest.raises(DataError, match="infinite"):
@@ -213,3 +290,8 @@ def test_what_is_missing_needs_a_reason(fields: tuple[Any, Any, int]) -> None:
 def test_an_interval_needs_a_value() -> None:
     with pytest.raises(ValueError, match="an interval needs a value"):
         Estimate(None, (0.0, 1.0), 3, "no data")
+
+
+if __name__ == "__main__":  # the study of docs/metrics.md
+    for case in STUDY:
+        print(case[0].__name__, case[1], coverage(*case, 1000).round(3))

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from bench.data.faces import PairProtocol
 from bench.errors import DataError
-from bench.metrics.verification import far_not_measurable, fold_accuracies, lfw_accuracy, pair_scores, roc
+from bench.metrics.verification import far_not_measurable, judged_right, lfw_accuracy, pair_scores, roc
 
 
 def sample(pairs: int = 400, *, ties: bool = False, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -29,30 +29,23 @@ def reference_eer(far: np.ndarray, tar: np.ndarray) -> float:
     return float(brentq(lambda x: 1 - x - curve(x), 0, 1))
 
 
-def weights_of(replicates: int, pairs: int) -> torch.Tensor:
-    return torch.randint(0, 4, (replicates, pairs), generator=torch.Generator().manual_seed(9)).double()
-
-
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_curve_equals_scikit_learn(ties: bool) -> None:
     scores, same, _ = sample(ties=ties)
-    weights = torch.cat((torch.ones(1, len(scores), dtype=torch.float64), weights_of(4, len(scores))))
-    curve = roc(scores, same, weights)
-    assert torch.equal(roc(scores, same).tar, curve.tar[:1])
-    for row, weight in enumerate(weights):
-        far, tar, _ = roc_curve(same, scores, sample_weight=weight, drop_intermediate=False)
-        assert float(curve.auc()[row]) == pytest.approx(roc_auc_score(same, scores, sample_weight=weight), abs=1e-12)
-        assert float(curve.eer()[row]) == pytest.approx(reference_eer(far, tar), abs=1e-9)
-        for rate in (0.01, 0.1, 0.5):
-            assert float(curve.tar_at_far(rate)[row]) == pytest.approx(tar[far <= rate].max(), abs=1e-12)
+    curve = roc(scores, same)
+    far, tar, _ = roc_curve(same, scores, drop_intermediate=False)
+    assert curve.auc() == pytest.approx(roc_auc_score(same, scores), abs=1e-12)
+    assert curve.eer() == pytest.approx(reference_eer(far, tar), abs=1e-9)
+    for rate in (0.01, 0.1, 0.5):
+        assert curve.tar_at_far(rate) == pytest.approx(tar[far <= rate].max(), abs=1e-12)
 
 
 def test_perfect_and_reversed_separation() -> None:
     same = torch.tensor([True, True, False, False])
     scores = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    assert (float(roc(scores, same).auc()), float(roc(scores, same).eer())) == (1.0, 0.0)
-    assert (float(roc(-scores, same).auc()), float(roc(-scores, same).eer())) == (0.0, 1.0)
-    assert (float(roc(torch.ones(4), same).auc()), float(roc(torch.ones(4), same).eer())) == (0.5, 0.5)
+    assert (roc(scores, same).auc(), roc(scores, same).eer()) == (1.0, 0.0)
+    assert (roc(-scores, same).auc(), roc(-scores, same).eer()) == (0.0, 1.0)
+    assert (roc(torch.ones(4), same).auc(), roc(torch.ones(4), same).eer()) == (0.5, 0.5)
 
 
 def test_three_of_three_hundred_impostors_pass_one_per_cent() -> None:
@@ -60,7 +53,7 @@ def test_three_of_three_hundred_impostors_pass_one_per_cent() -> None:
     impostors = torch.arange(300).float()
     genuine = torch.tensor([1000.0, 297.5, 296.5, 295.5])
     scores, same = torch.cat((impostors, genuine)), torch.arange(304) >= 300
-    assert float(roc(scores, same).tar_at_far(0.01)) == 0.75
+    assert roc(scores, same).tar_at_far(0.01) == 0.75
 
 
 def test_far_below_one_impostor_pair_is_not_measurable() -> None:
@@ -70,36 +63,27 @@ def test_far_below_one_impostor_pair_is_not_measurable() -> None:
         far_not_measurable(0.0, 300)
 
 
-def exhaustive_fold(scores: np.ndarray, same: np.ndarray, fold: np.ndarray, weight: np.ndarray, number: int) -> float:
+def exhaustive_fold(scores: np.ndarray, same: np.ndarray, fold: np.ndarray, number: int) -> float:
     """Textbook LFW: try every midpoint on the other folds one by one, take the middle one of the best."""
     train, test = fold != number, fold == number
     values = np.unique(scores[train])
     candidates = np.concatenate(([values[0] - 1], (values[1:] + values[:-1]) / 2, [values[-1] + 1]))
-    gained = [np.sum(weight[train] * ((scores[train] >= t) == same[train])) for t in candidates]
+    gained = [np.sum((scores[train] >= t) == same[train]) for t in candidates]
     best = np.flatnonzero(np.array(gained) == max(gained))
     threshold = candidates[best[(len(best) - 1) // 2]]
-    return float(np.sum(weight[test] * ((scores[test] >= threshold) == same[test])) / weight[test].sum())
+    return float(np.mean((scores[test] >= threshold) == same[test]))
 
 
 @pytest.mark.parametrize("ties", [False, True])
 def test_lfw_accuracy_equals_exhaustive_search(ties: bool) -> None:
     scores, same, fold = sample(150, ties=ties)
-    weights = torch.cat((torch.ones(1, 150, dtype=torch.float64), weights_of(3, 150)))
-    accuracies = fold_accuracies(scores, same, fold, weights)
+    right = judged_right(scores, same, fold)
     columns = scores.double().numpy(), same.numpy(), fold.numpy()
-    expected = [[exhaustive_fold(*columns, weight, number) for number in range(5)] for weight in weights.numpy()]
-    np.testing.assert_allclose(accuracies.numpy(), expected, atol=1e-12)
+    expected = [exhaustive_fold(*columns, number) for number in range(5)]
+    assert [float(right[fold == number].double().mean()) for number in range(5)] == pytest.approx(expected)
     accuracy = lfw_accuracy(scores, same, fold)
-    assert accuracy.mean == pytest.approx(np.mean(expected[0]))
-    assert accuracy.std == pytest.approx(np.std(expected[0]))
-
-
-def test_many_replicates_equal_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, same, fold = sample(60)
-    weights = weights_of(7, 60)
-    expected = torch.cat([fold_accuracies(scores, same, fold, row[None]) for row in weights])
-    monkeypatch.setattr("bench.metrics.verification._CHUNK_ELEMENTS", 130)  # two replicates at once
-    torch.testing.assert_close(fold_accuracies(scores, same, fold, weights), expected)
+    assert accuracy.mean == pytest.approx(np.mean(expected))
+    assert accuracy.std == pytest.approx(np.std(expected))
 
 
 def test_the_overall_threshold_is_the_best_one() -> None:
@@ -113,17 +97,7 @@ def test_a_fold_of_its_own_never_sets_its_threshold() -> None:
     # Fold 0 is separated elsewhere than fold 1: thresholds taken from the fold itself would score 1.
     scores = torch.tensor([0.2, 0.1, 0.9, 0.8])
     same = torch.tensor([True, False, True, False])
-    assert fold_accuracies(scores, same, torch.tensor([0, 0, 1, 1])).tolist() == [[0.5, 0.5]]
-
-
-def test_a_replicate_without_a_class_or_a_fold_is_nan() -> None:
-    scores, same, fold = sample(40)
-    weights = torch.stack(((~same).double(), (fold != 2).double()))
-    curve = roc(scores, same, weights)
-    for statistic in (curve.auc(), curve.eer(), curve.tar_at_far(0.1)):
-        assert statistic.isnan().tolist() == [True, False]
-    accuracies = fold_accuracies(scores, same, fold, weights)
-    assert accuracies[1].isnan().tolist() == [False, False, True, False, False]
+    assert judged_right(scores, same, torch.tensor([0, 0, 1, 1])).tolist() == [False, True, True, False]
 
 
 def test_pair_scores_are_cosines() -> None:
@@ -148,5 +122,3 @@ def test_wrong_input_is_refused() -> None:
         lfw_accuracy(scores, same, torch.zeros(20, dtype=torch.int64))
     with pytest.raises(DataError, match="folds must be"):
         lfw_accuracy(scores, same, fold[:3])
-    with pytest.raises(DataError, match=r"\(R, 20\)"):
-        roc(scores, same, torch.ones(2, 19))
