@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from bench.data.encoded import IdentityView
-from bench.data.faces import Faces, FaceSet, PairProtocol, Skipped, Source, components
+from bench.data.faces import Contents, Faces, FaceSet, PairProtocol, Skipped, Source, components
 from bench.data.pairs import draw_pairs
 from bench.errors import DataError, UsageError
 from bench.progress import Report, no_report
@@ -144,6 +144,12 @@ def _official(victims: FaceSet, pairs: PairProtocol) -> tuple[FaceSet, PairProto
         notes.append(
             f"{once} of the {genuine} genuine pairs of the dataset's own list show one image twice, which matches "
             "behind any defence: they are left out"
+        )
+    digests = Contents.of(victims.images).digests
+    if twice := int((digests[pairs.first[~pairs.same]] == digests[pairs.second[~pairs.same]]).sum()):
+        notes.append(
+            f"{twice} impostor pairs of the dataset's own list show one image under two names: they are kept, and no "
+            "recogniser can tell them apart"
         )
     small = _thumbnails(victims.images)
     if near := int(_look_alike(small[pairs.first[pairs.same]], small[pairs.second[pairs.same]]).sum()):
@@ -275,7 +281,8 @@ def split(
     if not _enough(counts):
         least = next(k for k in itertools.count(people + 1) if _enough(_counts(k, shares)))
         wanted = ", ".join(f"{name} {share:.3g}" for name, share in shares.items())
-        without = f" ({len(dropped)} were left out as doubles)" if dropped else ""
+        twins = len(dropped) - len(faces_copies)
+        without = f" ({twins} were left out as doubles)" if twins else ""
         raise DataError(
             f"{people} identities{without} are too few to share out as {wanted}: at least {least} are needed"
         )

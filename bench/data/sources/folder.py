@@ -216,6 +216,9 @@ def _some(names: Iterable[str]) -> str:
 #: Folders of these names hold parts of a data set, and no person.
 _PARTS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing", "gallery", "probe"})
 
+#: What lies in a folder that another dataset reads.
+_OTHER_LAYOUTS = {".rec": "insightface", ".bin": "insightface", ".tar": "webdataset"}
+
 #: Images of each identity, by their path below its folder.
 _Files = dict[str, list[bytes]]
 
@@ -304,7 +307,9 @@ def _found(root: Path) -> str:
     ]
     where = next((depth for (depth, suffix), _ in seen.most_common() if suffix in SUFFIXES), None)
     todo = "convert them, or look for the right folder"
-    if where is not None:
+    if elsewhere := next((name for suffix, name in _OTHER_LAYOUTS.items() if (0, suffix) in seen), None):
+        todo = f"use --dataset {elsewhere}"
+    elif where is not None:
         todo = "point --data-root at the folder of people" if where else "give each person a folder of their own"
     return f"found {', '.join(listed)}; {todo}"
 

@@ -48,7 +48,7 @@ def verify(path: Path, *, report: Report = no_report) -> Verification:
     """Decode every image and check what the files say of each other.
 
     Looked for: images that cannot be decoded; blank, tiny or non-square images; identical images under one or two
-    names; a genuine pair of identical images; nobody with two images; ``property`` and record counts that
+    names; a pair of identical images; nobody with two images; ``property`` and record counts that
     disagree; stray files. Where the structure of a file is damaged, that is the finding, and the next file is
     looked at.
 
@@ -115,10 +115,11 @@ def _oddities(image: torch.Tensor) -> list[str]:
 def _duplicates(source: EncodedSource, digests: list[bytes | None]) -> list[Finding]:
     findings = []
     if (pairs := source.pairs) is not None:
-        for number in np.flatnonzero(pairs.same).tolist():
+        for number, same in enumerate(pairs.same.tolist()):
             first, second = int(pairs.first[number]), int(pairs.second[number])
             if digests[first] is not None and digests[first] == digests[second]:
-                findings.append(_suspicious(source.where(first), f"genuine pair {number} is one image twice"))
+                kind = "genuine" if same else "impostor"
+                findings.append(_suspicious(source.where(first), f"{kind} pair {number} is one image twice"))
     if isinstance(source, PackSource):
         return findings  # packs repeat images by design
     seen: dict[bytes, int] = {}

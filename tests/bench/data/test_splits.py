@@ -134,6 +134,16 @@ def test_of_the_copies_of_a_person_one_stays():
     assert drop_copies(blank)[0].labels.tolist() == [0, 1]
 
 
+def test_copies_of_a_persons_own_are_no_doubles():
+    """Too few people are told how many doubles went, and images are none."""
+    learners = faces([3] * 5)
+    images = learners.images.clone()
+    images[2] = images[1]
+    images[14] = images[11]  # persons 4 and 3
+    with pytest.raises(DataError, match=r"4 identities \(1 were left out as doubles\) are too few"):
+        split(Source("x", FaceSet(images, learners.labels, learners.names)), **SHARES, generator=generator())
+
+
 def photo(seed):
     """A smooth picture of 64x64 pixels, uint8 (3, 64, 64)."""
     small = torch.rand(1, 3, 9, 9, generator=torch.Generator().manual_seed(seed)) * 255
@@ -196,6 +206,19 @@ def test_official_pairs_of_one_image_are_left_out_and_said():
     assert [entry.where for entry in splits.dropped] == ["v0"]
     assert splits.notes[0].startswith("1 of the 4 genuine pairs of the dataset's own list show one image twice")
     assert splits.notes[1].startswith("1 of the 3 genuine pairs of the dataset's own list look like one picture")
+    images[4] = images[0]  # under another name
+    splits = split(
+        Source(
+            "x",
+            faces([4] * 40),
+            FaceSet(images, victims.labels, victims.names),
+            PairProtocol(torch.tensor([0, 0]), torch.tensor([1, 4]), torch.tensor([True, False]), torch.tensor([0, 1])),
+        ),
+        **SHARES,
+        generator=generator(),
+    )
+    assert len(splits.pairs) == 2
+    assert splits.notes[0].startswith("1 impostor pairs of the dataset's own list show one image under two names")
     only = PairProtocol(*(column[[1, 4]] for column in (pairs.first, pairs.second, pairs.same, pairs.fold)))
     with pytest.raises(DataError, match="all 1 genuine pairs of the dataset show one image twice"):
         split(Source("x", faces([4] * 40), victims, only), **SHARES, generator=generator())

@@ -229,6 +229,8 @@ def test_parts_without_people(make_tree):
         (["x/y/a/1.jpg", "x/README"], r"found 1 .* folders down.*; point --data-root at the folder of people"),
         (["a/1", "b.txt"], r"found 1 \.txt beside the identity folders, 1 without suffix one folder down"),
         ([".git/a/b.jpg"], "it holds no files"),
+        (["train.rec", "property"], r"found 1 \.rec beside the identity folders, .*; use --dataset insightface"),
+        (["a-0000.tar"], "use --dataset webdataset"),
     ],
 )
 def test_what_was_found_where_images_are_not(tmp_path, files, message):

@@ -64,7 +64,7 @@ def test_identities_in_json(tmp_path, make_jpeg, key):
     write_shard(
         tmp_path / "a.tar",
         [
-            (f"{long}/1.json", json.dumps({"width": 112, key: "Ann"}).encode()),
+            (f"{long}/1.json", json.dumps({"width": 112, key: "Ann"}).encode("utf-8-sig")),
             (f"{long}/1.JPG", make_jpeg(0)),
             (f"{long}/2.seg.png", make_jpeg(1)),
             (f"{long}/2.json", json.dumps({key: 5}).encode()),

@@ -68,6 +68,13 @@ def test_genuine_pair_of_one_image(make_tree):
     assert "genuine pair 0 is one image twice" in reasons
 
 
+def test_impostor_pair_of_one_image(make_tree):
+    root = make_tree(PEOPLE)
+    (root / "pairs.txt").write_text(PAIRS)
+    (root / "Bob/Bob_0002.jpg").write_bytes((root / "Ann/Ann_0001.jpg").read_bytes())
+    assert "impostor pair 1 is one image twice" in [finding.reason for finding in verify(root).findings]
+
+
 def test_nobody_with_two_images(make_tree):
     assert by_place(verify(make_tree({"Ann": 1, "Bob": 1})))["."] == ("suspicious", "nobody has two images")
 
