@@ -205,6 +205,8 @@ class Attack(nn.Module, ABC):
         reference: paper, venue and year.
         needs: the capabilities without which it cannot work, checked before any compute.
         uses: capabilities that it makes use of where the rung grants them, and can do without.
+        opens: kinds of canary (:attr:`defenses.base.Defense.canary`: ``mixture``, ``affine``, ``permutation``) that it
+            is made for, beside unprotected faces: where it is no better than a floor on one of these, it is broken.
         Options: the option model.
         presets: options that a preset of the harness (``quick``, ``cpu``, ``gpu``, ``paper``) sets.
         budgets: axis of a strength curve (``steps``, ``queries``) -> the integer option that bounds it.
@@ -221,6 +223,7 @@ class Attack(nn.Module, ABC):
     # Of an attack that is made of others, as its options say, an instance knows more than its class.
     needs: frozenset[Capability] = frozenset()
     uses: frozenset[Capability] = frozenset()
+    opens: ClassVar[frozenset[str]] = frozenset()
     Options: ClassVar[type[AttackOptions]] = AttackOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     budgets: ClassVar[Mapping[str, str]] = {}

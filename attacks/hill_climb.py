@@ -66,6 +66,7 @@ class HillClimb(EigenfaceSearch):
     reference = (
         "Razzhigaev et al., Darker than Black-Box: Face Reconstruction from Similarity Queries, arXiv 2106.14290, 2021"
     )
+    opens = frozenset({"mixture"})
     Options = HillClimbOptions
     presets: ClassVar = {
         "quick": {"queries": 128, "components": 64, "batch": 16},

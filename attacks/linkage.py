@@ -300,6 +300,7 @@ class Linkage(LinkageAttack):
     )
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC})
     uses = frozenset({Capability.PROTECTION})
+    opens = frozenset({"affine", "mixture", "permutation"})
     Options = LinkageOptions
     presets: ClassVar = {
         # Hundreds or a few thousand steps: higher rates and hints make the most of them.

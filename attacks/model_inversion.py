@@ -250,6 +250,7 @@ class ModelInversion(RecoveryAttack):
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.RECOGNISER, Capability.TEMPLATES})
     needs_gradients = True
     budgets: ClassVar = {"steps": "steps"}
+    opens = frozenset({"mixture"})
     Options = ModelInversionOptions
     presets: ClassVar = {
         "quick": {

@@ -185,6 +185,7 @@ class Template(RecoveryAttack):
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TEMPLATES, Capability.EMBEDDINGS})
     uses = frozenset({Capability.RECOGNISER, Capability.KEY})
     budgets: ClassVar = {"images": "images"}
+    opens = frozenset({"mixture"})
     Options = TemplateOptions
     presets: ClassVar = {
         # Small batches and a higher rate make the most of the steps that two cores can afford.

@@ -80,6 +80,7 @@ class UNet(InversionAttack):
     reference = "PartialFace (recovery attack), ICCV 2023; U-Net, MICCAI 2015"
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM})
     uses = frozenset({Capability.TRAFFIC, Capability.PROTECTION})
+    opens = frozenset({"affine", "mixture"})
     Options = UNetOptions
     presets: ClassVar = {
         "quick": {**TWO_CORES, "widths": (16, 32, 64), "images": 2_000, "state_faces": 300, "traffic": 500},

@@ -59,6 +59,7 @@ class UNetEnsemble(InversionAttack):
     cost = "fit: minutes (trains a network per state); recover: tens of faces/s"
     reference = "PartialFace (enhanced attacker), ICCV 2023"
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.SECRET})
+    opens = frozenset({"affine", "mixture"})
     Options = UNetEnsembleOptions
     presets: ClassVar = {
         "quick": {**TWO_CORES, "widths": (8, 16, 32), "images": 2_000},

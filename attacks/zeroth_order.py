@@ -74,6 +74,7 @@ class ZerothOrder(EigenfaceSearch):
     summary = "climbs gradients of the verification score that are estimated from queries"
     cost = "fit: PCA of the public faces; recovery: `queries` score queries per victim"
     reference = "MAP2V (Zhang et al.), CVPR 2024"
+    opens = frozenset({"mixture"})
     Options = ZerothOrderOptions
     presets: ClassVar = {
         "quick": {"queries": 128, "components": 64, "directions": 8},

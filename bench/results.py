@@ -286,6 +286,9 @@ class RunResult(ResultModel):
     state_inference: StateInference | None = None
     strength: StrengthCurve | None = None
     attacks: dict[str, AttackResult] = Field({}, description="of a run of several attacks, what each got, by its name")
+    failed: dict[str, str] = Field(
+        {}, description="of several attacks those that gave up, and why: the worst case is incomplete without them"
+    )
     worst_case: Recovery | None = Field(
         None,
         description="per victim and figure, the value under the recovery attack from which most leaks; its floor "

@@ -210,6 +210,11 @@ class Defense(nn.Module, ABC):
         return self.representation_shape[0]
 
     @property
+    def canary(self) -> str:
+        """Of a map that hides nothing, its kind, which attacks name that are made for it; empty for a defence."""
+        return ""
+
+    @property
     def views(self) -> int:
         """How many random copies of each image recogniser training uses (r in PartialFace)."""
         return 1

@@ -193,11 +193,12 @@ def report_csv(settings: Sequence[Setting]) -> str:
 def _lines(cell: Cell) -> Iterator[Sequence[Any]]:
     manifest, result = cell.run.manifest, cell.run.result
     head = [manifest.run_id, manifest.protocol, manifest.config.get("dataset"), manifest.config.get("image_size")]
-    head += [cell.defense, cell.attack, cell.knowledge, cell.seed, result.status]
+    status = "error" if cell.name in result.failed else result.status
+    head += [cell.defense, cell.attack, cell.knowledge, cell.seed, status]
     for figure, measure in _figures(cell):
         yield [*head, figure, measure.value, *(measure.ci95 or ("", "")), measure.n, measure.reason, cell.verdict]
-    if cell.run.failed:
-        yield [*head, "", "", "", "", "", result.error, cell.verdict]
+    if cell.result is None:
+        yield [*head, "", "", "", "", "", result.failed.get(cell.name, result.error), cell.verdict]
 
 
 def _figures(cell: Cell) -> Iterator[tuple[str, Measure]]:

@@ -179,13 +179,15 @@ def recovery_table(setting: Setting, number: int) -> Table | None:
 
 
 def failures(settings: Sequence[Setting]) -> list[tuple[str, str]]:
-    """(label, reason) of every run that has no figures."""
-    return [
+    """(label, reason) of every run that has no figures, and of every attack that gave up in one that has."""
+    runs = [
         (label, cell.run.result.error or cell.run.result.status)
         for setting in settings
         for label, cell in setting.runs
         if cell.run.failed
     ]
+    gone = [(cell, cell.run.result.failed.get(cell.name)) for setting in settings for cell in setting.cells]
+    return runs + [(cell.label, reason) for cell, reason in gone if reason is not None]
 
 
 # -- in short ----------------------------------------------------------------------------------------

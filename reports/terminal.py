@@ -87,7 +87,8 @@ def render_result(result: RunResult, directory: Path) -> RenderableType:
         parts += [Text(f"Attack {name}", style="bold underline")] if result.attacks else []
         parts += _attack(name, attack, result)
     if result.worst_case is not None:
-        parts.append(Text("Worst case of all attacks, victim by victim", style="bold underline"))
+        failed = f"; incomplete: {', '.join(result.failed)} failed" if result.failed else ""
+        parts.append(Text(f"Worst case of all attacks, victim by victim{failed}", style="bold underline"))
         parts += _recovery("worst case", result.worst_case, result)
         if result.worst_case_test is not None and result.worst_case_test.above is False:
             parts.append(Text(f"worst case: {NO_BETTER}", style="bold red"))

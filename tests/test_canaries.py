@@ -1,14 +1,15 @@
 """Canaries: on an open door every attack must get in, and out of pure noise none may bring anything.
 
-An attack that cannot break `none` is broken; one that beats the floors on unbounded noise is cheating. Small runs
-through the whole pipeline; the judge is a fixed function of coarse pixels, deterministic and known to no attack.
+An attack that cannot break `none`, or a canary that it says it is made for, is broken; one that beats the floors on
+unbounded noise is cheating. Small runs through the whole pipeline; the judge is a fixed function of coarse pixels,
+deterministic and known to no attack.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from bench import plugins
 from bench.results import Quality, RunResult
 from bench.run.config import resolve
 from bench.run.pipeline import Pipeline
+from defenses.canary import CanaryOptions
 
 SIZE = 32
 #: Pixels of the judge's view, each side.
@@ -66,6 +68,10 @@ CANARIES = {
     "zeroth-order": Canary("likeness", {"queries": 256}),
     "linkage": Canary("link"),
 }
+
+
+KINDS = CanaryOptions.model_fields["kind"].annotation
+OPENED = [(name, kind) for name in CANARIES for kind in sorted(plugins.attacks().get(name).opens)]
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +157,26 @@ def test_an_open_door_is_walked_through(name, judge, out):
         distances = [result.recovery.floors[name].identity.knn_distance.value for name in FLOORS]
         assert result.recovery.identity.knn_distance.value < min(distances) - 0.03
     assert not any("broken" in warning for warning in result.warnings)
+
+
+def test_every_attack_says_which_canaries_it_opens():
+    assert all(plugins.attacks().get(name).opens <= set(get_args(KINDS)) for name in CANARIES)
+    assert all(plugins.attacks().get(name).opens for name in CANARIES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), OPENED)
+def test_a_canary_that_an_attack_is_made_for_is_opened(name, kind, judge, out):
+    result = attacked(name, "canary", {"kind": kind}, judge, out)
+    assert (result.attack.above_floor, result.attack.broken) == (True, False)
+    claim = CANARIES[name].claim
+    if claim == "link":
+        assert result.linkage.protected_plain.auc.value > 0.7
+    elif claim == "picture":
+        assert value(result.recovery, "ssim") > best_floor(result, "ssim") + 0.2
+    else:
+        blind = max(value(result.recovery.floors[name], "cosine") for name in FLOORS[:3])
+        assert value(result.recovery, "cosine") > blind + 0.05
 
 
 @pytest.mark.slow

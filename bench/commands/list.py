@@ -68,6 +68,7 @@ def _attacks() -> list[dict[str, Any]]:
             "kind": "linkage" if issubclass(attack, LinkageAttack) else "recovery",
             "needs": sorted(attack.needs),
             "uses": sorted(attack.uses),
+            "opens": ["none", *sorted(attack.opens)],
             "cost": attack.cost,
             "budgets": [DATA, INTERCEPTIONS, *attack.budgets],
         }
@@ -127,7 +128,7 @@ _MAKERS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 }
 
 #: What the table of all leaves to the page of one.
-_DETAILS = ("options", "presets", "reference", "uses", "cost", "budgets")
+_DETAILS = ("options", "presets", "reference", "uses", "opens", "cost", "budgets")
 
 
 def _table(entries: list[dict[str, Any]]) -> RenderableType:

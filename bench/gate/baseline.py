@@ -194,8 +194,9 @@ def make_baseline(runs: Sequence[Run], earlier: Baseline | None = None) -> Basel
     cells: dict[str, tuple[CellKey, str, list[Run]]] = {}
     for run in runs:
         check_protocol(run, PROTOCOL_VERSION)
-        if run.failed:
-            raise UsageError(f"{run.directory} failed ({run.result.error}): a baseline needs runs that succeeded")
+        if run.failed or run.result.failed:
+            why = run.result.error or "; ".join(run.result.failed.values())
+            raise UsageError(f"{run.directory} failed ({why}): a baseline needs runs that succeeded")
         for attack in run.attacks:
             key = cell_key(run, attack)
             cells.setdefault(key.model_dump_json(), (key, attack, []))[2].append(run)

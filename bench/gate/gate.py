@@ -82,8 +82,8 @@ def _missing(cell: Cell, unmatched: Sequence[tuple[Run, CellKey]]) -> CellVerdic
 
 def _verdict(run: Run, attack: str, key: CellKey, cell: Cell, baseline: Baseline) -> CellVerdict:
     about = {"cell": cell.key.label, "run": run.manifest.run_id, "directory": str(run.directory)}
-    if run.failed:
-        notes = [f"the run failed: {run.result.error or run.result.status}"]
+    if (part := run.attacks[attack]) is None:
+        notes = [f"the run failed: {run.result.failed.get(attack) or run.result.error or run.result.status}"]
         return CellVerdict(**about, outcome="failed", notes=notes)
     scores, reasons = run_scores(run, attack)
     compared, paired = references(scores, cell.runs)
@@ -99,7 +99,7 @@ def _verdict(run: Run, attack: str, key: CellKey, cell: Cell, baseline: Baseline
             lacking = FigureVerdict.of(name, expected, expected.value, None, outcome="inconclusive", note=note)
             figures.append(lacking)
     outcome, notes = worst(figure.outcome for figure in figures), _notes(run, attack, key, cell, scores, figures)
-    if (part := run.attacks[attack]) is not None and part.attack.above_floor is False:
+    if part.attack.above_floor is False:
         outcome = worst((outcome, "inconclusive"))  # nothing was tried that could have found a change
     return CellVerdict(**about, outcome=outcome, figures=figures, notes=notes)
 

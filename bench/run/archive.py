@@ -167,9 +167,10 @@ class Run:
 
     @property
     def attacks(self) -> dict[str, AttackResult | None]:
-        """By its name, what each attack got; None of those of a run without figures."""
+        """By its name, what each attack got; None of one that gave up, and of those of a run without figures."""
         asked = str(self.manifest.config.get("attack", "?")).split(",")
-        return dict(self.result.attack_results) or dict.fromkeys(name.strip() for name in asked)
+        got = {**self.result.attack_results, **dict.fromkeys(self.result.failed)}
+        return got or dict.fromkeys(name.strip() for name in asked)
 
     def attack_options(self, attack: str) -> dict[str, Any]:
         """The options asked for one of the attacks: its own, and those for all, as far as it is known to have them."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from bench.errors import BenchError
 from bench.measures import KINDS
 from bench.metrics.bootstrap import ALIKE
 from bench.results import (
@@ -35,6 +37,7 @@ class Findings:
     Attributes:
         several: whether there are several attacks: warnings and speeds then say which one they are about.
         results: by the attack's name.
+        failed: why an attack gave up, by its name.
         worst_case: of several recovery attacks, per victim and figure the value under the one from which most leaks.
         worst_case_test: whether that is more than the pointwise worst case of the floors.
         evaluator: the recogniser that scored identities, if one did.
@@ -44,6 +47,7 @@ class Findings:
 
     several: bool
     results: dict[str, AttackResult] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     worst_case: Recovery | None = None
     worst_case_test: FloorTest | None = None
     evaluator: EvaluatorInfo | None = None
@@ -57,6 +61,9 @@ class Findings:
         over: FloorTest,
         plain: FloorTest,
         speed: Mapping[str, Throughput],
+        *,
+        opens: frozenset[str] = frozenset(),
+        canary: str = "",
         **figures: Any,
     ) -> None:
         """Take in one attack, marked by what follows from its report, its strength curve and the floors.
@@ -67,6 +74,8 @@ class Findings:
             over: whether it gets more than the floors.
             plain: whether it does out of unprotected faces.
             speed: operation -> speed.
+            opens: the kinds of canary that the attack says it opens.
+            canary: the kind of canary that was attacked; empty where it was none.
             figures: the parts of its :class:`~bench.results.AttackResult`.
         """
         warnings = []
@@ -74,6 +83,10 @@ class Findings:
             warnings.append(f"{NO_BETTER} ({over.told()})")
         if plain.above is False:
             warnings.append(f"broken: on unprotected faces the attack is no better than a floor ({plain.told()})")
+        if over.above is False and not opens:
+            warnings.append("the attack names no canary that it opens: it may open unprotected faces alone")
+        if over.above is False and canary in opens:
+            warnings.append(f"broken: the attack says that it opens the canary {canary}, and is no better than a floor")
         if info.saturated is False:
             warnings.append(
                 "unsaturated: the attack was still improving when its budget ended; its figure is a lower bound"
@@ -93,11 +106,27 @@ class Findings:
                 strength = strength.model_copy(update={"unsaturated": None})
         warnings += _of_states(info)
         name, broken = info.name, None if plain.above is None else not plain.above
+        if canary in opens and over.above is False:
+            broken = True
         tests = {"above_floor": over.above, "broken": broken, "floor_test": over, "plain_test": plain}
         info = info.model_copy(update=tests)
         self.results[name] = AttackResult(attack=info, strength=strength, **figures)
         self.warnings += [f"{name}: {warning}" if self.several else warning for warning in warnings]
         self.throughput |= {f"{operation} {name}" if self.several else operation: t for operation, t in speed.items()}
+
+    @contextmanager
+    def surviving(self, name: str) -> Iterator[None]:
+        """Where one of several attacks gives up within, keep why, and let the others go on.
+
+        What is wrong with the defence, the data or what was asked for is wrong for all of them.
+        """
+        try:
+            yield
+        except BenchError as error:
+            if not self.several or type(error) is not BenchError:
+                raise
+            self.failed[name] = str(error)
+            self.warnings.append(f"{name} failed, and the worst case is incomplete without it: {error}")
 
     def add_worst_case(self, worst_case: Recovery, over: FloorTest) -> None:
         """Take in the worst case of several recovery attacks, and whether it is more than that of the floors."""

@@ -166,9 +166,12 @@ def run_linkage(
 
     tables: list[pd.DataFrame] = []
     for name, configs in attack_configs.items():
-        info = attack_info(attacks, configs[-1], defense)
-        for attack_config in configs:
-            attacks.linked(attack_config, defense)
+        with findings.surviving(name):
+            info = attack_info(attacks, configs[-1], defense)
+            for attack_config in configs:
+                attacks.linked(attack_config, defense)
+        if name in findings.failed:
+            continue
         with stages.timed("measure"):
             points = [assess(attack_config) for attack_config in configs]
             scores, linkage = points[-1]
@@ -177,7 +180,10 @@ def run_linkage(
         with stages.timed("throughput"):
             speed = {"link": linkage_speed(attacks, configs[-1], defense)}
         over, over_plain = (chance_test(_accuracy(pairs)) for pairs in (linkage.protected_plain, linkage.plain))
-        findings.add(info, strength, over, over_plain, speed, linkage=linkage)
+        opens, canary = configs[-1].make().opens, defense.canary
+        findings.add(info, strength, over, over_plain, speed, opens=opens, canary=canary, linkage=linkage)
+    if not tables:
+        return
     store.write_table("linkage", pd.concat(tables, ignore_index=True))
     if sheet:
         sent = next(iter(attacks.interceptions(defense, attacks.selection.attacked, 2)))[1]

@@ -15,7 +15,7 @@ from rich.console import Console
 from attacks.base import LinkageAttack
 from bench import plugins
 from bench.data.loaders import DATASETS, check_stream
-from bench.errors import MissingError
+from bench.errors import BenchError, MissingError
 from bench.nets.backbones import BACKBONES
 from bench.progress import ProgressBars
 from bench.recognition.options import HEADS
@@ -140,7 +140,9 @@ class Pipeline:
         plain = stages.defense("none", {})
         utility = measure_utility(stages, defense, plain, store) if config.utility else None
         findings = self._attack(attacks, defense, plain, store)
-        last = {name: configs[-1] for name, configs in self.attack_configs.items()}
+        if not findings.results:
+            raise BenchError("; ".join(findings.failed.values()))
+        last = {name: configs[-1] for name, configs in self.attack_configs.items() if name in findings.results}
         asked = any(attacks.asks_provider(attack_config.make()) for attack_config in last.values())
         recognised = config.utility or asked or defense.level == "template"
         with stages.timed("throughput"):
@@ -149,13 +151,13 @@ class Pipeline:
         if recognised:
             kept["recogniser"] = stages.recogniser_job(defense, "provider")
         for name, attack_config in last.items():
-            kept["attack" if len(last) == 1 else f"attack-{name}"] = attacks.fit_job(attack_config, defense)
+            kept[f"attack-{name}" if findings.several else "attack"] = attacks.fit_job(attack_config, defense)
         for name, job in kept.items():
             file = f"{name.partition('-')[0]}.safetensors"
             store.keep_checkpoint(stages.cache.path(job.stage, job.key) / file, f"{name}.safetensors")
 
         results = [findings.results[name] for name in last]
-        figures = dict(results[0]) if len(last) == 1 else {"attacks": dict(zip(last, results, strict=True))}
+        figures = {"attacks": dict(zip(last, results, strict=True))} if findings.several else dict(results[0])
         dataset = self._dataset(stages, len(attacks.selection.attacked))
         described = defense.describe()
         return RunResult(
@@ -166,6 +168,7 @@ class Pipeline:
             evaluator=findings.evaluator,
             dataset=dataset,
             utility=utility,
+            failed=findings.failed,
             worst_case=findings.worst_case,
             worst_case_test=findings.worst_case_test,
             **figures,

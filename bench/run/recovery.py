@@ -84,11 +84,18 @@ def run_recovery(
     """
     stages = attacks.stages
     # First what takes long and is kept, then what is measured on it. An attack that was mis-driven is not let loose.
-    infos = {name: attack_info(attacks, configs[-1], defense) for name, configs in attack_configs.items()}
-    recovered, unprotected = {}, {}
+    infos, recovered, unprotected, several = {}, {}, {}, len(attack_configs) > 1
     for name, configs in attack_configs.items():
-        recovered[name] = [attacks.recovered(attack_config, defense) for attack_config in configs]
-        unprotected[name] = attacks.recovered(configs[-1], plain)
+        with findings.surviving(name):
+            infos[name] = attack_info(attacks, configs[-1], defense)
+    for name in list(infos):
+        configs = attack_configs[name]
+        with findings.surviving(name):
+            points = [attacks.recovered(attack_config, defense) for attack_config in configs]
+            unprotected[name] = attacks.recovered(configs[-1], plain)
+            recovered[name] = points
+    if not recovered:
+        return
     scorer = make_scorer(attacks)
     with stages.timed("measure"):
         floors = {name: scorer.assess(faces) for name, faces in floor_recoveries(attacks, defense).items()}
@@ -103,34 +110,46 @@ def run_recovery(
             for name, ceiling in unprotected.items()
         }
     tables: dict[str, Assessment] = {}
-    for name, configs in attack_configs.items():
-        info, last, points = infos[name], recovered[name][-1], assessed[name]
+    for name in recovered:
+        configs = attack_configs[name]
+        info, last, scored = infos[name], recovered[name][-1], assessed[name]
         if last.queries is not None:
             asked = {"queries_per_victim": int(last.queries.sum()) / len(last.faces)}
             info = info.model_copy(update={"details": info.details | asked})
         with stages.timed("measure"):
-            strength = strength_curve(attacks, configs, points, _leakage, scorer.gain, RECOVERY_TOLERANCE)
+            strength = strength_curve(attacks, configs, scored, _leakage, scorer.gain, RECOVERY_TOLERANCE)
             inference = state_inference(last.right, defense, scorer)
             # Nobody finds the nearest public face without looking at what was sent; and of unprotected faces it is
             # found by the whole picture, which is no trivial guess.
             blind = {key: floor for key, floor in floors.items() if key != "nearest"}
-            looked = blind if configs[-1].make().needs & _NO_PICTURE else floors
-            over = _floor_test(scorer, points[-1], looked | {"others": others[name]})
+            attack = configs[-1].make()
+            looked = blind if attack.needs & _NO_PICTURE else floors
+            over = _floor_test(scorer, scored[-1], looked | {"others": others[name]})
             over_plain = _floor_test(scorer, ceilings[name], blind | {"others": plain_others[name]})
-        recovery = _recovery(points[-1], floors, ceilings[name])
+        recovery = _recovery(scored[-1], floors, ceilings[name])
         with stages.timed("throughput"):
             speed = {"recover": recovery_speed(attacks, configs[-1], defense, last)}
-        findings.add(info, strength, over, over_plain, speed, recovery=recovery, state_inference=inference)
-        tables[name] = points[-1]
-        if len(attack_configs) > 1:
+        findings.add(
+            info,
+            strength,
+            over,
+            over_plain,
+            speed,
+            opens=attack.opens,
+            canary=defense.canary,
+            recovery=recovery,
+            state_inference=inference,
+        )
+        tables[name] = scored[-1]
+        if several:
             tables[f"{name} ceiling"] = ceilings[name]
         if strength is not None:
-            for point, assessment in zip(strength.points[:-1], points[:-1], strict=True):
+            for point, assessment in zip(strength.points[:-1], scored[:-1], strict=True):
                 tables[f"{name} {strength.axis}={point.budget:.10g}"] = assessment
 
     worst = scorer.worst([points[-1] for points in assessed.values()])
     ceiling = scorer.worst(list(ceilings.values()))
-    if len(attack_configs) > 1:
+    if several:
         # A maximum over attacks is held against a maximum over guesses.
         least = scorer.worst(list(floors.values()))
         bounds = {POINTWISE_WORST: least, "others": scorer.worst(list(others.values()))}

@@ -1,5 +1,6 @@
 """Runs of small attacks whose outcome is known: one that echoes, two that see a half each, one that reads states."""
 
+import io
 from dataclasses import replace
 from typing import ClassVar
 
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from tiny_runs import finished, made, pipeline, registered
 from torch.nn.functional import interpolate
@@ -17,6 +19,8 @@ from bench.results import NO_BETTER, read_result
 from bench.run.findings import FLOOR_MARGINS
 from defenses.base import Defense
 from defenses.layout import probe
+from reports.report import write_leaderboard, write_report
+from reports.terminal import render_result
 
 TINY = {"defense": "pixelate", "attack": "echo", "utility": False}
 
@@ -89,11 +93,27 @@ class PlainOnly(Echo):
     """Opens what nobody has closed, and nothing else."""
 
     name = "plain-only"
+    opens: ClassVar = frozenset({"affine"})  # or so it says
 
     def run(self, observation):
         faces = observation.representations[:, 0]
         opened = faces.shape[-1] == 32 and bool(((faces >= 0) & (faces <= 1)).all())
         return faces if opened else torch.full((len(faces), 3, 32, 32), 0.5)
+
+
+class GivesUp(Echo):
+    """Gives up wherever there is noise."""
+
+    name = "gives-up"
+
+    def run(self, observation):
+        if observation.representations.max() > 1:
+            raise ValueError("tired")
+        return super().run(observation)
+
+
+class GivesUpToo(GivesUp):
+    name = "gives-up-too"
 
 
 class Vandal(Echo):
@@ -211,9 +231,8 @@ class Failing(Echo):
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
-    with registered(
-        Echo, LeftHalf, RightHalf, Prototype, PlainOnly, Vandal, Reader, Asker, Failing, InPlace, Careful, Leaky
-    ):
+    attacks = (Echo, LeftHalf, RightHalf, Prototype, PlainOnly, GivesUp, GivesUpToo, Vandal, Reader, Asker, Failing)
+    with registered(*attacks, InPlace, Careful, Leaky):
         yield
 
 
@@ -357,6 +376,37 @@ class TestWithoutUtility:
 
 
 @pytest.mark.slow
+class TestOneOfSeveralFails:
+    NOISE: ClassVar = {"defense": "noise", "defense_options": {"scale": "0.2"}}
+
+    def test_the_others_go_on_and_the_worst_case_is_incomplete_everywhere(self, run, tmp_path):
+        result, directory = run(attack="echo,gives-up", **self.NOISE)
+        alone, _ = run(attack="echo", **self.NOISE)
+        assert list(result.attacks) == ["echo"]
+        assert result.failed == {"gives-up": "attack gives-up on noise: tired"}
+        assert result.attacks["echo"].recovery == alone.recovery
+        assert result.worst_case.ssim == alone.recovery.ssim
+        assert any("gives-up failed, and the worst case is incomplete" in warning for warning in result.warnings)
+        assert read_result(directory) == result
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(render_result(result, directory))
+        assert "Worst case of all attacks, victim by victim; incomplete: gives-up failed" in console.export_text()
+        write_report([directory], tmp_path)
+        write_leaderboard(directory, tmp_path)
+        for name in ("report.html", "report.md", "leaderboard.html", "leaderboard.md", "leaderboard.csv"):
+            assert "over 1 attack run; incomplete: 1 failed" in (tmp_path / name).read_text(), name
+        assert "tired" in (tmp_path / "measures.csv").read_text()
+
+    def test_where_all_fail_the_run_does(self, run):
+        with pytest.raises(BenchError, match="attack gives-up on noise: tired"):
+            run(attack="gives-up,gives-up-too", **self.NOISE)
+
+    def test_what_is_wrong_with_the_defence_is_wrong_for_all(self, run):
+        with pytest.raises(BenchError, match=r"^defence leaky"):
+            run(attack="echo,gives-up", defense="leaky", probes=12, queries=8)
+
+
+@pytest.mark.slow
 class TestThirdParties:
     def test_an_attack_that_writes_into_what_it_is_handed_changes_nothing(self, run):
         told = {"defense": "partialface", "knowledge": "oracle"}
@@ -397,6 +447,16 @@ class TestFloors:
     def test_what_opens_nothing_says_nothing_of_the_defence(self, run):
         result, _ = run(attack="plain-only", defense="noise", defense_options={"scale": "0.2"})
         assert (result.attack.above_floor, result.attack.broken) == (False, False)
+
+    @pytest.mark.parametrize(("kind", "broken"), [("affine", True), ("permutation", False)])
+    def test_a_canary_that_an_attack_claims_in_vain_shows_that_it_is_broken(self, run, kind, broken):
+        result, _ = run(attack="plain-only", defense="canary", defense_options={"kind": kind, "shift": 5})
+        assert (result.attack.above_floor, result.attack.broken) == (False, broken)
+        assert any("canary affine" in warning for warning in result.warnings) is broken
+
+    def test_an_attack_that_fails_and_claims_no_canary_is_said_to_be_unproven(self, run):
+        result, _ = run(attack="prototype")
+        assert any("names no canary" in warning for warning in result.warnings)
 
     def test_the_worst_case_is_held_against_the_worst_case_of_the_floors(self, several, run):
         result, directory = several
