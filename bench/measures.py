@@ -212,11 +212,20 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
     "type2_tar": _rate(
         "type II", "recovery.identity.type2_tar", "leakage",
         "Recovered faces that the evaluator accepts against another image of the person.", guard=_LEAKED),
+    "type1_far_1e3": _rate(
+        "type I @1e-3", "recovery.identity.type1_far_1e3", "leakage",
+        "As type I, at the evaluator's threshold for a false acceptance rate of 1e-3.", headline=True),
+    "type2_far_1e3": _rate(
+        "type II @1e-3", "recovery.identity.type2_far_1e3", "leakage",
+        "As type II, at the evaluator's threshold for a false acceptance rate of 1e-3."),
     "rank1": _rate(
         "rank-1", "recovery.identity.rank1", "leakage",
-        "Recovered faces whose nearest face in the gallery is of the right person.", headline=True, guard=_LEAKED),
+        "Recovered faces whose nearest face in the gallery is of the right person (Success@1).",
+        headline=True, guard=_LEAKED),
     "rank5": _rate(
-        "rank-5", "recovery.identity.rank5", "leakage", "As rank-1, among the five nearest."),
+        "rank-5", "recovery.identity.rank5", "leakage", "As rank-1, among the five nearest (Success@5)."),
+    "rank20": _rate(
+        "rank-20", "recovery.identity.rank20", "leakage", "As rank-1, among the twenty nearest (Success@20)."),
     "cosine": Kind(
         "cosine", "recovery.identity.cosine", "leakage",
         "Cosine of the evaluator's embeddings of recovered and original face.", span="-1..1", headline=True,
@@ -271,6 +280,8 @@ _WHOSE = (
     (re.compile(r"^attacks\.[^.]+\."), ""),
     (re.compile(r"^worst_case\."), "recovery."),
     (re.compile(r"\.(ceiling|unprotected|floors\.[^.]+)(?=\.)"), ""),
+    (re.compile(r"\.judges\.[^.]+(?=\.)"), ".identity"),
+    (re.compile(r"^evaluator(s\.[^.]+)?(?=\.accuracy$)"), "utility"),
     (re.compile(r"^linkage\.(protected_protected|plain)(?=\.)"), _LINKAGE),
     (re.compile(r"(?<=^linkage\.d_sys\.).*"), "protected_plain"),
     (re.compile(r"(?<=\.tar_at_far)\..*"), ""),

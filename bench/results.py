@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from bench.measures import KINDS, ResultModel, kind_at
+from bench.measures import KINDS, ResultModel, interval, kind_at, shown
 from bench.measures import Direction as Direction
 from bench.measures import Measure as Measure
 
@@ -70,18 +70,24 @@ class Linkage(ResultModel):
 
 
 class Identity(ResultModel):
-    """Identity leakage under the evaluator (DESIGN: type I against the same image, type II another)."""
+    """Identity leakage under a judge: type I against the same image, type II against another of the person."""
 
     type1_tar: Measure
     type2_tar: Measure
+    type1_far_1e3: Measure | None = Field(None, description="type I at the judge's threshold for FAR 1e-3")
+    type2_far_1e3: Measure | None = Field(None, description="type II at the judge's threshold for FAR 1e-3")
     rank1: Measure
     cosine: Measure
     rank5: Measure | None = None
+    rank20: Measure | None = None
     knn_distance: Measure | None = None
 
 
 class Quality(ResultModel):
-    """How near recovered faces come to the originals."""
+    """How near recovered faces come to the originals.
+
+    Of several judges ``identity`` has, figure by figure, the value by which most leaks.
+    """
 
     ssim: Measure
     psnr: Measure
@@ -89,6 +95,7 @@ class Quality(ResultModel):
     ms_ssim: Measure
     lpips: Measure
     identity: Identity
+    judges: dict[str, Identity] = Field({}, description="of a run with several judges, what each finds, by its name")
 
     def figure(self, name: str) -> Measure | None:
         """The figure of this name, of the picture or of the person; None where it is neither or was not asked for."""
@@ -243,12 +250,43 @@ def _at(result: BaseModel, place: str) -> Measure | None:
     return node if isinstance(node, Measure) else None
 
 
+#: A judge that tells fewer plain pairs apart judges nothing.
+LEAST_ACCURACY = 0.9
+
+
 class EvaluatorInfo(ResultModel):
+    """A recogniser that judges identity leakage: what it is fed, and how well it tells plain pairs apart."""
+
     name: str
-    sha256: str | None
-    accuracy: float
-    threshold: float
-    far_at_threshold: float
+    sha256: str | None = Field(description="of all bytes of its files; null if it was trained")
+    files: list[str] = Field([], description="their names")
+    layout: str | None = Field(None, description="order of the axes of its input: NCHW or NHWC")
+    input_size: tuple[int, int] | None = Field(None, description="height and width in pixels; faces are resized to it")
+    input_range: str | None = Field(None, description="what it is fed of faces x in [0, 1]")
+    colours: str | None = Field(None, description="RGB or BGR")
+    batch: int | None = Field(None, description="faces per run where its file or its graph fixes them")
+    normalisation: str = Field("", description="operations at the entry of its graph that scale the input")
+    accuracy: Measure = Field(description="share of the victims' plain pairs that it tells apart right (LFW View 2)")
+    threshold: float = Field(description="cosine of best accuracy on these pairs, of type1_tar and type2_tar")
+    far_at_threshold: float = Field(description="share of the impostor pairs that it accepts there")
+    impostor_pairs: int = Field(0, description="how many impostor pairs there are")
+    threshold_far_1e3: float | None = Field(None, description="lowest cosine that accepts a thousandth of them at most")
+    accepted_far_1e3: int = Field(
+        0, description="how many impostor pairs it accepts there: what the threshold rests on"
+    )
+    withheld: str | None = Field(None, description="why its figures are null, if they are")
+
+    @field_validator("accuracy", mode="before")
+    @classmethod
+    def _without_interval(cls, accuracy: Any) -> Any:
+        """A number, as results of before there were several judges have it."""
+        return {"value": accuracy, "direction": "utility"} if isinstance(accuracy, float | int) else accuracy
+
+    @property
+    def told(self) -> str:
+        """Its name, and how many plain pairs it tells apart, for captions."""
+        accuracy = f"{shown('accuracy', self.accuracy)} % {interval('accuracy', self.accuracy)}".rstrip()
+        return f"{self.name} ({accuracy} of plain pairs told apart{', its figures withheld' if self.withheld else ''})"
 
 
 class DatasetInfo(ResultModel):
@@ -267,7 +305,8 @@ class RunResult(ResultModel):
     """``metrics.json``. Of a failed or cancelled run only the head is there.
 
     A run of one attack has ``attack``, ``recovery``, ``linkage``, ``state_inference``, ``strength`` at the top. One of
-    several has ``attacks`` instead and, of those that recover faces, the pointwise worst case.
+    several has ``attacks`` instead and, of those that recover faces, the pointwise worst case. One judge is the
+    ``evaluator``, several are ``evaluators``.
     """
 
     schema_: Literal["2"] = Field("2", alias="schema")
@@ -279,6 +318,7 @@ class RunResult(ResultModel):
     defense: DefenseInfo | None = None
     attack: AttackInfo | None = None
     evaluator: EvaluatorInfo | None = None
+    evaluators: dict[str, EvaluatorInfo] = Field({}, description="of a run with several judges, each by its name")
     dataset: DatasetInfo | None = None
     utility: Utility | None = None
     recovery: Recovery | None = None
@@ -321,6 +361,11 @@ class RunResult(ResultModel):
             return self.attacks
         only = AttackResult(**{name: getattr(self, name) for name in AttackResult.model_fields})
         return {self.attack.name: only}
+
+    @property
+    def judges(self) -> dict[str, EvaluatorInfo]:
+        """The recognisers that judged identity leakage, by name; also the one of a run with one."""
+        return self.evaluators if self.evaluator is None else {self.evaluator.name: self.evaluator}
 
     def to_json(self) -> str:
         """The document as stored."""

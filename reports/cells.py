@@ -131,13 +131,14 @@ def settings(runs: Sequence[Run]) -> list[Setting]:
 def _comparable(run: Run) -> dict[str, Any]:
     """What two runs must share before one figure may stand beside the other."""
     config = run.manifest.config
-    evaluator = config.get("evaluator")
+    evaluator = config.get("evaluator") or []
     return {
         "protocol": run.manifest.protocol,
         "dataset": config.get("dataset"),
         "data": Path(str(config["data_root"])).name if config.get("data_root") else None,
         "image_size": config.get("image_size"),
-        "evaluator": Path(str(evaluator)).name if evaluator else config.get("evaluator_backbone"),
+        "evaluator": [Path(str(file)).name for file in (evaluator if isinstance(evaluator, list) else [evaluator])]
+        or config.get("evaluator_backbone"),
         **_mapping(config.get("dataset_options")),
     }
 

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from bench.measures import MISSING
+from bench.results import LEAST_ACCURACY
 from bench.run.archive import Run
 from reports.cells import Cell, Setting
 from reports.summary import same_attacks
@@ -27,11 +28,11 @@ def provenance(settings: Sequence[Setting]) -> Table:
 
 
 def _entries(cell: Cell) -> dict[str, Entry]:
-    manifest, evaluator = cell.run.manifest, cell.run.result.evaluator
-    scorer = MISSING
-    if evaluator is not None:
-        digest = f", SHA-256 {evaluator.sha256[:_DIGITS]}" if evaluator.sha256 else ""
-        scorer = f"{evaluator.name} ({evaluator.accuracy:.1%} on plain pairs{digest})"
+    manifest = cell.run.manifest
+    judges = []
+    for judge in cell.run.result.judges.values():
+        digest = f", SHA-256 {judge.sha256[:_DIGITS]}" if judge.sha256 else ""
+        judges.append(f"{judge.told}{digest}")
     texts = {
         "run": manifest.run_id,
         "status": cell.run.result.status,
@@ -43,7 +44,7 @@ def _entries(cell: Cell) -> dict[str, Entry]:
         "python": manifest.python,
         "torch": manifest.packages.get("torch"),
         "device": f"{manifest.device} ({manifest.device_name}), {manifest.precision}",
-        "evaluator": scorer,
+        "evaluator": ", ".join(judges),
     }
     return {key: Entry(text or MISSING) for key, text in texts.items()} | {
         "seed": Entry(str(cell.seed), float(cell.seed))
@@ -66,7 +67,7 @@ def records(settings: Sequence[Setting]) -> Iterator[dict[str, Any]]:
 
 def _value(key: str, value: Any) -> str:
     if key in _PATHS and value:
-        return PurePath(str(value)).name
+        return ", ".join(PurePath(str(path)).name for path in (value if isinstance(value, list) else [value]))
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
@@ -97,12 +98,13 @@ def _added(run: Run) -> Iterator[str]:
     lpips = [attack.figure("lpips") for attack in run.result.attack_results.values()]
     if any(measure is not None and measure.value is None for measure in lpips):
         yield "LPIPS was not measured: its weights were not there (bench doctor says how to get them)"
-    evaluator = run.result.evaluator
-    if evaluator is not None and evaluator.accuracy < 0.9:
-        yield (
-            f"weak evaluator ({evaluator.name}): it tells {evaluator.accuracy:.0%} of plain pairs apart and accepts "
-            f"{evaluator.far_at_threshold:.0%} of impostors, so figures of identity leakage say little"
-        )
+    for judge in run.result.judges.values():
+        # Later runs withhold the figures of such a judge, and say so themselves.
+        if judge.withheld is None and judge.accuracy.value is not None and judge.accuracy.value < LEAST_ACCURACY:
+            yield (
+                f"weak evaluator ({judge.name}): it tells {judge.accuracy.value:.0%} of plain pairs apart and accepts "
+                f"{judge.far_at_threshold:.0%} of impostors, so figures of identity leakage say little"
+            )
 
 
 def _runs(settings: Iterable[Setting]) -> list[tuple[str, Cell]]:

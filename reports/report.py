@@ -27,7 +27,7 @@ from reports.gallery import may_show, sheets
 from reports.maps import confusion_figures, frequency_figures, state_figure
 from reports.provenance import provenance, records, warnings
 from reports.published import matching
-from reports.summary import COLUMNS, failures, findings, recovery_table, subject, summary, worst_rows
+from reports.summary import COLUMNS, failures, findings, judged, recovery_table, subject, summary, worst_rows
 from reports.table import Table
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -151,7 +151,7 @@ def _board(setting: Setting, number: int) -> Table:
     # The attack and its knowledge are said below each figure; how fast it is belongs to no defence.
     columns = tuple(column for column in COLUMNS if column.key not in ("knowledge", "recover"))
     rows = tuple(worst_rows(setting).values())
-    caption = f"Defences at their worst case: {subject(setting)}."
+    caption = f"Defences at their worst case: {subject(setting)}.{judged(setting)}"
     return Table(f"board-{number}", caption, columns, rows).without_empty_columns()
 
 

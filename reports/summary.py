@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from bench.measures import KINDS, interval, leak, shown
-from bench.results import NO_BETTER, Measure
+from bench.results import NO_BETTER, EvaluatorInfo, Measure
 from reports.cells import Cell, Setting, Worst, floors, lowest_accuracy, worst_case, worst_floor
 from reports.published import matching
 from reports.table import Column, Entry, Row, Table, measured
@@ -31,6 +31,16 @@ def subject(setting: Setting) -> str:
     return f"{setting.title} ({SYNTHETIC})" if setting.synthetic and SYNTHETIC not in setting.title else setting.title
 
 
+def judged(setting: Setting) -> str:
+    """Who judges identities in a setting and how well, as the last sentence of a caption; each judge at its worst."""
+    judges: dict[str, EvaluatorInfo] = {}
+    for _, cell in setting.runs:
+        for name, judge in cell.run.result.judges.items():
+            if name not in judges or (judge.accuracy.value or 0.0) < (judges[name].accuracy.value or 0.0):
+                judges[name] = judge
+    return f" Identity is judged by {', '.join(judge.told for judge in judges.values())}." if judges else ""
+
+
 def summary(setting: Setting, number: int) -> Table:
     """Defence against attack: one row for each run, for each defence's worst case and for each published figure."""
     worst = worst_rows(setting)
@@ -46,7 +56,7 @@ def summary(setting: Setting, number: int) -> Table:
         f"Defence against attack: {subject(setting)}. In brackets the 95 % interval over identities (of speeds: the "
         "quartiles). 'Worst case' rows take, victim by victim, the attack that leaks most, beside the trivial guess "
         "that gets most; bold is the best defence by its worst case, where all were tried by the same attacks, which "
-        "were better than a guess. Figures that no run has are left out."
+        f"were better than a guess. Figures that no run has are left out.{judged(setting)}"
     )
     table = Table(f"summary-{number}", caption, COLUMNS, tuple(rows), tuple(_floors(setting)), headers=3)
     return table.without_empty_columns()
@@ -171,8 +181,12 @@ def recovery_table(setting: Setting, number: int) -> Table | None:
             figures = {name: measured(name, quality.figure(name)) for name in _RECOVERY}
             kind: Literal["worst", "floor"] = "worst" if part == "attack" else "floor"
             rows.append(Row({"run": Entry(cell.label), "of": Entry(part), **figures}, kind))
+            for judge, identity in quality.judges.items():
+                figures = {name: measured(name, getattr(identity, name, None)) for name in _RECOVERY}
+                rows.append(Row({"run": Entry(cell.label), "of": Entry(f"{part}, by {judge}"), **figures}, "floor"))
     caption = (
         f"Recovery between floors and ceiling: {subject(setting)}. The ceiling is the same attack on unprotected faces."
+        f"{judged(setting)}"
     )
     columns = (Column.of_text("run"), Column.of_text("of"), *map(Column.of_figure, _RECOVERY))
     return Table(f"recovery-{number}", caption, columns, tuple(rows), headers=2) if rows else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
@@ -15,13 +16,16 @@ from bench.gate.baseline import Baseline
 from bench.gate.compare import Difference
 from bench.gate.formats import COLUMNS, cells, interval, number
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Verdict
-from bench.measures import KINDS, MISSING, shown
+from bench.measures import KINDS, MISSING, leak, shown
 from bench.results import (
     NO_BETTER,
     AttackInfo,
     AttackResult,
+    EvaluatorInfo,
+    Identity,
     Linkage,
     Measure,
+    Quality,
     Recovery,
     RunPlan,
     RunResult,
@@ -167,18 +171,46 @@ def _judged(info: AttackInfo) -> Text:
 
 
 def _recovery(label: str, recovery: Recovery, result: RunResult) -> Iterable[RenderableType]:
-    title = "Identity leakage"
-    if (evaluator := result.evaluator) is not None:
-        title += (
-            f" under {evaluator.name} (plain-pair accuracy {evaluator.accuracy:.1%}, "
-            f"threshold {evaluator.threshold:.3f} at FAR {evaluator.far_at_threshold:.2%})"
+    parts = recovery.parts(label)
+
+    def row(heading: str, part: Quality | Identity, names: Sequence[str], *, bounds: bool) -> list[str]:
+        measures = (part.figure(name) if isinstance(part, Quality) else getattr(part, name) for name in names)
+        return [heading, *(figure(name, m, bounds=bounds) for name, m in zip(names, measures, strict=True))]
+
+    table = [row(heading, quality, _QUALITY, bounds=quality is recovery) for heading, quality in parts.items()]
+    headings = ["", *(KINDS[name].column for name in _QUALITY)]
+    yield _table("Recovery (victims never seen in training)", headings, table, bold=(0,))
+    # A column that is null in every row is said below, with the reason.
+    known = [
+        name for name in _IDENTITY if any(leak(name, quality.figure(name)) > -math.inf for quality in parts.values())
+    ]
+    title = "Identity leakage under " + ", or ".join(judge.told for judge in result.judges.values())
+    title += "; the worst of them, then each" if len(result.judges) > 1 else ""
+    if known:
+        table = []
+        for heading, quality in parts.items():
+            table.append(row(heading, quality, known, bounds=quality is recovery))
+            table += [row(f"  by {name}", found, known, bounds=False) for name, found in quality.judges.items()]
+        yield _table(title, ["", *(KINDS[name].column for name in known)], table, bold=(0,))
+    for judge in result.judges.values():
+        yield Text(_judge(judge))
+
+
+def _judge(judge: EvaluatorInfo) -> str:
+    """A judge's thresholds, and what it is fed."""
+    text = f"judge {judge.name}: threshold {judge.threshold:.3f} at FAR {judge.far_at_threshold:.2%}"
+    if judge.threshold_far_1e3 is not None:
+        text += (
+            f", {judge.threshold_far_1e3:.3f} at FAR 1e-3 (which rests on {judge.accepted_far_1e3} of "
+            f"{judge.impostor_pairs} impostor pairs)"
         )
-    for heading, names in (("Recovery (victims never seen in training)", _QUALITY), (title, _IDENTITY)):
-        table = [
-            [row, *(figure(name, quality.figure(name), bounds=quality is recovery) for name in names)]
-            for row, quality in recovery.parts(label).items()
-        ]
-        yield _table(heading, ["", *(KINDS[name].column for name in names)], table, bold=(0,))
+    if judge.input_size is not None:
+        size = "x".join(map(str, judge.input_size))
+        fed = [judge.layout, size, judge.input_range, judge.colours]
+        fed += [f"in batches of {judge.batch}"] if judge.batch else []
+        fed += [f"normalised inside ({judge.normalisation})"] if judge.normalisation else []
+        text += f"; fed {' '.join(filter(None, fed[:4]))}{''.join(f', {part}' for part in fed[4:])}"
+    return text
 
 
 def _linkage(linkage: Linkage) -> Iterable[RenderableType]:

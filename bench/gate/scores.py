@@ -82,7 +82,7 @@ class CellKey(StoredModel):
     dataset: str
     preset: str
     image_size: int
-    evaluator: str | None = Field(description="SHA-256 of the judging recogniser's file; null if it was trained")
+    evaluator: str | None = Field(description="SHA-256 of the judges' files; null if it was trained")
     settings: dict[str, str]
 
     @property
@@ -177,13 +177,12 @@ def cell_key(run: Run, attack: str) -> CellKey:
         DataError: the manifest lacks what a run is asked for.
     """
     config = run.manifest.config
-    evaluator = run.result.evaluator
     try:
         return CellKey(
             **{name: config.get(name) for name in _NAMED} | {"attack": attack},
             defense_options=as_text(config.get("defense_options", {})),
             attack_options=as_text(run.attack_options(attack)),
-            evaluator=evaluator.sha256 if evaluator is not None else None,
+            evaluator="+".join(sorted(judge.sha256 for judge in run.result.judges.values() if judge.sha256)) or None,
             settings=as_text(
                 {k: v for k, v in config.items() if k not in _NO_PART | set(_NAMED) and "_options" not in k}
             )
@@ -238,9 +237,11 @@ def _raw(place: str, attack: str, run: Run) -> pd.DataFrame | None:
         return None
     method = {"ceiling": f"{attack} ceiling", "floors": path[1] if path[1:] else ""}.get(path[0], attack)
     rows = run.rows(method)
-    if rows is None or path[-1] not in rows:
+    # Several judges have a column each.
+    column = f"{path[-1]}@{path[path.index('judges') + 1]}" if "judges" in path else path[-1]
+    if rows is None or column not in rows:
         return None
-    rows = rows[["image", "identity", path[-1]]].set_axis(["image", "identity", "value"], axis=1).dropna()
+    rows = rows[["image", "identity", column]].set_axis(["image", "identity", "value"], axis=1).dropna()
     return rows if len(rows) else None
 
 

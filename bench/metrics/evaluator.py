@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.errors import DataError, MissingError
+from bench.data.faces import FaceSet, PairProtocol
+from bench.errors import DataError, MissingError, UsageError
 from bench.images import to_float
-from bench.nets.onnx import OnnxEncoder, resized
+from bench.nets.onnx import OnnxEncoder, file_digest, files_of, resized
+
+#: People, and pairs of either kind, that the form of a judge's input is found on.
+PROBED = 96
+#: Fewer people with two faces tell too little.
+_FEWEST = 10
 
 
 class Evaluator:
@@ -23,7 +31,6 @@ class Evaluator:
         input_size: (h, w) in pixels that the network takes; other faces are resized.
         device: where to compute.
         batch_size: faces per forward pass.
-        sha256: digest of its file, if it comes from one.
     """
 
     def __init__(
@@ -34,28 +41,63 @@ class Evaluator:
         device: torch.device | str = "cpu",
         *,
         batch_size: int = 128,
-        sha256: str | None = None,
     ) -> None:
-        self.name, self.input_size, self.batch_size, self.sha256 = name, input_size, batch_size, sha256
+        self.name, self.input_size, self.batch_size = name, input_size, batch_size
         self._device = torch.device(device)
         self._network = network.to(self._device).eval()
 
     @classmethod
     def from_onnx(cls, path: Path, device: torch.device | str = "cpu", *, batch_size: int = 64) -> Self:
-        """A face recogniser in an ONNX file (:class:`bench.nets.onnx.OnnxEncoder`).
+        """A face recogniser in an ONNX file (:class:`bench.nets.onnx.OnnxEncoder`), tried on a face.
 
         Raises:
-            MissingError: there is no such file.
-            DataError: it is no ONNX model, or one with other inputs or outputs.
+            MissingError: there is no such file, or one is not there in which it keeps its weights.
+            DataError: it is no ONNX model, one with other inputs or outputs, or it fails on a face.
         """
-        if not path.is_file():
-            raise MissingError(f"evaluator: {path} does not exist; give --evaluator or BENCH_EVALUATOR an ONNX file")
+        _check_files(path)
         try:
             network = OnnxEncoder(path, torch.device(device))
         except ValueError as error:
             raise DataError(f"evaluator: {error}") from error
-        batch_size = network.batch_size or batch_size
-        return cls(network, path.stem, network.input_size, device, batch_size=batch_size, sha256=network.sha256)
+        return cls(network, path.stem, network.input_size, device, batch_size=network.batch_size or batch_size)
+
+    @property
+    def form(self) -> Tensor:
+        """What the network is fed, int64 (2,), as :class:`bench.nets.onnx.OnnxEncoder` keeps it; to be stored."""
+        return self._network.form.cpu() if isinstance(self._network, OnnxEncoder) else torch.zeros(2, dtype=torch.int64)
+
+    @form.setter
+    def form(self, form: Tensor) -> None:
+        if isinstance(self._network, OnnxEncoder):
+            self._network.form.copy_(form)
+
+    def describe(self) -> dict[str, Any]:
+        """Its file and what it is fed, by the names of :class:`bench.results.EvaluatorInfo`."""
+        network, fed = self._network, {"name": self.name, "input_size": self.input_size}
+        if not isinstance(network, OnnxEncoder):
+            return {**fed, "sha256": None, "layout": "NCHW", "input_range": "0..1", "colours": "RGB"}
+        told = ("sha256", "layout", "input_range", "colours", "normalisation")
+        files, batch = [file.name for file in network.files], network.batch_size
+        return {**fed, **{name: getattr(network, name) for name in told}, "files": files, "batch": batch}
+
+    def probe(self, public: FaceSet, victims: FaceSet, pairs: PairProtocol) -> None:
+        """Find out what the network is fed, if it comes from a file (:meth:`bench.nets.onnx.OnnxEncoder.probe`).
+
+        It is tried on plain faces of people whom the attacker has, or where too few of these have two faces on some of
+        the victims' own plain pairs, on which a judge is tried anyhow.
+        """
+        if not isinstance(self._network, OnnxEncoder):
+            return
+        faces, (first, second, same) = public, _people_twice(public)
+        if int(same.sum()) < _FEWEST:
+            some = torch.cat([_spread((pairs.same == kind).nonzero().squeeze(1)) for kind in (True, False)])
+            faces, first, second, same = victims, pairs.first[some], pairs.second[some], pairs.same[some]
+        used, index = torch.unique(torch.stack((first, second)), return_inverse=True)
+        images = to_float(faces.images[used].to(self._device))
+        try:
+            self._network.probe(images, index, same)
+        except ValueError as error:
+            raise DataError(f"evaluator: {error}") from error
 
     @torch.no_grad()
     def embed(self, faces: Tensor) -> Tensor:
@@ -86,3 +128,65 @@ class Evaluator:
         except ValueError as error:
             raise DataError(f"evaluator: {error}") from error
         return embeddings.to(batch.device, torch.float32)
+
+
+def check_evaluators(paths: Sequence[Path]) -> None:
+    """Try each file on a face.
+
+    Raises:
+        MissingError, DataError: as :meth:`Evaluator.from_onnx`.
+        UsageError: two of them are the same network, byte for byte.
+    """
+    seen: dict[str, Path] = {}
+    for path in paths:
+        _check_files(path)
+        digest = file_digest(path)
+        _tried(path, digest)
+        if (twin := seen.setdefault(digest, path)) is not path:
+            raise UsageError(f"--evaluator: {twin} and {path} are one file: each judge counts once")
+
+
+@functools.cache
+def _tried(path: Path, digest: str) -> None:
+    """Open the file of this digest, once in a process: a sweep asks for every cell."""
+    Evaluator.from_onnx(path)
+
+
+def _check_files(path: Path) -> None:
+    if not path.is_file():
+        raise MissingError(f"evaluator: {path} does not exist; give --evaluator or BENCH_EVALUATOR an ONNX file")
+    try:
+        files_of(path)
+    except ValueError as error:
+        raise MissingError(f"evaluator: {error}") from error
+
+
+def judge_names(paths: Sequence[Path]) -> list[str]:
+    """What results call the judges in these files: the files' names, with the folder where two have one name.
+
+    Dots, which separate the parts of a place in a result, become dashes.
+    """
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{path.absolute().parent.name}-{path.stem}" for path in paths]
+    names = [name.replace(".", "-").replace("@", "-") for name in names]
+    return names if len(set(names)) == len(names) else [f"{name}-{n}" for n, name in enumerate(names, start=1)]
+
+
+def _people_twice(faces: FaceSet) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs (first, second, same) of the first and the last face of some people, each with each; copies are no pair."""
+    order = faces.labels.argsort(stable=True)
+    people, counts = torch.unique_consecutive(faces.labels[order], return_counts=True)
+    ends = counts.cumsum(0)
+    first, last = order[ends - counts], order[ends - 1]
+    chosen = _spread((counts > 1).nonzero().squeeze(1)) if len(people) else counts
+    first, last = first[chosen], last[chosen]
+    different = (faces.images[first] != faces.images[last]).flatten(1).any(1)
+    first, last = first[different], last[different]
+    count = len(first)
+    return first.repeat_interleave(count), last.repeat(count), torch.eye(count, dtype=torch.bool).flatten()
+
+
+def _spread(index: Tensor) -> Tensor:
+    """At most :data:`PROBED` of these, from all over."""
+    return index[torch.linspace(0, len(index) - 1, min(PROBED, len(index))).round().long()]

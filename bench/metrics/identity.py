@@ -9,7 +9,8 @@ plain image of ``p`` other than ``x``:
 * ``type2``   1 where ``<e(r), e(g(p))> >= t``: it passes for the person, enrolled with another image.
 * ``rank1``   1 where, among the plain images ``g(q)`` of all people in the gallery, ``g(p)`` is the nearest to ``r``.
   A tie of ``k`` counts ``1/k``, what guessing among them would get; a constant recovery thus earns chance, no more.
-* ``rank5``   likewise, 1 where ``g(p)`` is among the five nearest.
+* ``rank5``, ``rank20``  likewise, 1 where ``g(p)`` is among the five, or twenty, nearest: the identification rate at
+  rank k, which the literature on face recovery calls Success@k.
 * ``knn_distance``  Euclidean distance from ``e(r)`` to the nearest ``e(y)`` over all plain images ``y`` of ``p`` other
   than ``x`` (:func:`knn_distance`).
 
@@ -28,8 +29,8 @@ from torch import Tensor
 from bench.data.faces import FaceSet
 from bench.errors import DataError
 
-#: How near the person must be found for ``rank5``.
-_NEAR = 5
+#: Ranks up to which the person must be found.
+RANKS = (1, 5, 20)
 
 #: One person in so many is not attacked.
 _BYSTANDERS = 8
@@ -43,7 +44,7 @@ class IdentityLeakage:
     """Identity leakage of each of N recovered faces, float32 (N,); higher is more of the identity.
 
     ``cosine`` lies in [-1, 1], the others in [0, 1]; all but ``type1`` of these are NaN where the person has no other
-    image.
+    image. ``type1_strict`` and ``type2_strict`` are acceptances at the stricter of two thresholds.
     """
 
     cosine: Tensor
@@ -51,6 +52,9 @@ class IdentityLeakage:
     type2: Tensor
     rank1: Tensor
     rank5: Tensor
+    rank20: Tensor
+    type1_strict: Tensor
+    type2_strict: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,7 @@ def identity_leakage(
     gallery: Tensor,
     gallery_identities: Tensor,
     threshold: float,
+    strict: float = torch.inf,
 ) -> IdentityLeakage:
     """Identity leakage of recovered faces, as the module defines it.
 
@@ -151,6 +156,7 @@ def identity_leakage(
         gallery: float (K, D), of one other plain image per person.
         gallery_identities: int64 (K,), all different.
         threshold: cosine from which the evaluator calls two plain faces one person.
+        strict: a stricter one, which accepts fewer impostors; none by default.
 
     Raises:
         DataError: shapes differ, embeddings are not finite, a person is in the gallery twice, or nobody is.
@@ -185,10 +191,12 @@ def identity_leakage(
         # Equal embeddings may differ in the last bits of a matrix product.
         nearer, tied = (similarity > target + _TIE).sum(1), ((similarity - target).abs() <= _TIE).sum(1)
         # Of the places up to the rank, those that nobody nearer takes fall to the tied ones by lot.
-        ranks = [((rank - nearer) / tied).clamp(0.0, 1.0) for rank in (1, _NEAR)]
-        parts.append(torch.stack([(target.squeeze(1) >= threshold).to(torch.float32), *ranks]))
-    type2, rank1, rank5 = torch.where(present, torch.cat(parts, 1), torch.nan)
-    return IdentityLeakage(cosine, (cosine >= threshold).to(torch.float32), type2, rank1, rank5)
+        ranks = [((rank - nearer) / tied).clamp(0.0, 1.0) for rank in RANKS]
+        accepted = [(target.squeeze(1) >= least).to(torch.float32) for least in (threshold, strict)]
+        parts.append(torch.stack([*accepted, *ranks]))
+    type2, type2_strict, rank1, rank5, rank20 = torch.where(present, torch.cat(parts, 1), torch.nan)
+    type1, type1_strict = ((cosine >= least).to(torch.float32) for least in (threshold, strict))
+    return IdentityLeakage(cosine, type1, type2, rank1, rank5, rank20, type1_strict, type2_strict)
 
 
 def knn_distance(recovered: Tensor, attacked: Tensor, plain: Tensor, identities: Tensor, content: Tensor) -> Tensor:

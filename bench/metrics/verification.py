@@ -66,6 +66,11 @@ class Roc:
         """Largest TAR whose FAR does not exceed ``far``; no interpolation, so never flattering."""
         return float(self.tar[self.at_far(far)])
 
+    def threshold_at_far(self, far: float) -> Tensor:
+        """Lowest threshold whose FAR does not exceed ``far``, (R,): that of :meth:`tar_at_far`."""
+        allowed = self.far <= far + 1e-12
+        return torch.where(allowed, self.thresholds, torch.inf).amin(-1)
+
 
 def pair_scores(embeddings: Tensor, protocol: PairProtocol) -> Tensor:
     """Cosine similarity of every pair of the protocol, float32 (P,), from embeddings (N, D) of any length.

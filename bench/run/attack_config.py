@@ -9,8 +9,8 @@ from typing import Any
 
 from attacks.base import GRANTS, Attack, FitReport, Knowledge
 from bench import plugins
-from bench.errors import BenchError, NotApplicableError, UsageError
-from bench.files import sha256
+from bench.errors import BenchError, MissingError, NotApplicableError, UsageError
+from bench.nets.onnx import file_digest
 from bench.run.config import DATA, INTERCEPTIONS, Budget, RunConfig
 from defenses.base import Defense
 
@@ -137,12 +137,26 @@ def check_coverage(report: FitReport, defense: Defense, knowledge: str) -> bool 
     return True
 
 
-def check_attack(attack: Attack, defense: Defense, knowledge: str, evaluator: Path | None = None) -> None:
-    """Refuse, before any compute, an attack that cannot work, or that was given the file of the scoring recogniser.
+def option_files(attack: Attack) -> dict[str, str]:
+    """Option -> digest of all bytes of the file that it names (:func:`bench.nets.onnx.file_digest`), where it is there.
+
+    Raises:
+        MissingError: an ONNX file keeps weights in one that is not there.
+    """
+    files = {option: value for option, value in attack.options if isinstance(value, Path) and value.is_file()}
+    try:
+        return {option: file_digest(file) for option, file in files.items()}
+    except ValueError as error:
+        raise MissingError(f"attack {attack.name}: {error}") from error
+
+
+def check_attack(attack: Attack, defense: Defense, knowledge: str, evaluators: Sequence[Path] = ()) -> None:
+    """Refuse, before any compute, an attack that cannot work, or that was given the file of a scoring recogniser.
 
     Raises:
         UsageError: it needs what the rung ``knowledge`` does not grant (the message names the rungs that would do), or
-            an option of it is the ``evaluator``, under whatever name.
+            an option of it is one of the ``evaluators``, under whatever name.
+        MissingError: a file keeps weights in another that is not there.
         NotApplicableError: the attack says that it cannot work on this defence.
     """
     if missing := attack.needs - GRANTS[Knowledge(knowledge)]:
@@ -151,12 +165,12 @@ def check_attack(attack: Attack, defense: Defense, knowledge: str, evaluator: Pa
             f"attack {attack.name} needs {', '.join(sorted(missing))}, which --knowledge {knowledge} does not grant: "
             f"use --knowledge {enough or 'of another attack'}"
         )
-    digest = sha256(evaluator) if evaluator is not None and evaluator.is_file() else None
-    for option, value in attack.options:
-        if digest and isinstance(value, Path) and value.is_file() and sha256(value) == digest:
+    judges = {file_digest(evaluator): evaluator for evaluator in evaluators if evaluator.is_file()}
+    for option, digest in option_files(attack).items():
+        if digest in judges:
             raise UsageError(
-                f"-a {option}={value} is the evaluator: the recogniser that judges leakage may not be one that the "
-                f"attack has used; give the attack, or --evaluator, another one"
+                f"-a {option}={getattr(attack.options, option)} is the evaluator {judges[digest].name}: the recogniser "
+                "that judges leakage may not be one that the attack has used; give the attack, or --evaluator, another"
             )
     if (reason := attack.inapplicable(defense)) is not None:
         raise NotApplicableError(f"attack {attack.name} does not apply to defence {defense.name}: {reason}")

@@ -37,7 +37,7 @@ from bench.files import replacing, write_text
 from bench.images import to_float
 from bench.metrics.identity import Probes, content_ids, select_probes
 from bench.progress import Report, no_report
-from bench.run.attack_config import AttackConfig
+from bench.run.attack_config import AttackConfig, option_files
 from bench.run.machines import synchronise
 from bench.run.provider import Stages, failing_as
 from bench.run.service import Client, Service, class_centres, score_query, traffic_query
@@ -236,7 +236,11 @@ class AttackStages:
                 "data": stages.data_key,
                 "public": public,
                 "defense": stages.defense_key(defense),
-                "attack": {"name": attack.name, "options": attack.options.model_dump(mode="json")},
+                # A file counts by its bytes, wherever it lies.
+                "attack": {
+                    "name": attack.name,
+                    "options": attack.options.model_dump(mode="json") | option_files(attack),
+                },
                 "knowledge": config.knowledge,
                 "probes": config.probes if Capability.TRAFFIC in self.given(attack) else None,
                 "recogniser": stages.recogniser_key(defense, "provider") if self.asks_provider(attack) else None,

@@ -179,8 +179,10 @@ class RunConfig(BaseModel):
     knowledge: Literal["blackbox", "whitebox", "oracle"] = Field("whitebox", description="What the adversary knows.")
     image_size: int = Field(112, ge=16, le=1024, description="Height and width of the faces in pixels.")
     backbone: str = Field("ir-18", description="Recogniser network (bench list backbones).")
-    evaluator: Path | None = Field(
-        None, description="ONNX recogniser that judges identity leakage; without it one is trained."
+    evaluator: tuple[Path, ...] = Field(
+        (),
+        description="ONNX recogniser that judges identity leakage, or several: A,B; without any, one is trained.",
+        json_schema_extra={"metavar": "FILE[,FILE]"},
     )
     evaluator_backbone: str = Field("mobilefacenet", description="Network of the trained evaluator.")
     seed: int = Field(0, ge=0, lt=2**63, description="The one seed that all randomness derives from.")
@@ -221,11 +223,19 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _evaluator_differs(self) -> Self:
-        if self.evaluator is None and self.evaluator_backbone == self.backbone:
+        if not self.evaluator and self.evaluator_backbone == self.backbone:
             raise ValueError(
                 f"evaluator_backbone must differ from backbone ({self.backbone!r}): it judges independently"
             )
         return self
+
+    @field_validator("evaluator", mode="before")
+    @classmethod
+    def _evaluators_are_a_list(cls, given: Any) -> Any:
+        """One path, or several in a text with commas between them: a list, in which names may hold commas."""
+        if isinstance(given, str):
+            return [given] if Path(given).is_file() else [part for name in given.split(",") if (part := name.strip())]
+        return [given] if isinstance(given, Path) else given or ()
 
     @field_validator("budget")
     @classmethod

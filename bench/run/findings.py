@@ -40,7 +40,7 @@ class Findings:
         failed: why an attack gave up, by its name.
         worst_case: of several recovery attacks, per victim and figure the value under the one from which most leaks.
         worst_case_test: whether that is more than the pointwise worst case of the floors.
-        evaluator: the recogniser that scored identities, if one did.
+        evaluators: by name, the recognisers that scored identities, if any did.
         warnings: for the result.
         throughput: operation -> speed.
     """
@@ -50,9 +50,15 @@ class Findings:
     failed: dict[str, str] = field(default_factory=dict)
     worst_case: Recovery | None = None
     worst_case_test: FloorTest | None = None
-    evaluator: EvaluatorInfo | None = None
+    evaluators: dict[str, EvaluatorInfo] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     throughput: dict[str, Throughput] = field(default_factory=dict)
+
+    @property
+    def judges(self) -> dict[str, Any]:
+        """The fields of the result that tell of the judges: one stands alone."""
+        infos = list(self.evaluators.values())
+        return {"evaluator": infos[0]} if len(infos) == 1 else {"evaluators": self.evaluators}
 
     def add(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.data.faces import PairProtocol
 from bench.errors import DataError
-from bench.measures import KINDS
+from bench.measures import KINDS, Estimate
 from bench.metrics.bootstrap import REPLICATES, mean_estimate, verification_estimates
 from bench.metrics.identity import Probes, identity_leakage
 from bench.metrics.unlinkability import chance_level, choose_bins, unlinkability_estimate
@@ -68,6 +68,7 @@ def assess_linkage(
     probes: Probes,
     seed: int,
     replicates: int = REPLICATES,
+    guessed: str | None = None,
 ) -> Linkage:
     """How well an attack links, from its embeddings of all N victim images.
 
@@ -80,6 +81,7 @@ def assess_linkage(
         pairs: the victims' protocol.
         probes: the intercepted images that look for their person, and the plain images that stand for the people.
         seed, replicates: of the bootstrap of ``rank1``.
+        guessed: why nobody can be looked up (:attr:`bench.data.faces.Source.guessed`): ``rank1`` is null.
 
     Raises:
         DataError: shapes differ, embeddings are not finite, or the protocol does not suit the labels.
@@ -102,6 +104,8 @@ def assess_linkage(
     )
     draws = torch.Generator().manual_seed(seed)
     rank1 = mean_estimate(leakage.rank1, identities, draws, replicates=replicates)
+    if guessed is not None:
+        rank1 = Estimate(None, None, 0, guessed)
     mated, non_mated = int(pairs.same.sum()), int((~pairs.same).sum())
     return Linkage(
         **verified,
@@ -152,6 +156,7 @@ def run_linkage(
             probes=attacks.selection,
             seed=attacks.streams.seed_for("bootstrap"),
             replicates=config.bootstrap,
+            guessed=stages.source.guessed,
         )
 
     def gain(name: str, after: _Point, before: _Point) -> Measure:

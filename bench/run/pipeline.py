@@ -15,7 +15,8 @@ from rich.console import Console
 from attacks.base import LinkageAttack
 from bench import plugins
 from bench.data.loaders import DATASETS, check_stream
-from bench.errors import BenchError, MissingError
+from bench.errors import BenchError
+from bench.metrics.evaluator import check_evaluators
 from bench.nets.backbones import BACKBONES
 from bench.progress import ProgressBars
 from bench.recognition.options import HEADS
@@ -61,6 +62,7 @@ class Pipeline:
         config = self.config
         defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
         self.attack_configs = attack_configs(config)
+        check_evaluators(config.evaluator)
         for configs in self.attack_configs.values():
             for attack_config in configs:
                 check_attack(attack_config.make(), defense, config.knowledge, config.evaluator)
@@ -73,8 +75,6 @@ class Pipeline:
             registry.get(name)
         if config.stream:
             check_stream(config.dataset)
-        if config.evaluator is not None and not config.evaluator.is_file():
-            raise MissingError(f"evaluator {config.evaluator} does not exist: give the path of an ONNX recogniser")
 
     @property
     def directory(self) -> Path:
@@ -165,7 +165,7 @@ class Pipeline:
             status="success",
             warnings=[*self._warnings(dataset), *stages.splits.notes, *findings.warnings],
             defense=DefenseInfo.of(described | channel_energy(described, stages.splits.public.images)),
-            evaluator=findings.evaluator,
+            **findings.judges,
             dataset=dataset,
             utility=utility,
             failed=findings.failed,

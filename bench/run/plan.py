@@ -155,7 +155,7 @@ def _recognisers(
     trained += [
         ("provider", target) for attack_config, target in targets if attacks.asks_provider(attack_config.make())
     ]
-    if config.evaluator is None and not all(_links(attack_config) for attack_config, _ in targets):
+    if not config.evaluator and not all(_links(attack_config) for attack_config, _ in targets):
         trained.append(("evaluator", plain))
     return list(dict.fromkeys(trained))
 

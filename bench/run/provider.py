@@ -29,12 +29,13 @@ from bench.data.sources.webdataset import find_shards
 from bench.data.splits import Splits, split, whole_identities
 from bench.data.stream.scan import Scan, scan
 from bench.errors import BenchError, DataError, MissingError, UsageError
-from bench.files import sha256, write_text
+from bench.files import write_text
 from bench.images import to_float
-from bench.metrics.evaluator import Evaluator
+from bench.metrics.evaluator import Evaluator, judge_names
 from bench.metrics.verification import pair_scores
 from bench.nets.augmentation import augment
 from bench.nets.heads import MarginHead
+from bench.nets.onnx import file_digest
 from bench.nets.recogniser import Recogniser, TemplateReader, build_recogniser
 from bench.progress import ProgressBars, Report
 from bench.randomness import Streams
@@ -166,7 +167,7 @@ class Stages(StageRunner):
     def splits(self) -> Splits:
         """Identity-disjoint provider, public, evaluator and victim faces."""
         shares = self.config.shares.model_dump()
-        if self.config.evaluator is not None:
+        if self.config.evaluator:
             # Nothing is trained to judge: the others share out that part in proportion.
             spare = shares.pop("evaluator")
             shares = {name: share / (1 - spare) for name, share in shares.items()} | {"evaluator": 0.0}
@@ -183,7 +184,7 @@ class Stages(StageRunner):
     def trained_under(self) -> dict[str, Any]:
         """What decides, beside its own options, what is trained on a part of the identities."""
         config = self.config
-        evaluated = {"shares": config.shares, "evaluator_file": config.evaluator is not None}
+        evaluated = {"shares": config.shares, "evaluator_file": bool(config.evaluator)}
         return {**evaluated, "seed": config.seed, **self.platform()}
 
     # -- defence ---------------------------------------------------------------------------------
@@ -401,13 +402,16 @@ class Stages(StageRunner):
     # -- evaluator -------------------------------------------------------------------------------
 
     @functools.cached_property
-    def evaluator(self) -> Evaluator:
-        """The recogniser that judges identity leakage; neither defence nor attack ever sees it."""
-        if self.config.evaluator is not None:
-            return Evaluator.from_onnx(self.config.evaluator, self.fabric.device)
+    def evaluators(self) -> tuple[Evaluator, ...]:
+        """The recognisers that judge identity leakage, one at least; neither defence nor attack ever sees them."""
+        if files := self.config.evaluator:
+            opened = tuple(Evaluator.from_onnx(file, self.fabric.device) for file in files)
+            for evaluator, name in zip(opened, judge_names(files), strict=True):
+                evaluator.name = name
+            return opened
         recogniser = self.recogniser(self._plain(), "evaluator")
         size = (self.config.image_size, self.config.image_size)
-        return Evaluator(recogniser, f"trained {self.config.evaluator_backbone}", size, self.fabric.device)
+        return (Evaluator(recogniser, f"trained {self.config.evaluator_backbone}", size, self.fabric.device),)
 
     def victim_keys(self, defense: Defense, purpose: str = "victims") -> Tensor | None:
         """The key of each victim image's client, int64 (N, k); None for a defence without keys.
@@ -421,30 +425,40 @@ class Stages(StageRunner):
     def _plain(self) -> Defense:
         return plugins.make_defense("none", {}, self.config.preset, self.config.image_size)
 
-    def evaluation_job(self) -> Job[Tensor]:
-        """The stage that embeds all plain victim faces for the evaluator, unit rows: float32 (N, D)."""
-        file = self.config.evaluator
+    def evaluations(self) -> list[tuple[Evaluator, Tensor]]:
+        """Each judge with its embeddings of all plain victim faces: unit rows, float32 (N, D)."""
+        return [self.do(self.evaluation_job(number)) for number in range(len(self.evaluators))]
+
+    def evaluation_job(self, number: int = 0) -> Job[tuple[Evaluator, Tensor]]:
+        """The stage that finds out what judge ``number`` is fed, and lets it embed all plain victim faces."""
+        files = self.config.evaluator
 
         def compute(resume: Path, report: Report) -> dict[str, Tensor]:
-            faces, evaluator = self.splits.victims, self.evaluator
+            faces, evaluator = self.splits.victims, self.evaluators[number]
+            evaluator.probe(self.splits.public, faces, self.splits.pairs)
             embeddings: list[Tensor] = []
             for batch in faces.batches(self.config.batch_size):
                 embeddings.append(evaluator.embed(batch.to(self.fabric.device)).cpu())
                 report(sum(len(e) for e in embeddings), len(faces))
-            return {"embeddings": torch.cat(embeddings)}
+            return {"embeddings": torch.cat(embeddings), "form": evaluator.form}
+
+        def read(tensors: dict[str, Tensor]) -> tuple[Evaluator, Tensor]:
+            evaluator = self.evaluators[number]
+            evaluator.form = tensors["form"]
+            return evaluator, tensors["embeddings"]
 
         key = make_key(
             {
                 "data": self.data_key,
                 "shares": self.config.shares,
                 "seed": self.config.seed,
-                "evaluator": self.recogniser_key(self._plain(), "evaluator") if file is None else sha256(file),
+                "evaluator": file_digest(files[number]) if files else self.recogniser_key(self._plain(), "evaluator"),
                 "batch_size": self.config.batch_size,
                 **self.platform(),
             },
             CODE["evaluation"],
         )
-        what, read = "embed the victims for the evaluator", operator.itemgetter("embeddings")
+        what = "embed the victims for the evaluator"
         return tensor_job("evaluate", key, what, "embeddings.safetensors", compute, read)
 
 

@@ -17,7 +17,7 @@ from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages, Recovered
 from bench.run.findings import FLOOR_MARGINS, RECOVERY_TOLERANCE, Findings, attack_info, floor_test, strength_curve
 from bench.run.pictures import write_sheet
-from bench.run.scorer import Assessment, Scorer, state_inference
+from bench.run.scorer import Assessment, Judge, Scorer, state_inference
 from bench.run.speed import recovery_speed
 from bench.run.store import RunStore
 from defenses.base import Defense
@@ -157,7 +157,12 @@ def run_recovery(
         findings.add_worst_case(
             _recovery(worst, floors | {POINTWISE_WORST: least}, ceiling), _floor_test(scorer, worst, bounds)
         )
-    findings.evaluator = scorer.info
+    findings.evaluators = scorer.evaluators
+    findings.warnings += [
+        f"figures of identity leakage are withheld: {info.withheld}"
+        for info in scorer.evaluators.values()
+        if info.withheld is not None
+    ]
     rows = [table.per_image.assign(method=name) for name, table in (tables | {"ceiling": ceiling} | floors).items()]
     store.write_table("per_image", pd.concat(rows, ignore_index=True))
     _write_states({name: points[-1] for name, points in recovered.items()}, attacks.selection.attacked, store)
@@ -188,12 +193,15 @@ def make_scorer(attacks: AttackStages) -> Scorer:
         lpips = Lpips(find_alexnet(), device)
     except MissingError as error:
         lpips = error
+    victims, pairs = stages.splits.victims, stages.splits.pairs
+    evaluations = stages.evaluations()
+    with stages.timed("measure"):
+        judges = [Judge.on(*evaluation, pairs, victims.labels) for evaluation in evaluations]
     return Scorer(
-        stages.splits.victims,
-        stages.splits.pairs,
+        victims,
         attacks.selection,
-        evaluator=stages.evaluator,
-        embeddings=stages.do(stages.evaluation_job()),
+        judges,
+        stages.source.guessed,
         lpips=lpips,
         replicates=config.bootstrap,
         seed=attacks.streams.seed_for("bootstrap"),
@@ -244,8 +252,9 @@ def _write_pictures(
     """
     names, faces, best = list(recovered), torch.stack(list(recovered.values())), ssim.argmax(dim=0)
     rows = torch.arange(len(best))
-    figures = zip(*(worst.values[name].tolist() for name in ("ssim", "psnr", "cosine")), strict=True)
-    captions = [f"SSIM {ssim:.3f}  PSNR {psnr:.1f} dB  cosine {cosine:.2f}" for ssim, psnr, cosine in figures]
+    forms = {"ssim": "SSIM {:.3f}", "psnr": "PSNR {:.1f} dB", "cosine": "cosine {:.2f}"}
+    told = [[form.format(v) for v in worst.values[f].tolist()] for f, form in forms.items() if f in worst.values]
+    captions = ["  ".join(parts) for parts in zip(*told, strict=True)]
     if len(names) > 1:
         captions = [f"{names[number]}: {caption}" for number, caption in zip(best.tolist(), captions, strict=True)]
     write_sheet(

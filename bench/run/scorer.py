@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import pandas as pd
 import torch
@@ -13,18 +14,35 @@ from torch import Tensor
 from bench.data.faces import FaceSet, PairProtocol
 from bench.errors import MissingError
 from bench.images import to_float
-from bench.measures import KINDS, Measure
-from bench.metrics.bootstrap import mean_estimate
+from bench.measures import KINDS, Measure, leak
+from bench.metrics.bootstrap import mean_estimate, verification_estimates
 from bench.metrics.evaluator import Evaluator
-from bench.metrics.identity import Probes, content_ids, identity_leakage, knn_distance
+from bench.metrics.identity import RANKS, Probes, content_ids, identity_leakage, knn_distance
 from bench.metrics.image_quality import ms_ssim, psnr, psnr_aligned, ssim
 from bench.metrics.perceptual import Lpips
-from bench.metrics.verification import lfw_accuracy, pair_scores
-from bench.results import EvaluatorInfo, Identity, Quality, StateInference
+from bench.metrics.verification import far_not_measurable, lfw_accuracy, pair_scores, roc
+from bench.results import LEAST_ACCURACY, EvaluatorInfo, Identity, Quality, StateInference
 from defenses.base import Defense
 
 #: Figure in the result -> per-image value that it is the mean of.
-_IDENTITY = {"type1_tar": "type1", "type2_tar": "type2", "rank1": "rank1", "rank5": "rank5", "cosine": "cosine"}
+_LEAKAGE = {
+    "type1_tar": "type1",
+    "type2_tar": "type2",
+    "type1_far_1e3": "type1_strict",
+    "type2_far_1e3": "type2_strict",
+    "rank1": "rank1",
+    "rank5": "rank5",
+    "rank20": "rank20",
+    "cosine": "cosine",
+}
+#: All figures of identity leakage.
+IDENTITY = (*_LEAKAGE, "knn_distance")
+#: False acceptance rate of the stricter of a judge's two thresholds.
+STRICT_FAR = 1e-3
+
+#: Accuracy of guessing; a judge whose interval reaches it judges nothing either.
+_CHANCE = 0.5
+
 _QUALITY = {"ssim": ssim, "psnr": psnr, "psnr_aligned": psnr_aligned, "ms_ssim": ms_ssim}
 
 
@@ -33,14 +51,71 @@ class Assessment:
     """What came back, per victim image and in sum.
 
     Attributes:
-        values: figure -> float (V,), one value per probe, NaN where it cannot be measured.
+        values: figure -> float (V,), one value per probe, NaN where it cannot be measured. Of several judges
+            ``FIGURE@JUDGE``, and under ``FIGURE`` the values of the judge by whom most leaks. Figures that are null
+            have none.
         per_image: the same as a table, with the images' numbers and the names of their people, without faces.
         quality: the means, with intervals.
+        embeddings: by the judge's name, its embeddings of the recovered faces, float32 (V, D), unit rows, on the CPU;
+            none of a judge whose figures are withheld, nor of a worst case.
     """
 
     values: dict[str, Tensor]
     per_image: pd.DataFrame
     quality: Quality
+    embeddings: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A recogniser that scores identities, with its embeddings of all victims, float32 (N, D), unit rows."""
+
+    evaluator: Evaluator
+    embeddings: Tensor
+    info: EvaluatorInfo
+
+    @classmethod
+    def on(cls, evaluator: Evaluator, embeddings: Tensor, pairs: PairProtocol, labels: Tensor) -> Self:
+        """Find its operating points on the victims' plain pairs, and whether it tells them apart at all.
+
+        Args:
+            evaluator, embeddings: as of the judge.
+            pairs: the victims' protocol.
+            labels: int64 (N,), the person on each image.
+        """
+        scores = pair_scores(embeddings, pairs)
+        impostors = scores[~pairs.same]
+        people = torch.stack([labels[pairs.first], labels[pairs.second]], dim=1)
+        estimates = verification_estimates(scores, pairs.same, pairs.fold, people)
+        accuracy = KINDS["accuracy"].measure(estimates.accuracy)
+        threshold = lfw_accuracy(scores, pairs.same, pairs.fold).threshold
+        strict = None
+        if far_not_measurable(STRICT_FAR, len(impostors)) is None:
+            strict = float(roc(scores, pairs.same).threshold_at_far(STRICT_FAR))
+        info = EvaluatorInfo(
+            **evaluator.describe(),
+            accuracy=accuracy,
+            threshold=threshold,
+            far_at_threshold=float((impostors >= threshold).double().mean()),
+            impostor_pairs=len(impostors),
+            threshold_far_1e3=strict,
+            accepted_far_1e3=0 if strict is None else int((impostors.double() >= strict).sum()),
+            withheld=_withheld(evaluator.name, accuracy),
+        )
+        return cls(evaluator, embeddings, info)
+
+
+def _withheld(name: str, accuracy: Measure) -> str | None:
+    """Why the figures of a judge of this accuracy on plain pairs are withheld; None where it may judge."""
+    assert accuracy.value is not None
+    if accuracy.value >= LEAST_ACCURACY and (accuracy.ci95 is None or accuracy.ci95[0] > _CHANCE):
+        return None
+    ends = "" if accuracy.ci95 is None else " [{:.1%}, {:.1%}]".format(*accuracy.ci95)
+    least = f"fewer than {LEAST_ACCURACY:.0%}" if accuracy.value < LEAST_ACCURACY else "an interval that reaches chance"
+    return (
+        f"the judge {name} tells {accuracy.value:.1%}{ends} of {accuracy.n} plain pairs of the victims apart, {least}: "
+        "it says nothing of identities (are the faces aligned, and is it a recogniser of faces like these?)"
+    )
 
 
 @dataclass(frozen=True)
@@ -49,10 +124,9 @@ class Scorer:
 
     Attributes:
         victims: all victim faces.
-        pairs: their protocol, which sets the evaluator's threshold on plain faces.
         probes: which images are attacked, and which others are plain.
-        evaluator: the judging recogniser.
-        embeddings: its embeddings of ``victims``, float32 (N, D), unit rows.
+        judges: the judging recognisers.
+        guessed: why nobody can be looked up among these victims, where who is who was guessed; else None.
         lpips: the LPIPS metric, or why there is none.
         replicates: of the bootstrap.
         seed: of the bootstrap; every assessment starts it anew, so that comparisons are paired.
@@ -61,28 +135,36 @@ class Scorer:
     """
 
     victims: FaceSet
-    pairs: PairProtocol
     probes: Probes
-    evaluator: Evaluator
-    embeddings: Tensor
+    judges: Sequence[Judge]
+    guessed: str | None
     lpips: Lpips | MissingError
     replicates: int
     seed: int
     batch_size: int
     device: torch.device
 
+    @property
+    def evaluators(self) -> dict[str, EvaluatorInfo]:
+        """By name, the judges with their operating points on the victims' plain pairs."""
+        return {judge.info.name: judge.info for judge in self.judges}
+
     @functools.cached_property
-    def info(self) -> EvaluatorInfo:
-        """The evaluator, with its operating point on the victims' plain pairs."""
-        scores = pair_scores(self.embeddings, self.pairs)
-        accuracy = lfw_accuracy(scores, self.pairs.same, self.pairs.fold)
-        return EvaluatorInfo(
-            name=self.evaluator.name,
-            sha256=self.evaluator.sha256,
-            accuracy=accuracy.mean,
-            threshold=accuracy.threshold,
-            far_at_threshold=float((scores[~self.pairs.same] >= accuracy.threshold).double().mean()),
-        )
+    def _nulls(self) -> dict[str, dict[str, str]]:
+        """Judge -> figure of identity -> why it is null."""
+        gallery = len(self.probes.gallery)
+        ranks = {f"rank{rank}": f"the gallery holds {gallery} people: all are among {rank}" for rank in RANKS}
+        common = {name: reason for name, reason in ranks.items() if gallery <= int(name.removeprefix("rank"))}
+        common |= dict.fromkeys(ranks, self.guessed) if self.guessed else {}
+        nulls = {}
+        for name, info in self.evaluators.items():
+            few = far_not_measurable(STRICT_FAR, info.impostor_pairs)
+            strict = dict.fromkeys(("type1_far_1e3", "type2_far_1e3"), few) if few else {}
+            nulls[name] = dict.fromkeys(IDENTITY, info.withheld) if info.withheld else common | strict
+        return nulls
+
+    def _column(self, figure: str, judge: str) -> str:
+        return figure if len(self.judges) == 1 else f"{figure}@{judge}"
 
     @functools.cached_property
     def _content(self) -> Tensor:
@@ -97,7 +179,9 @@ class Scorer:
         metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(_QUALITY)
         if isinstance(self.lpips, Lpips):
             metrics["lpips"] = self.lpips
-        columns: dict[str, list[Tensor]] = {name: [] for name in (*metrics, "embedding")}
+        fit = [judge for judge in self.judges if judge.info.withheld is None]
+        columns: dict[str, list[Tensor]] = {name: [] for name in metrics}
+        seen: dict[str, list[Tensor]] = {judge.info.name: [] for judge in fit}
         attacked, gallery = self.probes.attacked, self.probes.gallery
         for index, batch in zip(attacked.split(self.batch_size), recovered.split(self.batch_size), strict=True):
             faces = batch.to(self.device)
@@ -105,16 +189,26 @@ class Scorer:
             for name, metric in metrics.items():
                 columns[name].append(metric(faces, originals).cpu())
             # One face that was expanded to many (the floors that know nothing of the victims) is looked at once.
-            seen = faces[:1] if batch.stride(0) == 0 else faces
-            columns["embedding"].append(self.evaluator.embed(seen).cpu().expand(len(batch), -1))
+            looked = faces[:1] if batch.stride(0) == 0 else faces
+            for judge in fit:
+                seen[judge.info.name].append(judge.evaluator.embed(looked).cpu().expand(len(batch), -1))
         values = {name: torch.cat(column) for name, column in columns.items()}
-        embeddings, plain, labels = values.pop("embedding"), self.embeddings, self.victims.labels
-        leakage = identity_leakage(
-            embeddings, plain[attacked], self._labels, plain[gallery], labels[gallery], self.info.threshold
-        )
-        values |= {name: getattr(leakage, column) for name, column in _IDENTITY.items()}
-        values["knn_distance"] = knn_distance(embeddings, attacked, plain, labels, self._content)
-        return self._assessment(values)
+        embeddings, labels = {name: torch.cat(batches) for name, batches in seen.items()}, self.victims.labels
+        for judge in fit:
+            name, info, plain, embedded = judge.info.name, judge.info, judge.embeddings, embeddings[judge.info.name]
+            leakage = identity_leakage(
+                embedded,
+                plain[attacked],
+                self._labels,
+                plain[gallery],
+                labels[gallery],
+                info.threshold,
+                torch.inf if info.threshold_far_1e3 is None else info.threshold_far_1e3,
+            )
+            found = {figure: getattr(leakage, column) for figure, column in _LEAKAGE.items()}
+            found["knn_distance"] = knn_distance(embedded, attacked, plain, labels, self._content)
+            values |= {self._column(f, name): found[f] for f in IDENTITY if f not in self._nulls[name]}
+        return self._assessment(values, embeddings)
 
     def strangers(self, recovered: Tensor) -> Assessment:
         """Recovered faces, each held against the face of somebody else.
@@ -130,38 +224,74 @@ class Scorer:
         )
 
     def worst(self, assessments: Sequence[Assessment]) -> Assessment:
-        """The pointwise worst case: per victim and figure, the value under the attack from which most leaks."""
+        """The pointwise worst case: per judge, victim and figure, the value under the attack from which most leaks."""
         if len(assessments) == 1:
             return assessments[0]
         values = {}
-        for name in assessments[0].values:
+        for column in assessments[0].values:
+            name, _, judge = column.partition("@")
+            if name in IDENTITY and column != self._column(name, judge):
+                continue  # follows from those of the judges
             worse = torch.fmin if KINDS[name].leaks < 0 else torch.fmax
-            values[name] = functools.reduce(worse, [assessment.values[name] for assessment in assessments])
-        return self._assessment(values)
+            values[column] = functools.reduce(worse, [assessment.values[column] for assessment in assessments])
+        return self._assessment(values, {})
 
     def gain(self, name: str, after: Assessment, before: Assessment) -> Measure:
-        """How much more leaks by the figure ``name`` in ``after`` than in ``before``, paired over the victims."""
+        """How much more leaks by the figure ``name`` in ``after`` than in ``before``, paired over the victims.
+
+        Of several judges the largest gain that one finds; null where none may judge.
+        """
         more, less = (before, after) if KINDS[name].leaks < 0 else (after, before)
-        generator = torch.Generator().manual_seed(self.seed)
-        gained = more.values[name].double() - less.values[name].double()
-        estimate = mean_estimate(gained, self._labels, generator, replicates=self.replicates)
-        return Measure.of(estimate, "leakage")
+        names = [self._column(name, judge) for judge in self.evaluators] if name in IDENTITY else [name]
+        gains = []
+        for column in names:
+            if column in more.values:
+                generator = torch.Generator().manual_seed(self.seed)
+                gained = more.values[column].double() - less.values[column].double()
+                estimate = mean_estimate(gained, self._labels, generator, replicates=self.replicates)
+                gains.append(Measure.of(estimate, "leakage"))
+        if not gains:
+            return Measure(value=None, direction="leakage", reason=self._why_null(name))
+        return max(gains, key=lambda gain: -torch.inf if gain.value is None else gain.value)
 
     def measure(self, name: str, values: Tensor) -> Measure:
         """The figure ``name``: the mean of ``values``, float (V,) in the order of the probes, with its interval."""
         generator = torch.Generator().manual_seed(self.seed)
         return KINDS[name].measure(mean_estimate(values, self._labels, generator, replicates=self.replicates))
 
-    def _assessment(self, values: dict[str, Tensor]) -> Assessment:
-        measures = {name: self.measure(name, column) for name, column in values.items()}
+    def _why_null(self, figure: str) -> str:
+        return "; ".join(dict.fromkeys(nulls[figure] for nulls in self._nulls.values()))
+
+    def _assessment(self, values: dict[str, Tensor], embeddings: dict[str, Tensor]) -> Assessment:
+        """Means of the values, which are those of the judges where there are several."""
+        measures = {name: self.measure(name, values[name]) for name in (*_QUALITY, "lpips") if name in values}
         if "lpips" not in measures:
-            direction = KINDS["lpips"].direction
-            measures["lpips"] = Measure(value=None, direction=direction, reason=str(self.lpips))
-        identity = Identity(**{name: measures.pop(name) for name in (*_IDENTITY, "knn_distance")})
+            measures["lpips"] = _null("lpips", str(self.lpips))
+        judges = {}
+        for judge, nulls in self._nulls.items():
+            columns = {figure: self._column(figure, judge) for figure in IDENTITY}
+            judges[judge] = {
+                figure: _null(figure, nulls[figure]) if figure in nulls else self.measure(figure, values[column])
+                for figure, column in columns.items()
+            }
+        worst = {}
+        for figure in IDENTITY:
+            name = max(judges, key=lambda judge: leak(figure, judges[judge][figure]))
+            worst[figure] = judges[name][figure]
+            if figure not in self._nulls[name]:
+                values = values | {figure: values[self._column(figure, name)]}
+            else:
+                worst[figure] = _null(figure, self._why_null(figure))
         per_image = pd.DataFrame({name: column.double().numpy() for name, column in values.items()})
         per_image.insert(0, "identity", [self.victims.names[int(label)] for label in self._labels])
         per_image.insert(0, "image", self.probes.attacked.numpy())
-        return Assessment(values, per_image, Quality(**measures, identity=identity))
+        several = {name: Identity(**found) for name, found in judges.items()} if len(judges) > 1 else {}
+        quality = Quality(**measures, identity=Identity(**worst), judges=several)
+        return Assessment(values, per_image, quality, embeddings)
+
+
+def _null(figure: str, reason: str) -> Measure:
+    return Measure(value=None, direction=KINDS[figure].direction, reason=reason)
 
 
 def somebody_else(labels: Tensor) -> Tensor:

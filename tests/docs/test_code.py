@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from pixel_judge import write_pixel_judge
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -87,22 +85,8 @@ def installed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluator(tmp_path_factory):
-    """An evaluator of fixed random projections: as independent of every attack as can be."""
-    weights = np.random.default_rng(0).normal(size=(3 * 7 * 7, 32)).astype(np.float32)
-    graph = helper.make_graph(
-        [
-            helper.make_node("AveragePool", ["input"], ["cells"], kernel_shape=[16, 16], strides=[16, 16]),
-            helper.make_node("Flatten", ["cells"], ["flat"]),
-            helper.make_node("MatMul", ["flat", "weights"], ["embedding"]),
-        ],
-        "projection",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3, 112, 112])],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 32])],
-        [numpy_helper.from_array(weights, "weights")],
-    )
-    path = tmp_path_factory.mktemp("evaluator") / "projection.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), str(path))
-    return path
+    """An evaluator that tells rendered faces apart, fitted to other people."""
+    return write_pixel_judge(tmp_path_factory.mktemp("evaluator") / "discriminants.onnx")
 
 
 Run = Callable[..., RunResult]

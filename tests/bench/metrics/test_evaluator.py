@@ -69,7 +69,9 @@ def test_preprocessing_flip_and_normalisation(tmp_path: Path, batch: int | str) 
     path = make_model(tmp_path / "made.onnx", shape=(batch, 3, 16, 16))
     evaluator = Evaluator.from_onnx(path, batch_size=3)
     assert (evaluator.name, evaluator.input_size) == ("made", (16, 16))
-    assert evaluator.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    described = evaluator.describe()
+    assert described["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (described["files"], described["batch"]) == (["made.onnx"], None if batch == "N" else batch)
     for size in (16, 40, 9):  # of other sizes resized with anti-aliasing
         resized = F.interpolate(faces(7, size), size=(16, 16), mode="bilinear", antialias=True)
         embeddings = evaluator.embed(faces(7, size))
@@ -116,15 +118,14 @@ def test_missing_and_unusable_files_are_named(tmp_path: Path) -> None:
 )
 def test_other_models_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(
-        DataError, match=r"other\.onnx must map \(N, 3, H, W\) to embeddings \(N, D\) in float32, but has"
+        DataError, match=r"other\.onnx must map \(N, 3, H, W\) or .* to embeddings \(N, D\) in float32, but has"
     ):
         Evaluator.from_onnx(make_model(tmp_path / "other.onnx", **options))
 
 
 def test_embeddings_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    evaluator = Evaluator.from_onnx(make_model(tmp_path / "nan.onnx", weights=np.full((768, 4), np.nan)))
     with pytest.raises(DataError, match="not finite"):
-        evaluator.embed(faces(1))
+        Evaluator.from_onnx(make_model(tmp_path / "nan.onnx", weights=np.full((768, 4), np.nan)))
 
 
 class Recogniser(nn.Module):

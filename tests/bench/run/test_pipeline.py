@@ -180,10 +180,10 @@ def test_the_judge_is_no_teacher(tmp_path):
     copy.write_bytes(b"a recogniser")
     other.write_bytes(b"another one")
     plain = plugins.make_defense("none", {}, "cpu", 32)
-    check_attack(plugins.make_attack("linkage", {"teacher": other}, "quick"), plain, "whitebox", judge)
-    check_attack(plugins.make_attack("linkage", {}, "quick"), plain, "whitebox", judge)
+    check_attack(plugins.make_attack("linkage", {"teacher": other}, "quick"), plain, "whitebox", [judge])
+    check_attack(plugins.make_attack("linkage", {}, "quick"), plain, "whitebox", [judge])
     with pytest.raises(UsageError, match=r"-a teacher=.*copy\.onnx is the evaluator"):
-        check_attack(plugins.make_attack("linkage", {"teacher": copy}, "quick"), plain, "whitebox", judge)
+        check_attack(plugins.make_attack("linkage", {"teacher": copy}, "quick"), plain, "whitebox", [judge])
 
 
 def test_needs_are_checked_against_the_rung():

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pixel_judge import write_pixel_judge
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_runs import finished, made, pipeline, registered
@@ -307,8 +308,16 @@ class TestStrength:
 
 
 @pytest.fixture(scope="module")
-def several(run):
-    return run(attack="left-half,right-half", attack_options={"left_half": {"batch_limit": "3"}})
+def judged(tmp_path_factory):
+    """A judge, and as many people as it takes for it to be heard."""
+    people = {"identities": 60, "images_per_identity": 4}
+    judge = write_pixel_judge(tmp_path_factory.mktemp("judge") / "pixels.onnx")
+    return {"evaluator": judge, "dataset_options": people}
+
+
+@pytest.fixture(scope="module")
+def several(run, judged):
+    return run(attack="left-half,right-half", attack_options={"left_half": {"batch_limit": "3"}}, **judged)
 
 
 @pytest.mark.slow
@@ -338,8 +347,8 @@ class TestSeveralAttacks:
         assert (directory / "checkpoints" / "attack-left-half.safetensors").is_file()
         assert (directory / "samples" / "contact-sheet.png").is_file()
 
-    def test_an_attack_that_ran_with_others_is_not_run_again_alone(self, run, several):
-        result, directory = run(attack="right-half")
+    def test_an_attack_that_ran_with_others_is_not_run_again_alone(self, run, several, judged):
+        result, directory = run(attack="right-half", **judged)
         assert made(directory) == []
         assert result.worst_case is None
         assert result.attack_results == {"right-half": several[0].attacks["right-half"]}
@@ -507,7 +516,7 @@ def test_a_killed_recovery_goes_on_after_the_batches_it_had_done(run):
 
 
 @pytest.mark.slow
-def test_the_plan_knows_every_part(out, run, several, echoed):
+def test_the_plan_knows_every_part(out, run, several, judged, echoed):
     def plan(**changes):
         return pipeline(out, **{**TINY, **changes}).plan()
 
@@ -515,7 +524,7 @@ def test_the_plan_knows_every_part(out, run, several, echoed):
     assert names.count("attack-echo-pixelate") == names.count("recover-echo-pixelate") == 4
     assert names.count("attack-echo-none") == 1
     assert not any(name.startswith("recogniser-provider") for name in names)
-    parts = plan(attack="left-half,right-half", attack_options={"left_half": {"batch_limit": "3"}})
+    parts = plan(attack="left-half,right-half", attack_options={"left_half": {"batch_limit": "3"}}, **judged)
     assert all(stage.cached for stage in parts.stages)
     assert {"attack-left-half-pixelate", "attack-right-half-none"} <= {stage.name for stage in parts.stages}
     new = plan(attack="asker", seed=7)

@@ -14,7 +14,7 @@ from bench.images import to_float
 from bench.metrics.evaluator import Evaluator
 from bench.metrics.identity import Probes
 from bench.run.attacker import layout_hits
-from bench.run.scorer import Scorer, somebody_else
+from bench.run.scorer import Judge, Scorer, somebody_else
 from defenses.layout import probe
 
 SIZE = 16
@@ -29,7 +29,7 @@ class Colours(nn.Module):
 
 def random_faces(count, seed):
     generator = torch.Generator().manual_seed(seed)
-    tint = torch.randint(0, 200, (count, 3, 1, 1), generator=generator)
+    tint = torch.randint(0, 200, (count // 3, 3, 1, 1), generator=generator).repeat_interleave(3, dim=0)
     return (tint + torch.randint(0, 56, (count, 3, SIZE, SIZE), generator=generator)).to(torch.uint8)
 
 
@@ -40,15 +40,19 @@ def victims():
 
 @pytest.fixture(scope="module")
 def judge(victims):
-    first, second = torch.arange(24), torch.arange(24).roll(-1)
+    first, second = torch.triu_indices(24, 24, 1)
     same = victims.labels[first] == victims.labels[second]
     evaluator = Evaluator(Colours(), "colours", (SIZE, SIZE))
+    pairs = PairProtocol(first, second, same, torch.arange(len(same)) % 2)
+    return scorer(victims, Judge.on(evaluator, evaluator.embed(victims.images), pairs, victims.labels))
+
+
+def scorer(victims, *judges, guessed=None):
     return Scorer(
         victims,
-        PairProtocol(first, second, same, torch.arange(24) % 2),
         Probes(torch.arange(0, 24, 3), torch.arange(1, 24, 3)),
-        evaluator=evaluator,
-        embeddings=evaluator.embed(victims.images),
+        judges,
+        guessed,
         lpips=MissingError("LPIPS: no weights"),
         replicates=200,
         seed=5,
