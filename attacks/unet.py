@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -12,7 +12,8 @@ from torch import Tensor
 from attacks.base import Adversary, Capability, Knowledge, Observation
 from attacks.parts.encoder import channel_statistics
 from attacks.parts.exposure import Exposure
-from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, no_pictures
+from attacks.parts.inputs import AUTO, RAW
+from attacks.parts.inversion import TWO_CORES, ViewingAttack, ViewingOptions, no_pictures
 from attacks.parts.states import ReaderOptions, StateReader
 from attacks.parts.training import Trainer
 from attacks.parts.unet_network import UNetNetwork
@@ -31,7 +32,7 @@ _CHECK_FACES = 512
 _RELIABLE = 0.95
 
 
-class UNetOptions(InversionOptions, ReaderOptions):
+class UNetOptions(ViewingOptions, ReaderOptions):
     """Options of :class:`UNet`; the defaults are the published ones where there are any."""
 
     infer_state: bool = Field(
@@ -52,15 +53,9 @@ class UNetOptions(InversionOptions, ReaderOptions):
         description="At blackbox without an inferred table, and with guesses=0, train on what the client sends of "
         "public faces, the true secret at work, instead of on guesses.",
     )
-    invariance: Literal["none", "sorted", "mean"] = Field(
-        "none",
-        description="What a defence that permutes channels cannot hide: sorted shows the network the channels of each "
-        "colour in the order of their energies, mean their mean and mean magnitude; the state is not inferred then. "
-        "Representations are colour-major, so each third of the channels is one colour.",
-    )
 
 
-class UNet(InversionAttack):
+class UNet(ViewingAttack):
     """U-Net inversion under the three rungs of knowledge.
 
     Trained to minimise L1(g(z), X) over faces X of public identities, protected afresh in every step.
@@ -86,7 +81,7 @@ class UNet(InversionAttack):
         "quick": {**TWO_CORES, "widths": (16, 32, 64), "images": 2_000, "state_faces": 300, "traffic": 500},
         "cpu": {**TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000, "passes": 16},
         "gpu": {"loss": "l1+ssim", "images": 600_000, "early_stop": True},
-        # As published: nothing added to the network, no state read off, one guess.
+        # As published: nothing added to the network or its input, no state read off, one guess.
         "paper": {
             "images": 2_000_000,
             "early_stop": True,
@@ -94,6 +89,7 @@ class UNet(InversionAttack):
             "infer_state": False,
             "guesses": 1,
             "client": False,
+            "input": RAW,
         },
     }
     options: UNetOptions
@@ -111,30 +107,34 @@ class UNet(InversionAttack):
         mechanism, states = self.mechanism, self.mechanism.states()
         self.reader, width, channels = None, None, mechanism.channels
         self._canonical, knows = False, adversary.knowledge is Knowledge.ORACLE
-        if self.options.invariance != "none":
-            blank = torch.zeros(1, *mechanism.representation_shape)
-            channels = invariant_view(blank, self.options.invariance).shape[1]
-        else:
+        if self.options.input in (AUTO, RAW):
             if (self.options.infer_state or knows) and states is not None and len(states) <= _MOST_STATES:
                 reader = StateReader(adversary, mechanism)
                 inferable = not reader.infers_secret or (adversary.traffic is not None and reader.inferable)
                 if reader.width is not None and inferable:
                     self.reader, width = reader, reader.width
-            self._canonical = knows and self.reader is None and states is not None
+            undone = type(mechanism).canonical is not Defense.canonical
+            self._canonical = knows and self.reader is None and states is not None and undone
         if self._canonical:
             # One zero representation tells how wide the layout is once the state is undone.
             blank = torch.zeros(1, *mechanism.representation_shape, device=self.device)
             channels = mechanism.canonical(blank, mechanism.draw(1, derived(self.seed, "shape"))).shape[1]
         self.register_buffer("reads", torch.tensor(knows))
-        self.network = UNetNetwork(channels, adversary.faces.shape[-1], self.options, width=width)
-        self.network = self.network.to(memory_format=torch.channels_last)
+        self._build_network(channels, width)
         self._build_range()
+
+    def _build_network(self, channels: int, width: int | None = None) -> None:
+        network = UNetNetwork(channels, self.adversary.faces.shape[-1], self.options, width=width)
+        self.network = network.to(memory_format=torch.channels_last)
+
+    @property
+    def _may_choose(self) -> bool:
+        """Where layouts are undone, representations are understood as they are."""
+        return not self._canonical and (self.reader is None or not bool(self.reads))
 
     def _inputs(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The representations and, where the state is undone, their layout."""
-        if self.options.invariance != "none":
-            return invariant_view(representations, self.options.invariance), None
-        if self.reader is not None:
+        if self.reader is not None and not len(self.inputs.views):
             if self.reads:
                 return representations, self.reader.layouts(self.reader.rows(representations, states))
             # Taken as they come: the network is built for layouts, and this one is as good as any.
@@ -181,8 +181,9 @@ class UNet(InversionAttack):
         def shown() -> Iterator[tuple[Tensor, Tensor | None]]:
             for number, index in enumerate(sample.split(_CHUNK)):
                 protected = exposure.protect(trainer.floats(index), "statistics", number)
-                self._widen_range(protected.representation)
-                yield self._inputs(protected.representation, protected.state)
+                views = self._view(protected.representation)
+                self._widen_range(views)
+                yield self._inputs(views, protected.state)
 
         mean, std = channel_statistics(shown(), len(self.network.mean))
         self.network.mean.copy_(mean)
@@ -192,21 +193,3 @@ class UNet(InversionAttack):
     def infer_layout(self, observation: Observation) -> Tensor | None:
         """The canonical channel of each channel, int64 (N, k, C), where states are inferred."""
         return self.reader.infer_layout(observation.representations) if self.reader is not None and self.reads else None
-
-
-def invariant_view(representations: Tensor, kind: str) -> Tensor:
-    """What stays the same when the channels of a colour are permuted.
-
-    Args:
-        representations: (N, C, h, w); C is cut into three colours where 3 divides it, else taken as one.
-        kind: ``sorted``: (N, C, h, w), the maps of each colour by falling energy; ``mean``: (N, 2 colours, h, w),
-            the mean and the mean magnitude of each colour's maps.
-    """
-    colours = 3 if representations.shape[1] % 3 == 0 else 1
-    maps = representations.unflatten(1, (colours, -1))
-    if kind == "sorted":
-        order = maps.square().mean(dim=(3, 4)).argsort(dim=2, descending=True, stable=True)
-        ranked: Tensor = maps.gather(2, order[..., None, None].expand_as(maps)).flatten(1, 2)
-        return ranked
-    view: Tensor = torch.cat((maps.mean(dim=2), maps.abs().mean(dim=2)), dim=1)
-    return view

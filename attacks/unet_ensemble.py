@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from attacks.base import Adversary, Capability
 from attacks.parts.exposure import Exposure
-from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions, no_pictures
+from attacks.parts.inputs import RAW
+from attacks.parts.inversion import TWO_CORES, ViewingAttack, ViewingOptions, no_pictures
 from attacks.parts.training import Trainer
 from attacks.parts.unet_network import UNetNetwork
 from bench.randomness import derived
@@ -20,7 +21,7 @@ from defenses.layout import row_numbers
 _STATISTICS_FACES = 64
 
 
-class UNetEnsembleOptions(InversionOptions):
+class UNetEnsembleOptions(ViewingOptions):
     """Options of :class:`UNetEnsemble`; ``images`` are shared out among the members."""
 
     most: int = Field(
@@ -46,7 +47,7 @@ class _Members(nn.Module):
         return torch.cat(answers)[torch.cat(parts).argsort()]
 
 
-class UNetEnsemble(InversionAttack):
+class UNetEnsemble(ViewingAttack):
     """One :class:`~attacks.parts.unet_network.UNetNetwork` per state, each trained on faces protected under it alone.
 
     ``oracle`` asks the member of the true state. ``whitebox`` asks every member, protects each answer again under that
@@ -65,7 +66,7 @@ class UNetEnsemble(InversionAttack):
         "quick": {**TWO_CORES, "widths": (8, 16, 32), "images": 2_000},
         "cpu": {**TWO_CORES, "widths": (16, 32, 64), "images": 60_000},
         "gpu": {"loss": "l1+ssim", "images": 2_000_000, "early_stop": True},
-        "paper": {"images": 6_000_000, "early_stop": True, "bypass": 0},
+        "paper": {"images": 6_000_000, "early_stop": True, "bypass": 0, "input": RAW},
     }
     options: UNetEnsembleOptions
 
@@ -80,13 +81,16 @@ class UNetEnsemble(InversionAttack):
 
     def build(self, adversary: Adversary) -> None:
         """Build a network per state."""
-        mechanism, states = self.mechanism, self.mechanism.states()
-        if reason := self.inapplicable(mechanism):
+        if reason := self.inapplicable(self.mechanism):
             raise ValueError(reason)
-        count = 1 if states is None else len(states)
-        network = _Members(count, mechanism.channels, adversary.faces.shape[-1], self.options)
-        self.network = network.to(memory_format=torch.channels_last)
+        self._build_network(self.mechanism.channels)
         self._build_range()
+
+    def _build_network(self, channels: int) -> None:
+        states = self.mechanism.states()
+        count = 1 if states is None else len(states)
+        network = _Members(count, channels, self.adversary.faces.shape[-1], self.options)
+        self.network = network.to(memory_format=torch.channels_last)
 
     @property
     def _members(self) -> list[UNetNetwork]:
@@ -96,6 +100,10 @@ class UNetEnsemble(InversionAttack):
         """The state of that number for ``count`` faces, int64 (count, D)."""
         states = self.mechanism.states()
         return None if states is None else states[row].expand(count, -1)
+
+    def _pinned(self, count: int) -> Tensor | None:
+        """No member sees more than one state; what one of them is shown suits the others."""
+        return self._state(0, count)
 
     def _protect(self, target: Tensor, exposure: Exposure, step: int) -> Protected:
         """The members take turns, each with a whole batch of its own state."""
@@ -115,6 +123,7 @@ class UNetEnsemble(InversionAttack):
             mean_face = (mean_face + mean_face.flip(-1)) / 2
         for row, member in enumerate(self._members):
             sent = exposure.protect(target, "statistics", row, state=self._state(row, len(target))).representation
+            sent = self._view(sent)
             self._widen_range(sent)
             std = sent.std(dim=(0, 2, 3))
             member.mean.copy_(sent.mean(dim=(0, 2, 3)))
@@ -128,9 +137,9 @@ class UNetEnsemble(InversionAttack):
         # Channels differ in energy by orders of magnitude: each counts by its own.
         energy = representations.square().mean(dim=(2, 3)).clamp(min=1e-12)
         least = torch.full((len(representations),), torch.inf, device=representations.device)
-        faces = torch.empty(0)
+        faces, shown = torch.empty(0), self._view(representations)
         for row, member in enumerate(self._members):
-            answer: Tensor = member(representations)
+            answer: Tensor = member(shown)
             state = self._state(row, len(representations))
             again = self.mechanism.protect(answer.clamp(0, 1), derived(0, "again"), state=state).representation
             difference = ((again - representations).square().mean(dim=(2, 3)) / energy).mean(dim=1)

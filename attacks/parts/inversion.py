@@ -13,20 +13,25 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.base import Adversary, FitReport, Knowledge, Observation, RecoveryAttack
-from attacks.parts.exposure import Exposure
+from attacks.parts.exposure import Exposure, in_chunks
+from attacks.parts.inputs import AUTO, Example, InputOptions, Inputs, names_of
 from attacks.parts.losses import reconstruction
 from attacks.parts.training import Trainer, TrainingOptions
 from attacks.parts.unet_network import NetworkOptions
 from bench.nets.augmentation import augment
 from bench.nets.options import AugmentationOptions
-from bench.randomness import derived
+from bench.randomness import derived, seeded
 from defenses.base import Defense, Protected
 
 #: Faces at once outside training, where nothing is gained by the batch.
 _CHUNK = 64
+#: Public faces on which views are measured, and others on which they are compared, at most; of wide representations
+#: there are fewer, an eighth of these at least.
+_INPUT_FACES, _UNSEEN_FACES, _INPUT_VALUES = 512, 64, 2**23
 #: Tolerances of the input-range check.
 _RANGE_MARGIN = 0.5
 _OUTSIDE_SHARE = 1e-3
+_OUTSIDE_FACES = 0.25
 _LEAST_SPREAD = 0.01
 _SPREAD_FACES = 8
 
@@ -89,9 +94,13 @@ class InversionAttack(RecoveryAttack):
         """The faces of a step as the defence sends them."""
         return exposure.protect(target, "protect", step)
 
+    def _view(self, representations: Tensor) -> Tensor:
+        """What takes the place of representations, (N, C, h, w), whatever their states: they themselves."""
+        return representations
+
     @abstractmethod
     def _inputs(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor | None, ...]:
-        """What the network takes, each (N, ...), for representations (N, C, h, w) of states (N, D)."""
+        """What the network takes, each (N, ...), for views (N, C', h, w) of representations of states (N, D)."""
 
     def _predict(self, network: nn.Module, inputs: tuple[Tensor | None, ...]) -> Tensor:
         """Faces (N, 3, H, W), by ``network`` or its average, from what :meth:`_inputs` made."""
@@ -100,6 +109,10 @@ class InversionAttack(RecoveryAttack):
 
     def _learn_of_defence(self, trainer: Trainer) -> dict[str, Any]:
         """What has to be known before training, from the faces to train on; returns details of it."""
+        return {}
+
+    def _choose_input(self, trainer: Trainer, exposure: Exposure) -> dict[str, Any]:
+        """What :meth:`_view` is to be; returns details of it."""
         return {}
 
     @abstractmethod
@@ -116,6 +129,7 @@ class InversionAttack(RecoveryAttack):
         trainer = Trainer(self.name, adversary, self.seed, options)
         details = self._learn_of_defence(trainer)
         exposure = self._exposure()
+        details |= self._choose_input(trainer, exposure)
         self._measure(trainer, exposure)
         images = max(options.images, options.passes * len(trainer.training))
         steps, countable = options.steps or math.ceil(images / trainer.batch_size), exposure.countable
@@ -138,7 +152,9 @@ class InversionAttack(RecoveryAttack):
             target = trainer.floats(index)
             protected = exposure.protect(target, "validate", number)
             with trainer.fabric.autocast():
-                return self._predict(network, self._inputs(protected.representation, protected.state)), target
+                return self._predict(
+                    network, self._inputs(self._view(protected.representation), protected.state)
+                ), target
 
         report = trainer.train_on_faces(self.network, loss, recover, images=images, steps=steps, stored=self)
         details |= {
@@ -151,20 +167,20 @@ class InversionAttack(RecoveryAttack):
     @torch.no_grad()
     def _examples(self, trainer: Trainer, steps: range, exposure: Exposure) -> list[_Example]:
         """The faces of these steps, what the network is shown of each, and its state."""
-        targets, protected = [], []
+        targets, views, drawn = [], [], []
         mirroring = AugmentationOptions(flip=0.5 if self.options.flip else 0)
         for step in steps:
             target = augment(trainer.floats(trainer.batch(step)), mirroring, derived(self.seed, "faces", step))
             targets.append(target)
-            protected.append(self._protect(target, exposure, step))
-            self._widen_range(protected[-1].representation)
-        states = [sent.state for sent in protected if sent.state is not None]
-        inputs = self._inputs(
-            torch.cat([sent.representation for sent in protected]), torch.cat(states) if states else None
-        )
+            protected = self._protect(target, exposure, step)
+            views.append(self._view(protected.representation))
+            drawn.append(protected.state)
+            self._widen_range(views[-1])
+        states = [state for state in drawn if state is not None]
+        inputs = self._inputs(torch.cat(views), torch.cat(states) if states else None)
         parts = [[None] * len(steps) if value is None else value.split(trainer.batch_size) for value in inputs]
         shown: list[tuple[Tensor | None, ...]] = list(zip(*parts, strict=True))
-        return list(zip(targets, shown, [sent.state for sent in protected], strict=True))
+        return list(zip(targets, shown, drawn, strict=True))
 
     def run(self, observation: Observation) -> Tensor:
         """Faces (N, 3, H, W), not clipped; the average over each face's k interceptions."""
@@ -180,37 +196,126 @@ class InversionAttack(RecoveryAttack):
 
     def _recover(self, representations: Tensor, states: Tensor | None) -> Tensor:
         """Faces (M, 3, H, W) from one interception each, (M, C, h, w)."""
-        return self._predict(self.network, self._inputs(representations, states))
+        return self._predict(self.network, self._inputs(self._view(representations), states))
 
-    def _widen_range(self, representations: Tensor) -> None:
-        low, high = representations.amin(dim=(0, 2, 3)), representations.amax(dim=(0, 2, 3))
+    def _widen_range(self, views: Tensor) -> None:
+        low, high = views.amin(dim=(0, 2, 3)), views.amax(dim=(0, 2, 3))
         self.low.copy_(torch.minimum(self.low, low))
         self.high.copy_(torch.maximum(self.high, high))
 
     def _check_range(self, observation: Observation) -> None:
         """Refuse input unlike the representations of public faces, and a missing state.
 
-        Per channel, at most 0.1 % of the values may lie further outside the range seen in training than half
-        its width: another scale or offset breaks that, an unusual face does not. Input of too small a
+        Per channel, at most 0.1 % of a face's values may lie further outside the range seen in training than half
+        its width: another scale or offset breaks that, an unusual face does not. One face may, and a quarter of them:
+        a defence that sends a few at a scale of their own is attacked all the same. Input of too small a
         scale stays inside the range; it is told by a spread below 1 % of that range over eight faces or more.
         """
         knows = self.adversary.knowledge is Knowledge.ORACLE
         if knows and observation.states is None and self.mechanism.draw(1, torch.Generator()) is not None:
             raise ValueError(f"{self.name} at oracle needs the states of the intercepted faces")
-        values = observation.representations.detach().to(self.low.device)
+        values = in_chunks(self._view, observation.representations.detach().to(self.low.device).flatten(0, 1))
         width = (self.high - self.low).clamp(min=1e-6)
         low = (self.low - _RANGE_MARGIN * width)[:, None, None]
         high = (self.high + _RANGE_MARGIN * width)[:, None, None]
-        outside = float(((values < low) | (values > high)).float().mean())
-        spread = float((values.amax(dim=(0, 1, 3, 4)) - values.amin(dim=(0, 1, 3, 4))).div(width).max())
-        small = len(values) >= _SPREAD_FACES and spread < _LEAST_SPREAD
-        if outside > _OUTSIDE_SHARE or small:
+        outside = ((values < low) | (values > high)).float().mean(dim=(1, 2, 3)).view(len(observation), -1).mean(dim=1)
+        strangers = int((outside > _OUTSIDE_SHARE).sum())
+        spread = float((values.amax(dim=(0, 2, 3)) - values.amin(dim=(0, 2, 3))).div(width).max())
+        small = len(observation) >= _SPREAD_FACES and spread < _LEAST_SPREAD
+        if strangers > max(1, _OUTSIDE_FACES * len(observation)) or small:
             raise ValueError(
                 f"{self.name} was handed representations from {float(values.min()):.4g} to "
                 f"{float(values.max()):.4g}, but trained on {float(self.low.min()):.4g} to "
                 f"{float(self.high.max()):.4g}: they must come from the "
                 f"defence it was trained on, un-normalised"
             )
+
+
+class ViewingOptions(InversionOptions, InputOptions):
+    """Options of a trained inversion whose network is shown views of the representation."""
+
+
+class ViewingAttack(InversionAttack):
+    """Whose network is shown the representation, or the views of it that bring out most of the face.
+
+    The views are chosen before training, on held-out public faces (:meth:`~attacks.parts.inputs.Inputs.choose`), and
+    the network is built for them. A subclass says in :meth:`_build_network` how, and in :attr:`_may_choose` where it
+    understands representations as they are.
+
+    Attributes:
+        inputs: the views.
+    """
+
+    options: ViewingOptions
+    inputs: Inputs
+
+    @abstractmethod
+    def _build_network(self, channels: int) -> None:
+        """Make :attr:`network` for maps of so many channels."""
+
+    @property
+    def _may_choose(self) -> bool:
+        """Whether views may be shown in place of the representation."""
+        return True
+
+    def _pinned(self, count: int) -> Tensor | None:
+        """States of ``count`` faces on which views are tried, int64 (count, D); None for such as are drawn."""
+        return None
+
+    def _build_range(self) -> None:
+        super()._build_range()
+        self.inputs = Inputs()
+
+    def _view(self, representations: Tensor) -> Tensor:
+        views: Tensor = self.inputs(representations)
+        return views
+
+    def _rebuild(self) -> None:
+        """Make network and range anew for the views, with the first weights that such a network would have had."""
+        if not len(self.inputs.views):
+            return
+        device, blank = self.device, torch.zeros(1, *self.mechanism.representation_shape, device=self.device)
+        channels = self.inputs(blank).shape[1]
+        with seeded(self.seed, "weights"):
+            self._build_network(channels)
+        for name, value in (("low", torch.inf), ("high", -torch.inf)):
+            setattr(self, name, torch.full((channels,), value, device=device))
+        self.network.to(device)
+
+    @torch.no_grad()
+    def _choose_input(self, trainer: Trainer, exposure: Exposure) -> dict[str, Any]:
+        text, losses = self.options.input, {}
+        if not self._may_choose:
+            return {"input": self.inputs.name}
+        values = math.prod(self.mechanism.representation_shape)
+
+        def example(index: Tensor, most: int, name: str, pinned: bool = True) -> Example:
+            index = index[: max(most // 8, min(most, _INPUT_VALUES // values))]
+            sent = [
+                exposure.protect(
+                    trainer.floats(part), name, number, state=self._pinned(len(part)) if pinned else None
+                ).representation
+                for number, part in enumerate(index.split(_CHUNK))
+            ]
+            return Example(trainer.floats(index), torch.cat(sent))
+
+        index = trainer.sample(_INPUT_FACES, "input")
+        known = example(index, _INPUT_FACES, "input")
+        if text == AUTO:
+            unseen = example(trainer.validation(), _UNSEEN_FACES, "input of others")
+            losses = self.inputs.choose(known, unseen, self.seed)
+        else:
+            self.inputs.pin(names_of(text), known.sent)
+        mixed = known if self._pinned(1) is None else example(index, _INPUT_FACES, "input of all states", pinned=False)
+        self.inputs.limit(mixed.sent)
+        self._rebuild()
+        return {"input": self.inputs.name, "input_losses": losses}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of every module; the network is made for the stored views first."""
+        if self.inputs.restore(state_dict, "inputs."):
+            self._rebuild()
+        return super().load_state_dict(state_dict, strict, assign)
 
 
 def no_pictures(defense: Defense) -> str | None:

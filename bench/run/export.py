@@ -152,13 +152,14 @@ def _attack(run: Path, config: RunConfig, defense: Defense) -> tuple[nn.Module, 
     attack = plugins.make_attack(config.attack, config.attack_options, config.preset)
     faces = _rendered(config)
     attack.prepare(_adversary(config, defense, faces))
-    network = getattr(attack.eval(), "network", None)
-    if not isinstance(attack, RecoveryAttack) or not isinstance(network, nn.Module):
+    attack.eval()
+    if not isinstance(attack, RecoveryAttack) or not isinstance(getattr(attack, "network", None), nn.Module):
         raise UsageError(f"attack {attack.name} trains no network that could be exported")
     try:
         attack.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise DataError(f"{weights} does not hold the weights of this attack: {str(error).splitlines()[0]}") from error
+    network = attack.get_submodule("network")  # the stored views decide how wide it is
     seen: list[tuple[Any, ...]] = []
     handle = network.register_forward_pre_hook(lambda _, given: seen.append(given))
     try:

@@ -8,7 +8,7 @@ from interception import observe
 
 from attacks.base import Observation
 from attacks.parts.unet_network import UNetNetwork
-from attacks.unet import UNet, UNetOptions, invariant_view
+from attacks.unet import UNet, UNetOptions
 
 SIZE = 16
 TINY = {"widths": (8, 8), "stem_stride": 2, "batch_size": 10, "images": 200}
@@ -115,8 +115,8 @@ def test_more_knowledge_recovers_more(make_adversary, pick, make_faces):
     unseen, defense = make_faces(30, seed=7), pick()
     oracle, _ = fitted(make_adversary, defense, "oracle")
     inferred, report = fitted(make_adversary, defense, "whitebox")
-    mixture, plain_report = fitted(make_adversary, defense, "whitebox", infer_state=False)
-    black, _ = fitted(make_adversary, defense, "blackbox")
+    mixture, plain_report = fitted(make_adversary, defense, "whitebox", infer_state=False, input="raw")
+    black, _ = fitted(make_adversary, defense, "blackbox", input="raw")
     errors = [
         error_of(oracle, defense, unseen, states=True),
         error_of(inferred, defense, unseen),
@@ -225,26 +225,3 @@ def test_recovery_does_not_depend_on_the_batch(inverter, make_faces):
     together = inverter.recover(Observation(z))
     alone = torch.cat([inverter.recover(Observation(z[i : i + 1])) for i in (0, 65)])
     torch.testing.assert_close(together[[0, 65]], alone)
-
-
-@pytest.mark.parametrize("kind", ["sorted", "mean"])
-def test_an_invariant_view_does_not_change_with_the_order_of_a_colours_channels(kind):
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(2, 9, 4, 4, generator=generator) * torch.arange(1, 10).view(1, 9, 1, 1)
-    order = torch.cat([3 * colour + torch.randperm(3, generator=generator) for colour in range(3)])
-    torch.testing.assert_close(invariant_view(z[:, order], kind), invariant_view(z, kind))
-    swapped = z[:, [3, 4, 5, 0, 1, 2, 6, 7, 8]]  # whole colours changed places: that is not hidden
-    assert not torch.allclose(invariant_view(swapped, kind), invariant_view(z, kind))
-
-
-def test_sorted_channels_fall_in_energy():
-    z = torch.tensor([1.0, 3.0, 2.0]).repeat(3).view(1, 9, 1, 1).expand(1, 9, 2, 2)
-    assert invariant_view(z, "sorted")[0, :, 0, 0].tolist() == [3, 2, 1] * 3
-
-
-@pytest.mark.parametrize("kind", ["sorted", "mean"])
-def test_it_trains_on_an_invariant_view(make_adversary, pick, kind):
-    attack, report = fitted(make_adversary, pick(), "whitebox", invariance=kind)
-    assert not report.details["states_inferred"]
-    assert report.details["validation_loss"] < report.details["floor_loss"]
-    assert attack.reader is None

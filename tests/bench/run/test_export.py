@@ -103,7 +103,7 @@ def test_a_recogniser_of_protected_faces(make_run, tmp_path, backbone):
         {},
         {"defense": "partialface"},
         {"defense": "partialface", "attack_options": {**UNET, "infer_state": "false"}},
-        {"defense": "partialface", "attack_options": {**UNET, "invariance": "sorted"}},
+        {"defense": "partialface", "attack_options": {**UNET, "input": "sorted-colours"}},
         {"defense": "partialface", "knowledge": "oracle", "attack_options": {**UNET, "stem_stride": "2"}},
         {"defense": "partialface", "knowledge": "blackbox", "attack_options": {**UNET, "infer_state": "false"}},
     ],
