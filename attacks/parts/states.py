@@ -31,8 +31,10 @@ _RIDGE = 1e-2
 #: What a layout has to gain, in units of the bits that it takes to write it down.
 _PRICE = 2.0
 _ROUNDS = 6
-#: Values of a sketch whose likelihood is compared, about, and what is added to its variances, relative to their mean.
+#: Values of a sketch whose likelihood is compared, about (half of them of more than a few states); and what is added to
+#: its variances, relative to their mean.
 _SKETCH = 256
+_FEW = 128
 _JITTER = 1e-6
 _SWEEPS = 50
 _REREADINGS = 4
@@ -351,7 +353,8 @@ class StateLikelihood:
     ) -> None:
         channels, height, width = shape
         mean = covariance.prior.to_faces(covariance.prior.mean[None])
-        count = min(height * width, max(1, _SKETCH // channels))
+        values = _SKETCH if len(operators) <= _FEW else _SKETCH // 2
+        count = min(height * width, max(1, values // channels))
         generator = torch.Generator().manual_seed(0)
         if count == height * width:
             self._signs = torch.eye(count, dtype=torch.float64, device=mean.device)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from linear_world import adversary_of, defense_of, error, observe
+from undeclared import Silent
 
 from attacks.base import Observation
 from attacks.unrolled import Unrolled, UnrolledOptions
@@ -89,3 +90,12 @@ def test_another_scale_of_input_is_refused(partialface):
     _, observation = observe(defense, 8)
     with pytest.raises(ValueError, match="un-normalised"):
         attack.recover(Observation(100 * observation.representations, observation.states))
+
+
+def test_it_starts_from_maps_that_nobody_declared(make_adversary):
+    defense = Silent(image_size=24)
+    attack, report = fitted(make_adversary, defense, "whitebox")
+    assert report.details["linearity"] == "undeclared, but linear"
+    assert report.states_read == report.details["state_accuracy"] > 0.9
+    faces, observation = observe(defense, 16, states=False)
+    assert error(attack.recover(observation), faces) < 1.05 * error(attack.linear.recover(observation), faces)

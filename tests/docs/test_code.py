@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from pixel_judge import write_pixel_judge
@@ -203,6 +204,20 @@ def test_ridge_against_the_shuffle(run):
     result = run("tile-shuffle", "ridge", defense_options={"shuffles": 2})
     assert result.attack.states_covered is True
     assert ssim(result.recovery) < ssim(result.recovery.ceiling)
+
+
+def test_linear_undoes_the_shuffle_whether_it_is_declared_or_not(run):
+    """As the page says: at the white box the order is read, and nothing is lost."""
+    declared = run("secret-tile-shuffle", "linear", attack_options={"rank": 20})
+    assert declared.attack.details["linearity"] == "declared"
+    silent = run("tile-shuffle", "linear", attack_options={"rank": 20})
+    assert any("undeclared, but linear" in warning for warning in silent.warnings)
+    for result in (declared, silent):
+        assert result.attack.states_covered is True
+        assert result.attack.details["state_accuracy"] > 0.98
+        assert ssim(result.recovery) > 0.99
+    named = pd.read_parquet(run.out / silent.run_id / "state_inference.parquet")
+    assert (named["drawn"] == named["named"]).mean() > 0.98
 
 
 def test_ridge_at_blackbox_guesses_the_table(run):

@@ -100,6 +100,21 @@ def test_a_random_gain_is_recognised_by_its_range(kind, groups):
     assert bool((ratio > 3).all() & (ratio < 4.0001).all())
 
 
+class Coarse(Defense):
+    """A mixture of rows and columns, rounded to steps of 1 / 128: it has a derivative nowhere."""
+
+    name = "coarse"
+
+    def transform(self, faces, state, generator):
+        return ((0.75 * faces + 0.25 * faces.mT) * 128).round() / 128
+
+
+def test_rounding_is_noise(faces):
+    maps = linear_maps(Coarse(image_size=SIZE))
+    expected = 0.75 * faces + 0.25 * faces.mT
+    assert float((maps.operators[0](faces) - expected).square().mean().sqrt()) < 0.01 * float(expected.std())
+
+
 class Squared(Defense):
     name = "squared"
 
@@ -113,7 +128,7 @@ class Clipped(Defense):
     name = "clipped"
 
     def transform(self, faces, state, generator):
-        return faces.clamp(0.01, 0.99)
+        return faces.clamp(0.1, 0.9)
 
 
 class Unpinned(Defense):
