@@ -145,7 +145,8 @@ class Linear(RecoveryAttack):
         self.noise.fill_(self._measure_noise(adversary.faces, seed))
         accuracy = self._learn_to_read(seed)
         adversary.report(3, 3)
-        details |= {"linearity": self.maps.source, **self.maps.details}
+        source = "estimated from protection queries" if self.reader.estimated else self.maps.source
+        details |= {"linearity": source, **self.maps.details}
         details |= {} if accuracy is None else {"state_accuracy": accuracy}
         return FitReport(
             saturated=self._converges(),

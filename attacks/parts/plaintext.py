@@ -47,6 +47,12 @@ _STATE = 4.0
 #: Non-zero entries that a map may have; and the share of all from which on it is held dense.
 _MOST_ENTRIES = 2**26
 _DENSE = 0.05
+#: Times that one picture is sent to see the states there are, and at most so many of them; how far pictures depart from
+#: that one, whose answers tell the state; and turns, for each state, in which all of them have to be seen.
+_PILOTS = 512
+_MOST_STATES = 64
+_DEPARTURE = 0.1
+_TURNS = 30
 #: The share of the values that a kind of map has to be true of to be named.
 _RARE = 0.01
 #: Correlations at once.
@@ -116,6 +122,8 @@ def _families(size: int, noisy: bool) -> list[_Family]:
 class EstimatedMap(nn.Module):
     """``z = A x + offset`` with a sparse A: a :class:`~defenses.base.LinearOperator` for faces of ``size`` pixels.
 
+    The maps of several states stand behind one another, as channels of one (:meth:`part`).
+
     Attributes:
         rows, columns, values: int64, int64 and float64 (E,) buffers, the non-zero entries of A, (C h w) x (3 H^2).
         offset: float64 (C, h, w) buffer.
@@ -132,7 +140,7 @@ class EstimatedMap(nn.Module):
 
     def __init__(self, size: int, shape: Shape) -> None:
         super().__init__()
-        self.size, self.shape = size, shape
+        self.size = size
         for name in ("rows", "columns"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.int64))
         self.register_buffer("values", torch.zeros(0, dtype=torch.float64))
@@ -141,15 +149,30 @@ class EstimatedMap(nn.Module):
         self.register_buffer("found", torch.zeros((), dtype=torch.bool))
         self._matrices: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def set_entries(self, rows: Tensor, columns: Tensor, values: Tensor) -> None:
-        """Replace A."""
-        self.rows, self.columns, self.values = rows, columns, values
+    @property
+    def shape(self) -> Shape:
+        """(C, h, w) of what is sent; C times the states, where there are several."""
+        channels, height, width = self.offset.shape
+        return channels, height, width
+
+    def set_map(self, rows: Tensor, columns: Tensor, values: Tensor, offset: Tensor) -> None:
+        """Replace A and the offset."""
+        self.rows, self.columns, self.values, self.offset = rows, columns, values, offset
         self._matrices.clear()
 
+    def part(self, number: int, channels: int) -> EstimatedMap:
+        """The map of a state, of so many channels."""
+        offset = self.offset[number * channels : (number + 1) * channels]
+        first = number * offset.numel()
+        mine = (self.rows >= first) & (self.rows < first + offset.numel())
+        part = EstimatedMap(self.size, (channels, *self.shape[1:]))
+        part.set_map(self.rows[mine] - first, self.columns[mine], self.values[mine], offset)
+        return part
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # How many entries there are is known to those who have estimated them.
-        entries = (state_dict[f"{prefix}{name}"].to(self.values.device) for name in ("rows", "columns", "values"))
-        self.set_entries(*(entry.clone() for entry in entries))
+        # How many entries and states there are is known to those who have estimated them.
+        names, device = ("rows", "columns", "values", "offset"), self.values.device
+        self.set_map(*(state_dict[f"{prefix}{name}"].to(device).clone() for name in names))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _matrix(self, like: Tensor) -> Tensor:
@@ -175,26 +198,43 @@ class EstimatedMap(nn.Module):
 
 
 class Imitation(Defense):
-    """What was found out about a defence: it sends A x + offset, with the noise that the estimate leaves over."""
+    """What was found out about a defence: it sends A x + offset, with the noise that the estimate leaves over.
+
+    Of the maps of several states one is drawn for each face.
+    """
 
     name = "imitation"
-    summary = "a linear map that was estimated from protection queries"
+    summary = "linear maps that were estimated from protection queries"
 
-    def __init__(self, estimate: EstimatedMap) -> None:
+    def __init__(self, estimate: EstimatedMap, shape: Shape) -> None:
+        """``shape``, (C, h, w), is that of what is sent."""
         super().__init__(image_size=estimate.size)
-        self._estimate = (estimate,)  # whose weights are the attack's, and not twice
+        self._estimate, self._shape = (estimate,), shape  # in a tuple: its weights are the attack's, and not twice
 
     @property
     def representation_shape(self) -> Shape:
-        return self._estimate[0].shape
+        return self._shape
+
+    @property
+    def _count(self) -> int:
+        return self._estimate[0].shape[0] // self._shape[0]
+
+    def states(self) -> Tensor | None:
+        return torch.arange(self._count)[:, None] if self._count > 1 else None
+
+    def draw(self, count: int, generator: torch.Generator, labels: Tensor | None = None) -> Tensor | None:
+        return torch.randint(self._count, (count, 1), generator=generator) if self._count > 1 else None
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
         estimate = self._estimate[0]
-        sent = estimate(faces) + estimate.offset.to(faces)
-        return sent + float(estimate.noise) * torch.randn(sent.shape, generator=generator).to(sent)
+        sent = (estimate(faces) + estimate.offset.to(faces)).unflatten(1, (self._count, -1))
+        rows = torch.zeros(len(faces), dtype=torch.int64) if state is None else state[:, 0]
+        sent = sent[torch.arange(len(faces)), rows.to(sent.device)]
+        drawn = torch.randn(sent.shape, generator=generator).to(sent)
+        return torch.add(sent, drawn, alpha=float(estimate.noise))
 
     def linear_operator(self, state: Tensor | None) -> EstimatedMap:
-        return self._estimate[0]
+        return self._estimate[0] if state is None else self._estimate[0].part(int(state[0]), self._shape[0])
 
 
 def helps(adversary: Adversary, mechanism: Defense) -> bool:
@@ -207,17 +247,17 @@ def helps(adversary: Adversary, mechanism: Defense) -> bool:
 
 
 class _Pictures:
-    """Pictures that are sent through the client, and how many there were."""
+    """Pictures that are sent through the client, and how many times, about, where each of them costs several."""
 
-    def __init__(self, client: ProtectionQuery, size: int, seed: int, device: torch.device) -> None:
+    def __init__(self, client: ProtectionQuery, size: int, seed: int, device: torch.device, cost: float = 1.0) -> None:
         self._client, self._size, self._seed, self._device = client, size, seed, device
-        self.asked = 0
+        self.asked, self.cost = 0.0, cost
         self.shown = torch.zeros(0, 3 * size**2, dtype=torch.bool, device=device)
         self.answers = torch.zeros(0, 0, device=device)
 
     def ask(self, pixels: Tensor) -> Tensor:
         """What is sent, float32 (M, m), of pictures (M, n) of values in [0, 1]."""
-        self.asked += len(pixels)
+        self.asked += self.cost * len(pixels)
         pictures = pixels.to(self._device, torch.float32).view(-1, 3, self._size, self._size)
         return torch.cat([self._client(part).flatten(1) for part in pictures.split(_CHUNK)])
 
@@ -231,6 +271,73 @@ class _Pictures:
             answers.append(self.ask(shown[-1]))
         self.shown, self.answers = torch.cat(shown), torch.cat(answers)
         return self.shown, self.answers
+
+
+class _States:
+    """A client that draws one of K maps for a picture, asked until each has answered: one map to K C channels.
+
+    All pictures are near one, the pilot, so that an answer shows which state it was given in by what it is nearest to.
+    With pilot p and departure d, a picture x is sent as p + d (2 x - 1); (answer - answer to p) / 2 d is affine in x.
+
+    Attributes:
+        pilot: float32 (n,), the picture itself.
+        answers: float32 (K, m), to the pilot; empty where there are too many to be counted.
+        asked: pictures sent, repeats counted.
+    """
+
+    def __init__(self, client: ProtectionQuery, size: int, seed: int, device: torch.device, noise: float) -> None:
+        self._client, self._size = client, size
+        draws = derived(seed, "pilot")
+        margin = _DEPARTURE * 255
+        levels = torch.rand(3 * size**2, generator=draws) * (255 - 2 * margin) + margin
+        self.pilot = (levels / 255).to(device)
+        self.asked = 0
+        answers = self._send(self.pilot.expand(_PILOTS, -1))
+        rounding = (_ROUNDING * float(answers.abs().max())) ** 2
+        # Offsets of a state's own look like noise: answers that repeat to the last digit tell them apart.
+        self.answers = _kinds(answers, rounding)
+        if not len(self.answers):
+            self.answers = _kinds(answers, rounding + noise)
+
+    def _send(self, pictures: Tensor) -> Tensor:
+        self.asked += len(pictures)
+        shown = pictures.reshape(-1, 3, self._size, self._size)
+        return torch.cat([self._client(part).flatten(1) for part in shown.split(_CHUNK)])
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        """float32 (M, K m, 1, 1) of pictures (M, 3, H, H)."""
+        pictures = (self.pilot + _DEPARTURE * (2 * faces.flatten(1) - 1)).clamp(0, 1)
+        out = faces.new_full((len(faces), *self.answers.shape), torch.nan)
+        waiting = torch.arange(len(faces), device=faces.device)
+        for _ in range(_TURNS * len(self.answers)):
+            sent = self._send(pictures[waiting])
+            state = torch.stack([(sent - answer).square().mean(dim=1) for answer in self.answers]).argmin(dim=0)
+            out[waiting, state] = (sent - self.answers[state]) / (2 * _DEPARTURE)
+            waiting = waiting[out[waiting, :, 0].isnan().any(dim=1)]
+            if not len(waiting):
+                break
+        return out.nan_to_num().flatten(1)[:, :, None, None]
+
+    @property
+    def cost(self) -> float:
+        """How often a picture is sent until all states have answered (the coupon collector's problem)."""
+        return len(self.answers) * sum(1 / number for number in range(1, len(self.answers) + 1))
+
+
+def _kinds(answers: Tensor, noise: float) -> Tensor:
+    """The different ones (K, m) among answers (T, m) with ``noise`` of that variance; none where one occurs once.
+
+    The share of draws that occurred once is that of states not seen yet (Good, Biometrika 40, 1953).
+    """
+    kinds: list[Tensor] = []
+    unknown = answers
+    while len(unknown):
+        same = (unknown - unknown[0]).square().mean(dim=1) <= _STATE * 2 * noise
+        if int(same.sum()) < 2 or len(kinds) == _MOST_STATES:
+            return answers[:0]
+        kinds.append(unknown[same].mean(dim=0))
+        unknown = unknown[~same]
+    return torch.stack(kinds)
 
 
 class _Estimation:
@@ -308,7 +415,8 @@ class _Estimation:
 
     def affords(self, codes: int) -> bool:
         """Whether there may be so many black and white pictures, and what is tried in the end."""
-        return self.pictures.asked + max(0, codes + _CHUNK - len(self.pictures.shown)) + _TRIED <= self.most
+        more = max(0, codes + _CHUNK - len(self.pictures.shown)) + _TRIED
+        return self.pictures.asked + self.pictures.cost * more <= self.most
 
     def single_pixels(self) -> None:
         """Values that each depend on one pixel: the one whose code they repeat."""
@@ -393,7 +501,7 @@ class _Estimation:
     def pixel_by_pixel(self) -> None:
         """Values that depend on anything: the answer to each pixel lit alone, less that to the black picture."""
         pixels, rows = 3 * self.size**2, self.open
-        if self.pictures.asked + pixels + _TRIED > self.most or self.noisy:
+        if self.pictures.asked + self.pictures.cost * (pixels + _TRIED) > self.most or self.noisy:
             return
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         entries, black = 0, self.black[rows].float()
@@ -460,13 +568,27 @@ def estimate_map(
         ``protection_map``: what was found; ``protection_r2``: the share of the variance of what is sent of faces that
         the map explains; ``protection_noise``: that of repeated queries.
     """
-    device = estimate.offset.device
+    device, shape = estimate.offset.device, estimate.shape
     pictures = _Pictures(client, estimate.size, seed, device)
     estimation = _Estimation(pictures, estimate.size, seed, most)
     details: dict[str, Any] = {"protection_noise": math.sqrt(estimation.flat)}
     estimate.found.fill_(False)
-    if estimation.varies:
-        return details | {"protection_map": "the map varies from query to query: a state is drawn"}
+    states, before = None, 0
+    if estimation.varies or estimation.noisy:
+        states = _States(client, estimate.size, seed, device, estimation.noise)
+        if not len(states.answers) and estimation.varies:
+            return details | {"protection_map": "the map varies from query to query, beyond counting"}
+        before = int(pictures.asked)
+        pictures.asked += states.asked
+        if len(states.answers) < 2:
+            states = None
+        elif pictures.asked + 2 * states.cost * (_CODES + 2 * _TRIED) > most:
+            return details | {"protection_map": f"one of {len(states.answers)} maps, too many for {most} queries"}
+        else:
+            left_over = most - int(pictures.asked)
+            pictures = _Pictures(states, estimate.size, seed, device, states.cost)
+            estimation = _Estimation(pictures, estimate.size, seed, left_over)
+            details["protection_noise"] = 2 * _DEPARTURE * math.sqrt(estimation.flat)
     if estimation.noise > _DROWNED * estimation.signal:
         return details | {"protection_map": "nothing but noise is sent"}
     for step in (estimation.single_pixels, estimation.supports, estimation.pixel_by_pixel):
@@ -475,13 +597,18 @@ def estimate_map(
     chosen = torch.randperm(len(faces), generator=derived(seed, "tried faces"))[:_TRIED]
     shown = to_float(faces[chosen.to(faces.device)].to(device))
     sent = pictures.ask(shown.flatten(1)).double()
-    estimate.set_entries(*estimation.entries())
-    estimate.offset.copy_(estimation.offset.view(estimate.shape))
+    matrix, offset = estimation.entries(), estimation.offset
+    estimate.set_map(*matrix, offset.view(-1, *shape[1:]))
     predicted = (estimate(shown.double()) + estimate.offset).flatten(1)
     left, scatter = float((sent - predicted).square().mean()), float((sent - sent.mean(dim=0)).square().mean())
-    r2 = 1 - left / max(scatter, 1e-300)
+    r2, what, asked = 1 - left / max(scatter, 1e-300), estimation.description(), int(pictures.asked)
+    if states is not None:
+        at_pilot = estimate(states.pilot.double().view(1, 3, estimate.size, estimate.size)).flatten()
+        estimate.set_map(*matrix, (states.answers.double().flatten() - at_pilot).view(-1, *shape[1:]))
+        left, what = left * (2 * _DEPARTURE) ** 2, f"one of {len(states.answers)} maps: {what}"
+        asked = states.asked + before
     estimate.noise.fill_(math.sqrt(left))
-    estimate.found.fill_(left - estimation.noise <= (1 - _LINEAR) * scatter)
-    what = estimation.description() if estimate.found else "not linear"
-    described = f"{what} (R^2 {r2:.4f} on faces), estimated from {pictures.asked} protection queries"
+    estimate.found.fill_(scatter * (1 - r2) - estimation.noise <= (1 - _LINEAR) * scatter)
+    what = what if estimate.found else "not linear"
+    described = f"{what} (R^2 {r2:.4f} on faces), estimated from {asked} protection queries"
     return details | {"protection_map": described, "protection_r2": r2}

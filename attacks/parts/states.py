@@ -243,8 +243,10 @@ class StateReader(nn.Module):
         self.estimate, self._queries = None, queries
         self._estimates: tuple[Imitation, ...] = ()
         if queries and helps(adversary, mechanism) and not (self.infers_secret and self.inferable):
-            self.estimate = EstimatedMap(mechanism.image_size, mechanism.representation_shape)
-            self._estimates = (Imitation(self.estimate),)
+            shape = mechanism.representation_shape
+            self.estimate = EstimatedMap(mechanism.image_size, shape)
+            self._estimates = (Imitation(self.estimate, shape),)
+            self.classifier, self.infers_secret = None, False
 
     @property
     def inferable(self) -> bool:
@@ -256,14 +258,15 @@ class StateReader(nn.Module):
         return self.table[(self.table >= 0).all(dim=1)]
 
     @property
-    def _estimated(self) -> bool:
+    def estimated(self) -> bool:
+        """Whether the secret map is known from protection queries."""
         return self.estimate is not None and bool(self.estimate.found)
 
     @property
     def mechanism(self) -> Defense:
         """The defence in use or, under a black box, what was found out about it."""
         adversary, mechanism, _ = self._given
-        if self._estimated:
+        if self.estimated:
             return self._estimates[0]
         if not self.infers_secret or not len(self._known_rows):
             return mechanism
@@ -285,7 +288,7 @@ class StateReader(nn.Module):
         adversary, mechanism, layout = self._given
         if self.estimate is not None and adversary.client is not None:
             told = estimate_map(self.estimate, adversary.client, adversary.faces, seed, self._queries)
-            if not self._estimated:
+            if not self.estimated:
                 raise ValueError(
                     f"what is secret of {mechanism.name} is neither a table of layouts nor one linear map "
                     f"({told['protection_map']}): use an attack that trains on what the client sends, as unet does"
@@ -323,7 +326,7 @@ class StateReader(nn.Module):
             if states is None:
                 raise ValueError("at oracle the states of the intercepted faces are needed")
             return layout.row_of(states)
-        if self.classifier is None or self._estimated:
+        if self.classifier is None:
             return torch.zeros(len(representations), dtype=torch.int64, device=adversary.fabric.device)
         known = self._known_rows
         return self.classifier.rows(self.classifier(representations), known if len(known) else self.table.clamp(min=0))
@@ -334,7 +337,7 @@ class StateReader(nn.Module):
 
     def infer_layout(self, representations: Tensor) -> Tensor | None:
         """As :meth:`RecoveryAttack.infer_layout`, of (N, k, C, h, w): None where nothing is inferred."""
-        if self.classifier is None or self._estimated:
+        if self.classifier is None:
             return None
         layouts = in_chunks(lambda part: self.layouts(self.rows(part, None)), representations.flatten(0, 1))
         return layouts.view(*representations.shape[:2], -1)

@@ -89,6 +89,37 @@ def test_a_linear_map_is_found_whole(make_faces, name):
     assert details["protection_r2"] == pytest.approx(1, abs=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["permutations", "colours"])
+def test_the_maps_of_a_few_states_are_found_each(make_faces, kind):
+    draws = torch.Generator().manual_seed(5)
+    maps = torch.zeros(4, PIXELS, PIXELS)
+    for matrix in maps:
+        if kind == "permutations":
+            matrix[torch.arange(PIXELS), torch.randperm(PIXELS, generator=draws)] = 1
+        else:
+            matrix.copy_(torch.kron(torch.randn(3, 3, generator=draws), torch.eye(SIZE**2)))
+
+    def send(faces):
+        drawn = torch.randint(4, (len(faces),), generator=draws)
+        return torch.stack([maps[k] @ face.flatten() + k for k, face in zip(drawn, faces, strict=True)]).view_as(faces)
+
+    estimate, details, queries = estimated(make_faces, send)
+    assert estimate.found
+    assert details["protection_map"].startswith("one of 4 maps: ")
+    assert f"from {queries} protection queries" in details["protection_map"]
+    imitation, faces = Imitation(estimate, SHAPE), torch.rand(3, *SHAPE, generator=draws)
+    expected = faces.flatten(1) @ maps.mT + torch.arange(4.0)[:, None, None]  # (4, 3, n)
+    found = []
+    for state in imitation.states():
+        operator = imitation.linear_operator(state)
+        sent = imitation.protect(faces, draws, state=state.expand(3, -1)).representation
+        torch.testing.assert_close(operator(faces) + operator.offset.float(), sent, rtol=0, atol=1e-5)
+        off = (sent.flatten(1) - expected).abs().amax(dim=(1, 2))
+        assert off.min() < 1e-4
+        found.append(int(off.argmin()))
+    assert sorted(found) == [0, 1, 2, 3]
+
+
 def test_places_are_found_under_noise_which_is_measured(make_faces):
     draws = torch.Generator().manual_seed(0)
     estimate, details, _ = estimated(
@@ -107,7 +138,7 @@ def test_places_are_found_under_noise_which_is_measured(make_faces):
     [
         (lambda faces: permutation(faces).abs() ** 2.2, "not linear"),
         (lambda faces: torch.sign(permutation(faces) - 0.5), "not linear"),
-        (lambda faces: faces.roll(int(torch.randint(SIZE, ())), 3), "varies from query to query"),
+        (lambda faces: faces * torch.rand(len(faces), 1, 1, 1), "varies from query to query"),
         (lambda faces: torch.randn(faces.shape), "nothing but noise"),
     ],
 )
@@ -141,7 +172,7 @@ def test_the_imitation_sends_what_the_client_sends(make_faces):
     estimate, _, _ = estimated(
         make_faces, lambda faces: colours(faces) + 0.01 * torch.randn(faces.shape, generator=draws)
     )
-    imitation, faces = Imitation(estimate), make_faces(20, SIZE, 9).float() / 255
+    imitation, faces = Imitation(estimate, SHAPE), make_faces(20, SIZE, 9).float() / 255
     sent = imitation.protect(faces, torch.Generator().manual_seed(1)).representation
     assert float((sent - colours(faces)).std()) == pytest.approx(0.01, rel=0.1)
     assert imitation.linear_operator(None) is estimate
@@ -166,7 +197,6 @@ class Secretive(Defense):
     """Sends a linear map of the face that is a secret: those of another number look just as likely."""
 
     name = "secretive"
-    declared = True
 
     def __init__(self, number=0):
         super().__init__(image_size=SIZE)
@@ -189,7 +219,7 @@ class Secretive(Defense):
     def linear_operator(self, state):
         estimate = EstimatedMap(SIZE, SHAPE)
         rows, columns = self.matrix.nonzero(as_tuple=True)
-        estimate.set_entries(rows, columns, self.matrix[rows, columns].double())
+        estimate.set_map(rows, columns, self.matrix[rows, columns].double(), estimate.offset)
         return estimate
 
 
@@ -216,6 +246,28 @@ class Curved(Secretive):
         return super().transform(faces**2.2, state, generator)
 
 
+class Several(Secretive):
+    """One of three orthogonal mixtures of the colours, drawn for each face from a secret table."""
+
+    name = "several"
+
+    def __init__(self, number=0):
+        super().__init__(number)
+        self.table = torch.linalg.qr(torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(number)))[0]
+
+    def states(self):
+        return torch.arange(3)[:, None]
+
+    def draw(self, count, generator, labels=None):
+        return torch.randint(3, (count, 1), generator=generator)
+
+    def transform(self, faces, state, generator):
+        return torch.einsum("nij,njhw->nihw", self.table[state[:, 0]].to(faces), faces)
+
+    def linear_operator(self, state):
+        return None
+
+
 def attacked(make_adversary, make_faces, attack, defense, knowledge="blackbox"):
     """The fit's report, and root mean square errors: of what is recovered, and of the mean face."""
     victims, draws = make_faces(40, SIZE, 7).float() / 255, torch.Generator().manual_seed(3)
@@ -233,12 +285,14 @@ def attacked(make_adversary, make_faces, attack, defense, knowledge="blackbox"):
     return report, error, floor
 
 
-@pytest.mark.parametrize("defense", [Secretive, Mixing])
-def test_linear_inverts_a_secret_map_that_it_could_not_guess(make_adversary, make_faces, defense):
+@pytest.mark.parametrize(("defense", "share"), [(Secretive, 0.01), (Mixing, 0.01), (Several, 0.3)])
+def test_linear_inverts_a_secret_map_that_it_could_not_guess(make_adversary, make_faces, defense, share):
+    """One of several colour mixtures is read wrong now and then, as where the table is known."""
     options = {"rank": 12, "iterations": 100}
     report, error, floor = attacked(make_adversary, make_faces, Linear(LinearOptions(**options)), defense())
-    assert error < 0.02 < floor
+    assert error < share * floor
     assert "protection queries" in report.details["protection_map"]
+    assert report.details["linearity"] == "estimated from protection queries"
     blind = Linear(LinearOptions(**options, client_queries=0))
     with pytest.raises(ValueError, match="layout"):
         attacked(make_adversary, make_faces, blind, defense())
