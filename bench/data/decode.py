@@ -231,9 +231,13 @@ def decode_image(
 
 @contextmanager
 def own_limits() -> Iterator[None]:
-    """Silence Pillow's warning of large images: :class:`Limits` decide, and what they refuse is listed."""
+    """Silence Pillow's warnings of large images, where :class:`Limits` decide, and of odd headers.
+
+    What cannot be decoded is listed anyway.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
 
 

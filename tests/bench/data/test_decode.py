@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +123,20 @@ def test_other_formats_are_refused(make_image, make_encoded, kind):
 def test_what_stands_in_the_place_of_an_image_is_named(data, what):
     with pytest.raises(ImageError, match=what):
         decode_image(data + b"\1" * 64)
+
+
+def test_an_odd_header_of_an_image_that_is_read_says_nothing(make_image, make_encoded):
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    data = make_encoded(make_image(0), exif=exif).replace(
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01", b"Exif\0\0MM\0*\0\0\0\x08\0\x09"
+    )
+    with pytest.warns(UserWarning, match="EXIF"):
+        decode_image(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images, failed = decode_all(np.arange(1), lambda rows: [tensor(data)], 32)
+    assert (len(images), failed) == (1, {})
 
 
 def test_netpbm_and_tiff_of_sixteen_bits(make_encoded):
