@@ -38,6 +38,8 @@ _LARGEST_FACE = 3200
 #: to be by chance; and the share that a support has to seem to explain to be tried.
 _EXACT = 1e-4
 _OF_NOISE = 1.0
+#: What a map may leave over of what another, on fewer pixels, left over beside the noise, to take its place.
+_BETTER = 0.8
 _PROMISING = 0.5
 #: Rounding of float32, as a share of the largest value.
 _ROUNDING = 2.0**-22
@@ -229,7 +231,7 @@ class Imitation(Defense):
         estimate = self._estimate[0]
         sent = (estimate(faces) + estimate.offset.to(faces)).unflatten(1, (self._count, -1))
         rows = torch.zeros(len(faces), dtype=torch.int64) if state is None else state[:, 0]
-        sent = sent[torch.arange(len(faces)), rows.to(sent.device)]
+        sent = sent[torch.arange(len(faces), device=sent.device), rows.to(sent.device)]
         drawn = torch.randn(sent.shape, generator=generator).to(sent)
         return torch.add(sent, drawn, alpha=float(estimate.noise))
 
@@ -346,7 +348,11 @@ class _Estimation:
     Attributes:
         left: float64 (m,), the mean square that the best map so far leaves over on pictures it was not made of.
         enough: float64 (m,), at most which a map is exact.
-        kinds: what the best map of each value is: for how many values.
+        owner: int64 (m,), the number of the best map of each value among ``fits``, -1 for none; ``names`` says what
+            each of these is, ``fits`` its entries as rows, pixels and values.
+        offset: float64 (m,), of the best map.
+        noise, flat, textured: variance of what is drawn for each query: as reckoned with, on black pictures, on noise.
+        signal: the mean variance of what is sent of noise, less that.
     """
 
     def __init__(self, pictures: _Pictures, size: int, seed: int, most: int) -> None:
@@ -363,13 +369,12 @@ class _Estimation:
         scatter = self.truth.double().var(dim=0)
         rounding = (_ROUNDING * float(self.truth.abs().max())) ** 2
         self.noise = self.flat + rounding
-        #: How much of what varies is signal.
         self.signal = max(float(scatter.mean()) - self.flat, 0.0)
         signal = (scatter - self.noise).clamp(min=0)
         self.enough = self.noise + torch.minimum(_EXACT * scatter + _OF_NOISE * self.noise, signal / 2)
         self.offset = self.truth.double().mean(dim=0)
         self.left = (self.truth.double() - self.offset).square().mean(dim=0)
-        self.owner = torch.full((len(scatter),), -1, device=device)  # number of the fit that explains each value best
+        self.owner = torch.full((len(scatter),), -1, device=device)
         self.fits: list[tuple[Tensor, Tensor, Tensor]] = []
         self.names: list[str] = []
 
@@ -404,7 +409,7 @@ class _Estimation:
         matrix = torch.sparse_coo_tensor(torch.stack((index, columns)), values.double(), sizes, check_invariants=False)
         predicted = (matrix @ self.tried.double().T).T + offset
         left = (self.truth[:, rows].double() - predicted).square().mean(dim=0)
-        better = left < self.left[rows]
+        better = left - self.noise < _BETTER * (self.left[rows] - self.noise)
         self.owner[rows[better]] = len(self.fits)
         self.left[rows[better]], self.offset[rows[better]] = left[better], offset[better]
         kept = better[index]
@@ -507,7 +512,7 @@ class _Estimation:
         entries, black = 0, self.black[rows].float()
         for part in torch.arange(pixels, device=rows.device).split(_CHUNK):
             lit = torch.zeros(len(part), pixels, device=rows.device)
-            lit[torch.arange(len(part)), part] = 1
+            lit[torch.arange(len(part), device=part.device), part] = 1
             change = self.pictures.ask(lit)[:, rows] - black
             column, row = (change.abs() > math.sqrt(self.noise)).nonzero(as_tuple=True)
             entries += len(row)
