@@ -19,7 +19,7 @@ from bench.measures import Measure as Measure
 SCHEMA_VERSION = "2"
 
 #: Changes whenever figures of two versions cannot be compared any more (data, protocol, metric definitions).
-PROTOCOL_VERSION = "1"
+PROTOCOL_VERSION = "2"
 
 
 class Quartiles(ResultModel):

@@ -26,7 +26,7 @@ def figure_line(figure: FigureVerdict) -> str:
         change,
         f"tolerated {figure.tolerance:.3g}",
         f"a pass rules out {figure.margin:.3g}",
-        None if figure.detectable is None else f"detectable {figure.detectable:.3g}",
+        None if figure.detectable is None else f"found in 90 % {figure.detectable:.3g}",
         figure.note,
     ]
     return ", ".join(part for part in parts if part)
@@ -50,7 +50,7 @@ def interval(ends: tuple[float, float] | None) -> str:
 
 
 #: Headings of :func:`cells`.
-COLUMNS = ("figure", "baseline", "now", "change", "95 % interval", "tolerated", "rules out", "detectable")
+COLUMNS = ("figure", "baseline", "now", "change", "95 % interval", "tolerated", "rules out", "found in 90 %")
 
 
 def cells(figure: FigureVerdict) -> tuple[str, ...]:

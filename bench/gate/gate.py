@@ -131,9 +131,11 @@ def _notes(
         )
         every = ", and no other figure of privacy is there" if all(figure.blind for figure in measured) else ""
         notes.append(
-            f"blind: with these victims nothing less than the loss of all that is left would be seen in "
-            f"{', '.join(blind)}{every}"
+            f"blind: a pass says nothing of {', '.join(blind)}, for with these victims the loss of all that is left "
+            f"would be found in less than 90 %{every}"
         )
+    if not any(expected.role == "utility" for expected in cell.figures.values()):
+        notes.append("recognition is not judged: the baseline holds no figure of it")
     notes += [
         warning
         for warning in run.result.warnings

@@ -44,9 +44,7 @@ class FigureVerdict(ResultModel):
     ci95: tuple[float, float] | None = Field(None, description="two-sided 95 % interval of the change")
     tolerance: float = Field(description="harmful change that is tolerated")
     margin: float = Field(description="harmful change that a pass rules out")
-    detectable: float | None = Field(
-        None, description="harmful change that would be called a regression with a probability of 80 %"
-    )
+    detectable: float | None = Field(None, description="harmful change that would not pass, with a probability of 90 %")
     p_harm: float | None = Field(
         None, description="Holm-adjusted p-value of 'the harm is within the tolerance'; small means that it is not"
     )
@@ -108,8 +106,8 @@ def exit_code(outcome: Verdict) -> int:
     return {"pass": 0, "inconclusive": 4}.get(outcome, 1)
 
 
-#: Of the least effect that is reported as detectable.
-_POWER = 0.8
+#: With this probability a harm of what is reported as detectable does not pass.
+POWER = 0.9
 
 
 def decide(
@@ -138,8 +136,8 @@ def decide(
         elif change.pairing == "identical":
             note = "the same scores as in the baseline"
         else:
-            quantiles = quantile(1 - alpha / len(changes), change.df) + quantile(_POWER, change.df)
-            detectable = tolerated.tolerance + quantiles * change.se
+            quantiles = quantile(POWER, change.df) - quantile(1 - alpha_pass, change.df)
+            detectable = max(tolerated.tolerance, tolerated.excluded + quantiles * change.se)
             # All that is left to lose could be lost without being seen.
             blind = (
                 tolerated.limit is not None

@@ -130,7 +130,7 @@ def test_the_same_run_twice_is_refused(seeds):
 
 
 def test_another_protocol_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="is of protocol version 0, not 1"):
+    with pytest.raises(UsageError, match="is of protocol version 0, not 2"):
         make_baseline([load_run(make_run(tmp_path / "run", protocol="0"))])
 
 

@@ -59,5 +59,5 @@ def test_failed_runs_and_other_protocols_are_refused(tmp_path):
     good, bad = load_run(make_run(tmp_path / "a")), load_run(make_run(tmp_path / "b", status="error"))
     with pytest.raises(UsageError, match=r"failed \(disk full\): it has no figures to compare"):
         compare(good, bad)
-    with pytest.raises(UsageError, match="of protocol version 0, not 1"):
+    with pytest.raises(UsageError, match="of protocol version 0, not 2"):
         compare(good, load_run(make_run(tmp_path / "c", protocol="0")))

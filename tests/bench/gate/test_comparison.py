@@ -203,9 +203,10 @@ class TestDecision:
         assert verdict.p_harm == pytest.approx(stats.t.sf(1.0, 8))
         assert verdict.p_safe == pytest.approx(stats.t.sf(1.5, 8), rel=1e-3)
 
-    def test_what_is_detectable_is_detected_four_times_in_five(self):
-        quantiles = stats.t.isf(0.01, 12) + stats.t.isf(0.2, 12)
-        assert decided(0.5, 0.02, 12).detectable == pytest.approx(0.05 + 0.02 * quantiles)
+    def test_what_is_detectable_is_found_nine_times_in_ten(self):
+        found = decided(0.5, 0.02, 12, margin=0.2).detectable
+        passes_up_to = 0.2 - 0.02 * stats.t.isf(0.05, 12)
+        assert stats.t.sf((passes_up_to - found) / 0.02, 12) == pytest.approx(0.9)
 
     def test_many_figures_make_each_one_harder_to_condemn(self):
         risen = Change(0.5, 0.5 + 0.05 + 0.025, 0.01, math.inf, "other victims")  # z = 2.5, p = 0.006

@@ -168,7 +168,7 @@ def test_a_failed_run_fails(judged, ignore_options):
 
 def test_another_protocol_is_refused(baseline, tmp_path):
     run = load_run(make_run(tmp_path / "run", protocol="0"))
-    with pytest.raises(UsageError, match=r"is of protocol version 0, not 1: their figures cannot be\s+compared"):
+    with pytest.raises(UsageError, match=r"is of protocol version 0, not 2: their figures cannot be\s+compared"):
         gate(baseline, [run], name="b")
 
 
