@@ -33,8 +33,9 @@ WORLD = {
     "probes": 16,
     "bootstrap": 100,
     "utility": False,
-    "dataset_options": {"identities": 60, "images_per_identity": 8},
-    "shares": {"provider": 0.4, "public": 0.4, "evaluator": 0.0, "victims": 0.2},
+    # Of the victims so many that it is sure that the judge tells them apart.
+    "dataset_options": {"identities": 84, "images_per_identity": 8},
+    "shares": {"provider": 0.286, "public": 0.286, "evaluator": 0.0, "victims": 0.428},
     "training": {"epochs": 3, "warmup_epochs": 0, "views": 1, "precision": "32-true", "embedding_size": 64},
 }
 
@@ -132,8 +133,7 @@ def test_an_open_door_is_walked_through(name, judge, out):
         # the likeness of pixels it may be ahead, in telling who it is it must not be.
         assert cosine > max(value(result.recovery.floors[name], "cosine") for name in FLOORS[:3]) + 0.05
         distances = [result.recovery.floors[name].identity.knn_distance.value for name in FLOORS]
-        distance = result.recovery.identity.knn_distance.value
-        assert distance < min(min(distances[:3]) - 0.03, distances[3])
+        assert result.recovery.identity.knn_distance.value < min(distances) - 0.03
     assert not any("broken" in warning for warning in result.warnings)
 
 

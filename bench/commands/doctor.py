@@ -28,9 +28,12 @@ from bench.commands.console import show, table
 from bench.commands.flags import AsJson
 from bench.errors import MissingError
 from bench.files import DISTRIBUTION, cache_folder
-from bench.run.config import PREFIX, unknown_variables
+from bench.run.config import PREFIX, listed, unknown_variables
 
 Status = Literal["ok", "warn", "fail"]
+
+#: Where this package lies, for child processes.
+_ROOT = str(Path(__file__).parents[2])
 
 GIGABYTE = 1e9
 MINIMUM_DISK, COMFORTABLE_DISK = 0.5 * GIGABYTE, 5 * GIGABYTE
@@ -85,10 +88,15 @@ with step("onnxruntime"):
     probed["onnxruntime"] = onnxruntime.__version__
     probed["providers"] = onnxruntime.get_available_providers()
 with step("model"):
-    if sys.argv[1]:
-        session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-        probed["inputs"] = [list(i.shape) for i in session.get_inputs()]
-        probed["outputs"] = [list(o.shape) for o in session.get_outputs()]
+    sys.path.append(sys.argv[1])
+    import torch
+    from pathlib import Path
+    from bench.nets.onnx import OnnxEncoder
+    probed["evaluators"] = []
+    for path in sys.argv[2:]:
+        network = OnnxEncoder(Path(path), torch.device("cpu"))
+        size = "x".join(map(str, network.input_size))
+        probed["evaluators"].append(f"{{path}}: {{network.layout}} {{size}} -> {{network.embedding_size}}")
 print(json.dumps(probed))
 """
 
@@ -296,26 +304,28 @@ def check_lpips(probed: Mapping[str, Any]) -> Check:
     )
 
 
+def probe_evaluators() -> dict[str, Any]:
+    """What :data:`ONNX_PROBE` prints of the evaluators that BENCH_EVALUATOR names."""
+    return probe(ONNX_PROBE, _ROOT, *listed(os.environ.get("BENCH_EVALUATOR", "")))
+
+
 def check_evaluator(probed: Mapping[str, Any]) -> list[Check]:
-    """onnxruntime, by what :data:`ONNX_PROBE` printed, and the evaluator that BENCH_EVALUATOR names."""
-    path = os.environ.get("BENCH_EVALUATOR")
+    """onnxruntime, by what :data:`ONNX_PROBE` printed, and the evaluators that BENCH_EVALUATOR names."""
+    paths = listed(os.environ.get("BENCH_EVALUATOR", ""))
     if reason := probed.get("crash") or probed.get("onnxruntime_error"):
         detail = f"does not import: {_one_line(reason)}; an ONNX evaluator cannot be used"
-        status: Status = "fail" if path else "warn"
+        status: Status = "fail" if paths else "warn"
         return [Check("onnxruntime", status, detail, "pip install --force-reinstall onnxruntime")]
     providers = ", ".join(provider.removesuffix("ExecutionProvider") for provider in probed["providers"])
-    inputs, outputs = probed.get("inputs", []), probed.get("outputs", [])
-    shapes = f"{' '.join(map(str, inputs))} -> {' '.join(map(str, outputs))}"
-    broken = f"{path} is no model that onnxruntime can load: {_one_line(probed.get('model_error', ''))}"
-    embeds = [len(shape) for shape in inputs] == [4] and inputs[0][1] == 3 and len(outputs[0]) == 2
-    remedy = "point BENCH_EVALUATOR to an ONNX face recogniser, or unset it: one is then trained in each run"
+    absent = ", ".join(path for path in paths if not Path(path).is_file())
+    broken = _one_line(probed.get("model_error", "")).removeprefix("ValueError: ")
+    remedy = "point BENCH_EVALUATOR to ONNX face recognisers, or unset it: one is then trained in each run"
     evaluator = first_case(
         "evaluator",
-        (not path, "ok", "BENCH_EVALUATOR is not set: each run trains its own judge of identity leakage", None),
-        (not Path(path or "").is_file(), "fail", f"BENCH_EVALUATOR={path} is no file", remedy),
-        ("model_error" in probed, "fail", broken, remedy),
-        (not embeds, "fail", f"{path} maps {shapes}, not (N, 3, H, W) to (N, D)", remedy),
-        (True, "ok", f"{path}: {shapes}", None),
+        (not paths, "ok", "BENCH_EVALUATOR is not set: each run trains its own judge of identity leakage", None),
+        (absent, "fail", f"BENCH_EVALUATOR: {absent} is no file", remedy),
+        (broken, "fail", broken, remedy),
+        (True, "ok", "; ".join(probed.get("evaluators", [])), None),
     )
     return [Check("onnxruntime", "ok", f"{probed['onnxruntime']} ({providers})"), evaluator]
 
@@ -386,8 +396,7 @@ def _guarded(name: str, check: Callable[[], Check | list[Check]]) -> list[Check]
 
 def diagnose() -> list[Check]:
     """Look at everything a run depends on; ``fail`` stands for something without which a run ends in an error."""
-    torch = probe(TORCH_PROBE, str(Path(__file__).parents[2]))
-    onnx = probe(ONNX_PROBE, os.environ.get("BENCH_EVALUATOR", ""))
+    torch, onnx = probe(TORCH_PROBE, _ROOT), probe_evaluators()
     driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
     python = f"{platform.python_version()} ({platform.system()} {platform.machine()})"
     out = Path(os.environ.get("BENCH_OUT") or "runs")

@@ -152,6 +152,11 @@ class Shares(BaseModel):
     )
 
 
+def listed(files: str) -> list[str]:
+    """The files in a text with commas between them; one whose name holds a comma stands alone."""
+    return [files] if Path(files).is_file() else [part for name in files.split(",") if (part := name.strip())]
+
+
 class RunConfig(BaseModel):
     """Everything that decides what a run computes, and where it puts it.
 
@@ -232,10 +237,7 @@ class RunConfig(BaseModel):
     @field_validator("evaluator", mode="before")
     @classmethod
     def _evaluators_are_a_list(cls, given: Any) -> Any:
-        """One path, or several in a text with commas between them: a list, in which names may hold commas."""
-        if isinstance(given, str):
-            return [given] if Path(given).is_file() else [part for name in given.split(",") if (part := name.strip())]
-        return [given] if isinstance(given, Path) else given or ()
+        return listed(given) if isinstance(given, str) else [given] if isinstance(given, Path) else given or ()
 
     @field_validator("budget")
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import logging
 import warnings
@@ -87,14 +86,12 @@ def export(run: Path, what: str, out: Path) -> Exported:
 
     Raises:
         UsageError: a run whose attack has no network, or ``out`` is no ``.onnx`` file.
-        MissingError: no run, no such checkpoint in it, or the package ``onnx`` is not installed.
+        MissingError: no run, or no such checkpoint in it.
         DataError: the run's files are damaged or of another version.
         BenchError: the network cannot be expressed in ONNX, or comes out different.
     """
     if out.suffix != ".onnx":
         raise UsageError(f"--out {out}: an ONNX file ends in .onnx")
-    if importlib.util.find_spec("onnx") is None:
-        raise MissingError("an export needs the package onnx: pip install onnx")
     config = run_config(run)
     defense = load_defense(run, config)
     if what == "recogniser":

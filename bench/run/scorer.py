@@ -40,9 +40,6 @@ IDENTITY = (*_LEAKAGE, "knn_distance")
 #: False acceptance rate of the stricter of a judge's two thresholds.
 STRICT_FAR = 1e-3
 
-#: Accuracy of guessing; a judge whose interval reaches it judges nothing either.
-_CHANCE = 0.5
-
 _QUALITY = {"ssim": ssim, "psnr": psnr, "psnr_aligned": psnr_aligned, "ms_ssim": ms_ssim}
 
 
@@ -100,18 +97,27 @@ class Judge:
             impostor_pairs=len(impostors),
             threshold_far_1e3=strict,
             accepted_far_1e3=0 if strict is None else int((impostors.double() >= strict).sum()),
-            withheld=_withheld(evaluator.name, accuracy),
+            withheld=_withheld(evaluator.name, accuracy, float(pairs.same.double().mean())),
         )
         return cls(evaluator, embeddings, info)
 
 
-def _withheld(name: str, accuracy: Measure) -> str | None:
-    """Why the figures of a judge of this accuracy on plain pairs are withheld; None where it may judge."""
+def _withheld(name: str, accuracy: Measure, genuine: float) -> str | None:
+    """Why the figures of a judge of this accuracy on plain pairs are withheld; None where it may judge.
+
+    It must tell :data:`~bench.results.LEAST_ACCURACY` of them apart, and be surely better than to give all the same
+    answer, with ``genuine`` the share of genuine pairs.
+    """
+    chance = max(genuine, 1 - genuine)
     assert accuracy.value is not None
-    if accuracy.value >= LEAST_ACCURACY and (accuracy.ci95 is None or accuracy.ci95[0] > _CHANCE):
+    if accuracy.value >= LEAST_ACCURACY and (accuracy.ci95 is None or accuracy.ci95[0] > chance):
         return None
     ends = "" if accuracy.ci95 is None else " [{:.1%}, {:.1%}]".format(*accuracy.ci95)
-    least = f"fewer than {LEAST_ACCURACY:.0%}" if accuracy.value < LEAST_ACCURACY else "an interval that reaches chance"
+    least = (
+        f"fewer than {LEAST_ACCURACY:.0%}"
+        if accuracy.value < LEAST_ACCURACY
+        else f"an interval that reaches chance ({chance:.0%})"
+    )
     return (
         f"the judge {name} tells {accuracy.value:.1%}{ends} of {accuracy.n} plain pairs of the victims apart, {least}: "
         "it says nothing of identities (are the faces aligned, and is it a recogniser of faces like these?)"

@@ -225,9 +225,9 @@ def onnx_model(path: Path, channels: int) -> Path:
 @pytest.mark.parametrize(
     ("kind", "status", "words"),
     [
-        ("good", "ok", "['N', 3, 112, 112] -> ['N', 3]"),
-        ("one-channel", "fail", "not (N, 3, H, W) to (N, D)"),
-        ("garbage", "fail", "no model that onnxruntime can load"),
+        ("good", "ok", "evaluator.onnx: NCHW 112x112 -> 3"),
+        ("one-channel", "fail", "must map (N, 3, H, W) or"),
+        ("garbage", "fail", "no ONNX model that onnxruntime can load"),
         ("absent", "fail", "is no file"),
         ("unset", "ok", "trains its own"),
     ],
@@ -240,8 +240,7 @@ def test_evaluator(tmp_path, monkeypatch, kind, status, words):
         path.write_bytes(b"not a network")
     if kind != "unset":
         monkeypatch.setenv("BENCH_EVALUATOR", str(path))
-    probed = doctor.probe(doctor.ONNX_PROBE, os.environ.get("BENCH_EVALUATOR", ""))
-    runtime, evaluator = doctor.check_evaluator(probed)
+    runtime, evaluator = doctor.check_evaluator(doctor.probe_evaluators())
     assert (runtime.status, evaluator.status) == ("ok", status)
     assert "CPU" in runtime.detail
     assert words in evaluator.detail

@@ -40,11 +40,7 @@ def victims():
 
 @pytest.fixture(scope="module")
 def judge(victims):
-    first, second = torch.triu_indices(24, 24, 1)
-    same = victims.labels[first] == victims.labels[second]
-    evaluator = Evaluator(Colours(), "colours", (SIZE, SIZE))
-    pairs = PairProtocol(first, second, same, torch.arange(len(same)) % 2)
-    return scorer(victims, Judge.on(evaluator, evaluator.embed(victims.images), pairs, victims.labels))
+    return scorer(victims, cleared(judge_with(Colours(), "colours", victims)))
 
 
 def scorer(victims, *judges, guessed=None):
@@ -59,6 +55,105 @@ def scorer(victims, *judges, guessed=None):
         batch_size=5,
         device=torch.device("cpu"),
     )
+
+
+class OneColour(nn.Module):
+    """An embedding that tells how red a face is, and no more."""
+
+    def forward(self, faces):
+        red = faces[:, 0].mean(dim=(1, 2))
+        return torch.stack((red - 0.5, torch.full_like(red, 0.3)), dim=1)
+
+
+class Blind(nn.Module):
+    """Looks at a pixel that says nothing of a person."""
+
+    def forward(self, faces):
+        return faces[:, :, 3, 5] - faces[:, :, 9, 2]
+
+
+def judge_with(network, name, victims, every=10):
+    """A judge on all genuine pairs and one impostor pair in ``every``."""
+    first, second = torch.triu_indices(24, 24, 1)
+    same = victims.labels[first] == victims.labels[second]
+    some = same | (torch.arange(len(same)) % every == 0)
+    first, second, same = first[some], second[some], same[some]
+    pairs = PairProtocol(first, second, same, torch.arange(len(same)) % 2)
+    evaluator = Evaluator(network, name, (SIZE, SIZE))
+    return Judge.on(evaluator, evaluator.embed(victims.images), pairs, victims.labels)
+
+
+def cleared(judge, **changes):
+    """The judge as one that may judge: with eight people that is never sure."""
+    return replace(judge, info=judge.info.model_copy(update={"withheld": None, **changes}))
+
+
+def test_a_judge_at_chance_says_nothing(victims):
+    blind = judge_with(Blind(), "blind", victims)
+    assert blind.info.accuracy.value < 0.9
+    assert "the judge blind tells" in blind.info.withheld
+    alone = scorer(victims, blind)
+    perfect, grey = (alone.assess(faces) for faces in (to_float(victims.images[::3]), torch.full((8, 3, 16, 16), 0.5)))
+    assert perfect.quality.ssim.value == pytest.approx(1)
+    measures = dict(perfect.quality.identity)
+    assert {measure.value for measure in measures.values()} == {None}
+    assert {measure.reason for measure in measures.values()} == {blind.info.withheld}
+    assert not set(measures) & (set(perfect.values) | set(perfect.per_image.columns))
+    assert alone.gain("cosine", perfect, grey).reason == blind.info.withheld
+    assert alone.gain("ssim", perfect, grey).value > 0
+    assert perfect.embeddings == {}
+
+
+def test_refusing_everybody_is_no_judgement_where_most_pairs_are_impostors(victims):
+    blind = judge_with(Blind(), "blind", victims, every=1)
+    assert blind.info.accuracy.value > 0.9
+    assert "an interval that reaches chance (91%)" in blind.info.withheld
+
+
+def test_of_several_judges_each_figure_is_the_one_by_which_most_leaks(judge, victims, perfect):
+    (colours,), red = judge.judges, cleared(judge_with(OneColour(), "red", victims))
+    blind = judge_with(Blind(), "blind", victims)
+    faces = to_float(victims.images[::3])
+    half = torch.where(torch.arange(8)[:, None, None, None] < 4, faces, torch.full_like(faces, 0.5))
+    both, alone = scorer(victims, colours, red, blind), scorer(victims, red)
+    found = both.assess(half)
+    assert found.quality.judges["colours"] == judge.assess(half).quality.identity
+    assert found.quality.judges["red"] == alone.assess(half).quality.identity
+    assert found.quality.judges["blind"].cosine.reason == blind.info.withheld
+    for figure, measure in found.quality.identity:
+        by_judge = [getattr(found.quality.judges[name], figure) for name in ("colours", "red")]
+        if measure.value is None:
+            assert all(other.value is None for other in by_judge)
+            continue
+        worst = min if figure == "knn_distance" else max
+        assert measure.value == worst(other.value for other in by_judge)
+        assert found.per_image[figure].mean() == pytest.approx(measure.value, abs=1e-6)
+        assert found.per_image[f"{figure}@red"].mean() == pytest.approx(by_judge[1].value, abs=1e-6)
+    assert set(found.embeddings) == {"colours", "red"}
+    whole = both.worst([found, both.assess(faces)])
+    assert whole.quality.identity == both.assess(faces).quality.identity
+    gains = [one.gain("cosine", one.assess(faces), one.assess(half)).value for one in (judge, alone)]
+    assert both.gain("cosine", both.assess(faces), found).value == pytest.approx(max(gains))
+
+
+def test_nobody_is_looked_up_where_people_are_guessed_or_few(judge, victims, perfect):
+    identity = perfect.quality.identity
+    assert identity.rank1.value is not None
+    assert identity.rank20.reason == "the gallery holds 8 people: all are among 20"
+    guessed = scorer(victims, *judge.judges, guessed="no names").assess(to_float(victims.images[::3])).quality.identity
+    assert [guessed.rank1.reason, guessed.rank5.reason, guessed.rank20.reason] == ["no names"] * 3
+    assert guessed.type2_tar == identity.type2_tar
+
+
+def test_the_stricter_threshold_is_that_of_a_thousandth_of_impostors(judge, victims, noisy):
+    assert noisy.quality.identity.type1_far_1e3.reason.startswith("FAR 0.001 needs at least 1000 impostor pairs")
+    values = noisy.values["cosine"]
+    strict = cleared(judge.judges[0], impostor_pairs=3000, threshold_far_1e3=float(values.sort().values[4]))
+    faces = to_float(victims.images[::3])
+    noise = 0.2 * torch.randn(faces.shape, generator=torch.Generator().manual_seed(2))
+    found = scorer(victims, strict).assess((faces + noise).clamp(0, 1)).quality.identity
+    assert found.type1_far_1e3.value == 4 / 8
+    assert found.type2_far_1e3.value <= found.type2_tar.value
 
 
 @pytest.fixture(scope="module")
