@@ -17,10 +17,10 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torch import nn
 
-from bench.data.faces import PairProtocol
+from bench.data.faces import FaceSet, PairProtocol
 from bench.data.verification_pack import read_pack
-from bench.errors import DataError, MissingError
-from bench.metrics.evaluator import Evaluator
+from bench.errors import DataError, MissingError, UsageError
+from bench.metrics.evaluator import Evaluator, check_evaluators, judge_names
 from bench.metrics.verification import lfw_accuracy, pair_scores
 
 
@@ -121,6 +121,45 @@ def test_other_models_are_refused(tmp_path: Path, options: dict[str, Any]) -> No
         DataError, match=r"other\.onnx must map \(N, 3, H, W\) or .* to embeddings \(N, D\) in float32, but has"
     ):
         Evaluator.from_onnx(make_model(tmp_path / "other.onnx", **options))
+
+
+def test_each_judge_counts_once_and_has_a_name_of_its_own(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    first, second = tmp_path / "a" / "model.v1.onnx", tmp_path / "b" / "model.v1.onnx"
+    make_model(first)
+    make_model(second, weights=np.eye(768, 4))
+    check_evaluators([first, second])
+    assert judge_names([first, second]) == ["a-model-v1", "b-model-v1"]
+    assert judge_names([first]) == ["model-v1"]
+    make_model(second)
+    with pytest.raises(UsageError, match=r"are one file: each judge counts once"):
+        check_evaluators([first, second])
+    with pytest.raises(MissingError, match="does not exist"):
+        check_evaluators([tmp_path / "none.onnx"])
+
+
+def test_a_judge_is_probed_on_public_people_or_else_on_the_victims_pairs(tmp_path: Path) -> None:
+    """Only the red of a public person, only the blue of a victim stays the same: each tells the colours otherwise."""
+    generator = torch.Generator().manual_seed(0)
+
+    def people(count: int, channel: int) -> FaceSet:
+        images = torch.randint(0, 256, (2 * count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+        images[1::2, channel] = images[::2, channel]
+        return FaceSet(images, torch.arange(count).repeat_interleave(2), tuple(map(str, range(count))))
+
+    weights = np.zeros((768, 4), dtype=np.float32)
+    weights[:256] = np.random.default_rng(0).standard_normal((256, 4))
+    victims = people(20, 2)
+    first, second = torch.triu_indices(40, 40, 1)
+    pairs = PairProtocol(first, second, victims.labels[first] == victims.labels[second], torch.arange(780) % 2)
+    for count, colours in ((20, "RGB"), (3, "BGR")):
+        evaluator = Evaluator.from_onnx(make_model(tmp_path / "red.onnx", weights=weights))
+        evaluator.probe(people(count, 0), victims, pairs)
+        assert evaluator.describe()["colours"] == colours
+        again = Evaluator.from_onnx(tmp_path / "red.onnx")
+        again.form = evaluator.form
+        torch.testing.assert_close(again.embed(victims.images), evaluator.embed(victims.images))
 
 
 def test_embeddings_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Configuration: precedence, strictness, one-line errors."""
 
+from pathlib import Path
+
 import pytest
 
 from bench.errors import MissingError, UsageError
@@ -209,3 +211,20 @@ def test_unknown_variables_are_warned_of_with_the_nearest_name(caplog):
 def test_values_are_read_and_empty_ones_are_absent():
     environment = {"BENCH_LPIPS_WEIGHTS": "/x", "BENCH_HEAD": "arcface", "BENCH_DEVICE": ""}
     assert read_environment(environment) == {"training": {"head": "arcface"}}
+
+
+@pytest.mark.parametrize(
+    ("given", "files"),
+    [
+        ("a.onnx, b.onnx", ["a.onnx", "b.onnx"]),
+        (["a,b.onnx"], ["a,b.onnx"]),
+        (Path("a.onnx"), ["a.onnx"]),
+        (None, []),
+        ("here,there.onnx", ["here,there.onnx"]),  # it is there
+    ],
+)
+def test_judges_are_listed_in_a_text_or_a_list(tmp_path, monkeypatch, given, files):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here,there.onnx").touch()
+    assert resolve({**UNET, "evaluator": given}, {}).evaluator == tuple(map(Path, files))
+    assert resolve(UNET, {"BENCH_EVALUATOR": "a,b"}).evaluator == (Path("a"), Path("b"))

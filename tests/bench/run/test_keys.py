@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from onnx_models import linear_model
 
 from bench import plugins
 from bench.run import stage
@@ -183,6 +185,23 @@ def test_an_evaluator_is_known_by_its_bytes(tmp_path):
     assert keys(evaluator=str(file))[EVALUATE] == before
     file.write_bytes(b"two")
     assert keys(evaluator=str(file))[EVALUATE] != before
+
+
+def test_an_evaluator_in_two_files_is_known_by_both(tmp_path):
+    path, weights = tmp_path / "judge.onnx", np.eye(12, dtype=np.float32)
+    linear_model(path, weights, ("n", 3, 2, 2), external="judge.onnx.data")
+    graph, before = path.read_bytes(), keys(evaluator=str(path))[EVALUATE]
+    linear_model(path, 2 * weights, ("n", 3, 2, 2), external="judge.onnx.data")
+    assert path.read_bytes() == graph
+    assert keys(evaluator=str(path))[EVALUATE] != before
+
+
+def test_a_teacher_is_known_by_its_bytes_and_not_by_its_place(tmp_path):
+    def key(name, content):
+        (tmp_path / name).write_bytes(content)
+        return keys(attack="linkage", attack_options={"teacher": str(tmp_path / name)})[FIT]
+
+    assert key("a.onnx", b"one") == key("b.onnx", b"one") != key("b.onnx", b"two")
 
 
 def test_the_platform_is_part_of_what_is_trained(monkeypatch):
