@@ -512,6 +512,9 @@ class Linkage(LinkageAttack):
         return FitReport(
             saturated=all(rested) if rested else None,
             states_seen=_seen_by_all([report.states_seen for report in embedders]),
+            states_read=min(
+                (report.states_read for report in embedders if report.states_read is not None), default=None
+            ),
             curve=embedders[-1].curve,
             details=details,
         )

@@ -55,7 +55,10 @@ class Utility(Verification):
 
 
 class Linkage(ResultModel):
-    """How well an attack tells whether two things show one person."""
+    """How well an attack tells whether two things show one person.
+
+    Of a recovery attack, how well a judge does that looks at what was recovered in place of what was intercepted.
+    """
 
     protected_plain: Verification = Field(description="an intercepted representation against a plain face")
     protected_protected: Verification = Field(description="two representations, intercepted independently")
@@ -67,6 +70,7 @@ class Linkage(ResultModel):
     d_sys_chance: float | None = Field(
         None, description="what it comes to at most, on average, where nothing links (of independent pairs)"
     )
+    judge: str | None = Field(None, description="of a recovery attack, the judge by whom most is linked")
 
 
 class Identity(ResultModel):

@@ -61,8 +61,8 @@ class Cell:
 
     @property
     def links(self) -> bool:
-        """Whether the attack tells who is who."""
-        return self.result is not None and self.result.linkage is not None
+        """Whether the attack itself tells who is who, and keeps its scores; of one that recovers faces a judge does."""
+        return self.result is not None and self.result.linkage is not None and self.result.recovery is None
 
     def scores(self, table: str) -> pd.DataFrame | None:
         """The pairs of faces as the provider's recogniser scored them (``scores``), or this attack (``linkage``)."""

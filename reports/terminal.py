@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -94,6 +94,12 @@ def render_result(result: RunResult, directory: Path) -> RenderableType:
         failed = f"; incomplete: {', '.join(result.failed)} failed" if result.failed else ""
         parts.append(Text(f"Worst case of all attacks, victim by victim{failed}", style="bold underline"))
         parts += _recovery("worst case", result.worst_case, result)
+        linked = {name: part.figure("linkage") for name, part in result.attack_results.items()}
+        most = max(linked, key=lambda name: leak("linkage", linked[name]))
+        if (measure := linked[most]) is not None and measure.value is not None:
+            parts.append(
+                Text(f"linked best by {most}: {figure('linkage', measure)} % of pairs with plain faces told apart")
+            )
         if result.worst_case_test is not None and result.worst_case_test.above is False:
             parts.append(Text(f"worst case: {NO_BETTER}", style="bold red"))
     if result.throughput:
@@ -152,8 +158,28 @@ def _attack(name: str, attack: AttackResult, result: RunResult) -> Iterable[Rend
         yield Text(f"{attack.attack.name}: {', '.join(asked)}")
     if "protection_map" in details:
         yield Text(f"{attack.attack.name}: what the client does, by its answers: {details['protection_map']}")
+    if "methods" in details:
+        yield Text(f"{attack.attack.name}: by {details['method']}; {_methods(details)}")
     if attack.strength is not None:
         yield from (_strength(attack.strength), _gain(attack.strength))
+
+
+def _methods(details: Mapping[str, Any]) -> str:
+    """What each method got on held-out public people, or why it was left out, beside plain faces."""
+    told = []
+    for name, figures in details["methods"].items():
+        label = f"{name} ({figures['recovery']})" if "recovery" in figures else name
+        left_out = [
+            f"{key.replace('_', ' ')}: {figures[key]}" for key in ("not_applicable", "skipped") if key in figures
+        ]
+        told.append(f"{label} {left_out[0] if left_out else _told_apart(figures.get('accuracy'))}")
+    return (
+        f"held-out public people told apart: {', '.join(told)}, plain faces {_told_apart(details['teacher_accuracy'])}"
+    )
+
+
+def _told_apart(accuracy: float | None) -> str:
+    return "unknown" if accuracy is None else f"{accuracy:.1%}"
 
 
 def _judged(info: AttackInfo) -> Text:
@@ -214,12 +240,17 @@ def _judge(judge: EvaluatorInfo) -> str:
 
 
 def _linkage(linkage: Linkage) -> Iterable[RenderableType]:
+    what = "protected" if linkage.judge is None else "recovered"
     rows = {
-        "protected against plain": linkage.protected_plain,
-        "protected against protected": linkage.protected_protected,
+        f"{what} against plain": linkage.protected_plain,
+        f"{what} against {what}": linkage.protected_protected,
         "ceiling: plain against plain": linkage.plain,
     }
-    yield _verifications(f"Linkage of the victims ({linkage.protected_plain.pairs} pairs)", rows)
+    if not linkage.protected_plain.pairs:
+        return  # the reason stands among those of other figures
+    by = "" if linkage.judge is None else f" by their recovered faces, under {linkage.judge}"
+    title = f"Linkage of the victims{by} ({linkage.protected_plain.pairs} pairs)"
+    yield _verifications(title, {label: row for label, row in rows.items() if row.pairs})
     scores = ", ".join(f"{name.replace('_', ' ')} {figure('d_sys', score)}" for name, score in linkage.d_sys.items())
     rank1 = figure("linkage_rank1", linkage.rank1)
     chance = "" if linkage.d_sys_chance is None else f"; chance reaches {linkage.d_sys_chance:.3f}"
@@ -264,7 +295,11 @@ def _reasons(result: RunResult) -> Iterable[str]:
     """Why figures that stand in the tables are missing."""
     parts: list[object] = [result.utility]
     for attack in result.attack_results.values():
-        parts += [attack.recovery and attack.recovery.model_copy(update={"floors": {}}), attack.linkage]
+        parts.append(attack.recovery and attack.recovery.model_copy(update={"floors": {}}))
+        if (linkage := attack.linkage) is not None and not linkage.protected_plain.pairs:
+            yield f"linkage: {linkage.protected_plain.accuracy.reason}"
+        elif linkage is not None:
+            parts += [each for each in (linkage.protected_plain, linkage.protected_protected) if each.pairs]
     for part in parts:
         for place, measure in measures(part):
             name = place.rpartition(".")[2]

@@ -140,14 +140,20 @@ def check_coverage(report: FitReport, defense: Defense, knowledge: str) -> bool 
 def option_files(attack: Attack) -> dict[str, str]:
     """Option -> digest of all bytes of the file that it names (:func:`bench.nets.onnx.file_digest`), where it is there.
 
+    Of an attack that is made of others theirs, too, as ``NAME.OPTION``.
+
     Raises:
         MissingError: an ONNX file keeps weights in one that is not there.
     """
-    files = {option: value for option, value in attack.options if isinstance(value, Path) and value.is_file()}
+    digests = {}
     try:
-        return {option: file_digest(file) for option, file in files.items()}
+        for member in attack.members:
+            for option, value in member.options:
+                if isinstance(value, Path) and value.is_file():
+                    digests[option if member is attack else f"{member.name}.{option}"] = file_digest(value)
     except ValueError as error:
         raise MissingError(f"attack {attack.name}: {error}") from error
+    return digests
 
 
 def check_attack(attack: Attack, defense: Defense, knowledge: str, evaluators: Sequence[Path] = ()) -> None:
@@ -169,8 +175,9 @@ def check_attack(attack: Attack, defense: Defense, knowledge: str, evaluators: S
     for option, digest in option_files(attack).items():
         if digest in judges:
             raise UsageError(
-                f"-a {option}={getattr(attack.options, option)} is the evaluator {judges[digest].name}: the recogniser "
-                "that judges leakage may not be one that the attack has used; give the attack, or --evaluator, another"
+                f"-a {option}={getattr(attack.options, option, '...')} is the evaluator {judges[digest].name}: the "
+                "recogniser that judges leakage may not be one that the attack has used; give the attack, or "
+                "--evaluator, another"
             )
     if (reason := attack.inapplicable(defense)) is not None:
         raise NotApplicableError(f"attack {attack.name} does not apply to defence {defense.name}: {reason}")

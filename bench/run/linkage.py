@@ -1,4 +1,4 @@
-"""A run of a linkage attack: whether it tells who is who, beside what it can tell from plain faces."""
+"""Whether an attack tells who is who, beside what can be told from plain faces: by itself, or by what it recovers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bench.run.findings import LINKAGE_TOLERANCE, Findings, attack_info, chance_
 from bench.run.pictures import write_sheet
 from bench.run.speed import linkage_speed
 from bench.run.store import RunStore
-from bench.run.verification import score_table, verification
+from bench.run.verification import FARS, score_table, verification
 from defenses.base import Defense
 
 
@@ -113,6 +113,151 @@ def assess_linkage(
         d_sys=d_sys,
         d_sys_chance=chance_level(choose_bins(mated, non_mated), mated, non_mated),
     )
+
+
+#: Pairs of recovered and plain faces at most: of one person for each recovered face, and of two people in all.
+_GENUINE_PER_FACE = 10
+_IMPOSTORS = 4_000
+#: By their people, recovered faces are shared out to so many folds, as LFW's are.
+_FOLDS = 10
+_ONE_RECOVERY = "each face is recovered once, from all that was intercepted of it: use --attack linkage"
+
+
+def recovered_pairs(
+    probes: Probes,
+    labels: Tensor,
+    content: Tensor,
+    protocol: PairProtocol,
+    generator: torch.Generator,
+    *,
+    guessed: bool,
+) -> PairProtocol:
+    """Pairs of a recovered face and a plain image: ``first`` are attacked images, ``second`` others of the victims.
+
+    Genuine pairs are with other images of the person, a copy of the attacked one not among them. Impostor pairs are
+    with images of other people, drawn at random; where people are ``guessed`` one of them may stand there under two
+    names, and only those count of which the protocol says so. An attacked person's pairs are all in one fold.
+
+    Args:
+        probes: which images are attacked.
+        labels: int64 (N,), the person on each image.
+        content: int64 (N,), equal where two images are equal.
+        protocol: the victims' pairs.
+        generator: draws the pairs.
+        guessed: whether people are.
+    """
+    attacked = probes.attacked
+    person = torch.unique(labels[attacked], return_inverse=True)[1]
+    others = (labels[attacked, None] == labels) & (content[attacked, None] != content)
+    first, second = [], []
+    for place, row in enumerate(others):
+        images = row.nonzero().flatten()
+        second.append(images[torch.randperm(len(images), generator=generator)[:_GENUINE_PER_FACE]])
+        first.append(torch.full_like(second[-1], place))
+    genuine = sum(map(len, first))
+    if guessed:
+        different = ~protocol.same
+        ends = torch.stack((protocol.first[different], protocol.second[different]))
+        for one, other in (ends, ends.flip(0)):
+            place, number = (attacked[:, None] == one).nonzero(as_tuple=True)
+            first.append(place)
+            second.append(other[number])
+    else:
+        places = torch.arange(len(attacked)).repeat_interleave(-(-_IMPOSTORS // len(attacked)))
+        images = torch.randint(len(labels), (len(places),), generator=generator)
+        drawn = torch.unique(torch.stack((places, images)), dim=1)
+        drawn = drawn[:, labels[attacked[drawn[0]]] != labels[drawn[1]]]
+        first.append(drawn[0])
+        second.append(drawn[1])
+    places, images = torch.cat(first), torch.cat(second)
+    return PairProtocol(attacked[places], images, torch.arange(len(places)) < genuine, person[places] % _FOLDS)
+
+
+def assess_recovered(
+    recovered: Tensor,
+    plain: Tensor,
+    *,
+    judge: str,
+    labels: Tensor,
+    pairs: PairProtocol,
+    probes: Probes,
+    rank1: Measure,
+    seed: int,
+) -> Linkage:
+    """How well a judge links recovered faces with plain ones, beside the same pairs unprotected.
+
+    Accuracy is that on as many pairs of one kind as of the other, so that guessing gets half of them right.
+
+    Args:
+        recovered: float (V, D), its embeddings of the recovered faces.
+        plain: float (N, D), of all plain images of the victims.
+        judge: its name.
+        labels: int64 (N,), the person on each image.
+        pairs: as :func:`recovered_pairs`.
+        probes: which images were attacked.
+        rank1: of the recovered faces among the plain gallery.
+        seed: of the choice of as many pairs of one kind as of the other.
+
+    Raises:
+        DataError: shapes differ, or embeddings are not finite.
+    """
+    genuine = int(pairs.same.sum())
+    if not 0 < genuine < len(pairs) or len(torch.unique(pairs.fold)) < 2:
+        counted = f"{genuine} pairs of one person and {len(pairs) - genuine} of two"
+        return no_linkage(f"recovered and plain faces make {counted}: too few to tell apart", judge=judge)
+    seen = plain.clone()
+    seen[probes.attacked] = recovered.to(plain)
+    across = replace(pairs, second=pairs.second + len(plain))
+    scores = {"protected_plain": pair_scores(torch.cat((seen, plain)), across), "plain": pair_scores(plain, pairs)}
+
+    kinds = [mask.nonzero().flatten() for mask in (pairs.same, ~pairs.same)]
+    least, shuffle = min(map(len, kinds)), torch.Generator().manual_seed(seed)
+    even = torch.cat([kind[torch.randperm(len(kind), generator=shuffle)[:least]] for kind in kinds])
+    halves = PairProtocol(*(column[even] for column in (pairs.first, pairs.second, pairs.same, pairs.fold)))
+    verified = {}
+    for name, values in scores.items():
+        whole, half = (
+            verification(of, part, labels, linking=True) for of, part in ((values, pairs), (values[even], halves))
+        )
+        verified[name] = whole.model_copy(update={"accuracy": half.accuracy, "accuracy_std": half.accuracy_std})
+    people = torch.stack([labels[pairs.first], labels[pairs.second]], dim=1)
+    d_sys = unlinkability_estimate(scores["protected_plain"], pairs.same, people)
+    counts = genuine, len(pairs) - genuine
+    return Linkage(
+        **verified,
+        protected_protected=_no_pairs(_ONE_RECOVERY),
+        rank1=rank1,
+        d_sys={"protected_plain": KINDS["d_sys"].measure(d_sys)},
+        d_sys_chance=chance_level(choose_bins(*counts), *counts),
+        judge=judge,
+    )
+
+
+def no_linkage(reason: str, *, judge: str | None = None) -> Linkage:
+    """Linkage of which nothing can be said, and why."""
+    nothing = _no_pairs(reason)
+    return Linkage(
+        protected_plain=nothing,
+        protected_protected=nothing,
+        plain=nothing,
+        rank1=_null("linkage_rank1", reason),
+        d_sys={"protected_plain": _null("d_sys", reason)},
+        judge=judge,
+    )
+
+
+def _no_pairs(reason: str) -> Verification:
+    return Verification(
+        accuracy=_null("linkage", reason),
+        auc=_null("linkage_auc", reason),
+        eer=_null("linkage_eer", reason),
+        tar_at_far={far: _null("linkage_tar_at_far", reason) for far in FARS},
+        pairs=0,
+    )
+
+
+def _null(figure: str, reason: str) -> Measure:
+    return Measure(value=None, direction=KINDS[figure].direction, reason=reason)
 
 
 #: What an attack got with one budget: the scores of the pairs, and their assessment.

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from attacks.base import Capability
 from bench.errors import MissingError
+from bench.measures import leak
 from bench.metrics.floors import grey, mean_face, nearest, noise
 from bench.metrics.perceptual import Lpips, find_alexnet
-from bench.results import FloorTest, Measure, Recovery
+from bench.results import FloorTest, Linkage, Measure, Recovery
 from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages, Recovered
 from bench.run.findings import FLOOR_MARGINS, RECOVERY_TOLERANCE, Findings, attack_info, floor_test, strength_curve
+from bench.run.linkage import assess_recovered, no_linkage, recovered_pairs
 from bench.run.pictures import write_sheet
 from bench.run.scorer import Assessment, Judge, Scorer, state_inference
 from bench.run.speed import recovery_speed
@@ -109,6 +111,7 @@ def run_recovery(
             name: others[name] if defense.name == plain.name else scorer.strangers(ceiling.faces)
             for name, ceiling in unprotected.items()
         }
+        linkages = link_recovered(attacks, scorer, {name: points[-1] for name, points in assessed.items()})
     tables: dict[str, Assessment] = {}
     for name in recovered:
         configs = attack_configs[name]
@@ -139,6 +142,7 @@ def run_recovery(
             canary=defense.canary,
             recovery=recovery,
             state_inference=inference,
+            linkage=linkages[name],
         )
         tables[name] = scored[-1]
         if several:
@@ -175,6 +179,38 @@ def run_recovery(
         worst,
         store,
     )
+
+
+def link_recovered(attacks: AttackStages, scorer: Scorer, assessments: Mapping[str, Assessment]) -> dict[str, Linkage]:
+    """By the attack's name, how well what it recovered is linked with plain faces, under the judge that links most."""
+    victims, probes, guessed = scorer.victims, scorer.probes, scorer.guessed is not None
+    protocol, draws = attacks.stages.splits.pairs, attacks.streams.generator("linkage/recovered")
+    pairs = recovered_pairs(probes, victims.labels, scorer.content, protocol, draws, guessed=guessed)
+    withheld = "; ".join(info.withheld for info in scorer.evaluators.values() if info.withheld is not None)
+    linked = {}
+    for name, assessment in assessments.items():
+        found = []
+        for judge in scorer.judges:
+            if (embeddings := assessment.embeddings.get(judge.info.name)) is None:
+                continue
+            found.append(
+                assess_recovered(
+                    embeddings,
+                    judge.embeddings,
+                    judge=judge.info.name,
+                    labels=victims.labels,
+                    pairs=pairs,
+                    probes=probes,
+                    rank1=assessment.quality.judges.get(judge.info.name, assessment.quality.identity).rank1,
+                    seed=scorer.seed,
+                )
+            )
+        linked[name] = max(found, key=_linked_pairs) if found else no_linkage(withheld)
+    return linked
+
+
+def _linked_pairs(linkage: Linkage) -> float:
+    return leak("linkage", linkage.protected_plain.accuracy)
 
 
 def _recovery(assessment: Assessment, floors: Mapping[str, Assessment], ceiling: Assessment) -> Recovery:

@@ -173,7 +173,7 @@ class Scorer:
         return figure if len(self.judges) == 1 else f"{figure}@{judge}"
 
     @functools.cached_property
-    def _content(self) -> Tensor:
+    def content(self) -> Tensor:
         return content_ids(self.victims.images)
 
     @property
@@ -212,7 +212,7 @@ class Scorer:
                 torch.inf if info.threshold_far_1e3 is None else info.threshold_far_1e3,
             )
             found = {figure: getattr(leakage, column) for figure, column in _LEAKAGE.items()}
-            found["knn_distance"] = knn_distance(embedded, attacked, plain, labels, self._content)
+            found["knn_distance"] = knn_distance(embedded, attacked, plain, labels, self.content)
             values |= {self._column(f, name): found[f] for f in IDENTITY if f not in self._nulls[name]}
         return self._assessment(values, embeddings)
 

@@ -6,7 +6,7 @@ from run_folders import measure, write_run
 
 from bench.gate.compare import Difference, FigureChange, Setting
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport
-from bench.results import NO_BETTER, PlannedStage, RunPlan, RunResult, read_result
+from bench.results import NO_BETTER, Measure, PlannedStage, RunPlan, RunResult, Verification, read_result
 from bench.sweep.cells import CellState, KeyFigure, SweepState
 from reports.terminal import figure, render_difference, render_gate, render_plan, render_result, render_sweep
 
@@ -106,6 +106,58 @@ def test_a_linkage_run_shows_who_can_be_told_apart(shown):
     )  # fmt: skip
     assert "PSNR" not in linked
     assert "Recognition of the victims" not in linked
+
+
+def nothing(reason):
+    """A verification of no pairs."""
+    null = Measure(value=None, direction="leakage", reason=reason)
+    return Verification(accuracy=null, auc=null, eer=null, tar_at_far={"1e-2": null}, pairs=0)
+
+
+@pytest.fixture
+def recovered(tmp_path):
+    """Linkage of recovered faces, each of which was recovered once."""
+    linked = read_result(write_run(tmp_path / "linked", attack="linkage", linkage=True)).linkage
+    return linked.model_copy(update={"judge": "dlib", "protected_protected": nothing("once")})
+
+
+def test_a_recovery_run_shows_what_its_faces_link(shown, recovered):
+    told = shown(linkage=recovered)
+    assert_in_order(
+        told, "Recovery (victims", "Linkage of the victims by their recovered faces, under dlib (100 pairs)",
+        "recovered against plain", "80.0", "ceiling: plain against plain", "95.0", "rank-1 among plain faces",
+    )  # fmt: skip
+    assert "recovered against recovered" not in told
+    assert "once" not in told
+
+
+def test_why_recovered_faces_link_nothing_is_told_once(shown, recovered):
+    told = shown(linkage=recovered.model_copy(update={"protected_plain": nothing("withheld"), "plain": nothing("x")}))
+    assert "Linkage of the victims" not in told
+    assert told.count("withheld") == 1
+    assert "null: linkage: withheld" in told
+
+
+def test_the_attack_that_links_best_stands_with_the_worst_case(shown, tmp_path, recovered):
+    parts = read_result(write_run(tmp_path / "two", attack="linear,unet")).attacks
+    worse = recovered.model_copy(update={"protected_plain": recovered.plain})
+    linked = {"linear": parts["linear"].model_copy(update={"linkage": worse}),
+              "unet": parts["unet"].model_copy(update={"linkage": recovered})}  # fmt: skip
+    assert "linked best by linear: 95.0" in shown({"attack": "linear,unet"}, attacks=linked)
+
+
+def test_the_method_of_a_linkage_attack_is_named_with_the_others(shown, tmp_path):
+    info = read_result(write_run(tmp_path / "other", attack="linkage", linkage=True)).attack
+    methods = {
+        "recover": {"recovery": "linear", "accuracy": 0.951, "auc": 0.99, "cosine": 0.9},
+        "distil": {"skipped": "recovered faces come within 0.02 of plain ones"},
+    }
+    details = {"method": "recover", "methods": methods, "teacher_accuracy": 0.96}
+    told = shown({"attack": "linkage", "linkage": True}, attack=info.model_copy(update={"details": details}))
+    assert_in_order(
+        told, "linkage: by recover; held-out public people told apart: recover (linear) 95.1%",
+        "distil skipped: recovered faces come", "96.0%",
+    )  # fmt: skip
 
 
 def test_a_failed_run_is_one_line_without_markup(tmp_path):

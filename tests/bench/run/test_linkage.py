@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 from tiny_runs import finished, made, pipeline, registered, stages_of
 
 from attacks.base import AttackOptions, FitReport, LinkageAttack
@@ -18,9 +19,9 @@ from bench.metrics.bootstrap import verification_estimates
 from bench.metrics.identity import Probes
 from bench.metrics.unlinkability import unlinkability
 from bench.metrics.verification import lfw_accuracy
-from bench.results import NO_BETTER, Linkage, read_result
+from bench.results import NO_BETTER, Linkage, Measure, read_result
 from bench.run.attacker import AttackStages
-from bench.run.linkage import assess_linkage, linkage_scores
+from bench.run.linkage import assess_linkage, assess_recovered, linkage_scores, no_linkage, recovered_pairs
 from bench.run.verification import FARS, verification
 
 PEOPLE, EACH, WIDTH = 24, 4, 16
@@ -141,6 +142,102 @@ TINY = {
     "utility": False,
     "shares": {"provider": 0.1, "public": 0.2, "evaluator": 0.1, "victims": 0.6},  # enough people for intervals
 }
+
+
+# -- recovered faces -------------------------------------------------------------------------------
+
+CONTENT = torch.arange(len(LABELS))
+RANK1 = Measure(value=0.5, direction="leakage")
+
+
+def recovered(recovery: torch.Tensor, plain: torch.Tensor, made: PairProtocol, **options) -> Linkage:
+    return assess_recovered(
+        recovery, plain, judge="judge", labels=LABELS, pairs=made, probes=PROBES, rank1=RANK1, seed=5, **options
+    )
+
+
+def draw(pairs, *, content=CONTENT, guessed=False):
+    return recovered_pairs(PROBES, LABELS, content, pairs, torch.Generator().manual_seed(3), guessed=guessed)
+
+
+def test_a_recovered_face_meets_every_other_image_of_its_person_and_images_of_others(pairs):
+    made = draw(pairs)
+    mated = {(int(i), int(j)) for i, j, same in zip(made.first, made.second, made.same, strict=True) if same}
+    assert mated == {(i, i + more) for i in PROBES.attacked.tolist() for more in (1, 2, 3)}
+    assert torch.equal(LABELS[made.first] == LABELS[made.second], made.same)
+    others = torch.stack((made.first, made.second))[:, ~made.same]
+    assert len(torch.unique(others, dim=1).T) == others.shape[1]
+    # Of 4,000 draws nearly every one of the 24 x 92 pairs of two people comes up.
+    assert 0.7 * 24 * 92 < others.shape[1] <= 24 * 92
+    for person in range(PEOPLE):
+        assert len(torch.unique(made.fold[LABELS[made.first] == person])) == 1
+
+
+def test_a_copy_of_the_attacked_image_is_no_other_image(pairs):
+    copies = CONTENT.clone()
+    copies[PROBES.attacked + 1] = copies[PROBES.attacked]
+    made = draw(pairs, content=copies)
+    mated = made.second[made.same]
+    assert sorted(mated.tolist()) == sorted((PROBES.attacked[:, None] + torch.tensor([2, 3])).flatten().tolist())
+
+
+def test_of_guessed_people_only_the_protocol_says_who_is_another(pairs):
+    made = draw(pairs, guessed=True)
+    told = {
+        frozenset((int(i), int(j))) for i, j in zip(pairs.first[~pairs.same], pairs.second[~pairs.same], strict=True)
+    }
+    attacked = set(PROBES.attacked.tolist())
+    others = list(zip(made.first[~made.same].tolist(), made.second[~made.same].tolist(), strict=True))
+    assert len(others) == sum(len(pair & attacked) for pair in told) > 0
+    assert {frozenset(pair) for pair in others} <= told
+    assert {i for i, _ in others} <= attacked
+
+
+def test_the_figures_of_recovered_faces_are_those_worked_out_by_hand(pairs):
+    made, plain = draw(pairs), embeddings(0.8, 3)
+    faces = embeddings(1.1, 1)[PROBES.attacked]
+    linkage = recovered(faces, plain, made)
+    place = {image: number for number, image in enumerate(PROBES.attacked.tolist())}
+    rows = torch.tensor([place[int(image)] for image in made.first])
+    expected = {
+        "protected_plain": (faces[rows] * plain[made.second]).sum(dim=1),
+        "plain": (plain[made.first] * plain[made.second]).sum(dim=1),
+    }
+    for name, scores in expected.items():
+        verified = getattr(linkage, name)
+        assert verified.auc.value == pytest.approx(roc_auc_score(made.same, scores))
+        impostors = scores[~made.same].sort(descending=True).values
+        strict = impostors[int(0.01 * len(impostors))]  # the first score that may not be accepted
+        assert verified.tar_at_far["1e-2"].value == pytest.approx(float((scores[made.same] > strict).double().mean()))
+        # No threshold does better than the best one of all scores, and guessing gets one half.
+        tar = torch.stack([(scores[made.same] >= t).double().mean() for t in scores])
+        far = torch.stack([(scores[~made.same] >= t).double().mean() for t in scores])
+        best = float(((tar + 1 - far) / 2).max())
+        assert best - 0.08 < verified.accuracy.value < best + 0.04
+        assert verified.accuracy.n == 2 * int(made.same.sum())
+        assert verified.pairs == len(made)
+    assert linkage.plain.auc.value > linkage.protected_plain.auc.value
+    assert linkage.d_sys["protected_plain"].value == pytest.approx(
+        unlinkability(expected["protected_plain"], made.same)
+    )
+    assert (linkage.judge, linkage.rank1) == ("judge", RANK1)
+    assert linkage.protected_protected.pairs == 0
+    assert "--attack linkage" in linkage.protected_protected.accuracy.reason
+
+
+def test_faces_that_come_back_unchanged_are_linked_as_plain_ones_and_constants_not_at_all(pairs):
+    made, plain = draw(pairs), embeddings(0.8, 3)
+    whole = recovered(plain[PROBES.attacked], plain, made)
+    assert whole.protected_plain == whole.plain
+    constant = recovered(plain[:1].expand(PEOPLE, -1), plain, made)
+    assert abs(constant.protected_plain.accuracy.value - 0.5) < 0.1
+
+
+def test_where_nobody_has_another_image_the_reason_is_told(pairs):
+    few = PairProtocol(*(column[pairs.same] for column in (pairs.first, pairs.second, pairs.same, pairs.fold)))
+    linkage = recovered(embeddings(1.0, 1)[PROBES.attacked], embeddings(1.0, 3), few)
+    assert linkage == no_linkage(linkage.plain.accuracy.reason, judge="judge")
+    assert "0 of two: too few" in linkage.plain.accuracy.reason
 
 
 class ThumbnailOptions(AttackOptions):

@@ -11,13 +11,18 @@ import torch
 from pixel_judge import write_pixel_judge
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_runs import finished, made, pipeline, registered
+from sklearn.metrics import roc_auc_score
+from tiny_runs import finished, made, pipeline, registered, stages_of
 from torch.nn.functional import interpolate
 
 from attacks.base import AttackOptions, Capability, FitReport, RecoveryAttack
 from bench.errors import BenchError, UsageError
+from bench.metrics.evaluator import Evaluator
+from bench.metrics.identity import content_ids
 from bench.results import NO_BETTER, read_result
+from bench.run.attacker import AttackStages
 from bench.run.findings import FLOOR_MARGINS
+from bench.run.linkage import recovered_pairs
 from defenses.base import Defense
 from defenses.layout import probe
 from reports.report import write_leaderboard, write_report
@@ -313,6 +318,42 @@ def judged(tmp_path_factory):
     people = {"identities": 60, "images_per_identity": 4}
     judge = write_pixel_judge(tmp_path_factory.mktemp("judge") / "pixels.onnx")
     return {"evaluator": judge, "dataset_options": people}
+
+
+@pytest.mark.slow
+def test_what_comes_back_is_linked_with_plain_faces_by_the_judge(run, out, judged):
+    result, _ = run(**judged)
+    cell = pipeline(out, **TINY, **judged)
+    stages = stages_of(cell)
+    attacks = AttackStages(stages)
+    recovered = attacks.recovered(cell.attack_configs["echo"][-1], stages.defense("pixelate", {})).faces
+    evaluator, victims = Evaluator.from_onnx(judged["evaluator"]), stages.splits.victims
+    seen, plain = evaluator.embed(recovered), evaluator.embed(victims.images)
+    labels, attacked = victims.labels, attacks.selection.attacked
+    # Ten other images each suffice for all, so that genuine pairs can be listed without a draw.
+    mated = [(v, j) for v, i in enumerate(attacked) for j in range(len(labels)) if labels[i] == labels[j] and i != j]
+    pairs, linkage = recovered_pairs(
+        attacks.selection, labels, content_ids(victims.images), stages.splits.pairs,
+        stages.streams.generator("linkage/recovered"), guessed=False,
+    ), result.linkage  # fmt: skip
+    place = {image: number for number, image in enumerate(attacked.tolist())}
+    rows = torch.tensor([place[image] for image in pairs.first.tolist()])
+    assert set(zip(rows[pairs.same].tolist(), pairs.second[pairs.same].tolist(), strict=True)) == set(mated)
+    scores = {"protected_plain": (seen[rows] * plain[pairs.second]).sum(1)}
+    scores["plain"] = (plain[pairs.first] * plain[pairs.second]).sum(1)
+    for name, values in scores.items():
+        assert getattr(linkage, name).auc.value == pytest.approx(roc_auc_score(pairs.same, values))
+        assert getattr(linkage, name).pairs == len(pairs)
+    assert linkage.rank1 == result.recovery.identity.rank1
+    assert linkage.judge == result.evaluator.name == "pixels"
+
+
+@pytest.mark.slow
+def test_where_the_judge_is_withheld_nothing_is_said_of_linkage(echoed):
+    result = echoed[0]
+    assert result.evaluator.withheld is not None
+    assert result.linkage.protected_plain.accuracy.reason == result.evaluator.withheld
+    assert result.linkage.protected_plain.pairs == 0
 
 
 @pytest.fixture(scope="module")
