@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, Observation, RecoveryAttack
-from attacks.parts.exposure import in_chunks, split_identities
+from attacks.parts.exposure import in_chunks, split_identities, tamed
 from attacks.parts.gaussian_prior import GaussianPrior
 from attacks.parts.operators import LinearMaps, linear_maps, why_not_linear
 from attacks.parts.posterior import IterativePosterior, LocalGram, Posterior, PriorCovariance, is_gram, local_gram
@@ -219,7 +219,7 @@ class Linear(RecoveryAttack):
         maps, device = self.maps, self.prior.mean.device
         index = torch.randint(len(faces), (_NOISE_FACES,), generator=derived(seed, "noise faces"))
         generator = derived(seed, "noise")
-        squares = energy = count = 0.0
+        squares, energy = [], []
         for chunk in faces[index.to(faces.device)].split(_NOISE_CHUNK):
             target = to_float(chunk.to(device))
             everything, drawn = maps.send(target, generator)
@@ -227,10 +227,10 @@ class Linear(RecoveryAttack):
                 operator, at = maps.operators[row], members.to(device)
                 sent = everything[at].double()
                 expected = self._expected(operator, target[at].double())
-                squares += float((maps.clean(sent) - expected).square().sum())
-                energy += float(sent.square().sum())
-                count += expected.numel()
-        return max(math.sqrt(squares / count), _ROUNDING * math.sqrt(energy / count), 1e-12)
+                squares.append((maps.clean(sent) - expected).square().flatten(1).mean(dim=1))
+                energy.append(sent.square().flatten(1).mean(dim=1))
+        off, whole = (math.sqrt(float(tamed(torch.cat(of_faces)).mean())) for of_faces in (squares, energy))
+        return max(off, _ROUNDING * whole, 1e-12)
 
     def imagine(self, faces: Tensor, row: int, generator: torch.Generator) -> Tensor:
         """What operator ``row`` and the noise make of ``faces`` (N, 3, H, W): float64 (N, C, h, w)."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.base import Adversary, Capability
+from attacks.parts.encoder import channel_statistics
 from attacks.parts.exposure import Exposure
 from attacks.parts.inputs import RAW
 from attacks.parts.inversion import TWO_CORES, ViewingAttack, ViewingOptions, no_pictures
@@ -125,9 +126,9 @@ class UNetEnsemble(ViewingAttack):
             sent = exposure.protect(target, "statistics", row, state=self._state(row, len(target))).representation
             sent = self._view(sent)
             self._widen_range(sent)
-            std = sent.std(dim=(0, 2, 3))
-            member.mean.copy_(sent.mean(dim=(0, 2, 3)))
-            member.std.copy_(torch.where(std > 1e-6 * std.max(), std, torch.ones_like(std)))
+            mean, std = channel_statistics([(sent, None)], len(member.mean))
+            member.mean.copy_(mean)
+            member.std.copy_(std)
             member.mean_face.copy_(mean_face)
 
     def _recover(self, representations: Tensor, states: Tensor | None) -> Tensor:

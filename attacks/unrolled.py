@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation
 from attacks.linear import EstimateOptions, Linear, LinearOptions
+from attacks.parts.encoder import channel_statistics
 from attacks.parts.exposure import Exposure, split_identities
 from attacks.parts.inversion import TWO_CORES, InversionAttack, InversionOptions
 from attacks.parts.training import Trainer
@@ -123,14 +124,14 @@ class Unrolled(InversionAttack):
         return replace(report, states_read=report.details.get("state_accuracy"))
 
     def _measure(self, trainer: Trainer, exposure: Exposure) -> None:
-        shown = []
+        shown: list[tuple[Tensor, Tensor | None]] = []
         for number, index in enumerate(trainer.sample(_STATISTICS_FACES, "statistics").split(_CHUNK)):
             protected = exposure.protect(trainer.floats(index), "statistics", number)
             self._widen_range(protected.representation)
-            shown.append(self._inputs(protected.representation, protected.state)[0].cpu())
-        inputs = torch.cat(shown)
-        self.network.mean.copy_(inputs.mean(dim=(0, 2, 3)))
-        self.network.std.copy_(inputs.std(dim=(0, 2, 3)).clamp(min=1e-6))
+            shown.append((self._inputs(protected.representation, protected.state)[0], None))
+        mean, std = channel_statistics(shown, len(self.network.mean))
+        self.network.mean.copy_(mean)
+        self.network.std.copy_(std)
 
     def _inputs(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor]:
         return (self._show(representations, self.linear.rows_of(states, representations)),)

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from pixel_judge import write_pixel_judge
 from rich.console import Console
+from tiny_runs import registered
 
+import defenses.canary
 from bench import plugins
 from bench.results import Quality, RunResult
 from bench.run.config import resolve
 from bench.run.pipeline import Pipeline
-from defenses.canary import CanaryOptions
 
 SIZE = 32
 FLOORS = ("mean_face", "grey", "noise", "nearest")
@@ -67,7 +69,7 @@ CANARIES = {
 }
 
 
-KINDS = CanaryOptions.model_fields["kind"].annotation
+KINDS = defenses.canary.CanaryOptions.model_fields["kind"].annotation
 OPENED = [(name, kind) for name in CANARIES for kind in sorted(plugins.attacks().get(name).opens)]
 
 
@@ -155,6 +157,29 @@ def test_a_canary_that_an_attack_is_made_for_is_opened(name, kind, judge, out):
     else:
         blind = max(value(result.recovery.floors[name], "cosine") for name in FLOORS[:3])
         assert value(result.recovery, "cosine") > blind + 0.05
+
+
+class Wild(defenses.canary.Canary):
+    """The mixture, of which one face in a hundred is sent at ten thousand times its scale."""
+
+    name = "wild"
+
+    def transform(self, faces, state, generator):
+        sent = super().transform(faces, state, generator)
+        return torch.where(torch.rand(len(faces), 1, 1, 1, generator=generator) < 0.01, 1e4 * sent, sent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear", "unet", "linkage"])
+def test_a_face_of_a_wild_scale_among_hundreds_spoils_no_attack(name, judge, out):
+    usual = attacked(name, "canary", {"kind": "mixture"}, judge, out)
+    with registered(Wild):
+        result = attacked(name, "wild", {"kind": "mixture"}, judge, out)
+    if name == "linkage":
+        usual, result = (found.linkage.protected_plain.auc.value for found in (usual, result))
+    else:
+        usual, result = (value(found.recovery, "ssim") for found in (usual, result))
+    assert result > usual - 0.03
 
 
 @pytest.mark.slow

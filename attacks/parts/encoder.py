@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from attacks.parts.exposure import tamed
 from bench.nets.iresnet import TinyUnit, halved
 
 #: Maps of at least this side are halved by the first convolution: what a face needs, at a quarter of the cost.
@@ -20,16 +21,25 @@ def channel_statistics(batches: Iterable[tuple[Tensor, Tensor | None]], channels
     """Mean and standard deviation of each of P canonical ``channels``, float64 (P,) each, on the CPU.
 
     The batches are representations (n, C, h, w) with the layout, int64 (n, C), of their maps: the canonical channel of
-    each; None where channels are canonical themselves.
+    each; None where channels are canonical themselves. A face of a wild scale counts as one of the usual scale
+    (:func:`~attacks.parts.exposure.tamed`).
     """
-    count, total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(3))
+    layouts, sums, powers, places = [], [], [], 1
     for representation, layout in batches:
         if layout is None:
             layout = torch.arange(representation.shape[1]).expand(len(representation), -1)
-        at, maps = layout.flatten().cpu(), representation.flatten(2).flatten(0, 1).double().cpu()
-        count.index_add_(0, at, torch.full_like(at, maps.shape[1], dtype=torch.float64))
-        total.index_add_(0, at, maps.sum(dim=1))
-        squares.index_add_(0, at, maps.square().sum(dim=1))
+        maps = representation.flatten(2).double().cpu()
+        layouts.append(layout.cpu())
+        sums.append(maps.sum(dim=2))
+        powers.append(maps.square().sum(dim=2))
+        places = maps.shape[2]
+    at, power = torch.cat(layouts), torch.cat(powers)
+    energy = power.mean(dim=1)
+    share = (tamed(energy) / energy.clamp(min=1e-300))[:, None]
+    count, total, squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(3))
+    count.index_add_(0, at.flatten(), torch.full((at.numel(),), places, dtype=torch.float64))
+    total.index_add_(0, at.flatten(), (share.sqrt() * torch.cat(sums)).flatten())
+    squares.index_add_(0, at.flatten(), (share * power).flatten())
     count.clamp_(min=1)
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()

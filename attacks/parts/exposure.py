@@ -17,6 +17,27 @@ from defenses.layout import ChannelLayout, probe
 _GUESSES_PER_BATCH = 8
 
 
+#: How many times the median of all faces a face has to exceed to say nothing of the others.
+_WILD = 100.0
+
+
+def tamed(energies: Tensor) -> Tensor:
+    """Mean squares of N faces, float (N,), in which the median stands for what is more than a hundred times as much.
+
+    A defence that sends one face in hundreds at ten thousand times its scale says nothing of the others by it; where
+    scales merely vary nothing is changed.
+
+    Example:
+        >>> import torch
+        >>> tamed(torch.tensor([1.0, 2.0, 3.0, 1e8]))
+        tensor([1., 2., 3., 2.])
+    """
+    if not len(energies):
+        return energies
+    usual = energies.median()
+    return torch.where(energies > _WILD * usual, usual, energies)
+
+
 class Exposure:
     """Protects public faces afresh, with the mechanism in use or, under a black box, with guesses of it or the client.
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.base import Adversary, FitReport, Knowledge, Observation, RecoveryAttack
-from attacks.parts.exposure import Exposure, in_chunks
+from attacks.parts.exposure import Exposure, in_chunks, tamed
 from attacks.parts.inputs import AUTO, Example, InputOptions, Inputs, names_of
 from attacks.parts.losses import reconstruction
 from attacks.parts.training import Trainer, TrainingOptions
@@ -199,7 +199,9 @@ class InversionAttack(RecoveryAttack):
         return self._predict(self.network, self._inputs(self._view(representations), states))
 
     def _widen_range(self, views: Tensor) -> None:
-        low, high = views.amin(dim=(0, 2, 3)), views.amax(dim=(0, 2, 3))
+        energy = views.square().flatten(1).mean(dim=1)
+        usual = views[energy <= tamed(energy)]  # a face of a wild scale would let anything pass
+        low, high = usual.amin(dim=(0, 2, 3)), usual.amax(dim=(0, 2, 3))
         self.low.copy_(torch.minimum(self.low, low))
         self.high.copy_(torch.maximum(self.high, high))
 

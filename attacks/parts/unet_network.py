@@ -72,6 +72,10 @@ class _Projection(nn.Module):
         return out.view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
+#: Root mean square of a whole face, in standard deviations of its channels, above which it is scaled down.
+_MOST = 4.0
+
+
 class UNetNetwork(nn.Module):
     """Representation (N, C, h, w) to face (N, 3, H, W): mean face + linear bypass + U-Net.
 
@@ -115,7 +119,10 @@ class UNetNetwork(nn.Module):
 
     def _standardise(self, x: Tensor, layout: Tensor | None) -> Tensor:
         mean, std = (self.mean, self.std) if layout is None else (self.mean[layout], self.std[layout])
-        return (x - mean[..., None, None]) / std[..., None, None]
+        x = (x - mean[..., None, None]) / std[..., None, None]
+        # A face of a wild scale would drown its batch.
+        size = x.float().square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        return x * (_MOST / size.clamp(min=_MOST)).to(x.dtype)
 
     def _fit_to_face(self, x: Tensor) -> Tensor:
         """(N, C, h, w) to (N, C, H, W) by interpolation, then padded to what the levels divide."""

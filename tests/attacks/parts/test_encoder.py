@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from attacks.parts.encoder import Encoder, LayoutConvolution, MapNormalisation
+from attacks.parts.encoder import Encoder, LayoutConvolution, MapNormalisation, channel_statistics
 
 
 def seeded(seed=0):
@@ -129,3 +129,18 @@ def test_a_student_can_start_with_the_mean_and_spread_of_what_it_imitates():
     embeddings = network(torch.rand(64, 3, 16, 16, generator=seeded(1))).detach()
     torch.testing.assert_close(embeddings.mean(dim=0), targets.mean(dim=0), rtol=0, atol=1e-4)
     torch.testing.assert_close(embeddings.std(dim=0, correction=0), targets.std(dim=0, correction=0), rtol=1e-2, atol=0)
+
+
+def test_a_face_of_a_wild_scale_moves_no_statistics():
+    faces = 3 + torch.randn(200, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    usual = channel_statistics([(faces, None)], 2)
+    wild = faces.clone()
+    wild[7] *= 1e4
+    for expected, actual in zip(usual, channel_statistics([(wild[:50], None), (wild[50:], None)], 2), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0.02, atol=0)
+    # Scales that merely vary are left as they are.
+    scales = torch.logspace(0, 1.5, 200)[:, None, None, None]
+    flat = (scales * faces).double().transpose(0, 1).flatten(1)
+    mean, std = channel_statistics([(scales * faces, None)], 2)
+    torch.testing.assert_close(mean, flat.mean(dim=1))
+    torch.testing.assert_close(std, flat.std(dim=1, correction=0))
