@@ -9,7 +9,7 @@ held-out public faces, and keeps those that bring the face to light.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,8 +36,12 @@ class View(nn.Module):
 
     name: ClassVar[str]
 
-    def measure(self, sample: Tensor) -> bool:
-        """Set the buffers from representations (n, C, h, w) of public faces; False where there is nothing to undo."""
+    def measure(self, sample: Tensor, again: Tensor) -> bool:
+        """Set the buffers from representations (n, C, h, w) of public faces, and from others of the same faces.
+
+        Returns:
+            False where there is nothing to undo.
+        """
         return True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +64,9 @@ class Levelled(View):
 
     A random offset of each map, row or column, a ramp, a mixture of some patterns: whatever is added to a face from a
     space of few dimensions, at a size that drowns it, makes up the leading principal components, and the spectrum
-    drops behind them. Natural pictures have no such drop. Row i of ``directions``, float32 (r, C h w), is one of them.
+    drops behind them. Natural pictures have no such drop. The components are those of the differences between two
+    representations of one face, in which the face itself is not, unless these are hardly different (a defence can draw
+    from the face itself); then those of all representations. Row i of ``directions``, float32 (r, C h w), is one.
     """
 
     name = "levelled"
@@ -75,12 +81,15 @@ class Levelled(View):
         super().__init__()
         self.register_buffer("directions", torch.zeros(0, 1))
 
-    def measure(self, sample: Tensor) -> bool:
-        flat = sample.flatten(1)[: self.most_values // sample[0].numel()].double()
-        if len(flat) < self.fewest_faces:
+    def measure(self, sample: Tensor, again: Tensor) -> bool:
+        count = min(len(sample), self.most_values // sample[0].numel())
+        if count < self.fewest_faces:
             return False
-        centred = flat - flat.mean(dim=0)
-        values, vectors = torch.linalg.eigh(centred @ centred.T)
+        flat = sample[:count].flatten(1).double()
+        changes, flat = flat - again[:count].flatten(1), flat - flat.mean(dim=0)
+        if float(changes.square().sum()) > float(flat.square().sum()):  # half of the variance is no face's
+            flat = changes
+        values, vectors = torch.linalg.eigh(flat @ flat.T)
         values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
         share = values.cumsum(0) / values.sum().clamp(min=_TINY)
         some = min((3 * len(flat)) // 4, flat.shape[1] // 2)  # not the drop at the end of the sample, or of the space
@@ -89,7 +98,7 @@ class Levelled(View):
         count = int(drops.argmax()) + 1
         if float(drops[count - 1]) < self.least_drop:
             return False
-        directions = centred.T @ vectors[:, :count]
+        directions = flat.T @ vectors[:, :count]
         self.directions = torch.linalg.qr(directions)[0].T.to(sample.device, torch.float32).contiguous()
         return True
 
@@ -138,7 +147,7 @@ class Oriented(View):
         super().__init__()
         self.register_buffer("template", torch.zeros(1))
 
-    def measure(self, sample: Tensor) -> bool:
+    def measure(self, sample: Tensor, again: Tensor) -> bool:
         maps = sample.flatten(0, 1)
         maps = _standardised(maps[None, :: max(1, len(maps) // self.most_maps)])[2][0].flatten(1)
         template = maps[0] / maps[0].norm().clamp(min=_TINY)
@@ -167,7 +176,7 @@ class Logarithmic(View):
         super().__init__()
         self.register_buffer("scale", torch.ones(1))
 
-    def measure(self, sample: Tensor) -> bool:
+    def measure(self, sample: Tensor, again: Tensor) -> bool:
         magnitudes = sample.transpose(0, 1).flatten(1)
         some = magnitudes[:, :: max(1, magnitudes.shape[1] // self.most_values)].abs().sort(dim=1).values
         scale = some[:, some.shape[1] // 20]
@@ -212,7 +221,7 @@ class LowOrder(View):
         self.register_buffer("step", torch.ones((), dtype=torch.float64))
         self.register_buffer("cut", torch.zeros((), dtype=torch.float64))
 
-    def measure(self, sample: Tensor) -> bool:
+    def measure(self, sample: Tensor, again: Tensor) -> bool:
         x = sample.double()
         differences = (x[..., 1:] - x[..., :-1]).abs().flatten()
         differences = differences[:: max(1, len(differences) // self.most_differences)]
@@ -285,7 +294,7 @@ class Sorted(View):
     #: 1, or the colours within which channels are sorted; representations are colour-major.
     colours: ClassVar[int] = 1
 
-    def measure(self, sample: Tensor) -> bool:
+    def measure(self, sample: Tensor, again: Tensor) -> bool:
         return sample.shape[1] % self.colours == 0 and sample.shape[1] > self.colours
 
     def forward(self, x: Tensor) -> Tensor:
@@ -307,7 +316,7 @@ class Pooled(View):
 
     name = "pooled"
 
-    def measure(self, sample: Tensor) -> bool:
+    def measure(self, sample: Tensor, again: Tensor) -> bool:
         return sample.shape[1] > 3
 
     def forward(self, x: Tensor) -> Tensor:
@@ -363,10 +372,11 @@ class InputOptions(AttackOptions):
 
 @dataclass(frozen=True)
 class Example:
-    """Public faces as they are, float (n, 3, H, W), and as they are sent, (n, C, h, w)."""
+    """Public faces as they are, float (n, 3, H, W), and as they are sent, (n, C, h, w), at first and ``again``."""
 
     faces: Tensor
     sent: Tensor
+    again: Callable[[], Tensor]
 
 
 class Inputs(nn.Module):
@@ -435,8 +445,8 @@ class Inputs(nn.Module):
         return centre, torch.where(reach > 0, reach, torch.inf)
 
     @torch.no_grad()
-    def pin(self, names: Sequence[str], sample: Tensor) -> None:
-        """Use the views of these names, measured on representations (n, C, h, w) of public faces.
+    def pin(self, names: Sequence[str], known: Example) -> None:
+        """Use the views of these names, measured on ``known`` faces.
 
         Raises:
             ValueError: too many, or one that has nothing to undo here.
@@ -444,12 +454,13 @@ class Inputs(nn.Module):
         if len(names) > self.most:
             raise ValueError(f"input: at most {self.most} views one upon the other, got {len(names)}")
         views: list[View] = []
+        sample, again = known.sent, known.again() if names else known.sent
         for name in names:
             view = VIEWS[name]().to(sample.device)
-            if not view.measure(sample):
+            if not view.measure(sample, again):
                 raise ValueError(f"input: the view {name!r} finds nothing to undo in these representations")
             views.append(view)
-            sample = view(sample)
+            sample, again = view(sample), view(again)
         self._set(views, self.reach.new_full((1,), torch.inf))
 
     def restore(self, weights: Mapping[str, Tensor], prefix: str) -> bool:
@@ -491,11 +502,13 @@ class Inputs(nn.Module):
             return probe(_limited(shown, limits), _limited(other, limits))
 
         losses = {RAW: (best := loss_of(shown, other))}
+        again = None
         while best > self.plain * probe.floor and len(views) < self.most:
+            again = known.again() if again is None else again
             tried: list[tuple[float, View, Tensor, Tensor]] = []
             for kind in VIEWS.values():
                 view = kind().to(shown.device)
-                if any(isinstance(earlier, kind) for earlier in views) or not view.measure(sample):
+                if any(isinstance(earlier, kind) for earlier in views) or not view.measure(sample, again):
                     continue
                 seen, unknown = view(shown), view(other)
                 if not (torch.isfinite(seen).all() and torch.isfinite(unknown).all()):
@@ -508,7 +521,7 @@ class Inputs(nn.Module):
             loss, view, seen, unknown = min(tried, key=lambda entry: entry[0])
             if best - loss < self.least_gain * probe.floor:
                 break
-            best, shown, other, sample = loss, seen, unknown, seen
+            best, shown, other, sample, again = loss, seen, unknown, seen, view(again[: len(seen)])
             views.append(view)
         self._set(views, self.reach.new_full((1,), torch.inf))
         return losses

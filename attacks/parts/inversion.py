@@ -291,15 +291,15 @@ class ViewingAttack(InversionAttack):
             return {"input": self.inputs.name}
         values = math.prod(self.mechanism.representation_shape)
 
-        def example(index: Tensor, most: int, name: str, pinned: bool = True) -> Example:
+        def sent(index: Tensor, name: str, *, pinned: bool = True) -> Tensor:
+            parts = enumerate(index.split(_CHUNK))
+            states = self._pinned if pinned else lambda count: None
+            protected = [exposure.protect(trainer.floats(i), name, n, state=states(len(i))) for n, i in parts]
+            return torch.cat([part.representation for part in protected])
+
+        def example(index: Tensor, most: int, name: str) -> Example:
             index = index[: max(most // 8, min(most, _INPUT_VALUES // values))]
-            sent = [
-                exposure.protect(
-                    trainer.floats(part), name, number, state=self._pinned(len(part)) if pinned else None
-                ).representation
-                for number, part in enumerate(index.split(_CHUNK))
-            ]
-            return Example(trainer.floats(index), torch.cat(sent))
+            return Example(trainer.floats(index), sent(index, name), lambda: sent(index, f"{name} again"))
 
         index = trainer.sample(_INPUT_FACES, "input")
         known = example(index, _INPUT_FACES, "input")
@@ -307,9 +307,10 @@ class ViewingAttack(InversionAttack):
             unseen = example(trainer.validation(), _UNSEEN_FACES, "input of others")
             losses = self.inputs.choose(known, unseen, self.seed)
         else:
-            self.inputs.pin(names_of(text), known.sent)
-        mixed = known if self._pinned(1) is None else example(index, _INPUT_FACES, "input of all states", pinned=False)
-        self.inputs.limit(mixed.sent)
+            self.inputs.pin(names_of(text), known)
+        of_one_state = self._pinned(1) is not None
+        mixed = sent(index[: len(known.sent)], "input of all states", pinned=False) if of_one_state else known.sent
+        self.inputs.limit(mixed)
         self._rebuild()
         return {"input": self.inputs.name, "input_losses": losses}
 

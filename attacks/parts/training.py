@@ -86,6 +86,10 @@ class Plateau:
         earlier = [(n, value) for n, value in curve if images / 4 <= n <= images / 2]
         return earlier[-1][1] - loss if earlier else None
 
+    def beats(self, loss: float, floor: float) -> bool:
+        """Whether ``loss`` is better than the floor's by more than what counts as nothing."""
+        return loss < (1 - max(self.relative, self.absolute)) * floor
+
     def reached(self, curve: Sequence[tuple[int, float]], floor: float) -> bool:
         """Whether the last doubling of ``curve`` gained next to nothing; False where that is unknown."""
         gain = self.gain(curve)
@@ -375,8 +379,10 @@ class Trainer:
         network.eval()
         self._done += progress.step * batch_size
         begun = progress.decay_start is not None and progress.decay_start >= training.least_steps
+        # At the floor a loss rests because nothing was learnt, which does not say that nothing can be.
+        learnt = rule.beats(final, training.floor)
         return FitReport(
-            saturated=begun and rule.reached(held, training.floor),
+            saturated=begun and learnt and rule.reached(held, training.floor),
             states_seen=self.states_seen,
             curve=(*held, (progress.step * batch_size, final)),
             details={

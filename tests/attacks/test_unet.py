@@ -80,14 +80,14 @@ def test_a_few_steps_are_flagged_unsaturated_even_where_the_loss_is_flat(make_ad
     assert report.details["steps"] == 6
 
 
-def test_a_defence_that_leaks_nothing_saturates_and_stops_early(make_adversary, plain):
+def test_what_learns_nothing_stops_early_and_is_not_called_saturated(make_adversary, plain):
     class Nothing(plain):
         def transform(self, faces, state, generator):
             return torch.rand(faces.shape, generator=generator)
 
     attack = UNet(UNetOptions(**TINY | {"images": 8000, "early_stop": True}))
     report = attack.learn(make_adversary(Nothing(image_size=SIZE)))
-    assert report.saturated is True
+    assert report.saturated is False  # at the floor a loss rests whether or not there is something to find
     assert report.details["stopped_early"] is True
     assert report.details["images_seen"] < 5000
 

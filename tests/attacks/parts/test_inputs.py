@@ -98,11 +98,15 @@ def people(make_faces):
     return make
 
 
+def example(faces, send, generator):
+    return Example(faces, send(faces, generator), lambda: send(faces, generator))
+
+
 def chosen(send, people):
     generator = torch.Generator().manual_seed(3)
     faces, others = people(200).float() / 255, people(40, 7).float() / 255
     inputs = Inputs()
-    losses = inputs.choose(Example(faces, send(faces, generator)), Example(others, send(others, generator)), 0)
+    losses = inputs.choose(example(faces, send, generator), example(others, send, generator), 0)
     return inputs, losses
 
 
@@ -130,7 +134,7 @@ def test_a_view_treats_each_face_by_itself_and_survives_any_scale(name):
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(80, 6, 8, 8, generator=generator) + 1e3 * uniform(generator, 80, 6, 1, 1)
     view = VIEWS[name]()
-    view.measure(sample)
+    view.measure(sample, sample)
     together = view(sample[:4])
     assert together.shape[0] == 4
     assert together.shape[2:] == (8, 8)
@@ -139,15 +143,19 @@ def test_a_view_treats_each_face_by_itself_and_survives_any_scale(name):
         assert torch.isfinite(view(scale * sample[:4])).all()
 
 
-def test_levelling_takes_out_the_offset_and_nothing_else():
+@pytest.mark.parametrize("drawn", ["afresh", "from the face"])
+def test_levelling_takes_out_the_offset_and_nothing_else(drawn):
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(100, 2, 6, 6, generator=generator)
     flat = maps - maps.mean(dim=(2, 3), keepdim=True)
+    offsets = 1e3 * torch.randn(2, 100, 2, 1, 1, generator=generator)
     view = Levelled()
-    assert view.measure(flat + 1e5 * torch.randn(100, 2, 1, 1, generator=generator))
+    assert view.measure(flat + offsets[0], flat + offsets[1 if drawn == "afresh" else 0])
     assert len(view.directions) == 2
-    torch.testing.assert_close(view(flat + 500), flat, rtol=0, atol=0.01)
-    assert not Levelled().measure(maps)  # no direction stands out
+    # In the representations themselves a few offsets happen to go with what the faces show; in differences none do.
+    error = float((view(flat + 500) - flat).abs().max())
+    assert error < (1e-3 if drawn == "afresh" else 0.5)
+    assert not Levelled().measure(maps, maps.flip(0))  # no direction stands out
 
 
 def test_standardised_maps_forget_any_gain_and_offset_but_not_what_these_were():
@@ -163,7 +171,8 @@ def test_the_step_of_a_carrier_is_found_and_what_lies_below_it_is_left(step, siz
     generator = torch.Generator().manual_seed(1)
     face = people(30).float() / 255
     view = LowOrder()
-    assert view.measure(torch.randint(-50, 50, face.shape, generator=generator) * step + size * face)
+    sent = torch.randint(-50, 50, face.shape, generator=generator) * step + size * face
+    assert view.measure(sent, sent)
     ratio = float(view.step) / step
     assert ratio == pytest.approx(round(ratio), abs=1e-3)
     left = view(torch.randint(-50, 50, face.shape, generator=generator) * step + size * face) * float(view.step) / size
@@ -173,9 +182,13 @@ def test_the_step_of_a_carrier_is_found_and_what_lies_below_it_is_left(step, siz
 
 def test_no_step_is_seen_where_there_is_none(people):
     smooth = functional.avg_pool2d(people(30).float() / 255, 5, 1, 2)
-    assert not LowOrder().measure(smooth)
-    assert not LowOrder().measure(torch.randn(30, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
-    assert not LowOrder().measure(people(30).float() / 255)  # 8-bit values have a step, and nothing below it
+    assert not LowOrder().measure(smooth, torch.empty(0))
+    assert not LowOrder().measure(
+        torch.randn(30, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.empty(0)
+    )
+    assert not LowOrder().measure(
+        people(30).float() / 255, torch.empty(0)
+    )  # 8-bit values have a step, and nothing below it
 
 
 def test_sorted_channels_fall_in_energy_in_whatever_order_they_came():
@@ -194,7 +207,7 @@ def test_pooled_channels_are_their_mean_and_mean_magnitude():
 def test_a_negative_is_turned_round(people):
     faces = people(40).float() / 255
     view = Oriented()
-    view.measure(inverted(faces, torch.Generator().manual_seed(0)))
+    view.measure(inverted(faces, torch.Generator().manual_seed(0)), faces)
     torch.testing.assert_close(view(1 - faces)[:, :3], view(faces)[:, :3], rtol=0, atol=1e-5)
 
 
@@ -220,9 +233,9 @@ def test_unknown_views_are_refused(text):
 
 def test_a_view_with_nothing_to_undo_cannot_be_pinned(people):
     with pytest.raises(ValueError, match="'levelled' finds nothing to undo"):
-        Inputs().pin(["levelled"], people(80).float() / 255)
+        Inputs().pin(["levelled"], example(people(80).float() / 255, OPEN["plain"], None))
     with pytest.raises(ValueError, match="at most 3"):
-        Inputs().pin(["log", "scaled", "sorted", "standardised"], people(80).float() / 255)
+        Inputs().pin(["log", "scaled", "sorted", "standardised"], example(people(8).float(), OPEN["plain"], None))
 
 
 TINY = {"widths": (8, 16), "stem_stride": 2, "batch_size": 16, "learning_rate": 4e-3, "images": 1600}

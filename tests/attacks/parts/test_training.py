@@ -69,6 +69,11 @@ def test_what_does_worse_than_the_floor_has_not_come_to_rest(loss, reached):
     assert Plateau(relative=0.03).reached([(100, loss * FLOOR), (200, loss * FLOOR)], FLOOR) is reached
 
 
+@pytest.mark.parametrize(("loss", "better"), [(1.1, False), (0.98, False), (0.96, True)])
+def test_what_rests_at_the_floor_has_learnt_nothing(loss, better):
+    assert Plateau(relative=0.03).beats(loss * FLOOR, FLOOR) is better
+
+
 def test_the_point_nearest_to_half_is_compared():
     assert Plateau().gain([(30, 0.5), (50, 0.3), (60, 0.25), (100, 0.2)]) == pytest.approx(0.1)
 
