@@ -93,7 +93,7 @@ class Linear(RecoveryAttack):
     reference = "linear minimum mean square error estimation; Kay, Fundamentals of Statistical Signal Processing, 1993"
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC})
     uses = frozenset({Capability.PROTECTION})
-    opens = frozenset({"mixture", "permutation"})
+    opens = frozenset({"affine", "mixture", "permutation"})
     Options = LinearOptions
     presets: ClassVar = {
         "quick": {"rank": 100, "state_faces": 300, "traffic": 500},

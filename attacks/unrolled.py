@@ -62,7 +62,7 @@ class Unrolled(InversionAttack):
     reference = "Schwab et al., Deep Null Space Learning for Inverse Problems, 2019"
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TRAFFIC})
     uses = frozenset({Capability.PROTECTION})
-    opens = frozenset({"mixture", "permutation"})
+    opens = frozenset({"affine", "mixture", "permutation"})
     Options = UnrolledOptions
     #: Linear estimates of many faces cost little more than those of a few in the same state.
     lookahead = 32

@@ -85,6 +85,14 @@ def test_a_random_offset_is_taken_out(faces):
     torch.testing.assert_close(maps.operators[0](faces), maps.clean(faces))
 
 
+@pytest.mark.parametrize("kind", ["mixture", "permutation"])
+def test_a_canary_that_says_nothing_is_the_one_that_does(kind, faces):
+    declared, silent = (make_defense("canary", {"kind": kind, "declared": said}, "cpu", SIZE) for said in (True, False))
+    (found,), (known,) = (linear_maps(defense).operators for defense in (silent, declared))
+    torch.testing.assert_close(found(faces), known(faces))
+    torch.testing.assert_close(found.adjoint(faces), known.adjoint(faces))
+
+
 def test_noise_is_no_offset_to_be_taken_out(faces):
     maps = linear_maps(Noisy(image_size=SIZE))
     assert maps.nuisance is None
