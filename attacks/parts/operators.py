@@ -115,7 +115,8 @@ def why_not_linear(mechanism: Defense) -> str | None:
         if mechanism.states() is None:
             maps = _Groups()
             for seed in range(_FIRST_DRAWS):
-                maps.add(_sketches(pins, seed)[0])
+                slope, _, rounding = _sketches(pins, seed)
+                maps.add(slope, rounding)
             if maps.unseen == 1:
                 _gains(pins)
     except (ValueError, RuntimeError) as error:  # a network that is yet to be fitted may take no face
@@ -218,8 +219,9 @@ class _Pins:
         probes[2] = (probes[2] > 0.5).double()  # clamping shows at the ends of the range
         self.probes = probes.to(self.device)
         # What is drawn may depend on the type of the faces: then it is that of what clients send which counts.
+        self.rounding = 1e-12
         if not self._agrees():
-            self._inner, self._type = self.mechanism, torch.float32
+            self._inner, self._type, self.rounding = self.mechanism, torch.float32, _SAME
         self._alone = not all(
             _same(torch.cat([self._together(face, seed, None) for face in self.probes.split(1)]), sent)
             for seed in range(4)
@@ -228,9 +230,12 @@ class _Pins:
 
     def sent(self, faces: Tensor, seed: int, state: Tensor | None = None) -> Tensor:
         """float64 representations of ``faces`` (N, 3, H, W), all under the draw of ``seed`` or the ``state`` (D,)."""
-        if self._alone:
-            return torch.cat([self._together(face, seed, state) for face in faces.split(1)])
-        return self._together(faces, seed, state)
+        if not self._alone:
+            together = self._together(faces, seed, state)
+            # A size that is drawn may happen to be the number of faces, of which the probes then told nothing.
+            if len(faces) <= len(self.probes) + 1 or _same(together[:1], self._together(faces[:1], seed, state)):
+                return together
+        return torch.cat([self._together(face, seed, state) for face in faces.split(1)])
 
     def _together(self, faces: Tensor, seed: int, state: Tensor | None) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -397,8 +402,8 @@ def _found(mechanism: Defense) -> LinearMaps:
     else:
         draws = [_Draw(state, [number]) for number, state in enumerate(listed)]
         for number, draw in enumerate(draws[:_OFFSETS]):
-            first, second = (_sketches(pins, seed, draw.state)[0] for seed in (number, number + len(draws)))
-            if not bool(_near(first, second)):
+            first, _, rounding = _sketches(pins, number, draw.state)
+            if float((_sketches(pins, number + len(draws), draw.state)[0] - first).norm()) > rounding:
                 raise ValueError(f"{mechanism.name} is not a linear defence: it draws more of its map than its state")
     means, varying = _offsets(pins, draws)
     nuisance = None if varying is None else _low_rank(varying)
@@ -424,19 +429,17 @@ def _found(mechanism: Defense) -> LinearMaps:
     return LinearMaps(operators, UNDECLARED, send, nuisance, gains, details)
 
 
-def _sketches(pins: _Pins, seed: int, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Eight numbers each of how a draw changes with the face, and of what it sends of one face: float64 (8,)."""
+def _sketches(pins: _Pins, seed: int, state: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    """Eight numbers each of how a draw changes with the face, and of what it sends of one face, float64 (8,).
+
+    And how far such numbers may lie apart by rounding.
+    """
     first, second = pins.sent(pins.probes[:2], seed, state).flatten(1)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(2, (8, len(first)), generator=generator, dtype=torch.int8).to(first.device)
     signs = signs.double() * 2 - 1
-    return signs @ (first - second), signs @ second
-
-
-def _near(first: Tensor, others: Tensor) -> Tensor:
-    """Whether each of ``others`` (..., 8) is the sketch ``first``, up to rounding."""
-    near: Tensor = (others - first).norm(dim=-1) <= 10 * _SAME * (first.norm() + 1e-12)
-    return near
+    slope, level = signs @ (first - second), signs @ second
+    return slope, level, 10 * _SAME * float(slope.norm()) + pins.rounding * float(level.norm()) + 1e-12
 
 
 def _draws(pins: _Pins) -> tuple[list[_Draw], dict[str, Any]]:
@@ -446,9 +449,9 @@ def _draws(pins: _Pins) -> tuple[list[_Draw], dict[str, Any]]:
     while done == wanted:
         wanted = max(_FIRST_DRAWS, 2 * wanted)
         while done < wanted:
-            slope, level = _sketches(pins, done)
-            whole.add(torch.cat((slope, level)))
-            maps.add(slope)
+            slope, level, rounding = _sketches(pins, done)
+            whole.add(torch.cat((slope, level)), rounding)
+            maps.add(slope, rounding)
             done += 1
         least = min(whole, maps, key=lambda groups: groups.unseen)
         # Of states that are equally likely one in e^8 is then missed.
@@ -492,8 +495,8 @@ class _Groups:
         self._known = torch.empty(0)
         self._count = 0
 
-    def add(self, sketch: Tensor) -> None:
-        near = _near(sketch, self._known).nonzero() if self._count else torch.empty(0, 1)
+    def add(self, sketch: Tensor, rounding: float) -> None:
+        near = ((self._known - sketch).norm(dim=1) <= rounding).nonzero() if self._count else torch.empty(0, 1)
         if len(near):
             self.members[int(near[0])].append(self._count)
         else:

@@ -110,6 +110,31 @@ class OneByOne(Defense):
         return torch.stack(sent).view_as(faces)
 
 
+class Lifted(Defense):
+    """Colours in any of six orders, on a level of a million."""
+
+    name = "lifted"
+
+    def transform(self, faces, state, generator):
+        order = torch.rand(len(faces), 3, generator=generator).argsort(1).to(faces.device)
+        return faces.gather(1, order[:, :, None, None].expand_as(faces)) + 1e6
+
+
+class Projected(Defense):
+    """Sixteen random sums of pixels, drawn from eight seeds for a whole batch at once."""
+
+    name = "projected"
+
+    @property
+    def representation_shape(self):
+        return (16, 1, 1)
+
+    def transform(self, faces, state, generator):
+        seed = int(torch.randint(8, (1,), generator=generator))
+        sums = torch.randn(16, faces[0].numel(), generator=torch.Generator().manual_seed(seed))
+        return (faces.flatten(1) @ sums.to(faces).T)[:, :, None, None]
+
+
 class Detached(Defense):
     """A blur of neighbouring rows that leaves torch, and has no derivative."""
 

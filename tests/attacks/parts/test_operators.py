@@ -7,8 +7,10 @@ from undeclared import (
     Colours,
     Detached,
     Hidden,
+    Lifted,
     Noisy,
     OneByOne,
+    Projected,
     Silent,
     Swapped,
 )
@@ -60,6 +62,18 @@ def test_ninety_six_states_of_colour_and_side_are_found(faces):
     for face, representation, row in zip(faces, sent, rows, strict=True):
         operator = maps.operators[row]
         torch.testing.assert_close((operator(face[None])[0] + operator.offset).float(), representation)
+
+
+def test_states_on_a_high_level_are_told_apart():
+    assert linear_maps(Lifted(image_size=SIZE)).details["states_found"] == 6
+
+
+def test_a_size_that_is_that_of_the_batch_is_not_taken_for_it():
+    maps = linear_maps(Projected(image_size=SIZE))
+    assert len(maps.operators) == 8
+    batch = torch.rand(16, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    one_by_one = torch.cat([maps.operators[0](face) for face in batch.split(1)])
+    torch.testing.assert_close(maps.operators[0](batch), one_by_one)
 
 
 @pytest.mark.parametrize(("kind", "states"), [(OneByOne, 4), (Detached, 1)])
