@@ -169,7 +169,7 @@ _UNPROTECTED = {
 _rate = partial(Kind, unit="%", span="0..100 %", decimals=1)
 _LINKAGE = "linkage.protected_plain"
 #: Guards of rates: of what leaks of faces, of what links, and of recognition.
-_LEAKED = Guard(0.03, 0.05, 0.03, limit=1.0)
+_LEAKED = Guard(0.03, 0.03, 0.015, limit=1.0)
 _LINKED = Guard(0.02, 0.05, 0.03, limit=1.0)
 _RECOGNISED = Guard(0.02, 0.05, 0.03, limit=0.5)
 
@@ -191,7 +191,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
     "ssim": Kind(
         "SSIM", "recovery.ssim", "leakage",
         "Structural similarity of recovered and original face; 1 is the original.", span="-1..1", headline=True,
-        guard=Guard(0.01, 0.01, 0.004, limit=1.0), canary=Guard(0.03, 0.01, 0.004, limit=0.0)),
+        guard=Guard(0.01, 0.007, 0.004, limit=1.0), canary=Guard(0.03, 0.007, 0.004, limit=0.0)),
     "psnr": Kind(
         "PSNR", "recovery.psnr", "leakage",
         "Peak signal-to-noise ratio of the recovered face; punishes brightness shifts.",
@@ -229,7 +229,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
     "cosine": Kind(
         "cosine", "recovery.identity.cosine", "leakage",
         "Cosine of the evaluator's embeddings of recovered and original face.", span="-1..1", headline=True,
-        guard=Guard(0.02, 0.05, 0.04, limit=1.0), canary=Guard(0.05, 0.03, 0.02)),
+        guard=Guard(0.02, 0.02, 0.01, limit=1.0), canary=Guard(0.05, 0.02, 0.01)),
     "knn_distance": Kind(
         "distance", "recovery.identity.knn_distance", "privacy",
         "Distance to the nearest plain face of the same person.", span="0..2"),
