@@ -261,9 +261,7 @@ def _leakage(assessment: Assessment) -> Mapping[str, Measure]:
 def _floor_test(scorer: Scorer, assessment: Assessment, floors: Mapping[str, Assessment]) -> FloorTest:
     """Whether an attack is above ``floors``, by figures of the picture or of the person."""
     gains = {
-        name: {floor: scorer.gain(name, assessment, guess) for floor, guess in floors.items()}
-        for name in FLOOR_MARGINS
-        if name in assessment.values
+        name: {floor: scorer.gain(name, assessment, guess) for floor, guess in floors.items()} for name in FLOOR_MARGINS
     }
     return floor_test(gains, FLOOR_MARGINS)
 

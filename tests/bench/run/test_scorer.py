@@ -14,6 +14,7 @@ from bench.images import to_float
 from bench.metrics.evaluator import Evaluator
 from bench.metrics.identity import Probes
 from bench.run.attacker import layout_hits
+from bench.run.recovery import _floor_test
 from bench.run.scorer import Judge, Scorer, somebody_else
 from defenses.layout import probe
 
@@ -276,3 +277,15 @@ def test_one_person_has_no_strangers(judge, victims):
     alone = replace(judge, probes=Probes(torch.tensor([0, 1]), torch.tensor([2])))
     held = alone.strangers(to_float(victims.images[:2]))
     assert held.values["ssim"].isnan().all()
+
+
+def test_several_judges_are_asked_about_the_floors_and_where_none_may_judge_the_picture_decides(judge, victims):
+    faces = to_float(victims.images[::3])
+    flat = faces.mean(dim=(2, 3), keepdim=True).expand_as(faces)  # the colour of each, and nothing of the picture
+    two = scorer(victims, *judge.judges, cleared(judge_with(OneColour(), "red", victims)))
+    for judges in (judge, two):
+        test = _floor_test(judges, judges.assess(flat), {"grey": judges.assess(torch.full_like(faces, 0.5))})
+        assert test.gains["cosine"].value > 0.1
+        assert test.above is True
+    blind = scorer(victims, cleared(judge.judges[0], withheld="blind"))
+    assert "cosine" not in _floor_test(blind, blind.assess(flat), {"grey": blind.assess(flat)}).gains
