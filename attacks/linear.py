@@ -251,6 +251,7 @@ class Linear(RecoveryAttack):
         self._forget_posteriors()
         self._maps: tuple[Defense, LinearMaps] | None = None
         self._known_grams: list[SeparableSum | LocalGram | None] = []
+        self._known_keys: list[bytes] = []
 
     def _forget_posteriors(self) -> None:
         """What depends on the prior and the noise."""
@@ -270,7 +271,9 @@ class Linear(RecoveryAttack):
     def _operators(self) -> tuple[list[bytes], Sequence[LinearOperator]]:
         """The operator for each state, and a key that is the same for states which say the same."""
         maps, grams = self.maps, self._grams()
-        keys = []
+        if self._known_keys:
+            return self._known_keys, maps.operators
+        keys = self._known_keys
         for row, gram in enumerate(grams):
             if isinstance(gram, LocalGram):
                 row = next(first for first, other in enumerate(grams) if other is gram)
