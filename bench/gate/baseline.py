@@ -6,6 +6,7 @@ It is meant to be committed and reviewed. Tolerances and margins may be edited b
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -47,6 +48,9 @@ class Expected(StoredModel):
     absolute: float = Field(ge=0, description="harmful change that is tolerated, in the figure's unit")
     relative: float = Field(0.0, ge=0, description="what is tolerated besides, as a share of the value")
     margin: float = Field(ge=0, description="a pass rules out a harmful change of this, or of the tolerance if larger")
+    paired_margin: float | None = Field(
+        None, ge=0, description="the margin of a run whose seed is one of the baseline's; null: the same"
+    )
     seed_sd: float = Field(ge=0, description="standard deviation between seeds, beyond the choice of victims")
     seed_df: float = Field(gt=0, description="its degrees of freedom")
     repeat_sd: float = Field(ge=0, description="standard deviation between runs of one seed that were trained anew")
@@ -75,6 +79,12 @@ class Expected(StoredModel):
     def excluded(self) -> float:
         """What a pass rules out: the margin, and what somebody tolerates beyond it."""
         return max(self.margin, self.tolerance)
+
+    def of(self, *, paired: bool) -> Expected:
+        """What holds for a run of a seed of the baseline if it is ``paired``, else for one of another seed."""
+        if not paired or self.paired_margin is None:
+            return self
+        return self.model_copy(update={"margin": self.paired_margin})
 
     def between(self, *, paired: bool) -> Variance:
         """Variance between runs: of one seed if they are ``paired``, else of several."""
@@ -250,14 +260,18 @@ def _expected(name: str, runs: Sequence[RunScores], tests: int) -> Expected:
     by_repeat = between_runs(name, runs, rate=figure.rate, same_seed=True)
     seed = moderated(by_seed, seeds, guard.seed_sd)
     repeat = moderated(by_repeat, len(runs) - seeds + 1, guard.repeat_sd)
-    margin = _margin(name, runs, seed, tests, alpha=Baseline.model_fields["alpha_pass"].default)
+    margin, paired_margin = (
+        _rounded(max(guard.tolerance, _margin(total, tests, alpha=Baseline.model_fields["alpha_pass"].default)))
+        for total in (_of_another_seed(name, runs, seed), _of_the_same_seed(name, runs, repeat))
+    )
     return Expected(
         value=sum(run.figures[name].value for run in runs) / len(runs),
         role=figure.role,
         direction=figure.direction,
         rate=figure.rate,
         absolute=guard.tolerance,
-        margin=_rounded(max(guard.tolerance, margin)),
+        margin=margin,
+        paired_margin=paired_margin,
         seed_sd=_rounded(math.sqrt(seed.value)),
         seed_df=seed.df,
         repeat_sd=_rounded(math.sqrt(repeat.value)),
@@ -266,20 +280,34 @@ def _expected(name: str, runs: Sequence[RunScores], tests: int) -> Expected:
     )
 
 
-def _margin(name: str, runs: Sequence[RunScores], seed: Variance, tests: int, *, alpha: float) -> float:
-    """The least margin with which a run of the same code and another seed passes almost surely, whatever its victims.
+def _margin(total: Variance, tests: int, *, alpha: float) -> float:
+    """The least margin with which a run of the same code passes almost surely, of whose change this is the variance.
 
     With the standard error ``s`` of such a run's change, which is 0 on average, the upper bound of the change is below
     ``(t_(1-alpha) + t_(1-u)) s`` with probability ``1 - u``; ``u`` is the chance not to pass, shared among the figures.
     """
+    return (quantile(1 - alpha, total.df) + quantile(1 - _UNDECIDED / tests, total.df)) * math.sqrt(total.value)
+
+
+def _of_another_seed(name: str, runs: Sequence[RunScores], seed: Variance) -> Variance:
+    """Of the change of a run of another seed, whatever its victims."""
     alone = [victims_variance(name, [(run, 1.0)], rate=FIGURES[name].rate) for run in runs]
     known = [part for part in alone if part is not None]
     if not known:
-        return 0.0
+        return Variance(0.0, math.inf)
     more = 1 + 1 / len(runs)
     people = Variance(more * sum(part.value for part in known) / len(known), pool(known).df)
-    total = pool([people, Variance(more * seed.value, seed.df)])
-    return (quantile(1 - alpha, total.df) + quantile(1 - _UNDECIDED / tests, total.df)) * math.sqrt(total.value)
+    return pool([people, Variance(more * seed.value, seed.df)])
+
+
+def _of_the_same_seed(name: str, runs: Sequence[RunScores], repeat: Variance) -> Variance:
+    """Of the change of a run of one of the seeds that was trained anew, hence of the same victims."""
+    pairs = [pair for pair in itertools.combinations(runs, 2) if len({(run.seed, run.source) for run in pair}) == 1]
+    parts = [victims_variance(name, [(a, 1.0), (b, -1.0)], rate=FIGURES[name].rate) for a, b in pairs]
+    known = [part for part in parts if part is not None]
+    # Where nothing was trained anew, people are assumed to differ in it by as much as runs do.
+    people = Variance(sum(part.value for part in known) / len(known), pool(known).df) if known else repeat
+    return pool([people, Variance(2 * repeat.value, repeat.df)])
 
 
 def _rounded(value: float) -> float:

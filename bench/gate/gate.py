@@ -92,8 +92,9 @@ def _verdict(run: Run, attack: str, key: CellKey, cell: Cell, baseline: Baseline
         for name, expected in cell.figures.items()
         if name in scores.figures
     }
-    figures = decide(changes, cell.figures, alpha=baseline.alpha, alpha_pass=baseline.alpha_pass)
-    for name, expected in cell.figures.items():
+    expectations = {name: expected.of(paired=paired) for name, expected in cell.figures.items()}
+    figures = decide(changes, expectations, alpha=baseline.alpha, alpha_pass=baseline.alpha_pass)
+    for name, expected in expectations.items():
         if name not in changes:
             note = f"not measured: {reasons.get(name) or 'the run does not have this figure'}"
             lacking = FigureVerdict.of(name, expected, expected.value, None, outcome="inconclusive", note=note)

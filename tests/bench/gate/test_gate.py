@@ -227,3 +227,13 @@ def test_blind_figures_are_named(seeds, tmp_path):
     assert all(figure.detectable > 0.3 for figure in blind.values())
     [note] = [note for note in verdict.notes if note.startswith("blind: ")]
     assert all(name in note for name in blind)
+
+
+def test_a_seed_of_the_baseline_has_a_narrower_margin(seeds, baseline, tmp_path):
+    """Its victims are the same, and only what training anew changes is left open."""
+    runs = [make_run(tmp_path / f"seed{seed}", seed=seed, retrained=1) for seed in (0, 60)]
+    own, other = (gate(baseline, [load_run(run)], name="b").cells[0] for run in runs)
+    assert (own.outcome, other.outcome) == ("pass", "pass")
+    name = "recovery.identity.type1_tar"
+    expected = baseline.cells[0].figures[name]
+    assert figures(own)[name].margin == expected.paired_margin < expected.margin == figures(other)[name].margin

@@ -39,7 +39,7 @@ def baseline():
 
 def passing(baseline, cell, name, shift, *, paired):
     """How often runs of other people (of the same, if ``paired``) pass that leak more by ``shift``."""
-    expected, run = cell.figures[name], cell.runs[0]
+    expected, run = cell.figures[name].of(paired=paired), cell.runs[0]
     scores, others = run.figures[name], [run] if paired else cell.runs
     if paired:  # the same people, trained anew
         now = run.model_copy(update={"figures": {name: scores.model_copy(update={"sha256": "0"})}})
@@ -55,15 +55,15 @@ def passing(baseline, cell, name, shift, *, paired):
     return (stats.t.sf((expected.excluded - harm) / changed.se, changed.df) <= baseline.alpha_pass).mean()
 
 
-@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("name", SHIFTS)
-def test_harm_is_found_and_nothing_else(baseline, name, paired):
-    """In every cell that can leak so much more, nine times in ten; where nothing changed, almost every run passes."""
+def test_harm_is_found_and_nothing_else(baseline, name):
+    """CI runs a seed of the baseline: in every cell that can leak so much more, that is found nine times in ten."""
     with_room = 0
     for cell in baseline.cells:
-        if name not in cell.figures or 1 - cell.figures[name].value < SHIFTS[name]:
-            continue
-        with_room += 1
-        assert passing(baseline, cell, name, SHIFTS[name], paired=paired) <= 0.1, cell.key.label
-        assert passing(baseline, cell, name, 0.0, paired=paired) >= 0.99, cell.key.label
+        if name in cell.figures:
+            assert passing(baseline, cell, name, 0.0, paired=True) >= 0.99, cell.key.label
+            assert passing(baseline, cell, name, 0.0, paired=False) >= 0.99, cell.key.label
+            if 1 - cell.figures[name].value >= SHIFTS[name]:
+                with_room += 1
+                assert passing(baseline, cell, name, SHIFTS[name], paired=True) <= 0.1, cell.key.label
     assert with_room
