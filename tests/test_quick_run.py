@@ -29,6 +29,9 @@ KEYS = {
     "throughput",
     "seconds",
     "cached",
+    "evaluators",
+    "failed",
+    "worst_case_test",
     "peak_memory",
 }
 
@@ -64,8 +67,8 @@ def test_quick_run(tmp_path):
     assert recovery["lpips"]["value"] is not None or "AlexNet" in recovery["lpips"]["reason"]
 
     utility = result["utility"]
-    assert utility["unprotected"]["accuracy"]["value"] > 0.6  # chance is 0.5
-    assert utility["accuracy"]["value"] > 0.55
+    assert utility["unprotected"]["auc"]["value"] > 0.6  # chance is 0.5
+    assert utility["auc"]["value"] > 0.55
     assert result["dataset"]["identities"].keys() == {"provider", "public", "evaluator", "victims"}
     assert any("synthetic" in warning for warning in result["warnings"])
     folder = tmp_path / "runs" / result["run_id"]

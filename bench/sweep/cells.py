@@ -116,7 +116,9 @@ def key_figures(result: RunResult) -> dict[str, KeyFigure]:
     if linkages:
         linkage = max(linkages, key=lambda linked: leak("linkage", linked.protected_plain.accuracy))
         figures["linkage"] = KeyFigure(value=linkage.protected_plain.accuracy, ceiling=linkage.plain.accuracy)
-    return figures
+    return {
+        name: figure for name, figure in figures.items() if figure.value is not None and figure.value.value is not None
+    }
 
 
 @dataclass(frozen=True, slots=True)

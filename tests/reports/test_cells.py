@@ -15,7 +15,7 @@ def test_only_comparable_runs_stand_together(tmp_path):
     folders = [
         write_run(tmp_path / "a"),
         write_run(tmp_path / "b", defense="blur"),
-        write_run(tmp_path / "c", protocol="2"),
+        write_run(tmp_path / "c", protocol="1"),
         write_run(tmp_path / "d", synthetic=False),
         write_run(tmp_path / "e", image_size=112),
     ]

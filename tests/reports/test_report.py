@@ -249,13 +249,13 @@ def test_leaderboard(tmp_path):
     runs = tmp_path / "runs"
     write_run(runs / "a", ssim=(0.5,) * 8)
     write_run(runs / "b", attack="linear", ssim=(0.9,) * 8, cosine=0.1)
-    write_run(runs / "c", protocol="2", defense="blur")
+    write_run(runs / "c", protocol="1", defense="blur")
     write_run(runs / "d", defense="noise", error="broke")
     files = write_leaderboard(runs, tmp_path / "board")
     assert [file.name for file in files] == ["leaderboard.html", "leaderboard.md", "leaderboard.csv"]
     page, md, table = (file.read_text(encoding="utf-8") for file in files)
     rows = list(csv.DictReader(io.StringIO(table)))
-    assert {(row["protocol"], row["defense"]) for row in rows} == {("1", "partialface"), ("1", "noise"), ("2", "blur")}
+    assert {(row["protocol"], row["defense"]) for row in rows} == {("2", "partialface"), ("2", "noise"), ("1", "blur")}
     worst = {row["figure"]: row for row in rows if row["defense"] == "partialface"}
     assert (float(worst["ssim"]["value"]), worst["ssim"]["strongest"]) == (0.9, "linear (whitebox) on partialface")
     assert worst["type1_tar"]["strongest"] == "unet (whitebox) on partialface"

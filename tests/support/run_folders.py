@@ -8,6 +8,7 @@ import pandas as pd
 from PIL import Image
 
 from bench.results import (
+    PROTOCOL_VERSION,
     AttackInfo,
     AttackResult,
     DatasetInfo,
@@ -116,7 +117,7 @@ def write_run(
     synthetic=True,
     knowledge="whitebox",
     seed=0,
-    protocol="1",
+    protocol=PROTOCOL_VERSION,
     linkage=False,
     strength=False,
     options=None,
