@@ -106,9 +106,9 @@ def run_recovery(
             name: assessed[name][-1] if defense.name == plain.name else scorer.assess(ceiling.faces)
             for name, ceiling in unprotected.items()
         }
-        others = {name: scorer.strangers(points[-1].faces) for name, points in recovered.items()}
+        others = {name: scorer.strangers(points[-1].faces, assessed[name][-1]) for name, points in recovered.items()}
         plain_others = {
-            name: others[name] if defense.name == plain.name else scorer.strangers(ceiling.faces)
+            name: others[name] if defense.name == plain.name else scorer.strangers(ceiling.faces, ceilings[name])
             for name, ceiling in unprotected.items()
         }
         linkages = link_recovered(attacks, scorer, {name: points[-1] for name, points in assessed.items()})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -180,14 +180,17 @@ class Scorer:
     def _labels(self) -> Tensor:
         return self.victims.labels[self.probes.attacked]
 
-    def assess(self, recovered: Tensor) -> Assessment:
-        """Compare recovered faces, float (V, 3, H, W) in [0, 1] in the order of the probes, with the originals."""
+    def assess(self, recovered: Tensor, seen: Mapping[str, Tensor] | None = None) -> Assessment:
+        """Compare recovered faces, float (V, 3, H, W) in [0, 1] in the order of the probes, with the originals.
+
+        ``seen`` are the judges' embeddings of them, where these are known (:attr:`Assessment.embeddings`).
+        """
         metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(_QUALITY)
         if isinstance(self.lpips, Lpips):
             metrics["lpips"] = self.lpips
         fit = [judge for judge in self.judges if judge.info.withheld is None]
         columns: dict[str, list[Tensor]] = {name: [] for name in metrics}
-        seen: dict[str, list[Tensor]] = {judge.info.name: [] for judge in fit}
+        looked_at: dict[str, list[Tensor]] = {judge.info.name: [] for judge in fit if seen is None}
         attacked, gallery = self.probes.attacked, self.probes.gallery
         for index, batch in zip(attacked.split(self.batch_size), recovered.split(self.batch_size), strict=True):
             faces = batch.to(self.device)
@@ -196,10 +199,11 @@ class Scorer:
                 columns[name].append(metric(faces, originals).cpu())
             # One face that was expanded to many (the floors that know nothing of the victims) is looked at once.
             looked = faces[:1] if batch.stride(0) == 0 else faces
-            for judge in fit:
-                seen[judge.info.name].append(judge.evaluator.embed(looked).cpu().expand(len(batch), -1))
+            for judge in fit if seen is None else ():
+                looked_at[judge.info.name].append(judge.evaluator.embed(looked).cpu().expand(len(batch), -1))
         values = {name: torch.cat(column) for name, column in columns.items()}
-        embeddings, labels = {name: torch.cat(batches) for name, batches in seen.items()}, self.victims.labels
+        embeddings = {name: torch.cat(batches) for name, batches in looked_at.items()} if seen is None else dict(seen)
+        labels = self.victims.labels
         for judge in fit:
             name, info, plain, embedded = judge.info.name, judge.info, judge.embeddings, embeddings[judge.info.name]
             leakage = identity_leakage(
@@ -216,14 +220,14 @@ class Scorer:
             values |= {self._column(f, name): found[f] for f in IDENTITY if f not in self._nulls[name]}
         return self._assessment(values, embeddings)
 
-    def strangers(self, recovered: Tensor) -> Assessment:
-        """Recovered faces, each held against the face of somebody else.
+    def strangers(self, recovered: Tensor, assessed: Assessment) -> Assessment:
+        """Recovered faces, ``assessed`` already, each held against the face of somebody else.
 
         What an attack gets there it owes to no victim: a constant guess gets as much. NaN where nobody else is there.
         """
         labels = self._labels
         other = somebody_else(labels)
-        held = self.assess(recovered[other])
+        held = self.assess(recovered[other], {name: seen[other] for name, seen in assessed.embeddings.items()})
         nobody = labels[other] == labels
         return replace(
             held, values={name: column.masked_fill(nobody, torch.nan) for name, column in held.values.items()}

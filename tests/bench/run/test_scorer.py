@@ -265,17 +265,18 @@ def test_everybody_is_held_against_somebody_else(labels):
 def test_what_is_true_of_anybody_is_true_of_strangers_and_what_is_true_of_one_is_not(judge, victims):
     faces = to_float(victims.images[::3])
     constant = faces.mean(dim=0, keepdim=True).expand(len(faces), -1, -1, -1)
-    strangers = judge.strangers(constant)
+    strangers = judge.strangers(constant, judge.assess(constant))
     for name in ("ssim", "psnr_aligned", "cosine"):
         assert judge.gain(name, judge.assess(constant), strangers).value == pytest.approx(0, abs=1e-6)
-    moved = judge.strangers(faces)
+    moved = judge.strangers(faces, judge.assess(faces))
     assert moved.values["ssim"].max() < 0.9
     torch.testing.assert_close(moved.values["ssim"], judge.assess(faces[somebody_else(torch.arange(8))]).values["ssim"])
 
 
 def test_one_person_has_no_strangers(judge, victims):
     alone = replace(judge, probes=Probes(torch.tensor([0, 1]), torch.tensor([2])))
-    held = alone.strangers(to_float(victims.images[:2]))
+    faces = to_float(victims.images[:2])
+    held = alone.strangers(faces, alone.assess(faces))
     assert held.values["ssim"].isnan().all()
 
 
