@@ -26,8 +26,8 @@ from bench.recognition.processes import Processes, processes_of
 FORMAT = "bench-recognition-1"
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON object to one safetensors file, beside and renamed.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
+    """Write named tensors, from any device, to a safetensors file with this ``header``, beside and renamed.
 
     Raises:
         BenchError: the file cannot be written.
@@ -36,9 +36,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with replacing(path) as temporary:
-            save_file(plain, temporary, metadata={"format": FORMAT, "details": json.dumps(details)})
+            save_file(plain, temporary, metadata=None if header is None else dict(header))
     except (OSError, SafetensorError) as error:
         raise BenchError(f"cannot write {path}: {error}; free some space or choose another --out") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON object to one file: :func:`write_tensors`.
+
+    Raises:
+        BenchError: the file cannot be written.
+    """
+    write_tensors(path, tensors, {"format": FORMAT, "details": json.dumps(details)})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

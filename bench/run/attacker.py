@@ -33,15 +33,16 @@ from attacks.base import (
 )
 from bench.data.faces import FaceSet
 from bench.data.splits import whole_identities
-from bench.files import replacing, write_text
+from bench.files import write_text
 from bench.images import to_float
 from bench.metrics.identity import Probes, content_ids, select_probes
 from bench.progress import Report, no_report
+from bench.recognition.state import write_tensors
 from bench.run.attack_config import AttackConfig, option_files
 from bench.run.machines import synchronise
 from bench.run.provider import Stages, failing_as
 from bench.run.service import Client, Service, class_centres, score_query, traffic_query
-from bench.run.stage import CODE, Job, make_key, plugin_code, save_tensors, tensor_job
+from bench.run.stage import CODE, Job, make_key, plugin_code, tensor_job
 from defenses.base import Defense
 from defenses.layout import probe, row_numbers
 
@@ -282,7 +283,7 @@ class AttackStages:
             spent = {"fit_queries": asked(), "protection_queries": protected()}
             counted = {name: count for name, count in spent.items() if count}
             fit_report = replace(fit_report, details={**fit_report.details, **counted})
-            save_tensors(fitted.state_dict(), folder / "attack.safetensors")
+            write_tensors(folder / "attack.safetensors", fitted.state_dict())
             _write_report(folder, fit_report)
             shutil.rmtree(folder / "resume", ignore_errors=True)
 
@@ -373,8 +374,8 @@ class AttackStages:
             for number, batch in enumerate(self.observations(fitted, defense, probes, attack_config.interceptions)):
                 file = resume / f"part-{number}.safetensors"
                 if not file.is_file():
-                    with replacing(file) as temporary, failing_as(f"attack {fitted.name} on {defense.name}"):
-                        save_tensors(_recover(fitted, batch, defense, self.fabric.device), temporary)
+                    with failing_as(f"attack {fitted.name} on {defense.name}"):
+                        write_tensors(file, _recover(fitted, batch, defense, self.fabric.device))
                 parts.append(load_file(file))
                 report(sum(len(part["faces"]) for part in parts), len(probes))
             kept = set.intersection(*map(set, parts))

@@ -41,11 +41,11 @@ from bench.progress import ProgressBars, Report
 from bench.randomness import Streams
 from bench.recognition.embed import embed_faces
 from bench.recognition.options import TrainingOptions
-from bench.recognition.state import load_recogniser, save_recogniser
+from bench.recognition.state import load_recogniser, save_recogniser, write_tensors
 from bench.recognition.training import TrainingReport, build_head, train
 from bench.run.config import RunConfig
 from bench.run.machines import ConnectedProcesses, TrainingOrder
-from bench.run.stage import CODE, Job, Log, StageCache, StageRunner, make_key, plugin_code, save_tensors, tensor_job
+from bench.run.stage import CODE, Job, Log, StageCache, StageRunner, make_key, plugin_code, tensor_job
 from defenses.base import Defense, DefenseTraining, TemplateDefense
 
 _FACES = 256
@@ -520,7 +520,7 @@ def _write_source(folder: Path, source: Source) -> None:
     if source.victims is not None or source.pairs is not None:
         raise TypeError("only a source without a verification set of its own is stored")
     faces = source.in_memory
-    save_tensors({"images": faces.images, "labels": faces.labels}, folder / "faces.safetensors")
+    write_tensors(folder / "faces.safetensors", {"images": faces.images, "labels": faces.labels})
     head = {"name": source.name, "names": faces.names, "synthetic": source.synthetic, "details": source.details}
     write_text(folder / "faces.json", json.dumps(head))
 

@@ -19,12 +19,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from bench.errors import BenchError
-from bench.files import replacing, sha256, write_text
+from bench.files import sha256, write_text
 from bench.progress import ProgressBars, Report
+from bench.recognition.state import write_tensors
 
 KEY_LENGTH = 16
 
@@ -272,20 +272,6 @@ class Job(Generic[T]):
     read: Callable[[Path], T]
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write named tensors, from any device, as safetensors, beside and renamed.
-
-    Raises:
-        BenchError: the file cannot be written.
-    """
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        with replacing(path) as beside:
-            save_file(stored, beside)
-    except (OSError, SafetensorError) as error:
-        raise BenchError(f"cannot write {path}: {error}; free some space or choose another --out") from error
-
-
 def tensor_job(
     stage: str,
     key: str,
@@ -302,7 +288,7 @@ def tensor_job(
     def make(folder: Path, report: Report) -> None:
         resume = folder / "resume"
         resume.mkdir(exist_ok=True)
-        save_tensors(compute(resume, report), folder / file)
+        write_tensors(folder / file, compute(resume, report))
         shutil.rmtree(resume)
 
     return Job(stage, key, what, make, lambda folder: read(load_file(folder / file)))

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from bench.errors import BenchError, DataError, MissingError
 from bench.nets.recogniser import build_recogniser
-from bench.recognition.state import FORMAT, load_recogniser, load_tensors, save_recogniser, save_tensors
+from bench.recognition.state import FORMAT, load_recogniser, load_tensors, save_recogniser, save_tensors, write_tensors
 
 SHAPE = (3, 16, 16)
 
@@ -55,6 +55,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         save_tensors(path, {"x": torch.ones(1)}, {"version": 2})
     assert load_tensors(path)[1] == {"version": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("a file where a folder should be")
+    with pytest.raises(BenchError, match=r"cannot write .*x\.safetensors: .*free some space"):
+        write_tensors(tmp_path / "folder" / "x.safetensors", {"a": torch.ones(2)})
 
 
 def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
