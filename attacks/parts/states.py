@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -365,14 +365,18 @@ class StateLikelihood:
             signs = torch.randint(2, (count, height * width), generator=generator)
             self._signs = (2 * signs - 1).to(mean) / math.sqrt(height * width)
         values = channels * count
-        probes = torch.zeros(channels, count, channels, height * width, dtype=torch.float64, device=mean.device)
-        for channel in range(channels):
-            probes[channel, :, channel] = self._signs
-        probes = probes.view(values, *shape)
+
+        def probes() -> Iterator[Tensor]:
+            """The rows of P, as representations (n, C, h, w), a few at a time: together they would fill memory."""
+            for part in torch.arange(values, device=mean.device).split(_CHUNK):
+                rows = torch.zeros(len(part), channels, height * width, dtype=torch.float64, device=mean.device)
+                rows[torch.arange(len(part)), part // count] = self._signs[part % count]
+                yield rows.view(-1, *shape)
+
         white = noise**2 * torch.kron(torch.eye(channels, dtype=torch.float64), (self._signs @ self._signs.T).cpu())
         whitened, means, volumes = [], [], []
         for operator in operators:
-            pulled = torch.cat([operator.adjoint(part) for part in probes.split(_CHUNK)])
+            pulled = torch.cat([operator.adjoint(part) for part in probes()])
             spread = torch.cat([covariance.times(part) for part in pulled.split(_CHUNK)])
             system = pulled.flatten(1) @ spread.flatten(1).T + white.to(mean)
             system = (system + system.T) / 2
