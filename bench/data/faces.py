@@ -60,12 +60,9 @@ class Contents:
 
     def copies(self) -> NDArray[np.int64]:
         """int64 (L, 2): the first of every group of equal images that are not blank, and each of the others."""
-        rows = np.flatnonzero(~self.blank)
-        order = rows[np.argsort(self.digests[rows], kind="stable")]
-        new = np.ones(len(order), dtype=bool)
-        new[1:] = self.digests[order[1:]] != self.digests[order[:-1]]
-        first = order[new][np.cumsum(new) - 1]
-        return np.stack((first, order), axis=1)[~new]
+        first, rows = self.firsts(np.zeros(len(self.digests), dtype=np.int8)), np.arange(len(self.digests))
+        pairs: NDArray[np.int64] = np.stack((first, rows), axis=1)[(first != rows) & ~self.blank]
+        return pairs
 
     def firsts(self, labels: NDArray[np.integer]) -> NDArray[np.int64]:
         """int64 (N,): for each image the first equal one of the same label, blank or not; itself where that is it."""
@@ -194,16 +191,20 @@ class FaceSet(Faces):
         keep = labels >= 0
         return type(self)(self.images[keep], labels[keep], tuple(self.names[i] for i in identities.tolist()))
 
-    def copies(self) -> NDArray[np.int64]:
+    def _alike(self) -> tuple[NDArray[np.int64], Contents]:
+        """Images that may equal another one, int64 (A,), ascending, and their contents."""
         _, number, counts = np.unique(_probes(self.images), return_inverse=True, return_counts=True)
         alike = np.flatnonzero(counts[number] > 1)
-        return alike[Contents.of(self.images[torch.from_numpy(alike)]).copies()]
+        return alike, Contents.of(self.images[torch.from_numpy(alike)])
+
+    def copies(self) -> NDArray[np.int64]:
+        alike, contents = self._alike()
+        return alike[contents.copies()]
 
     def firsts(self) -> NDArray[np.int64]:
-        _, number, counts = np.unique(_probes(self.images), return_inverse=True, return_counts=True)
-        alike, first = np.flatnonzero(counts[number] > 1), np.arange(len(self))
-        some = torch.from_numpy(alike)
-        first[alike] = alike[Contents.of(self.images[some]).firsts(self.labels[some].numpy())]
+        alike, contents = self._alike()
+        first = np.arange(len(self))
+        first[alike] = alike[contents.firsts(self.labels.numpy()[alike])]
         return first
 
     def among(self, images: Tensor) -> NDArray[np.bool_]:

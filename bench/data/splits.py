@@ -132,7 +132,8 @@ def _official(victims: FaceSet, pairs: PairProtocol) -> tuple[FaceSet, PairProto
         DataError: every genuine pair shows one image twice.
     """
     first, genuine, notes = victims.firsts(), int(pairs.same.sum()), []
-    kept, place = first == np.arange(len(first)), np.cumsum(first == np.arange(len(first))) - 1
+    kept = first == np.arange(len(first))
+    place = np.cumsum(kept) - 1
     ends = [torch.from_numpy(place[first[end.numpy()]]) for end in (pairs.first, pairs.second)]
     two = ends[0] != ends[1]
     if not (kept.all() and two.all()):
