@@ -517,11 +517,10 @@ class Linear(RecoveryAttack):
 
     def infer_layout(self, observation: Observation) -> Tensor | None:
         """The canonical channel of each channel, int64 (N, k, C), where layouts are told apart."""
-        return (
-            None
-            if self.reader.classifier is None
-            else self.reader.layouts(self.rows(observation).flatten()).view(*observation.representations.shape[:2], -1)
-        )
+        if self.reader.classifier is None:
+            return None
+        rows = self.rows(observation)
+        return self.reader.layouts(rows.flatten()).view(*rows.shape, -1)
 
     def infer_states(self, observation: Observation) -> Tensor | None:
         """The rows of the mechanism's states, int64 (N, k), where states are told apart."""
@@ -555,10 +554,8 @@ def _key(operator: SeparableSum) -> bytes:
     maps = sorted(hashlib.sha256(r.numpy().tobytes() + c.numpy().tobytes()).digest()[:8] for r, c in pairs)
     gram = operator.colour.T @ operator.colour
     # Rounding that could fall either way would only have a state factored twice.
-    colour = (gram / gram.abs().max()).mul(
-        2**20
-    ).round().long().cpu().numpy().tobytes() + f"{gram.trace():.9g}".encode()
-    return b"".join((*maps, hashlib.sha256(colour).digest()[:8]))
+    shades = (2**20 * gram / gram.abs().max()).round().long().cpu().numpy().tobytes()
+    return b"".join((*maps, hashlib.sha256(shades + f"{gram.trace():.9g}".encode()).digest()[:8]))
 
 
 def _close(first: Tensor, second: Tensor, scale: float) -> bool:

@@ -481,7 +481,7 @@ class Linkage(LinkageAttack):
         self.chosen.fill_(_METHODS.index(chosen))
 
         if isinstance(self.teacher, OnnxEncoder):
-            details["teacher"] = {"file": self.teacher.path.name, "sha256": bytes(self.teacher.digest.tolist()).hex()}
+            details["teacher"] = {"file": self.teacher.path.name, "sha256": self.teacher.sha256}
         if "teacher" in reports:
             details |= {
                 "teacher_steps": reports["teacher"].details["steps"],

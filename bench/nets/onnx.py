@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench.files import sha256
+from bench.images import to_float
 
 #: Input range -> scale and shift of faces in [0, 1]. The first is what the field publishes.
 RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -338,7 +339,7 @@ class OnnxEncoder(nn.Module):
             pairs: int64 (2, P), which of them a pair shows.
             same: bool (P,), whether that is one person; both kinds must be there.
         """
-        faces = faces.float() / 255 if faces.dtype == torch.uint8 else faces
+        faces = to_float(faces) if faces.dtype == torch.uint8 else faces
 
         def found(form: tuple[int, int]) -> float:
             self.form.copy_(torch.tensor(form))

@@ -91,7 +91,8 @@ class Findings:
             warnings.append(f"broken: on unprotected faces the attack is no better than a floor ({plain.told()})")
         if over.above is False and not opens:
             warnings.append("the attack names no canary that it opens: it may open unprotected faces alone")
-        if over.above is False and canary in opens:
+        unopened = over.above is False and canary in opens
+        if unopened:
             warnings.append(f"broken: the attack says that it opens the canary {canary}, and is no better than a floor")
         if info.saturated is False:
             warnings.append(
@@ -111,11 +112,9 @@ class Findings:
             if strength is not None and strength.unsaturated is False:
                 strength = strength.model_copy(update={"unsaturated": None})
         warnings += _of_states(info)
-        name, broken = info.name, None if plain.above is None else not plain.above
-        if canary in opens and over.above is False:
-            broken = True
+        broken = True if unopened else None if plain.above is None else not plain.above
         tests = {"above_floor": over.above, "broken": broken, "floor_test": over, "plain_test": plain}
-        info = info.model_copy(update=tests)
+        name, info = info.name, info.model_copy(update=tests)
         self.results[name] = AttackResult(attack=info, strength=strength, **figures)
         self.warnings += [f"{name}: {warning}" if self.several else warning for warning in warnings]
         self.throughput |= {f"{operation} {name}" if self.several else operation: t for operation, t in speed.items()}

@@ -64,6 +64,25 @@ def fit(adversary, **options):
 
 
 @pytest.fixture(scope="module")
+def projections(plain):
+    class Projections(plain):
+        """Forty fixed random projections of the face, linear ones or their squares."""
+
+        squared = False
+
+        @property
+        def representation_shape(self):
+            return (40, 1, 1)
+
+        def transform(self, faces, state, generator):
+            matrix = torch.randn(3 * SIZE * SIZE, 40, generator=torch.Generator().manual_seed(0))
+            sent = (faces.flatten(1) @ matrix)[:, :, None, None]
+            return sent.square() if self.squared else sent
+
+    return Projections
+
+
+@pytest.fixture(scope="module")
 def on_plain(make_adversary, plain):
     """An attack fitted where faces are sent as they are, and its report."""
     return fit(make_adversary(plain(image_size=SIZE), faces=PUBLIC))
@@ -137,19 +156,8 @@ def test_a_black_box_without_inference_trains_on_guesses(make_adversary, pick):
     assert report.details["steps"] == 6
 
 
-def test_representations_of_any_shape_are_linked(make_adversary, plain):
-    class Template(plain):
-        """Forty fixed random projections of the face."""
-
-        @property
-        def representation_shape(self):
-            return (40, 1, 1)
-
-        def transform(self, faces, state, generator):
-            matrix = torch.randn(3 * SIZE * SIZE, 40, generator=torch.Generator().manual_seed(0))
-            return (faces.flatten(1) @ matrix)[:, :, None, None]
-
-    defense = Template(image_size=SIZE)
+def test_representations_of_any_shape_are_linked(make_adversary, projections):
+    defense = projections(image_size=SIZE)
     attack, report = fit(make_adversary(defense, faces=PUBLIC), hints=1.0, widths=(16, 64))
     intercepted, faces = linked(attack, defense)
     assert pair_auc(intercepted, faces) > 0.8
@@ -345,23 +353,16 @@ def test_a_fused_embedding_is_the_sum_of_both(on_subset):
     torch.testing.assert_close(attack.embed_representations(sent), expected, atol=1e-5, rtol=0)
 
 
-def test_where_no_face_can_be_recovered_a_student_links_and_the_reason_is_told(on_subset, plain):
-    class Template(plain):
-        @property
-        def representation_shape(self):
-            return (40, 1, 1)
-
-        def transform(self, faces, state, generator):
-            matrix = torch.randn(3 * SIZE * SIZE, 40, generator=torch.Generator().manual_seed(0))
-            return (faces.flatten(1) @ matrix).square()[:, :, None, None]
-
-    attack, report = on_subset(Template(image_size=SIZE), method="auto")
+def test_where_no_face_can_be_recovered_a_student_links_and_the_reason_is_told(on_subset, projections):
+    defense = projections(image_size=SIZE)
+    defense.squared = True
+    attack, report = on_subset(defense, method="auto")
     assert attack.method == "distil"
     reason = report.details["methods"]["recover"]["not_applicable"]
     assert "linear: " in reason
     assert "unet: " in reason
     refused = Linkage(LinkageOptions(method="recover"))
-    assert "needs recovered faces; linear: " in refused.inapplicable(Template(image_size=SIZE))
+    assert "needs recovered faces; linear: " in refused.inapplicable(defense)
 
 
 def test_a_recovery_that_asks_for_more_than_what_is_linked_does_not_apply(pick):
