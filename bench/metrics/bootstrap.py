@@ -127,7 +127,9 @@ def mean_estimate(
     means = [
         (weights @ sums) / (weights @ sizes) for weights in _draws(len(people), generator, replicates, len(people))
     ]
-    return interval(float(centre), torch.cat(means) + centre, len(values))
+    # No mean lies outside the values, but for rounding: a share that is 0 in a replicate was -1e-18.
+    samples = (torch.cat(means) + centre).clamp(float(values.min()), float(values.max()))
+    return interval(float(centre), samples, len(values))
 
 
 def verification_estimates(

@@ -51,6 +51,19 @@ def test_mean_interval_equals_explicit_resampling_of_identities() -> None:
     assert estimate.reason is None
 
 
+@pytest.mark.parametrize(("few", "end", "bound"), [(1.0, 0, "0.0"), (0.0, 1, "1.0")])
+def test_a_share_never_leaves_its_range_by_rounding(few: float, end: int, bound: str) -> None:
+    """It was shown as -0.0: many replicates hold nobody of the few."""
+    values = torch.full((300,), 1 - few, dtype=torch.float64)
+    values[:7] = few
+    for people in (torch.arange(300), torch.arange(300) // 7):
+        ci95 = mean_estimate(values, people, seeded()).ci95
+        assert ci95 is not None
+        if people[7] == 1:  # all of the few are one person: one replicate in three holds none of them
+            assert str(ci95[end]) == bound
+        assert 0 <= ci95[0] <= ci95[1] <= 1
+
+
 def test_images_of_one_person_do_not_count_as_independent() -> None:
     # 40 people with 25 equal images each carry the information of 40 images, not of 1,000.
     per_person = torch.randn(40, generator=seeded(2))
