@@ -17,7 +17,6 @@ from reports.table import Column, Entry, Row, Table
 #: Settings that are paths: their last part says enough, the rest says where somebody keeps things.
 _PATHS = ("data_root", "evaluator", "out")
 _DIGITS = 12
-_UNEQUAL = "the defences were not tried by the same attacks: the one that looks better may have met weaker ones"
 
 
 def provenance(settings: Sequence[Setting]) -> Table:
