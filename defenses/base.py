@@ -135,6 +135,12 @@ class Defense(nn.Module, ABC):
         name: as typed on the command line; the file is called the same (dashes as underscores).
         summary: one line for ``bench list``.
         reference: paper, venue and year, or "" for a textbook operation.
+        fidelity: how near it is to what was published: ``faithful`` (checked against public code or its arrays),
+            ``simplified`` (code is public, parts are left out), ``reconstruction`` (no code is public, constants are
+            ours), or a ``textbook`` operation.
+        hidden: what the attacker is not told (secret, key, state, noise), in a few words.
+        learns: what :meth:`fit` learns, in a few words.
+        departures: ``option=value`` -> what released code does otherwise than its paper under that value.
         Options: the option model.
         level: where it protects: the picture, the features of a client's network (split inference), or the template.
         trainable: whether :meth:`fit` learns something.
@@ -145,6 +151,10 @@ class Defense(nn.Module, ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
+    fidelity: ClassVar[Literal["textbook", "faithful", "simplified", "reconstruction"]] = "textbook"
+    hidden: ClassVar[str] = ""
+    learns: ClassVar[str] = ""
+    departures: ClassVar[Mapping[str, str]] = {}
     Options: ClassVar[type[DefenseOptions]] = DefenseOptions
     level: ClassVar[Literal["image", "feature", "template"]] = "image"
     trainable: ClassVar[bool] = False
@@ -223,7 +233,20 @@ class Defense(nn.Module, ABC):
         """Size of what is sent for one face, uncompressed, in bytes."""
         return sum(map(math.prod, self.parts.values())) * dtype.itemsize
 
+    @property
+    def epsilon(self) -> Mapping[str, float]:
+        """Of a defence that claims differential privacy its budgets, ``element`` and ``image``; empty for others.
+
+        ``image`` is what composition over all elements of one face leaves: the sum.
+        """
+        return {}
+
     # -- what it draws ---------------------------------------------------------------------------
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether its noise is drawn once for a batch and added to all faces of it, as some released code does."""
+        return False
 
     def draw(self, count: int, generator: torch.Generator, labels: Tensor | None = None) -> Tensor | None:
         """States for ``count`` faces: int64 (count, D) on the CPU, or None where nothing is drawn.
@@ -414,6 +437,7 @@ class Defense(nn.Module, ABC):
             "states": None if states is None else len(states),
             "entropy_bits": self.entropy_bits,
             "bytes_per_face": self.bytes_per_face(),
+            **({"epsilon": dict(self.epsilon)} if self.epsilon else {}),
         }
 
 

@@ -93,6 +93,11 @@ class PartialFace(FrequencySubset):
     name = "partialface"
     summary = "a random subset of the high-frequency channels, permuted, for every face"
     reference = "Mi et al., Privacy-Preserving Face Recognition Using Random Frequency Components, ICCV 2023"
+    fidelity = "faithful"
+    hidden = "secret: tables of subsets and permutations; state: which of them a face was given"
+    departures: ClassVar[Mapping[str, str]] = {
+        "selection=official": "in training, a label allows three of the six subsets only",
+    }
     Options = PartialFaceOptions
     # (sigma, s, r, m, n) = (10, 9, 18, 6, 6), section 5.1; the released tables have three permutations only.
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -54,8 +54,24 @@ def _plugin(plugin: type[Attack] | type[Defense]) -> dict[str, Any]:
 
 
 def _defenses() -> list[dict[str, Any]]:
+    from reports.published import published
+
     return [
-        _plugin(defense) | {"level": defense.level, "trainable": defense.trainable} for _, defense in defenses().items()
+        _plugin(defense)
+        | {
+            "level": defense.level,
+            "trainable": defense.trainable,
+            "fidelity": defense.fidelity,
+            "hidden": defense.hidden,
+            "learns": defense.learns,
+            "departures": dict(defense.departures),
+            "published": {
+                ", ".join((figure.source.short, *filter(None, (figure.attack, figure.knowledge)))): figure.values
+                for figure in published()
+                if figure.defense == defense.name
+            },
+        }
+        for _, defense in defenses().items()
     ]
 
 
@@ -128,7 +144,10 @@ _MAKERS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 }
 
 #: What the table of all leaves to the page of one.
-_DETAILS = ("options", "presets", "reference", "uses", "opens", "cost", "budgets")
+_DETAILS = (
+    *("options", "presets", "reference", "uses", "opens", "cost", "budgets"),
+    *("hidden", "learns", "departures", "published"),
+)
 
 
 def _table(entries: list[dict[str, Any]]) -> RenderableType:
