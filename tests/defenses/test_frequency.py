@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from golden import COEFFICIENTS, PIXELS, golden, on_grid
+from golden import pictures as golden_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import generator, noise
@@ -20,6 +23,9 @@ from defenses.frequency import (
     block_dct_adjoint,
     dc_offset,
     dct_matrix,
+    inverse_block_dct,
+    inverse_block_dct_adjoint,
+    phase_factors,
     upsampling_matrix,
     zigzag,
 )
@@ -252,3 +258,60 @@ def test_bad_input_is_refused(faces, channels, message):
 def test_bad_representations_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# -- the decoder ---------------------------------------------------------------------------------
+
+
+def _long_way_back(spectrum):
+    """Inverse DCT of every block, the picture of 8H pixels, JPEG's colours, and bilinear down-sampling."""
+    count, _, size, _ = spectrum.shape
+    blocks = spectrum.view(count, 3, 8, 8, size, size)
+    basis = dct_matrix()
+    pixels = torch.einsum("up,nkuvij,vq->nkipjq", basis, blocks, basis).reshape(count, 3, 8 * size, 8 * size) + 128
+    luma, cb, cr = pixels[:, 0], pixels[:, 1] - 128, pixels[:, 2] - 128
+    rgb = torch.stack((luma + 1.402 * cr, luma - 0.344136286 * cb - 0.714136286 * cr, luma + 1.772 * cb), dim=1)
+    return F.interpolate(rgb / 255, (size, size), mode="bilinear", align_corners=True)
+
+
+@pytest.mark.parametrize("size", [24, 13, 2])
+def test_decoding_is_the_long_way_back(size):
+    spectrum = 50 * torch.randn(2, 192, size, size, generator=generator(), dtype=torch.float64)
+    torch.testing.assert_close(inverse_block_dct(spectrum), _long_way_back(spectrum), rtol=0, atol=1e-10)
+
+
+def test_the_decoded_arrays_of_the_released_code():
+    """Of MinusFace with a 3x3 mean for its generator; pictures are stored in [-1, 1]."""
+    arrays, faces = golden("minusface"), golden_pictures()
+    spectrum = block_dct(faces, EVERY)
+    assert float((on_grid(spectrum) - arrays["encode_grid"]).abs().max()) < COEFFICIENTS
+    generated = F.avg_pool2d(spectrum[:1], 3, stride=1, padding=1)
+    for name, part in (("decoded_generated", generated), ("decoded_residue", spectrum[:1] - generated)):
+        assert float((2 * inverse_block_dct(part) - 1 - arrays[name]).abs().max()) < 2 * PIXELS
+    error = (inverse_block_dct(spectrum) - faces).abs().amax(dim=(1, 2, 3))  # it is no exact inverse
+    assert 0.006 < float(error.min()) <= float(error.max()) < 0.0135
+
+
+def test_a_decoded_pixel_reads_its_own_block_at_its_own_phase():
+    one = torch.zeros(1, 192, 9, 9, dtype=torch.float64)
+    one[0, 8 * 3 + 5, 5, 7] = 10
+    changed = inverse_block_dct(one) - 128 / 255
+    assert changed[0, 0].nonzero().tolist() == [[5, 7]]
+    vertical, horizontal = phase_factors(9)[3, 5], phase_factors(9)[5, 7]  # phases 4.375 and 6.125
+    basis = dct_matrix()
+    assert float(vertical) == pytest.approx(float(0.625 * basis[3, 4] + 0.375 * basis[3, 5]))
+    assert float(horizontal) == pytest.approx(float(0.875 * basis[5, 6] + 0.125 * basis[5, 7]))
+    assert float(changed[0, 0, 5, 7]) == pytest.approx(float(10 * vertical * horizontal / 255))
+
+
+def test_the_decoder_has_gradient_and_adjoint():
+    spectrum = torch.randn(2, 192, 6, 6, generator=generator(1), dtype=torch.float64).requires_grad_()
+    weights = torch.randn(2, 3, 6, 6, generator=generator(2), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((inverse_block_dct(spectrum) * weights).sum(), spectrum)
+    torch.testing.assert_close(inverse_block_dct_adjoint(weights), gradient)
+    assert inverse_block_dct(spectrum.detach().float()).dtype == torch.float32
+    for function, channels in ((inverse_block_dct, 191), (inverse_block_dct_adjoint, 4)):
+        with pytest.raises(ValueError, match="expected"):
+            function(torch.zeros(1, channels, 6, 6))
+    with pytest.raises(ValueError, match="at least 2"):
+        phase_factors(1)
