@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from defenses.base import Defense, DefenseOptions
+from defenses.laplace import laplace
 from defenses.linear import IdentityOperator
 
 
@@ -43,10 +44,7 @@ class Noise(Defense):
         if self.options.distribution == "gaussian":
             noise = torch.randn(faces.shape, generator=generator, device=generator.device)
         else:
-            # Inverse CDF of the unit-variance Laplace law; u in (-1/2, 1/2], kept off the end where log1p is infinite.
-            u = torch.rand(faces.shape, generator=generator, device=generator.device).neg_().add_(0.5)
-            u.clamp_(-0.5 + 2**-25, 0.5 - 2**-25)
-            noise = -u.sign() * torch.log1p(-2 * u.abs()) / math.sqrt(2)
+            noise = laplace(faces.shape, generator) / math.sqrt(2)
         return faces + self.options.scale * noise.to(faces)
 
     def linear_operator(self, state: Tensor | None) -> IdentityOperator:
