@@ -1,4 +1,4 @@
-"""Separable linear maps of colour planes, z_c = R x_c C^T: pooling, blurring, the identity."""
+"""Linear maps that several defences have in common: separable, z_c = R x_c C^T, and element by element."""
 
 from __future__ import annotations
 
@@ -62,6 +62,25 @@ class IdentityOperator(SeparableOperator):
 
     def adjoint(self, representation: Tensor) -> Tensor:
         return representation
+
+
+@dataclass(frozen=True, eq=False)
+class ElementwiseOperator:
+    """z = gain x + offset, element by element: a :class:`~defenses.base.LinearOperator`.
+
+    ``gain`` and ``offset``, float (3, H, W) or broadcastable to it.
+    """
+
+    gain: Tensor
+    offset: Tensor
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        """``A x``: (N, 3, H, W) to the same, dtype and device kept."""
+        return self.gain.to(faces) * faces
+
+    def adjoint(self, representation: Tensor) -> Tensor:
+        """``A^T z``: a diagonal map is its own adjoint."""
+        return self(representation)
 
 
 class SeparableDefense(Defense):
