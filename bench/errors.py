@@ -22,7 +22,11 @@ class UsageError(BenchError):
 
 
 class NotApplicableError(UsageError):
-    """An attack that cannot work on a defence, and says why before anything is computed (exit code 2)."""
+    """An attack, by its name, that cannot work on a defence, and why, before anything is computed (exit code 2)."""
+
+    def __init__(self, message: str, attack: str) -> None:
+        super().__init__(message)
+        self.attack = attack
 
 
 class DataError(BenchError):

@@ -124,7 +124,7 @@ def settings(runs: Sequence[Run]) -> list[Setting]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(_comparable(run), sort_keys=True, default=str), []).append(run)
-    titles = _labels([(_title(group[0]), _comparable(group[0])) for group in groups.values()])
+    titles = labels([(_title(group[0]), _comparable(group[0])) for group in groups.values()])
     return [_setting(title, group) for title, group in zip(titles, groups.values(), strict=True)]
 
 
@@ -151,8 +151,8 @@ def _title(run: Run) -> str:
 def _setting(title: str, runs: Sequence[Run]) -> Setting:
     resolved = {_asked(run): run.result.defense.options for run in runs if run.result.defense is not None}
     parts = [(run, attack) for run in runs for attack in run.attacks]
-    defenses = _labels([(_defense(run), resolved.get(_asked(run), _defense_options(run))) for run, _ in parts])
-    attacks = _labels([(attack, _attack_options(run, attack)) for run, attack in parts])
+    defenses = labels([(_defense(run), resolved.get(_asked(run), _defense_options(run))) for run, _ in parts])
+    attacks = labels([(attack, _attack_options(run, attack)) for run, attack in parts])
     named = zip(parts, defenses, attacks, strict=True)
     cells = [Cell(run, name, defense, attack) for (run, name), defense, attack in named]
     order = {name: place for place, name in enumerate(dict.fromkeys(defenses))}
@@ -183,9 +183,9 @@ def _mapping(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def _labels(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+def labels(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Names, followed by the options in which things of one name differ."""
-    labels = []
+    made = []
     for name, options in named:
         others = [other for same, other in named if same == name]
         keys = dict.fromkeys(key for other in others for key in other)
@@ -193,8 +193,8 @@ def _labels(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         differing = [key for key in keys if len({repr(other.get(key)) for other in others}) > 1]
         told = [f"{key}={options[key]}" for key in differing if options.get(key) not in (None, {})]
         shown = told[:_SHOWN_OPTIONS] + ["…"] * (len(told) > _SHOWN_OPTIONS)
-        labels.append(_plain(f"{name} ({', '.join(shown)})" if told else name))
-    return labels
+        made.append(_plain(f"{name} ({', '.join(shown)})" if told else name))
+    return made
 
 
 def _plain(value: Any) -> str:

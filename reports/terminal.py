@@ -35,6 +35,7 @@ from bench.results import (
     measures,
 )
 from bench.sweep.cells import KeyFigure, Status, SweepState
+from reports.cells import labels
 
 _QUALITY = tuple(name for name, kind in KINDS.items() if kind.group == "recovery")
 #: A terminal has no room for more; metrics.json and the report hold ranks 5 and 20 and the distance, too.
@@ -421,6 +422,8 @@ def render_sweep(sweep: SweepState) -> RenderableType:
     if any(cell.no_better for cell in sweep.cells):
         parts.append(Text(f"! {NO_BETTER}", style="dim"))
     parts += [Text(f"{cell.status}: {cell.name}: {cell.error}", style="red") for cell in sweep.cells if cell.error]
+    left_out = dict.fromkeys(reason for cell in sweep.cells for reason in cell.left_out.values())
+    parts += [Text(f"left out: {reason}", style="dim") for reason in left_out]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in _warnings(sweep)]
     parts += [Text(cell.directory, overflow="fold") for cell in sweep.cells if cell.directory]
     parts.append(Text(f"sweep: {Path(sweep.directory) / 'sweep.json'}"))
@@ -429,12 +432,13 @@ def render_sweep(sweep: SweepState) -> RenderableType:
 
 def _sweep_table(sweep: SweepState, title: str) -> RenderableType:
     names = [name for name in KINDS if any(name in cell.figures for cell in sweep.cells)]
+    defenses = labels([(cell.defense, cell.defense_options) for cell in sweep.cells])
     rows: list[list[str | Text]] = []
-    for cell in sweep.cells:
+    for cell, defense in zip(sweep.cells, defenses, strict=True):
         marks = " *" * cell.unsaturated + " !" * cell.no_better
         status = Text(cell.status + marks, style=_STATUS_COLOUR.get(cell.status, ""))
         figures = (_key_figure(name, cell.figures.get(name)) for name in names)
-        rows.append([cell.defense, cell.attack, cell.knowledge, str(cell.seed), status, *figures])
+        rows.append([defense, cell.attack, cell.knowledge, str(cell.seed), status, *figures])
     headings = ("defence", "attack", "knowledge", "seed", "status", *(KINDS[name].column for name in names))
     return _table(title, headings, rows, left=5)
 

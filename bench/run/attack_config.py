@@ -180,4 +180,5 @@ def check_attack(attack: Attack, defense: Defense, knowledge: str, evaluators: S
                 "--evaluator, another"
             )
     if (reason := attack.inapplicable(defense)) is not None:
-        raise NotApplicableError(f"attack {attack.name} does not apply to defence {defense.name}: {reason}")
+        message = f"attack {attack.name} does not apply to defence {defense.name}: {reason}"
+        raise NotApplicableError(message, attack.name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,7 +20,7 @@ from bench.run.attack_config import attack_configs
 from bench.run.config import RunConfig, merge, resolve
 from bench.run.pipeline import Pipeline
 from bench.run.store import run_id
-from bench.sweep.options import SweepRequest, addressed
+from bench.sweep.options import SweepRequest, Variant, addressed
 
 SCHEMA_VERSION = "1"
 
@@ -50,6 +50,7 @@ class CellState(ResultModel):
     attack_options: dict[str, Any] = Field({})
     run_id: str = Field(description="Name of its run directory; two cells with the same one are the same cell.")
     directory: str | None = Field(None, description="The run directory, once the cell has been started.")
+    left_out: dict[str, str] = Field({}, description="Attack of several -> why it cannot work on the defence.")
     status: Status = "pending"
     attempts: int = Field(0, ge=0, description="How often it was started, in all calls of the sweep.")
     seconds: float | None = Field(None, description="Of the last start.")
@@ -123,10 +124,11 @@ def key_figures(result: RunResult) -> dict[str, KeyFigure]:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One combination: the configuration of its run, and why it cannot be run, or None."""
+    """One combination: the configuration of its run, why it cannot be run, or None, and what of it is left out."""
 
     config: RunConfig
     refusal: UsageError | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def run_id(self) -> str:
@@ -147,7 +149,8 @@ class Cell:
     def state(self) -> CellState:
         """Its state before anything was run."""
         asked = ("defense", "attack", "knowledge", "seed", "defense_options", "attack_options")
-        state = CellState(run_id=self.run_id, **{name: getattr(self.config, name) for name in asked})
+        given = {name: getattr(self.config, name) for name in asked}
+        state = CellState(run_id=self.run_id, left_out=dict(self.left_out), **given)
         if self.refusal is None:
             return state
         never = isinstance(self.refusal, NotApplicableError)
@@ -162,16 +165,14 @@ def expand(request: SweepRequest) -> list[RunConfig]:
     """
     options = request.options
     configs: dict[str, RunConfig] = {}
-    for seed, defense, attack, knowledge in itertools.product(
-        options.seeds, options.defenses, options.attacks, options.knowledge
-    ):
-        tables = {
-            "defense_options": options.defense_options.get(defense, {}),
-            "attack_options": options.attack_options.get(attack, {}),
-        }
-        axes = {"defense": defense, "attack": attack, "knowledge": knowledge, "seed": seed}
+    plain = [Variant(defense=name, options=options.defense_options.get(name, {})) for name in options.defenses]
+    swept = [*plain, *options.variants]
+    names = [variant.defense for variant in swept]
+    for seed, variant, attack, knowledge in itertools.product(options.seeds, swept, options.attacks, options.knowledge):
+        tables = {"defense_options": variant.options, "attack_options": options.attack_options.get(attack, {})}
+        axes = {"defense": variant.defense, "attack": attack, "knowledge": knowledge, "seed": seed}
         settings = merge(request.below, tables, request.flags, axes)
-        settings["defense_options"] = addressed(settings["defense_options"], defense, options.defenses)
+        settings["defense_options"] = addressed(settings["defense_options"], variant.defense, names)
         settings["attack_options"] = addressed(settings["attack_options"], attack, options.attacks)
         config = resolve(settings, {})
         configs.setdefault(run_id(config), config)
@@ -182,7 +183,8 @@ def check(configs: Sequence[RunConfig], *, here: bool = True) -> list[Cell]:
     """Find out what cannot be run, without any compute.
 
     A mistake (an unknown name, an invalid option) refuses the sweep; a pair that does not go together is a cell that
-    is not run. Where cells do not run ``here``, only their machines can tell whether they have the device.
+    is not run. Of several attacks of a cell those that cannot work on its defence are left out, as long as one is
+    left. Where cells do not run ``here``, only their machines can tell whether they have the device.
 
     Raises:
         UsageError: a mistake, or no cell that can be run.
@@ -193,11 +195,32 @@ def check(configs: Sequence[RunConfig], *, here: bool = True) -> list[Cell]:
         # A budget that an attack cannot be given is no mistake: that cell is refused.
         for attack in attack_configs(config.model_copy(update={"budget": None})).values():
             attack[-1].make()
-    cells = [Cell(config, _refusal(config, here)) for config in configs]
+    found = [_cell(config, here) for config in configs]
+    cells = list({cell.run_id: cell for cell in reversed(found)}.values())[::-1]
     if all(cell.refusal for cell in cells):
         of_all = f"none of the {len(cells)} cells can be run: " if len(cells) > 1 else ""
         raise UsageError(f"{of_all}{cells[0].refusal}")
     return cells
+
+
+def _cell(config: RunConfig, here: bool) -> Cell:
+    left_out: dict[str, str] = {}
+    while isinstance(refusal := _refusal(config, here), NotApplicableError) and "," in config.attack:
+        kept = [name for name in map(str.strip, config.attack.split(",")) if name != refusal.attack]
+        left_out[refusal.attack] = str(refusal)
+        config = config.model_copy(update={"attack": ",".join(kept), "attack_options": _options_for(kept, config)})
+    return Cell(config, refusal, left_out)
+
+
+def _options_for(attacks: Sequence[str], config: RunConfig) -> dict[str, Any]:
+    """The attack options that concern one of ``attacks``."""
+    fields = {name.replace("-", "_"): plugins.attacks().get(name).Options.model_fields for name in attacks}
+    tables = {name.replace("-", "_") for name in plugins.attacks()}
+
+    def concerns(key: str) -> bool:
+        return key in fields if key in tables else any(key in known for known in fields.values())
+
+    return {key: value for key, value in config.attack_options.items() if concerns(key)}
 
 
 def _refusal(config: RunConfig, here: bool) -> UsageError | None:

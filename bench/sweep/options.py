@@ -30,6 +30,15 @@ _LISTED = BeforeValidator(_items)
 Names = Annotated[list[str], _LISTED, Field(min_length=1)]
 
 
+class Variant(BaseModel):
+    """A defence with options of its own, beside the same one under others."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    defense: str
+    options: dict[str, Any] = Field({}, description="As -o gives them.")
+
+
 class SweepOptions(BaseModel):
     """The settings of a sweep beside those of its runs: flags, or the table ``[sweep]`` of a config file."""
 
@@ -57,6 +66,11 @@ class SweepOptions(BaseModel):
         None, ge=0, description="Accelerators of a cell, also a part of one (ray); else one with --device cuda."
     )
     retries: int = Field(2, ge=0, description="New starts of a cell whose process or machine was lost.")
+    variants: list[Variant] = Field(
+        [],
+        description="Further defences, each with options of its own: tables [[sweep.variants]] of a file.",
+        json_schema_extra={"type": "object"},  # which has no flag
+    )
     defense_options: dict[str, dict[str, Any]] = Field({}, description="By defence, options that only it gets.")
     attack_options: dict[str, dict[str, Any]] = Field({}, description="By attack, options that only it gets.")
 

@@ -171,14 +171,51 @@ def test_pairs_that_do_not_go_together_are_refused_cells(tmp_path):
     assert {cell.config.attack for cell in cells if cell.refusal} == {"linear"}
 
 
-def test_an_attack_that_cannot_work_on_a_defence_is_not_applicable(tmp_path, monkeypatch):
+@pytest.fixture
+def linear_refuses_blur(monkeypatch):
     linear = plugins.attacks().get("linear")
     monkeypatch.setattr(
         linear, "inapplicable", lambda self, defense: "it is not linear" if defense.name == "blur" else None
     )
+
+
+@pytest.mark.usefixtures("linear_refuses_blur")
+def test_an_attack_that_cannot_work_on_a_defence_is_not_applicable(tmp_path):
     cells = check(expand(grid(tmp_path, defenses="blur,none", attacks="linear", seeds="0")))
     assert [cell.state().status for cell in cells] == ["not applicable", "pending"]
     assert "linear does not apply to defence blur: it is not linear" in cells[0].state().error
+
+
+@pytest.mark.usefixtures("linear_refuses_blur")
+def test_of_several_attacks_those_that_cannot_work_are_left_out_with_their_options(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        '[sweep]\ndefenses = ["blur", "none"]\nattacks = ["linear,unet"]\n'
+        "[attack_options]\nrank = 9\nflip = false\n"
+        "[attack_options.linear]\ntraffic = 99\n[attack_options.unet]\nimages = 64\n"
+    )
+    blur, none = check(expand(grid(tmp_path, file=file, defenses=None, attacks=None, seeds="0")))
+    assert (blur.config.attack, none.config.attack) == ("unet", "linear,unet")
+    assert blur.config.attack_options == {"flip": False, "unet": {"images": 64}}
+    assert none.config.attack_options == {"rank": 9, "flip": False, "linear": {"traffic": 99}, "unet": {"images": 64}}
+    assert (list(blur.left_out), dict(none.left_out)) == (["linear"], {})
+    assert "it is not linear" in blur.state().left_out["linear"]
+    assert blur.state().status == "pending"
+
+
+def test_one_defence_under_several_options(tmp_path):
+    file = tmp_path / "sweep.toml"
+    file.write_text(
+        '[sweep]\ndefenses = ["blur"]\nattacks = ["unet"]\n'
+        '[[sweep.variants]]\ndefense = "blur"\noptions = { sigma = 1.5 }\n'
+        '[[sweep.variants]]\ndefense = "pixelate"\noptions = { block = 16 }\n'
+    )
+    configs = expand(grid(tmp_path, file=file, defenses=None, attacks=None, seeds="0"))
+    assert [(config.defense, config.defense_options) for config in configs] == [
+        ("blur", {}),
+        ("blur", {"sigma": 1.5}),
+        ("pixelate", {"block": 16}),
+    ]
 
 
 def test_a_device_that_only_other_machines_have_is_theirs_to_refuse(tmp_path):
