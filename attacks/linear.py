@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -15,8 +15,17 @@ from torch import Tensor
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, Observation, RecoveryAttack
 from attacks.parts.exposure import in_chunks, split_identities, tamed
 from attacks.parts.gaussian_prior import GaussianPrior
-from attacks.parts.operators import LinearMaps, linear_maps, why_not_linear
-from attacks.parts.posterior import IterativePosterior, LocalGram, Posterior, PriorCovariance, is_gram, local_gram
+from attacks.parts.noise import ROUNDING, chunk_of, fresh_share, residuals, spread
+from attacks.parts.operators import LinearMaps, Weighted, linear_maps, why_not_linear
+from attacks.parts.posterior import (
+    IterativePosterior,
+    JointGram,
+    LocalGram,
+    Posterior,
+    PriorCovariance,
+    is_gram,
+    local_gram,
+)
 from attacks.parts.states import ReaderOptions, StateLikelihood, StateReader
 from bench.images import to_float
 from bench.randomness import derived
@@ -26,6 +35,8 @@ from defenses.layout import row_numbers
 #: Faces whose representations are compared with the exact map to measure the noise.
 _NOISE_FACES = 128
 _NOISE_CHUNK = 32
+#: Fresh noise below this share of all is none; and what else there is, beside fresh noise.
+_FRESH = 0.01
 #: Public faces whose states are read to see how many are read right, and from where on the classifier's word is taken.
 _READ_FACES = 256
 _RELIABLE = 0.98
@@ -33,6 +44,9 @@ _RELIABLE = 0.98
 _SAME = 1e-6
 #: Noise never counts as less than this share of what is sent: rounding of float32.
 _ROUNDING = 2.0**-24
+
+#: What interceptions of a face say: the kinds of state they came in, and how often.
+_Said = tuple[tuple[bytes, int], ...]
 
 
 class EstimateOptions(ReaderOptions):
@@ -80,10 +94,13 @@ class Linear(RecoveryAttack):
     (:class:`~attacks.parts.states.StateLikelihood`). How often that is right is measured on held-out public faces.
     ``blackbox`` also infers the secret table from intercepted traffic or, where the secret is no such table, estimates
     the secret map from what the client sends of chosen pictures. Interceptions of one face are combined in one
-    posterior.
+    posterior. Where the noise is not the same everywhere, values count by what each of them has of it; what is drawn
+    anew for every interception averages out.
 
     Attributes:
         noise: float64 () buffer, the standard deviation of what is sent around the exact map.
+        spread: float64 (1, 1, 1), (C, 1, 1) or (C, h, w) buffer, that of each value in units of it.
+        fresh: float64 () buffer, the share of the noise's variance that is drawn anew for every interception.
         by_likelihood: bool () buffer, whether states are read by likelihood although layouts could be told apart.
     """
 
@@ -102,6 +119,8 @@ class Linear(RecoveryAttack):
     options: LinearOptions
 
     noise: Tensor
+    spread: Tensor
+    fresh: Tensor
     by_likelihood: Tensor
     reader: StateReader
 
@@ -127,7 +146,16 @@ class Linear(RecoveryAttack):
         self.reader = StateReader(adversary, self.mechanism, self.options.client_queries)
         self.prior = GaussianPrior(faces.shape[-1], min(self.options.rank, max(1, len(faces) // 2)))
         self.register_buffer("noise", torch.ones((), dtype=torch.float64))
+        self.register_buffer("spread", torch.ones(1, 1, 1, dtype=torch.float64))
+        self.register_buffer("fresh", torch.zeros((), dtype=torch.float64))
         self.register_buffer("by_likelihood", torch.tensor(False))
+        self._forget()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Whether the noise differs from value to value is known to those who have measured it.
+        if (stored := state_dict.get(f"{prefix}spread")) is not None:
+            self.spread = torch.empty_like(stored, device=self.spread.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._forget()
 
     def fit(self, adversary: Adversary) -> FitReport:
@@ -142,7 +170,7 @@ class Linear(RecoveryAttack):
         details |= self.prior.fit(*public, colour, seed, held_out=options.held_out, most=options.prior_faces)
         adversary.report(2, 3)
         self._forget_posteriors()
-        self.noise.fill_(self._measure_noise(adversary.faces, seed))
+        self._measure_noise(adversary.faces, seed)
         accuracy = self._learn_to_read(seed)
         adversary.report(3, 3)
         source = "estimated from protection queries" if self.reader.estimated else self.maps.source
@@ -152,8 +180,15 @@ class Linear(RecoveryAttack):
             saturated=self._converges(),
             states_seen=self.reader.mechanism.states(),
             states_read=accuracy,
-            details=details | {"noise": float(self.noise), "rank": self.prior.rank},
+            details=details | self._of_noise() | {"rank": self.prior.rank},
         )
+
+    def _of_noise(self) -> dict[str, float]:
+        """Its standard deviation; where that differs, between which multiples of it; where some is fresh, how much."""
+        told = {"noise": float(self.noise)}
+        if self.spread.numel() > 1:
+            told |= {"noise_least": float(self.spread.min()), "noise_most": float(self.spread.max())}
+        return told | ({"noise_fresh": float(self.fresh)} if float(self.fresh) > _FRESH else {})
 
     def _colour_of(self, operator: LinearOperator) -> Tensor:
         """The colour matrix of the map or, where it does not tell, a symmetric one with the same Gram matrix."""
@@ -211,31 +246,32 @@ class Linear(RecoveryAttack):
         iterative = [row for row in range(len(keys)) if keys.index(keys[row]) == row and not self._factors([row])]
         if not iterative:
             return None
-        posterior = self._posterior((keys[iterative[0]],), iterative[:1])
+        posterior = self._posterior(((keys[iterative[0]], 1),))
         return posterior.converges() if isinstance(posterior, IterativePosterior) else None
 
-    def _measure_noise(self, faces: Tensor, seed: int) -> float:
-        """Standard deviation of what is sent around the exact map."""
+    def _measure_noise(self, faces: Tensor, seed: int) -> None:
+        """Of what is sent around the exact map: how large it is, where, and how much of it is fresh."""
         maps, device = self.maps, self.prior.mean.device
         index = torch.randint(len(faces), (_NOISE_FACES,), generator=derived(seed, "noise faces"))
-        generator = derived(seed, "noise")
-        squares, energy = [], []
-        for chunk in faces[index.to(faces.device)].split(_NOISE_CHUNK):
-            target = to_float(chunk.to(device))
-            everything, drawn = maps.send(target, generator)
-            for row, members in _groups(drawn):
-                operator, at = maps.operators[row], members.to(device)
-                sent = everything[at].double()
-                expected = self._expected(operator, target[at].double())
-                squares.append((maps.clean(sent) - expected).square().flatten(1).mean(dim=1))
-                energy.append(sent.square().flatten(1).mean(dim=1))
-        off, whole = (math.sqrt(float(tamed(torch.cat(of_faces)).mean())) for of_faces in (squares, energy))
-        return max(off, _ROUNDING * whole, 1e-12)
+        chunks = faces[index.to(faces.device)].split(chunk_of(math.prod(self.mechanism.representation_shape)))
+        targets = (to_float(chunk.to(device)) for chunk in chunks)
+        found = residuals(maps, targets, derived(seed, "noise"))
+        off, whole = (math.sqrt(float(tamed(of_faces).mean())) for of_faces in (found.noise, found.energy))
+        self.noise.fill_(max(off, _ROUNDING * whole, 1e-12))
+        if off <= ROUNDING * whole:
+            return
+        again = to_float(faces[index.to(faces.device)].to(device))
+        fresh = fresh_share(maps, again, derived(seed, "noise again"))
+        self.fresh.fill_(1 if fresh > 1 - _FRESH else fresh)
+        if maps.nuisance is None and maps.gains is None and (relative := spread(found)) is not None:
+            self.spread = relative.to(device)
+            self._forget()
 
-    def imagine(self, faces: Tensor, row: int, generator: torch.Generator) -> Tensor:
-        """What operator ``row`` and the noise make of ``faces`` (N, 3, H, W): float64 (N, C, h, w)."""
+    def rehearse(self, faces: Tensor, row: int, generator: torch.Generator) -> Tensor:
+        """Estimates, float64, of ``faces`` (N, 3, H, W) out of what operator ``row`` and the noise make of them."""
         sent = self._expected(self.maps.operators[row], faces.to(self.noise))
-        return sent + self.noise * torch.randn(sent.shape, generator=generator, dtype=sent.dtype).to(sent)
+        noisy = sent + self.noise * torch.randn(sent.shape, generator=generator, dtype=sent.dtype).to(sent)
+        return self._estimate(self._levelled(noisy[:, None]), torch.full((len(faces), 1), row))
 
     def rows_of(self, states: Tensor | None, representations: Tensor) -> Tensor:
         """The number of each true state (N, D) among the operators, int64 (N,).
@@ -250,12 +286,12 @@ class Linear(RecoveryAttack):
     def _forget(self) -> None:
         self._forget_posteriors()
         self._maps: tuple[Defense, LinearMaps] | None = None
-        self._known_grams: list[SeparableSum | LocalGram | None] = []
+        self._known_grams: list[SeparableSum | LocalGram | JointGram | None] = []
         self._known_keys: list[bytes] = []
 
     def _forget_posteriors(self) -> None:
         """What depends on the prior and the noise."""
-        self._posteriors: OrderedDict[tuple[bytes, ...], Posterior | IterativePosterior] = OrderedDict()
+        self._posteriors: OrderedDict[_Said, Posterior | IterativePosterior] = OrderedDict()
         self._covariance: PriorCovariance | None = None
         self._likelihood: StateLikelihood | None = None
 
@@ -265,7 +301,8 @@ class Linear(RecoveryAttack):
         mechanism = self.reader.mechanism
         if self._maps is None or self._maps[0] is not mechanism:
             self._forget()
-            self._maps = mechanism, linear_maps(mechanism)
+            maps = linear_maps(mechanism)
+            self._maps = mechanism, maps if self.spread.numel() == 1 else maps.weighted(1 / self.spread)
         return self._maps[1]
 
     def _operators(self) -> tuple[list[bytes], Sequence[LinearOperator]]:
@@ -275,19 +312,19 @@ class Linear(RecoveryAttack):
             return self._known_keys, maps.operators
         keys = self._known_keys
         for row, gram in enumerate(grams):
-            if isinstance(gram, LocalGram):
+            if isinstance(gram, (LocalGram, JointGram)):
                 row = next(first for first, other in enumerate(grams) if other is gram)
             keys.append(_key(gram) if isinstance(gram, SeparableSum) else f"{row:06}".encode())
         return keys, maps.operators
 
-    def _grams(self) -> list[SeparableSum | LocalGram | None]:
+    def _grams(self) -> list[SeparableSum | LocalGram | JointGram | None]:
         """What tells A^T A of each operator, the same object for operators of which it is equal; None where nothing."""
         maps = self.maps
         if not self._known_grams:
             size, device = self.prior.size, self.noise.device
             generator = torch.Generator().manual_seed(1)
             trial = torch.randn(1, 3, size, size, generator=generator, dtype=torch.float64).to(device)
-            found: list[LocalGram] = []
+            found: list[LocalGram | JointGram] = []
             for operator in maps.operators:
                 if isinstance(operator, SeparableSum):
                     self._known_grams.append(operator)
@@ -299,14 +336,17 @@ class Linear(RecoveryAttack):
                 self._known_grams.append(gram)
         return self._known_grams
 
-    def _factors(self, rows: Sequence[int]) -> list[SeparableSum | LocalGram]:
+    def _factors(self, rows: Sequence[int]) -> list[SeparableSum | LocalGram] | list[JointGram]:
         """A^T A of the states ``rows`` in the form that is factored; empty where one of them has none."""
         prior, grams = self.prior, self._grams()
         shown = prior.planes.T * prior.strengths @ prior.planes
         factors: list[SeparableSum | LocalGram] = []
+        joint = [gram for row in rows if isinstance(gram := grams[row], JointGram)]
+        if joint and self.options.solver != "cg":
+            return joint if len(joint) == len(rows) else []
         for row in rows:
             gram = grams[row]
-            if self.options.solver == "cg" or gram is None:
+            if self.options.solver == "cg" or gram is None or isinstance(gram, JointGram):
                 return []
             colour = gram.colour.T @ gram.colour if isinstance(gram, SeparableSum) else gram.colour
             scale = float(colour.trace() / shown.trace())
@@ -320,10 +360,10 @@ class Linear(RecoveryAttack):
             factors.append(gram)
         return factors
 
-    def _posterior(self, key: tuple[bytes, ...], rows: Sequence[int]) -> Posterior | IterativePosterior:
-        """The factored posterior of a set of states, from the cache where it is there."""
-        posterior = self._posteriors.pop(key, None) or self._factor(rows)
-        self._posteriors[key] = posterior
+    def _posterior(self, said: _Said) -> Posterior | IterativePosterior:
+        """The factored posterior of what interceptions say, from the cache where it is there."""
+        posterior = self._posteriors.pop(said, None) or self._factor(said)
+        self._posteriors[said] = posterior
         while len(self._posteriors) > 1 and self._bytes_kept() > self.options.memory * 2**20:
             self._posteriors.popitem(last=False)
         return posterior
@@ -337,14 +377,24 @@ class Linear(RecoveryAttack):
         self._covariance = self._covariance or PriorCovariance(self.prior)
         return self._covariance
 
-    def _factor(self, rows: Sequence[int]) -> Posterior | IterativePosterior:
+    def _factor(self, said: _Said) -> Posterior | IterativePosterior:
+        keys = self._operators()[0]
+        rows, weights = [keys.index(key) for key, _ in said], [self._news(count) for _, count in said]
         if factors := self._factors(rows):
-            return Posterior(self.covariance, factors, float(self.noise))
+            return Posterior(self.covariance, factors, float(self.noise), weights)
         if self.options.solver == "factor":
             raise ValueError(f"{self.reader.mechanism.name} does not tell the factors of its map: use solver=cg")
-        operators = [self.maps.operators[row] for row in rows]
+        operators = [
+            operator if weight == 1 else Weighted(operator, self.noise.new_tensor(weight**0.5))
+            for operator, weight in zip((self.maps.operators[row] for row in rows), weights, strict=True)
+        ]
         operator = operators[0] if len(operators) == 1 else _Stacked(operators)
         return IterativePosterior(self.covariance, operator, float(self.noise), self.options.iterations)
+
+    def _news(self, count: int) -> float:
+        """How many interceptions with noises of their own ``count`` of a kind are worth, of which a part is fresh."""
+        fresh = float(self.fresh)
+        return 1 / (1 - fresh + fresh / count) if count > 1 else 1.0
 
     def run(self, observation: Observation) -> Tensor:
         """Posterior means (N, 3, H, W), not clipped."""
@@ -395,39 +445,51 @@ class Linear(RecoveryAttack):
         return self._likelihood
 
     def _levelled(self, representations: Tensor) -> Tensor:
-        """Interceptions (N, k, C, h, w) without a random gain, if there is one, as the first operator sends them."""
+        """Clean interceptions (N, k, C, h, w) without a random gain, if any, as the first operator sends them."""
         if (gains := self.maps.gains) is None:
             return representations
-        flat = self.maps.clean(representations.flatten(0, 1).to(self.noise))
+        flat = representations.flatten(0, 1).to(self.noise)
         offset = self.maps.operators[0].offset.to(flat)
         levelled = (flat - offset) / self.likelihood.gains(flat, gains)[:, :, None, None] + offset
         return levelled.view(representations.shape)
 
+    def _clean(self, representations: Tensor) -> Tensor:
+        """Interceptions (N, k, C, h, w) as the operators make them, of a random gain of one."""
+        if self.maps.nuisance is not None or self.maps.weights is not None:
+            clean = self.maps.clean(representations.flatten(0, 1).to(self.noise))
+            representations = clean.unflatten(0, representations.shape[:2])
+        return self._levelled(representations)
+
     def estimate(self, representations: Tensor, rows: Tensor) -> Tensor:
         """Posterior means float64 (N, 3, H, W) for representations (N, k, C, h, w) of states ``rows``, int64 (N, k)."""
-        mean, representations = self.mean_face(), self._levelled(representations)
-        rows = rows.cpu()
+        return self._estimate(self._clean(representations), rows.cpu())
+
+    def _estimate(self, clean: Tensor, rows: Tensor) -> Tensor:
+        mean = self.mean_face()
         out = torch.empty(len(rows), *mean.shape, dtype=torch.float64, device=mean.device)
-        for key, posterior, members in self._grouped(rows):
-            sent = representations[members.to(representations.device)]
+        for said, posterior, members in self._grouped(rows):
+            sent = clean[members.to(clean.device)]
             if isinstance(posterior, Posterior):
                 out[members.to(out.device)] = mean + self._factored(posterior, sent, rows[members])
             else:
-                out[members.to(out.device)] = mean + self._iterated(posterior, sent, rows[members], key)
+                out[members.to(out.device)] = mean + self._iterated(posterior, sent, rows[members], said)
         return out
 
-    def _grouped(self, rows: Tensor) -> Iterator[tuple[tuple[bytes, ...], Posterior | IterativePosterior, Tensor]]:
+    def _grouped(self, rows: Tensor) -> Iterator[tuple[_Said, Posterior | IterativePosterior, Tensor]]:
         """Faces whose interceptions (rows int64 (N, k), on the CPU) say the same, with their common posterior."""
-        keys = self._operators()[0]
         sets = self._sets(rows)
-        for key in dict.fromkeys(sets):
-            members = torch.tensor([index for index, face_set in enumerate(sets) if face_set == key])
-            yield key, self._posterior(key, [keys.index(part) for part in key]), members
+        for said in dict.fromkeys(sets):
+            members = torch.tensor([index for index, face_set in enumerate(sets) if face_set == said])
+            yield said, self._posterior(said), members
 
-    def _sets(self, rows: Tensor) -> list[tuple[bytes, ...]]:
-        """For each face's interceptions, rows int64 (N, k), the different things that they say."""
-        keys = self._operators()[0]
-        return [tuple(sorted({keys[row] for row in row_list})) for row_list in rows.tolist()]
+    def _sets(self, rows: Tensor) -> list[_Said]:
+        """For each face's interceptions, rows int64 (N, k), what they say.
+
+        Repetitions count as far as their noise is fresh.
+        """
+        keys, counts = self._operators()[0], float(self.fresh) > _FRESH
+        said = [Counter(keys[row] for row in row_list) for row_list in rows.tolist()]
+        return [tuple(sorted((key, count if counts else 1) for key, count in one.items())) for one in said]
 
     def kinds(self) -> list[int]:
         """For each state the first state that says the same: states that differ in the order of their maps only."""
@@ -448,7 +510,7 @@ class Linear(RecoveryAttack):
         Arguments as for :meth:`estimate`. Returns float64 (N, 3, H, W), ``faces`` themselves where the defence does not
         tell its factors.
         """
-        start, representations = faces.to(self.prior.mean), self._levelled(representations)
+        start, representations = faces.to(self.prior.mean), self._clean(representations)
         out, rows = start.clone(), rows.cpu()
         for posterior, members in self.posteriors(rows):
             at = members.to(out.device)
@@ -460,17 +522,21 @@ class Linear(RecoveryAttack):
         """The prior's mean, float64 (3, H, W)."""
         return self.prior.to_faces(self.prior.mean[None])[0]
 
-    def residuals(self, representations: Tensor, rows: Tensor, faces: Tensor) -> Tensor:
+    def _residuals(self, representations: Tensor, rows: Tensor, faces: Tensor) -> Tensor:
         """A^T (z - offset - A x), averaged over interceptions whose states say the same and summed over the others.
 
-        In RGB, float64 (N, 3, H, W), for x = ``faces``, float64 and broadcastable to it.
+        In RGB, float64 (N, 3, H, W), for x = ``faces``, float64 and broadcastable to it, and clean representations.
+        What was averaged counts by what it is worth (:meth:`_news`).
         """
         operators = self._operators()[1]
         n, k = rows.shape
         device = self.noise.device
         rows = rows.cpu()
         same = torch.tensor(self.kinds())[rows]
-        weight = 1.0 / (same[:, :, None] == same[:, None, :]).sum(dim=2).double()
+        count = (same[:, :, None] == same[:, None, :]).sum(dim=2)
+        weight = 1.0 / count.double()
+        if float(self.fresh) > _FRESH:
+            weight *= torch.tensor([self._news(number) for number in range(1, k + 1)], dtype=torch.float64)[count - 1]
         flat = representations.flatten(0, 1)
         faces = faces.expand(n, *faces.shape[-3:])
         total = torch.zeros(n, 3, self.prior.size, self.prior.size, dtype=torch.float64, device=device)
@@ -487,8 +553,9 @@ class Linear(RecoveryAttack):
         """The posterior's change of ``around`` (N, 3, H, W), by default of the mean face."""
         prior = self.prior
         around = self.mean_face()[None] if around is None else around
-        adjoint = self.residuals(sent, rows, around)
-        scale = prior.strengths.clamp(min=1e-300)[:, None, None]
+        adjoint = self._residuals(sent, rows, around)
+        scale = torch.ones_like(prior.strengths) if posterior.joint else prior.strengths.clamp(min=1e-300)
+        scale = scale[:, None, None]
         planes = torch.einsum("cp,nchw->nphw", torch.linalg.inv(prior.planes), adjoint) / scale
         maps = None
         if posterior.needs_maps:
@@ -500,19 +567,24 @@ class Linear(RecoveryAttack):
             maps = torch.einsum("cp,nchw->nphw", directions, residual) / scale
         return prior.to_faces(posterior(planes, maps))
 
-    def _iterated(self, posterior: IterativePosterior, sent: Tensor, rows: Tensor, key: tuple[bytes, ...]) -> Tensor:
+    def _iterated(self, posterior: IterativePosterior, sent: Tensor, rows: Tensor, said: _Said) -> Tensor:
         keys, operators = self._operators()
         device, kinds = self.prior.mean.device, torch.tensor(self.kinds())[rows]
         parts, index = [], torch.arange(len(sent))
-        for part in key:
-            # One interception per kind of state: others of the kind say the same, up to rounding.
-            column = (kinds == keys.index(part)).int().argmax(dim=1)
-            z = sent[index.to(sent.device), column.to(sent.device)].to(device, torch.float64)
+        for key, count in said:
+            # Of a kind of state the first that was met: others say the same, up to rounding and fresh noise.
+            column = (kinds == keys.index(key)).int().argmax(dim=1)
+            row = rows[index, column]
+            if count == 1:
+                z = sent[index.to(sent.device), column.to(sent.device)].to(device, torch.float64)
+            else:
+                like = (rows == row[:, None]).to(device, torch.float64)
+                z = torch.einsum("nk,nkchw->nchw", like / like.sum(dim=1, keepdim=True), sent.to(device, torch.float64))
             residual = torch.empty_like(z)
-            for row, members in _groups(rows[index, column]):
-                operator, at = operators[row], members.to(device)
-                residual[at] = self.maps.clean(z[at]) - self._expected(operator, self.mean_face()[None])
-            parts.append(residual)
+            for number, members in _groups(row):
+                at = members.to(device)
+                residual[at] = z[at] - self._expected(operators[number], self.mean_face()[None])
+            parts.append(residual * self._news(count) ** 0.5)
         return posterior(torch.cat(parts, dim=1))
 
     def infer_layout(self, observation: Observation) -> Tensor | None:

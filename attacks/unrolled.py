@@ -112,8 +112,7 @@ class Unrolled(InversionAttack):
             squares = torch.zeros_like(self.spread[0])
             for number, index in enumerate(sample.split(_CHUNK)):
                 target = trainer.floats(index)
-                sent = self.linear.imagine(target, row, derived(self.seed, "spread", kind, number))
-                estimate = self.linear.estimate(sent[:, None], torch.full((len(target), 1), row))
+                estimate = self.linear.rehearse(target, row, derived(self.seed, "spread", kind, number))
                 squares += (estimate.to(target) - target).square().sum(dim=0)
             self.spread[row] = (squares / len(sample)).sqrt()
         return {name if name in _OF_DEFENSE else f"linear_{name}": value for name, value in report.details.items()}

@@ -12,7 +12,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,8 @@ class LinearMaps:
             everything; all operators, and what is intercepted, are taken without them (:meth:`clean`).
         gains: what scales the one operator at random, if anything does.
         details: of how they were found, for the result.
+        weights: float64 (C, h, w) or broadcastable to it: what operators, and what is intercepted (:meth:`clean`), are
+            multiplied by, so that the noise is the same everywhere.
     """
 
     operators: Sequence[LinearOperator]
@@ -89,10 +91,17 @@ class LinearMaps:
     nuisance: Tensor | None = None
     gains: Gains | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    weights: Tensor | None = None
 
     def clean(self, representations: Tensor) -> Tensor:
-        """``representations`` (N, C, h, w), float64, without the directions of the nuisance."""
-        return representations if self.nuisance is None else _without(self.nuisance, representations)
+        """``representations`` (N, C, h, w), float64, as the operators make them: without the nuisance, weighted."""
+        if self.nuisance is not None:
+            representations = _without(self.nuisance, representations)
+        return representations if self.weights is None else representations * self.weights.to(representations)
+
+    def weighted(self, weights: Tensor) -> LinearMaps:
+        """The same with values multiplied by ``weights``."""
+        return replace(self, operators=[Weighted(one, weights) for one in self.operators], weights=weights)
 
 
 def linear_maps(mechanism: Defense) -> LinearMaps:
@@ -368,6 +377,24 @@ class _Cleaned:
 
     def adjoint(self, representation: Tensor) -> Tensor:
         return self.inner.adjoint(_without(self.nuisance, representation))
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """An operator whose values are multiplied by weights, float64 (C, h, w) or broadcastable to it."""
+
+    inner: LinearOperator
+    weights: Tensor
+
+    @property
+    def offset(self) -> Tensor:
+        return self.inner.offset * self.weights.to(self.inner.offset)
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        return self.inner(faces) * self.weights.to(faces)
+
+    def adjoint(self, representation: Tensor) -> Tensor:
+        return self.inner.adjoint(representation * self.weights.to(representation))
 
 
 def _without(directions: Tensor, representations: Tensor) -> Tensor:

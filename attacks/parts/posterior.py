@@ -26,8 +26,10 @@ from torch.nn import functional
 from attacks.parts.gaussian_prior import REACH, BlockCholesky, BlockTridiagonal, GaussianPrior
 from defenses.base import LinearOperator, SeparableSum
 
-#: Pixels in a block up to which a factorisation is cheaper than working with singular vectors.
+#: Pixels in a block up to which a factorisation is cheaper than working with singular vectors; and values in one of all
+#: colours together up to which it is cheaper than conjugate gradients.
 _LARGEST_BLOCK = 1024
+_LARGEST_JOINT = 1536
 #: Entries of a Gram matrix below this share of the largest are rounding.
 _NEGLIGIBLE = 1e-14
 #: Pixels whose responses tell how far an operator reaches, and the share of the largest that counts as a response.
@@ -46,8 +48,9 @@ _CG_TOLERANCE = 1e-9
 _DYNAMIC_RANGE = 1e11
 
 
-# A gain gives gain(r) of one plane for one set of operators: ``from_maps`` from A^T r (n, N), and from r itself
-# (N, h, w) where it asks for that; ``from_faces`` of r = A f for planes f (n, k). All are float64.
+# A gain gives gain(r) of one plane, or of all of them together, for one set of operators: ``from_maps`` from A^T r
+# (n, N), and from r itself (N, h, w) where it asks for that; ``from_faces`` of r = A f for planes f (n, k). All are
+# float64.
 
 
 class _BandedGain:
@@ -63,6 +66,37 @@ class _BandedGain:
 
     def from_faces(self, faces: Tensor) -> Tensor:
         return self._factor.solve((self._gram @ faces) * self._information)
+
+
+class _JointGain:
+    """The same for three planes at once, (3, n, k), where the observation mixes them in each place otherwise.
+
+    A block holds the rows of the first plane, then those of the second and the third.
+    """
+
+    def __init__(self, precisions: Sequence[BlockTridiagonal], gram: BlockTridiagonal, information: float) -> None:
+        diagonal, lower = torch.zeros_like(gram.diagonal), torch.zeros_like(gram.lower)
+        side = diagonal.shape[1] // 3
+        for plane, precision in enumerate(precisions):
+            own = slice(plane * side, (plane + 1) * side)
+            diagonal[:, own, own], lower[:, own, own] = precision.diagonal, precision.lower
+        self._gain, self._side = _BandedGain(BlockTridiagonal(diagonal, lower), gram, information), side
+        self.nbytes = self._gain.nbytes
+
+    def from_maps(self, adjoint: Tensor, maps: Tensor | None) -> Tensor:
+        return self._apart(self._gain.from_maps(self._together(adjoint), maps), adjoint.shape[1])
+
+    def from_faces(self, faces: Tensor) -> Tensor:
+        return self._apart(self._gain.from_faces(self._together(faces)), faces.shape[1])
+
+    def _together(self, planes: Tensor) -> Tensor:
+        padded = functional.pad(planes, (0, 0, 0, -planes.shape[1] % self._side))
+        blocks: Tensor = padded.unflatten(1, (-1, self._side)).transpose(0, 1).flatten(0, 2)
+        return blocks
+
+    def _apart(self, blocks: Tensor, pixels: int) -> Tensor:
+        planes = blocks.view(-1, 3, self._side, blocks.shape[1]).transpose(0, 1)
+        return planes.flatten(1, 2)[:, :pixels]
 
 
 class _SingularGain:
@@ -136,26 +170,73 @@ class LocalGram:
 
     def blocks(self, rows: int) -> BlockTridiagonal:
         """The stencil's matrix as blocks of ``rows`` image rows."""
-        height, width = self.stencil.shape[-2:]
-        count, side = -(-height // rows), rows * width
-        diagonal = torch.zeros(count, side, side, dtype=torch.float64, device=self.stencil.device)
-        lower = torch.zeros(max(0, count - 1), side, side, dtype=torch.float64, device=self.stencil.device)
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        for i, j in itertools.product(range(len(self.stencil)), repeat=2):
-            other, column = y + i - self.reach, x + j - self.reach
-            inside = (other >= 0) & (other < height) & (column >= 0) & (column < width)
-            values = self.stencil[i, j][inside.to(self.stencil.device)]
-            block, beside = (y // rows)[inside], (other // rows)[inside]
-            at, to = ((y % rows) * width + x)[inside], ((other % rows) * width + column)[inside]
-            here, below = block == beside, block == beside + 1
-            diagonal[block[here], at[here], to[here]] = values[here.to(values.device)]
-            lower[beside[below], at[below], to[below]] = values[below.to(values.device)]
-        return BlockTridiagonal(diagonal, lower)
+        return _stencil_blocks(self.stencil, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class JointGram:
+    """A^T A of an operator whose sent values look at few pixels, and that mixes colours in each place as it likes.
+
+    Attributes:
+        stencil: float64 (2 r + 1, 2 r + 1, 3, 3, H, W), as that of a :class:`LocalGram` for a colour of the pixel and
+            one of the other.
+    """
+
+    stencil: Tensor
+
+    @property
+    def reach(self) -> int:
+        """r."""
+        return len(self.stencil) // 2
+
+    def __matmul__(self, faces: Tensor) -> Tensor:
+        """The product with faces (N, 3, H, W)."""
+        reach, (height, width) = self.reach, faces.shape[-2:]
+        padded = functional.pad(faces, (reach,) * 4)
+        out = torch.zeros_like(faces)
+        for i, row in enumerate(self.stencil):
+            for j, weights in enumerate(row):
+                shifted = padded[..., i : i + height, j : j + width]
+                out += torch.einsum("cdhw,ndhw->nchw", weights, shifted)
+        return out
+
+    def blocks(self, rows: int, planes: Tensor) -> BlockTridiagonal:
+        """The matrix for the three planes of a prior, as blocks of ``rows`` image rows of each plane."""
+        turn = torch.linalg.inv(planes)
+        stencil = torch.einsum("cp,ijcdhw,dq->ijpqhw", turn, self.stencil, turn)
+        pairs = [[_stencil_blocks(stencil[:, :, p, q], rows) for q in range(3)] for p in range(3)]
+
+        def joined(parts: list[list[Tensor]]) -> Tensor:
+            return torch.cat([torch.cat(row, dim=2) for row in parts], dim=1)
+
+        return BlockTridiagonal(
+            joined([[pair.diagonal for pair in row] for row in pairs]),
+            joined([[pair.lower for pair in row] for row in pairs]),
+        )
+
+
+def _stencil_blocks(stencil: Tensor, rows: int) -> BlockTridiagonal:
+    """The matrix of a stencil (2 r + 1, 2 r + 1, H, W) as blocks of ``rows`` image rows."""
+    reach, (height, width) = len(stencil) // 2, stencil.shape[-2:]
+    count, side = -(-height // rows), rows * width
+    diagonal = torch.zeros(count, side, side, dtype=torch.float64, device=stencil.device)
+    lower = torch.zeros(max(0, count - 1), side, side, dtype=torch.float64, device=stencil.device)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    for i, j in itertools.product(range(len(stencil)), repeat=2):
+        other, column = y + i - reach, x + j - reach
+        inside = (other >= 0) & (other < height) & (column >= 0) & (column < width)
+        values = stencil[i, j][inside.to(stencil.device)]
+        block, beside = (y // rows)[inside], (other // rows)[inside]
+        at, to = ((y % rows) * width + x)[inside], ((other % rows) * width + column)[inside]
+        here, below = block == beside, block == beside + 1
+        diagonal[block[here], at[here], to[here]] = values[here.to(values.device)]
+        lower[beside[below], at[below], to[below]] = values[below.to(values.device)]
+    return BlockTridiagonal(diagonal, lower)
 
 
 @torch.no_grad()
-def local_gram(operator: LinearOperator, size: int, device: torch.device) -> LocalGram | None:
-    """A^T A by its responses to isolated pixels; None where pixels far apart, or colours in each place otherwise, mix.
+def local_gram(operator: LinearOperator, size: int, device: torch.device) -> LocalGram | JointGram | None:
+    """A^T A by its responses to isolated pixels; None where pixels far apart mix.
 
     Many pixels are answered for at once, as far apart as a few of them tell that they have to be.
     """
@@ -189,21 +270,25 @@ def local_gram(operator: LinearOperator, size: int, device: torch.device) -> Loc
     mixture = 3 * mixture / mixture.trace().clamp(min=1e-300)
     found = LocalGram(mixture, torch.einsum("cd,ijcdhw->ijhw", mixture, stencil) / mixture.square().sum())
     trial = torch.randn(1, 3, size, size, generator=draws, dtype=torch.float64).to(device)
-    return found if is_gram(found, operator, trial) else None
+    if is_gram(found, operator, trial):
+        return found
+    whole = JointGram(stencil)
+    small = 3 * max(REACH, reach) * size <= _LARGEST_JOINT
+    return whole if small and is_gram(whole, operator, trial) else None
 
 
 @torch.no_grad()
-def is_gram(gram: LocalGram, operator: LinearOperator, trial: Tensor) -> bool:
+def is_gram(gram: LocalGram | JointGram, operator: LinearOperator, trial: Tensor) -> bool:
     """Whether ``gram`` is A^T A of the operator, as far as a random face ``trial`` (1, 3, H, W) tells."""
     expected = operator.adjoint(operator(trial))
     return bool((gram @ trial - expected).norm() <= 1e-6 * expected.norm())
 
 
-def row_reach(operators: Sequence[SeparableSum | LocalGram]) -> int:
+def row_reach(operators: Sequence[SeparableSum | LocalGram | JointGram]) -> int:
     """How many rows apart two pixels may be that the same sent value depends on."""
     reach = 0
     for operator in operators:
-        if isinstance(operator, LocalGram):
+        if isinstance(operator, (LocalGram, JointGram)):
             reach = max(reach, operator.reach)
             continue
         gram = (operator.row_factors.mT @ operator.row_factors).abs().amax(dim=0)
@@ -302,18 +387,58 @@ class Posterior:
     """The posterior for one set of states, factored once and then applied to any number of faces.
 
     The operators, or A^T A of them for the prior's colours, are the maps of the interceptions that are combined (fewer
-    where states repeat), ``noise`` the standard deviation of what is sent around A x + offset.
+    where states repeat), ``noise`` the standard deviation of what is sent around A x + offset. An operator with a
+    weight counts as if its noise had been divided by the weight's square root.
+
+    Attributes:
+        joint: whether the planes are solved for together, as the operators mix them in each place otherwise
+            (:class:`JointGram`; all operators are then in this form).
+        needs_maps: whether :meth:`__call__` needs the residual maps and not only A^T of them.
+        plane_noise: standard deviation of the noise of each plane's maps that is reckoned with: at least what can be
+            resolved.
     """
 
     def __init__(
-        self, covariance: PriorCovariance, operators: Sequence[SeparableSum | LocalGram], noise: float
+        self,
+        covariance: PriorCovariance,
+        operators: Sequence[SeparableSum | LocalGram] | Sequence[JointGram],
+        noise: float,
+        weights: Sequence[float] | None = None,
     ) -> None:
         self._prior = prior = covariance.prior
-        self._weighted = weighted = covariance.weighted
-        size, device = prior.size, prior.mean.device
+        self._weighted = covariance.weighted
+        self._directions = prior.components.double()
+        self._response = torch.diag(1 / prior.variances.clamp(min=1e-12 * float(prior.variances.max())))
+        self._gains: list[_BandedGain | _SingularGain | None] = []
+        self._joint_gain: _JointGain | None = None
+        self.plane_noise: list[float] = []
+        self.joint, self.needs_maps = isinstance(operators[0], JointGram), False
+        weights = [1.0] * len(operators) if weights is None else weights
+        if self.joint:
+            self._factor_jointly([part for part in operators if isinstance(part, JointGram)], noise, weights)
+        else:
+            apart = [part for part in operators if not isinstance(part, JointGram)]
+            self._factor_planes(apart, noise, weights)
+        self._system = torch.linalg.cholesky((self._response + self._response.T) / 2)
+        del self._response
+
+    def _factor_jointly(self, operators: Sequence[JointGram], noise: float, weights: Sequence[float]) -> None:
+        prior, rows = self._prior, max(REACH, row_reach(operators))
+        gram = _total([operator.blocks(rows, prior.planes) for operator in operators], weights)
+        largest = float(gram.diagonal.abs().sum(dim=-1).max())
+        information = min(noise**-2, _DYNAMIC_RANGE / (largest * float(prior.innovations.mean())))
+        gain = _JointGain([prior.precision(plane, rows) for plane in range(3)], gram, information)
+        seen = gain.from_faces(self._directions)
+        self._directions -= seen
+        self._response += torch.einsum("pir,pis->rs", self._weighted, seen)
+        self._joint_gain, self.plane_noise = gain, [information**-0.5] * 3
+
+    def _factor_planes(
+        self, operators: Sequence[SeparableSum | LocalGram], noise: float, weights: Sequence[float]
+    ) -> None:
+        prior, size, device = self._prior, self._prior.size, self._prior.mean.device
         reach = row_reach(operators)
         rows = max(REACH, reach)
-        #: Whether :meth:`__call__` needs the residual maps and not only A^T of them.
         self.needs_maps = rows * size > _LARGEST_BLOCK
         wide = operators[0]
         if self.needs_maps and (len(operators) > 1 or isinstance(wide, LocalGram) or len(wide.row_factors) > 1):
@@ -322,14 +447,8 @@ class Posterior:
             )
         gram = None
         if not self.needs_maps:
-            grams = [gram_blocks(operator, size, rows, device) for operator in operators]
-            gram = functools.reduce(lambda total, other: total.plus(other, 1.0), grams)
+            gram = _total([gram_blocks(operator, size, rows, device) for operator in operators], weights)
             largest = float(gram.diagonal.abs().sum(dim=-1).max())
-        self._gains: list[_BandedGain | _SingularGain | None] = []
-        #: Standard deviation of the noise of each plane's maps that is reckoned with: at least what can be resolved.
-        self.plane_noise: list[float] = []
-        self._directions = prior.components.double()
-        system = torch.diag(1 / prior.variances.clamp(min=1e-12 * float(prior.variances.max())))
         for plane, strength in enumerate(prior.strengths.tolist()):
             information = strength / noise**2
             if gram is not None:
@@ -341,40 +460,49 @@ class Posterior:
                 precision = prior.precision(plane, REACH if gram is None else rows)
                 if gram is None:
                     assert not isinstance(wide, LocalGram)
-                    gain = _SingularGain(prior, plane, precision, wide, information)
+                    gain = _SingularGain(prior, plane, precision, wide, information * weights[0])
                 else:
                     gain = _BandedGain(precision, gram, information)
                 seen = gain.from_faces(prior.components[plane].double())
                 self._directions[plane] -= seen
-                system += weighted[plane].T @ seen
+                self._response += self._weighted[plane].T @ seen
             self._gains.append(gain)
             self.plane_noise.append(information**-0.5 if information > 0 else math.inf)
-        self._system = torch.linalg.cholesky((system + system.T) / 2)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        gains = sum(gain.nbytes for gain in self._gains if gain is not None)
+        gains = sum(gain.nbytes for gain in (*self._gains, self._joint_gain) if gain is not None)
         return int(gains + self._directions.nbytes + self._system.nbytes)
 
     def __call__(self, adjoint: Tensor, maps: Tensor | None = None) -> Tensor:
         """x - mean in planes, float64 (N, 3, H, W).
 
         From A^T r, float64 (N, 3, H, W), for r = (z - offset) - A mean, each plane's r scaled to x -> R x C^T (that is,
-        divided by its strength), and r itself, float64 (N, 3, h, w), where :attr:`needs_maps`.
+        divided by its strength, unless they are solved for together), and r itself, float64 (N, 3, h, w), where
+        :attr:`needs_maps`.
         """
         count = len(adjoint)
         update = torch.zeros(3, self._prior.size**2, count, dtype=torch.float64, device=adjoint.device)
-        response = torch.zeros(self._prior.rank, count, dtype=torch.float64, device=adjoint.device)
+        if self._joint_gain is not None:
+            update += self._joint_gain.from_maps(adjoint.flatten(2).permute(1, 2, 0), None)
         for plane, gain in enumerate(self._gains):
-            if gain is None:
-                continue
-            right = adjoint[:, plane].flatten(1).T
-            update[plane] = gain.from_maps(right, None if maps is None else maps[:, plane])
-            response += self._weighted[plane].T @ update[plane]
+            if gain is not None:
+                right = adjoint[:, plane].flatten(1).T
+                update[plane] = gain.from_maps(right, None if maps is None else maps[:, plane])
+        response = torch.zeros(self._prior.rank, count, dtype=torch.float64, device=adjoint.device)
+        for weighted, part in zip(self._weighted, update, strict=True):
+            response += weighted.T @ part
         coefficients = torch.cholesky_solve(response, self._system)
         update += self._directions @ coefficients
         return update.permute(2, 0, 1).reshape(count, 3, self._prior.size, self._prior.size)
+
+
+def _total(grams: Sequence[BlockTridiagonal], weights: Sequence[float]) -> BlockTridiagonal:
+    """The sum of the grams, each times its weight."""
+    first, weight = grams[0], weights[0]
+    start = first if weight == 1 else BlockTridiagonal(weight * first.diagonal, weight * first.lower)
+    return functools.reduce(lambda total, part: total.plus(*part), zip(grams[1:], weights[1:], strict=True), start)
 
 
 class IterativePosterior:

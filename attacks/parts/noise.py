@@ -1,0 +1,130 @@
+"""What a linear defence adds to its map: how much of it in each channel and place, and how much of that is fresh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attacks.parts.exposure import tamed
+from attacks.parts.operators import LinearMaps
+
+#: Faces at once, and values of what is sent of them.
+_CHUNK, _VALUES = 32, 2**24
+#: Noise below this share of what is sent is rounding: it is the same everywhere, and never fresh.
+ROUNDING = 1e-5
+#: How much more elements differ than they would by chance, before they count as different, beside five standard errors
+#: of that; and relative spread of channels that matters.
+_BEYOND_CHANCE = 1.2
+_MATTERS = 0.05
+#: The least standard deviation of an element, relative to that of all.
+_LEAST = 1e-5
+#: Faces that are sent several times, and times, to see what is drawn anew.
+_AGAIN_FACES, _TIMES = 16, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Residuals:
+    """What is sent around the exact maps, over the public faces looked at.
+
+    Attributes:
+        noise: mean square of a value, float64 (N,), face by face; ``energy`` likewise of what is sent itself.
+        square, fourth: float64 (C, h, w), mean second and fourth power of each element over the faces.
+    """
+
+    noise: Tensor
+    energy: Tensor
+    square: Tensor
+    fourth: Tensor
+
+
+@torch.no_grad()
+def residuals(maps: LinearMaps, faces: Iterator[Tensor], generator: torch.Generator) -> Residuals:
+    """Send ``faces``, float32 (n, 3, H, W) batch by batch, and compare with the maps."""
+    noise, energy = [], []
+    square, fourth = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+    for target in faces:
+        for left, sent, _ in _sent(maps, target, generator):
+            noise.append(left.square().flatten(1).mean(dim=1))
+            energy.append(sent.square().flatten(1).mean(dim=1))
+            square = square.to(left.device) + left.square().sum(dim=0)
+            fourth = fourth.to(left.device) + left.pow(4).sum(dim=0)
+    count = sum(map(len, noise))
+    return Residuals(torch.cat(noise), torch.cat(energy), square / count, fourth / count)
+
+
+def chunk_of(values: int) -> int:
+    """Faces to send at once, of so many values each."""
+    return max(1, min(_CHUNK, _VALUES // values))
+
+
+def _sent(maps: LinearMaps, target: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """What is left of faces beside their map, and what was sent of them (float64), operator by operator."""
+    everything, drawn = maps.send(target, generator)
+    for row in torch.unique(drawn).tolist():
+        members = (drawn == row).nonzero().flatten()
+        operator, at = maps.operators[row], members.to(target.device)
+        sent = everything[at].double()
+        expected = operator(target[at].double())
+        yield maps.clean(sent) - (expected + operator.offset.to(expected)), sent, row
+
+
+def spread(found: Residuals) -> Tensor | None:
+    """Standard deviations, float64 (C, 1, 1) or (C, h, w), relative to their root mean square over all elements.
+
+    None where the noise is the same everywhere, as far as can be told. Channels have their own where they differ; so
+    have elements of a channel, drawn towards the channel's by the share of their differences that chance explains
+    (empirical Bayes; Efron and Morris, JASA 70, 1975).
+    """
+    faces, (_, height, width) = len(found.noise), found.square.shape
+    if faces < 2 or not torch.equal(tamed(found.noise), found.noise):
+        return None
+    whole = float(found.square.mean())
+    if whole <= ROUNDING**2 * float(found.energy.mean()):
+        return None
+    # Of a mean of squares the relative sampling variance, whatever the law of the noise.
+    square = found.square.clamp(min=_LEAST**2 * whole)
+    chance = ((found.fourth / square.square() - 1).clamp(min=0) / (faces - 1)).mean(dim=(1, 2))
+    own = square.mean(dim=(1, 2))
+    by_chance = (own.square() * chance).mean() / (height * width)
+    if not _stands_out(own.var(correction=1), by_chance, len(own)) or float(own.std()) <= _MATTERS * whole:
+        own = torch.full_like(own, whole)
+    logarithm = square.log()
+    between = logarithm.flatten(1).var(dim=1, correction=1) if height * width > 1 else torch.zeros_like(own)
+    share = (1 - chance / between.clamp(min=1e-300)) * _stands_out(between, chance, height * width)
+    if not share.any():
+        return None if float(own.max()) == float(own.min()) else _relative(own[:, None, None])
+    drawn = (share[:, None, None] * (logarithm - logarithm.mean(dim=(1, 2), keepdim=True))).exp()
+    return _relative(drawn * (own / drawn.mean(dim=(1, 2)))[:, None, None])
+
+
+def _stands_out(between: Tensor, chance: Tensor, count: int) -> Tensor:
+    return torch.gt(between, (_BEYOND_CHANCE + 5 * math.sqrt(2 / max(1, count - 1))) * chance)
+
+
+def _relative(variance: Tensor) -> Tensor:
+    return (variance / variance.mean()).sqrt().clamp(min=_LEAST)
+
+
+@torch.no_grad()
+def fresh_share(maps: LinearMaps, faces: Tensor, generator: torch.Generator) -> float:
+    """The share of the noise's variance that is drawn anew whenever a face is sent in the same state.
+
+    From ``faces``, float32 (n, 3, H, W), sent several times each. Zero where no state came up twice.
+    """
+    both = common = 0.0
+    for face in faces[:_AGAIN_FACES].split(1):
+        held: dict[int, list[Tensor]] = {}
+        for _ in range(_TIMES):
+            for left, _, row in _sent(maps, face, generator):
+                held.setdefault(row, []).append(left.flatten())
+        for together in held.values():
+            rows = torch.stack(together)
+            pairs = len(rows) * (len(rows) - 1)
+            alone = float(rows.square().sum())
+            common += float(rows.sum(dim=0).square().sum()) - alone
+            both += alone / len(rows) * pairs
+    return min(1.0, max(0.0, 1 - common / both)) if both > 0 else 0.0

@@ -1,0 +1,72 @@
+"""Linear defences whose noise is not the same everywhere, or not drawn for each face by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from defenses.base import Defense
+
+
+class Windows(Defense):
+    """Five channels of 3x3 windows over all colours, in one place otherwise than in the other, under Laplace noise."""
+
+    name = "windows"
+    kind = "element"
+
+    def __init__(self, options=None, *, image_size=112):
+        super().__init__(options, image_size=image_size)
+        drawn = torch.Generator().manual_seed(5)
+        self.register_buffer("kernels", torch.randn(5, 3, 3, 3, generator=drawn, dtype=torch.float64) / 4)
+        ramp = torch.linspace(-2, 2, image_size, dtype=torch.float64)
+        levels = {
+            "equal": torch.zeros(5, 1, 1, dtype=torch.float64),
+            "channel": torch.linspace(-2, 2, 5, dtype=torch.float64)[:, None, None],
+            "element": torch.linspace(-1, 1, 5, dtype=torch.float64)[:, None, None] + (ramp[:, None] + ramp) / 2,
+        }[self.kind]
+        self.register_buffer("scale", 0.1 * levels.exp().expand(5, image_size, image_size).clone())
+
+    @property
+    def representation_shape(self):
+        return (5, self.image_size, self.image_size)
+
+    def law(self, shape, generator: torch.Generator) -> Tensor:
+        """Laplace noise of variance 1."""
+        u = torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5
+        return -u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.5 - 1e-12)) / 2**0.5
+
+    def transform(self, faces, state, generator):
+        drawn = self.law((len(faces), *self.representation_shape), generator).to(faces.device)
+        sent = self.linear_operator(state)(faces.double()) + 0.25
+        return (sent + self.scale * drawn).to(faces)
+
+    def linear_operator(self, state):
+        return _Windows(self.kernels)
+
+
+class Shared(Windows):
+    """The same, with noise that is drawn once for a batch."""
+
+    name = "shared"
+    shares = True
+
+    @property
+    def shares_noise(self):
+        return self.shares
+
+    def law(self, shape, generator):
+        return super().law((1, *shape[1:]), generator).expand(shape)
+
+
+class _Windows:
+    offset = torch.full((1, 1, 1), 0.25, dtype=torch.float64)
+
+    def __init__(self, kernels: Tensor) -> None:
+        self.kernels = kernels
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        return functional.conv2d(faces, self.kernels.to(faces), padding=1)
+
+    def adjoint(self, representation: Tensor) -> Tensor:
+        return functional.conv_transpose2d(representation, self.kernels.to(representation), padding=1)
