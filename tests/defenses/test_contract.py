@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import inspect
 import json
@@ -42,10 +44,16 @@ def _faces(count=5, dtype=torch.float32):
     return torch.rand(count, 3, SIZE, SIZE, generator=generator(9)).to(dtype)
 
 
+@pytest.fixture(scope="session")
+def fitted(ready):
+    """A defence of each class with its defaults, as preset quick has them, made ready once."""
+    return functools.cache(lambda cls: ready(cls(cls.Options(**cls.presets.get("quick", {})), image_size=SIZE)))
+
+
 @pytest.fixture(params=CLASSES, ids=lambda cls: cls.name)
-def defense(request, ready):
-    """Each defence with its default options, fitted if it is trainable, with a recogniser if it needs one."""
-    return ready(request.param(image_size=SIZE))
+def defense(request, fitted):
+    """Each defence, fitted if it is trainable, with a recogniser if it needs one."""
+    return copy.deepcopy(fitted(request.param))
 
 
 def _same_draws(defense, generator):
