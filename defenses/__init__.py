@@ -1,4 +1,4 @@
 """Client-side defences, one file each; ``base`` holds the contract, ``frequency`` the shared operator."""
 
 #: Modules of this package that are not defences; every other file is one, named after its file.
-SUPPORT_MODULES = frozenset({"base", "frequency", "laplace", "layout", "linear", "ranks"})
+SUPPORT_MODULES = frozenset({"base", "client", "frequency", "laplace", "layout", "linear", "ranks"})

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from typing import Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from defenses.base import DefenseOptions
-from defenses.linear import SeparableDefense
+from defenses.linear import SeparableDefense, blur_matrix
 
 
 class BlurOptions(DefenseOptions):
@@ -35,17 +33,6 @@ class BlurOptions(DefenseOptions):
         if self.kernel is not None and self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, got {self.kernel}")
         return self
-
-
-def blur_matrix(size: int, sigma: float, radius: int) -> Tensor:
-    """Gaussian filtering of one axis with mirrored borders (the edge pixel not repeated), float64 (size, size)."""
-    distance = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    kernel = torch.softmax(-0.5 * (distance / sigma) ** 2, dim=0)
-    source = torch.arange(size)[:, None] + distance.to(torch.int64)
-    period = 2 * (size - 1)
-    source = source.remainder(period)
-    source = torch.minimum(source, period - source)
-    return torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, source, kernel.expand(size, -1).contiguous())
 
 
 class Blur(SeparableDefense):

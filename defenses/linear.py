@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -49,6 +49,68 @@ def _both_axes(x: Tensor, factor: Tensor) -> Tensor:
     factor = factor.to(x)
     with torch.autocast(x.device.type, enabled=False):  # a defence means the same at every training precision
         return factor @ x @ factor.T
+
+
+@dataclass(frozen=True, eq=False)
+class SeparableTerms:
+    """z = sum over terms t of M_t (F_t x F_t^T), plus ``offset``: a :class:`~defenses.base.LinearOperator`.
+
+    What a filter takes away from a face is such a sum: the face less what passes.
+
+    Attributes:
+        colours: M_t, float64 (T, C, 3), which mix the colours.
+        factors: F_t, float64 (T, h, H), which filter rows and columns alike.
+        offset: broadcastable to (C, h, h).
+    """
+
+    colours: Tensor
+    factors: Tensor
+    offset: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1, dtype=torch.float64))
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        """``A x``: (N, 3, H, H) to (N, C, h, h), dtype and device kept."""
+        colours, factors = self.colours.to(faces), self.factors.to(faces)[:, None]
+        with torch.autocast(faces.device.type, enabled=False):  # a defence means the same at every training precision
+            return torch.einsum("tpc,ntchw->nphw", colours, factors @ faces[:, None] @ factors.mT)
+
+    def adjoint(self, representation: Tensor) -> Tensor:
+        """``A^T z``: (N, C, h, h) to (N, 3, H, H)."""
+        colours, factors = self.colours.to(representation), self.factors.to(representation)[:, None]
+        with torch.autocast(representation.device.type, enabled=False):
+            terms = torch.einsum("tpc,nphw->ntchw", colours, representation)
+            return (factors.mT @ terms @ factors).sum(dim=1)
+
+
+def area_matrix(cells: int, size: int) -> Tensor:
+    """Averages ``size`` pixels over ``cells`` equal intervals, float64 (cells, size); edge pixels count in part."""
+    edges = torch.arange(cells + 1, dtype=torch.float64) * size / cells
+    pixels = torch.arange(size, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
+    return overlap.clamp(min=0) * cells / size
+
+
+def mosaic_matrix(size: int, block: int) -> Tensor:
+    """Each pixel becomes the mean of its block, float64 (size, size); the last block may be narrower."""
+    blocks = torch.arange(size) // block
+    same = (blocks[:, None] == blocks).double()
+    return same / same.sum(dim=1, keepdim=True)
+
+
+def blur_matrix(size: int, sigma: float | Tensor, radius: int) -> Tensor:
+    """Gaussian filtering of one axis with mirrored borders (the edge pixel not repeated), float64 (size, size).
+
+    Of several ``sigma``, any shape, the matrices: (*shape, size, size).
+    """
+    sigma = torch.as_tensor(sigma, dtype=torch.float64)
+    distance = torch.arange(-radius, radius + 1, dtype=torch.float64, device=sigma.device)
+    kernel = torch.softmax(-0.5 * (distance / sigma[..., None]) ** 2, dim=-1)
+    source = torch.arange(size, device=sigma.device)[:, None] + distance.to(torch.int64)
+    period = 2 * (size - 1)
+    source = source.remainder(period)
+    source = torch.minimum(source, period - source)
+    shape = (*sigma.shape, *source.shape)
+    matrix = torch.zeros(*sigma.shape, size, size, dtype=torch.float64, device=sigma.device)
+    return matrix.scatter_add_(-1, source.expand(shape), kernel[..., None, :].expand(shape))
 
 
 class IdentityOperator(SeparableOperator):

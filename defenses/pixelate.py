@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from defenses.base import DefenseOptions
-from defenses.linear import SeparableDefense
+from defenses.linear import SeparableDefense, area_matrix
 
 
 class PixelateOptions(DefenseOptions):
     block: float = Field(
         default=8, ge=1, le=112, allow_inf_nan=False, description="side of a cell, in pixels of the 112x112 template"
     )
-
-
-def area_matrix(cells: int, size: int) -> Tensor:
-    """Averages ``size`` pixels over ``cells`` equal intervals, float64 (cells, size); edge pixels count in part."""
-    edges = torch.arange(cells + 1, dtype=torch.float64) * size / cells
-    pixels = torch.arange(size, dtype=torch.float64)
-    overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
-    return overlap.clamp(min=0) * cells / size
 
 
 class Pixelate(SeparableDefense):

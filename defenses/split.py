@@ -7,13 +7,14 @@ Inversion Attacks for Split Neural Networks*, 2021.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from defenses.base import Defense, DefenseOptions, DefenseTraining, Shape
+from defenses.base import DefenseOptions, DefenseTraining, Shape
+from defenses.client import ClientDefense, train_jointly, with_noise
 
 
 class SplitOptions(DefenseOptions):
@@ -30,7 +31,7 @@ class SplitOptions(DefenseOptions):
     learning_rate: float = Field(default=1e-3, gt=0, le=1, allow_inf_nan=False, description="of Adam, constant")
 
 
-class Split(Defense):
+class Split(ClientDefense):
     """Features of two strided convolutions: (N, width, H/4, W/4), each channel of about mean 0 and variance 1.
 
     The client's network is trained jointly with a recogniser, under the noise that is added later, and then frozen. It
@@ -40,8 +41,6 @@ class Split(Defense):
     name = "split"
     summary = "features of a small client network, trained jointly with a recogniser, and noise"
     reference = "split inference: Kang et al. (Neurosurgeon), ASPLOS 2017; noise: Titcombe et al., 2021"
-    level = "feature"
-    trainable = True
     Options = SplitOptions
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"quick": {"epochs": 2}}
     options: SplitOptions
@@ -66,26 +65,21 @@ class Split(Defense):
     def fit(self, training: DefenseTraining) -> None:
         """Train the client's network and a recogniser behind it to tell the provider's identities apart."""
         recogniser, head = training.make_recogniser(self.representation_shape)
-        learnt = {"client": self.client, "recogniser": recogniser, "head": head}
-        weights = [weight for network in learnt.values() for weight in network.parameters()]
-        optimiser = torch.optim.Adam(weights, lr=self.options.learning_rate)
-        steps = training.steps(self.options.epochs, self.options.batch_size, {**learnt, "optimiser": optimiser})
-        update = cast("torch.optim.Optimizer", training.fabric.setup_optimizers(optimiser))
-        for faces, labels, generator in steps:
-            optimiser.zero_grad()
-            with training.fabric.autocast():
-                loss, _ = head(recogniser(self._noisy(self.client(faces), generator)), labels)
-            training.fabric.backward(loss)
-            update.step()
+
+        def loss(faces: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+            sent = with_noise(self.client(faces), self.options.noise, generator)
+            value: Tensor = head(recogniser(sent), labels)[0]
+            return value
+
+        train_jointly(
+            training,
+            {"client": self.client, "recogniser": recogniser, "head": head},
+            lambda weights: torch.optim.Adam(weights, lr=self.options.learning_rate),
+            loss,
+            epochs=self.options.epochs,
+            batch_size=self.options.batch_size,
+        )
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
         """Noisy features, computed in the network's own precision."""
-        with torch.autocast(faces.device.type, enabled=False):
-            features: Tensor = self.client(faces.to(next(self.client.parameters()).dtype))
-        return self._noisy(features.to(faces.dtype), generator)
-
-    def _noisy(self, features: Tensor, generator: torch.Generator) -> Tensor:
-        if not self.options.noise:
-            return features
-        noise = torch.randn(features.shape, generator=generator, device=generator.device)
-        return features + self.options.noise * noise.to(features)
+        return with_noise(self.features(faces), self.options.noise, generator)

@@ -95,12 +95,12 @@ def test_parts(defense):
     assert {name: tuple(part.shape[1:]) for name, part in parts.items()} == defense.parts
     assert torch.equal(defense.pack(parts), representation)  # nothing beside the parts is sent
     sent = sum(part[0].nbytes for part in parts.values())
-    # A template of bits is sent as bits.
-    assert defense.bytes_per_face() == (math.ceil(sent / 32) if (parts_are_signs(parts)) else sent)
+    # Bits are sent as bits.
+    assert defense.bytes_per_face() == (math.ceil(sent / 32) if parts_are_bits(parts) else sent)
 
 
-def parts_are_signs(parts):
-    return all(len(part.abs().unique()) == 1 for part in parts.values())
+def parts_are_bits(parts):
+    return all(len(part.unique()) == 2 for part in parts.values())
 
 
 def test_what_is_drawn_is_not_sent(defense):

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from torchvision.transforms.functional import gaussian_blur
 
 from defenses.blur import Blur, BlurOptions
+from defenses.linear import area_matrix
 from defenses.noise import Noise, NoiseOptions
 from defenses.none import Unprotected
-from defenses.pixelate import Pixelate, PixelateOptions, area_matrix
+from defenses.pixelate import Pixelate, PixelateOptions
 
 
 def sent(defense, faces):

@@ -1,0 +1,77 @@
+"""Networks that run at the client: their features, the noise on these, and their training with a recogniser behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from defenses.base import Defense, DefenseTraining
+
+
+class ClientDefense(Defense):
+    """Sends features of a network ``client``, which a subclass builds, trained jointly with a recogniser.
+
+    The network is public, as it lies on every client.
+    """
+
+    level = "feature"
+    trainable = True
+    client: nn.Module
+
+    def features(self, faces: Tensor) -> Tensor:
+        """Of the frozen network, in its own precision; in the type of the faces."""
+        with torch.autocast(faces.device.type, enabled=False):
+            features: Tensor = self.client(faces.to(next(self.client.parameters()).dtype))
+        return features.to(faces.dtype)
+
+
+def with_noise(features: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+    """Features under independent Gaussian noise of this standard deviation, drawn in float32; none where it is 0."""
+    if not deviation:
+        return features
+    noise = torch.randn(features.shape, generator=generator, device=generator.device)
+    return features + deviation * noise.to(features)
+
+
+def train_jointly(
+    training: DefenseTraining,
+    networks: Mapping[str, nn.Module],
+    optimise: Callable[[list[nn.Parameter]], Optimizer],
+    loss: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+    *,
+    epochs: int,
+    batch_size: int,
+    schedule: Callable[[Optimizer], LRScheduler] | None = None,
+) -> None:
+    """Train ``networks``, by name, to minimise ``loss(faces, labels, generator)`` over the provider's faces.
+
+    ``optimise`` makes the optimiser of their parameters, and ``schedule`` what changes its learning rate with every
+    step. A training that was killed goes on from its last epoch.
+    """
+    optimiser = optimise([weight for network in networks.values() for weight in network.parameters()])
+    scheduler = None if schedule is None else schedule(optimiser)
+    kept = {**networks, "optimiser": optimiser, **({} if scheduler is None else {"schedule": scheduler})}
+    steps = training.steps(epochs, batch_size, kept)
+    update = cast("Optimizer", training.fabric.setup_optimizers(optimiser))
+    for faces, labels, generator in steps:
+        optimiser.zero_grad()
+        with training.fabric.autocast():
+            value = loss(faces, labels, generator)
+        training.fabric.backward(value)
+        update.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+def step_decay(
+    training: DefenseTraining, batch_size: int, epochs: int, milestones: tuple[float, ...], factor: float
+) -> Callable[[Optimizer], LRScheduler]:
+    """A schedule that multiplies the learning rate by ``factor`` at each of ``milestones``, shares of all steps."""
+    steps = epochs * -(-training.images // batch_size)
+    at = [round(share * steps) for share in milestones]
+    return lambda optimiser: torch.optim.lr_scheduler.MultiStepLR(optimiser, at, gamma=factor)
