@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,9 @@ def train_jointly(
     """
     optimiser = optimise([weight for network in networks.values() for weight in network.parameters()])
     scheduler = None if schedule is None else schedule(optimiser)
-    kept = {**networks, "optimiser": optimiser, **({} if scheduler is None else {"schedule": scheduler})}
+    kept: dict[str, Any] = {**networks, "optimiser": optimiser}
+    if scheduler is not None:
+        kept["schedule"] = scheduler
     steps = training.steps(epochs, batch_size, kept)
     update = cast("Optimizer", training.fabric.setup_optimizers(optimiser))
     for faces, labels, generator in steps:
