@@ -211,7 +211,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         "Recovered faces that the evaluator accepts as the same image's person.", headline=True, guard=_LEAKED),
     "type2_tar": _rate(
         "type II", "recovery.identity.type2_tar", "leakage",
-        "Recovered faces that the evaluator accepts against another image of the person.", guard=_LEAKED),
+        "Recovered faces that the evaluator accepts against another image of the person.",
+        headline=True, guard=_LEAKED),
     "type1_far_1e3": _rate(
         "type I @1e-3", "recovery.identity.type1_far_1e3", "leakage",
         "As type I, at the evaluator's threshold for a false acceptance rate of 1e-3.", headline=True),

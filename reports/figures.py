@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,12 @@ from reports.svg import INK, LINES, MUTED, SERIES, Drawing, draw, entry, series,
 
 
 def pareto(setting: Setting, number: int, name: str) -> Drawing | None:
-    """Recognition to the right, worst-case leakage by ``name`` upwards; None without a defence that has both."""
+    """Recognition to the right, worst-case leakage by ``name`` upwards, and what is sent as the size of a point.
+
+    None without a defence that has both.
+    """
     points = [
-        (defense, utility, worst, fastest(cells).text)
+        (defense, utility, worst, f"{_sent(cells):,.0f} kB, {fastest(cells).text} faces/s", _sent(cells))
         for defense, cells in setting.defenses.items()
         if (utility := lowest_accuracy(cells)) is not None and (worst := worst_case(cells, name)) is not None
     ]
@@ -32,14 +36,15 @@ def pareto(setting: Setting, number: int, name: str) -> Drawing | None:
     labels = ("recognition accuracy, %", f"worst-case {kind.label}")
     with draw(slug, title, labels, synthetic=setting.synthetic) as drawing:
         axes = drawing.axes
-        for place, (defense, utility, worst, rate) in enumerate(points):
+        for place, (defense, utility, worst, cost, sent) in enumerate(points):
             x, y = 100 * (utility.value or 0.0), kind.scale * (worst.measure.value or 0.0)
             places.append((x, y))
             bars: Any = {"xerr": _error(utility, 100), "yerr": _error(worst.measure, kind.scale), "elinewidth": 0.8}
-            axes.errorbar(x, y, **bars, **series(place, line=False), label=entry(f"{defense}: {rate} faces/s"))
+            bars["markersize"] = 3 + 1.5 * math.log10(1 + sent)
+            axes.errorbar(x, y, **bars, **series(place, line=False), label=entry(f"{defense}: {cost}"))
             leaked = f"{kind.heading} {y:.3g} (strongest: {worst.strongest.attack})"
-            drawing.told.append(f"{defense}: accuracy {x:.1f} %, {leaked}, {rate} faces per second")
-        drawing.closing = " Lower and further right is better."
+            drawing.told.append(f"{defense}: accuracy {x:.1f} %, {leaked}, {cost}")
+        drawing.closing = " Lower and further right is better; a larger point sends more."
         front = _front(places)
         if len(front) > 1:
             style: Any = {"color": MUTED, "linewidth": 1, "linestyle": ":"}
@@ -56,6 +61,12 @@ def pareto(setting: Setting, number: int, name: str) -> Drawing | None:
         axes.text(0.99, 0.02, "better ↘", transform=axes.transAxes, ha="right", va="bottom", color=MUTED)
         axes.margins(0.12, 0.12)
     return drawing
+
+
+def _sent(cells: Sequence[Cell]) -> float:
+    """What a defence sends of a face, in 1,000 bytes."""
+    defense = next((cell.run.result.defense for cell in cells if cell.run.result.defense is not None), None)
+    return 0.0 if defense is None else defense.bytes_per_face / 1000
 
 
 def _error(measure: Measure, scale: float) -> list[list[float]] | None:

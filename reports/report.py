@@ -27,7 +27,18 @@ from reports.gallery import may_show, sheets
 from reports.maps import confusion_figures, frequency_figures, state_figure
 from reports.provenance import provenance, records, warnings
 from reports.published import matching
-from reports.summary import COLUMNS, failures, findings, judged, recovery_table, subject, summary, worst_rows
+from reports.summary import (
+    COLUMNS,
+    failures,
+    findings,
+    floor_rows,
+    judged,
+    printed_rows,
+    recovery_table,
+    subject,
+    summary,
+    worst_rows,
+)
 from reports.table import Table
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -121,7 +132,9 @@ _LEAD = (
 
 
 def write_leaderboard(directory: Path, out: Path) -> list[Path]:
-    """Write ``leaderboard.html``, ``leaderboard.md`` and ``leaderboard.csv``.
+    """Write ``leaderboard.html``, ``leaderboard.md``, ``leaderboard.csv`` and, as SVG, utility against leakage.
+
+    ``utility-ssim-N.svg`` and the like are of setting N, for each leading figure that was measured beside recognition.
 
     Args:
         directory: a run directory or a folder that holds some.
@@ -136,12 +149,20 @@ def write_leaderboard(directory: Path, out: Path) -> list[Path]:
     grouped = settings(load_runs([directory]))
     boards = [_board(setting, number) for number, setting in enumerate(grouped, start=1)]
     ranked = list(zip(grouped, boards, strict=True))
+    style = _style_sheet()
+    figures = {
+        f"utility-{name.replace('_', '-')}-{number}.svg": drawing.file(style)
+        for number, setting in enumerate(grouped, start=1)
+        for name in _PARETO
+        if (drawing := pareto(setting, number, name)) is not None
+    }
     return _write(
         out,
         {
             "leaderboard.html": _page("leaderboard.html.j2", grouped, title=_TITLE, lead=_LEAD, boards=ranked),
             "leaderboard.md": leaderboard_markdown(_TITLE, _LEAD, grouped, boards),
             "leaderboard.csv": leaderboard_csv(grouped),
+            **figures,
         },
     )
 
@@ -150,9 +171,11 @@ def _board(setting: Setting, number: int) -> Table:
     """One row for each defence of a setting; one of which nothing was measured says so."""
     # The attack and its knowledge are said below each figure; how fast it is belongs to no defence.
     columns = tuple(column for column in COLUMNS if column.key not in ("knowledge", "recover"))
-    rows = tuple(worst_rows(setting).values())
+    rows = []
+    for name, worst in worst_rows(setting).items():
+        rows += [worst, *printed_rows(name, setting.defenses[name])]
     caption = f"Defences at their worst case: {subject(setting)}.{judged(setting)}"
-    return Table(f"board-{number}", caption, columns, rows).without_empty_columns()
+    return Table(f"board-{number}", caption, columns, tuple(rows), tuple(floor_rows(setting))).without_empty_columns()
 
 
 def _write(out: Path, documents: Mapping[str, str]) -> list[Path]:
@@ -180,11 +203,15 @@ def _page(template: str, grouped: Sequence[Setting], **context: Any) -> str:
             runs=_runs(grouped),
             provenance=provenance(grouped),
             version=__version__,
-            style=Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
+            style=Markup(_style_sheet()),
             script=Markup(script),
             script_hash=f"sha256-{digest}",
         )
     )
+
+
+def _style_sheet() -> str:
+    return (_TEMPLATES / "report.css").read_text(encoding="utf-8")
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from bench.measures import KINDS, interval, leak, shown
@@ -23,6 +24,7 @@ COLUMNS = (
     Column.of_text("attack"),
     Column.of_text("knowledge", "What the attacker knows: blackbox, whitebox or oracle."),
     *map(Column.of_figure, ("accuracy", *LEAKS, "bytes", "protect", "recover")),
+    Column.of_text("declares", "Entropy of what is drawn for a face in bits, and epsilon by element and by image."),
 )
 
 
@@ -48,18 +50,25 @@ def summary(setting: Setting, number: int) -> Table:
     for defense, cells in setting.defenses.items():
         rows += [worst[defense]] if defense in worst else []
         rows += map(_measured, cells)
-        for printed in matching(cells[0].run.manifest.config.get("defense"), {cell.name for cell in cells}):
-            figures = {name: measured(name, printed.measure(name)) for name in ("accuracy", *LEAKS)}
-            attack = printed.attack or "none", f"published: {printed.source.short}"
-            rows.append(_row("published", defense, *attack, printed.knowledge or Entry().text, figures))
+        rows += printed_rows(defense, cells)
     caption = (
         f"Defence against attack: {subject(setting)}. In brackets the 95 % interval over identities (of speeds: the "
         "quartiles). 'Worst case' rows take, victim by victim, the attack that leaks most, beside the trivial guess "
         "that gets most; bold is the best defence by its worst case, where all were tried by the same attacks, which "
         f"were better than a guess. Figures that no run has are left out.{judged(setting)}"
     )
-    table = Table(f"summary-{number}", caption, COLUMNS, tuple(rows), tuple(_floors(setting)), headers=3)
+    table = Table(f"summary-{number}", caption, COLUMNS, tuple(rows), tuple(floor_rows(setting)), headers=3)
     return table.without_empty_columns()
+
+
+def printed_rows(defense: str, cells: Sequence[Cell]) -> list[Row]:
+    """What papers printed of a defence, under one of the attacks that it was tried by."""
+    rows = []
+    for printed in matching(cells[0].run.manifest.config.get("defense"), {cell.name for cell in cells}):
+        figures = {name: measured(name, printed.measure(name)) for name in ("accuracy", *LEAKS)}
+        attack = printed.attack or "none", f"published: {printed.source.short}"
+        rows.append(_row("published", defense, *attack, printed.knowledge or Entry().text, figures))
+    return rows
 
 
 def _row(
@@ -86,12 +95,12 @@ def _measured(cell: Cell) -> Row:
         ceiling = result.ceiling(name)
         note = "" if ceiling is None or ceiling.value is None else f"ceiling {shown(name, ceiling)}"
         figures[name] = measured(name, result.figure(name), note=note)
-    figures |= {"bytes": _bytes(cell), "protect": speed(cell, "protect")}
+    figures |= {"bytes": _bytes(cell), "protect": speed(cell, "protect"), "declares": _declared(cell)}
     figures["recover"] = speed(cell, f"recover {cell.name}", f"link {cell.name}", "recover", "link")
     return _row("measured", cell.defense, cell.attack, cell.verdict, cell.knowledge, figures)
 
 
-def _floors(setting: Setting) -> Iterator[Row]:
+def floor_rows(setting: Setting) -> Iterator[Row]:
     """The trivial floors, the highest of all runs."""
     guesses = {name: floors(setting.cells, name) for name in LEAKS}
     for label in dict.fromkeys(label for by_label in guesses.values() for label in by_label):
@@ -102,6 +111,23 @@ def _floors(setting: Setting) -> Iterator[Row]:
 def _bytes(cell: Cell) -> Entry:
     defense = cell.run.result.defense
     return Entry() if defense is None else Entry(f"{defense.bytes_per_face:,}", float(defense.bytes_per_face))
+
+
+def _declared(cell: Cell) -> Entry:
+    """The entropy and the privacy budgets that a defence claims."""
+    if (defense := cell.run.result.defense) is None:
+        return Entry()
+    entropy = [f"{defense.entropy_bits:,.1f} bits"] if defense.entropy_bits else []
+    budgets = defense.details.get("epsilon", {})
+    epsilon = ["ε " + ", ".join(f"{value:,.3g} by {name}" for name, value in budgets.items())] if budgets else []
+    return Entry("; ".join(entropy + epsilon) or Entry().text)
+
+
+def _client(cells: Sequence[Cell]) -> Entry:
+    """How fast a client protects many faces, and how long it needs for one."""
+    timed = (cell.run.result.throughput or {} for cell in cells)
+    times = [operations["protect"].latency_ms.median for operations in timed if "protect" in operations]
+    return replace(fastest(cells), note=f"{min(times):.3g} ms for one" if times else "")
 
 
 def speed(cell: Cell, *operations: str) -> Entry:
@@ -169,7 +195,7 @@ def _worst_row(defense: str, cells: Sequence[Cell], cases: Mapping[str, Worst], 
     over = f"over {len(done)} attack run{'s' * (len(done) != 1)}"
     over += "" if _whole(cells) else f"; incomplete: {failed} failed"
     over += "" if _above(cells) else f"; {NO_BETTER}"
-    figures |= {"bytes": _bytes(done[0]), "protect": fastest(cells)}
+    figures |= {"bytes": _bytes(done[0]), "protect": _client(cells), "declares": _declared(done[0])}
     return _row("worst", defense, "worst case", over, "any", figures)
 
 

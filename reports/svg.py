@@ -89,6 +89,14 @@ class Drawing:
         """All of the words."""
         return f"{'; '.join(self.told)}.{self.closing}"
 
+    def file(self, style: str) -> str:
+        """An SVG file that stands alone, in the colours that ``style``, the style sheet of the page, defines first."""
+        colours = style.partition("* {")[0]
+        paper = '<rect width="100%" height="100%" fill="var(--paper)"/>'
+        start, end, rest = self.svg.partition(">")
+        start = start.replace("<svg", '<svg color="var(--ink)"', 1)
+        return f'<?xml version="1.0" encoding="utf-8"?>\n{start}{end}<style>{colours}</style>{paper}{rest}\n'
+
 
 @contextmanager
 def draw(
@@ -120,11 +128,15 @@ def draw(
 
 
 def series(place: int, *, line: bool = True, marker: bool = True) -> dict[str, Any]:
-    """Colour, line and marker of the series at ``place``: told apart in black and white, too."""
+    """Colour, line and marker of the series at ``place``: told apart in black and white, too.
+
+    Colours come again after eight series, with another line and marker each time: no two of 64 are alike.
+    """
+    shape = place + place // len(SERIES)
     return {
         "color": SERIES[place % len(SERIES)],
-        "linestyle": LINES[place % len(LINES)] if line else "none",
-        "marker": MARKERS[place % len(MARKERS)] if marker else "none",
+        "linestyle": LINES[shape % len(LINES)] if line else "none",
+        "marker": MARKERS[shape % len(MARKERS)] if marker else "none",
     }
 
 

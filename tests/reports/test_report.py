@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -252,8 +253,11 @@ def test_leaderboard(tmp_path):
     write_run(runs / "c", protocol="1", defense="blur")
     write_run(runs / "d", defense="noise", error="broke")
     files = write_leaderboard(runs, tmp_path / "board")
-    assert [file.name for file in files] == ["leaderboard.html", "leaderboard.md", "leaderboard.csv"]
-    page, md, table = (file.read_text(encoding="utf-8") for file in files)
+    tables, figures = files[:3], files[3:]
+    assert [file.name for file in tables] == ["leaderboard.html", "leaderboard.md", "leaderboard.csv"]
+    names = (f"utility-{figure}-{number}.svg" for figure in ("ssim", "type1-tar") for number in (1, 2))
+    assert {file.name for file in figures} == set(names)
+    page, md, table = (file.read_text(encoding="utf-8") for file in tables)
     rows = list(csv.DictReader(io.StringIO(table)))
     assert {(row["protocol"], row["defense"]) for row in rows} == {("2", "partialface"), ("2", "noise"), ("1", "blur")}
     worst = {row["figure"]: row for row in rows if row["defense"] == "partialface"}
@@ -261,6 +265,14 @@ def test_leaderboard(tmp_path):
     assert worst["type1_tar"]["strongest"] == "unet (whitebox) on partialface"
     assert next(row["figure"] for row in rows if row["defense"] == "noise") == "failed"
     assert len(re.findall(r'<table id="board-\d"', page)) == 2
+    assert "published: ICCV 2023" in md
+    assert "floor: mean face" in md
+    for figure in figures:  # each stands alone, with the colours that it uses
+        drawn = figure.read_text(encoding="utf-8")
+        assert ElementTree.fromstring(drawn).tag == "{http://www.w3.org/2000/svg}svg"
+        used = set(re.findall(r"var\((--[\w-]+)\)", drawn))
+        assert used
+        assert all(f"{name}: #" in drawn for name in used)
     for document in (page, md):
         assert "protocol 1" in document
         assert "protocol 2" in document
@@ -285,7 +297,9 @@ def test_leaderboard_writes_beside_the_runs(bench, tmp_path):
     write_run(tmp_path / "runs" / "a")
     code, out, _ = bench("leaderboard", tmp_path / "runs")
     assert code == 0
-    assert out.split() == [str(tmp_path / "runs" / f"leaderboard.{kind}") for kind in ("html", "md", "csv")]
+    written = [f"leaderboard.{kind}" for kind in ("html", "md", "csv")]
+    written += [f"utility-{figure}-1.svg" for figure in ("ssim", "type1-tar")]
+    assert out.split() == [str(tmp_path / "runs" / name) for name in written]
     assert bench("leaderboard", tmp_path / "runs")[0] == 0, "its own files are no runs"
 
 

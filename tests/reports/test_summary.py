@@ -96,7 +96,7 @@ def test_a_defence_that_no_attack_has_opened_is_not_the_best_and_its_rows_say_wh
     facts = {defense: " ".join(fact.context for fact in facts) for defense, facts in findings(setting).items()}
     assert (NO_BETTER in facts["partialface"], NO_BETTER in facts["blur"]) == (True, False)
     board = write_leaderboard(tmp_path, tmp_path / "out")
-    assert all(NO_BETTER in path.read_text() for path in board)
+    assert all(NO_BETTER in path.read_text() for path in board if path.suffix != ".svg")
     assert NO_BETTER in report_csv([setting])
 
 
