@@ -60,7 +60,7 @@ _RC: dict[Any, Any] = {
 }
 _SVG = "http://www.w3.org/2000/svg"
 _HREF = "{http://www.w3.org/1999/xlink}href"
-_LEGEND_LINE = 0.165
+_LEGEND_LINE = 0.142
 _LONGEST_LABEL = 58
 #: Width on a page, so that letters have one size in all figures.
 _REM_PER_INCH = 7.2
