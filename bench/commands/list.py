@@ -11,13 +11,18 @@ from rich.console import Group, RenderableType
 
 from bench.commands.console import show, table
 from bench.commands.flags import AsJson, default_text
-from bench.plugins import Option, attacks, defenses, describe
+from bench.errors import UsageError
+from bench.plugins import Option, attacks, defenses, describe, make_defense
 from bench.registry import pick
 from bench.run.config import DATA, INTERCEPTIONS, Setting, settings
 
 if TYPE_CHECKING:
     from attacks.base import Attack
     from defenses.base import Defense
+
+
+#: Side of the faces in pixels for which is said how much a defence sends.
+_SIZE = 64
 
 
 def list_(
@@ -62,6 +67,7 @@ def _defenses() -> list[dict[str, Any]]:
             "level": defense.level,
             "trainable": defense.trainable,
             "fidelity": defense.fidelity,
+            f"bytes ({_SIZE} px)": _bytes(name),
             "hidden": defense.hidden,
             "learns": defense.learns,
             "departures": dict(defense.departures),
@@ -71,8 +77,16 @@ def _defenses() -> list[dict[str, Any]]:
                 if figure.defense == defense.name
             },
         }
-        for _, defense in defenses().items()
+        for name, defense in defenses().items()
     ]
+
+
+def _bytes(name: str) -> int | None:
+    """What a defence sends of a face; None of one that has no default options."""
+    try:
+        return make_defense(name, {}, "cpu", _SIZE).bytes_per_face()
+    except UsageError:
+        return None
 
 
 def _attacks() -> list[dict[str, Any]]:
