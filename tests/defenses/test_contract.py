@@ -156,10 +156,11 @@ def test_states(defense):
 
 
 def test_a_pinned_state_is_used(defense):
-    drawn = defense.draw(5, generator(1))
+    draws = generator(1)
+    drawn = defense.draw(5, draws)
     if drawn is None:
         pytest.skip("draws no state")
-    first = defense.protect(_faces(), generator(2), state=drawn)
+    first = defense.protect(_faces(), draws, state=drawn)  # noise is drawn after the state
     assert torch.equal(first.state, drawn)
     assert torch.equal(first.representation, defense.protect(_faces(), generator(1)).representation)
 
