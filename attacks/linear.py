@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, Observation, RecoveryAttack
 from attacks.parts.exposure import in_chunks, split_identities, tamed
 from attacks.parts.gaussian_prior import GaussianPrior
-from attacks.parts.noise import ROUNDING, chunk_of, fresh_share, residuals, spread
+from attacks.parts.noise import ROUNDING, chunk_of, fresh_share, not_shared, residuals, spread
 from attacks.parts.operators import LinearMaps, Weighted, linear_maps, why_not_linear
 from attacks.parts.posterior import (
     IterativePosterior,
@@ -29,7 +30,7 @@ from attacks.parts.posterior import (
 from attacks.parts.states import ReaderOptions, StateLikelihood, StateReader
 from bench.images import to_float
 from bench.randomness import derived
-from defenses.base import Defense, LinearOperator, SeparableSum
+from defenses.base import Defense, LinearOperator, SeparableSum, noise_is_shared
 from defenses.layout import row_numbers
 
 #: Faces whose representations are compared with the exact map to measure the noise.
@@ -95,12 +96,14 @@ class Linear(RecoveryAttack):
     ``blackbox`` also infers the secret table from intercepted traffic or, where the secret is no such table, estimates
     the secret map from what the client sends of chosen pictures. Interceptions of one face are combined in one
     posterior. Where the noise is not the same everywhere, values count by what each of them has of it; what is drawn
-    anew for every interception averages out.
+    anew for every interception averages out. Noise that one batch of faces shares is estimated from their mean, about
+    which more is known than about each, and taken off: their differences are free of it.
 
     Attributes:
         noise: float64 () buffer, the standard deviation of what is sent around the exact map.
         spread: float64 (1, 1, 1), (C, 1, 1) or (C, h, w) buffer, that of each value in units of it.
         fresh: float64 () buffer, the share of the noise's variance that is drawn anew for every interception.
+        shared: float64 () buffer, the standard deviation of noise that all faces of a batch share; 0 where none do.
         by_likelihood: bool () buffer, whether states are read by likelihood although layouts could be told apart.
     """
 
@@ -121,6 +124,7 @@ class Linear(RecoveryAttack):
     noise: Tensor
     spread: Tensor
     fresh: Tensor
+    shared: Tensor
     by_likelihood: Tensor
     reader: StateReader
 
@@ -148,6 +152,7 @@ class Linear(RecoveryAttack):
         self.register_buffer("noise", torch.ones((), dtype=torch.float64))
         self.register_buffer("spread", torch.ones(1, 1, 1, dtype=torch.float64))
         self.register_buffer("fresh", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("shared", torch.zeros((), dtype=torch.float64))
         self.register_buffer("by_likelihood", torch.tensor(False))
         self._forget()
 
@@ -188,7 +193,8 @@ class Linear(RecoveryAttack):
         told = {"noise": float(self.noise)}
         if self.spread.numel() > 1:
             told |= {"noise_least": float(self.spread.min()), "noise_most": float(self.spread.max())}
-        return told | ({"noise_fresh": float(self.fresh)} if float(self.fresh) > _FRESH else {})
+        told |= {"noise_fresh": float(self.fresh)} if float(self.fresh) > _FRESH else {}
+        return told | ({"noise_shared": float(self.shared)} if self.shared else {})
 
     def _colour_of(self, operator: LinearOperator) -> Tensor:
         """The colour matrix of the map or, where it does not tell, a symmetric one with the same Gram matrix."""
@@ -253,7 +259,10 @@ class Linear(RecoveryAttack):
         """Of what is sent around the exact map: how large it is, where, and how much of it is fresh."""
         maps, device = self.maps, self.prior.mean.device
         index = torch.randint(len(faces), (_NOISE_FACES,), generator=derived(seed, "noise faces"))
-        chunks = faces[index.to(faces.device)].split(chunk_of(math.prod(self.mechanism.representation_shape)))
+        together = chunk_of(math.prod(self.mechanism.representation_shape))
+        # What is drawn for a batch differs between the maps of several states: no mean has it for itself.
+        shared = len(maps.operators) == 1 and noise_is_shared(self.reader.mechanism)
+        chunks = faces[index.to(faces.device)].split(1 if shared else together)
         targets = (to_float(chunk.to(device)) for chunk in chunks)
         found = residuals(maps, targets, derived(seed, "noise"))
         off, whole = (math.sqrt(float(tamed(of_faces).mean())) for of_faces in (found.noise, found.energy))
@@ -261,7 +270,11 @@ class Linear(RecoveryAttack):
         if off <= ROUNDING * whole:
             return
         again = to_float(faces[index.to(faces.device)].to(device))
-        fresh = fresh_share(maps, again, derived(seed, "noise again"))
+        if shared:
+            self.shared.copy_(self.noise)
+            alone = not_shared(maps, again[: max(2, together)], derived(seed, "noise of a batch"))
+            self.noise.fill_(max(alone, _ROUNDING * whole, 1e-12))
+        fresh = 0.0 if shared else fresh_share(maps, again, derived(seed, "noise again"))
         self.fresh.fill_(1 if fresh > 1 - _FRESH else fresh)
         if maps.nuisance is None and maps.gains is None and (relative := spread(found)) is not None:
             self.spread = relative.to(device)
@@ -302,7 +315,9 @@ class Linear(RecoveryAttack):
         if self._maps is None or self._maps[0] is not mechanism:
             self._forget()
             maps = linear_maps(mechanism)
-            self._maps = mechanism, maps if self.spread.numel() == 1 else maps.weighted(1 / self.spread)
+            # Noise that is shared is taken off first, and what it leaves is the same everywhere.
+            weighs = self.spread.numel() > 1 and not self.shared
+            self._maps = mechanism, maps.weighted(1 / self.spread) if weighs else maps
         return self._maps[1]
 
     def _operators(self) -> tuple[list[bytes], Sequence[LinearOperator]]:
@@ -398,6 +413,7 @@ class Linear(RecoveryAttack):
 
     def run(self, observation: Observation) -> Tensor:
         """Posterior means (N, 3, H, W), not clipped."""
+        observation = replace(observation, representations=self.without_shared(observation.representations))
         representations, rows = observation.representations, self.rows(observation)
         size, device = self.prior.size, self.prior.mean.device
         out = torch.empty(len(rows), 3, size, size, dtype=torch.float64, device=device)
@@ -406,6 +422,30 @@ class Linear(RecoveryAttack):
         for part in torch.tensor(sorted(range(len(sets)), key=sets.__getitem__)).split(self.options.batch_size):
             sent = representations[part.to(representations.device)]
             out[part.to(device)] = self.estimate(sent, rows[part.to(rows.device)])
+        return out
+
+    def without_shared(self, representations: Tensor) -> Tensor:
+        """Interceptions (N, k, C, h, w) of one batch without the noise that the N faces share, if they do.
+
+        Their mean is A times a mean face, plus that noise: the mean face is estimated as any other, but from a prior of
+        1/N of the variance, and what it leaves of the mean is the noise. For differences from the mean, which are
+        independent of it, nothing is lost, and the whole is the posterior mean given all N faces.
+        """
+        if not self.shared:
+            return representations
+        count, turns = representations.shape[:2]
+        maps = self.maps.weighted(1 / self.spread)
+        # In units in which the prior is that of a single face.
+        noise = float(self.shared) * math.sqrt(count / turns)
+        posterior = IterativePosterior(self.covariance, maps.operators[0], noise, self.options.iterations)
+        mean, face = representations.to(self.noise).mean(dim=0), self.mean_face()[None]
+        clean = maps.clean(mean.mean(dim=0, keepdim=True))
+        face = face + posterior(clean - self._expected(maps.operators[0], face))
+        noises = self.maps.clean(mean) - self._expected(self.maps.operators[0], face)
+        if (channels := maps.channels) is None:
+            return (representations - noises).to(representations)
+        out = representations.clone()
+        out[:, :, channels.to(out.device)] -= noises.to(out)
         return out
 
     def rows(self, observation: Observation) -> Tensor:
@@ -440,7 +480,8 @@ class Linear(RecoveryAttack):
     def likelihood(self) -> StateLikelihood:
         """Of the operators, made when it is first asked for."""
         if self._likelihood is None:
-            shape = self.reader.mechanism.representation_shape
+            channels, height, width = self.reader.mechanism.representation_shape
+            shape = channels if self.maps.channels is None else len(self.maps.channels), height, width
             self._likelihood = StateLikelihood(self.covariance, self.maps.operators, float(self.noise), shape)
         return self._likelihood
 
@@ -455,8 +496,9 @@ class Linear(RecoveryAttack):
 
     def _clean(self, representations: Tensor) -> Tensor:
         """Interceptions (N, k, C, h, w) as the operators make them, of a random gain of one."""
-        if self.maps.nuisance is not None or self.maps.weights is not None:
-            clean = self.maps.clean(representations.flatten(0, 1).to(self.noise))
+        maps = self.maps
+        if any(part is not None for part in (maps.nuisance, maps.weights, maps.channels)):
+            clean = maps.clean(representations.flatten(0, 1).to(self.noise))
             representations = clean.unflatten(0, representations.shape[:2])
         return self._levelled(representations)
 

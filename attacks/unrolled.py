@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Observation
 from attacks.linear import EstimateOptions, Linear, LinearOptions
@@ -43,7 +44,7 @@ class UnrolledOptions(InversionOptions, EstimateOptions):
 
 
 class Unrolled(InversionAttack):
-    """A U-Net fed with the linear estimate and with how far it may be off, trained on public faces.
+    """A U-Net fed with the linear estimate, how far it may be off, and what is not linear, trained on public faces.
 
     The estimate and the knowledge of states are those of :class:`~attacks.linear.Linear` on the same rung. Of k > 1
     interceptions each is treated by itself; their average is then made consistent with all of them together. The
@@ -92,7 +93,11 @@ class Unrolled(InversionAttack):
         self.linear.prepare(_only(adversary, training))
         size = adversary.faces.shape[-1]
         self.register_buffer("spread", torch.ones(len(self.linear.maps.operators), 3, size, size))
-        network = UNetNetwork(6, size, self.options)
+        channels, linear = self.linear.reader.mechanism.channels, self.linear.maps.channels
+        kept = torch.ones(channels, dtype=torch.bool)
+        kept[slice(None) if linear is None else linear.cpu()] = False
+        self._rest = kept.nonzero().flatten()
+        network = UNetNetwork(6 + len(self._rest), size, self.options)
         network.mean_face.zero_()  # it proposes a change, not a face
         self.network = network.to(memory_format=torch.channels_last)
         self._build_range()
@@ -126,20 +131,35 @@ class Unrolled(InversionAttack):
         shown: list[tuple[Tensor, Tensor | None]] = []
         for number, index in enumerate(trainer.sample(_STATISTICS_FACES, "statistics").split(_CHUNK)):
             protected = exposure.protect(trainer.floats(index), "statistics", number)
-            self._widen_range(protected.representation)
-            shown.append((self._inputs(protected.representation, protected.state)[0], None))
+            view = self._view(protected.representation)
+            self._widen_range(view)
+            shown.append((self._inputs(view, protected.state)[0], None))
         mean, std = channel_statistics(shown, len(self.network.mean))
         self.network.mean.copy_(mean)
         self.network.std.copy_(std)
+
+    def _view(self, representations: Tensor) -> Tensor:
+        """Without the noise that a batch shares."""
+        return self.linear.without_shared(representations[:, None])[:, 0]
+
+    def _views_of(self, representations: Tensor) -> Tensor:
+        return self.linear.without_shared(representations).flatten(0, 1)
 
     def _inputs(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor]:
         return (self._show(representations, self.linear.rows_of(states, representations)),)
 
     def _show(self, representations: Tensor, rows: Tensor) -> Tensor:
-        """The linear estimates from one interception each, and their spread: float32 (N, 6, H, W)."""
+        """The linear estimates from one interception each, their spread, and the R channels that are not linear.
+
+        float32 (N, 6 + R, H, W).
+        """
         with torch.no_grad():
             estimate = self.linear.estimate(representations[:, None], rows[:, None]).to(self.spread)
-        return torch.cat((estimate, self.spread[rows.to(self.spread.device)]), dim=1)
+        shown = [estimate, self.spread[rows.to(self.spread.device)]]
+        if len(self._rest):
+            rest = representations[:, self._rest.to(representations.device)].to(self.spread)
+            shown.append(functional.interpolate(rest, tuple(estimate.shape[2:]), mode="bilinear", align_corners=False))
+        return torch.cat(shown, dim=1)
 
     def _predict(self, network: nn.Module, inputs: tuple[Tensor | None, ...]) -> Tensor:
         shown = inputs[0]
@@ -150,6 +170,8 @@ class Unrolled(InversionAttack):
     def run(self, observation: Observation) -> Tensor:
         """Faces (N, 3, H, W), not clipped."""
         self._check_range(observation)
+        sent = self.linear.without_shared(observation.representations)
+        observation = replace(observation, representations=sent)
         rows = self.linear.rows(observation).cpu()
         faces = []
         for sent, some in zip(observation.representations.split(_CHUNK), rows.split(_CHUNK), strict=True):

@@ -368,12 +368,13 @@ class Defense(nn.Module, ABC):
         *,
         state: Tensor | None = None,
         keys: Tensor | None = None,
+        shared: torch.Generator | None = None,
     ) -> Protected:
         """Protect a batch with a random stream of its own for every face, so that none depends on its turn.
 
-        States are drawn one by one. A defence that draws more than its state (noise) is asked for one face at a time.
-        There are N ``generators``; a stream that stands there twice goes on where it was. The rest is as for
-        :meth:`protect`.
+        States are drawn one by one. A defence that draws more than its state (noise) is asked for one face at a time,
+        unless there is a stream for what all faces ``shared`` (:func:`noise_is_shared`). There are N ``generators``; a
+        stream that stands there twice goes on where it was. The rest is as for :meth:`protect`.
 
         Raises:
             ValueError: as :meth:`protect`.
@@ -387,6 +388,8 @@ class Defense(nn.Module, ABC):
 
         state = each(self.draw) if state is None else state
         keys = each(self.draw_keys) if keys is None else keys
+        if shared is not None:
+            return self.protect(faces, shared, state=state, keys=keys)
 
         def some(rows: slice) -> Tensor:
             pinned, key = (None if drawn is None else drawn[rows] for drawn in (state, keys))
@@ -402,6 +405,11 @@ class Defense(nn.Module, ABC):
 
     def linear_operator(self, state: Tensor | None) -> LinearOperator | None:
         """The map for one ``state``, int64 (D,), where it is linear up to an offset and noise, else None."""
+        return None
+
+    @property
+    def linear_channels(self) -> Tensor | None:
+        """The channels of a representation that :meth:`linear_operator` makes, int64, ascending; None for all."""
         return None
 
     def canonical(self, representation: Tensor, state: Tensor | None) -> Tensor:
@@ -490,6 +498,32 @@ class TemplateDefense(Defense):
     def keyed_transform(self, faces: Tensor, state: Tensor | None, keys: Tensor, generator: torch.Generator) -> Tensor:
         """Templates under keys, (N, T, 1, 1)."""
         return self.enrol(self.embed(faces), keys, generator)[..., None, None]
+
+
+@torch.no_grad()
+def noise_is_shared(defense: Defense) -> bool:
+    """Whether one draw of noise serves all faces of a batch, declared or not.
+
+    It does where two equal faces of a batch are sent alike, in one state and under one key, and otherwise next time.
+    """
+    if defense.shares_noise:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    device = next((tensor.device for tensor in (*defense.buffers(), *defense.parameters())), torch.device("cpu"))
+    size = defense.image_size
+    faces = torch.rand(1, 3, size, size, generator=generator).to(device).expand(2, -1, -1, -1)
+    state, keys = defense.draw(1, generator), defense.draw_keys(1, generator)
+    pinned = {"state": _twice(state), "keys": _twice(keys)}
+    first, again = (defense.protect(faces, generator, **pinned).representation for _ in range(2))
+    within, between, level = (
+        float(part.square().mean().sqrt()) for part in (first[0] - first[1], first - again, first)
+    )
+    # Sums are rounded otherwise in another place of a batch.
+    return between > 1e-6 * level and within <= 1e-4 * between
+
+
+def _twice(drawn: Tensor | None) -> Tensor | None:
+    return None if drawn is None else drawn.expand(2, -1)
 
 
 def _copy(tensor: Tensor | None) -> Tensor | None:

@@ -45,8 +45,9 @@ class InstaHide(Defense):
     """z = s (w_1 x + w_2 p_2 + ... + w_k p_k), (N, 3, H, W), x and p normalised by the channel.
 
     w = |N(0, 1)|, divided by their sum and drawn again while one exceeds ``largest``; s is +-1, drawn for every
-    element; the p are drawn with replacement from a public pool. All of it is fresh for each face. The state of a face, int64
-    (k - 1,), holds the numbers of the pictures that were mixed in; coefficients and signs are no countable state.
+    element; the p are drawn with replacement from a public pool. All of it is fresh for each face. The state of a
+    face, int64 (k - 1,), holds the numbers of the pictures that were mixed in; coefficients and signs are no countable
+    state.
 
     Simplified in one respect: the paper mixes labels as it mixes faces, with those of one training batch. A recogniser
     here is trained on queries as they are sent, a face among public pictures, with the label of the face alone.

@@ -205,6 +205,10 @@ class InversionAttack(RecoveryAttack):
         self.low.copy_(torch.minimum(self.low, low))
         self.high.copy_(torch.maximum(self.high, high))
 
+    def _views_of(self, representations: Tensor) -> Tensor:
+        """Views (N k, C', h, w) of interceptions (N, k, C, h, w)."""
+        return in_chunks(self._view, representations.flatten(0, 1))
+
     def _check_range(self, observation: Observation) -> None:
         """Refuse input unlike the representations of public faces, and a missing state.
 
@@ -216,7 +220,7 @@ class InversionAttack(RecoveryAttack):
         knows = self.adversary.knowledge is Knowledge.ORACLE
         if knows and observation.states is None and self.mechanism.draw(1, torch.Generator()) is not None:
             raise ValueError(f"{self.name} at oracle needs the states of the intercepted faces")
-        values = in_chunks(self._view, observation.representations.detach().to(self.low.device).flatten(0, 1))
+        values = self._views_of(observation.representations.detach().to(self.low.device))
         width = (self.high - self.low).clamp(min=1e-6)
         low = (self.low - _RANGE_MARGIN * width)[:, None, None]
         high = (self.high + _RANGE_MARGIN * width)[:, None, None]

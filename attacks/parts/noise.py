@@ -128,3 +128,10 @@ def fresh_share(maps: LinearMaps, faces: Tensor, generator: torch.Generator) -> 
             common += float(rows.sum(dim=0).square().sum()) - alone
             both += alone / len(rows) * pairs
     return min(1.0, max(0.0, 1 - common / both)) if both > 0 else 0.0
+
+
+@torch.no_grad()
+def not_shared(maps: LinearMaps, faces: Tensor, generator: torch.Generator) -> float:
+    """Standard deviation of what is left of ``faces`` (n, 3, H, W), n > 1, sent in one batch, beside what all share."""
+    left = torch.cat([left for left, _, _ in _sent(maps, faces, generator)])
+    return float((left - left.mean(dim=0)).square().mean().sqrt()) * math.sqrt(len(left) / (len(left) - 1))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from defenses.base import Defense, LinearOperator
+from defenses.base import Defense, LinearOperator, Shape
 from defenses.layout import row_numbers
 
 DECLARED = "declared"
@@ -37,6 +37,8 @@ _PER_STATE = 8
 #: are noise to be measured; and that of rounding in float32.
 _SUPERPOSITION = 1e-2
 _ROUNDING = 8 * 2.0**-24
+#: The error of a channel that is linear beside others that are not: a network may bend one but slightly.
+_OF_PART = 1e-3
 #: Relative difference below which two draws are one.
 _SAME = 1e-6
 #: Draws whose offsets tell what varies in them, and how far a direction stands out of the others.
@@ -81,6 +83,8 @@ class LinearMaps:
             everything; all operators, and what is intercepted, are taken without them (:meth:`clean`).
         gains: what scales the one operator at random, if anything does.
         details: of how they were found, for the result.
+        channels: int64 (C,), the channels of a representation that the operators make (:meth:`clean` picks them out),
+            where others are no linear map; None for all.
         weights: float64 (C, h, w) or broadcastable to it: what operators, and what is intercepted (:meth:`clean`), are
             multiplied by, so that the noise is the same everywhere.
     """
@@ -91,10 +95,13 @@ class LinearMaps:
     nuisance: Tensor | None = None
     gains: Gains | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    channels: Tensor | None = None
     weights: Tensor | None = None
 
     def clean(self, representations: Tensor) -> Tensor:
         """``representations`` (N, C, h, w), float64, as the operators make them: without the nuisance, weighted."""
+        if self.channels is not None:
+            representations = representations[:, self.channels.to(representations.device)]
         if self.nuisance is not None:
             representations = _without(self.nuisance, representations)
         return representations if self.weights is None else representations * self.weights.to(representations)
@@ -119,8 +126,7 @@ def why_not_linear(mechanism: Defense) -> str | None:
     if _declared(mechanism) is not None:
         return None
     try:
-        pins = _Pins(mechanism)
-        pins.check()
+        pins = _pinned(mechanism)[0]
         if mechanism.states() is None:
             maps = _Groups()
             for seed in range(_FIRST_DRAWS):
@@ -149,7 +155,37 @@ def _declared(mechanism: Defense) -> LinearMaps | None:
             return sent.representation, torch.zeros(len(faces), dtype=torch.int64)
         return sent.representation, row_numbers(sent.state.cpu(), listed.cpu())
 
-    return LinearMaps(operators, DECLARED, send)
+    channels = mechanism.linear_channels
+    return LinearMaps(operators, DECLARED + _share(mechanism, channels), send, channels=channels)
+
+
+def _share(mechanism: Defense, channels: Tensor | None) -> str:
+    return "" if channels is None else f", in {len(channels)} of {mechanism.channels} channels"
+
+
+class _Channels(Defense):
+    """Some channels of what a defence sends."""
+
+    name = "channels"
+    summary = "some channels of a defence"
+
+    def __init__(self, whole: Defense, channels: Tensor) -> None:
+        super().__init__(image_size=whole.image_size)
+        self.__dict__["name"], self.level = whole.name, whole.level  # type: ignore[misc]
+        self.whole, self.kept = whole, channels
+
+    @property
+    def representation_shape(self) -> Shape:
+        return (len(self.kept), *self.whole.representation_shape[1:])
+
+    def states(self) -> Tensor | None:
+        return self.whole.states()
+
+    def draw(self, count: int, generator: torch.Generator, labels: Tensor | None = None) -> Tensor | None:
+        return self.whole.draw(count, generator, labels)
+
+    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
+        return self.whole.transform(faces, state, generator)[:, self.kept.to(faces.device)]
 
 
 # -- what is drawn, pinned -----------------------------------------------------------------------
@@ -265,22 +301,34 @@ class _Pins:
         return all(_same(own, sent.representation.double(), 1e-4) for own, sent in zip(ours, theirs, strict=True))
 
     @torch.no_grad()
-    def check(self) -> None:
+    def check(self) -> Tensor | None:
         """See whether superposition holds.
+
+        Returns:
+            The channels in which it does, int64, where that is not all of them.
 
         Raises:
             ValueError: it does not, or draws are not pinned by their generator; or faces cannot be sent at all.
         """
         name, weights = self.mechanism.name, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64, device=self.device)
         mixture = torch.einsum("n,nchw->chw", weights, self.probes)[None]
+        whole, linear = True, torch.ones(self.mechanism.channels, dtype=torch.bool, device=self.device)
         for seed in range(2):
             sent = self.sent(torch.cat((self.probes, mixture)), seed)
             if not _same(sent[:1], self.sent(self.probes[:1], seed)):
                 raise ValueError(f"{name} is not a linear defence: it draws more than its generator tells")
             error = sent[3] - torch.einsum("n,nchw->chw", weights, sent[:3])
-            change, level = (float(part.square().mean().sqrt()) for part in (sent[0] - sent[2], sent))
-            if not float(error.square().mean().sqrt()) <= _SUPERPOSITION * change + _ROUNDING * level or change == 0:
-                raise ValueError(f"{name} is not a linear defence")
+            change = sent[0] - sent[2]
+            of_all, of_change, level = (float(part.square().mean().sqrt()) for part in (error, change, sent))
+            whole &= of_all <= _SUPERPOSITION * of_change + _ROUNDING * level and of_change != 0
+            off, moved = (part.square().mean(dim=(1, 2)).sqrt() for part in (error, change))
+            levels = sent.square().mean(dim=(0, 2, 3)).sqrt()
+            linear &= (off <= _OF_PART * moved + _ROUNDING * levels) & (moved > _ROUNDING * levels)
+        if whole:
+            return None
+        if not bool(linear.any()) or bool(linear.all()):
+            raise ValueError(f"{name} is not a linear defence")
+        return linear.nonzero().flatten()
 
 
 def _same(first: Tensor, second: Tensor, tolerance: float = _SAME) -> bool:
@@ -416,8 +464,7 @@ class _Draw:
 
 @torch.no_grad()
 def _found(mechanism: Defense) -> LinearMaps:
-    pins = _Pins(mechanism)
-    pins.check()
+    pins, channels = _pinned(mechanism)
     listed = mechanism.states()
     details: dict[str, Any] = {}
     gains = None
@@ -453,7 +500,14 @@ def _found(mechanism: Defense) -> LinearMaps:
             sent.append(mechanism.protect(face, draw, state=pinned).representation)
         return torch.cat(sent), rows
 
-    return LinearMaps(operators, UNDECLARED, send, nuisance, gains, details)
+    return LinearMaps(operators, UNDECLARED + _share(mechanism, channels), send, nuisance, gains, details, channels)
+
+
+def _pinned(mechanism: Defense) -> tuple[_Pins, Tensor | None]:
+    """The mechanism's draws pinned, in the channels that are linear, and these where they are not all."""
+    pins = _Pins(mechanism)
+    channels = pins.check()
+    return (pins, None) if channels is None else (_Pins(_Channels(mechanism, channels.cpu())), channels.cpu())
 
 
 def _sketches(pins: _Pins, seed: int, state: Tensor | None = None) -> tuple[Tensor, Tensor, float]:

@@ -43,7 +43,7 @@ from bench.run.machines import synchronise
 from bench.run.provider import Stages, failing_as
 from bench.run.service import Client, Service, class_centres, score_query, traffic_query
 from bench.run.stage import CODE, Job, make_key, plugin_code, tensor_job
-from defenses.base import Defense
+from defenses.base import Defense, noise_is_shared
 from defenses.layout import probe, row_numbers
 
 
@@ -304,7 +304,9 @@ class AttackStages:
         """What is sent for the victim ``images``, batch by batch, each image ``count`` times.
 
         Each image has a random stream of its own in each of the ``count`` turns: fewer interceptions are a part of
-        more, and what is sent of an image does not depend on the others. A client has one key for each ``stream``.
+        more, and what is sent of an image does not depend on the others. A client has one key for each ``stream``. The
+        noise of a defence that draws it once for a batch is the same for as many images as the configuration protects
+        at once; what is yielded together then shares it.
 
         Yields the images' indices (n,), representations (n, k, C, h, w) and true states (n, k, D), None where none are
         drawn.
@@ -312,12 +314,22 @@ class AttackStages:
         values = count * math.prod(defense.representation_shape)
         batch_size = max(1, min(batch_size or self.config.batch_size, REPRESENTATION_VALUES // values))
         turns = [self.streams.numbered(f"{stream}/{turn}") for turn in range(count)]
-        keys = self.stages.victim_keys(defense, stream)
-        for index in images.split(batch_size):
+        keys, shares = self.stages.victim_keys(defense, stream), noise_is_shared(defense)
+        batches = images.split(self.config.batch_size) if shares else [images]
+        for number, index in (
+            (number, part) for number, batch in enumerate(batches) for part in batch.split(batch_size)
+        ):
             faces = to_float(self.stages.splits.victims.images[index].to(self.fabric.device))
             held = None if keys is None else keys[index]
-            images_draws = [[draws(image) for image in index.tolist()] for draws in turns]
-            sent = [defense.protect_each(faces, generators, keys=held) for generators in images_draws]
+            sent = [
+                defense.protect_each(
+                    faces,
+                    [draws(image) for image in index.tolist()],
+                    keys=held,
+                    shared=self.streams.generator(f"{stream}/{turn}/shared/{number}") if shares else None,
+                )
+                for turn, draws in enumerate(turns)
+            ]
             states = [protected.state for protected in sent if protected.state is not None]
             representations = torch.stack([protected.representation for protected in sent], dim=1)
             yield index, representations, torch.stack(states, dim=1) if states else None

@@ -34,7 +34,7 @@ from bench.run.speed import provider_speed
 from bench.run.stage import Job, StageCache
 from bench.run.store import RunStore
 from bench.run.verification import measure_utility
-from defenses.base import Defense
+from defenses.base import Defense, noise_is_shared
 
 
 class Pipeline:
@@ -184,6 +184,11 @@ class Pipeline:
         linkage = {name: configs[name] for name in configs if isinstance(configs[name][-1].make(), LinkageAttack)}
         recovery = {name: configs[name] for name in configs if name not in linkage}
         findings = Findings(several=len(configs) > 1)
+        if noise_is_shared(defense):
+            findings.warnings.append(
+                f"noise shared: {defense.name} draws its noise once for a batch, so up to {self.config.batch_size} "
+                "victims were protected under one draw: differences between them are free of it"
+            )
         if recovery:
             run_recovery(attacks, recovery, defense, plain, store, findings)
         if linkage:

@@ -6,10 +6,13 @@ from interception import observe
 from linear_world import defense_of, error
 from pictures import smooth
 from undeclared import tinted
-from uneven import Windows
+from uneven import Partly, Shared, Windows
 
 from attacks.base import Observation
 from attacks.linear import Linear, LinearOptions
+from attacks.parts.posterior import IterativePosterior
+from attacks.unrolled import Unrolled, UnrolledOptions
+from defenses.base import noise_is_shared
 
 SIZE = 16
 
@@ -99,3 +102,89 @@ def test_rounding_is_no_fresh_noise(make_adversary):
     observation = observe(defense_of("blur"), smooth(4, 24, seed=50))
     twice = Observation(observation.representations.repeat(1, 2, 1, 1, 1))
     torch.testing.assert_close(attack.run(twice), attack.run(observation), rtol=0, atol=1e-7)
+
+
+# -- noise that a batch shares -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_noise_of_a_batch_is_taken_off(make_adversary, declared):
+    defense = type("Shared", (Shared,), {"shares": declared})(image_size=SIZE)
+    attack, report = fitted(make_adversary, defense)
+    assert report.details["noise_shared"] == pytest.approx(float(defense.scale.square().mean().sqrt()), rel=0.1)
+    assert report.details["noise"] < 1e-5
+    victims = tinted(8, SIZE, 50)
+    faces, observation = victims.float() / 255, observe(defense, victims)
+    recovered = attack.run(observation)
+    # Eight faces and one noise, all of them unknown, in one textbook solve.
+    operator, sent = defense.linear_operator(None), observation.representations[:, 0].double()
+    unit = torch.eye(3 * SIZE**2, dtype=torch.float64).view(-1, 3, SIZE, SIZE)
+    spread = operator(torch.cat([attack.covariance.times(part) for part in unit.split(64)])).flatten(1)
+    own = operator(spread.T.reshape(-1, 3, SIZE, SIZE)).flatten(1)
+    variance = torch.diag((attack.shared * attack.spread).square().expand(defense.representation_shape).flatten())
+    residual = (sent - operator(attack.mean_face()[None]) - operator.offset).flatten(1)
+    mean = residual.mean(dim=0)
+    of_mean = torch.linalg.solve(own / len(sent) + variance, mean) / len(sent)
+    rest = torch.linalg.lstsq(own, (residual - mean).T, rcond=1e-12, driver="gelsd").solution
+    exact = attack.mean_face() + (spread @ (rest + of_mean[:, None])).T.view(-1, 3, SIZE, SIZE)
+    torch.testing.assert_close(recovered, exact, rtol=0, atol=2e-3)
+    alone = torch.cat([attack.run(Observation(observation.representations[[i]])) for i in range(len(victims))])
+    assert error(recovered, faces) < 0.6 * error(alone, faces)
+
+
+def test_several_turns_show_the_shared_noise_better(make_adversary):
+    defense = Shared(image_size=SIZE)
+    attack, _ = fitted(make_adversary, defense)
+    victims = tinted(8, SIZE, 50)
+    errors = [error(attack.run(observe(defense, victims, k)), victims.float() / 255) for k in (1, 4)]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_the_network_sees_faces_without_the_noise_they_share(make_adversary):
+    defense = Shared(image_size=SIZE)
+    small = {"rank": 8, "widths": (8, 16), "steps": 40, "batch_size": 16, "learning_rate": 2e-3}
+    attack = Unrolled(UnrolledOptions(**small))
+    attack.learn(make_adversary(defense, faces=tinted(160, SIZE, 1)))
+    victims = tinted(16, SIZE, 50)
+    observation = observe(defense, victims, 2)
+    alone = torch.cat([attack.recover(Observation(observation.representations[[i]])) for i in range(16)])
+    faces = victims.float() / 255
+    assert error(attack.recover(observation), faces) < 0.7 * error(alone, faces)
+
+
+def test_sharing_is_seen_in_numbers():
+    assert noise_is_shared(type("Quiet", (Shared,), {"shares": False})(image_size=SIZE))
+    others = [of_kind("equal"), *(defense_of(name) for name in ("none", "noise", "partialface"))]
+    assert not any(noise_is_shared(defense) for defense in others)
+
+
+# -- what is linear in some channels alone -------------------------------------------------------
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_channels_that_are_linear_are_used(make_adversary, declared):
+    defense = type("Partly", (Partly,), {"declares": declared})(image_size=SIZE)
+    attack, report = fitted(make_adversary, defense)
+    assert report.details["linearity"].endswith(", in 2 of 4 channels")
+    assert report.details["noise"] == pytest.approx(0.02, rel=0.05)
+    assert attack.maps.channels.tolist() == [0, 3]
+    victims = tinted(12, SIZE, 50)
+    observation = observe(defense, victims)
+    operator = type("Told", (Partly,), {"declares": True})(image_size=SIZE).linear_operator(None)
+    kept = observation.representations[:, 0, [0, 3]]
+    exact = IterativePosterior(attack.covariance, operator, float(attack.noise), 400)
+    mean = attack.mean_face()[None]
+    expected = mean + exact(kept.double() - operator(mean))
+    # The offset of a map that nobody declared is the mean of some noisy draws.
+    torch.testing.assert_close(attack.run(observation), expected, rtol=0, atol=1e-5 if declared else 0.02)
+
+
+def test_the_network_is_shown_the_channels_that_are_not(make_adversary):
+    defense = Partly(image_size=SIZE)
+    attack = Unrolled(UnrolledOptions(rank=8, widths=(8, 16), steps=4, batch_size=16))
+    attack.learn(make_adversary(defense, faces=tinted(160, SIZE, 1)))
+    assert len(attack.network.mean) == 8
+    observation = observe(defense, tinted(4, SIZE, 50))
+    shown = attack._show(observation.representations[:, 0], torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(shown[:, 6:], observation.representations[:, 0, [1, 2]])
+    assert attack.recover(observation).shape == (4, 3, SIZE, SIZE)

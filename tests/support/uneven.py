@@ -70,3 +70,31 @@ class _Windows:
 
     def adjoint(self, representation: Tensor) -> Tensor:
         return functional.conv_transpose2d(representation, self.kernels.to(representation), padding=1)
+
+
+class Partly(Windows):
+    """Two of the windows, and between them features of a network."""
+
+    name = "partly"
+    kind = "equal"
+    declares = False
+
+    @property
+    def representation_shape(self):
+        return (4, self.image_size, self.image_size)
+
+    @property
+    def linear_channels(self):
+        return torch.tensor([0, 3]) if self.declares else None
+
+    def transform(self, faces, state, generator):
+        windows = _Windows(self.kernels)(faces)
+        sent = torch.stack((windows[:, 0], windows[:, 2].tanh(), windows[:, 3].square(), windows[:, 1]), dim=1)
+        return sent + 0.02 * torch.randn(sent.shape, generator=generator).to(sent)
+
+    def linear_operator(self, state):
+        return _Level(self.kernels[:2]) if self.declares else None
+
+
+class _Level(_Windows):
+    offset = torch.zeros(1, 1, 1, dtype=torch.float64)
