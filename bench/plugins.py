@@ -47,9 +47,9 @@ def _from_entry_point(entry: EntryPoint, load_base: Callable[[], type[C]]) -> ty
     return loaded
 
 
-def _registry(kind: str, package_name: str, base: str) -> Registry[type[Any]]:
+def _registry(kind: str, package_name: str, base: str, registry: Registry[type[Any]] | None = None) -> Registry[Any]:
     """The plug-ins of a package, and those of its entry points; each is imported when it is asked for."""
-    registry: Registry[type[Any]] = Registry(kind)
+    registry = Registry(kind) if registry is None else registry
     package = importlib.import_module(package_name)
     load_base = target(f"{package_name}.base:{base}")
     for module in pkgutil.iter_modules(package.__path__):
@@ -61,10 +61,36 @@ def _registry(kind: str, package_name: str, base: str) -> Registry[type[Any]]:
     return registry
 
 
+#: Between the names of defences through which a face is sent one after the other.
+CHAIN = "+"
+
+
+class _Defenses(Registry[type["Defense"]]):
+    """Defences by name and, as ``A+B``, chains of them, which are made on demand and not listed."""
+
+    def __init__(self) -> None:
+        super().__init__("defence")
+        self._chains: dict[str, type[Defense]] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and all(super(_Defenses, self).__contains__(part) for part in name.split(CHAIN))
+
+    def get(self, name: str) -> type[Defense]:
+        if CHAIN not in name:
+            return super().get(name)
+        if name not in self._chains:
+            members = [super(_Defenses, self).get(part.strip()) for part in name.split(CHAIN)]
+            try:
+                self._chains[name] = target("defenses.compose:chain")()(members)
+            except ValueError as error:
+                raise UsageError(f"defence {name}: {error}") from None
+        return self._chains[name]
+
+
 @functools.cache
 def defenses() -> Registry[type[Defense]]:
-    """All defences by name."""
-    return _registry("defence", "defenses", "Defense")
+    """All defences by name; one asked for as ``A+B`` is the chain of both."""
+    return _registry("defence", "defenses", "Defense", _Defenses())
 
 
 @functools.cache
@@ -187,7 +213,7 @@ def make_options(plugin: type[Defense] | type[Attack], values: dict[str, Any], p
     try:
         return plugin.Options.model_validate({**plugin.presets.get(preset, {}), **values})
     except ValidationError as error:
-        names = ", ".join(plugin.Options.model_fields) or "none"
+        names = ", ".join(option.name for option in describe(plugin.Options)) or "none"
         raise UsageError(f"{explain(error, f'{flag} of {plugin.name}')} (options: {names})") from None
 
 

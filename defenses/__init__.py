@@ -1,4 +1,5 @@
-"""Client-side defences, one file each; ``base`` holds the contract, ``frequency`` the shared operator."""
+"""Client-side defences, one file each; ``base`` holds the contract, ``frequency`` the shared operator,
+``compose`` chains of them."""
 
 #: Modules of this package that are not defences; every other file is one, named after its file.
-SUPPORT_MODULES = frozenset({"base", "client", "frequency", "laplace", "layout", "linear", "ranks"})
+SUPPORT_MODULES = frozenset({"base", "client", "compose", "frequency", "laplace", "layout", "linear", "ranks"})

@@ -157,7 +157,7 @@ class Defense(nn.Module, ABC):
     departures: ClassVar[Mapping[str, str]] = {}
     Options: ClassVar[type[DefenseOptions]] = DefenseOptions
     level: ClassVar[Literal["image", "feature", "template"]] = "image"
-    trainable: ClassVar[bool] = False
+    trainable: bool = False  # of a chain, its members and their options decide
     differentiable: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -184,6 +184,11 @@ class Defense(nn.Module, ABC):
             raise ValueError(f"image_size must be at least 8, got {image_size}")
         self.options = options
         self.image_size = image_size
+
+    @property
+    def members(self) -> tuple[Defense, ...]:
+        """This defence and those that it is made of: their code is its own."""
+        return tuple(module for module in self.modules() if isinstance(module, Defense))
 
     # -- what it sends ---------------------------------------------------------------------------
 
@@ -404,7 +409,10 @@ class Defense(nn.Module, ABC):
         return Protected(torch.cat(sent), state, keys)
 
     def linear_operator(self, state: Tensor | None) -> LinearOperator | None:
-        """The map for one ``state``, int64 (D,), where it is linear up to an offset and noise, else None."""
+        """The map for one ``state``, int64 (D,), where it is linear up to an offset and noise, else None.
+
+        Channels that are left out at random, and are sent as zeros, count as noise: they show.
+        """
         return None
 
     @property

@@ -1,4 +1,4 @@
-"""Additive noise on the pixels."""
+"""Additive noise on the pixels, or on what another defence sends."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from defenses.base import Defense, DefenseOptions
+from defenses.base import DefenseOptions
+from defenses.compose import PostProcess
 from defenses.laplace import laplace
-from defenses.linear import IdentityOperator
 
 
 class NoiseOptions(DefenseOptions):
@@ -23,12 +23,13 @@ class NoiseOptions(DefenseOptions):
         ge=0,
         le=1e6,
         allow_inf_nan=False,
-        description="standard deviation for faces in [0, 1], whichever the law (Laplace: b = scale / sqrt 2)",
+        description="standard deviation, whichever the law (Laplace: b = scale / sqrt 2), in the units of what is sent "
+        "(faces: [0, 1])",
     )
 
 
-class Noise(Defense):
-    """Independent noise on every value, not clipped: (N, 3, H, W), unbounded.
+class Noise(PostProcess):
+    """Independent noise on every value, not clipped: of a face (N, 3, H, W), unbounded.
 
     Clipping would be information lost for the recogniser and no protection. Fresh noise is drawn for each call; it is
     no countable state.
@@ -40,12 +41,9 @@ class Noise(Defense):
     options: NoiseOptions
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Noisy faces; the noise is drawn in float32 on the generator's device."""
+        """Noisy values; the noise is drawn in float32 on the generator's device."""
         if self.options.distribution == "gaussian":
             noise = torch.randn(faces.shape, generator=generator, device=generator.device)
         else:
             noise = laplace(faces.shape, generator) / math.sqrt(2)
         return faces + self.options.scale * noise.to(faces)
-
-    def linear_operator(self, state: Tensor | None) -> IdentityOperator:
-        return IdentityOperator(self.image_size)

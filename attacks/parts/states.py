@@ -251,7 +251,8 @@ class StateReader(nn.Module):
     @property
     def inferable(self) -> bool:
         """Whether the defence can be described by a table that was inferred."""
-        return type(self._given[1]).with_layouts is not Defense.with_layouts
+        secretive = [member for member in self._given[1].members if member.secret]
+        return all(type(member).with_layouts is not Defense.with_layouts for member in secretive)
 
     @property
     def _known_rows(self) -> Tensor:

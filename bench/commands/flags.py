@@ -17,7 +17,10 @@ from bench.run.config import Setting, nested
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of them.")]
 DefenseOptions = Annotated[
-    list[str] | None, typer.Option("-o", metavar="KEY=VALUE", help="Option of the defence; repeatable.")
+    list[str] | None,
+    typer.Option(
+        "-o", metavar="KEY=VALUE", help="Option of the defence, or of one of a chain: MEMBER.KEY=VALUE; repeatable."
+    ),
 ]
 AttackOptions = Annotated[
     list[str] | None,

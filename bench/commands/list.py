@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from bench.commands.console import show, table
 from bench.commands.flags import AsJson, default_text
 from bench.errors import UsageError
-from bench.plugins import Option, attacks, defenses, describe, make_defense
+from bench.plugins import CHAIN, Option, attacks, defenses, describe, make_defense
 from bench.registry import pick
 from bench.run.config import DATA, INTERCEPTIONS, Setting, settings
 
@@ -35,6 +35,8 @@ def list_(
     if name is None:
         show(entries, as_json, lambda: _table(entries))
         return
+    if _plural(kind) == "defenses" and CHAIN in name:
+        entries = [_defense(defenses().get(name))]
     entry = pick(kind.lower().removesuffix("s"), name, {entry["name"]: entry for entry in entries})
     show(entry, as_json, lambda: _entry(entry))
 
@@ -45,7 +47,11 @@ def catalogue(kind: str) -> list[dict[str, Any]]:
     Raises:
         UsageError: there is no such list.
     """
-    return pick("list", kind.lower().replace("defence", "defense").removesuffix("s") + "s", _MAKERS)()
+    return pick("list", _plural(kind), _MAKERS)()
+
+
+def _plural(kind: str) -> str:
+    return kind.lower().replace("defence", "defense").removesuffix("s") + "s"
 
 
 def _dump(options: Iterable[Option]) -> list[dict[str, Any]]:
@@ -59,26 +65,26 @@ def _plugin(plugin: type[Attack] | type[Defense]) -> dict[str, Any]:
 
 
 def _defenses() -> list[dict[str, Any]]:
+    return [_defense(defense) for _, defense in defenses().items()]
+
+
+def _defense(defense: type[Defense]) -> dict[str, Any]:
     from reports.published import published
 
-    return [
-        _plugin(defense)
-        | {
-            "level": defense.level,
-            "trainable": defense.trainable,
-            "fidelity": defense.fidelity,
-            f"bytes ({_SIZE} px)": _bytes(name),
-            "hidden": defense.hidden,
-            "learns": defense.learns,
-            "departures": dict(defense.departures),
-            "published": {
-                ", ".join((figure.source.short, *filter(None, (figure.attack, figure.knowledge)))): figure.values
-                for figure in published()
-                if figure.defense == defense.name
-            },
-        }
-        for name, defense in defenses().items()
-    ]
+    return _plugin(defense) | {
+        "level": defense.level,
+        "trainable": defense.trainable,
+        "fidelity": defense.fidelity,
+        f"bytes ({_SIZE} px)": _bytes(defense.name),
+        "hidden": defense.hidden,
+        "learns": defense.learns,
+        "departures": dict(defense.departures),
+        "published": {
+            ", ".join((figure.source.short, *filter(None, (figure.attack, figure.knowledge)))): figure.values
+            for figure in published()
+            if figure.defense == defense.name
+        },
+    }
 
 
 def _bytes(name: str) -> int | None:

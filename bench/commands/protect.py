@@ -24,7 +24,7 @@ from bench.run.config import parse_assignments, run_config
 def protect(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Face images, one face each.")],
     out_file: Annotated[Path, typer.Option("--out", help="The .npz file to write.")],
-    defense: Annotated[str | None, typer.Option(help="Defence (bench list defenses).")] = None,
+    defense: Annotated[str | None, typer.Option(help="Defence (bench list defenses), or a chain: A+B.")] = None,
     defense_option: DefenseOptions = None,
     run: Annotated[
         Path | None, typer.Option("--from", help="Folder of a run: protect with its defence, as it was fitted there.")

@@ -166,7 +166,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    defense: str = Field(description="Defence to test (bench list defenses).")
+    defense: str = Field(description="Defence to test (bench list defenses), or a chain of them: A+B.")
     attack: str = Field(description="Attack to run against it, or several: A,B (bench list attacks).")
     dataset: str = Field("synthetic", description="Dataset (bench list datasets).")
     data_root: Path | None = Field(None, description="Folder or file of the dataset.")

@@ -275,7 +275,10 @@ class Stages(StageRunner):
                 "defense": {"name": defense.name, "options": defense.options.model_dump(mode="json")},
                 "image_size": config.image_size,
             },
-            (*plugin_code(type(defense).__module__), *(CODE["recogniser"] if defense.trainable else ())),
+            (
+                *(code for member in defense.members for code in plugin_code(type(member).__module__)),
+                *(CODE["recogniser"] if defense.trainable else ()),
+            ),
         )
 
     # -- recognition -----------------------------------------------------------------------------

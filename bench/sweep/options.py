@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,10 +154,16 @@ def addressed(options: Mapping[str, Any], name: str, names: Sequence[str]) -> di
     """Of options for all ``names``, and in tables for one of them, those for ``name``.
 
     What stands before the first dot of ``-o`` or ``-a`` is a name if it is one of the sweep's; else it is part of the
-    option. A ``name`` of several attacks (``"linear,unet"``) keeps the tables of its attacks.
+    option. A ``name`` of several attacks (``"linear,unet"``), or a chain of defences (``"blur+quantise"``), keeps the
+    tables of its parts.
     """
-    parts = name.replace("-", "_").split(",")
-    known = {part for other in names for part in other.replace("-", "_").split(",")}
+    parts = _parts(name)
+    known = {part for other in names for part in _parts(other)}
     tables = {key: value for key, value in options.items() if key in known and isinstance(value, Mapping)}
     kept = {key: value for key, value in options.items() if key not in tables or key in parts}
     return merge(kept, kept.pop(name.replace("-", "_"), {})) if len(parts) == 1 else kept
+
+
+def _parts(name: str) -> list[str]:
+    """The attacks or defences that a name is made of, as they stand before the dot of an option."""
+    return re.split(r"\s*[,+]\s*", name.replace("-", "_").strip())

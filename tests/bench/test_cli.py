@@ -86,6 +86,14 @@ def test_either_spelling(bench, kind):
     assert json.loads(bench("list", kind, "partialface", "--json")[1])["name"] == "partialface"
 
 
+def test_what_a_chain_takes(bench):
+    entry = json.loads(bench("list", "defence", "partialface+quantise", "--json")[1])
+    assert entry["name"] == "partialface+quantise"
+    assert {"partialface.views", "quantise.bits"} <= {option["name"] for option in entry["options"]}
+    code, _, err = bench("list", "defence", "partialface+quantize")
+    assert (code, "did you mean 'quantise'" in one_line(err)) == (2, True)
+
+
 @pytest.mark.parametrize(("words", "meant"), [(("atacks",), "attacks"), (("attack", "unnet"), "unet")])
 def test_what_cannot_be_listed(bench, words, meant):
     code, _, err = bench("list", *words)

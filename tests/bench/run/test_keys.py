@@ -126,6 +126,17 @@ def test_a_change_of_a_listed_module_makes_its_stages_anew(kind, module, monkeyp
 
 
 @pytest.mark.parametrize(
+    ("module", "counts"), [("defenses.partialface", True), ("defenses.noise", True), ("defenses.blur", False)]
+)
+def test_the_code_of_a_chain_is_that_of_its_members(module, counts, monkeypatch):
+    chained = {"defense": "partialface+noise"}
+    before = keys(**chained)
+    version = code_version
+    monkeypatch.setattr(stage, "code_version", lambda name: "changed" if name == module else version(name))
+    assert (keys(**chained)[DEFENSE] != before[DEFENSE]) == counts
+
+
+@pytest.mark.parametrize(
     ("module", "expected"),
     [
         ("attacks.unet", {FIT, RECOVER, LINK}),  # linkage by recovered faces is built of recovery attacks

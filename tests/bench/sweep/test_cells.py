@@ -66,6 +66,18 @@ def test_options_of_one_attack_and_of_several(name, expected):
     assert addressed(options, name, ["linear", "unet-ensemble", "linear,unet-ensemble"]) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("partialface", {"bits": 2, "views": 1}),
+        ("partialface+quantise", {"bits": 2, "partialface": {"views": 1}, "quantise": {"dither": "uniform"}}),
+    ],
+)
+def test_options_of_a_member_reach_every_chain_that_has_it(name, expected):
+    options = {"bits": 2, "partialface": {"views": 1}, "quantise": {"dither": "uniform"}}
+    assert addressed(options, name, ["partialface", "partialface+quantise"]) == expected
+
+
 FILE = """
 preset = "quick"
 seed = 5
