@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
@@ -37,8 +38,13 @@ class Learner(ABC):
         self.model, self.stepper = fabric.setup(module, self.optimiser)
 
     @abstractmethod
-    def step(self, representation: Tensor, labels: Tensor, *, rate: float, total: int) -> tuple[Tensor, Tensor]:
-        """Train on this process's part of a batch of ``total``; its mean loss, a scalar, and hits, bool (N,)."""
+    def step(
+        self, representation: Tensor, labels: Tensor, targets: Tensor | None = None, *, rate: float, total: int
+    ) -> tuple[Tensor, Tensor]:
+        """Train on this process's part of a batch of ``total``; its mean loss, a scalar, and hits, bool (N,).
+
+        ``targets`` are a teacher's embeddings of these faces, float (N, D), where there is one.
+        """
 
     def set_rate(self, rate: float) -> None:
         """Change the learning rate."""
@@ -75,17 +81,27 @@ class Learner(ABC):
         """Delete what :meth:`save_shard` wrote under other tags."""
 
 
+def disagreement(embeddings: Tensor, targets: Tensor) -> Tensor:
+    """1 - cosine of embeddings and a teacher's, both (N, D) of any scale: (N,) in [0, 2]."""
+    return 1 - F.cosine_similarity(embeddings, targets.to(embeddings.dtype), dim=1)
+
+
 class Classifier(nn.Module):
     """Recogniser and margin head as one module, which is what data-parallel training wraps."""
 
-    def __init__(self, recogniser: Recogniser, head: MarginHead) -> None:
+    def __init__(self, recogniser: Recogniser, head: MarginHead, options: TrainingOptions) -> None:
         super().__init__()
         self.recogniser = recogniser
         self.head = head
+        self.options = options
 
-    def forward(self, representation: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, representation: Tensor, labels: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Loss, a scalar, and hits, bool (N,)."""
-        loss, hits = self.head(self.recogniser(representation), labels)
+        embeddings = self.recogniser(representation)
+        loss, hits = self.head(embeddings, labels)
+        loss = self.options.classification * loss
+        if targets is not None:
+            loss = loss + self.options.distillation * disagreement(embeddings, targets).mean()
         return loss, hits
 
 
@@ -93,11 +109,13 @@ class WholeLearner(Learner):
     """Every process has the whole head."""
 
     def __init__(self, recogniser: Recogniser, head: MarginHead, options: TrainingOptions, fabric: Fabric) -> None:
-        super().__init__(Classifier(recogniser.train(), head.train()), options, fabric)
+        super().__init__(Classifier(recogniser.train(), head.train(), options), options, fabric)
 
-    def step(self, representation: Tensor, labels: Tensor, *, rate: float, total: int) -> tuple[Tensor, Tensor]:
+    def step(
+        self, representation: Tensor, labels: Tensor, targets: Tensor | None = None, *, rate: float, total: int
+    ) -> tuple[Tensor, Tensor]:
         self.set_rate(rate)
-        loss, hits = self.model(representation, labels)
+        loss, hits = self.model(representation, labels, targets)
         self.stepper.zero_grad()
         processes = self.fabric.world_size
         # Gradients are averaged over the processes, whose parts of a batch may differ by one image.
@@ -118,7 +136,9 @@ class ShardedLearner(Learner):
         super().__init__(recogniser.train(), options, fabric)
         self.head = head.train().to(fabric.device)
 
-    def step(self, representation: Tensor, labels: Tensor, *, rate: float, total: int) -> tuple[Tensor, Tensor]:
+    def step(
+        self, representation: Tensor, labels: Tensor, targets: Tensor | None = None, *, rate: float, total: int
+    ) -> tuple[Tensor, Tensor]:
         self.set_rate(rate)
         options, processes = self.options, self.fabric.world_size
         embeddings = self.model(representation)
@@ -127,13 +147,20 @@ class ShardedLearner(Learner):
             embeddings.register_hook(lambda gradient: gradient * processes)
         with self.fabric.autocast():
             loss, hits = self.head(embeddings, labels)
+        loss = options.classification * loss
+        reported = loss.detach()
+        if targets is not None:
+            apart = options.distillation * disagreement(embeddings, targets)
+            # The head's loss is of the whole batch, and so is its gradient: this process's share of the other one's.
+            loss = loss + apart.sum() / total
+            reported = reported + apart.detach().mean()
         self.stepper.zero_grad()
         self.fabric.backward(loss)
         if options.clip_gradient_norm is not None:
             self._clip(options.clip_gradient_norm)
         self.stepper.step()
         self.head.update(learning_rate=rate, momentum=options.momentum, weight_decay=options.weight_decay)
-        return loss.detach(), hits
+        return reported, hits
 
     def save_shard(self, folder: Path, tag: str) -> None:
         save_centres(self.head, folder / f"centres-{tag}")

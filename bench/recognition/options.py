@@ -48,7 +48,16 @@ class TrainingOptions(BaseModel):
     warmup_epochs: float = Field(1.0, ge=0, description="Epochs of linear warm-up from zero; may be a fraction.")
     clip_gradient_norm: float | None = Field(None, gt=0, description="Largest norm of the gradient; null for no limit.")
     head: str = Field("arcface", description="Margin head: arcface, combined, cosface or partial-fc.")
-    embedding_size: int = Field(256, ge=2, description="Dimensions of the embedding.")
+    embedding_size: int = Field(256, ge=2, description="Dimensions of the embedding; under a teacher, as many as its.")
+    classification: float = Field(
+        1.0, ge=0, le=1000, description="Weight of the margin head's loss; 0, under a teacher only, leaves it out."
+    )
+    distillation: float = Field(
+        1.0,
+        ge=0,
+        le=1000,
+        description="Weight of the teacher's loss, the mean of 1 - cos(embedding, the teacher's of the same face).",
+    )
     scale: float = Field(32.0, gt=0, description="Radius s of the sphere on which logits live.")
     margin: float = Field(0.3, ge=0, description="Margin m of cos(m1 t + m) - m3, in radians; of cosface it is m3.")
     angle_factor: float = Field(1.0, ge=1, le=4, description="Margin m1 of combined and partial-fc.")
@@ -105,6 +114,12 @@ class TrainingOptions(BaseModel):
             raise ValueError(f"margin of head {self.head} must lie in [0, {limit:.4g}), got {self.margin}")
         if self.head == "partial-fc" and self.precision == "16-mixed":
             raise ValueError("head partial-fc computes in 32-true or bf16-mixed: its centres' gradients need the range")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_learnt(self) -> Self:
+        if not self.classification and not self.distillation:
+            raise ValueError("classification and distillation are both 0: there is nothing to learn from")
         return self
 
     @model_validator(mode="after")

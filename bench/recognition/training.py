@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor
 
@@ -209,6 +210,32 @@ def build_head(
     return head
 
 
+@torch.no_grad()
+def start_at(recogniser: Recogniser, head: MarginHead | PartialFC, embeddings: Tensor, labels: Tensor) -> None:
+    """Let the output of a fresh recogniser, and each identity's centre, start where a teacher has the faces.
+
+    The batch norm of embeddings gives all dimensions one deviation, and those of a teacher may differ by a hundred
+    times: it takes over their means and deviations. Centres stay about as long as fresh ones: with them the share of
+    hits says something where the head itself learns nothing (``classification=0``).
+
+    Args:
+        recogniser: whose backbone may or may not end in a batch norm ``embedding_norm``.
+        head: over the K identities that ``labels``, int64 (N,), name.
+        embeddings: the teacher's, unit rows, float32 (N, D).
+    """
+    for name, norm in recogniser.named_modules():
+        if name.endswith("embedding_norm"):
+            # Of a length at which each dimension has about one unit of variance, as in a fresh one.
+            length = math.sqrt(embeddings.shape[1])
+            norm.bias.copy_(length * embeddings.mean(dim=0))
+            norm.weight.copy_(length * embeddings.std(dim=0, correction=0))
+    known = head.classes if isinstance(head, PartialFC) else len(head.weight)
+    means = torch.zeros(known, embeddings.shape[1]).index_add_(0, labels, embeddings)
+    means = 0.01 * math.sqrt(means.shape[1]) * F.normalize(means)
+    owned = head.owned if isinstance(head, PartialFC) else range(known)
+    head.weight.copy_(means[owned.start : owned.stop])
+
+
 def learning_rate(options: TrainingOptions, epochs_done: float) -> float:
     """The learning rate after a (fractional) number of epochs: linear warm-up, then the schedule."""
     peak = options.learning_rate
@@ -244,6 +271,7 @@ def train(
     fabric: Fabric,
     seed: int,
     head: MarginHead | PartialFC | None = None,
+    teacher: Tensor | None = None,
     checkpoint: Path | None = None,
     report: Report = no_report,
 ) -> TrainingReport:
@@ -259,6 +287,10 @@ def train(
     training amplifies (in float32 to some per mille of the first epoch's loss over a dozen steps). What is drawn per
     image (augmentation, states, dropout) comes from each process's own stream: equal in distribution, not in value.
 
+    Under a ``teacher`` the recogniser learns to agree with the embedding that a strong recogniser has of the same plain
+    face, as it was before it was flipped and augmented: ``distillation`` times the mean of 1 - cosine is added to
+    ``classification`` times the margin head's loss, whose centres start where the teacher has each identity.
+
     Args:
         recogniser: built for ``defense.representation_shape``.
         faces: the provider's training faces, labels 0..K-1, in memory or streamed from disk.
@@ -267,6 +299,7 @@ def train(
         fabric: device, precision and processes, launched.
         seed: of the head's centres, shuffling, augmentation, states and dropout.
         head: over all K identities; None for the one that ``options`` name.
+        teacher: its embeddings of ``faces``, in their order: unit rows, float32 (N, D), D being the recogniser's.
         checkpoint: a folder for the training's state after each epoch, and of streamed faces about every minute
             (:data:`bench.recognition.state.SAVE_SECONDS`), the same for all processes; an unfinished training
             found there is resumed, by any number of processes, a finished one only loaded. None to keep nothing.
@@ -290,7 +323,13 @@ def train(
         if (people := len(torch.unique(labels))) < 2:
             raise DataError(f"training needs faces of at least 2 identities, got {len(faces)} faces of {people}")
         streams = Streams(seed)
+        size = recogniser.spec.embedding_size
+        if teacher is not None and teacher.shape != (len(faces), size):
+            raise ValueError(f"the teacher's embeddings must be ({len(faces)}, {size}), got {tuple(teacher.shape)}")
+        if teacher is None and not options.classification:
+            raise UsageError("training.classification=0 leaves nothing to learn from without a teacher: give --teacher")
         if head is None:
+            options = options.model_copy(update={"embedding_size": size})
             head = build_head(options, identities, seed=streams.seed_for("training/head"), processes=processes)
         known = head.classes if isinstance(head, PartialFC) else len(head.weight)
         if known != identities:
@@ -305,6 +344,10 @@ def train(
             )
         targets = flip_labels(labels, identities, options.label_noise, streams.generator("training/label-noise"))
 
+        if teacher is not None:
+            start_at(recogniser, head, teacher, targets)
+            teacher = teacher.to(device)
+
         defense = defense.to(device)
         batches: Batches
         if isinstance(faces, FaceSet):
@@ -316,7 +359,7 @@ def train(
         history = History(per_epoch * options.epochs, report if fabric.is_global_zero else no_report, processes)
         state = None
         if checkpoint is not None:
-            identity = _identity(options, seed, faces, defense, recogniser)
+            identity = _identity(options, seed, faces, defense, recogniser, teacher)
             state = TrainingState(checkpoint, identity, learner, fabric)
             if (reached := state.resume(history)) is not None:
                 batches.resume(reached)
@@ -343,7 +386,8 @@ def train(
                     seen = augment(to_float(pixels), options.augmentation, generator)
                     protected = defense.protect(seen, generator, labels=given).representation
 
-                loss, hits = learner.step(protected, given.to(device), rate=rate, total=total)
+                aims = None if teacher is None else teacher[chosen.to(device)]
+                loss, hits = learner.step(protected, given.to(device), aims, rate=rate, total=total)
                 history.add(loss, hits, total)
                 last = step + 1 == steps
                 if (step + 1) % LOOK_EVERY == 0 or last:
@@ -370,7 +414,12 @@ def train(
 
 
 def _identity(
-    options: TrainingOptions, seed: int, faces: FaceSet | RecordSource, defense: Defense, recogniser: Recogniser
+    options: TrainingOptions,
+    seed: int,
+    faces: FaceSet | RecordSource,
+    defense: Defense,
+    recogniser: Recogniser,
+    teacher: Tensor | None,
 ) -> str:
     """A digest of everything that decides the course of a training, weights of the start apart."""
     labels = faces.labels.numpy() if isinstance(faces, FaceSet) else faces.labels
@@ -386,6 +435,7 @@ def _identity(
         "defense": defense.describe(),
         "defense_state": _digest(defense.state_dict()),
         "recogniser": recogniser.spec.model_dump(mode="json"),
+        "teacher": None if teacher is None else _digest({"embeddings": teacher}),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

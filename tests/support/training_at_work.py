@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor
 
 from bench.data.faces import FaceSet
 from bench.errors import BenchError
@@ -42,6 +44,11 @@ def faces() -> FaceSet:
     noise = torch.randint(-20, 21, (5, 5, 3, SIZE, SIZE), generator=generator)
     images = (prototypes + noise).clamp(0, 255).to(torch.uint8).flatten(0, 1)
     return FaceSet(images, torch.arange(5).repeat_interleave(5), tuple("abcde"))
+
+
+def taught_embeddings() -> Tensor:
+    """What a teacher might say of the 25 faces."""
+    return F.normalize(torch.randn(25, 16, generator=torch.Generator().manual_seed(3)))
 
 
 class _TrainingProcesses(TorchElasticEnvironment):
@@ -85,6 +92,8 @@ def learn(
 ) -> list[dict[str, Any]]:
     """Losses, accuracies and weights for each change of the options; or the error of a loss that became infinite.
 
+    With ``taught`` among the changes there is a teacher, whose embeddings of the faces are random.
+
     Args:
         exact: in float64.
     """
@@ -110,6 +119,8 @@ def in_float64() -> Iterator[None]:
 def _learn(
     processes: Processes, change: dict[str, Any], checkpoint: Path | None, poisoned_epoch: int | None
 ) -> dict[str, Any]:
+    change = dict(change)
+    taught = change.pop("taught", False)
     options = TrainingOptions.model_validate(OPTIONS.model_dump() | change)
     defense = Unprotected(image_size=SIZE)
     recogniser = build_recogniser("ir-tiny", defense.representation_shape, 16, seed=1)
@@ -134,6 +145,7 @@ def _learn(
             fabric=fabric_for(processes),
             seed=0,
             head=head,
+            teacher=taught_embeddings() if taught else None,
             checkpoint=checkpoint,
         )
     except BenchError as error:

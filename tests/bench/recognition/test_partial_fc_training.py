@@ -18,6 +18,8 @@ CHANGES: list[dict[str, Any]] = [
     {"head": "arcface"},
     WHOLE,
     {**WHOLE, "label_noise": 0.4, "margin": 0.0, "cosine_margin": 0.1, "margin_warmup_epochs": 1.5},
+    {**WHOLE, "taught": True, "distillation": 2.0, "classification": 0.5},
+    {"head": "arcface", "taught": True, "distillation": 2.0, "classification": 0.5},
     {"head": "arcface", "sync_batch_norm": False},
 ]
 #: Sums in another order differ by rounding, which 12 steps of training amplify some 30,000 times: weights that differ
@@ -39,7 +41,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, An
     return in_processes(2, tmp_path_factory.mktemp("processes"), work.learn, CHANGES, None, None, True)
 
 
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", range(5))
 def test_two_processes_have_the_loss_curve_of_one(
     alone: list[dict[str, Any]], together: list[list[dict[str, Any]]], case: int
 ) -> None:
@@ -54,7 +56,7 @@ def test_two_processes_have_the_loss_curve_of_one(
     first, second = (process[case]["weights"] for process in together)
     assert all(torch.equal(first[name], second[name]) for name in first)
     centres = [process[case]["head"] for process in together]
-    whole = torch.cat(centres) if case else centres[0]  # Partial FC's are shared out
+    whole = centres[0] if CHANGES[case]["head"] == "arcface" else torch.cat(centres)  # Partial FC's are shared out
     torch.testing.assert_close(whole, expected["head"], rtol=EXACT, atol=EXACT)
 
 
@@ -68,9 +70,14 @@ def test_in_float32_they_agree_as_far_as_rounding_allows(tmp_path: Path) -> None
 def test_with_statistics_of_its_own_a_process_trains_another_way(
     alone: list[dict[str, Any]], together: list[list[dict[str, Any]]]
 ) -> None:
-    off, on = together[0][3]["losses"], together[0][0]["losses"]
-    assert alone[3]["losses"] == alone[0]["losses"]  # one process has the whole batch
+    off, on = together[0][5]["losses"], together[0][0]["losses"]
+    assert alone[5]["losses"] == alone[0]["losses"]  # one process has the whole batch
     assert max(abs(a - b) for a, b in zip(off, on, strict=True)) > 0.01 * on[0]
+
+
+def test_every_head_is_taught_alike(alone: list[dict[str, Any]]) -> None:
+    assert alone[3]["losses"] == curve(alone[4]["losses"])
+    assert alone[4]["losses"] != curve(alone[0]["losses"], ROUNDED)
 
 
 def test_flipped_labels_are_counted_and_hurt(alone: list[dict[str, Any]]) -> None:
