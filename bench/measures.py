@@ -280,7 +280,7 @@ _PLACES = {kind.place: kind for kind in KINDS.values()}
 _WHOSE = (
     (re.compile(r"^attacks\.[^.]+\."), ""),
     (re.compile(r"^worst_case\."), "recovery."),
-    (re.compile(r"\.(ceiling|unprotected|floors\.[^.]+)(?=\.)"), ""),
+    (re.compile(r"\.(ceiling|unprotected|teacher|floors\.[^.]+)(?=\.)"), ""),
     (re.compile(r"\.judges\.[^.]+(?=\.)"), ".identity"),
     (re.compile(r"^evaluator(s\.[^.]+)?(?=\.accuracy$)"), "utility"),
     (re.compile(r"^linkage\.(protected_protected|plain)(?=\.)"), _LINKAGE),

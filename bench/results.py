@@ -52,6 +52,7 @@ class Verification(ResultModel):
 
 class Utility(Verification):
     unprotected: Verification
+    teacher: Verification | None = Field(None, description="of the teacher itself, on the same plain pairs")
 
 
 class Linkage(ResultModel):
@@ -293,6 +294,21 @@ class EvaluatorInfo(ResultModel):
         return f"{self.name} ({accuracy} of plain pairs told apart{', its figures withheld' if self.withheld else ''})"
 
 
+class TeacherInfo(ResultModel):
+    """The recogniser whose embeddings of plain faces the provider's recognisers were trained by: what it is fed."""
+
+    name: str
+    sha256: str = Field(description="of all bytes of its files")
+    files: list[str] = Field(description="their names")
+    embedding_size: int = Field(description="dimensions of its embedding, and of the recognisers' trained by it")
+    layout: str = Field(description="order of the axes of its input: NCHW or NHWC")
+    input_size: tuple[int, int] = Field(description="height and width in pixels; faces are resized to it")
+    input_range: str = Field(description="what it is fed of faces x in [0, 1]")
+    colours: str = Field(description="RGB or BGR")
+    batch: int | None = Field(None, description="faces per run where its file or its graph fixes them")
+    normalisation: str = Field("", description="operations at the entry of its graph that scale the input")
+
+
 class DatasetInfo(ResultModel):
     name: str
     synthetic: bool
@@ -323,6 +339,7 @@ class RunResult(ResultModel):
     attack: AttackInfo | None = None
     evaluator: EvaluatorInfo | None = None
     evaluators: dict[str, EvaluatorInfo] = Field({}, description="of a run with several judges, each by its name")
+    teacher: TeacherInfo | None = Field(None, description="of the recognisers behind the defence and without it")
     dataset: DatasetInfo | None = None
     utility: Utility | None = None
     recovery: Recovery | None = None

@@ -85,8 +85,9 @@ def run_settings() -> str:
     """The other settings of a run."""
 
     def row(setting: Setting) -> tuple[str, ...]:
-        presets = ", ".join(f"{name} {_plain(setting.presets[name])}" for name in PRESETS if name in setting.presets)
-        return _code(setting.name), _values(setting), _plain(setting.default), presets, setting.meaning
+        presets = [f"{name} {_plain(setting.presets[name])}" for name in PRESETS if name in setting.presets]
+        presets += [f"{name} {_plain(value)} under a teacher" for name, value in setting.taught.items()]
+        return _code(setting.name), _values(setting), _plain(setting.default), ", ".join(presets), setting.meaning
 
     rows = [row(setting) for setting in settings() if not setting.flag]
     return _table("key, value, default, presets, meaning", rows)

@@ -86,9 +86,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that may be compared, each attack a cell, by defence: of one protocol, dataset, image size and evaluator.
+    """Runs that may be compared, each attack a cell, by defence.
 
-    It is ``synthetic`` if any of its faces were made up.
+    They are of one protocol, dataset, image size, evaluator and teacher. A setting is ``synthetic`` if any of its faces
+    were made up.
     """
 
     protocol: str
@@ -139,6 +140,7 @@ def _comparable(run: Run) -> dict[str, Any]:
         "image_size": config.get("image_size"),
         "evaluator": [Path(str(file)).name for file in (evaluator if isinstance(evaluator, list) else [evaluator])]
         or config.get("evaluator_backbone"),
+        "teacher": Path(str(config["teacher"])).name if config.get("teacher") else None,
         **_mapping(config.get("dataset_options")),
     }
 

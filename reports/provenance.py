@@ -15,7 +15,7 @@ from reports.summary import same_attacks
 from reports.table import Column, Entry, Row, Table
 
 #: Settings that are paths: their last part says enough, the rest says where somebody keeps things.
-_PATHS = ("data_root", "evaluator", "out")
+_PATHS = ("data_root", "evaluator", "out", "teacher")
 _DIGITS = 12
 
 
@@ -32,6 +32,7 @@ def _entries(cell: Cell) -> dict[str, Entry]:
     for judge in cell.run.result.judges.values():
         digest = f", SHA-256 {judge.sha256[:_DIGITS]}" if judge.sha256 else ""
         judges.append(f"{judge.told}{digest}")
+    teacher = cell.run.result.teacher
     texts = {
         "run": manifest.run_id,
         "status": cell.run.result.status,
@@ -44,6 +45,7 @@ def _entries(cell: Cell) -> dict[str, Entry]:
         "torch": manifest.packages.get("torch"),
         "device": f"{manifest.device} ({manifest.device_name}), {manifest.precision}",
         "evaluator": ", ".join(judges),
+        "teacher": "" if teacher is None else f"{teacher.name}, SHA-256 {teacher.sha256[:_DIGITS]}",
     }
     return {key: Entry(text or MISSING) for key, text in texts.items()} | {
         "seed": Entry(str(cell.seed), float(cell.seed))

@@ -34,13 +34,18 @@ def subject(setting: Setting) -> str:
 
 
 def judged(setting: Setting) -> str:
-    """Who judges identities in a setting and how well, as the last sentence of a caption; each judge at its worst."""
+    """Who judges identities in a setting and how well, each judge at its worst, and who taught the recognisers.
+
+    The last sentences of a caption.
+    """
+    taught = [cell.run.result.teacher.name for _, cell in setting.runs if cell.run.result.teacher is not None]
+    by = f" Recognisers were taught by {', '.join(dict.fromkeys(taught))}." if taught else ""
     judges: dict[str, EvaluatorInfo] = {}
     for _, cell in setting.runs:
         for name, judge in cell.run.result.judges.items():
             if name not in judges or (judge.accuracy.value or 0.0) < (judges[name].accuracy.value or 0.0):
                 judges[name] = judge
-    return f" Identity is judged by {', '.join(judge.told for judge in judges.values())}." if judges else ""
+    return f" Identity is judged by {', '.join(judge.told for judge in judges.values())}.{by}" if judges else by
 
 
 def summary(setting: Setting, number: int) -> Table:

@@ -88,6 +88,8 @@ def render_result(result: RunResult, directory: Path) -> RenderableType:
     parts: list[RenderableType] = [_headline(result)]
     if (utility := result.utility) is not None:
         rows = {result.defense.name if result.defense else "protected": utility, "unprotected": utility.unprotected}
+        if utility.teacher is not None and result.teacher is not None:
+            rows[f"its teacher, {result.teacher.name}"] = utility.teacher
         parts.append(_verifications(f"Recognition of the victims ({utility.pairs} pairs)", rows))
     for name, attack in result.attack_results.items():
         parts += [Text(f"Attack {name}", style="bold underline")] if result.attacks else []

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
@@ -185,6 +186,7 @@ def cell_key(run: Run, attack: str) -> CellKey:
             evaluator="+".join(sorted(judge.sha256 for judge in run.result.judges.values() if judge.sha256)) or None,
             settings=as_text(
                 {k: v for k, v in config.items() if k not in _NO_PART | set(_NAMED) and "_options" not in k}
+                | {"teacher": PurePath(str(config["teacher"])).name if config.get("teacher") else None}
             )
             | as_text({"dataset_options": config.get("dataset_options", {})}),
         )

@@ -1,4 +1,7 @@
-"""The recogniser that only judges: it measures identity leakage and is never used by a defence or an attack."""
+"""The recogniser that only judges: it measures identity leakage and is never used by a defence or an attack.
+
+A provider's teacher, another recogniser of plain faces, is run in the same way.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ class Evaluator:
         input_size: (h, w) in pixels that the network takes; other faces are resized.
         device: where to compute.
         batch_size: faces per forward pass.
+        role: ``evaluator`` or ``teacher``, named where something is wrong.
     """
 
     def __init__(
@@ -41,25 +45,29 @@ class Evaluator:
         device: torch.device | str = "cpu",
         *,
         batch_size: int = 128,
+        role: str = "evaluator",
     ) -> None:
-        self.name, self.input_size, self.batch_size = name, input_size, batch_size
+        self.name, self.input_size, self.batch_size, self.role = name, input_size, batch_size, role
         self._device = torch.device(device)
         self._network = network.to(self._device).eval()
 
     @classmethod
-    def from_onnx(cls, path: Path, device: torch.device | str = "cpu", *, batch_size: int = 64) -> Self:
+    def from_onnx(
+        cls, path: Path, device: torch.device | str = "cpu", *, batch_size: int = 64, role: str = "evaluator"
+    ) -> Self:
         """A face recogniser in an ONNX file (:class:`bench.nets.onnx.OnnxEncoder`), tried on a face.
 
         Raises:
             MissingError: there is no such file, or one is not there in which it keeps its weights.
             DataError: it is no ONNX model, one with other inputs or outputs, or it fails on a face.
         """
-        _check_files(path)
+        _check_files(path, role)
         try:
             network = OnnxEncoder(path, torch.device(device))
         except ValueError as error:
-            raise DataError(f"evaluator: {error}") from error
-        return cls(network, path.stem, network.input_size, device, batch_size=network.batch_size or batch_size)
+            raise DataError(f"{role}: {error}") from error
+        size = network.batch_size or batch_size
+        return cls(network, path.stem, network.input_size, device, batch_size=size, role=role)
 
     @property
     def form(self) -> Tensor:
@@ -80,16 +88,19 @@ class Evaluator:
         files, batch = [file.name for file in network.files], network.batch_size
         return {**fed, **{name: getattr(network, name) for name in told}, "files": files, "batch": batch}
 
-    def probe(self, public: FaceSet, victims: FaceSet, pairs: PairProtocol) -> None:
+    def probe(self, faces: FaceSet, victims: FaceSet | None = None, pairs: PairProtocol | None = None) -> None:
         """Find out what the network is fed, if it comes from a file (:meth:`bench.nets.onnx.OnnxEncoder.probe`).
 
-        It is tried on plain faces of people whom the attacker has, or where too few of these have two faces on some of
-        the victims' own plain pairs, on which a judge is tried anyhow.
+        It is tried on plain ``faces``, of a judge those of people whom the attacker has; where too few of these have
+        two, on some of the victims' own plain pairs, on which a judge is tried anyhow. Without such pairs what the
+        field publishes stays.
         """
         if not isinstance(self._network, OnnxEncoder):
             return
-        faces, (first, second, same) = public, _people_twice(public)
+        first, second, same = _people_twice(faces)
         if int(same.sum()) < _FEWEST:
+            if victims is None or pairs is None:
+                return
             some = torch.cat([_spread((pairs.same == kind).nonzero().squeeze(1)) for kind in (True, False)])
             faces, first, second, same = victims, pairs.first[some], pairs.second[some], pairs.same[some]
         used, index = torch.unique(torch.stack((first, second)), return_inverse=True)
@@ -97,7 +108,7 @@ class Evaluator:
         try:
             self._network.probe(images, index, same)
         except ValueError as error:
-            raise DataError(f"evaluator: {error}") from error
+            raise DataError(f"{self.role}: {error}") from error
 
     @torch.no_grad()
     def embed(self, faces: Tensor) -> Tensor:
@@ -126,7 +137,7 @@ class Evaluator:
         try:
             embeddings: Tensor = self._network(pixels) + self._network(pixels.flip(-1))
         except ValueError as error:
-            raise DataError(f"evaluator: {error}") from error
+            raise DataError(f"{self.role}: {error}") from error
         return embeddings.to(batch.device, torch.float32)
 
 
@@ -139,26 +150,48 @@ def check_evaluators(paths: Sequence[Path]) -> None:
     """
     seen: dict[str, Path] = {}
     for path in paths:
-        _check_files(path)
-        digest = file_digest(path)
-        _tried(path, digest)
+        digest = _tried(path, "evaluator")
         if (twin := seen.setdefault(digest, path)) is not path:
             raise UsageError(f"--evaluator: {twin} and {path} are one file: each judge counts once")
 
 
+def check_teacher(path: Path, evaluators: Sequence[Path]) -> None:
+    """Try the teacher on a face, and refuse one that is also a judge.
+
+    Raises:
+        MissingError, DataError: as :meth:`Evaluator.from_onnx`.
+        UsageError: it is one of the ``evaluators``, byte for byte.
+    """
+    digest = _tried(path, "teacher")
+    for evaluator in evaluators:
+        if file_digest(evaluator) == digest:
+            raise UsageError(
+                f"--teacher {path} and --evaluator {evaluator} are one file: the recogniser that judges leakage may "
+                "not be one that the provider's was trained by; give --teacher, or --evaluator, another"
+            )
+
+
+def _tried(path: Path, role: str) -> str:
+    """Try a file on a face; its digest."""
+    _check_files(path, role)
+    digest = file_digest(path)
+    _opened(path, digest, role)
+    return digest
+
+
 @functools.cache
-def _tried(path: Path, digest: str) -> None:
+def _opened(path: Path, digest: str, role: str) -> None:
     """Open the file of this digest, once in a process: a sweep asks for every cell."""
-    Evaluator.from_onnx(path)
+    Evaluator.from_onnx(path, role=role)
 
 
-def _check_files(path: Path) -> None:
+def _check_files(path: Path, role: str) -> None:
     if not path.is_file():
-        raise MissingError(f"evaluator: {path} does not exist; give --evaluator or BENCH_EVALUATOR an ONNX file")
+        raise MissingError(f"{role}: {path} does not exist; give --{role} or BENCH_{role.upper()} an ONNX file")
     try:
         files_of(path)
     except ValueError as error:
-        raise MissingError(f"evaluator: {error}") from error
+        raise MissingError(f"{role}: {error}") from error
 
 
 def judge_names(paths: Sequence[Path]) -> list[str]:

@@ -156,12 +156,18 @@ def option_files(attack: Attack) -> dict[str, str]:
     return digests
 
 
-def check_attack(attack: Attack, defense: Defense, knowledge: str, evaluators: Sequence[Path] = ()) -> None:
-    """Refuse, before any compute, an attack that cannot work, or that was given the file of a scoring recogniser.
+def check_attack(
+    attack: Attack,
+    defense: Defense,
+    knowledge: str,
+    evaluators: Sequence[Path] = (),
+    teacher: Path | None = None,
+) -> None:
+    """Refuse, before any compute, an attack that cannot work, or that was given another role's recogniser.
 
     Raises:
         UsageError: it needs what the rung ``knowledge`` does not grant (the message names the rungs that would do), or
-            an option of it is one of the ``evaluators``, under whatever name.
+            an option of it is one of the ``evaluators`` or the provider's ``teacher``, under whatever name.
         MissingError: a file keeps weights in another that is not there.
         NotApplicableError: the attack says that it cannot work on this defence.
     """
@@ -171,13 +177,16 @@ def check_attack(attack: Attack, defense: Defense, knowledge: str, evaluators: S
             f"attack {attack.name} needs {', '.join(sorted(missing))}, which --knowledge {knowledge} does not grant: "
             f"use --knowledge {enough or 'of another attack'}"
         )
-    judges = {file_digest(evaluator): evaluator for evaluator in evaluators if evaluator.is_file()}
+    taken = {file_digest(file): (file, "evaluator") for file in evaluators if file.is_file()}
+    if teacher is not None:
+        taken[file_digest(teacher)] = (teacher, "teacher")
+    why = {"evaluator": "that judges leakage", "teacher": "that the provider's is trained by"}
     for option, digest in option_files(attack).items():
-        if digest in judges:
+        if digest in taken:
+            file, role = taken[digest]
             raise UsageError(
-                f"-a {option}={getattr(attack.options, option, '...')} is the evaluator {judges[digest].name}: the "
-                "recogniser that judges leakage may not be one that the attack has used; give the attack, or "
-                "--evaluator, another"
+                f"-a {option}={getattr(attack.options, option, '...')} is the {role} {file.name}: the recogniser "
+                f"{why[role]} may not be one that the attack has used; give the attack, or --{role}, another"
             )
     if (reason := attack.inapplicable(defense)) is not None:
         message = f"attack {attack.name} does not apply to defence {defense.name}: {reason}"

@@ -15,8 +15,8 @@ from rich.console import Console
 from attacks.base import LinkageAttack
 from bench import plugins
 from bench.data.loaders import DATASETS, check_stream
-from bench.errors import BenchError
-from bench.metrics.evaluator import check_evaluators
+from bench.errors import BenchError, UsageError
+from bench.metrics.evaluator import check_evaluators, check_teacher
 from bench.nets.backbones import BACKBONES
 from bench.progress import ProgressBars
 from bench.recognition.options import HEADS
@@ -63,9 +63,11 @@ class Pipeline:
         defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
         self.attack_configs = attack_configs(config)
         check_evaluators(config.evaluator)
+        if config.teacher is not None:
+            check_teacher(config.teacher, config.evaluator)
         for configs in self.attack_configs.values():
             for attack_config in configs:
-                check_attack(attack_config.make(), defense, config.knowledge, config.evaluator)
+                check_attack(attack_config.make(), defense, config.knowledge, config.evaluator, config.teacher)
         for registry, name in (
             (DATASETS, config.dataset),
             (BACKBONES, config.backbone),
@@ -75,6 +77,8 @@ class Pipeline:
             registry.get(name)
         if config.stream:
             check_stream(config.dataset)
+            if config.teacher is not None:
+                raise UsageError("a teacher embeds faces in memory: leave out --stream, or --teacher")
 
     @property
     def directory(self) -> Path:
@@ -166,6 +170,7 @@ class Pipeline:
             warnings=[*self._warnings(dataset), *stages.splits.notes, *findings.warnings],
             defense=DefenseInfo.of(described | channel_energy(described, stages.splits.public.images)),
             **findings.judges,
+            teacher=stages.teacher_info() if recognised and config.teacher is not None else None,
             dataset=dataset,
             utility=utility,
             failed=findings.failed,

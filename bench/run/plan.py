@@ -109,12 +109,23 @@ def make_plan(
     targets = [(attack_config, defense) for configs in attack_configs.values() for attack_config in configs]
     targets += [(configs[-1], plain) for configs in attack_configs.values() if not _links(configs[-1])]
 
-    for role, target in _recognisers(config, targets, attacks, defense, plain):
+    trained = _recognisers(config, targets, attacks, defense, plain)
+    if any(stages.is_taught(role) for role, _ in trained):
+        lesson = stages.teacher_job()
+        if not plan(lesson, f"embed {len(stages.splits.provider)} plain images by the teacher"):
+            # For timing, any embeddings of its size will do.
+            face = torch.full((1, 3, config.image_size, config.image_size), 0.5)
+            stages.assume(lesson, torch.randn(len(stages.splits.provider), stages.teacher.embed(face).shape[1]))
+        if config.utility:
+            what = f"embed {len(stages.splits.victims)} plain victim images by the teacher"
+            jobs.append((stages.teacher_scores_job(), what, True))
+    for role, target in trained:
         job = stages.recogniser_job(target, role)
         jobs.append((job, _training(config, stages, role), True))
         if not stages.cache.holds(job.stage, job.key):
             # For attacks that query it: an untrained one is as fast.
-            shape, size = stages.seen_by_recogniser(target).representation_shape, config.training.embedding_size
+            taught, shape = stages.taught(role), stages.seen_by_recogniser(target).representation_shape
+            size = config.training.embedding_size if taught is None else taught.shape[1]
             untrained = build_recogniser(config.backbone, shape, size, seed=0).to(stages.fabric.device).eval()
             stages.assume(job, untrained)
     stages.ready(defense)
@@ -163,7 +174,8 @@ def _recognisers(
 def _training(config: RunConfig, stages: Stages, role: str) -> str:
     faces = stages.splits.evaluator if role == "evaluator" else stages.splits.provider
     assert faces is not None  # the role is there only with its identities
-    return f"train on {len(faces)} images of {faces.identities} identities, {config.training.epochs} epochs"
+    how = f"{stages.training(role).epochs} epochs{', taught' if stages.is_taught(role) else ''}"
+    return f"train on {len(faces)} images of {faces.identities} identities, {how}"
 
 
 def _fitting(attack_config: AttackConfig, attacks: AttackStages) -> str:

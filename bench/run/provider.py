@@ -43,6 +43,7 @@ from bench.recognition.embed import embed_faces
 from bench.recognition.options import TrainingOptions
 from bench.recognition.state import load_recogniser, save_recogniser, write_tensors
 from bench.recognition.training import TrainingReport, build_head, train
+from bench.results import TeacherInfo
 from bench.run.config import RunConfig
 from bench.run.machines import ConnectedProcesses, TrainingOrder
 from bench.run.stage import CODE, Job, Log, StageCache, StageRunner, make_key, plugin_code, tensor_job
@@ -229,7 +230,7 @@ class Stages(StageRunner):
         return tensor_job(stage, key, f"fit {defense.name}", "defense.safetensors", compute, read)
 
     def _defense_training(self, folder: Path, report: Report) -> DefenseTraining:
-        faces, options, device = self._provider_in_memory(), self.config.training, self.fabric.device
+        faces, options, device = self._provider_in_memory(), self.config.labels_only, self.fabric.device
         if options.head == "partial-fc":  # its centres have no gradients; the head that it samples has
             options = options.model_copy(update={"head": "combined"})
 
@@ -266,7 +267,7 @@ class Stages(StageRunner):
     def defense_key(self, defense: Defense) -> str:
         """Key of the defence, as it is fitted."""
         config = self.config
-        training = config.training.model_dump(mode="json")
+        training = config.labels_only.model_dump(mode="json")
         fit = {"data": self.data_key, "backbone": config.backbone, "training": training, **self.trained_under()}
         return make_key(
             {
@@ -293,7 +294,8 @@ class Stages(StageRunner):
                 "data": self.faces_key,
                 "defense": self.defense_key(defense),
                 "backbone": backbone,
-                "training": self._training(role).model_dump(mode="json"),
+                "training": self.training(role).model_dump(mode="json"),
+                "teacher": self.teacher_key if self.is_taught(role) else None,
                 **self.trained_under(),
             },
             (*CODE["recogniser"], *CODE["split"]),
@@ -314,6 +316,7 @@ class Stages(StageRunner):
 
         def make(folder: Path, report: Report) -> None:
             if self.processes is not None:
+                self.taught(role)  # the others find it in the cache
                 state = {name: tensor.cpu() for name, tensor in defense.state_dict().items()}
                 options = defense.options.model_dump(mode="json")
                 self.processes.call(TrainingOrder(defense.name, options, state, role, folder))
@@ -334,21 +337,22 @@ class Stages(StageRunner):
         defense.load_state_dict(dict(order.state))
         self._train(defense, order.role, order.folder, lambda *_, **__: None)
 
-    def _training(self, role: str) -> TrainingOptions:
-        """The evaluator judges: it never learns from labels that are wrong on purpose."""
-        training = self.config.training
-        return training if role == "provider" else training.model_copy(update={"label_noise": 0.0})
+    def training(self, role: str) -> TrainingOptions:
+        """The evaluator judges: it never learns from labels that are wrong on purpose, nor from a teacher."""
+        if role == "provider":
+            return self.config.training
+        return self.config.labels_only.model_copy(update={"label_noise": 0.0})
 
     def _train(self, defense: Defense, role: str, folder: Path, report: Report) -> tuple[Recogniser, TrainingReport]:
-        config, options = self.config, self._training(role)
+        config, options = self.config, self.training(role)
         faces = self.splits.provider if role == "provider" else self.splits.evaluator
         if faces is None:
             raise UsageError("the evaluator has no identities to train on: give shares.evaluator or --evaluator")
-        seed = self.streams.seed_for(f"training/{role}")
+        seed, teacher = self.streams.seed_for(f"training/{role}"), self.taught(role)
         recogniser = build_recogniser(
             config.backbone if role == "provider" else config.evaluator_backbone,
             defense.representation_shape,
-            options.embedding_size,
+            options.embedding_size if teacher is None else teacher.shape[1],
             dropout=options.dropout,
             seed=seed,
         )
@@ -356,9 +360,85 @@ class Stages(StageRunner):
             self.processes.meet()
         fabric = self.fabric if self.processes is None else self.processes.fabric
         summary = train(
-            recogniser, faces, defense, options, fabric=fabric, seed=seed, checkpoint=folder / "resume", report=report
+            recogniser,
+            faces,
+            defense,
+            options,
+            fabric=fabric,
+            seed=seed,
+            teacher=teacher,
+            checkpoint=folder / "resume",
+            report=report,
         )
         return recogniser, summary
+
+    # -- teacher ---------------------------------------------------------------------------------
+
+    def is_taught(self, role: str) -> bool:
+        """Whether recognisers of this role learn from the teacher: the provider's where there is one, no judge ever."""
+        return role == "provider" and self.config.teacher is not None
+
+    def taught(self, role: str) -> Tensor | None:
+        """The teacher's embeddings of the faces that this role trains on, float32 (N, D); None without a teacher."""
+        return self.do(self.teacher_job()) if self.is_taught(role) else None
+
+    @functools.cached_property
+    def teacher(self) -> Evaluator:
+        """The teacher, run as judges are."""
+        assert self.config.teacher is not None
+        return Evaluator.from_onnx(self.config.teacher, self.fabric.device, role="teacher")
+
+    @functools.cached_property
+    def teacher_key(self) -> str:
+        """Key of the teacher's embeddings of the provider's faces, whatever defence and training follow."""
+        assert self.config.teacher is not None
+        content = {"teacher": file_digest(self.config.teacher), "faces": self.faces_key, **self.trained_under()}
+        return make_key(content, (*CODE["evaluation"], *CODE["split"]))
+
+    def teacher_job(self) -> Job[Tensor]:
+        """The stage that finds out what the teacher is fed, and lets it embed the provider's plain faces, once for all.
+
+        Each is the embedding of a face and its mirror image, as protocols take it: unit rows, float32 (N, D).
+        """
+
+        def compute(resume: Path, report: Report) -> dict[str, Tensor]:
+            faces = self.splits.provider
+            assert isinstance(faces, FaceSet)  # a stream is refused before
+            self.teacher.probe(faces)
+            return {"embeddings": self._embed_plain(self.teacher, faces, report), "form": self.teacher.form}
+
+        def read(tensors: dict[str, Tensor]) -> Tensor:
+            self.teacher.form = tensors["form"]
+            return tensors["embeddings"]
+
+        what, file = "embed the provider's faces for the teacher", "embeddings.safetensors"
+        return tensor_job("teacher", self.teacher_key, what, file, compute, read)
+
+    def teacher_scores_job(self) -> Job[Tensor]:
+        """The stage that scores the plain pairs of the victims' protocol by the teacher: (P,)."""
+
+        def compute(resume: Path, report: Report) -> dict[str, Tensor]:
+            self.taught("provider")  # knows what it is fed
+            return {
+                "scores": pair_scores(self._embed_plain(self.teacher, self.splits.victims, report), self.splits.pairs)
+            }
+
+        key = make_key({"teacher": self.teacher_key, "data": self.data_key}, CODE["verification"])
+        what, file = "verify by the teacher", "scores.safetensors"
+        return tensor_job("verify-teacher", key, what, file, compute, operator.itemgetter("scores"))
+
+    def teacher_info(self) -> TeacherInfo:
+        """What a result says of the teacher."""
+        embeddings = self.do(self.teacher_job())
+        return TeacherInfo(**self.teacher.describe(), embedding_size=embeddings.shape[1])
+
+    def _embed_plain(self, encoder: Evaluator, faces: FaceSet, report: Report) -> Tensor:
+        """An encoder's embeddings of plain faces: unit rows, float32 (N, D), on the processor."""
+        embeddings: list[Tensor] = []
+        for batch in faces.batches(self.config.batch_size):
+            embeddings.append(encoder.embed(batch.to(self.fabric.device)).cpu())
+            report(sum(len(e) for e in embeddings), len(faces))
+        return torch.cat(embeddings)
 
     def verification_job(self, defense: Defense) -> Job[Tensor]:
         """The stage that scores the pairs of the victims' protocol, each image protected under one random state: (P,).
@@ -439,11 +519,7 @@ class Stages(StageRunner):
         def compute(resume: Path, report: Report) -> dict[str, Tensor]:
             faces, evaluator = self.splits.victims, self.evaluators[number]
             evaluator.probe(self.splits.public, faces, self.splits.pairs)
-            embeddings: list[Tensor] = []
-            for batch in faces.batches(self.config.batch_size):
-                embeddings.append(evaluator.embed(batch.to(self.fabric.device)).cpu())
-                report(sum(len(e) for e in embeddings), len(faces))
-            return {"embeddings": torch.cat(embeddings), "form": evaluator.form}
+            return {"embeddings": self._embed_plain(evaluator, faces, report), "form": evaluator.form}
 
         def read(tensors: dict[str, Tensor]) -> tuple[Evaluator, Tensor]:
             evaluator = self.evaluators[number]

@@ -65,7 +65,10 @@ def measure_utility(stages: Stages, defense: Defense, plain: Defense, store: Run
     }
     store.write_table("scores", score_table(pairs, scores))
     protected, unprotected = (verification(values, pairs, labels) for values in scores.values())
-    return Utility(**protected.model_dump(), unprotected=unprotected)
+    teacher = None
+    if stages.config.teacher is not None:
+        teacher = verification(stages.do(stages.teacher_scores_job()), pairs, labels)
+    return Utility(**protected.model_dump(), unprotected=unprotected, teacher=teacher)
 
 
 def score_table(pairs: PairProtocol, scores: Mapping[str, Tensor]) -> pd.DataFrame:

@@ -76,7 +76,7 @@ SETTINGS = {
 }
 #: They decide nothing that a stage keeps, are no value of their own, or name files (which have tests of their own).
 WITHOUT_A_STAGE = {"bootstrap", "utility", "budget", "resume", "out", "device", "preset"}
-FILES = {"dataset", "data_root", "evaluator", "stream", "stream_images", "stream_on_error"}
+FILES = {"dataset", "data_root", "evaluator", "teacher", "stream", "stream_images", "stream_on_error"}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -213,6 +213,26 @@ def test_a_teacher_is_known_by_its_bytes_and_not_by_its_place(tmp_path):
         return keys(attack="linkage", attack_options={"teacher": str(tmp_path / name)})[FIT]
 
     assert key("a.onnx", b"one") == key("b.onnx", b"one") != key("b.onnx", b"two")
+
+
+def test_a_teacher_decides_recognisers_alone_and_is_known_by_its_bytes(tmp_path):
+    first, copy, other = (tmp_path / f"{name}.onnx" for name in ("first", "copy", "other"))
+    first.write_bytes(b"one")
+    copy.write_bytes(b"one")
+    other.write_bytes(b"two")
+    assert changed(teacher=str(first)) == {RECOGNISER, VERIFY}
+    assert keys(teacher=str(first)) == keys(teacher=str(copy))
+    before, after = keys(teacher=str(first)), keys(teacher=str(other))
+    assert {name for name in before if before[name] != after[name]} == {RECOGNISER, VERIFY}
+    # What is fitted without the teacher is the same under its presets; what was asked for holds for all.
+    asked = {"preset": "cpu", "defense": "partialface"}
+    before, after = keys(**asked), keys(**asked, teacher=str(first))
+    assert {name for name in before if before[name] != after[name]} == {RECOGNISER, VERIFY}
+    assert (
+        keys(**asked, training={"epochs": 3})[EVALUATOR]
+        == keys(**asked, training={"epochs": 3}, teacher=str(first))[EVALUATOR]
+    )
+    assert before[DEFENSE] == after[DEFENSE]
 
 
 def test_the_platform_is_part_of_what_is_trained(monkeypatch):
