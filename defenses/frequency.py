@@ -1,37 +1,44 @@
-"""Block DCT of the x8 up-sampled face, without the up-sampled face.
+"""Block DCT of the up-sampled face, without the up-sampled face.
 
 The frequency-domain defences (PartialFace and its kin; Mi et al., ICCV 2023, section 3) up-sample an RGB
 face x8 (bilinear, ``align_corners=True``), convert it to JFIF YCbCr minus 128 and take the orthonormal 8x8
 block DCT-II, so that every source pixel owns one block and coefficient (u, v) of all blocks forms a map of
 the size of the face, channel 8u + v.
 
+With another factor f than the published 8 a map has h = ceil(f H / 8) blocks a side: f / 8 of the numbers in each
+direction, and f = 1 is the plain block DCT of JPEG. Where 8 does not divide f H, the last row and column of the
+up-sampled face are repeated to whole blocks, as JPEG encoders do.
+
 Up-sampling and DCT are both linear and separable, hence for one colour plane X (H x H)
 
-    z_uv = A_u X A_v^T,    A_u = (row u of D8 in every block) U8,    A_u: (H, H),
+    z_uv = A_u X A_v^T,    A_u = (row u of D8 in every block) U,    A_u: (h, H),
 
-with U8 (8H x H) the interpolation matrix and D8 the DCT matrix. Block i covers the source positions
-i - 7i/(8H-1) .. i - 7i/(8H-1) + 7(H-1)/(8H-1), which lie between pixels i-1 and i+1: **every A_u is
-tridiagonal**. A channel is therefore six fused multiply-adds a pixel (three vertical, three horizontal taps), in
-plain element-wise operations that keep full precision under autocast and TF32 and let every face of a batch have
-channels of its own.
+with U the interpolation matrix (repeated rows included) and D8 the DCT matrix. Block i looks at the few pixels around
+8 i / f: **every A_u is banded**, along the line of that slope. At f = 8 block i covers the source positions
+i - 7i/(8H-1) .. i - 7i/(8H-1) + 7(H-1)/(8H-1), between pixels i-1 and i+1: A_u is tridiagonal, and a channel is
+six fused multiply-adds a pixel (three vertical, three horizontal taps), in plain element-wise operations that keep full
+precision under autocast and TF32 and let every face of a batch have channels of its own.
 
-The way back (inverse DCT, then bilinear down-sampling with aligned corners) is pointwise: output pixel i of H lies at
+The way back at the published factor (inverse DCT, then bilinear down-sampling with aligned corners) is pointwise: output pixel i of H lies at
 8i + 7i/(H-1) of the 8H, so it reads block i alone, at a phase that grows from 0 to 7 over the picture. A pixel is
 hence a sum of the coefficients of its own block, weighted by fields that are smooth, and the same for every face.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 8
+#: The published up-sampling factor: a block for each pixel.
+UPSAMPLING = 8
 #: DCT coefficients of one colour, channel index 8u + v with u vertical.
 CHANNELS = BLOCK * BLOCK
 COLOURS = 3
@@ -64,27 +71,39 @@ def dct_matrix() -> Tensor:
     return matrix
 
 
-def upsampling_matrix(size: int) -> Tensor:
-    """Bilinear x8 interpolation with aligned corners along one axis, float64 (8 ``size``, ``size``)."""
-    rows = torch.arange(BLOCK * size)
-    position = rows.to(torch.float64) * (size - 1) / (BLOCK * size - 1)
+def map_size(size: int, upsampling: int = UPSAMPLING) -> int:
+    """Blocks along a side of a face of ``size`` pixels that is up-sampled by the factor: ceil(upsampling size / 8).
+
+    >>> [map_size(112, factor) for factor in (8, 4, 3, 2, 1)]
+    [112, 56, 42, 28, 14]
+    """
+    return -(-upsampling * size // BLOCK)
+
+
+def upsampling_matrix(size: int, upsampling: int = UPSAMPLING) -> Tensor:
+    """Bilinear interpolation with aligned corners along one axis, float64 (``upsampling`` ``size``, ``size``)."""
+    rows = torch.arange(upsampling * size)
+    position = rows.to(torch.float64) * (size - 1) / (upsampling * size - 1)
     left = position.floor().long().clamp(max=size - 2)
     weight = position - left
-    matrix = torch.zeros(BLOCK * size, size, dtype=torch.float64)
+    matrix = torch.zeros(upsampling * size, size, dtype=torch.float64)
     matrix[rows, left] = 1 - weight
     matrix[rows, left + 1] = weight
     return matrix
 
 
-def axis_factors(size: int) -> Tensor:
-    """The tridiagonal matrices A_0..A_7 of one axis, float64 (8, ``size``, ``size``), for pixels in [0, 255].
+def axis_factors(size: int, upsampling: int = UPSAMPLING) -> Tensor:
+    """The banded matrices A_0..A_7 of one axis, float64 (8, h, ``size``), h = :func:`map_size`, for pixels in [0, 255].
 
     Raises:
-        ValueError: ``size`` is below 2.
+        ValueError: ``size`` is below 2, or the factor is none of 1..8.
     """
     if size < 2:
         raise ValueError(f"the frequency transform needs faces of at least 2 pixels, got {size}")
-    blocks = upsampling_matrix(size).view(size, BLOCK, size)
+    if not 1 <= upsampling <= BLOCK:
+        raise ValueError(f"the up-sampling factor must be in 1..{BLOCK}, got {upsampling}")
+    rows = torch.arange(BLOCK * map_size(size, upsampling)).clamp(max=upsampling * size - 1)
+    blocks = upsampling_matrix(size, upsampling)[rows].view(-1, BLOCK, size)
     return torch.einsum("up,ipj->uij", dct_matrix(), blocks)
 
 
@@ -128,35 +147,116 @@ def zigzag(count: int = CHANNELS) -> list[int]:
 # -- the kernels ---------------------------------------------------------------------------------
 
 
+class _Diagonal(NamedTuple):
+    """Entries of A_u along its slope: rows ``period q + row``, columns ``stride q + column``, q in first..last-1."""
+
+    row: int
+    column: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class _Band:
+    """Where A_0..A_7 of an axis are not zero, and what is there.
+
+    Block ``period q + r`` looks at pixels about ``stride q``, with period / stride = f / 8 in lowest terms; so A_u is a
+    few strided diagonals, and multiplying by it a few operations on strided views.
+
+    Attributes:
+        diagonals: D of them.
+        taps: (8, D, ceil(h / period)), indexed by q.
+        forward, backward: the order in which A x and A^T z add diagonals up. Each element of the result is written by
+            the first ``written`` of them (A x, A^T z) and added to by the others.
+    """
+
+    size: int
+    period: int
+    stride: int
+    diagonals: tuple[_Diagonal, ...]
+    taps: Tensor
+    forward: tuple[int, ...]
+    backward: tuple[int, ...]
+    written: tuple[int, int]
+
+    def apply(self, x: Tensor, taps: Tensor, *, dim: int, out: Tensor) -> None:
+        """``out = A x`` along ``dim`` (3 or 4) of (n, 3, K or 1, ., .); ``taps`` (n or 1, K, D, ceil(h / period))."""
+        self._add_up(self.forward, self.written[0], x, taps, dim, out, backward=False)
+
+    def apply_adjoint(self, z: Tensor, taps: Tensor, *, dim: int, out: Tensor) -> None:
+        """``out = A^T z``, as :meth:`apply`."""
+        self._add_up(self.backward, self.written[1], z, taps, dim, out, backward=True)
+
+    def _add_up(
+        self, order: Sequence[int], written: int, x: Tensor, taps: Tensor, dim: int, out: Tensor, *, backward: bool
+    ) -> None:
+        maps, faces = (x, out) if backward else (out, x)
+        for turn, number in enumerate(order):
+            row, column, first, last = self.diagonals[number]
+            along_maps = _every(maps, dim, self.period * first + row, self.period, last - first)
+            along_faces = _every(faces, dim, self.stride * first + column, self.stride, last - first)
+            weights = taps[:, :, number, first:last].reshape(
+                len(taps), 1, taps.shape[1], *((-1, 1) if dim == 3 else (1, -1))
+            )
+            source, target = (along_maps, along_faces) if backward else (along_faces, along_maps)
+            if turn < written:
+                torch.mul(source, weights, out=target)
+            else:
+                target.addcmul_(source, weights)
+
+
+def _every(x: Tensor, dim: int, start: int, step: int, count: int) -> Tensor:
+    """``count`` slices of ``x`` along ``dim`` from ``start``, ``step`` apart: a view."""
+    index = [slice(None)] * x.ndim
+    index[dim] = slice(start, start + step * (count - 1) + 1, step)
+    return x[tuple(index)]
+
+
 @lru_cache(maxsize=16)
-def _taps(size: int, transposed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Sub-, main and super-diagonal of A_u (or A_u^T): (8, 3, ``size``), indexed by the output position."""
+def _band(size: int, upsampling: int, dtype: torch.dtype, device: torch.device) -> _Band:
     with torch.inference_mode(False):  # the cache outlives the caller's inference mode
-        factors = axis_factors(size)
-        if transposed:
-            factors = factors.mT
-        taps = torch.zeros(BLOCK, 3, size, dtype=torch.float64)
-        taps[:, 0, 1:] = factors.diagonal(-1, 1, 2)
-        taps[:, 1] = factors.diagonal(0, 1, 2)
-        taps[:, 2, :-1] = factors.diagonal(1, 1, 2)
-        return taps.to(device=device, dtype=dtype)
+        factors = axis_factors(size, upsampling)
+        height, common = factors.shape[1], math.gcd(BLOCK, upsampling)
+        period, stride = upsampling // common, BLOCK // common
+        slots = -(-height // period)
+        # The pixel at which each phase starts; what lies before the next one's start belongs to it.
+        starts = [row * BLOCK // upsampling for row in range(period + 1)]
+        diagonals: list[_Diagonal] = []
+        taps: list[Tensor] = []
+        ways: list[tuple[int, int, bool]] = []  # number, pixels from the start of the phase, belongs to the phase
+        for row, column in itertools.product(range(period), range(-BLOCK, 2 * BLOCK)):
+            q = torch.arange(slots)
+            i, j = period * q + row, stride * q + column
+            inside = ((i < height) & (j >= 0) & (j < size)).nonzero().flatten()
+            if not len(inside):
+                continue
+            values = factors.new_zeros(BLOCK, slots)
+            values[:, inside] = factors[:, i[inside], j[inside]]
+            own = starts[row] <= column < starts[row + 1]
+            if own or bool(values.any()):
+                ways.append((len(diagonals), column - starts[row], own))
+                diagonals.append(_Diagonal(row, column, int(inside[0]), int(inside[-1]) + 1))
+                taps.append(values)
+        # Near diagonals first; of two that are equally near A x takes the left one first, A^T z the right one.
+        forward = sorted(ways, key=lambda way: (way[1] != 0, abs(way[1]), way[1]))
+        backward = sorted(ways, key=lambda way: (not way[2], abs(way[1]), -way[1]))
+        return _Band(
+            size=size,
+            period=period,
+            stride=stride,
+            diagonals=tuple(diagonals),
+            taps=torch.stack(taps, dim=1).to(device=device, dtype=dtype),
+            forward=tuple(way[0] for way in forward),
+            backward=tuple(way[0] for way in backward),
+            written=(sum(way[1] == 0 for way in ways), sum(way[2] for way in ways)),
+        )
 
 
-def _taps_of(channels: Tensor, size: int, transposed: bool, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The channels of each face (n or 1, K), and their vertical and horizontal taps (n or 1, K, 3, size)."""
+def _taps_of(channels: Tensor, band: _Band) -> tuple[Tensor, Tensor, Tensor]:
+    """The channels of each face (n or 1, K), and their vertical and horizontal taps (n or 1, K, D, slots)."""
     rows = channels if channels.ndim == 2 else channels[None]
-    on_device, taps = rows.to(like.device), _taps(size, transposed, like.dtype, like.device)
-    return rows, taps[on_device // BLOCK], taps[on_device % BLOCK]
-
-
-def _apply_taps(x: Tensor, taps: Tensor, *, dim: int, out: Tensor) -> None:
-    """``out = A x`` along ``dim`` (3 or 4) of (n, 3, K or 1, H, W); ``taps`` is (n or 1, K, 3, size)."""
-    shape = (len(taps), 1, taps.shape[1], *((-1, 1) if dim == 3 else (1, -1)))
-    lower, main, upper = (taps[:, :, k].reshape(shape) for k in range(3))
-    torch.mul(x, main, out=out)
-    inner = x.shape[dim] - 1
-    out.narrow(dim, 1, inner).addcmul_(x.narrow(dim, 0, inner), lower.narrow(dim, 1, inner))
-    out.narrow(dim, 0, inner).addcmul_(x.narrow(dim, 1, inner), upper.narrow(dim, 0, inner))
+    on_device = rows.to(band.taps.device)
+    return rows, band.taps[on_device // BLOCK], band.taps[on_device % BLOCK]
 
 
 def _apply_colour(x: Tensor, matrix: list[list[float]], out: Tensor) -> None:
@@ -173,20 +273,20 @@ def _chunks(count: int, maps: int, size: int, device: torch.device) -> list[slic
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _forward(faces: Tensor, channels: Tensor, with_offset: bool) -> Tensor:
+def _forward(faces: Tensor, channels: Tensor, band: _Band, height: int, with_offset: bool) -> Tensor:
     count, _, size, _ = faces.shape
-    rows, vertical, horizontal = _taps_of(channels, size, False, faces)
+    rows, vertical, horizontal = _taps_of(channels, band)
     length = rows.shape[1]
     planes = faces.new_empty(faces.shape)
     _apply_colour(faces, colour_matrix().tolist(), planes)
-    out = faces.new_empty(count, COLOURS, length, size, size)
+    out = faces.new_empty(count, COLOURS, length, height, height)
     chunks = _chunks(count, COLOURS * length, size, faces.device)
-    scratch = torch.empty_like(out[chunks[0]]) if chunks else out
+    scratch = faces.new_empty(chunks[0].stop if chunks else 0, COLOURS, length, height, size)
     for chunk in chunks:
         mine = chunk if len(rows) > 1 else slice(None)
         half = scratch[: chunk.stop - chunk.start]
-        _apply_taps(planes[chunk, :, None], vertical[mine], dim=3, out=half)
-        _apply_taps(half, horizontal[mine], dim=4, out=out[chunk])
+        band.apply(planes[chunk, :, None], vertical[mine], dim=3, out=half)
+        band.apply(half, horizontal[mine], dim=4, out=out[chunk])
     if with_offset:
         is_dc = rows == 0
         for column in is_dc.any(0).nonzero().flatten().tolist():
@@ -195,17 +295,20 @@ def _forward(faces: Tensor, channels: Tensor, with_offset: bool) -> Tensor:
     return out.flatten(1, 2)
 
 
-def _adjoint(representation: Tensor, channels: Tensor) -> Tensor:
-    """``M^T sum_k A_u^T z_k A_v``: (N, 3K, H, W) to RGB planes (N, 3, H, W)."""
-    count, _, size, _ = representation.shape
-    rows, vertical, horizontal = _taps_of(channels, size, True, representation)
-    z = representation.reshape(count, COLOURS, rows.shape[1], size, size)
+def _adjoint(representation: Tensor, channels: Tensor, band: _Band) -> Tensor:
+    """``M^T sum_k A_u^T z_k A_v``: (N, 3K, h, h) to RGB planes (N, 3, H, H)."""
+    count, _, height, _ = representation.shape
+    size = band.size
+    rows, vertical, horizontal = _taps_of(channels, band)
+    z = representation.reshape(count, COLOURS, rows.shape[1], height, height)
     planes = z.new_empty(count, COLOURS, size, size)
     for chunk in _chunks(count, COLOURS * rows.shape[1], size, z.device):
         mine = chunk if len(rows) > 1 else slice(None)
-        half, whole = torch.empty_like(z[chunk]), torch.empty_like(z[chunk])
-        _apply_taps(z[chunk], horizontal[mine], dim=4, out=half)
-        _apply_taps(half, vertical[mine], dim=3, out=whole)
+        part = z[chunk]
+        half = z.new_empty(*part.shape[:4], size)
+        band.apply_adjoint(part, horizontal[mine], dim=4, out=half)
+        whole = z.new_empty(*part.shape[:3], size, size)
+        band.apply_adjoint(half, vertical[mine], dim=3, out=whole)
         torch.sum(whole, 2, out=planes[chunk])
     out = torch.empty_like(planes)
     _apply_colour(planes, colour_matrix().T.tolist(), out)
@@ -216,13 +319,18 @@ class _Transform(torch.autograd.Function):
     """The transform or, where ``adjoint`` is set, its adjoint: the gradient of either is the other."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, channels: Tensor, adjoint: bool, with_offset: bool) -> Tensor:
-        ctx.channels, ctx.adjoint = channels, adjoint
-        return _adjoint(x, channels) if adjoint else _forward(x, channels, with_offset)
+    def forward(
+        ctx: Any, x: Tensor, channels: Tensor, adjoint: bool, with_offset: bool, size: int, upsampling: int
+    ) -> Tensor:
+        ctx.channels, ctx.adjoint, ctx.kind = channels, adjoint, (size, upsampling)
+        band = _band(size, upsampling, x.dtype, x.device)
+        if adjoint:
+            return _adjoint(x, channels, band)
+        return _forward(x, channels, band, map_size(size, upsampling), with_offset)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
-        return _Transform.apply(grads[0], ctx.channels, not ctx.adjoint, False), None, None, None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None, None, None]:
+        return _Transform.apply(grads[0], ctx.channels, not ctx.adjoint, False, *ctx.kind), None, None, None, None, None
 
 
 # -- the public functions ------------------------------------------------------------------------
@@ -242,44 +350,55 @@ def _checked_channels(channels: Tensor, count: int) -> Tensor:
     return channels
 
 
-def _checked_images(images: Tensor, colours: int, what: str) -> Tensor:
-    if images.ndim != 4 or images.shape[1] != colours or images.shape[2] != images.shape[3] or images.shape[3] < 2:
+def _checked_images(images: Tensor, colours: int, what: str, least: int = 2) -> Tensor:
+    if images.ndim != 4 or images.shape[1] != colours or images.shape[2] != images.shape[3] or images.shape[3] < least:
         raise ValueError(f"expected {what} (N, {colours}, H, H), got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"expected float {what}, got {images.dtype}")
     return images if images.dtype in (torch.float32, torch.float64) else images.to(torch.float32)
 
 
-def block_dct(faces: Tensor, channels: Tensor, *, with_offset: bool = True) -> Tensor:
-    """Requested block-DCT channels of the x8 up-sampled faces, differentiable (twice and more) in ``faces``.
+def block_dct(faces: Tensor, channels: Tensor, *, with_offset: bool = True, upsampling: int = UPSAMPLING) -> Tensor:
+    """Requested block-DCT channels of the up-sampled faces, differentiable (twice and more) in ``faces``.
 
     Faces are float (N, 3, H, H), RGB in [0, 1]; half types are computed in float32. ``channels`` are int64 indices
     8u + v in 0..63 in output order: (K,) for the whole batch, or (N, K), a list of its own for every face (a subset and
     its permutation in one). Without ``with_offset``, the level shift of -128, the map is linear, not affine.
+    ``upsampling`` is the factor, 1..8.
 
     Returns:
-        (N, 3K, H, H), colour-major (K of Y, K of Cb, K of Cr), un-normalised: -1024..1016 in channel 0, at
-        most +-576 beyond it and +-78 in the channels u + v > 3 (bilinear up-sampling is smooth). float32, or
+        (N, 3K, h, h) with h = ceil(upsampling H / 8), which is H at the published factor of 8; colour-major (K of Y, K
+        of Cb, K of Cr), un-normalised: -1024..1016 in channel 0. Bilinear up-sampling is smooth: at 8 every other
+        channel is at most +-576, and +-78 where u + v > 3; without it (factor 1) they reach +-1020. float32, or
         float64 for float64 faces.
 
     Raises:
-        ValueError: wrong shape or type, or a channel outside 0..63.
+        ValueError: wrong shape or type, a channel outside 0..63, or a factor outside 1..8.
     """
     faces = _checked_images(faces, COLOURS, "faces")
     channels = _checked_channels(channels, len(faces))
-    result: Tensor = _Transform.apply(faces, channels, False, with_offset)
+    result: Tensor = _Transform.apply(faces, channels, False, with_offset, faces.shape[-1], upsampling)
     return result
 
 
-def block_dct_adjoint(representation: Tensor, channels: Tensor) -> Tensor:
-    """Adjoint of the linear part of :func:`block_dct`: <A x, z> = <x, A^T z>; (N, 3K, H, H) to RGB (N, 3, H, H).
+def block_dct_adjoint(
+    representation: Tensor, channels: Tensor, *, upsampling: int = UPSAMPLING, size: int | None = None
+) -> Tensor:
+    """Adjoint of the linear part of :func:`block_dct`: <A x, z> = <x, A^T z>; (N, 3K, h, h) to RGB (N, 3, H, H).
+
+    H is ``size`` or, by default, that of which h are whole blocks: 8 h / upsampling.
 
     Raises:
-        ValueError: wrong shape or type, or a channel outside 0..63.
+        ValueError: wrong shape or type, a channel outside 0..63, a factor outside 1..8, or an H whose maps have another
+            size than h.
     """
     channels = _checked_channels(channels, len(representation))
-    representation = _checked_images(representation, COLOURS * channels.shape[-1], "a representation")
-    result: Tensor = _Transform.apply(representation, channels, True, False)
+    representation = _checked_images(representation, COLOURS * channels.shape[-1], "a representation", least=1)
+    height = representation.shape[-1]
+    size = BLOCK * height // max(1, upsampling) if size is None else size
+    if map_size(size, upsampling) != height:
+        raise ValueError(f"faces of {size} pixels have no maps of {height} at an up-sampling factor of {upsampling}")
+    result: Tensor = _Transform.apply(representation, channels, True, False, size, upsampling)
     return result
 
 
@@ -334,12 +453,13 @@ def inverse_block_dct_adjoint(pictures: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FrequencyOperator:
-    """The transform of one channel list, int64 (K,) in output order, for faces of ``size`` pixels a side; a
-    :class:`~defenses.base.SeparableSum`.
+    """The transform of one channel list, int64 (K,) in output order, for faces of ``size`` pixels a side that are
+    up-sampled by a factor of 1..8; a :class:`~defenses.base.SeparableSum`.
     """
 
     size: int
     channels: Tensor
+    upsampling: int = UPSAMPLING
 
     def __post_init__(self) -> None:
         if self.channels.ndim != 1:
@@ -353,13 +473,13 @@ class FrequencyOperator:
 
     @property
     def row_factors(self) -> Tensor:
-        """A_u of each channel, float64 (K, H, H): z_k = row_factors[k] X column_factors[k]^T."""
-        return axis_factors(self.size)[self.channels.cpu() // BLOCK]
+        """A_u of each channel, float64 (K, h, H): z_k = row_factors[k] X column_factors[k]^T."""
+        return axis_factors(self.size, self.upsampling)[self.channels.cpu() // BLOCK]
 
     @property
     def column_factors(self) -> Tensor:
-        """A_v of each channel, float64 (K, H, H)."""
-        return axis_factors(self.size)[self.channels.cpu() % BLOCK]
+        """A_v of each channel, float64 (K, h, H)."""
+        return axis_factors(self.size, self.upsampling)[self.channels.cpu() % BLOCK]
 
     @property
     def colour(self) -> Tensor:
@@ -367,15 +487,11 @@ class FrequencyOperator:
         return colour_matrix()
 
     def __call__(self, faces: Tensor) -> Tensor:
-        """``A x``: (N, 3, H, H) to (N, 3K, H, H), without the offset."""
-        self._check(faces)
-        return block_dct(faces, self.channels, with_offset=False)
+        """``A x``: (N, 3, H, H) to (N, 3K, h, h), without the offset."""
+        if faces.shape[-1] != self.size:
+            raise ValueError(f"this operator is for faces of {self.size} pixels, got {tuple(faces.shape)}")
+        return block_dct(faces, self.channels, with_offset=False, upsampling=self.upsampling)
 
     def adjoint(self, representation: Tensor) -> Tensor:
-        """``A^T z``: (N, 3K, H, H) to (N, 3, H, H)."""
-        self._check(representation)
-        return block_dct_adjoint(representation, self.channels)
-
-    def _check(self, images: Tensor) -> None:
-        if images.shape[-1] != self.size:
-            raise ValueError(f"this operator is for faces of {self.size} pixels, got {tuple(images.shape)}")
+        """``A^T z``: (N, 3K, h, h) to (N, 3, H, H)."""
+        return block_dct_adjoint(representation, self.channels, upsampling=self.upsampling, size=self.size)

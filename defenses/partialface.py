@@ -85,7 +85,8 @@ class PartialFaceOptions(SubsetOptions):
 class PartialFace(FrequencySubset):
     """Random frequency components.
 
-    The coefficients are within +-78 for the default channels. The state of a face is its rank, int64 (2,): [row S of
+    The coefficients are within +-78 for the default channels at the published factor of 8; a smaller ``upsampling``
+    sends fewer and larger ones. The state of a face is its rank, int64 (2,): [row S of
     the subset table, row P of the permutation table]. The tables are shared by provider and clients (the secret); the
     rank is never sent.
     """

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from defenses.base import Defense, DefenseOptions, Shape
-from defenses.frequency import CHANNELS, COLOURS, FrequencyOperator, block_dct, zigzag
+from defenses.frequency import CHANNELS, COLOURS, UPSAMPLING, FrequencyOperator, block_dct, map_size, zigzag
 
 Tables = Literal["official", "random"]
 
@@ -48,6 +48,18 @@ def _split(value: Any) -> Any:
     return value
 
 
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.strip().isdigit() else value
+
+
+#: Factors by which a face is up-sampled before its block DCT. A Literal of integers takes no strings, which is what the
+#: command line passes.
+Upsampling = Annotated[Literal[1, 2, 3, 4, 8], BeforeValidator(_whole)]
+UPSAMPLING_MEANS = (
+    "factor by which a face is up-sampled before its 8x8 block DCT: 8 as published, a block for each pixel; 1 is the "
+    "block DCT of JPEG. Sends (factor / 8)^2 of the numbers"
+)
+
 #: A list of channel indices; on the command line ``0,1,2``.
 ChannelList = Annotated[tuple[Annotated[int, Field(ge=0, lt=CHANNELS)], ...], BeforeValidator(_split)]
 
@@ -72,6 +84,7 @@ class SubsetOptions(DefenseOptions):
         description="official: the split of the released code (sigma 10, s 9); random: by table_seed",
     )
     table_seed: Seed = Field(default=0, description="seed of the random tables")
+    upsampling: Upsampling = Field(default=UPSAMPLING, description=UPSAMPLING_MEANS)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -129,9 +142,9 @@ def random_permutations(size: int, count: int, seed: int) -> Tensor:
 
 
 class FrequencySubset(Defense):
-    """Sends s of the d kept channels of each colour: (N, 3s, H, W), colour-major, un-normalised block-DCT coefficients.
+    """Sends s of the d kept channels of each colour: (N, 3s, h, h), colour-major, un-normalised block-DCT coefficients.
 
-    A subclass says which (:meth:`sent`), whether they depend on the state or not.
+    h is the side of the face where it is up-sampled x8, as published, and ceil(factor H / 8) at other factors. A subclass says which (:meth:`sent`), whether they depend on the state or not.
     """
 
     options: SubsetOptions
@@ -147,15 +160,17 @@ class FrequencySubset(Defense):
 
     @property
     def representation_shape(self) -> Shape:
-        """(3s, H, W)."""
-        return (COLOURS * self.options.subset_size, self.image_size, self.image_size)
+        """(3s, h, h)."""
+        side = map_size(self.image_size, self.options.upsampling)
+        return (COLOURS * self.options.subset_size, side, side)
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        return block_dct(faces, self.kept_channels[self.sent(state, len(faces))])
+        channels = self.kept_channels[self.sent(state, len(faces))]
+        return block_dct(faces, channels, upsampling=self.options.upsampling)
 
     def linear_operator(self, state: Tensor | None) -> FrequencyOperator:
         indices = self.sent(None if state is None else state[None], 1)
-        return FrequencyOperator(self.image_size, self.kept_channels[indices].flatten())
+        return FrequencyOperator(self.image_size, self.kept_channels[indices].flatten(), self.options.upsampling)
 
     def canonical(self, representation: Tensor, state: Tensor | None) -> Tensor:
         """Each map back at its own frequency: (N, 3s, h, w) to (N, 3d, h, w), colour-major, zero elsewhere.

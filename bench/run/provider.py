@@ -62,7 +62,8 @@ def channel_energy(described: dict[str, Any], faces: Tensor) -> dict[str, list[f
     """
     if "kept_channels" not in described:
         return {}
-    everything = plugins.make_defense("arcface-fd", {}, "cpu", faces.shape[-1])
+    factor = {name: value for name, value in described.get("options", {}).items() if name == "upsampling"}
+    everything = plugins.make_defense("arcface-fd", factor, "cpu", faces.shape[-1])
     sample = faces[:_FACES]
     total = torch.zeros(everything.channels)
     for part in sample.split(_BATCH):

@@ -24,6 +24,20 @@ def test_it_is_partialface_with_its_rank_pinned(subset):
     assert protected.state is None
 
 
+@pytest.mark.parametrize("factor", [4, 3, 2, 1])
+def test_both_take_the_factor(factor):
+    options = {"upsampling": factor}
+    side = 2 * factor
+    fixed = FixedSubset(FixedSubsetOptions(subset=4, **options), image_size=16)
+    everything = ArcFaceFD(ArcFaceFD.Options(**options), image_size=16)
+    whole = everything.protect(FACES, generator()).representation
+    assert whole.shape == (3, *everything.representation_shape) == (3, 192, side, side)
+    sent = fixed.protect(FACES, generator()).representation
+    assert torch.equal(sent.unflatten(1, (3, 9)), whole.unflatten(1, (3, 64))[:, :, fixed.subset_channels])
+    operator = everything.linear_operator(None)
+    torch.testing.assert_close(operator(FACES) + operator.offset.float(), whole, rtol=0, atol=1e-3)
+
+
 def test_all_channels_hold_every_subset():
     spectrum = ArcFaceFD(image_size=16).protect(FACES, generator()).representation.view(3, 3, 64, 16, 16)
     fixed = FixedSubset(FixedSubsetOptions(subset=4), image_size=16)

@@ -12,6 +12,7 @@ from golden import pictures as golden_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import generator, noise
+from scipy.fft import dctn
 from textbook import textbook, textbook_spectrum
 
 from defenses import frequency
@@ -25,6 +26,7 @@ from defenses.frequency import (
     dct_matrix,
     inverse_block_dct,
     inverse_block_dct_adjoint,
+    map_size,
     phase_factors,
     upsampling_matrix,
     zigzag,
@@ -32,6 +34,7 @@ from defenses.frequency import (
 from defenses.partialface import PartialFace
 
 EVERY = torch.arange(CHANNELS)
+FACTORS = (8, 4, 3, 2, 1)
 
 
 def _channels_of_each(count, length, seed=0):
@@ -50,6 +53,32 @@ def test_all_channels_equal_the_textbook(size, dtype):
     assert float(error.max()) < (1e-10 if dtype == torch.float64 else 1e-4)
 
 
+# 57 and 13 leave part of a block at every factor below 8, 3 and 2 are less than one block at factor 1.
+@pytest.mark.parametrize("size", [64, 57, 13, 3, 2])
+@pytest.mark.parametrize("factor", FACTORS)
+def test_any_factor_equals_the_textbook(factor, size):
+    faces = noise(2, size)
+    actual = block_dct(faces, EVERY, upsampling=factor)
+    expected = textbook_spectrum(faces, factor).flatten(1, 2)
+    assert actual.shape[2:] == (map_size(size, factor),) * 2 == expected.shape[2:]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+    single = block_dct(faces.float(), EVERY, upsampling=factor)
+    torch.testing.assert_close(single.double(), expected, rtol=0, atol=2e-3)
+
+
+def test_without_upsampling_it_is_the_block_dct_of_jpeg():
+    """SciPy's DCT of the face's own blocks, and an orthonormal map: nothing is lost in all channels."""
+    faces = noise(2, 24)
+    grey = faces[:, :1].expand(-1, 3, -1, -1)
+    actual = block_dct(grey, EVERY, upsampling=1).view(2, 3, 64, 3, 3)
+    blocks = (255 * grey[:, 0] - 128).view(2, 3, 8, 3, 8).permute(0, 2, 4, 1, 3)
+    expected = dctn(blocks.numpy(), axes=(1, 2), norm="ortho").reshape(2, 64, 3, 3)
+    torch.testing.assert_close(actual[:, 0], torch.from_numpy(expected), rtol=0, atol=1e-9)
+    torch.testing.assert_close(actual[:, 1:], torch.zeros_like(actual[:, 1:]), rtol=0, atol=1e-9)
+    factors = axis_factors(24, 1).transpose(0, 1).reshape(24, 24)
+    torch.testing.assert_close(factors @ factors.T, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("size", [40, 16])
 def test_own_channels_of_each_face_equal_the_textbook(size):
     faces, channels = noise(5, size), _channels_of_each(5, 9)
@@ -57,13 +86,14 @@ def test_own_channels_of_each_face_equal_the_textbook(size):
     torch.testing.assert_close(block_dct(faces, channels), textbook(faces, channels), rtol=0, atol=1e-7)
 
 
-def test_chunking_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("factor", FACTORS)
+def test_chunking_changes_nothing(factor, monkeypatch):
     faces, channels = noise(7, 16), _channels_of_each(7, 5)
-    whole = block_dct(faces, channels)
-    back = block_dct_adjoint(whole, channels)
+    whole = block_dct(faces, channels, upsampling=factor)
+    back = block_dct_adjoint(whole, channels, upsampling=factor)
     monkeypatch.setattr(frequency, "_CPU_CHUNK_ELEMENTS", 2 * 15 * 16 * 16)  # chunks of two, the last of one
-    assert torch.equal(block_dct(faces, channels), whole)
-    assert torch.equal(block_dct_adjoint(whole, channels), back)
+    assert torch.equal(block_dct(faces, channels, upsampling=factor), whole)
+    assert torch.equal(block_dct_adjoint(whole, channels, upsampling=factor), back)
 
 
 def test_repeated_and_unsorted_channels():
@@ -103,14 +133,22 @@ def test_level_shift_reaches_luma_dc_only():
     torch.testing.assert_close(dc_offset(EVERY).float(), expected)
 
 
-@pytest.mark.parametrize(("channel", "bound"), [(1, 576), (9, 326), (18, 78), (32, 63)])
-def test_documented_value_range_is_tight(channel, bound):
+@pytest.mark.parametrize(
+    ("factor", "channel", "bound"), [(8, 1, 576), (8, 9, 326), (8, 18, 78), (8, 32, 63), (1, 4, 1020)]
+)
+def test_documented_value_range_is_tight(factor, channel, bound):
     """The face that a block responds to most, in black and white, attains the range given in the docstrings."""
-    factors = axis_factors(112)
+    factors = axis_factors(112, factor)
     row, column = channel // 8, channel % 8
     i, j = (int(factors[k].abs().sum(-1).argmax()) for k in (row, column))
     face = (torch.outer(factors[row, i], factors[column, j]) > 0).double().expand(1, 3, -1, -1)
-    assert float(block_dct(face, torch.tensor([channel]))[0, 0, i, j]) == pytest.approx(bound, abs=0.6)
+    sent = block_dct(face, torch.tensor([channel]), upsampling=factor)
+    assert float(sent[0, 0, i, j]) == pytest.approx(bound, abs=0.6)
+
+
+def test_no_channel_exceeds_the_range_without_upsampling():
+    reach = axis_factors(112, 1).abs().sum(-1).amax(-1)
+    assert float((127.5 * reach[EVERY[1:] // 8] * reach[EVERY[1:] % 8]).max()) < 1020.1
 
 
 def test_value_range_of_the_kept_channels():
@@ -119,7 +157,7 @@ def test_value_range_of_the_kept_channels():
     assert float((127.5 * reach[kept // 8] * reach[kept % 8]).max()) < 78.5
 
 
-def test_factors_are_tridiagonal_and_the_dct_orthonormal():
+def test_any_factorare_tridiagonal_and_the_dct_orthonormal():
     factors = axis_factors(40)
     i = torch.arange(40)
     outside = (i[:, None] - i).abs() > 1
@@ -131,10 +169,23 @@ def test_factors_are_tridiagonal_and_the_dct_orthonormal():
     torch.testing.assert_close(sums[0], torch.full((40,), math.sqrt(8), dtype=torch.float64))
 
 
-def test_upsampling_is_torch_interpolation():
+@pytest.mark.parametrize("factor", FACTORS)
+def test_any_factorare_banded(factor):
+    """Block i looks at no pixel more than its own 8 / factor, one before it and one behind."""
+    factors = axis_factors(40, factor)
+    first = 8 * torch.arange(map_size(40, factor)) // factor
+    pixel = torch.arange(40)
+    outside = (pixel < first[:, None] - 1) | (pixel > first[:, None] + -(-8 // factor))
+    assert float(factors[:, outside].abs().max()) == 0
+    sums = factors.sum(-1)
+    assert float(sums[1:].abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_upsampling_is_torch_interpolation(factor):
     row = torch.rand(1, 1, 23, dtype=torch.float64)
-    expected = torch.nn.functional.interpolate(row, scale_factor=8, mode="linear", align_corners=True)
-    torch.testing.assert_close(upsampling_matrix(23) @ row[0, 0], expected[0, 0])
+    expected = torch.nn.functional.interpolate(row, scale_factor=factor, mode="linear", align_corners=True)
+    torch.testing.assert_close(upsampling_matrix(23, factor) @ row[0, 0], expected[0, 0])
 
 
 def test_zigzag_is_the_jpeg_scan():
@@ -160,6 +211,7 @@ def test_the_pruned_triangle_holds_the_energy_of_natural_images():
 # -- algebra -------------------------------------------------------------------------------------
 
 problems = st.tuples(st.integers(1, 4), st.integers(2, 20), st.integers(1, 12), st.integers(0, 2**31), st.booleans())
+any_factor = st.sampled_from(FACTORS)
 
 
 def _problem(problem):
@@ -179,12 +231,13 @@ def test_linearity(problem, a, b):
 
 
 @settings(max_examples=40, deadline=None)
-@given(problems)
-def test_adjoint_identity(problem):
+@given(problems, any_factor)
+def test_adjoint_identity(problem, factor):
     x, channels, drawn = _problem(problem)
-    ax = block_dct(x, channels, with_offset=False)
+    ax = block_dct(x, channels, with_offset=False, upsampling=factor)
     z = torch.randn(ax.shape, generator=drawn, dtype=x.dtype)
-    left, right = float((ax * z).sum()), float((x * block_dct_adjoint(z, channels)).sum())
+    back = block_dct_adjoint(z, channels, upsampling=factor, size=x.shape[-1])
+    left, right = float((ax * z).sum()), float((x * back).sum())
     assert left == pytest.approx(right, rel=1e-10, abs=1e-7)
 
 
@@ -198,14 +251,15 @@ def test_nothing_of_a_face_is_lost_in_all_channels():
     torch.testing.assert_close(torch.linalg.lstsq(matrix, sent).solution.T.view_as(faces), faces, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_gradients(own):
+@pytest.mark.parametrize(("own", "factor"), [(True, 8), (False, 8), (True, 3)])
+def test_gradients(own, factor):
     faces = noise(2, 4).requires_grad_()
     channels = _channels_of_each(2, 3) if own else _channels_of_each(1, 3)[0]
-    assert torch.autograd.gradcheck(lambda x: block_dct(x, channels), faces)
-    assert torch.autograd.gradgradcheck(lambda x: block_dct(x, channels).sin(), faces)
-    z = torch.randn(2, 9, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: block_dct_adjoint(z, channels), z)
+    assert torch.autograd.gradcheck(lambda x: block_dct(x, channels, upsampling=factor), faces)
+    assert torch.autograd.gradgradcheck(lambda x: block_dct(x, channels, upsampling=factor).sin(), faces)
+    side = map_size(4, factor)
+    z = torch.randn(2, 9, side, side, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: block_dct_adjoint(z, channels, upsampling=factor, size=4), z)
 
 
 # -- the operator --------------------------------------------------------------------------------
@@ -253,6 +307,10 @@ def test_bad_input_is_refused(faces, channels, message):
         (lambda: FrequencyOperator(16, torch.zeros(2, 9, dtype=torch.int64)), "one channel list"),
         (lambda: FrequencyOperator(16, torch.arange(9))(torch.zeros(1, 3, 8, 8)), "16 pixels"),
         (lambda: axis_factors(1), "at least 2"),
+        (lambda: axis_factors(16, 9), "1..8"),
+        (lambda: block_dct(torch.zeros(1, 3, 16, 16), EVERY, upsampling=0), "1..8"),
+        (lambda: block_dct_adjoint(torch.zeros(1, 27, 8, 8), torch.arange(9), upsampling=0), "no maps"),
+        (lambda: block_dct_adjoint(torch.zeros(1, 27, 8, 8), torch.arange(9), upsampling=4, size=18), "18 pixels"),
     ],
 )
 def test_bad_representations_are_refused(call, message):

@@ -54,6 +54,61 @@ def test_every_rank_in_one_batch_equals_the_textbook(options):
     torch.testing.assert_close(sent, textbook(faces, channels), rtol=1e-9, atol=1e-9)
 
 
+# -- the up-sampling factor ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [4, 3, 2, 1])
+def test_a_smaller_factor_sends_fewer_numbers_of_the_same_ranks(factor):
+    defense = _build(upsampling=factor)
+    side = math.ceil(factor * SIZE / 8)
+    assert defense.representation_shape == (27, side, side)
+    assert defense.bytes_per_face() == 4 * 27 * side**2
+    state, faces = defense.states(), _faces(18)
+    assert torch.equal(state, _build().states())
+    channels = torch.stack(
+        [defense.kept_channels[defense.subset_table[s]][defense.permutation_table[p]] for s, p in state.tolist()]
+    )
+    sent = defense.protect(faces, generator(), state=state).representation
+    torch.testing.assert_close(sent, textbook(faces, channels, factor), rtol=1e-9, atol=1e-9)
+    described = defense.describe()
+    assert (described["options"]["upsampling"], described["bytes_per_face"]) == (factor, 4 * 27 * side**2)
+
+
+@pytest.mark.parametrize("factor", [4, 3, 2, 1])
+def test_what_an_attacker_is_told_has_the_factor(factor):
+    """Operators, canonical maps and imitations are of the small maps; a guess guesses the tables alone."""
+    defense = _build(upsampling=factor, tables="random")
+    faces, state = _faces(3), torch.tensor([[2, 1]]).expand(3, -1)
+    sent = defense.protect(faces, generator(), state=state).representation
+    operator = defense.linear_operator(state[0])
+    torch.testing.assert_close(operator(faces) + operator.offset, sent, rtol=0, atol=1e-9)
+    side = sent.shape[-1]
+    assert operator.row_factors.shape == operator.column_factors.shape == (9, side, SIZE)
+    planes = torch.einsum("pc,nchw->nphw", operator.colour, faces)
+    expected = torch.einsum("kih,nphw,kjw->npkij", operator.row_factors, planes, operator.column_factors)
+    torch.testing.assert_close(operator(faces), expected.flatten(1, 2), rtol=0, atol=1e-9)
+    z = torch.randn(sent.shape, generator=generator(), dtype=torch.float64)
+    assert float((operator(faces) * z).sum()) == pytest.approx(float((faces * operator.adjoint(z)).sum()), rel=1e-9)
+    canonical = defense.canonical(sent, state)
+    assert canonical.shape == (3, 162, side, side)
+    whole = textbook(faces, torch.tensor([defense.kept_channels.tolist()] * 3), factor)
+    filled = canonical != 0
+    torch.testing.assert_close(canonical[filled], whole[filled], rtol=0, atol=1e-9)
+    assert int(filled.any(dim=(2, 3)).sum()) == 3 * 27
+    guess = defense.guess(generator(5))
+    assert (guess.options.upsampling, guess.representation_shape) == (factor, defense.representation_shape)
+    layouts = torch.arange(27).view(1, 3, 9)[:, :1].add(54 * torch.arange(3)[:, None]).flatten(1)
+    assert defense.with_layouts(layouts).representation_shape == defense.representation_shape
+
+
+def test_the_factor_is_read_from_a_command_line_and_checked():
+    assert PartialFaceOptions.model_validate({"upsampling": "4"}).upsampling == 4
+    assert PartialFaceOptions().upsampling == 8
+    for wrong in (5, 0, "nine", 16, 4.5):
+        with pytest.raises(ValidationError, match="upsampling"):
+            PartialFaceOptions.model_validate({"upsampling": wrong})
+
+
 # -- tables --------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,15 @@ def _dct(dtype: torch.dtype) -> Tensor:
     return torch.tensor(rows, dtype=dtype)
 
 
-def textbook_spectrum(faces: Tensor) -> Tensor:
-    """All 64 channels of the x8 up-sampled YCbCr image: (N, 3, H, W) to (N, 3, 64, H, W), dtype kept."""
-    count, _, height, width = faces.shape
-    image = F.interpolate(faces, scale_factor=8, mode="bilinear", align_corners=True) * 255
+def textbook_spectrum(faces: Tensor, factor: int = 8) -> Tensor:
+    """All 64 channels of the up-sampled YCbCr image: (N, 3, H, H) to (N, 3, 64, h, h), h = ceil(factor H / 8).
+
+    Where 8 does not divide it, the last row and column of the up-sampled image are repeated. dtype kept.
+    """
+    count = len(faces)
+    image = F.interpolate(faces, scale_factor=factor, mode="bilinear", align_corners=True) * 255
+    image = F.pad(image, (0, -image.shape[3] % 8, 0, -image.shape[2] % 8), mode="replicate")
+    height, width = image.shape[2] // 8, image.shape[3] // 8
     red, green, blue = image.unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     cb = -0.168736 * red - 0.331264 * green + 0.5 * blue + 128
@@ -33,8 +38,8 @@ def textbook_spectrum(faces: Tensor) -> Tensor:
     return coefficients.view(count, 3, height, width, 64).permute(0, 1, 4, 2, 3)
 
 
-def textbook(faces: Tensor, channels: Tensor) -> Tensor:
-    """Channels (N, K) of each face out of the whole spectrum: (N, 3K, H, W), colour-major."""
-    height, width = faces.shape[2:]
-    index = channels[:, None, :, None, None].expand(-1, 3, -1, height, width)
-    return textbook_spectrum(faces).gather(2, index).flatten(1, 2)
+def textbook(faces: Tensor, channels: Tensor, factor: int = 8) -> Tensor:
+    """Channels (N, K) of each face out of the whole spectrum: (N, 3K, h, h), colour-major."""
+    spectrum = textbook_spectrum(faces, factor)
+    index = channels[:, None, :, None, None].expand(-1, 3, -1, *spectrum.shape[3:])
+    return spectrum.gather(2, index).flatten(1, 2)
