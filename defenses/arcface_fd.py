@@ -7,12 +7,12 @@ from pydantic import Field
 from torch import Tensor
 
 from defenses.base import Defense, DefenseOptions
-from defenses.frequency import CHANNELS, COLOURS, UPSAMPLING, FrequencyOperator, block_dct, map_size
+from defenses.frequency import CHANNELS, COLOURS, FrequencyOperator, block_dct, map_size
 from defenses.ranks import UPSAMPLING_MEANS, Upsampling
 
 
 class ArcFaceFDOptions(DefenseOptions):
-    upsampling: Upsampling = Field(default=UPSAMPLING, description=UPSAMPLING_MEANS)
+    upsampling: Upsampling = Field(default=8, description=UPSAMPLING_MEANS)
 
 
 class ArcFaceFD(Defense):

@@ -19,9 +19,10 @@ i - 7i/(8H-1) .. i - 7i/(8H-1) + 7(H-1)/(8H-1), between pixels i-1 and i+1: A_u 
 six fused multiply-adds a pixel (three vertical, three horizontal taps), in plain element-wise operations that keep full
 precision under autocast and TF32 and let every face of a batch have channels of its own.
 
-The way back at the published factor (inverse DCT, then bilinear down-sampling with aligned corners) is pointwise: output pixel i of H lies at
-8i + 7i/(H-1) of the 8H, so it reads block i alone, at a phase that grows from 0 to 7 over the picture. A pixel is
-hence a sum of the coefficients of its own block, weighted by fields that are smooth, and the same for every face.
+The way back at the published factor (inverse DCT, then bilinear down-sampling with aligned corners) is pointwise:
+output pixel i of H lies at 8i + 7i/(H-1) of the 8H, so it reads block i alone, at a phase that grows from 0 to 7 over
+the picture. A pixel is hence a sum of the coefficients of its own block, weighted by fields that are smooth, and the
+same for every face.
 """
 
 from __future__ import annotations

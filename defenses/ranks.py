@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from defenses.base import Defense, DefenseOptions, Shape
-from defenses.frequency import CHANNELS, COLOURS, UPSAMPLING, FrequencyOperator, block_dct, map_size, zigzag
+from defenses.frequency import CHANNELS, COLOURS, FrequencyOperator, block_dct, map_size, zigzag
 
 Tables = Literal["official", "random"]
 
@@ -84,7 +84,7 @@ class SubsetOptions(DefenseOptions):
         description="official: the split of the released code (sigma 10, s 9); random: by table_seed",
     )
     table_seed: Seed = Field(default=0, description="seed of the random tables")
-    upsampling: Upsampling = Field(default=UPSAMPLING, description=UPSAMPLING_MEANS)
+    upsampling: Upsampling = Field(default=8, description=UPSAMPLING_MEANS)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -144,7 +144,8 @@ def random_permutations(size: int, count: int, seed: int) -> Tensor:
 class FrequencySubset(Defense):
     """Sends s of the d kept channels of each colour: (N, 3s, h, h), colour-major, un-normalised block-DCT coefficients.
 
-    h is the side of the face where it is up-sampled x8, as published, and ceil(factor H / 8) at other factors. A subclass says which (:meth:`sent`), whether they depend on the state or not.
+    h is the side of the face where it is up-sampled x8, as published, and ceil(factor H / 8) at other factors. A
+    subclass says which channels (:meth:`sent`), whether they depend on the state or not.
     """
 
     options: SubsetOptions

@@ -50,6 +50,38 @@ def test_every_linear_defence_gives_more_than_the_mean_face(make_adversary, name
     assert error(attack.recover(observation), faces) < 0.75 * error(mean, faces)
 
 
+@pytest.mark.parametrize("factor", [4, 3, 2, 1])
+def test_small_maps_of_all_channels_are_a_picture(make_adversary, factor):
+    """64 (factor / 8)^2 numbers a pixel, one at least: nothing is lost."""
+    defense = defense_of("arcface-fd", upsampling=factor)
+    attack, _ = fitted(make_adversary, defense)
+    faces, observation = observe(defense)
+    assert error(attack.recover(observation), faces) < 1e-4
+
+
+def test_a_smaller_factor_leaks_less(make_adversary):
+    errors = []
+    for factor in (8, 4, 3, 2):
+        defense = defense_of("partialface", upsampling=factor)
+        attack, _ = fitted(make_adversary, defense)
+        faces, observation = observe(defense)
+        errors.append(error(attack.recover(observation), faces))
+    assert errors == sorted(errors)
+    assert errors[-1] > 1.2 * errors[0]
+    assert errors[-1] < error(attack.mean_face().float().expand_as(faces), faces)
+
+
+@pytest.mark.parametrize("factor", [4, 2])
+def test_states_are_read_off_small_maps(make_adversary, factor):
+    defense = defense_of("partialface", upsampling=factor)
+    attack, report = fitted(make_adversary, defense, "whitebox", state_faces=400)
+    assert report.states_read > 0.95
+    _, told = observe(defense, 48)
+    _, hidden = observe(defense, 48, states=False)
+    truth = row_numbers(told.states[:, 0], defense.states())
+    assert float((attack.infer_states(hidden)[:, 0] == truth).float().mean()) > 0.95
+
+
 def test_all_channels_are_a_picture(make_adversary):
     attack, _ = fitted(make_adversary, defense_of("arcface-fd"))
     faces, observation = observe(defense_of("arcface-fd"))

@@ -6,6 +6,7 @@ from pictures import smooth
 
 from attacks.parts.gaussian_prior import GaussianPrior
 from attacks.parts.posterior import IterativePosterior, Posterior, PriorCovariance, row_reach
+from defenses.frequency import FrequencyOperator
 from defenses.linear import IdentityOperator, SeparableOperator
 
 SIZE, RANK, NOISE = 8, 4, 0.03
@@ -46,7 +47,14 @@ def coarse():
     return SeparableOperator(torch.eye(4, dtype=torch.float64).repeat_interleave(2, dim=1) / 2)
 
 
-OPERATORS = {"banded": banded(0), "coarse": coarse(), "wide": wide(), "identity": IdentityOperator(SIZE)}
+def frequencies(factor):
+    """Three channels of an up-sampled face, fewer numbers than pixels at factors below 8: factors are rectangular."""
+    return FrequencyOperator(SIZE, torch.tensor([11, 18, 4]), factor)
+
+
+OPERATORS = {"banded": banded(0), "coarse": coarse(), "wide": wide(), "identity": IdentityOperator(SIZE)} | {
+    f"upsampling {factor}": frequencies(factor) for factor in (8, 4, 3, 2, 1)
+}
 
 
 def prior_for(operator):
