@@ -38,4 +38,4 @@ class ArcFaceFD(Defense):
         return block_dct(faces, torch.arange(CHANNELS), upsampling=self.options.upsampling)
 
     def linear_operator(self, state: Tensor | None) -> FrequencyOperator:
-        return FrequencyOperator(self.image_size, torch.arange(CHANNELS), self.options.upsampling)
+        return FrequencyOperator(self.image_size, torch.arange(CHANNELS), upsampling=self.options.upsampling)

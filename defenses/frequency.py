@@ -30,7 +30,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -460,7 +460,7 @@ class FrequencyOperator:
 
     size: int
     channels: Tensor
-    upsampling: int = UPSAMPLING
+    upsampling: int = field(default=UPSAMPLING, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.channels.ndim != 1:

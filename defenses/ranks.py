@@ -171,7 +171,9 @@ class FrequencySubset(Defense):
 
     def linear_operator(self, state: Tensor | None) -> FrequencyOperator:
         indices = self.sent(None if state is None else state[None], 1)
-        return FrequencyOperator(self.image_size, self.kept_channels[indices].flatten(), self.options.upsampling)
+        return FrequencyOperator(
+            self.image_size, self.kept_channels[indices].flatten(), upsampling=self.options.upsampling
+        )
 
     def canonical(self, representation: Tensor, state: Tensor | None) -> Tensor:
         """Each map back at its own frequency: (N, 3s, h, w) to (N, 3d, h, w), colour-major, zero elsewhere.

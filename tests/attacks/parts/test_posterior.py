@@ -49,7 +49,7 @@ def coarse():
 
 def frequencies(factor):
     """Three channels of an up-sampled face, fewer numbers than pixels at factors below 8: factors are rectangular."""
-    return FrequencyOperator(SIZE, torch.tensor([11, 18, 4]), factor)
+    return FrequencyOperator(SIZE, torch.tensor([11, 18, 4]), upsampling=factor)
 
 
 OPERATORS = {"banded": banded(0), "coarse": coarse(), "wide": wide(), "identity": IdentityOperator(SIZE)} | {
