@@ -62,7 +62,8 @@ class UNet(ViewingAttack):
     ``oracle`` knows each state and undoes the layout (:meth:`Defense.canonical`). ``whitebox`` knows the table of
     states: where :class:`~attacks.parts.states.StateReader` can tell them apart, it does the same with the inferred
     state, else it trains on the mixture. ``blackbox`` infers the table or, where that cannot be done, trains on what
-    the client sends, or guesses the secret. Of k > 1 interceptions the recoveries are averaged.
+    the client sends, or guesses the secret. Of k > 1 interceptions the recoveries are averaged or, where that is better
+    on held-out public faces, what was intercepted is.
 
     Attributes:
         reader: of states, or None where they are not to be told apart.
@@ -124,7 +125,8 @@ class UNet(ViewingAttack):
         self._build_range()
 
     def _build_network(self, channels: int, width: int | None = None) -> None:
-        network = UNetNetwork(channels, self.adversary.faces.shape[-1], self.options, width=width)
+        side = max(self.mechanism.representation_shape[1:])
+        network = UNetNetwork(channels, self.adversary.faces.shape[-1], self.options, width=width, side=side)
         self.network = network.to(memory_format=torch.channels_last)
 
     @property

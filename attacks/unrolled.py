@@ -47,7 +47,8 @@ class Unrolled(InversionAttack):
     """A U-Net fed with the linear estimate, how far it may be off, and what is not linear, trained on public faces.
 
     The estimate and the knowledge of states are those of :class:`~attacks.linear.Linear` on the same rung. Of k > 1
-    interceptions each is treated by itself; their average is then made consistent with all of them together. The
+    interceptions each is treated by itself or, where they say the same and that is better on held-out public faces, they
+    are estimated from together; what comes out is then made consistent with all of them. The
     network is trained without that last step: what it has to learn, the error of the linear estimate, is invisible
     to the defence anyhow.
 
@@ -146,18 +147,19 @@ class Unrolled(InversionAttack):
         return self.linear.without_shared(representations).flatten(0, 1)
 
     def _inputs(self, representations: Tensor, states: Tensor | None) -> tuple[Tensor]:
-        return (self._show(representations, self.linear.rows_of(states, representations)),)
+        rows = self.linear.rows_of(states, representations)
+        return (self._show(representations[:, None], rows[:, None]),)
 
     def _show(self, representations: Tensor, rows: Tensor) -> Tensor:
-        """The linear estimates from one interception each, their spread, and the R channels that are not linear.
+        """The linear estimate from all k interceptions, its spread from one, and the mean of what is not linear.
 
-        float32 (N, 6 + R, H, W).
+        float32 (N, 6 + R, H, W) of (N, k, C, h, w), of which R channels are not linear, and rows int64 (N, k).
         """
         with torch.no_grad():
-            estimate = self.linear.estimate(representations[:, None], rows[:, None]).to(self.spread)
-        shown = [estimate, self.spread[rows.to(self.spread.device)]]
+            estimate = self.linear.estimate(representations, rows).to(self.spread)
+        shown = [estimate, self.spread[rows[:, 0].to(self.spread.device)]]
         if len(self._rest):
-            rest = representations[:, self._rest.to(representations.device)].to(self.spread)
+            rest = representations[:, :, self._rest.to(representations.device)].mean(dim=1).to(self.spread)
             shown.append(functional.interpolate(rest, tuple(estimate.shape[2:]), mode="bilinear", align_corners=False))
         return torch.cat(shown, dim=1)
 
@@ -171,13 +173,27 @@ class Unrolled(InversionAttack):
         """Faces (N, 3, H, W), not clipped."""
         self._check_range(observation)
         sent = self.linear.without_shared(observation.representations)
-        observation = replace(observation, representations=sent)
-        rows = self.linear.rows(observation).cpu()
+        return self._of_rows(sent, self.linear.rows(replace(observation, representations=sent)).cpu())
+
+    def _recover_several(self, representations: Tensor, states: Tensor | None) -> Tensor:
+        sent = self.linear.without_shared(representations)
+        drawn = None if states is None else states.flatten(0, 1)
+        return self._of_rows(sent, self.linear.rows_of(drawn, sent.flatten(0, 1)).view(sent.shape[:2]).cpu())
+
+    def _choose_average(self, trainer: Trainer, exposure: Exposure) -> dict[str, Any]:
+        # Where states say different things, each set of them would have to be factored.
+        return super()._choose_average(trainer, exposure) if not any(self.linear.kinds()) else {}
+
+    def _of_rows(self, representations: Tensor, rows: Tensor) -> Tensor:
+        """Faces from interceptions (N, k, C, h, w) of states ``rows``, int64 (N, k)."""
         faces = []
-        for sent, some in zip(observation.representations.split(_CHUNK), rows.split(_CHUNK), strict=True):
+        for sent, some in zip(representations.split(_CHUNK), rows.split(_CHUNK), strict=True):
             sent = sent.to(self.device)
-            single = self._predict(self.network, (self._show(sent.flatten(0, 1), some.flatten()),))
-            mean = single.unflatten(0, some.shape).mean(dim=1)
+            if self.averages:
+                mean = self._predict(self.network, (self._show(sent, some),))
+            else:
+                single = self._show(sent.flatten(0, 1)[:, None], some.flatten()[:, None])
+                mean = self._predict(self.network, (single,)).unflatten(0, some.shape).mean(dim=1)
             faces.append(self.linear.correct(mean, sent, some).to(mean) if self.options.consistent else mean)
         return torch.cat(faces)
 

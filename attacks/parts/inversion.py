@@ -28,6 +28,8 @@ _CHUNK = 64
 #: Public faces on which views are measured, and others on which they are compared, at most; of wide representations
 #: there are fewer, an eighth of these at least.
 _INPUT_FACES, _UNSEEN_FACES, _INPUT_VALUES = 512, 64, 2**23
+#: Held-out public faces, and interceptions of each, on which it is tried what to average: recoveries, or what was sent.
+_SEVERAL_FACES, _SEVERAL = 64, 4
 #: Tolerances of the input-range check.
 _RANGE_MARGIN = 0.5
 _OUTSIDE_SHARE = 1e-3
@@ -75,6 +77,7 @@ class InversionAttack(RecoveryAttack):
     Attributes:
         network: what is trained.
         low, high: float32 (C,) buffers, the range of each channel seen in training.
+        averages: bool () buffer, whether the average of several interceptions is shown, not that of recoveries taken.
     """
 
     #: Steps whose examples are made at once, where that is cheaper than one by one.
@@ -85,6 +88,7 @@ class InversionAttack(RecoveryAttack):
     network: nn.Module
     low: Tensor
     high: Tensor
+    averages: Tensor
 
     def _exposure(self) -> Exposure:
         """How public faces are protected in training."""
@@ -120,6 +124,7 @@ class InversionAttack(RecoveryAttack):
         """Set the network's input statistics, and the range, from public training faces."""
 
     def _build_range(self) -> None:
+        self.register_buffer("averages", torch.tensor(False))
         self.register_buffer("low", torch.full((self.mechanism.channels,), torch.inf))
         self.register_buffer("high", torch.full((self.mechanism.channels,), -torch.inf))
 
@@ -161,6 +166,7 @@ class InversionAttack(RecoveryAttack):
             "epochs": report.details["steps"] * trainer.batch_size / len(trainer.training),
             "stopped_early": report.details["steps"] < steps,
             "input_range": [float(self.low.min()), float(self.high.max())],
+            **self._choose_average(trainer, exposure),
         }
         return replace(report, details=report.details | details)
 
@@ -182,17 +188,42 @@ class InversionAttack(RecoveryAttack):
         shown: list[tuple[Tensor | None, ...]] = list(zip(*parts, strict=True))
         return list(zip(targets, shown, drawn, strict=True))
 
+    @torch.no_grad()
+    def _choose_average(self, trainer: Trainer, exposure: Exposure) -> dict[str, Any]:
+        """Try on held-out public faces what is to be averaged; nothing where the same is sent every time."""
+        target = trainer.floats(trainer.validation()[:_SEVERAL_FACES])
+        sent = [exposure.protect(target, "several", number) for number in range(_SEVERAL)]
+        several = torch.stack([part.representation for part in sent], dim=1)
+        states = [part.state for part in sent if part.state is not None]
+        if torch.equal(several[:, 0], several[:, 1]):
+            return {}
+        self.network.eval()
+        drawn, losses = torch.stack(states, dim=1) if states else None, []
+        for averages in (False, True):
+            self.averages.fill_(averages)
+            recovered = self._recover_several(several, drawn).clamp(0, 1)
+            losses.append(float((recovered - target).abs().mean()))
+        self.averages.fill_(losses[1] < losses[0])
+        return {"averages_interceptions": bool(self.averages)}
+
     def run(self, observation: Observation) -> Tensor:
-        """Faces (N, 3, H, W), not clipped; the average over each face's k interceptions."""
+        """Faces (N, 3, H, W), not clipped, out of each face's k interceptions together."""
         self._check_range(observation)
-        representations, states = observation.representations.flatten(0, 1), observation.states
-        states = None if states is None else states.flatten(0, 1)
+        return self._recover_several(observation.representations, observation.states)
+
+    def _recover_several(self, representations: Tensor, states: Tensor | None) -> Tensor:
+        """Faces (N, 3, H, W) from interceptions (N, k, C, h, w) of states int64 (N, k, D), where these are known."""
+        if self.averages:
+            representations = representations.mean(dim=1, keepdim=True)
+            states = None if states is None else states[:, :1]
+        count = representations.shape[:2]
+        flat, drawn = representations.flatten(0, 1), None if states is None else states.flatten(0, 1)
         faces = []
-        for number, part in enumerate(representations.split(_CHUNK)):
+        for number, part in enumerate(flat.split(_CHUNK)):
             rows = slice(number * _CHUNK, number * _CHUNK + len(part))
-            faces.append(self._recover(part.to(self.device), None if states is None else states[rows]))
+            faces.append(self._recover(part.to(self.device), None if drawn is None else drawn[rows]))
         recovered = torch.cat(faces)
-        return recovered.view(*observation.representations.shape[:2], *recovered.shape[1:]).mean(dim=1)
+        return recovered.view(*count, *recovered.shape[1:]).mean(dim=1)
 
     def _recover(self, representations: Tensor, states: Tensor | None) -> Tensor:
         """Faces (M, 3, H, W) from one interception each, (M, C, h, w)."""

@@ -83,13 +83,24 @@ class UNetNetwork(nn.Module):
     returns the mean public face. Two ramps with the pixel's row and column join the input: faces are
     aligned, so position says what to expect, and where a defence has lost the low frequencies they
     must be put back by position. Where layouts vary from sample to sample there are ``width`` canonical channels.
+
+    Of maps of ``side`` pixels, at most half those of the face, each value becomes a square of them, by weights of its
+    channel (sub-pixel convolution; Shi et al., CVPR 2016): many small channels then say what goes on within the square.
     """
 
     mean: Tensor
     std: Tensor
     mean_face: Tensor
 
-    def __init__(self, channels: int, image_size: int, options: NetworkOptions, *, width: int | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        image_size: int,
+        options: NetworkOptions,
+        *,
+        width: int | None = None,
+        side: int | None = None,
+    ) -> None:
         super().__init__()
         self.image_size, self.stride = image_size, options.stem_stride
         widths = options.widths
@@ -99,8 +110,9 @@ class UNetNetwork(nn.Module):
         # Gathering s x s pixels multiplies the input channels by s^2; a projection first keeps a wide
         # representation from costing more than all the rest.
         self.project: _Projection | None = None
-        if width is not None or (self.stride > 1 and channels > widths[0]):
-            self.project = _Projection(width or channels, channels, min(channels, widths[0]))
+        self.lift = max(1, image_size // (side or image_size))
+        if width is not None or self.lift > 1 or (self.stride > 1 and channels > widths[0]):
+            self.project = _Projection(width or channels, channels, min(channels, widths[0]) * self.lift**2)
             channels = min(channels, widths[0])
         self.bypass: nn.Module | None = None
         if options.bypass:
@@ -135,9 +147,12 @@ class UNetNetwork(nn.Module):
 
     def forward(self, representation: Tensor, layout: Tensor | None = None) -> Tensor:
         """float (N, C, h, w), and int64 (N, C) where layouts vary, to float32 (N, 3, H, W), not clipped."""
-        x = self._fit_to_face(self._standardise(representation, layout))
-        if self.project is not None:
-            x = self.project(x, layout)
+        x = self._standardise(representation, layout)
+        if self.project is not None and self.lift > 1:
+            x = self._fit_to_face(functional.pixel_shuffle(self.project(x, layout), self.lift))
+        else:
+            x = self._fit_to_face(x)
+            x = x if self.project is None else self.project(x, layout)
         x = x.contiguous(memory_format=torch.channels_last)
         size = self.image_size
         linear = 0.0 if self.bypass is None else self.bypass(x)[..., :size, :size].float()

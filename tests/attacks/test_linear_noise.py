@@ -185,6 +185,6 @@ def test_the_network_is_shown_the_channels_that_are_not(make_adversary):
     attack.learn(make_adversary(defense, faces=tinted(160, SIZE, 1)))
     assert len(attack.network.mean) == 8
     observation = observe(defense, tinted(4, SIZE, 50))
-    shown = attack._show(observation.representations[:, 0], torch.zeros(4, dtype=torch.int64))
+    shown = attack._show(observation.representations, torch.zeros(4, 1, dtype=torch.int64))
     torch.testing.assert_close(shown[:, 6:], observation.representations[:, 0, [1, 2]])
     assert attack.recover(observation).shape == (4, 3, SIZE, SIZE)
