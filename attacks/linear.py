@@ -16,8 +16,8 @@ from torch import Tensor
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, Observation, RecoveryAttack
 from attacks.parts.exposure import in_chunks, split_identities, tamed
 from attacks.parts.gaussian_prior import GaussianPrior
-from attacks.parts.noise import ROUNDING, chunk_of, fresh_share, not_shared, residuals, spread
-from attacks.parts.operators import LinearMaps, Weighted, linear_maps, why_not_linear
+from attacks.parts.noise import ROUNDING, chunk_of, few_directions, fresh_share, not_shared, residuals, spread
+from attacks.parts.operators import LinearMaps, Whitened, Whitening, linear_maps, why_not_linear
 from attacks.parts.posterior import (
     IterativePosterior,
     JointGram,
@@ -36,6 +36,8 @@ from defenses.layout import row_numbers
 #: Faces whose representations are compared with the exact map to measure the noise.
 _NOISE_FACES = 128
 _NOISE_CHUNK = 32
+#: The least deviation of noise in any direction, relative to that of all.
+_LEAST = 1e-5
 #: Fresh noise below this share of all is none; and what else there is, beside fresh noise.
 _FRESH = 0.01
 #: Public faces whose states are read to see how many are read right, and from where on the classifier's word is taken.
@@ -102,6 +104,8 @@ class Linear(RecoveryAttack):
     Attributes:
         noise: float64 () buffer, the standard deviation of what is sent around the exact map.
         spread: float64 (1, 1, 1), (C, 1, 1) or (C, h, w) buffer, that of each value in units of it.
+        directions, deviations: float64 (r, C, h, w) and (r,) buffers, where the noise lies in few directions these and
+            its standard deviation in each, in units of ``noise``; ``spread`` then is that in all others.
         fresh: float64 () buffer, the share of the noise's variance that is drawn anew for every interception.
         shared: float64 () buffer, the standard deviation of noise that all faces of a batch share; 0 where none do.
         by_likelihood: bool () buffer, whether states are read by likelihood although layouts could be told apart.
@@ -123,6 +127,8 @@ class Linear(RecoveryAttack):
 
     noise: Tensor
     spread: Tensor
+    directions: Tensor
+    deviations: Tensor
     fresh: Tensor
     shared: Tensor
     by_likelihood: Tensor
@@ -151,6 +157,8 @@ class Linear(RecoveryAttack):
         self.prior = GaussianPrior(faces.shape[-1], min(self.options.rank, max(1, len(faces) // 2)))
         self.register_buffer("noise", torch.ones((), dtype=torch.float64))
         self.register_buffer("spread", torch.ones(1, 1, 1, dtype=torch.float64))
+        self.register_buffer("directions", torch.zeros(0, 1, 1, 1, dtype=torch.float64))
+        self.register_buffer("deviations", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("fresh", torch.zeros((), dtype=torch.float64))
         self.register_buffer("shared", torch.zeros((), dtype=torch.float64))
         self.register_buffer("by_likelihood", torch.tensor(False))
@@ -158,8 +166,9 @@ class Linear(RecoveryAttack):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Whether the noise differs from value to value is known to those who have measured it.
-        if (stored := state_dict.get(f"{prefix}spread")) is not None:
-            self.spread = torch.empty_like(stored, device=self.spread.device)
+        for name in ("spread", "directions", "deviations"):
+            if (stored := state_dict.get(f"{prefix}{name}")) is not None:
+                setattr(self, name, torch.empty_like(stored, device=self.noise.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._forget()
 
@@ -193,6 +202,7 @@ class Linear(RecoveryAttack):
         told = {"noise": float(self.noise)}
         if self.spread.numel() > 1:
             told |= {"noise_least": float(self.spread.min()), "noise_most": float(self.spread.max())}
+        told |= {"noise_directions": len(self.deviations)} if len(self.deviations) else {}
         told |= {"noise_fresh": float(self.fresh)} if float(self.fresh) > _FRESH else {}
         return told | ({"noise_shared": float(self.shared)} if self.shared else {})
 
@@ -276,9 +286,22 @@ class Linear(RecoveryAttack):
             self.noise.fill_(max(alone, _ROUNDING * whole, 1e-12))
         fresh = 0.0 if shared else fresh_share(maps, again, derived(seed, "noise again"))
         self.fresh.fill_(1 if fresh > 1 - _FRESH else fresh)
-        if maps.nuisance is None and maps.gains is None and (relative := spread(found)) is not None:
+        if maps.nuisance is not None or maps.gains is not None:
+            return
+        draws = derived(seed, "noise directions")
+        if not shared and (few := few_directions(maps, found, again, draws)) is not None:
+            self.directions, self.deviations = few[0], few[1] / self.noise
+            self.spread.fill_(max(few[2] / float(self.noise), _ROUNDING * whole / float(self.noise), _LEAST))
+        elif (relative := spread(found)) is not None:
             self.spread = relative.to(device)
-            self._forget()
+        self._forget()
+
+    @property
+    def _whitening(self) -> Whitening | None:
+        """What makes the noise white, of standard deviation ``noise``; None where it is."""
+        if len(self.deviations):
+            return Whitening(1 / self.spread, self.directions, 1 / self.deviations)
+        return Whitening(1 / self.spread) if self.spread.numel() > 1 else None
 
     def rehearse(self, faces: Tensor, row: int, generator: torch.Generator) -> Tensor:
         """Estimates, float64, of ``faces`` (N, 3, H, W) out of what operator ``row`` and the noise make of them."""
@@ -316,8 +339,8 @@ class Linear(RecoveryAttack):
             self._forget()
             maps = linear_maps(mechanism)
             # Noise that is shared is taken off first, and what it leaves is the same everywhere.
-            weighs = self.spread.numel() > 1 and not self.shared
-            self._maps = mechanism, maps.weighted(1 / self.spread) if weighs else maps
+            whitening = None if self.shared else self._whitening
+            self._maps = mechanism, maps if whitening is None else maps.whitened(whitening)
         return self._maps[1]
 
     def _operators(self) -> tuple[list[bytes], Sequence[LinearOperator]]:
@@ -400,7 +423,7 @@ class Linear(RecoveryAttack):
         if self.options.solver == "factor":
             raise ValueError(f"{self.reader.mechanism.name} does not tell the factors of its map: use solver=cg")
         operators = [
-            operator if weight == 1 else Weighted(operator, self.noise.new_tensor(weight**0.5))
+            operator if weight == 1 else Whitened(operator, Whitening(self.noise.new_tensor(weight**0.5)))
             for operator, weight in zip((self.maps.operators[row] for row in rows), weights, strict=True)
         ]
         operator = operators[0] if len(operators) == 1 else _Stacked(operators)
@@ -434,7 +457,7 @@ class Linear(RecoveryAttack):
         if not self.shared:
             return representations
         count, turns = representations.shape[:2]
-        maps = self.maps.weighted(1 / self.spread)
+        maps = self.maps.whitened(Whitening(1 / self.spread))
         # In units in which the prior is that of a single face.
         noise = float(self.shared) * math.sqrt(count / turns)
         posterior = IterativePosterior(self.covariance, maps.operators[0], noise, self.options.iterations)
@@ -497,7 +520,7 @@ class Linear(RecoveryAttack):
     def _clean(self, representations: Tensor) -> Tensor:
         """Interceptions (N, k, C, h, w) as the operators make them, of a random gain of one."""
         maps = self.maps
-        if any(part is not None for part in (maps.nuisance, maps.weights, maps.channels)):
+        if any(part is not None for part in (maps.nuisance, maps.whitening, maps.channels)):
             clean = maps.clean(representations.flatten(0, 1).to(self.noise))
             representations = clean.unflatten(0, representations.shape[:2])
         return self._levelled(representations)

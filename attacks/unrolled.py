@@ -47,8 +47,8 @@ class Unrolled(InversionAttack):
     """A U-Net fed with the linear estimate, how far it may be off, and what is not linear, trained on public faces.
 
     The estimate and the knowledge of states are those of :class:`~attacks.linear.Linear` on the same rung. Of k > 1
-    interceptions each is treated by itself or, where they say the same and that is better on held-out public faces, they
-    are estimated from together; what comes out is then made consistent with all of them. The
+    interceptions each is treated by itself or, where they say the same and that is better on held-out public faces,
+    they are estimated from together; what comes out is then made consistent with all of them. The
     network is trained without that last step: what it has to learn, the error of the linear estimate, is invisible
     to the defence anyhow.
 

@@ -22,6 +22,9 @@ _BEYOND_CHANCE = 1.2
 _MATTERS = 0.05
 #: The least standard deviation of an element, relative to that of all.
 _LEAST = 1e-5
+#: Noise of fewer dimensions may lie in a space of few, which so many faces show, of so many values in all; they have to
+#: be four times as many as its directions, the last of which stands so far out of what is left.
+_FEW, _SEEN, _SEEN_VALUES, _TIMES_SEEN, _APART = 256, 1024, 2**26, 4, 1e3
 #: Faces that are sent several times, and times, to see what is drawn anew.
 _AGAIN_FACES, _TIMES = 16, 8
 
@@ -33,27 +36,39 @@ class Residuals:
     Attributes:
         noise: mean square of a value, float64 (N,), face by face; ``energy`` likewise of what is sent itself.
         square, fourth: float64 (C, h, w), mean second and fourth power of each element over the faces.
+        some: float64 (n, C, h, w), what is left of the faces of the first batch.
     """
 
     noise: Tensor
     energy: Tensor
     square: Tensor
     fourth: Tensor
+    some: Tensor
+
+    @property
+    def dimensions(self) -> float:
+        """Of how many dimensions the noise seems to be: (tr V)^2 / tr V^2 for its covariance V."""
+        rows = (self.some - self.some.mean(dim=0)).flatten(1)
+        gram = rows @ rows.T
+        others = gram.square().sum() - gram.diagonal().square().sum()
+        pairs = len(rows) * (len(rows) - 1)
+        return float(gram.diagonal().mean().square() * pairs / others.clamp(min=1e-300)) if pairs else math.inf
 
 
 @torch.no_grad()
 def residuals(maps: LinearMaps, faces: Iterator[Tensor], generator: torch.Generator) -> Residuals:
     """Send ``faces``, float32 (n, 3, H, W) batch by batch, and compare with the maps."""
-    noise, energy = [], []
+    noise, energy, some = [], [], list[Tensor]()
     square, fourth = (torch.zeros((), dtype=torch.float64) for _ in range(2))
-    for target in faces:
+    for number, target in enumerate(faces):
         for left, sent, _ in _sent(maps, target, generator):
+            some += [] if number else [left]
             noise.append(left.square().flatten(1).mean(dim=1))
             energy.append(sent.square().flatten(1).mean(dim=1))
             square = square.to(left.device) + left.square().sum(dim=0)
             fourth = fourth.to(left.device) + left.pow(4).sum(dim=0)
     count = sum(map(len, noise))
-    return Residuals(torch.cat(noise), torch.cat(energy), square / count, fourth / count)
+    return Residuals(torch.cat(noise), torch.cat(energy), square / count, fourth / count, torch.cat(some))
 
 
 def chunk_of(values: int) -> int:
@@ -99,6 +114,38 @@ def spread(found: Residuals) -> Tensor | None:
         return None if float(own.max()) == float(own.min()) else _relative(own[:, None, None])
     drawn = (share[:, None, None] * (logarithm - logarithm.mean(dim=(1, 2), keepdim=True))).exp()
     return _relative(drawn * (own / drawn.mean(dim=(1, 2)))[:, None, None])
+
+
+@torch.no_grad()
+def few_directions(
+    maps: LinearMaps, found: Residuals, faces: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor, float] | None:
+    """Noise that lies in a space of few dimensions, as where it is added before something is put together again.
+
+    Principal components of what is left of ``faces``, float32 (M, 3, H, W), which are sent again and again: orthonormal
+    directions float64 (r, C, h, w), the standard deviation in each, (r,), and that in any other direction. None where
+    the noise is of no such kind.
+    """
+    values = found.square.numel()
+    count = min(_SEEN, _SEEN_VALUES // values)
+    if found.dimensions > min(_FEW, count / _TIMES_SEEN, values / _TIMES_SEEN):
+        return None
+    rows = []
+    for index in torch.randint(len(faces), (count,), generator=generator).split(chunk_of(values)):
+        rows += [left for left, _, _ in _sent(maps, faces[index.to(faces.device)], generator)]
+    flat = torch.cat(rows).flatten(1)
+    flat -= flat.mean(dim=0)
+    energy, vectors = torch.linalg.eigh(flat @ flat.T)
+    energy, vectors = energy.flip(0).clamp(min=0), vectors.flip(1)
+    most = count // _TIMES_SEEN
+    drops = energy[:most] / energy[1 : most + 1].clamp(min=1e-15 * float(energy[0]))
+    rank = int(drops.argmax()) + 1
+    if float(drops[rank - 1]) < _APART:
+        return None
+    directions = torch.linalg.qr((vectors[:, :rank].T @ flat).T).Q.T
+    deviations = ((flat @ directions.T).square().sum(dim=0) / (count - 1)).sqrt()
+    rest = math.sqrt(float(energy[rank:].sum()) / (count - 1) / max(1, values - rank))
+    return directions.reshape(rank, *found.square.shape), deviations, rest
 
 
 def _stands_out(between: Tensor, chance: Tensor, count: int) -> Tensor:

@@ -67,6 +67,32 @@ class Gains:
     highest: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """z times ``weights``, but in some directions times factors of their own: symmetric, so its own adjoint.
+
+    Attributes:
+        weights: float64 (C, h, w) or broadcastable to it; a scalar where there are directions.
+        directions: float64 (r, C, h, w), orthonormal; None for none.
+        factors: float64 (r,).
+    """
+
+    weights: Tensor
+    directions: Tensor | None = None
+    factors: Tensor | None = None
+
+    def __call__(self, representations: Tensor) -> Tensor:
+        """(N, C, h, w) to the same; what is broadcastable to it stays so, where there are no directions."""
+        weighted = representations * self.weights.to(representations)
+        if self.directions is None or self.factors is None:
+            return weighted
+        shape = len(representations), *self.directions.shape[1:]
+        basis = self.directions.flatten(1).to(representations)
+        change = (self.factors - self.weights.flatten()).to(representations)
+        inside = (representations.expand(shape).flatten(1) @ basis.T) * change
+        return weighted + (inside @ basis).view(shape)
+
+
 @dataclass(frozen=True)
 class LinearMaps:
     """What an attack on a linear defence inverts: an operator for each state, however they were come by.
@@ -85,8 +111,7 @@ class LinearMaps:
         details: of how they were found, for the result.
         channels: int64 (C,), the channels of a representation that the operators make (:meth:`clean` picks them out),
             where others are no linear map; None for all.
-        weights: float64 (C, h, w) or broadcastable to it: what operators, and what is intercepted (:meth:`clean`), are
-            multiplied by, so that the noise is the same everywhere.
+        whitening: what operators, and what is intercepted (:meth:`clean`), go through, so that the noise is white.
     """
 
     operators: Sequence[LinearOperator]
@@ -96,19 +121,19 @@ class LinearMaps:
     gains: Gains | None = None
     details: dict[str, Any] = field(default_factory=dict)
     channels: Tensor | None = None
-    weights: Tensor | None = None
+    whitening: Whitening | None = None
 
     def clean(self, representations: Tensor) -> Tensor:
-        """``representations`` (N, C, h, w), float64, as the operators make them: without the nuisance, weighted."""
+        """``representations`` (N, C, h, w), float64, as the operators make them: without the nuisance, whitened."""
         if self.channels is not None:
             representations = representations[:, self.channels.to(representations.device)]
         if self.nuisance is not None:
             representations = _without(self.nuisance, representations)
-        return representations if self.weights is None else representations * self.weights.to(representations)
+        return representations if self.whitening is None else self.whitening(representations)
 
-    def weighted(self, weights: Tensor) -> LinearMaps:
-        """The same with values multiplied by ``weights``."""
-        return replace(self, operators=[Weighted(one, weights) for one in self.operators], weights=weights)
+    def whitened(self, whitening: Whitening) -> LinearMaps:
+        """The same behind ``whitening``."""
+        return replace(self, operators=[Whitened(one, whitening) for one in self.operators], whitening=whitening)
 
 
 def linear_maps(mechanism: Defense) -> LinearMaps:
@@ -428,21 +453,21 @@ class _Cleaned:
 
 
 @dataclass(frozen=True, eq=False)
-class Weighted:
-    """An operator whose values are multiplied by weights, float64 (C, h, w) or broadcastable to it."""
+class Whitened:
+    """An operator whose values go through a whitening."""
 
     inner: LinearOperator
-    weights: Tensor
+    whitening: Whitening
 
     @property
     def offset(self) -> Tensor:
-        return self.inner.offset * self.weights.to(self.inner.offset)
+        return self.whitening(self.inner.offset[None])[0]
 
     def __call__(self, faces: Tensor) -> Tensor:
-        return self.inner(faces) * self.weights.to(faces)
+        return self.whitening(self.inner(faces))
 
     def adjoint(self, representation: Tensor) -> Tensor:
-        return self.inner.adjoint(representation * self.weights.to(representation))
+        return self.inner.adjoint(self.whitening(representation))
 
 
 def _without(directions: Tensor, representations: Tensor) -> Tensor:

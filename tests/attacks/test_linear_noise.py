@@ -6,7 +6,7 @@ from interception import observe
 from linear_world import defense_of, error
 from pictures import smooth
 from undeclared import tinted
-from uneven import Partly, Shared, Windows
+from uneven import Partly, Reassembled, Shared, Windows
 
 from attacks.base import Observation
 from attacks.linear import Linear, LinearOptions
@@ -188,3 +188,24 @@ def test_the_network_is_shown_the_channels_that_are_not(make_adversary):
     shown = attack._show(observation.representations, torch.zeros(4, 1, dtype=torch.int64))
     torch.testing.assert_close(shown[:, 6:], observation.representations[:, 0, [1, 2]])
     assert attack.recover(observation).shape == (4, 3, SIZE, SIZE)
+
+
+# -- noise of few directions ---------------------------------------------------------------------
+
+
+def test_noise_that_was_put_together_again_is_taken_apart(make_adversary):
+    defense = Reassembled(image_size=SIZE)
+    attack, report = fitted(make_adversary, defense)
+    assert report.details["noise_directions"] == 12
+    assert report.saturated is True
+    victims = tinted(24, SIZE, 50)
+    faces, observation = victims.float() / 255, observe(defense, victims)
+    # The twelve sums and their own noises, all written out.
+    unit = defense.basis.view(12, 3, SIZE, SIZE)
+    spread = attack.covariance.times(unit).flatten(1)  # rows of (S B^T)^T
+    system = spread @ defense.basis.T + torch.diag(defense.scale.square())
+    known = defense.coefficients(observation.representations[:, 0] - attack.mean_face())
+    best = attack.mean_face() + (torch.linalg.solve(system, known.T).T @ spread).view(-1, 3, SIZE, SIZE)
+    recovered = attack.run(observation)
+    assert error(recovered, faces) == pytest.approx(error(best, faces), rel=0.02)
+    assert error(recovered, faces) < 0.92 * error(attack.mean_face().float().expand_as(faces), faces)

@@ -98,3 +98,40 @@ class Partly(Windows):
 
 class _Level(_Windows):
     offset = torch.zeros(1, 1, 1, dtype=torch.float64)
+
+
+class Reassembled(Defense):
+    """Twelve sums of pixels under Laplace noise of scales of their own, put together to a picture again."""
+
+    name = "reassembled"
+
+    def __init__(self, options=None, *, image_size=112):
+        super().__init__(options, image_size=image_size)
+        drawn = torch.Generator().manual_seed(6)
+        smooth = torch.randn(12, 3, 4, 4, generator=drawn, dtype=torch.float64)
+        patterns = functional.interpolate(smooth, (image_size, image_size), mode="bicubic").flatten(1)
+        self.register_buffer("basis", torch.linalg.qr(patterns.T).Q.T.contiguous())
+        self.register_buffer("scale", torch.linspace(-2, 1, 12, dtype=torch.float64).exp())
+
+    def coefficients(self, pictures: Tensor) -> Tensor:
+        return pictures.flatten(1).double() @ self.basis.T
+
+    def transform(self, faces, state, generator):
+        noise = Windows.law(self, (len(faces), 12), generator).to(faces.device) * self.scale
+        return ((self.coefficients(faces) + noise) @ self.basis).view_as(faces).to(faces)
+
+    def linear_operator(self, state):
+        return _Projection(self.basis)
+
+
+class _Projection:
+    offset = torch.zeros(1, 1, 1, dtype=torch.float64)
+
+    def __init__(self, basis: Tensor) -> None:
+        self.basis = basis
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        basis = self.basis.to(faces)
+        return (faces.flatten(1) @ basis.T @ basis).view_as(faces)
+
+    adjoint = __call__
