@@ -234,14 +234,14 @@ def attention_mask(maps: Tensor, weights: Tensor, roi: Tensor, size: tuple[int, 
     """Where a client's feature maps (N, C, h, w) lie high: masks (N, 1, *size) from 0 to 1 each.
 
     A 1x1 convolution whose outputs are averaged is one sum of the maps by ``weights`` (C,); its bias drops out with the
-    minimum. ``roi`` (H, W), or (N, 1, H, W) of each face, is 1 where masks are kept. A constant mask becomes 0: the
-    released code divides by its range.
+    minimum. ``roi`` (H, W), or (N, 1, H, W) of each face, is 1 where masks are kept; maps so small that none of their
+    points lies within are kept everywhere. A constant mask becomes 0: the released code divides by its range.
     """
     weighted = torch.einsum("nchw,c->nhw", maps, weights)[:, None]
     attention = functional.interpolate(weighted, size, mode="bilinear", align_corners=False)
     roi = roi if roi.ndim == 4 else roi[None, None]
     within = functional.interpolate(roi, size, mode="bilinear", align_corners=True)
-    return _to_unit_range(_to_unit_range(attention) * within)
+    return _to_unit_range(_to_unit_range(attention) * torch.where(within.any(), within, torch.ones_like(within)))
 
 
 def _to_unit_range(maps: Tensor) -> Tensor:

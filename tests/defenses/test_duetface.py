@@ -107,7 +107,7 @@ def test_masks_show_nothing_outside_the_outline():
 def test_official_gates_are_drawn_in_every_call():
     faces = noise(2, 32, dtype=torch.float32)
     for gate, same in (("paper", True), ("official", False)):
-        defense = made(32, gate=gate, roi="none")
+        defense = made(32, gate=gate)
         first, second = (defense.unpack(defense.protect(faces, generator(seed)).representation) for seed in (0, 1))
         assert torch.equal(first["channels"], second["channels"])
         for stage in range(1, 5):
@@ -133,7 +133,7 @@ def test_client_and_gates_learn(make_training):
     before = {name: value.clone() for name, value in defense.state_dict().items()}
     defense.fit(replace(training, make_recogniser=make_recogniser, report=report))
     moved = {name for name, value in defense.state_dict().items() if not torch.equal(value, before[name])}
-    assert {f"gates.{stage}" for stage in range(3)} <= moved  # the last, of 2x2 pixels, shows no inner point of a face
+    assert {f"gates.{stage}" for stage in range(4)} <= moved
     assert any(name.startswith("client.1.") for name in moved)
     assert {"roi", "server_channels"}.isdisjoint(moved)
     assert made_for[-1] == defense.representation_shape
