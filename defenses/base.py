@@ -277,6 +277,14 @@ class Defense(nn.Module, ABC):
         """
         return None
 
+    @property
+    def mixed_in(self) -> tuple[Tensor, int] | None:
+        """Public pictures that are mixed into faces, and how many of them into each; None where there are none.
+
+        Float32 (P, C, h, w), each as it would be sent alone. Everybody has them, attackers, too.
+        """
+        return None
+
     # -- what it keeps from the attacker ---------------------------------------------------------
 
     @property

@@ -128,6 +128,13 @@ class InstaHide(Defense):
         """Of the pictures that are mixed in, of a full pool; coefficients and signs are not counted."""
         return 0.0 if self._plain else (self.options.mixed - 1) * math.log2(self.options.pool)
 
+    @property
+    def mixed_in(self) -> tuple[Tensor, int] | None:
+        """The pool, normalised, and k - 1; None where queries are plain."""
+        if self._plain or not len(self.pool):
+            return None
+        return self.normalised(self.pool.float() / 255), self.options.mixed - 1
+
     def _coefficients(self, count: int, generator: torch.Generator) -> Tensor:
         """w, float32 (count, k) on the generator's device."""
 

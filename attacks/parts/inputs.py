@@ -32,9 +32,11 @@ class View(nn.Module):
 
     Attributes:
         name: as options and results call it.
+        mixed_in: public pictures among what is sent, as the mechanism has them (:attr:`Defense.mixed_in`).
     """
 
     name: ClassVar[str]
+    mixed_in: tuple[Tensor, int] | None = None
 
     def measure(self, sample: Tensor, again: Tensor) -> bool:
         """Set the buffers from representations (n, C, h, w) of public faces, and from others of the same faces.
@@ -324,6 +326,105 @@ class Pooled(View):
         return torch.cat((maps.mean(dim=2), maps.abs().mean(dim=2)), dim=1)
 
 
+class Magnitude(View):
+    """Magnitudes, where a value's sign is another one each time that a face is sent."""
+
+    name = "magnitude"
+    #: How far from one half the share of values may be that keep their sign.
+    by_chance = 0.05
+
+    def measure(self, sample: Tensor, again: Tensor) -> bool:
+        count = min(len(sample), len(again))
+        kept = (sample[:count] * again[:count] > 0).float().mean()
+        return abs(float(kept) - 0.5) < self.by_chance
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+
+class Unmixed(Magnitude):
+    """What is left of magnitudes of a mixture once the public pictures in it are found and taken out.
+
+    A face among pictures of a pool that the attacker has, under random signs (Carlini et al., *Is Private Learning
+    Possible with Instance Encoding?*, IEEE S&P 2021). The pool is searched by matching pursuit on details, of which
+    faces have fewer in common than of coarse features: the first picture by its magnitudes; each further one by what is
+    left over under the signs of the mixture so far, the mean face standing for the face. Coefficients are those of
+    least squares, and sum to 1 with the face's.
+
+    Shows the magnitudes, the public part, the face that remains under the likeliest signs, and its coefficient.
+    ``level``, float32 (C, h, w), is the mean magnitude of what is sent.
+    """
+
+    name = "unmixed"
+    #: Side of the window whose mean is no detail, turns of signs and coefficients, and the face's least coefficient.
+    window, turns, least = 5, 3, 0.05
+
+    level: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("level", torch.zeros(1))
+        self._pool: tuple[Tensor, ...] = ()
+
+    def measure(self, sample: Tensor, again: Tensor) -> bool:
+        if self.mixed_in is None or self.mixed_in[0].shape[1:] != sample.shape[1:]:
+            return False
+        self.level = sample.abs().mean(dim=0)
+        return super().measure(sample, again)
+
+    def _details(self, maps: Tensor) -> Tensor:
+        """(N, C h w), without the means of windows."""
+        around = functional.avg_pool2d(maps, self.window, 1, self.window // 2, count_include_pad=False)
+        return (maps - around).flatten(1)
+
+    def _searched(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The pool, its mean, and its details: unit rows of magnitudes, and of departures from the mean."""
+        if not self._pool or self._pool[0].device != device:
+            assert self.mixed_in is not None
+            pool = self.mixed_in[0].to(device, torch.float32)
+            mean = pool.mean(dim=0)
+            magnitudes = self._details(pool.abs() - pool.abs().mean(dim=0))
+            self._pool = pool, mean, functional.normalize(magnitudes, dim=1), self._details(pool - mean)
+        return self._pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.mixed_in is not None
+        _, mean, magnitudes, departures = self._searched(x.device)
+        z = x.abs().float()
+        chosen = (self._details(z - self.level) @ magnitudes.T).argmax(dim=1, keepdim=True)
+        lengths = departures.norm(dim=1).clamp(min=_TINY)
+        public, weight = self._fitted(z, chosen)
+        for _ in range(self.mixed_in[1] - 1):
+            left = self._details((z * _sign(public + weight * mean) - public) - weight * mean)
+            scores = (left @ departures.T) / lengths
+            scores.scatter_(1, chosen, -torch.inf)
+            chosen = torch.cat((chosen, scores.argmax(dim=1, keepdim=True)), dim=1)
+            public, weight = self._fitted(z, chosen)
+        face = (z * _sign(public + weight * mean) - public) / weight
+        return torch.cat((z, public, face, weight.expand_as(z[:, :1])), dim=1).to(x.dtype)
+
+    def _fitted(self, z: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The public part (N, C, h, w) of magnitudes with the pictures ``chosen``, (N, m), and the face's share."""
+        pool, mean, _, departures = self._searched(z.device)
+        details, pictures = departures[chosen], pool[chosen]  # (N, m, D), (N, m, C, h, w)
+        gram = details @ details.transpose(1, 2)
+        gram.diagonal(dim1=1, dim2=2).mul_(1 + 1e-4).add_(_TINY)
+        weights = z.new_full((*chosen.shape, 1), 1 / (chosen.shape[1] + 1))
+        for _ in range(self.turns):
+            public, weight = self._parts(pictures, weights)
+            signed = self._details(z * _sign(public + weight * mean) - mean)
+            weights = torch.linalg.solve(gram, details @ signed[:, :, None]).clamp(0, 1)
+        return self._parts(pictures, weights)
+
+    def _parts(self, pictures: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        share = (1 - weights.sum(dim=1)).clamp(min=self.least)[..., None, None]
+        return (weights[..., None, None] * pictures).sum(dim=1), share
+
+
+def _sign(x: Tensor) -> Tensor:
+    return torch.where(x < 0, -1.0, 1.0)
+
+
 VIEWS: Mapping[str, type[View]] = {
     view.name: view
     for view in (
@@ -336,6 +437,8 @@ VIEWS: Mapping[str, type[View]] = {
         Sorted,
         SortedWithinColours,
         Pooled,
+        Magnitude,
+        Unmixed,
     )
 }
 
@@ -407,8 +510,10 @@ class Inputs(nn.Module):
     centre: Tensor
     reach: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, mixed_in: tuple[Tensor, int] | None = None) -> None:
+        """``mixed_in`` is the mechanism's (:attr:`defenses.base.Defense.mixed_in`)."""
         super().__init__()
+        self._mixed_in = mixed_in
         self.views = nn.ModuleList()
         self.register_buffer("code", torch.full((self.most,), -1))
         self.register_buffer("centre", torch.zeros(1))
@@ -424,6 +529,11 @@ class Inputs(nn.Module):
         for view in self.views:
             x = view(x)
         return _limited(x, (self.centre, self.reach))
+
+    def _made(self, kind: type[View]) -> View:
+        view = kind()
+        view.mixed_in = self._mixed_in
+        return view
 
     def _set(self, views: Sequence[View], reach: Tensor) -> None:
         self.views = nn.ModuleList(views)
@@ -456,7 +566,7 @@ class Inputs(nn.Module):
         views: list[View] = []
         sample, again = known.sent, known.again() if names else known.sent
         for name in names:
-            view = VIEWS[name]().to(sample.device)
+            view = self._made(VIEWS[name]).to(sample.device)
             if not view.measure(sample, again):
                 raise ValueError(f"input: the view {name!r} finds nothing to undo in these representations")
             views.append(view)
@@ -475,7 +585,7 @@ class Inputs(nn.Module):
         if numbers is None or reach is None:
             return False
         changed = not torch.equal(numbers.cpu(), self.code.cpu())
-        views = [list(VIEWS.values())[number]() for number in numbers.tolist() if number >= 0]
+        views = [self._made(list(VIEWS.values())[number]) for number in numbers.tolist() if number >= 0]
         for number, view in enumerate(views):
             for name, buffer in list(view.named_buffers()):
                 stored = weights[f"{prefix}views.{number}.{name}"]
@@ -507,7 +617,7 @@ class Inputs(nn.Module):
             again = known.again() if again is None else again
             tried: list[tuple[float, View, Tensor, Tensor]] = []
             for kind in VIEWS.values():
-                view = kind().to(shown.device)
+                view = self._made(kind).to(shown.device)
                 if any(isinstance(earlier, kind) for earlier in views) or not view.measure(sample, again):
                     continue
                 seen, unknown = view(shown), view(other)

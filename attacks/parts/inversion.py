@@ -301,7 +301,7 @@ class ViewingAttack(InversionAttack):
 
     def _build_range(self) -> None:
         super()._build_range()
-        self.inputs = Inputs()
+        self.inputs = Inputs(self.mechanism.mixed_in)
 
     def _view(self, representations: Tensor) -> Tensor:
         views: Tensor = self.inputs(representations)

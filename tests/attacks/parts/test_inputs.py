@@ -16,9 +16,11 @@ from attacks.parts.inputs import (
     Inputs,
     Levelled,
     LowOrder,
+    Magnitude,
     Oriented,
     Sorted,
     Standardised,
+    Unmixed,
 )
 from attacks.unet import UNet, UNetOptions
 from attacks.unet_ensemble import UNetEnsemble, UNetEnsembleOptions
@@ -134,6 +136,7 @@ def test_a_view_treats_each_face_by_itself_and_survives_any_scale(name):
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(80, 6, 8, 8, generator=generator) + 1e3 * uniform(generator, 80, 6, 1, 1)
     view = VIEWS[name]()
+    view.mixed_in = torch.randn(20, 6, 8, 8, generator=generator), 2
     view.measure(sample, sample)
     together = view(sample[:4])
     assert together.shape[0] == 4
@@ -202,6 +205,71 @@ def test_sorted_channels_fall_in_energy_in_whatever_order_they_came():
 def test_pooled_channels_are_their_mean_and_mean_magnitude():
     z = torch.tensor([1.0, -3.0, 2.0, 4.0, 4.0, -4.0]).view(1, 6, 1, 1).expand(1, 6, 2, 2)
     assert VIEWS["pooled"]()(z)[0, :, 0, 0].tolist() == [-1, 3, 0, 2, 3, 4]
+
+
+def test_signs_that_change_are_dropped_and_signs_that_stay_are_kept(people):
+    z = people(40).float() / 255 - 0.5
+    generator = torch.Generator().manual_seed(0)
+
+    def flipped():
+        return z * (torch.randint(2, z.shape, generator=generator) * 2 - 1)
+
+    assert Magnitude().measure(flipped(), flipped())
+    torch.testing.assert_close(Magnitude()(flipped()), z.abs())
+    once = flipped()
+    assert not Magnitude().measure(once, once)
+    assert not Magnitude().measure(z, z + 0.01)
+
+
+def detailed(pictures, seed):
+    """Smooth pictures, uint8 (N, 3, H, W), with details of their own, float in [0, 1]."""
+    drawn = uniform(torch.Generator().manual_seed(seed), *pictures.shape)
+    return 0.75 * pictures.float() / 255 + 0.25 * drawn
+
+
+class Mixture:
+    """Under random signs, faces of weight ``share`` with ``count`` pictures of a pool, whose numbers are kept."""
+
+    def __init__(self, pool, count, share):
+        self.pool, self.count, self.share, self.numbers = pool, count, share, None
+
+    def __call__(self, z, generator):
+        self.numbers = torch.rand(len(z), len(self.pool), generator=generator).argsort(dim=1)[:, : self.count]
+        self.public = self.pool[self.numbers].mean(dim=1) * (1 - self.share)
+        signs = torch.randint(2, z.shape, generator=generator) * 2 - 1
+        return signs * (self.share * (4 * z - 2) + self.public)
+
+
+@pytest.mark.parametrize(("count", "least"), [(1, 0.95), (2, 0.8)])
+def test_the_public_pictures_of_a_mixture_are_found_and_taken_out(people, count, least):
+    generator, faces = torch.Generator().manual_seed(2), detailed(people(60, 7), 0)
+    send = Mixture(4 * detailed(people(150, 5), 1) - 2, count, 0.5)
+    view = Unmixed()
+    assert not view.measure(send(faces, generator), send(faces, generator))  # of no pool
+    view.mixed_in = send.pool, count
+    assert view.measure(send(faces, generator), send(faces, generator))
+    _, public, face, weight = view(send(faces, generator)).split((3, 3, 3, 1), dim=1)
+    right = (public - send.public).flatten(1).norm(dim=1) < 0.2 * send.public.flatten(1).norm(dim=1)
+    assert float(right.float().mean()) > least
+    assert float((weight[right] - 0.5).abs().mean()) < 0.05
+    assert float((face[right] - (4 * faces[right] - 2)).abs().median()) < 0.1
+
+
+def test_a_mixture_is_seen_through_where_its_pool_is_known(people):
+    generator, send = torch.Generator().manual_seed(3), Mixture(4 * detailed(people(150, 5), 1) - 2, 1, 0.5)
+    known, unseen = (example(detailed(people(*which), which[0]), send, generator) for which in ((120, 0), (30, 7)))
+    losses = {}
+    for mixed_in in (None, (send.pool, 1)):
+        inputs = Inputs(mixed_in)
+        losses[mixed_in is None] = inputs.choose(known, unseen, 0)[inputs.name]
+    assert "unmixed" in inputs.name
+    assert losses[False] < 0.6 * losses[True]
+    again = Inputs((send.pool, 1))  # as weights are loaded: the pool is the mechanism's, and not among them
+    weights = {name: value.clone() for name, value in inputs.state_dict().items()}
+    assert again.restore(weights, "")
+    again.load_state_dict(weights)
+    assert all(value.numel() < send.pool.numel() for value in weights.values())
+    assert torch.equal(again(known.sent[:2]), inputs(known.sent[:2]))
 
 
 def test_a_negative_is_turned_round(people):
