@@ -69,12 +69,15 @@ class DefenseTraining:
     report: Callable[..., None] = lambda done, total, **fields: None
 
     def steps(
-        self, epochs: int, batch_size: int, kept: Mapping[str, nn.Module | torch.optim.Optimizer]
+        self,
+        epochs: int,
+        batch_size: int,
+        kept: Mapping[str, nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler],
     ) -> Iterator[tuple[Tensor, Tensor, torch.Generator]]:
         """Faces, labels and a generator for the draws of every step of ``epochs`` passes.
 
-        After each pass what is ``kept`` (by name: the modules and optimisers in training) is written to the folder; a
-        fit that was killed goes on from there, and ends as if it had not been.
+        After each pass what is ``kept`` (by name: modules, optimisers and schedules in training) is written to the
+        folder; a fit that was killed goes on from there, and ends as if it had not been.
         """
         path = None if self.folder is None else self.folder / "fit.ckpt"
         first = int(self.fabric.load(path, dict(kept))["epoch"]) if path is not None and path.is_file() else 0

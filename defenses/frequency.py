@@ -496,3 +496,48 @@ class FrequencyOperator:
     def adjoint(self, representation: Tensor) -> Tensor:
         """``A^T z``: (N, 3K, h, h) to (N, 3, H, H)."""
         return block_dct_adjoint(representation, self.channels, upsampling=self.upsampling, size=self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class SpectrumOperator:
+    """``scale`` times any of the 192 channels 64 colour + 8u + v, int64 (C,) in output order, of no DC's offset.
+
+    A :class:`~defenses.base.LinearOperator`, for lists that differ from colour to colour or name a channel twice.
+
+    Raises:
+        ValueError: a channel outside 0..191, or the DC of luma, whose map is affine.
+    """
+
+    size: int
+    channels: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        channels = self.channels
+        if channels.dtype != torch.int64 or channels.ndim != 1 or not len(channels):
+            raise ValueError(f"channels must be int64 (C,), got {channels.dtype} {tuple(channels.shape)}")
+        if int(channels.min()) < 1 or int(channels.max()) >= COLOURS * CHANNELS:
+            raise ValueError(f"channels must lie in 1..{COLOURS * CHANNELS - 1}")
+
+    @property
+    def offset(self) -> Tensor:
+        """Zero, float64 (1, 1, 1): without the DC of luma the map is linear."""
+        return torch.zeros(1, 1, 1, dtype=torch.float64)
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The frequencies of all colours together, int64 (K,), and where each channel is among 3K, int64 (C,)."""
+        frequencies, place = torch.unique(self.channels % CHANNELS, return_inverse=True)
+        return frequencies, self.channels // CHANNELS * len(frequencies) + place
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        """``A x``: (N, 3, H, H) to (N, C, H, H), dtype and device kept."""
+        frequencies, places = self._places()
+        maps = block_dct(faces, frequencies, with_offset=False)
+        return self.scale * maps.index_select(1, places.to(maps.device))
+
+    def adjoint(self, representation: Tensor) -> Tensor:
+        """``A^T z``: (N, C, H, H) to (N, 3, H, H)."""
+        frequencies, places = self._places()
+        shape = (len(representation), COLOURS * len(frequencies), *representation.shape[2:])
+        maps = representation.new_zeros(shape).index_add(1, places.to(representation.device), representation)
+        return self.scale * block_dct_adjoint(maps, frequencies)

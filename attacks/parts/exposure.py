@@ -123,8 +123,7 @@ class Exposure:
             ValueError: a guess has no layout.
         """
         for mechanism, part, draws in self._parts(faces, *name):
-            states = mechanism.states()
-            drawn = layout or (None if states is None else probe(mechanism, states))
+            drawn = layout or probe(mechanism, mechanism.states())
             if drawn is None:
                 raise ValueError(f"{mechanism.name} has no channel layout to learn")
             yield mechanism.protect(part, draws), drawn

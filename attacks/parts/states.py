@@ -124,10 +124,13 @@ def fit_channels(
     for number, part in enumerate(index.split(_CHUNK)):
         target = to_float(faces[part.to(faces.device)].to(device))
         for protected, drawn in exposure.protect_with_layouts(target, layout, "places", number):
-            if protected.state is None:
-                raise ValueError("the defence lists states but says of no face which was drawn")
-            features.append(classifier.features(protected.representation).flatten(0, 1))
-            channels.append(drawn.canonical[drawn.row_of(protected.state)].flatten())
+            sent, state = protected.representation, protected.state
+            if state is None:
+                if drawn.states.shape[1]:
+                    raise ValueError("the defence lists states but says of no face which was drawn")
+                state = drawn.states.expand(len(sent), 0)
+            features.append(classifier.features(sent).flatten(0, 1))
+            channels.append(drawn.canonical[drawn.row_of(state)].flatten())
     values, truth = torch.cat(features), torch.cat(channels)
     half = len(values) // 2
     classifier.fit(values[:half], truth[:half])
@@ -135,15 +138,22 @@ def fit_channels(
     return float((predicted == truth[half:]).float().mean())
 
 
-def assign(likelihood: Tensor) -> Tensor:
-    """The likeliest assignment of the channels to distinct canonical ones: int64 (C,) of log likelihoods (C, P)."""
+def assign(likelihood: Tensor, distinct: bool = True) -> Tensor:
+    """The likeliest assignment of the channels to canonical ones: int64 (C,) of log likelihoods (C, P).
+
+    No canonical channel is assigned twice where they are known to be ``distinct``.
+    """
+    if not distinct:
+        return likelihood.argmax(dim=1).cpu()
     cost = -likelihood.double().cpu().numpy()
     cost = np.where(np.isfinite(cost), cost, 1e12)
     return torch.from_numpy(linear_sum_assignment(cost)[1])
 
 
-def infer_table(likelihoods: Tensor, states: int) -> tuple[Tensor, Tensor]:
+def infer_table(likelihoods: Tensor, states: int, distinct: bool = True) -> tuple[Tensor, Tensor]:
     """The layouts that a secret table of at most ``states`` holds, from log likelihoods (N, C, P) of faces.
+
+    A layout names a canonical channel once, where they are known to be ``distinct``.
 
     Mixture of layouts by hard expectation-maximisation: each face goes to the layout under which it is likeliest, and
     each layout is read from the likelihoods of all its faces together, which leaves misreadings of single faces no
@@ -154,7 +164,7 @@ def infer_table(likelihoods: Tensor, states: int) -> tuple[Tensor, Tensor]:
         int64 (K, C), K <= ``states``, the commonest first, and int64 (K,), how many faces showed each.
     """
     likelihoods = likelihoods.double().cpu()
-    readings = torch.stack([assign(likelihood) for likelihood in likelihoods])
+    readings = torch.stack([assign(likelihood, distinct) for likelihood in likelihoods])
     best = likelihoods.gather(2, readings[:, :, None])[..., 0].sum(dim=1)
     table, before = readings[best.argmax()][None], 0
     for _ in range(_ROUNDS):
@@ -167,7 +177,8 @@ def infer_table(likelihoods: Tensor, states: int) -> tuple[Tensor, Tensor]:
         for _ in range(_REREADINGS):
             members = _scores(likelihoods, table).argmax(dim=1)
             held = torch.unique(members)
-            table = torch.unique(torch.stack([assign(likelihoods[members == row].sum(dim=0)) for row in held]), dim=0)
+            together = [assign(likelihoods[members == row].sum(dim=0), distinct) for row in held]
+            table = torch.unique(torch.stack(together), dim=0)
         pruned = _prune(likelihoods, table)
         if len(pruned) == states or len(pruned) == before:
             table = pruned
@@ -239,6 +250,8 @@ class StateReader(nn.Module):
             if not self._knows:
                 self.classifier = ChannelClassifier(*mechanism.representation_shape[1:], layout.width)
         self.infers_secret = secret and self.classifier is not None
+        # Of a black box this is a guess's: whether it sends a channel twice is a matter of the kind of secret.
+        self._distinct = bool((table.sort(dim=1).values.diff(dim=1) != 0).all())
         self.register_buffer("table", torch.full_like(table, -1) if secret else table.clone())
         self.estimate, self._queries = None, queries
         self._estimates: tuple[Imitation, ...] = ()
@@ -306,7 +319,7 @@ class StateReader(nn.Module):
             if adversary.traffic is None:
                 raise ValueError("a secret table is inferred from intercepted traffic, and none was given")
             likelihoods = torch.cat([self.classifier(batch).cpu() for batch in adversary.traffic(options.traffic)])
-            table, counts = infer_table(likelihoods, len(self.table))
+            table, counts = infer_table(likelihoods, len(self.table), self._distinct)
             # The defence knows what layouts it can have (PartialFace: the same for every colour), a reading does not.
             imitation = mechanism.with_layouts(table.to(adversary.fabric.device))
             consistent = probe(imitation, imitation.states())

@@ -6,6 +6,7 @@ from undeclared import Affine, AffineColours, Biased, Colours, Hidden, Mixtures,
 
 from attacks.base import Observation
 from attacks.linear import Linear, LinearOptions
+from attacks.parts.states import StateReader
 from bench.run.attack_config import check_coverage
 from defenses.base import Defense
 from defenses.layout import probe, row_numbers
@@ -119,6 +120,16 @@ def test_the_black_box_finds_the_table_in_the_traffic(make_adversary):
     oracle, _ = fitted(make_adversary, defense, "oracle")
     _, told = observe(defense, 32)
     assert error(attack.recover(observation), faces) < 1.25 * error(oracle.recover(told), faces)
+
+
+@pytest.mark.parametrize("permutation", ["paper", "official"])
+def test_the_black_box_finds_nine_numbers_in_the_traffic(make_adversary, permutation):
+    """FracFace's secret, under which channels may be sent several times: the layout is read, and with it the square."""
+    defense = defense_of("fracface", permutation=permutation, key_seed=4)
+    reader = StateReader(adversary_of(make_adversary, defense, "blackbox"), defense.guess(torch.Generator()))
+    assert reader.fit(0, LinearOptions(state_faces=60, traffic=60))["states_found"] == 1
+    operators = [mechanism.linear_operator(None) for mechanism in (reader.mechanism, defense)]
+    assert torch.equal(*(operator.channels for operator in operators))
 
 
 def test_more_interceptions_leak_more(make_adversary):

@@ -43,7 +43,16 @@ def test_a_canonical_that_does_nothing_varies_with_nothing():
     assert layout.width == 3
 
 
-@pytest.mark.parametrize("change", [lambda z: 2 * z, lambda z: z.cumsum(dim=2), lambda z: z[:, :1], lambda z: z * 0])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: 2 * z,
+        lambda z: z - z.roll(1, dims=1) / 2,
+        lambda z: z.cumsum(dim=2),
+        lambda z: z[:, :1],
+        lambda z: z * 0,
+    ],
+)
 def test_a_canonical_that_is_no_placement_has_no_layout(change):
     class Other(PartialFace):
         def canonical(self, representation, state):
