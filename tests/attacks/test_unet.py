@@ -9,6 +9,8 @@ from interception import observe
 from attacks.base import Observation
 from attacks.parts.unet_network import UNetNetwork
 from attacks.unet import UNet, UNetOptions
+from defenses.base import Defense
+from defenses.noise import Noise, NoiseOptions
 
 SIZE = 16
 TINY = {"widths": (8, 8), "stem_stride": 2, "batch_size": 10, "images": 200}
@@ -21,7 +23,7 @@ TINY = {"widths": (8, 8), "stem_stride": 2, "batch_size": 10, "images": 200}
 )
 def test_any_representation_becomes_a_face(stride, channels, height, width, size):
     options = UNetOptions(widths=(4, 6, 8), stem_stride=stride)
-    network = UNetNetwork(channels, size, options)
+    network = UNetNetwork(channels, size, options, side=max(height, width))
     faces = network(torch.rand(2, channels, height, width))
     assert faces.shape == (2, 3, size, size)
     assert faces.dtype == torch.float32
@@ -197,6 +199,44 @@ def test_several_interceptions_are_averaged(make_adversary, pick, make_faces):
     each = [attack.run(Observation(several.representations[:, i : i + 1])) for i in range(3)]
     torch.testing.assert_close(attack.run(several), torch.stack(each).mean(dim=0))
     assert not torch.allclose(each[0], each[1])
+
+
+class Gathered(Defense):
+    """Squares of 4 x 4 pixels as 48 channels, in which nothing is lost."""
+
+    name = "gathered"
+
+    @property
+    def representation_shape(self):
+        return (48, self.image_size // 4, self.image_size // 4)
+
+    def transform(self, faces, state, generator):
+        return torch.nn.functional.pixel_unshuffle(faces, 4)
+
+
+def test_small_maps_become_squares_of_pixels(make_adversary, make_faces):
+    attack = UNet(UNetOptions(widths=(8, 16), stem_stride=2, batch_size=15, images=2500, learning_rate=3e-3))
+    defense = Gathered(image_size=SIZE)
+    attack.learn(make_adversary(defense))
+    assert attack.network.lift == 4
+    faces, flat = make_faces(20, seed=7), make_faces(20, seed=7).float().div(255)
+    recovered = attack.recover(observe(defense, faces))
+    coarse = torch.nn.functional.avg_pool2d(flat, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert (recovered - flat).abs().mean() < 0.5 * (coarse - flat).abs().mean()
+
+
+@pytest.mark.parametrize(("fresh", "chosen"), [(True, True), (False, None)])
+def test_fresh_noise_is_averaged_before_the_network(make_adversary, plain, make_faces, fresh, chosen):
+    defense = Noise(NoiseOptions(scale=0.4), image_size=SIZE) if fresh else plain(image_size=SIZE)
+    attack = UNet(UNetOptions(widths=(8, 16), stem_stride=2, batch_size=15, images=2000))
+    report = attack.learn(make_adversary(defense))
+    assert report.details.get("averages_interceptions") is chosen
+    faces = make_faces(30, seed=7)
+    observation, errors = observe(defense, faces, 8), []
+    for averages in (True, False):
+        attack.averages.fill_(averages)
+        errors.append(float((attack.recover(observation) - faces / 255).abs().mean()))
+    assert (errors[0] < errors[1]) if fresh else (errors[0] == pytest.approx(errors[1], rel=1e-4))
 
 
 @pytest.fixture(scope="module")
