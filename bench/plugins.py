@@ -192,12 +192,14 @@ def _number(value: float) -> str:
 
 
 def explain(error: ValidationError, what: str) -> str:
-    """One line for a person out of a pydantic error: which key, what is wrong, what was given."""
+    """One line for a person out of a pydantic error: which key, what is wrong, and the value where it is one."""
     parts = []
     for problem in error.errors(include_url=False):
-        key = ".".join(str(p) for p in problem["loc"]) or "value"
+        key = ".".join(str(p) for p in problem["loc"])
         if problem["type"] == "extra_forbidden":
             parts.append(f"unknown key {key!r}")
+        elif isinstance(problem["input"], Mapping):  # values that do not go together, which the message names
+            parts.append(f"{key}: {problem['msg']}".removeprefix(": ").replace("Value error, ", "", 1))
         else:
             message = problem["msg"].removeprefix("Value error, ")
             parts.append(f"{key}: {message[0].lower() + message[1:]} (got {problem['input']!r})")

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from onnx_models import linear_model
 
 import bench.run.machines as device_module
 from bench.errors import UsageError
@@ -118,7 +120,9 @@ def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_two_processes_make_one_run(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, *RUN)
+    weights = np.random.default_rng(0).normal(size=(3 * 8 * 8, 12)).astype(np.float32)
+    teacher = linear_model(tmp_path / "teacher.onnx", weights, ("n", 3, 8, 8))
+    done = torchrun(tmp_path, *RUN, "--teacher", str(teacher), "--set", "training.classification=1")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)  # one document: one process printed
     assert result["status"] == "success"
@@ -131,7 +135,8 @@ def test_two_processes_make_one_run(tmp_path: Path) -> None:
     trained = [event for event in events if event.get("task", "").startswith("train provider")]
     assert trained[-1]["done"] == trained[-1]["total"]
     (file,) = (tmp_path / "runs" / "cache").glob("recogniser-provider-none-*/recogniser.safetensors")
-    assert load_recogniser(file)[1]["processes"] == 2
+    recogniser, details = load_recogniser(file)
+    assert (details["processes"], recogniser.spec.embedding_size) == (2, 12)
     assert not list((tmp_path / "runs" / "cache").glob("*.partial"))
 
 

@@ -112,7 +112,10 @@ def test_what_does_not_go_with_a_teacher_is_one_line(tmp_path, teacher):
             data_root=tmp_path,
             stream=True,
         )
-    with pytest.raises(UsageError, match="classification=0 leaves nothing to learn from without a teacher"):
+    nothing = (
+        r"^configuration: training\.classification=0 leaves nothing to learn from without a teacher: give --teacher$"
+    )
+    with pytest.raises(UsageError, match=nothing):
         resolve({"defense": "none", "attack": "unet", "training": {"classification": 0}}, {})
 
 
