@@ -189,9 +189,15 @@ class DuetFace(Defense):
                     parts[f"mask_{stage}"] = self._mask(stage, maps, generator)
         return self.pack(parts)
 
-    def linear_operator(self, state: Tensor | None) -> FrequencyOperator | None:
-        """Of the high frequencies, where nothing else is sent."""
-        return FrequencyOperator(self.image_size, self.server_channels) if self.options.sends == "channels" else None
+    def linear_operator(self, state: Tensor | None) -> FrequencyOperator:
+        """Of the high frequencies."""
+        return FrequencyOperator(self.image_size, self.server_channels)
+
+    @property
+    def linear_channels(self) -> Tensor | None:
+        """The part ``channels``, beside which a network's maps are sent."""
+        high = COLOURS * len(SERVER_CHANNELS)
+        return None if self.channels == high else torch.arange(high)
 
     def tapped(self, faces: Tensor) -> list[Tensor]:
         """The client's four feature maps: (N, 64, H/4, W/4) to (N, 512, H/16, W/16), in the faces' type."""

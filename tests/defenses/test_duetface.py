@@ -142,15 +142,16 @@ def test_client_and_gates_learn(make_training):
     assert float(client[-4:].mean()) < 0.7 * float(client[:4].mean())
 
 
-def test_it_is_linear_without_what_the_network_makes(make_training):
-    defense = made(24, sends="channels")
-    faces = noise(3, 24)
-    operator = defense.linear_operator(None)
-    torch.testing.assert_close(operator(faces) + operator.offset, defense.protect(faces, generator()).representation)
-    assert made(24).linear_operator(None) is None
-    before = {name: value.clone() for name, value in defense.state_dict().items()}
-    defense.fit(make_training(size=24))  # of what is not sent, nothing is trained
-    assert all(torch.equal(value, before[name]) for name, value in defense.state_dict().items())
+def test_it_is_linear_but_for_what_the_network_makes(make_training):
+    faces, only = noise(3, 24), made(24, sends="channels")
+    assert only.linear_channels is None
+    for defense in (only, made(24, sends="masks")):
+        operator, sent = defense.linear_operator(None), defense.protect(faces, generator()).representation
+        torch.testing.assert_close(operator(faces) + operator.offset, sent[:, :162])
+    assert torch.equal(defense.linear_channels, torch.arange(162))
+    before = {name: value.clone() for name, value in only.state_dict().items()}
+    only.fit(make_training(size=24))  # of what is not sent, nothing is trained
+    assert all(torch.equal(value, before[name]) for name, value in only.state_dict().items())
 
 
 @pytest.mark.parametrize(
