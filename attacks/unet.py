@@ -115,11 +115,13 @@ class UNet(ViewingAttack):
                 if reader.width is not None and inferable:
                     self.reader, width = reader, reader.width
             undone = type(mechanism).canonical is not Defense.canonical
-            self._canonical = knows and self.reader is None and states is not None and undone
+            # States may be too many to be listed: what was drawn is known all the same.
+            drawn = mechanism.draw(1, derived(self.seed, "shape")) if knows and undone else None
+            self._canonical = self.reader is None and drawn is not None
         if self._canonical:
             # One zero representation tells how wide the layout is once the state is undone.
             blank = torch.zeros(1, *mechanism.representation_shape, device=self.device)
-            channels = mechanism.canonical(blank, mechanism.draw(1, derived(self.seed, "shape"))).shape[1]
+            channels = mechanism.canonical(blank, drawn).shape[1]
         self.register_buffer("reads", torch.tensor(knows))
         self._build_network(channels, width)
         self._build_range()

@@ -192,6 +192,20 @@ def test_a_canonical_that_is_no_placement_is_used_at_oracle(make_adversary, pick
     assert len(attack.network.mean) == 6
 
 
+def test_states_that_cannot_be_listed_are_heeded_at_oracle(make_adversary, pick, make_faces):
+    class Unlisted(pick):
+        def states(self):
+            return None
+
+    defense, unseen = Unlisted(), make_faces(9, seed=7)
+    attack, report = fitted(make_adversary, defense, "oracle", images=200)
+    assert len(attack.network.mean) == 6
+    assert report.states_seen is None
+    told = observe(defense, unseen, states=True)
+    lied = Observation(told.representations, (told.states + 1) % 3)
+    assert not torch.allclose(attack.recover(told), attack.recover(lied))
+
+
 def test_several_interceptions_are_averaged(make_adversary, pick, make_faces):
     defense, unseen = pick(), make_faces(6, seed=7)
     attack, _ = fitted(make_adversary, defense, "whitebox", images=200)
