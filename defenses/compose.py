@@ -294,6 +294,11 @@ class Compose(Defense):
         """The first member's map, which the others leave as it is up to noise and to maps of zeros."""
         return self._first.linear_operator(self._split(state, "draw")[0])
 
+    @property
+    def linear_channels(self) -> Tensor | None:
+        """The first member's, as the map is."""
+        return self._first.linear_channels
+
     def canonical(self, representation: Tensor, state: Tensor | None) -> Tensor:
         """Undone in reverse order."""
         for member, drawn in reversed(list(zip(self._chain, self._split(state, "draw"), strict=True))):

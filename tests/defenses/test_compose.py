@@ -126,6 +126,13 @@ def test_linear_canonical_and_secret_are_those_of_the_first():
     assert {name.partition(".")[2] for name in defense.secret} == set(alone.secret)
 
 
+def test_channels_that_are_linear_are_those_of_the_first():
+    part = type("Part", (PartialFace,), {"linear_channels": torch.arange(5)})
+    assert make("partialface+quantise", **RANGE, bits=4).linear_channels is None
+    defense = chain([part, Quantise])(image_size=SIZE)
+    assert defense.linear_channels.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_a_guess_has_other_secrets_and_the_same_rounding():
     defense = make("partialface+quantise", **RANGE, bits=3)
     guess = defense.guess(generator(7))
