@@ -27,15 +27,15 @@ _LOUDEST = 40.0
 
 class DCTDPOptions(DefenseOptions):
     budget: float = Field(
-        default=4.0,
+        default=1.0,
         gt=0,
         le=1e12,
         allow_inf_nan=False,
-        description="mean epsilon of a coefficient: 4 in the released code, 0.5 and 1 in the paper; 1e6 is next to no "
+        description="mean epsilon of a coefficient: 0.5 and 1 in the paper, 4 in the released code; 1e6 is next to no "
         "noise",
     )
     sensitivity: Literal["ones", "range"] = Field(
-        default="ones",
+        default="range",
         description="range: of each coefficient, what it spans over the provider's faces (the paper); ones: 1",
     )
     noise: Literal["paper", "official"] = Field(

@@ -20,8 +20,8 @@ GOLDEN = golden("dctdp")
 
 
 def made(size=16, **options):
-    """Not fitted."""
-    return DCTDP(DCTDPOptions(**options), image_size=size).requires_grad_(False)
+    """Not fitted, and with a sensitivity that needs no fit, as in the released code."""
+    return DCTDP(DCTDPOptions(sensitivity="ones", **options), image_size=size).requires_grad_(False)
 
 
 def with_learnt_noise(**options):
@@ -134,7 +134,8 @@ def test_the_budget_goes_where_it_is_needed(make_training):
         return Slope(), CosFace(2, 4, scale=16.0, margin=0.0)
 
     torch.manual_seed(0)
-    defense = DCTDP(DCTDPOptions(budget=0.02, epochs=15, batch_size=16, learning_rate=0.01), image_size=16)
+    options = DCTDPOptions(budget=0.02, sensitivity="ones", epochs=15, batch_size=16, learning_rate=0.01)
+    defense = DCTDP(options, image_size=16)
     defense.fit(replace(training, batches=batches, make_recogniser=make_recogniser))
     by_channel = defense.scale.detach().log().mean(dim=(1, 2))
     assert int(by_channel.argmin()) == looked_at
