@@ -1,5 +1,12 @@
 """The backbones by name.
 
+Some defences send maps that are smaller than the face. A network that halved them as often as a face would look at a
+few places only, so it is told how much smaller they are and starts where it would have reduced a face to their size:
+
+* IResNets, ``ir-tiny`` and MobileFaceNet leave out as many of their first halvings (the layers stay, with stride 1);
+* Transformers cut them into patches of any whole size, as many as of a face, one value each at least;
+* timm's networks, whose layers are theirs, get a learned sub-pixel stem that brings the maps near to a face's size.
+
 A name may carry what it is to be changed by, after a colon: ``partialformer-tiny:no-small-nets``, ``timm:resnet18``. So
 everything that names a backbone (flags, configurations, caches, checkpoints) carries variants too.
 """
@@ -19,9 +26,18 @@ class BackboneBuilder(Protocol):
     """Builds a network from (N, C, h, w) to float32 embeddings (N, D), not normalised."""
 
     def __call__(
-        self, *, in_channels: int, input_size: tuple[int, int], embedding_size: int, dropout: float = 0.0
+        self,
+        *,
+        in_channels: int,
+        input_size: tuple[int, int],
+        embedding_size: int,
+        dropout: float = 0.0,
+        reduced: int = 0,
     ) -> nn.Module:
-        """``in_channels`` C, ``input_size`` (h, w), ``embedding_size`` D, ``dropout`` before the last linear layer."""
+        """``in_channels`` C, ``input_size`` (h, w), ``embedding_size`` D, ``dropout`` before the last linear layer.
+
+        Maps are ``reduced`` times half as large as a face, to the nearest whole number.
+        """
 
 
 def _iresnet(layers: Sequence[int]) -> Callable[[], BackboneBuilder]:

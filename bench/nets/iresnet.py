@@ -121,6 +121,7 @@ class ResidualNet(nn.Module):
         unit: (channels in, channels out, stride) to a residual unit.
         widths: channels of the stem and of each stage.
         units: residual units of each stage.
+        strides: of the first unit of each stage.
         features: (h, w) after the last stage.
         embedding_size: D, dimensions of the embedding.
         dropout: before the fully connected layer.
@@ -132,6 +133,7 @@ class ResidualNet(nn.Module):
         unit: Callable[[int, int, int], nn.Module],
         widths: Sequence[int],
         units: Sequence[int],
+        strides: Sequence[int],
         features: tuple[int, int],
         embedding_size: int,
         dropout: float,
@@ -139,9 +141,9 @@ class ResidualNet(nn.Module):
         super().__init__()
         self.stem = stem
         stages, width = [], widths[0]
-        for channels, count in zip(widths[1:], units, strict=True):
+        for channels, count, stride in zip(widths[1:], units, strides, strict=True):
             for number in range(count):
-                stages.append(unit(width, channels, 1 if number else 2))
+                stages.append(unit(width, channels, 1 if number else stride))
                 width = channels
         self.stages = nn.Sequential(*stages)
         self.output = EmbeddingOutput((width, *features), embedding_size, dropout)
@@ -153,27 +155,52 @@ class ResidualNet(nn.Module):
         return embedding
 
 
+def strides_of(halvings: int, reduced: int) -> list[int]:
+    """Strides of layers of which each halves a face, for maps that are ``reduced`` times half as large as it."""
+    return [1 if number < reduced else 2 for number in range(halvings)]
+
+
 def iresnet(
-    layers: Sequence[int], *, in_channels: int, input_size: tuple[int, int], embedding_size: int, dropout: float = 0.0
+    layers: Sequence[int],
+    *,
+    in_channels: int,
+    input_size: tuple[int, int],
+    embedding_size: int,
+    dropout: float = 0.0,
+    reduced: int = 0,
 ) -> ResidualNet:
     """ArcFace's IResNet, for any number of input channels and any input size; each stage halves it, rounding up.
+
+    Of maps that are ``reduced`` times half as large as a face the first stages halve none.
 
     ``layers`` are the residual units of the four stages: (2, 2, 2, 2) is IR-18, (3, 4, 6, 3) IR-34, (3, 4, 14, 3)
     IR-50, (3, 13, 30, 3) IR-100. ArcFace's dropout is 0.4 in the paper, 0 in the released PyTorch code.
     """
     stem = nn.Sequential(nn.Conv2d(in_channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
     widths = (64, *(64 * 2**stage for stage in range(len(layers))))
-    return ResidualNet(stem, ResidualUnit, widths, layers, halved(input_size, len(layers)), embedding_size, dropout)
+    strides = strides_of(len(layers), reduced)
+    features = halved(input_size, strides.count(2))
+    return ResidualNet(stem, ResidualUnit, widths, layers, strides, features, embedding_size, dropout)
 
 
 def tiny_iresnet(
-    *, in_channels: int, input_size: tuple[int, int], embedding_size: int, dropout: float = 0.0
+    *,
+    in_channels: int,
+    input_size: tuple[int, int],
+    embedding_size: int,
+    dropout: float = 0.0,
+    reduced: int = 0,
 ) -> ResidualNet:
-    """A residual network that two CPU cores train in minutes; the stem and each of three stages halve the input."""
+    """A residual network that two CPU cores train in minutes; the stem and each of three stages halve the input.
+
+    Of maps that are ``reduced`` times half as large as a face the first of these halve none.
+    """
     widths = (32, 64, 128, 256)
+    first, *strides = strides_of(len(widths), reduced)
     stem = nn.Sequential(
-        nn.Conv2d(in_channels, widths[0], 3, stride=2, padding=1, bias=False),
+        nn.Conv2d(in_channels, widths[0], 3, stride=first, padding=1, bias=False),
         nn.BatchNorm2d(widths[0]),
         nn.LeakyReLU(0.25, inplace=True),
     )
-    return ResidualNet(stem, TinyUnit, widths, (1, 1, 1), halved(input_size, len(widths)), embedding_size, dropout)
+    features = halved(input_size, [first, *strides].count(2))
+    return ResidualNet(stem, TinyUnit, widths, (1, 1, 1), strides, features, embedding_size, dropout)

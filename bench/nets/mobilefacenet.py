@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bench.nets.iresnet import halved, initialise
+from bench.nets.iresnet import halved, initialise, strides_of
 
 #: (expansion t, channels c, repetitions n, stride s of the first) of the bottlenecks, table 1.
 BOTTLENECKS = ((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))
@@ -60,25 +60,35 @@ class MobileFaceNet(nn.Module):
     The global depthwise convolution, which weighs every place of the last feature map on its own instead
     of averaging them, gets a kernel of that map's size (7x7 at the published input of 112x112).
 
-    The input is reduced 16 times, rounding up at each halving. Published: 128 dimensions, no dropout.
+    A face is reduced 16 times, rounding up at each of four halvings; of maps that are ``reduced`` times half as large
+    as a face the first of them halve none. Published: 128 dimensions, no dropout.
     """
 
     def __init__(
-        self, *, in_channels: int, input_size: tuple[int, int], embedding_size: int, dropout: float = 0.0
+        self,
+        *,
+        in_channels: int,
+        input_size: tuple[int, int],
+        embedding_size: int,
+        dropout: float = 0.0,
+        reduced: int = 0,
     ) -> None:
         super().__init__()
+        strides = strides_of(1 + sum(stride == 2 for *_, stride in BOTTLENECKS), reduced)
+        size = halved(input_size, strides.count(2))
         layers: list[nn.Module] = [
-            convolution(in_channels, 64, 3, stride=2, padding=1),
+            convolution(in_channels, 64, 3, stride=strides.pop(0), padding=1),
             convolution(64, 64, 3, padding=1, groups=64),
         ]
         width = 64
         for expansion, channels, repetitions, first_stride in BOTTLENECKS:
+            stride = strides.pop(0) if first_stride == 2 else 1
             for repetition in range(repetitions):
-                layers.append(Bottleneck(width, channels, first_stride if repetition == 0 else 1, expansion))
+                layers.append(Bottleneck(width, channels, stride if repetition == 0 else 1, expansion))
                 width = channels
         layers.append(convolution(width, 512, 1))
         self.features = nn.Sequential(*layers)
-        self.global_depthwise = convolution(512, 512, halved(input_size, 4), groups=512, linear=True)
+        self.global_depthwise = convolution(512, 512, size, groups=512, linear=True)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(512, embedding_size, bias=False)
         self.embedding_norm = nn.BatchNorm1d(embedding_size)

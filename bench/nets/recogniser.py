@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -95,6 +97,15 @@ class RecogniserSpec(BaseModel):
     representation_shape: tuple[PositiveInt, PositiveInt, PositiveInt] = Field(description="(C, h, w) of its input.")
     embedding_size: int = Field(ge=2, description="Dimensions D of the embedding.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Before the last linear layer, in training.")
+    image_size: PositiveInt | None = Field(
+        None, description="Side in pixels of the faces behind its input; none: that of the input."
+    )
+
+    @property
+    def reduced(self) -> int:
+        """How many times half as large as a face its input is, to the nearest whole number."""
+        side = max(self.representation_shape[1:])
+        return 0 if self.image_size is None else max(0, round(math.log2(self.image_size / side)))
 
 
 class Recogniser(nn.Module):
@@ -117,6 +128,7 @@ class Recogniser(nn.Module):
             input_size=(height, width),
             embedding_size=spec.embedding_size,
             dropout=spec.dropout,
+            reduced=spec.reduced,
         )
 
     @property
@@ -172,6 +184,7 @@ def build_recogniser(
     embedding_size: int,
     *,
     dropout: float = 0.0,
+    image_size: int | None = None,
     seed: int = 0,
 ) -> Recogniser:
     """A recogniser with fresh weights, the same for the same ``seed``; torch's global generator is left as it was.
@@ -182,7 +195,11 @@ def build_recogniser(
         UsageError: an unknown backbone.
     """
     spec = RecogniserSpec(
-        backbone=backbone, representation_shape=representation_shape, embedding_size=embedding_size, dropout=dropout
+        backbone=backbone,
+        representation_shape=representation_shape,
+        embedding_size=embedding_size,
+        dropout=dropout,
+        image_size=image_size,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -20,8 +20,24 @@ def _timm() -> Any:
     return timm
 
 
+#: Channels of a sub-pixel stem at least: fewer would squeeze what a map holds in each place.
+_LEAST_CHANNELS = 16
+
+
+def subpixel_stem(channels: int, times: int) -> tuple[nn.Module, int]:
+    """Maps (N, C, h, w) to (N, C', 2^times h, 2^times w): a 1x1 convolution and a pixel shuffle; and C'.
+
+    C' is as many as hold all C maps, 16 at least (Shi et al., CVPR 2016, section 3.2).
+    """
+    side = 2**times
+    outputs = max(_LEAST_CHANNELS, -(-channels // side**2))
+    return nn.Sequential(nn.Conv2d(channels, outputs * side**2, 1), nn.PixelShuffle(side)), outputs
+
+
 class TimmBackbone(nn.Module):
     """A timm network without its classifier, and ArcFace's output layer on its pooled features.
+
+    Maps that are ``reduced`` times half as large as a face first pass :func:`subpixel_stem`.
 
     The weights are fresh: nothing is downloaded. A network that must know its input size (Vision Transformers and
     their kin) is built for ``input_size``.
@@ -38,9 +54,14 @@ class TimmBackbone(nn.Module):
         input_size: tuple[int, int],
         embedding_size: int,
         dropout: float = 0.0,
+        reduced: int = 0,
     ) -> None:
         super().__init__()
         timm = _timm()
+        self.stem: nn.Module = nn.Identity()
+        if reduced:
+            self.stem, in_channels = subpixel_stem(in_channels, reduced)
+            input_size = (input_size[0] * 2**reduced, input_size[1] * 2**reduced)
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)
         sizes = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
         # Some networks keep tables (of relative positions, say) that no checkpoint holds, so that they cannot start on
@@ -65,7 +86,7 @@ class TimmBackbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) to float32 embeddings (N, D), not normalised."""
-        embedding: Tensor = self.output(self.features(x)[..., None, None])
+        embedding: Tensor = self.output(self.features(self.stem(x))[..., None, None])
         return embedding
 
 

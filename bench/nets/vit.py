@@ -36,8 +36,13 @@ class TokenOptions:
     pool: Literal["places", "mean", "class-token"] = "places"
 
 
-def patch_size(input_size: tuple[int, int], grid: int) -> int:
-    """The smallest power of two that cuts ``input_size`` into at most ``grid`` patches a side."""
+def patch_size(input_size: tuple[int, int], grid: int, reduced: int = 0) -> int:
+    """The smallest power of two that cuts ``input_size`` into at most ``grid`` patches a side.
+
+    Of maps that are smaller than a face (``reduced``), whose sides may be any number, the smallest whole number.
+    """
+    if reduced:
+        return -(-max(input_size) // grid)
     patch = 1
     while -(-max(input_size) // patch) > grid:
         patch *= 2
@@ -51,11 +56,13 @@ class Tokens(nn.Module):
     with zeros at the bottom and the right. Channel tokens are the flattened maps through one linear layer.
     """
 
-    def __init__(self, options: TokenOptions, width: int, in_channels: int, input_size: tuple[int, int]) -> None:
+    def __init__(
+        self, options: TokenOptions, width: int, in_channels: int, input_size: tuple[int, int], reduced: int = 0
+    ) -> None:
         super().__init__()
         height, breadth = input_size
         self.channels = options.channels
-        patch = patch_size(input_size, options.grid)
+        patch = patch_size(input_size, options.grid, reduced)
         self.padding = (0, -breadth % patch, 0, -height % patch)
         if options.channels:
             self.embed: nn.Module = nn.Linear(height * breadth, width)
@@ -96,9 +103,10 @@ class TokenBackbone(nn.Module):
         input_size: tuple[int, int],
         embedding_size: int,
         dropout: float = 0.0,
+        reduced: int = 0,
     ) -> None:
         super().__init__()
-        self.tokens = Tokens(options, width, in_channels, input_size)
+        self.tokens = Tokens(options, width, in_channels, input_size, reduced)
         self.encoder = encoder
         self.pool = options.pool
         count = self.tokens.count

@@ -126,7 +126,11 @@ def make_plan(
             # For attacks that query it: an untrained one is as fast.
             taught, shape = stages.taught(role), stages.seen_by_recogniser(target).representation_shape
             size = config.training.embedding_size if taught is None else taught.shape[1]
-            untrained = build_recogniser(config.backbone, shape, size, seed=0).to(stages.fabric.device).eval()
+            untrained = (
+                build_recogniser(config.backbone, shape, size, image_size=config.image_size, seed=0)
+                .to(stages.fabric.device)
+                .eval()
+            )
             stages.assume(job, untrained)
     stages.ready(defense)
     for attack_config, target in targets:

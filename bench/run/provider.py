@@ -242,7 +242,14 @@ class Stages(StageRunner):
 
         def make_recogniser(shape: tuple[int, int, int]) -> tuple[Recogniser, MarginHead]:
             seed, size = self.streams.seed_for("defense/recogniser"), options.embedding_size
-            recogniser = build_recogniser(self.config.backbone, shape, size, dropout=options.dropout, seed=seed)
+            recogniser = build_recogniser(
+                self.config.backbone,
+                shape,
+                size,
+                dropout=options.dropout,
+                image_size=self.config.image_size,
+                seed=seed,
+            )
             head = build_head(options, len(faces.names), seed=seed)
             assert isinstance(head, MarginHead)
             return recogniser.to(device), head.to(device)
@@ -355,6 +362,7 @@ class Stages(StageRunner):
             defense.representation_shape,
             options.embedding_size if teacher is None else teacher.shape[1],
             dropout=options.dropout,
+            image_size=config.image_size,
             seed=seed,
         )
         if self.processes is not None:

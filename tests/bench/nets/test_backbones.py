@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from cost import backbone_cost
 
 from bench.errors import UsageError
 from bench.nets.backbones import BACKBONES
+from bench.nets.recogniser import Recogniser, RecogniserSpec
 from bench.nets.vit import patch_size
 
 CONVOLUTIONAL = ("ir-tiny", "ir-18", "ir-34", "ir-50", "ir-100", "mobilefacenet")
@@ -27,7 +29,7 @@ VARIANTS = (
 )
 
 
-def build(name: str, channels: int, size: tuple[int, int], dimensions: int = 512, **options: float) -> torch.nn.Module:
+def build(name: str, channels: int, size: tuple[int, int], dimensions: int = 512, **options: Any) -> torch.nn.Module:
     return BACKBONES.get(name)(in_channels=channels, input_size=size, embedding_size=dimensions, **options)
 
 
@@ -82,6 +84,70 @@ def test_parameter_counts_are_the_published_ones(name: str, dimensions: int, mil
     with torch.device("meta"):
         net = build(name, 3, (112, 112), dimensions)
     assert parameters(net) / 1e6 == pytest.approx(millions, abs=tolerance)
+
+
+#: Side of the maps of a face of 64 or 112 pixels at each up-sampling factor, and how often it is halved less.
+SMALLER = [(64, 64, 0), (64, 32, 1), (64, 24, 1), (64, 16, 2), (64, 8, 3), (112, 56, 1), (112, 42, 1), (112, 14, 3)]
+
+
+@pytest.mark.parametrize(("face", "side", "reduced"), SMALLER)
+def test_how_often_maps_are_halved_less_than_a_face(face: int, side: int, reduced: int) -> None:
+    spec = RecogniserSpec(backbone="ir-tiny", representation_shape=(27, side, side), embedding_size=8, image_size=face)
+    assert spec.reduced == reduced
+    assert spec.model_copy(update={"image_size": None}).reduced == 0
+
+
+@pytest.mark.parametrize(("face", "side", "reduced"), SMALLER)
+@pytest.mark.parametrize("name", ["ir-18", "ir-tiny", "mobilefacenet"])
+def test_small_maps_end_with_as_many_places_as_a_face(name: str, face: int, side: int, reduced: int) -> None:
+    """What reaches the output layer, 1/16 of a face a side (to the rounding of 24 and 42 pixels), and one embedding."""
+    with torch.device("meta"):
+        whole, small, blind = (
+            build(name, 27, (size, size), 16, reduced=fewer) for size, fewer in ((face, 0), (side, reduced), (side, 0))
+        )
+        assert small(torch.empty(2, 27, side, side)).shape == (2, 16)
+
+    def places(net: torch.nn.Module) -> int:
+        if name == "mobilefacenet":
+            return int(net.get_submodule("global_depthwise.0").kernel_size[0])
+        channels = net.get_submodule("output.norm").num_features
+        return round((net.get_submodule("output.linear").in_features / channels) ** 0.5)
+
+    assert places(whole) == face // 16
+    assert places(small) == -(-side * 2**reduced // 16)
+    assert abs(places(small) - places(whole)) <= 1
+    assert places(blind) == -(-side // 16)
+    if side * 2**reduced == face:
+        assert places(small) == places(whole)
+
+
+@pytest.mark.parametrize(("face", "side", "reduced"), SMALLER[1:])
+@pytest.mark.parametrize("name", ["vit-tiny", "partialformer-tiny", "vit-small"])
+def test_small_maps_become_as_many_tokens_as_the_grid_takes(name: str, face: int, side: int, reduced: int) -> None:
+    grid = 14 if name == "vit-small" else 8
+    with torch.device("meta"):
+        net = build(name, 27, (side, side), 16, reduced=reduced)
+        assert net(torch.empty(2, 27, side, side)).shape == (2, 16)
+    patch = -(-side // grid)
+    assert net.get_parameter("tokens.positions").shape[1] == (-(-side // patch)) ** 2
+    assert net.get_submodule("tokens.embed").kernel_size == (patch, patch)
+
+
+@pytest.mark.parametrize("name", ["ir-18", "ir-tiny", "mobilefacenet", "vit-tiny", "partialformer-small"])
+def test_of_a_whole_face_nothing_changes(name: str) -> None:
+    with torch.device("meta"):
+        before = {key: value.shape for key, value in build(name, 27, (64, 64)).state_dict().items()}
+        spec = {"representation_shape": (27, 64, 64), "embedding_size": 512, "backbone": name}
+        now = Recogniser(RecogniserSpec.model_validate({**spec, "image_size": 64})).backbone.state_dict()
+    assert {key: value.shape for key, value in now.items()} == before
+
+
+@pytest.mark.parametrize("name", ["ir-tiny", "mobilefacenet", "vit-tiny"])
+def test_small_maps_train(name: str) -> None:
+    torch.manual_seed(0)
+    net = build(name, 27, (8, 8), 16, reduced=3)
+    net(torch.randn(4, 27, 8, 8)).square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters() if p.requires_grad)
 
 
 def likeness_of_opposite_corners(name: str) -> float:

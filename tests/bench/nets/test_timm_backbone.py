@@ -88,3 +88,18 @@ def test_sizes_that_a_network_cannot_take_are_refused() -> None:
     pytest.importorskip("timm")
     with pytest.raises(UsageError, match=r"backbone timm:test_convnext cannot take representations \(27, 4, 4\)"):
         build_recogniser("timm:test_convnext", (27, 4, 4), 32)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "test_vit"])
+def test_small_maps_pass_a_stem_that_brings_them_near_to_a_face(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    recogniser = build_recogniser(f"timm:{name}", (27, 4, 4), 16, image_size=32, seed=1)
+    stem = recogniser.backbone.get_submodule("stem")
+    assert stem(torch.zeros(1, 27, 4, 4)).shape == (1, 16, 32, 32)
+    representation = torch.randn(4, 27, 4, 4, generator=torch.Generator().manual_seed(0))
+    recogniser.train()(representation).square().sum().backward()
+    assert all(weight.grad is not None for weight in stem.parameters())
+    save_recogniser(recogniser, tmp_path / "small.safetensors")
+    again, _ = load_recogniser(tmp_path / "small.safetensors")
+    assert again.spec.image_size == 32
+    assert torch.equal(again(representation), recogniser.eval()(representation))
