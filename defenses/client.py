@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from bench.errors import DefenseError
 from defenses.base import Defense, DefenseTraining
 
 
@@ -52,6 +54,9 @@ def train_jointly(
 
     ``optimise`` makes the optimiser of their parameters, and ``schedule`` what changes its learning rate with every
     step. A training that was killed goes on from its last epoch.
+
+    Raises:
+        DefenseError: the training diverged.
     """
     optimiser = optimise([weight for network in networks.values() for weight in network.parameters()])
     scheduler = None if schedule is None else schedule(optimiser)
@@ -64,6 +69,8 @@ def train_jointly(
         optimiser.zero_grad()
         with training.fabric.autocast():
             value = loss(faces, labels, generator)
+        if not math.isfinite(float(value.detach())):
+            raise DefenseError("the loss of a defence in training is no longer finite: try a lower learning_rate (-o)")
         training.fabric.backward(value)
         update.step()
         if scheduler is not None:
