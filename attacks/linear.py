@@ -16,7 +16,16 @@ from torch import Tensor
 from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowledge, Observation, RecoveryAttack
 from attacks.parts.exposure import in_chunks, split_identities, tamed
 from attacks.parts.gaussian_prior import GaussianPrior
-from attacks.parts.noise import ROUNDING, chunk_of, few_directions, fresh_share, not_shared, residuals, spread
+from attacks.parts.noise import (
+    ROUNDING,
+    chunk_of,
+    few_directions,
+    fresh_share,
+    not_shared,
+    residuals,
+    sent_channels,
+    spread,
+)
 from attacks.parts.operators import LinearMaps, Whitened, Whitening, linear_maps, why_not_linear
 from attacks.parts.posterior import (
     IterativePosterior,
@@ -100,6 +109,8 @@ class Linear(RecoveryAttack):
     posterior. Where the noise is not the same everywhere, values count by what each of them has of it; what is drawn
     anew for every interception averages out. Noise that one batch of faces shares is estimated from their mean, about
     which more is known than about each, and taken off: their differences are free of it.
+    Channels that are left out at random, and sent as zeros, are no observation: the others make the estimate, by
+    conjugate gradients, as every face shows other ones.
 
     Attributes:
         noise: float64 () buffer, the standard deviation of what is sent around the exact map.
@@ -108,6 +119,7 @@ class Linear(RecoveryAttack):
             its standard deviation in each, in units of ``noise``; ``spread`` then is that in all others.
         fresh: float64 () buffer, the share of the noise's variance that is drawn anew for every interception.
         shared: float64 () buffer, the standard deviation of noise that all faces of a batch share; 0 where none do.
+        seen: float64 (C,) buffer, 0 for the channels left out of the public face that showed fewest, else 1.
         by_likelihood: bool () buffer, whether states are read by likelihood although layouts could be told apart.
     """
 
@@ -131,6 +143,7 @@ class Linear(RecoveryAttack):
     deviations: Tensor
     fresh: Tensor
     shared: Tensor
+    seen: Tensor
     by_likelihood: Tensor
     reader: StateReader
 
@@ -161,6 +174,7 @@ class Linear(RecoveryAttack):
         self.register_buffer("deviations", torch.zeros(0, dtype=torch.float64))
         self.register_buffer("fresh", torch.zeros((), dtype=torch.float64))
         self.register_buffer("shared", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("seen", torch.ones(self.mechanism.channels, dtype=torch.float64))
         self.register_buffer("by_likelihood", torch.tensor(False))
         self._forget()
 
@@ -189,6 +203,7 @@ class Linear(RecoveryAttack):
         adversary.report(3, 3)
         source = "estimated from protection queries" if self.reader.estimated else self.maps.source
         details |= {"linearity": source, **self.maps.details}
+        details |= {"channels_seen": int(self.seen.sum())} if self.has_gaps else {}
         details |= {} if accuracy is None else {"state_accuracy": accuracy}
         return FitReport(
             saturated=self._converges(),
@@ -265,6 +280,11 @@ class Linear(RecoveryAttack):
         posterior = self._posterior(((keys[iterative[0]], 1),))
         return posterior.converges() if isinstance(posterior, IterativePosterior) else None
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether channels of what is sent are left out at random."""
+        return not bool(self.seen.all())
+
     def _measure_noise(self, faces: Tensor, seed: int) -> None:
         """Of what is sent around the exact map: how large it is, where, and how much of it is fresh."""
         maps, device = self.maps, self.prior.mean.device
@@ -275,6 +295,8 @@ class Linear(RecoveryAttack):
         chunks = faces[index.to(faces.device)].split(1 if shared else together)
         targets = (to_float(chunk.to(device)) for chunk in chunks)
         found = residuals(maps, targets, derived(seed, "noise"))
+        if len(found.fewest) == len(self.seen):
+            self.seen.copy_(found.fewest)
         off, whole = (math.sqrt(float(tamed(of_faces).mean())) for of_faces in (found.noise, found.energy))
         self.noise.fill_(max(off, _ROUNDING * whole, 1e-12))
         if off <= ROUNDING * whole:
@@ -307,6 +329,8 @@ class Linear(RecoveryAttack):
         """Estimates, float64, of ``faces`` (N, 3, H, W) out of what operator ``row`` and the noise make of them."""
         sent = self._expected(self.maps.operators[row], faces.to(self.noise))
         noisy = sent + self.noise * torch.randn(sent.shape, generator=generator, dtype=sent.dtype).to(sent)
+        if self.has_gaps:
+            noisy *= self.seen[:, None, None]
         return self._estimate(self._levelled(noisy[:, None]), torch.full((len(faces), 1), row))
 
     def rows_of(self, states: Tensor | None, representations: Tensor) -> Tensor:
@@ -376,6 +400,8 @@ class Linear(RecoveryAttack):
 
     def _factors(self, rows: Sequence[int]) -> list[SeparableSum | LocalGram] | list[JointGram]:
         """A^T A of the states ``rows`` in the form that is factored; empty where one of them has none."""
+        if self.has_gaps:
+            return []
         prior, grams = self.prior, self._grams()
         shown = prior.planes.T * prior.strengths @ prior.planes
         factors: list[SeparableSum | LocalGram] = []
@@ -420,6 +446,8 @@ class Linear(RecoveryAttack):
         rows, weights = [keys.index(key) for key, _ in said], [self._news(count) for _, count in said]
         if factors := self._factors(rows):
             return Posterior(self.covariance, factors, float(self.noise), weights)
+        if self.options.solver == "factor" and self.has_gaps:
+            raise ValueError(f"{self.reader.mechanism.name} leaves other channels out for every face: use solver=cg")
         if self.options.solver == "factor":
             raise ValueError(f"{self.reader.mechanism.name} does not tell the factors of its map: use solver=cg")
         operators = [
@@ -427,7 +455,11 @@ class Linear(RecoveryAttack):
             for operator, weight in zip((self.maps.operators[row] for row in rows), weights, strict=True)
         ]
         operator = operators[0] if len(operators) == 1 else _Stacked(operators)
-        return IterativePosterior(self.covariance, operator, float(self.noise), self.options.iterations)
+        return self._iterative(operator, len(rows))
+
+    def _iterative(self, operator: LinearOperator, count: int) -> IterativePosterior:
+        seen = self.seen.repeat(count) if self.has_gaps else None
+        return IterativePosterior(self.covariance, operator, float(self.noise), self.options.iterations, seen)
 
     def _news(self, count: int) -> float:
         """How many interceptions with noises of their own ``count`` of a kind are worth, of which a part is fresh."""
@@ -531,6 +563,8 @@ class Linear(RecoveryAttack):
 
     def _estimate(self, clean: Tensor, rows: Tensor) -> Tensor:
         mean = self.mean_face()
+        if self.has_gaps:
+            return mean + self._from_what_is_there(clean, rows, mean.expand(len(rows), *mean.shape))
         out = torch.empty(len(rows), *mean.shape, dtype=torch.float64, device=mean.device)
         for said, posterior, members in self._grouped(rows):
             sent = clean[members.to(clean.device)]
@@ -577,6 +611,8 @@ class Linear(RecoveryAttack):
         """
         start, representations = faces.to(self.prior.mean), self._clean(representations)
         out, rows = start.clone(), rows.cpu()
+        if self.has_gaps:
+            return start + self._from_what_is_there(representations, rows, start)
         for posterior, members in self.posteriors(rows):
             at = members.to(out.device)
             sent = representations[members.to(representations.device)]
@@ -651,6 +687,25 @@ class Linear(RecoveryAttack):
                 residual[at] = z[at] - self._expected(operators[number], self.mean_face()[None])
             parts.append(residual * self._news(count) ** 0.5)
         return posterior(torch.cat(parts, dim=1))
+
+    def _from_what_is_there(self, clean: Tensor, rows: Tensor, around: Tensor) -> Tensor:
+        """The posterior's change of ``around`` (N, 3, H, W), of interceptions some of whose channels are missing."""
+        operators, update = self.maps.operators, torch.empty_like(around)
+        sets = [tuple(row_list) for row_list in rows.tolist()]
+        for key in dict.fromkeys(sets):
+            # States that differ in the order of their maps are kept apart: what is missing is a place in that order.
+            said: _Said = tuple((b"gaps %d" % row, 1) for row in key)
+            stacked = operators[key[0]] if len(key) == 1 else _Stacked([operators[row] for row in key])
+            posterior = self._posteriors.get(said) or self._iterative(stacked, len(key))
+            assert isinstance(posterior, IterativePosterior)
+            self._posteriors[said] = posterior
+            members = torch.tensor([index for index, face_set in enumerate(sets) if face_set == key])
+            sent = clean[members.to(clean.device)].to(update)
+            faces = around[members.to(around.device)]
+            residual = sent - torch.stack([self._expected(operators[row], faces) for row in key], dim=1)
+            here = sent_channels(sent).to(residual)
+            update[members.to(update.device)] = posterior(residual.flatten(1, 2), here.flatten(1, 2))
+        return update
 
     def infer_layout(self, observation: Observation) -> Tensor | None:
         """The canonical channel of each channel, int64 (N, k, C), where layouts are told apart."""

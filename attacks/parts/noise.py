@@ -25,6 +25,8 @@ _LEAST = 1e-5
 #: Noise of fewer dimensions may lie in a space of few, which so many faces show, of so many values in all; they have to
 #: be four times as many as its directions, the last of which stands so far out of what is left.
 _FEW, _SEEN, _SEEN_VALUES, _TIMES_SEEN, _APART = 256, 1024, 2**26, 4, 1e3
+#: The share of what is sent on average, below which a map that is zero is not one that is left out.
+_NEXT_TO_ZERO = 1e-7
 #: Faces that are sent several times, and times, to see what is drawn anew.
 _AGAIN_FACES, _TIMES = 16, 8
 
@@ -37,12 +39,14 @@ class Residuals:
         noise: mean square of a value, float64 (N,), face by face; ``energy`` likewise of what is sent itself.
         square, fourth: float64 (C, h, w), mean second and fourth power of each element over the faces.
         some: float64 (n, C, h, w), what is left of the faces of the first batch.
+        fewest: bool (C,), the channels that were there of the face of which fewest were; all where none is left out.
     """
 
     noise: Tensor
     energy: Tensor
     square: Tensor
     fourth: Tensor
+    fewest: Tensor
     some: Tensor
 
     @property
@@ -58,17 +62,20 @@ class Residuals:
 @torch.no_grad()
 def residuals(maps: LinearMaps, faces: Iterator[Tensor], generator: torch.Generator) -> Residuals:
     """Send ``faces``, float32 (n, 3, H, W) batch by batch, and compare with the maps."""
-    noise, energy, some = [], [], list[Tensor]()
+    noise, energy, shown, some = [], [], [], list[Tensor]()
     square, fourth = (torch.zeros((), dtype=torch.float64) for _ in range(2))
     for number, target in enumerate(faces):
-        for left, sent, _ in _sent(maps, target, generator):
+        for left, sent, _, here in _sent(maps, target, generator):
             some += [] if number else [left]
+            shown.append(here)
             noise.append(left.square().flatten(1).mean(dim=1))
             energy.append(sent.square().flatten(1).mean(dim=1))
             square = square.to(left.device) + left.square().sum(dim=0)
             fourth = fourth.to(left.device) + left.pow(4).sum(dim=0)
     count = sum(map(len, noise))
-    return Residuals(torch.cat(noise), torch.cat(energy), square / count, fourth / count, torch.cat(some))
+    everywhere = torch.cat(shown)
+    fewest = everywhere[everywhere.sum(dim=1).argmin()]
+    return Residuals(torch.cat(noise), torch.cat(energy), square / count, fourth / count, fewest, torch.cat(some))
 
 
 def chunk_of(values: int) -> int:
@@ -76,15 +83,35 @@ def chunk_of(values: int) -> int:
     return max(1, min(_CHUNK, _VALUES // values))
 
 
-def _sent(maps: LinearMaps, target: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """What is left of faces beside their map, and what was sent of them (float64), operator by operator."""
+def _sent(maps: LinearMaps, target: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, int, Tensor]]:
+    """Operator by operator what is left of faces beside their map, and what was sent of them (float64).
+
+    With the number of the operator, and the channels that are there, bool (n, C): not all zeros.
+    """
     everything, drawn = maps.send(target, generator)
     for row in torch.unique(drawn).tolist():
         members = (drawn == row).nonzero().flatten()
         operator, at = maps.operators[row], members.to(target.device)
         sent = everything[at].double()
         expected = operator(target[at].double())
-        yield maps.clean(sent) - (expected + operator.offset.to(expected)), sent, row
+        clean = maps.clean(sent)
+        here = sent_channels(clean) | _hardly(expected := expected + operator.offset.to(expected))
+        left = clean - expected
+        if not bool(here.all()):
+            # What was left out of a face says nothing of noise; the other channels stand for it.
+            left = left * here / here.double().mean(dim=1, keepdim=True).clamp(min=1 / here.shape[1]).sqrt()
+        yield left, sent, row, here[..., 0, 0]
+
+
+def sent_channels(representations: Tensor) -> Tensor:
+    """Of representations (..., C, h, w), bool (..., C, 1, 1): the maps that are not all zeros."""
+    return (representations != 0).flatten(-2).any(dim=-1)[..., None, None]
+
+
+def _hardly(expected: Tensor) -> Tensor:
+    """The maps, bool (N, C, 1, 1), that should be next to zero anyhow."""
+    energy = expected.square().mean(dim=(2, 3), keepdim=True)
+    return energy <= _NEXT_TO_ZERO**2 * energy.mean(dim=1, keepdim=True)
 
 
 def spread(found: Residuals) -> Tensor | None:
@@ -132,7 +159,7 @@ def few_directions(
         return None
     rows = []
     for index in torch.randint(len(faces), (count,), generator=generator).split(chunk_of(values)):
-        rows += [left for left, _, _ in _sent(maps, faces[index.to(faces.device)], generator)]
+        rows += [left for left, *_ in _sent(maps, faces[index.to(faces.device)], generator)]
     flat = torch.cat(rows).flatten(1)
     flat -= flat.mean(dim=0)
     energy, vectors = torch.linalg.eigh(flat @ flat.T)
@@ -166,7 +193,7 @@ def fresh_share(maps: LinearMaps, faces: Tensor, generator: torch.Generator) -> 
     for face in faces[:_AGAIN_FACES].split(1):
         held: dict[int, list[Tensor]] = {}
         for _ in range(_TIMES):
-            for left, _, row in _sent(maps, face, generator):
+            for left, _, row, _ in _sent(maps, face, generator):
                 held.setdefault(row, []).append(left.flatten())
         for together in held.values():
             rows = torch.stack(together)
@@ -180,5 +207,5 @@ def fresh_share(maps: LinearMaps, faces: Tensor, generator: torch.Generator) -> 
 @torch.no_grad()
 def not_shared(maps: LinearMaps, faces: Tensor, generator: torch.Generator) -> float:
     """Standard deviation of what is left of ``faces`` (n, 3, H, W), n > 1, sent in one batch, beside what all share."""
-    left = torch.cat([left for left, _, _ in _sent(maps, faces, generator)])
+    left = torch.cat([left for left, *_ in _sent(maps, faces, generator)])
     return float((left - left.mean(dim=0)).square().mean().sqrt()) * math.sqrt(len(left) / (len(left) - 1))

@@ -516,10 +516,21 @@ class IterativePosterior:
     preconditioner, with K the Gram matrix of the colours in A: it is the inverse where A mixes colours and moves pixels
     about, and near it where A drops some. Where noise prevails it would do harm. Which of both gets further is tried on
     a face drawn from the prior.
+
+    Where channels are left out of what is sent, others for every face, A is the operator's rows for those that are
+    there; ``seen``, float64 (C,), is 1 for these in a face that both ways are tried on, and 0 for the others.
     """
 
-    def __init__(self, covariance: PriorCovariance, operator: LinearOperator, noise: float, iterations: int) -> None:
+    def __init__(
+        self,
+        covariance: PriorCovariance,
+        operator: LinearOperator,
+        noise: float,
+        iterations: int,
+        seen: Tensor | None = None,
+    ) -> None:
         self._covariance, self._operator, self._noise, self._iterations = covariance, operator, noise, iterations
+        self._usually_seen = 1.0 if seen is None else seen[:, None, None]
         self._uncoloured = self._inverse_of_colours()
         tried = {way: self._error_on_a_draw(_TRIAL_ITERATIONS, way) for way in (False, True)}
         self._preconditioned = tried[True] < tried[False]
@@ -545,29 +556,36 @@ class IterativePosterior:
         face = self._covariance.draw(draws)
         sent = self._operator(face)
         noise = torch.randn(sent.shape, generator=draws, dtype=torch.float64).to(sent)
-        estimate = self._solve(sent + self._noise * noise, iterations, preconditioned)
+        estimate = self._solve(sent + self._noise * noise, iterations, preconditioned, self._usually_seen)
         return float(((estimate - face).square().mean() / face.square().mean()).sqrt())
 
-    def __call__(self, residual: Tensor) -> Tensor:
-        """x - mean in RGB, float64 (N, 3, H, W), from r = z - offset - A mean, float64 (N, C, h, w)."""
-        return self._solve(residual, self._iterations, self._preconditioned)
+    def __call__(self, residual: Tensor, seen: Tensor | None = None) -> Tensor:
+        """x - mean in RGB, float64 (N, 3, H, W), from r = z - offset - A mean, float64 (N, C, h, w).
 
-    def _solve(self, residual: Tensor, iterations: int, preconditioned: bool) -> Tensor:
-        operator = self._operator
+        ``seen``, float64 (N, C, 1, 1), is 1 for the channels of each face that are there, and 0 for the others.
+        """
+        return self._solve(residual, self._iterations, self._preconditioned, 1.0 if seen is None else seen)
+
+    def _solve(self, residual: Tensor, iterations: int, preconditioned: bool, seen: Tensor | float) -> Tensor:
+        def operator(faces: Tensor) -> Tensor:
+            return self._operator(faces) * seen
+
+        def adjoint(representation: Tensor) -> Tensor:
+            return self._operator.adjoint(representation * seen)
 
         def near_inverse(r: Tensor) -> Tensor:
             if not preconditioned:
                 return r
-            faces = torch.einsum("cd,ndhw->nchw", self._uncoloured, operator.adjoint(r))
+            faces = torch.einsum("cd,ndhw->nchw", self._uncoloured, adjoint(r))
             return operator(torch.einsum("cd,ndhw->nchw", self._uncoloured, self._covariance.inverse_times(faces)))
 
-        y, r = torch.zeros_like(residual), residual.clone()
+        y, r = torch.zeros_like(residual), residual * seen
         z = near_inverse(r)
         p = z.clone()
         power = (r * z).sum(dim=(1, 2, 3), keepdim=True)
         first = power.clone()
         for _ in range(iterations):
-            q = operator(self._covariance.times(operator.adjoint(p))) + self._noise**2 * p
+            q = operator(self._covariance.times(adjoint(p))) + self._noise**2 * p
             step = power / (p * q).sum(dim=(1, 2, 3), keepdim=True).clamp(min=1e-300)
             y += step * p
             r -= step * q
@@ -577,4 +595,4 @@ class IterativePosterior:
                 break
             p = z + new / power.clamp(min=1e-300) * p
             power = new
-        return self._covariance.times(operator.adjoint(y))
+        return self._covariance.times(adjoint(y))

@@ -335,3 +335,48 @@ def test_layouts_and_likelihood_read_the_same_states(make_adversary):
     assert float((attack.rows(observation)[:, 0] == truth).float().mean()) > 0.95
     attack.by_likelihood.fill_(False)
     assert float((attack.rows(observation)[:, 0] == truth).float().mean()) > 0.9
+
+
+def test_channels_that_are_left_out_are_no_observation(make_adversary):
+    defense = defense_of("fixed-subset+dropout", share=0.25)
+    attack, report = fitted(make_adversary, defense, iterations=40)
+    assert int(attack.seen.sum()) == 20
+    assert report.details["channels_seen"] == 20
+    assert float(attack.noise) < 1e-5  # what is missing is no noise
+    faces, observation = observe(defense, 8)
+    recovered = attack.recover(observation)
+    whole, _ = fitted(make_adversary, defense_of("fixed-subset"))
+    _, everything = observe(defense_of("fixed-subset"), 8)
+    mean = attack.mean_face().float().expand_as(faces)
+    assert error(whole.recover(everything), faces) < error(recovered, faces) < 0.85 * error(mean, faces)
+    attack.seen.fill_(1)
+    assert error(recovered, faces) < 0.7 * error(attack.recover(observation), faces)  # zeros taken for values
+
+
+def test_of_several_interceptions_each_shows_other_channels(make_adversary):
+    defense = defense_of("dropout", number=1)  # a colour at a time
+    attack, _ = fitted(make_adversary, defense, iterations=40)
+    errors = []
+    for k in (1, 3):
+        faces, observation = observe(defense, 8, k)
+        errors.append(error(attack.recover(observation), faces))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_a_chain_is_inverted_with_its_rounding_as_noise(make_adversary):
+    errors = []
+    for bits in (8, 2):
+        defense = defense_of("fixed-subset+quantise", low=-4, high=4, bits=bits)
+        attack, report = fitted(make_adversary, defense)
+        faces, observation = observe(defense)
+        errors.append(error(attack.recover(observation), faces))
+        assert report.details["noise"] > 0.2 * 8 / (2**bits - 1) / 12**0.5
+    alone, _ = fitted(make_adversary, defense_of("fixed-subset"))
+    faces, observation = observe(defense_of("fixed-subset"))
+    assert error(alone.recover(observation), faces) < 1.02 * errors[0] < errors[1]
+
+
+def test_black_boxes_find_the_table_behind_a_chain(make_adversary):
+    defense = defense_of("partialface+noise", **{"noise.scale": 1e-4, "tables": "random", "n_permutations": 2})
+    _, report = fitted(make_adversary, defense, "blackbox", state_faces=400)
+    assert report.details["states_found"] == 12
