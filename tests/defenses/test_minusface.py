@@ -80,6 +80,12 @@ def test_what_is_sent_is_the_mixture_that_its_state_says():
     torch.testing.assert_close(plain.protect(faces, generator()).representation, inverse_block_dct(residue))
 
 
+def test_one_that_has_learnt_nothing_and_shuffles_nothing_sends_the_face():
+    faces = smooth(2, SIZE).float() / 255
+    sent = _build(permute=False).protect(faces, generator()).representation
+    assert float((sent - faces).abs().max()) < 0.05  # as far as the decoder goes
+
+
 def test_canonical_is_the_adjoint_of_what_was_decoded():
     """<d(r[pi]) - grey, x> = <r, canonical(x + grey)>, for each face by itself."""
     defense, drawn = _build(), generator(2)
