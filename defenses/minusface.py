@@ -116,7 +116,7 @@ class MinusFace(Defense):
 
     @property
     def entropy_bits(self) -> float:
-        """log2(192!), about 1,183."""
+        """log2(192!), about 1,184 bits."""
         return math.lgamma(_SPECTRUM + 1) / math.log(2) if self.options.permute else 0.0
 
     def draw(self, count: int, generator: torch.Generator, labels: Tensor | None = None) -> Tensor | None:
