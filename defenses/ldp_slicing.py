@@ -108,11 +108,11 @@ class LDPSlicing(Defense):
         received = (bits ^ (drawn.to(faces.device) >= self.keep[..., None, None]).long()).to(faces.dtype)
         if self.options.reading == "planes":
             return received.flatten(1, 2)
-        values = torch.exp2(order.to(faces)) / 255
+        values = torch.exp2(order.to(faces))[:, None, None] / 255
         if self.options.reading == "picture":
-            return torch.einsum("ncbhw,b->nchw", received, values)
+            return (received * values).sum(dim=2)
         keep = self.keep.to(faces)[..., None, None]
-        return torch.einsum("ncbhw,b->nchw", (received - (1 - keep)) / (2 * keep - 1), values)
+        return ((received - (1 - keep)) / (2 * keep - 1) * values).sum(dim=2)
 
     def linear_operator(self, state: Tensor | None) -> SeparableTerms | None:
         """Of ``debiased``, exact but for rounding, and noise that is independent from pixel to pixel."""

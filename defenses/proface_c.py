@@ -211,7 +211,7 @@ class ProFaceC(ClientDefense):
         blur = blur_matrix(size, deviation, reach)
         patch = torch.arange(size, device=faces.device) * grid[:, None] // size  # (N, H)
         chosen = filters[torch.arange(count, device=faces.device)[:, None, None], patch[:, :, None], patch[:, None]]
-        blurred, squares = (m @ faces @ m.mT for m in (matrix[:, None].to(faces) for matrix in (blur, mosaic)))
+        blurred, squares = (filtered(faces, matrix[:, None]) for matrix in (blur, mosaic))
         picture = torch.where((chosen == 1)[:, None], blurred, squares)
         # Most of the time goes into medians: they are taken where they are shown.
         shown = chosen == 2
@@ -230,8 +230,7 @@ class ProFaceC(ClientDefense):
 
     def _maps(self, faces: Tensor) -> list[Tensor]:
         """What the client's network makes of the faces, the first map shuffled."""
-        low = self.blurred.to(faces)
-        first, *others = self.client(faces - low @ faces @ low.mT)
+        first, *others = self.client(faces - filtered(faces, self.blurred))
         return [shuffled(first, self.order, self._block), *others]
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -282,6 +281,13 @@ class ProFaceC(ClientDefense):
             batch_size=options.batch_size,
             schedule=step_decay(training, options.batch_size, options.epochs, MILESTONES, DECAY),
         )
+
+
+def filtered(faces: Tensor, matrix: Tensor) -> Tensor:
+    """Faces (N, 3, H, W) whose rows and columns are both filtered by a matrix (..., H, H), at full precision."""
+    matrix = matrix.to(faces)
+    with torch.autocast(faces.device.type, enabled=False):
+        return matrix @ faces @ matrix.mT
 
 
 def shuffled(maps: Tensor, order: Tensor, block: int) -> Tensor:

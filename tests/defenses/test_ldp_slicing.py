@@ -112,3 +112,11 @@ def test_a_single_square_leaves_only_brightness_out():
     faces = noise(1, 16)
     first, second = (sent(made(levels=10, epsilon=EXACT), shown) for shown in (0.25 + faces / 2, 0.125 + faces / 2))
     assert float((first != second).double().mean()) < 0.2  # rounding alone
+
+
+@pytest.mark.parametrize("reading", ["debiased", "picture"])
+def test_half_precision_in_training_changes_nothing_of_what_is_sent(reading):
+    defense, faces = made(reading=reading), noise(2, 16, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = sent(defense, faces)
+    torch.testing.assert_close(half, sent(defense, faces))

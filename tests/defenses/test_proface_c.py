@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import scipy.ndimage
 import torch
+from lightning_fabric import Fabric
 from pictures import generator, noise
 from torch.nn import functional
 
@@ -118,3 +119,12 @@ def test_client_and_recogniser_learn_together(make_training, monkeypatch, match)
     defense.requires_grad_(False)  # in training mode: after so few steps, running statistics lag behind
     hits = head(recogniser(defense.protect(faces, torch.Generator()).representation), labels)[1]
     assert float(hits.float().mean()) > 0.5  # by chance a quarter
+
+
+def test_half_precision_in_training_changes_nothing_of_what_is_sent(make_training):
+    defense, faces = made(16), noise(8, 16, dtype=torch.float32)
+    sent = defense.protect(faces, generator()).representation
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(defense.protect(faces, generator()).representation, sent)
+    training = replace(make_training(size=16), fabric=Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"))
+    ProFaceC(ProFaceCOptions(width=2, epochs=1), image_size=16).fit(training)
