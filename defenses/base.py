@@ -143,6 +143,7 @@ class Defense(nn.Module, ABC):
             ours), or a ``textbook`` operation.
         hidden: what the attacker is not told (secret, key, state, noise), in a few words.
         learns: what :meth:`fit` learns, in a few words.
+        weakened: of a published defence, options under which it hides next to nothing: attacks are checked with them.
         departures: ``option=value`` -> what released code does otherwise than its paper under that value.
         Options: the option model.
         level: where it protects: the picture, the features of a client's network (split inference), or the template.
@@ -157,6 +158,7 @@ class Defense(nn.Module, ABC):
     fidelity: ClassVar[Literal["textbook", "faithful", "simplified", "reconstruction"]] = "textbook"
     hidden: ClassVar[str] = ""
     learns: ClassVar[str] = ""
+    weakened: ClassVar[Mapping[str, Any]] = {}
     departures: ClassVar[Mapping[str, str]] = {}
     Options: ClassVar[type[DefenseOptions]] = DefenseOptions
     level: ClassVar[Literal["image", "feature", "template"]] = "image"

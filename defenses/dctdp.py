@@ -77,6 +77,7 @@ class DCTDP(Defense):
         "Ji et al., Privacy-Preserving Face Recognition with Learnable Privacy Budgets in Frequency Domain, ECCV 2022"
     )
     fidelity = "faithful"
+    weakened: ClassVar[Mapping[str, Any]] = {"budget": 1e6}
     hidden = "noise, fresh for every face"
     learns = "an offset and a share of the privacy budget for each coefficient, jointly with a recogniser"
     departures: ClassVar[Mapping[str, str]] = {

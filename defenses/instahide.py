@@ -61,6 +61,7 @@ class InstaHide(Defense):
     summary = "the face mixed with public pictures, every element's sign flipped at random (simplified)"
     reference = "Huang et al., InstaHide: Instance-hiding Schemes for Private Distributed Learning, ICML 2020"
     fidelity = "simplified"
+    weakened: ClassVar[Mapping[str, Any]] = {"inference": "plain"}
     hidden = "state: which public pictures were mixed in; noise: coefficients, and the sign of every element"
     learns = "mean and deviation of the channels; which faces of the provider are the public pool"
     departures: ClassVar[Mapping[str, str]] = {

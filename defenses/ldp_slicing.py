@@ -6,7 +6,8 @@ planes of its YCbCr values, and every bit passes randomised response (Warner, *R
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -61,6 +62,7 @@ class LDPSlicing(Defense):
     summary = "reconstruction: bit planes of a face's details, each bit flipped at random under a privacy budget"
     reference = "LDP-Slicing, CVPR 2026"
     fidelity = "reconstruction"
+    weakened: ClassVar[Mapping[str, Any]] = {"epsilon": 1e6, "levels": 5}
     hidden = "noise: which bits were flipped"
     differentiable: ClassVar[bool] = False
     Options = LDPSlicingOptions

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, field_validator
@@ -88,6 +88,7 @@ class RandomConv(Defense):
     summary = "secret random convolutions, normalised by learnt statistics (reconstruction)"
     reference = "random convolution with self-learning batch normalisation, J. Imaging 10(3):59, 2024"
     fidelity = "reconstruction"
+    weakened: ClassVar[Mapping[str, Any]] = {"layers": 1}
     hidden = "secret: the kernels, drawn from a key that can be revoked"
     learns = "mean and deviation of every map"
     trainable = True

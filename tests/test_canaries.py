@@ -1,7 +1,8 @@
 """Canaries: on an open door every attack must get in, and out of pure noise none may bring anything.
 
 An attack that cannot break `none`, or a canary that it says it is made for, is broken; one that beats the floors on
-unbounded noise is cheating. Small runs through the whole pipeline; the judge is a linear function of coarse pixels,
+unbounded noise is cheating. Of every published defence there is a run as it is, and one weakened so that attacks must
+get in. Small runs through the whole pipeline; the judge is a linear function of coarse pixels,
 fitted to other people and known to no attack.
 """
 
@@ -19,6 +20,7 @@ from tiny_runs import registered
 
 import defenses.canary
 from bench import plugins
+from bench.errors import NotApplicableError
 from bench.results import Quality, RunResult
 from bench.run.config import resolve
 from bench.run.pipeline import Pipeline
@@ -88,9 +90,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def attacked(name: str, defense: str, options: dict[str, Any], judge: Path, out: Path) -> RunResult:
+def attacked(name: str, defense: str, options: dict[str, Any], judge: Path, out: Path, **more: Any) -> RunResult:
     config = {
         **WORLD,
+        **more,
         "attack": name,
         "attack_options": CANARIES[name].options,
         "defense": defense,
@@ -193,3 +196,46 @@ def test_nothing_comes_out_of_nothing_but_noise(name, judge, out):
         return
     for metric, chance in CHANCE.items():
         assert value(result.recovery, metric) < best_floor(result, metric) + chance, metric
+
+
+# -- the published defences ------------------------------------------------------------------------
+
+PUBLISHED = [name for name, defense in plugins.defenses().items() if defense.fidelity != "textbook"]
+
+
+def attacked_by_what_applies(defense: str, options: dict[str, Any], judge: Path, out: Path, **more: Any) -> RunResult:
+    """By ``linear`` where that can work on the defence, else by ``unet``."""
+    try:
+        return attacked("linear", defense, options, judge, out, **more)
+    except NotApplicableError:
+        return attacked("unet", defense, options, judge, out, **more)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_defence_says_what_it_is(name):
+    defense = plugins.defenses().get(name)
+    assert defense.reference
+    assert defense.hidden
+    assert bool(defense.learns) == defense.trainable
+    assert defense.weakened
+    for options in (dict(defense.weakened), *(dict([departure.split("=")]) for departure in defense.departures)):
+        assert defense.Options.model_validate(options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_defence_is_recognised_and_attacked(name, judge, out):
+    result = attacked_by_what_applies(name, {}, judge, out, utility=True)
+    assert result.status == "success"
+    assert result.utility.auc.value > 0.5
+    assert result.defense.bytes_per_face > 0
+    assert result.throughput["protect"].latency_ms.median > 0
+    assert value(result.recovery, "ssim") < value(result.recovery.ceiling, "ssim") + CHANCE["ssim"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_weakened_defence_lets_attacks_in(name, judge, out):
+    result = attacked_by_what_applies(name, dict(plugins.defenses().get(name).weakened), judge, out)
+    assert (result.attack.above_floor, result.attack.broken) == (True, False)
+    assert value(result.recovery, "ssim") > best_floor(result, "ssim") + 0.15

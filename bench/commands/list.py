@@ -78,6 +78,7 @@ def _defense(defense: type[Defense]) -> dict[str, Any]:
         f"bytes ({_SIZE} px)": _bytes(defense.name),
         "hidden": defense.hidden,
         "learns": defense.learns,
+        "weakened": dict(defense.weakened),
         "departures": dict(defense.departures),
         "published": {
             ", ".join((figure.source.short, *filter(None, (figure.attack, figure.knowledge)))): figure.values
@@ -166,7 +167,7 @@ _MAKERS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 #: What the table of all leaves to the page of one.
 _DETAILS = (
     *("options", "presets", "reference", "uses", "opens", "cost", "budgets"),
-    *("hidden", "learns", "departures", "published"),
+    *("hidden", "learns", "weakened", "departures", "published"),
 )
 
 

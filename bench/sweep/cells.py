@@ -169,7 +169,9 @@ def expand(request: SweepRequest) -> list[RunConfig]:
     swept = [*plain, *options.variants]
     names = [variant.defense for variant in swept]
     for seed, variant, attack, knowledge in itertools.product(options.seeds, swept, options.attacks, options.knowledge):
-        tables = {"defense_options": variant.options, "attack_options": options.attack_options.get(attack, {})}
+        weakened = plugins.defenses().get(variant.defense).weakened if variant.weakened else {}
+        own = merge(weakened, variant.options)
+        tables = {"defense_options": own, "attack_options": options.attack_options.get(attack, {})}
         axes = {"defense": variant.defense, "attack": attack, "knowledge": knowledge, "seed": seed}
         settings = merge(request.below, tables, request.flags, axes)
         settings["defense_options"] = addressed(settings["defense_options"], variant.defense, names)

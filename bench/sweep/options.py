@@ -38,6 +38,7 @@ class Variant(BaseModel):
 
     defense: str
     options: dict[str, Any] = Field({}, description="As -o gives them.")
+    weakened: bool = Field(False, description="With the options below these under which it hides next to nothing.")
 
 
 class SweepOptions(BaseModel):

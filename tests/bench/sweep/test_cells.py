@@ -221,12 +221,14 @@ def test_one_defence_under_several_options(tmp_path):
         '[sweep]\ndefenses = ["blur"]\nattacks = ["unet"]\n'
         '[[sweep.variants]]\ndefense = "blur"\noptions = { sigma = 1.5 }\n'
         '[[sweep.variants]]\ndefense = "pixelate"\noptions = { block = 16 }\n'
+        '[[sweep.variants]]\ndefense = "peep"\nweakened = true\noptions = { components = 9 }\n'
     )
     configs = expand(grid(tmp_path, file=file, defenses=None, attacks=None, seeds="0"))
     assert [(config.defense, config.defense_options) for config in configs] == [
         ("blur", {}),
         ("blur", {"sigma": 1.5}),
         ("pixelate", {"block": 16}),
+        ("peep", {**plugins.defenses().get("peep").weakened, "components": 9}),
     ]
 
 
