@@ -147,6 +147,7 @@ class CEM(ClientDefense):
     summary = "noisy features of VGG11's first layers, trained to say little but who it is (conditional entropy)"
     reference = "Conditional Entropy Maximization for Collaborative Inference, CVPR 2025"
     fidelity = "simplified"
+    weakened: ClassVar[Mapping[str, Any]] = {"cut": 1, "channels": 64, "noise": 0.0, "weight": 0.0}
     hidden = "noise: on the features"
     learns = "the client's layers, jointly with a recogniser, and the regulariser's groups of features"
     Options = CEMOptions

@@ -89,7 +89,7 @@ class Cloak(Defense):
     summary = "learnt Gaussian noise on pixels, constants in place of those that recognition needs least (simplified)"
     reference = "Mireshghallah et al., Not All Features Are Equal, WWW 2021"
     fidelity = "simplified"
-    weakened: ClassVar[Mapping[str, Any]] = {"most": 1e-3, "suppressed": 0.0}
+    weakened: ClassVar[Mapping[str, Any]] = {"suppressed": 0.0, "most": 1e-4}
     hidden = "noise: drawn for every element of every face; nothing is secret"
     learns = "mean and scale of the noise of every element, which of them are suppressed, and their constants"
     trainable = True

@@ -76,6 +76,8 @@ class DuetFace(Defense):
         "Domain, ACM MM 2022"
     )
     fidelity = "simplified"
+    hidden = "the ten lowest frequencies of each colour, which stay at the client; nothing is secret"
+    weakened: ClassVar[Mapping[str, Any]] = {"sends": "channels"}
     trainable = True
     learns = "a client's network on the low frequencies, then the weights that make masks of its feature maps"
     departures: ClassVar[Mapping[str, str]] = {

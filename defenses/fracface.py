@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -50,6 +50,7 @@ class FracFace(Defense):
     summary = "half of the high-frequency channels, rearranged by a secret of nine numbers"
     reference = "FracFace: Breaking the Visual Clues, NeurIPS 2025"
     fidelity = "faithful"
+    weakened: ClassVar[Mapping[str, Any]] = {"permutation": "paper"}
     hidden = "secret: a square of 3 x 3 numbers, the same for all faces"
     departures: ClassVar[Mapping[str, str]] = {
         "permutation=official": "the secret is drawn with replacement: no permutation, 35.5 of 81 channels survive",

@@ -6,6 +6,9 @@ frequencies are sent, how sparse the colours are, and to what the noise is calib
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -44,6 +47,7 @@ class Hybrid(Defense):
     summary = "reconstruction: high frequencies of luma and a coarse grid of colours, under Laplace noise (HFCF)"
     reference = "Privacy-Preserving Face Recognition in Hybrid Frequency-Color Domain, arXiv 2401.13386"
     fidelity = "reconstruction"
+    weakened: ClassVar[Mapping[str, Any]] = {"cell": 112, "sparsity": 1, "epsilon": 1e9}
     hidden = "noise: on every number"
     Options = HybridOptions
     options: HybridOptions

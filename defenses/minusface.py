@@ -92,6 +92,7 @@ class MinusFace(Defense):
     summary = "what a trained network leaves over of a face, its 192 channels shuffled for every sample, as a picture"
     reference = "Mi et al., Privacy-Preserving Face Recognition Using Trainable Feature Subtraction, CVPR 2024"
     fidelity = "faithful"
+    weakened: ClassVar[Mapping[str, Any]] = {"permute": False, "clamp": False, "steps": 1}
     hidden = "state: the permutation of 192 channels, fresh for every sample"
     learns = "the U-Net that generates what is subtracted, jointly with a recogniser of the residue"
     departures: ClassVar[Mapping[str, str]] = {

@@ -87,7 +87,7 @@ class Peep(Defense):
     summary = "Laplace noise on eigenface coefficients, put together to a picture again (reconstruction)"
     reference = "Chamikara et al., Privacy Preserving Face Recognition Utilizing Differential Privacy, 2020"
     fidelity = "reconstruction"
-    weakened: ClassVar[Mapping[str, Any]] = {"epsilon": 1e9}
+    weakened: ClassVar[Mapping[str, Any]] = {"epsilon": 1e6}
     hidden = "noise: drawn for every coefficient of every face; nothing is secret"
     learns = "mean and eigenfaces of the provider's faces, and how far their coefficients reach"
     trainable = True

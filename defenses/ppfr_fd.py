@@ -103,6 +103,8 @@ class PPFRFD(Defense):
     summary = "36 frequency channels of a colour, chosen by training, shuffled and mixed (reconstruction)"
     reference = "Wang et al., Privacy-Preserving Face Recognition in the Frequency Domain, AAAI 2022"
     fidelity = "reconstruction"
+    hidden = "the channels that are left out; nothing is secret"
+    weakened: ClassVar[Mapping[str, Any]] = {"mixing": "none", "keep": 63}
     learns = "which channels are kept: those that recognition needs and that show little"
     trainable = True
     Options = PPFRFDOptions

@@ -129,6 +129,7 @@ class ProFaceC(ClientDefense):
     summary = "an obfuscated picture, and feature maps of a client network that sees what was blurred away"
     reference = "PRO-Face C: Privacy-Preserving Recognition of Obfuscated Face via Feature Compensation, IEEE TIFS 2024"
     fidelity = "simplified"
+    weakened: ClassVar[Mapping[str, Any]] = {"strength": 0.0, "shuffle": "none"}
     hidden = "secret: order of the first map's blocks; noise: which patch is obfuscated how"
     learns = "the client's network, jointly with a recogniser"
     departures: ClassVar[Mapping[str, str]] = {

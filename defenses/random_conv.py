@@ -88,7 +88,7 @@ class RandomConv(Defense):
     summary = "secret random convolutions, normalised by learnt statistics (reconstruction)"
     reference = "random convolution with self-learning batch normalisation, J. Imaging 10(3):59, 2024"
     fidelity = "reconstruction"
-    weakened: ClassVar[Mapping[str, Any]] = {"layers": 1}
+    weakened: ClassVar[Mapping[str, Any]] = {"kernel": 1}
     hidden = "secret: the kernels, drawn from a key that can be revoked"
     learns = "mean and deviation of every map"
     trainable = True
