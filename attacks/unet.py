@@ -114,14 +114,18 @@ class UNet(ViewingAttack):
                 inferable = not reader.infers_secret or (adversary.traffic is not None and reader.inferable)
                 if reader.width is not None and inferable:
                     self.reader, width = reader, reader.width
-            undone = type(mechanism).canonical is not Defense.canonical
-            # States may be too many to be listed: what was drawn is known all the same.
-            drawn = mechanism.draw(1, derived(self.seed, "shape")) if knows and undone else None
-            self._canonical = self.reader is None and drawn is not None
-        if self._canonical:
-            # One zero representation tells how wide the layout is once the state is undone.
-            blank = torch.zeros(1, *mechanism.representation_shape, device=self.device)
-            channels = mechanism.canonical(blank, drawn).shape[1]
+            if self.reader is None and type(mechanism).canonical is not Defense.canonical:
+                # One zero representation tells how wide the layout is once the state is undone.
+                drawn = mechanism.draw(1, derived(self.seed, "shape"))
+                blank = torch.zeros(1, *mechanism.representation_shape, device=self.device)
+                width_undone = mechanism.canonical(blank, drawn).shape[1]
+                if drawn is None:
+                    # What one secret does to the places of values; an order of channels the network learns by itself.
+                    told = adversary.knowledge is not Knowledge.BLACKBOX
+                    self._canonical = told and width_undone == channels
+                else:  # states may be too many to be listed: what was drawn is known all the same
+                    self._canonical = knows
+                channels = width_undone if self._canonical else channels
         self.register_buffer("reads", torch.tensor(knows))
         self._build_network(channels, width)
         self._build_range()

@@ -148,9 +148,9 @@ def linear_maps(mechanism: Defense) -> LinearMaps:
 @torch.no_grad()
 def why_not_linear(mechanism: Defense) -> str | None:
     """Why ``mechanism`` is taken for no linear map, by a test of a few faces; None where it is one."""
-    if _declared(mechanism) is not None:
-        return None
     try:
+        if _declared(mechanism) is not None:
+            return None
         pins = _pinned(mechanism)[0]
         if mechanism.states() is None:
             maps = _Groups()
@@ -159,7 +159,7 @@ def why_not_linear(mechanism: Defense) -> str | None:
                 maps.add(slope, rounding)
             if maps.unseen == 1:
                 _gains(pins)
-    except (ValueError, RuntimeError) as error:  # a network that is yet to be fitted may take no face
+    except (ValueError, RuntimeError) as error:  # what is yet to be fitted may take no face
         return str(error)
     return None
 

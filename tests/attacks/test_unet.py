@@ -206,6 +206,39 @@ def test_states_that_cannot_be_listed_are_heeded_at_oracle(make_adversary, pick,
     assert not torch.allclose(attack.recover(told), attack.recover(lied))
 
 
+class Jumbled(Defense):
+    """Pixels in an order that is the same for all faces, and secret."""
+
+    name = "jumbled"
+
+    def __init__(self, seed=1):
+        super().__init__(image_size=SIZE)
+        self.register_buffer("order", torch.randperm(SIZE * SIZE, generator=torch.Generator().manual_seed(seed)))
+
+    @property
+    def secret(self):
+        return {"order": self.order}
+
+    def guess(self, generator):
+        return Jumbled(int(torch.randint(1000, (1,), generator=generator)) + 2)
+
+    def transform(self, faces, state, generator):
+        return faces.flatten(2)[:, :, self.order].view_as(faces)
+
+    def canonical(self, representation, state):
+        return representation.flatten(2)[:, :, self.order.argsort()].view_as(representation)
+
+
+def test_an_order_of_places_that_is_known_is_undone(make_adversary, make_faces):
+    defense, unseen = Jumbled(), make_faces(9, seed=7)
+    plain, _ = fitted(make_adversary, Noise(NoiseOptions(scale=1e-6), image_size=SIZE), "whitebox")
+    known, _ = fitted(make_adversary, defense, "whitebox")
+    guessed, _ = fitted(make_adversary, defense, "blackbox")
+    open_door = error_of(plain, plain.mechanism, unseen)
+    assert error_of(known, defense, unseen) == pytest.approx(open_door, rel=0.2)
+    assert error_of(guessed, defense, unseen) > 2 * open_door
+
+
 def test_several_interceptions_are_averaged(make_adversary, pick, make_faces):
     defense, unseen = pick(), make_faces(6, seed=7)
     attack, _ = fitted(make_adversary, defense, "whitebox", images=200)

@@ -185,3 +185,7 @@ def test_what_is_not_linear_is_told_why(defense, reason):
     assert reason in why_not_linear(defense)
     with pytest.raises(ValueError, match=reason):
         linear_maps(defense)
+
+
+def test_what_cannot_send_a_face_before_its_fit_is_taken_for_no_linear_map():
+    assert "fit it to some faces" in why_not_linear(make_defense("instahide", {}, "quick", SIZE))
