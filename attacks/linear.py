@@ -18,6 +18,7 @@ from attacks.parts.exposure import in_chunks, split_identities, tamed
 from attacks.parts.gaussian_prior import GaussianPrior
 from attacks.parts.noise import (
     ROUNDING,
+    as_product,
     chunk_of,
     few_directions,
     fresh_share,
@@ -26,13 +27,14 @@ from attacks.parts.noise import (
     sent_channels,
     spread,
 )
-from attacks.parts.operators import LinearMaps, Whitened, Whitening, linear_maps, why_not_linear
+from attacks.parts.operators import LinearMaps, Whitened, WhitenedSum, Whitening, linear_maps, why_not_linear
 from attacks.parts.posterior import (
     IterativePosterior,
     JointGram,
     LocalGram,
     Posterior,
     PriorCovariance,
+    factors_apart,
     is_gram,
     local_gram,
 )
@@ -49,6 +51,11 @@ _NOISE_CHUNK = 32
 _LEAST = 1e-5
 #: Fresh noise below this share of all is none; and what else there is, beside fresh noise.
 _FRESH = 0.01
+#: Largest logarithm of a deviation over a product of one for its colour and one for its map that is rounding. Faces of
+#: one state that show whether a product will do all the same, of so many sent; how much larger their error may be.
+_IS_PRODUCT = 1e-9
+_TRIED_FACES, _MOST_SENT = 64, 1024
+_WILL_DO = 1.005
 #: Public faces whose states are read to see how many are read right, and from where on the classifier's word is taken.
 _READ_FACES = 256
 _RELIABLE = 0.98
@@ -193,12 +200,10 @@ class Linear(RecoveryAttack):
         details = self.reader.fit(seed, options)
         self._forget()
         adversary.report(1, 3)
-        public = adversary.faces, adversary.identities
         colour = self._colour_of(self.maps.operators[0])
-        details |= self.prior.fit(*public, colour, seed, held_out=options.held_out, most=options.prior_faces)
-        adversary.report(2, 3)
-        self._forget_posteriors()
         self._measure_noise(adversary.faces, seed)
+        details |= self._fit_prior(colour)
+        adversary.report(2, 3)
         accuracy = self._learn_to_read(seed)
         adversary.report(3, 3)
         source = "estimated from protection queries" if self.reader.estimated else self.maps.source
@@ -211,6 +216,75 @@ class Linear(RecoveryAttack):
             states_read=accuracy,
             details=details | self._of_noise() | {"rank": self.prior.rank},
         )
+
+    def _fit_prior(self, colour: Tensor) -> dict[str, float]:
+        """Fit the prior for maps of that colour matrix, or for those that are left where noise weighs the colours.
+
+        Where noises that are not the same everywhere are nearly a product of one for each colour and one for each of
+        its maps, they are taken for one, as the planes can then be solved for one by one. Whether that will do is seen
+        from what is sent of public faces.
+        """
+        public, options, measured = (self.adversary.faces, self.adversary.identities), self.options, self.spread
+
+        def fitted(spread: Tensor) -> dict[str, float]:
+            self._weigh(spread)
+            first = self.maps.operators[0]
+            wanted = first.colour if isinstance(first, WhitenedSum) else colour
+            details = self.prior.fit(*public, wanted, self.seed, held_out=options.held_out, most=options.prior_faces)
+            self._forget_posteriors()
+            return details
+
+        plain = [one.inner if isinstance(one, Whitened) else one for one in self.maps.operators]
+        colours = self._colours_of_sums(plain) if measured.numel() > 1 and not self.shared else 0
+        if not colours or isinstance(self.maps.operators[0], WhitenedSum):
+            return fitted(measured)
+        of_colour, of_map, _ = as_product(measured, colours)
+        product = (of_colour[:, None] * of_map).flatten()[:, None, None]
+        trial, details = self._trial(), fitted(product)
+        near = self._error_in(trial)
+        self._weigh(measured)
+        if near > _WILL_DO * self._error_in(trial):
+            return fitted(measured)
+        self._weigh(product)
+        return details
+
+    def _weigh(self, spread: Tensor) -> None:
+        if spread is not self.spread:
+            self.spread = spread
+            self._forget()
+
+    def _trial(self) -> tuple[Tensor, Tensor, int]:
+        """Public faces, float64 (n, 3, H, W), and what is sent of them in the state that comes up most often."""
+        draws, faces = derived(self.seed, "trial of noise"), self.adversary.faces
+        count = min(_TRIED_FACES * len(self.maps.operators), _MOST_SENT)
+        parts, together = [], chunk_of(math.prod(self.mechanism.representation_shape))
+        for index in torch.randint(len(faces), (count,), generator=draws).split(together):
+            targets = to_float(faces[index.to(faces.device)].to(self.noise.device))
+            parts.append((targets.double(), *self.maps.send(targets, draws)))
+        rows = torch.cat([part[2].cpu() for part in parts])
+        row = int(rows.mode().values)
+        of_row = [part[2] == row for part in parts]
+        shown, sent = (
+            torch.cat([part[which][here.to(part[which].device)] for part, here in zip(parts, of_row, strict=True)])
+            for which in (0, 1)
+        )
+        return shown, sent, row
+
+    def _error_in(self, trial: tuple[Tensor, Tensor, int]) -> float:
+        """Root mean square error of a face, as a geometric mean over faces, so that no few of them decide."""
+        faces, sent, row = trial
+        recovered = self.estimate(sent[:, None], torch.full((len(faces), 1), row))
+        squares = (recovered - faces).square().mean(dim=(1, 2, 3))
+        return float(squares.clamp(min=1e-30).log().mean().div(2).exp())
+
+    def _colours_of_sums(self, operators: Sequence[LinearOperator]) -> int:
+        """How many colours they have, where all are separable sums of the same ones that can be factored; or 0."""
+        sums = [operator for operator in operators if isinstance(operator, SeparableSum)]
+        if self.has_gaps or self.options.solver == "cg" or len(sums) < len(operators):
+            return 0
+        colour, count = sums[0].colour, len(sums[0].row_factors)
+        alike = all(torch.equal(one.colour, colour) and len(one.row_factors) == count for one in sums)
+        return len(colour) if alike and factors_apart(sums, self.prior.size) else 0
 
     def _of_noise(self) -> dict[str, float]:
         """Its standard deviation; where that differs, between which multiples of it; where some is fresh, how much."""
@@ -310,8 +384,9 @@ class Linear(RecoveryAttack):
         self.fresh.fill_(1 if fresh > 1 - _FRESH else fresh)
         if maps.nuisance is not None or maps.gains is not None:
             return
-        draws = derived(seed, "noise directions")
-        if not shared and (few := few_directions(maps, found, again, draws)) is not None:
+        draws, all_fresh = derived(seed, "noise directions"), float(self.fresh) == 1
+        told = faces[index.to(faces.device)] if all_fresh else faces
+        if not shared and (few := few_directions(maps, found, told, all_fresh, draws)) is not None:
             self.directions, self.deviations = few[0], few[1] / self.noise
             self.spread.fill_(max(few[2] / float(self.noise), _ROUNDING * whole / float(self.noise), _LEAST))
         elif (relative := spread(found)) is not None:
@@ -364,8 +439,20 @@ class Linear(RecoveryAttack):
             maps = linear_maps(mechanism)
             # Noise that is shared is taken off first, and what it leaves is the same everywhere.
             whitening = None if self.shared else self._whitening
-            self._maps = mechanism, maps if whitening is None else maps.whitened(whitening)
+            self._maps = mechanism, maps if whitening is None else self._whitened(maps, whitening)
         return self._maps[1]
+
+    def _whitened(self, maps: LinearMaps, whitening: Whitening) -> LinearMaps:
+        """The maps behind ``whitening``, as separable sums where that leaves them such."""
+        colours = self._colours_of_sums(maps.operators) if self.spread.numel() > 1 else 0
+        whitened = maps.whitened(whitening)
+        if not colours:
+            return whitened
+        of_colour, of_map, rest = as_product(self.spread, colours)
+        if rest > _IS_PRODUCT:
+            return whitened
+        sums = (one for one in maps.operators if isinstance(one, SeparableSum))
+        return replace(whitened, operators=[WhitenedSum(one, whitening, 1 / of_colour, 1 / of_map) for one in sums])
 
     def _operators(self) -> tuple[list[bytes], Sequence[LinearOperator]]:
         """The operator for each state, and a key that is the same for states which say the same."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attacks.parts.exposure import tamed
 from attacks.parts.operators import LinearMaps
+from bench.images import to_float
 
 #: Faces at once, and values of what is sent of them.
 _CHUNK, _VALUES = 32, 2**24
@@ -143,23 +144,45 @@ def spread(found: Residuals) -> Tensor | None:
     return _relative(drawn * (own / drawn.mean(dim=(1, 2)))[:, None, None])
 
 
+def as_product(deviations: Tensor, colours: int) -> tuple[Tensor, Tensor, float]:
+    """Standard deviations (C, h, w), or broadcastable to it, as nearly as can be a product of two.
+
+    Of float64 (P,) for each of P = ``colours`` and (K,) for each of the K = C / P maps of a colour, of geometric mean
+    1, in the colour-major order of a :class:`~defenses.base.SeparableSum`: by least squares in the logarithm. With the
+    largest ratio, in logarithm, of what they should be to what they are.
+    """
+    logarithm = deviations.log()
+    by_channel = logarithm.mean(dim=(1, 2)).view(colours, -1)
+    of_colour = by_channel.mean(dim=1)
+    of_map = by_channel.mean(dim=0) - by_channel.mean()
+    fitted = (of_colour[:, None] + of_map).flatten()[:, None, None]
+    return of_colour.exp(), of_map.exp(), float((logarithm - fitted).abs().max())
+
+
 @torch.no_grad()
 def few_directions(
-    maps: LinearMaps, found: Residuals, faces: Tensor, generator: torch.Generator
+    maps: LinearMaps, found: Residuals, faces: Tensor, fresh: bool, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, float] | None:
     """Noise that lies in a space of few dimensions, as where it is added before something is put together again.
 
-    Principal components of what is left of ``faces``, float32 (M, 3, H, W), which are sent again and again: orthonormal
-    directions float64 (r, C, h, w), the standard deviation in each, (r,), and that in any other direction. None where
-    the noise is of no such kind.
+    Principal components of what is left of ``faces``, uint8 (M, 3, H, W), which are sent again and again if all of the
+    noise is ``fresh``, and otherwise once each, as the same faces would leave the same: orthonormal directions float64
+    (r, C, h, w), the standard deviation in each, (r,), and that in any other direction. None where the noise is of no
+    such kind.
     """
     values = found.square.numel()
     count = min(_SEEN, _SEEN_VALUES // values)
+    count = count if fresh else min(count, len(faces))
     if found.dimensions > min(_FEW, count / _TIMES_SEEN, values / _TIMES_SEEN):
         return None
     rows = []
-    for index in torch.randint(len(faces), (count,), generator=generator).split(chunk_of(values)):
-        rows += [left for left, *_ in _sent(maps, faces[index.to(faces.device)], generator)]
+    if fresh:
+        drawn = torch.randint(len(faces), (count,), generator=generator)
+    else:
+        drawn = torch.randperm(len(faces), generator=generator)[:count]
+    for index in drawn.split(chunk_of(values)):
+        sample = to_float(faces[index.to(faces.device)].to(found.square.device))
+        rows += [left for left, *_ in _sent(maps, sample, generator)]
     flat = torch.cat(rows).flatten(1)
     flat -= flat.mean(dim=0)
     energy, vectors = torch.linalg.eigh(flat @ flat.T)

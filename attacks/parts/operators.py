@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from defenses.base import Defense, LinearOperator, Shape
+from defenses.base import Defense, LinearOperator, SeparableSum, Shape
 from defenses.layout import row_numbers
 
 DECLARED = "declared"
@@ -470,6 +470,35 @@ class Whitened:
         return self.inner.adjoint(self.whitening(representation))
 
 
+@dataclass(frozen=True, eq=False)
+class WhitenedSum(Whitened):
+    """A :class:`~defenses.base.SeparableSum` whose channels are weighed by the product of a weight for each colour and
+    one for each map: one again.
+
+    Attributes:
+        colours: float64 (P,).
+        maps: float64 (K,).
+    """
+
+    inner: SeparableSum
+    colours: Tensor
+    maps: Tensor
+
+    @property
+    def row_factors(self) -> Tensor:
+        factors = self.inner.row_factors
+        return factors * self.maps.to(factors)[:, None, None]
+
+    @property
+    def column_factors(self) -> Tensor:
+        return self.inner.column_factors
+
+    @property
+    def colour(self) -> Tensor:
+        colour = self.inner.colour
+        return colour * self.colours.to(colour)[:, None]
+
+
 def _without(directions: Tensor, representations: Tensor) -> Tensor:
     basis = directions.flatten(1).to(representations)
     flat = representations.flatten(1)
@@ -493,8 +522,9 @@ def _found(mechanism: Defense) -> LinearMaps:
     listed = mechanism.states()
     details: dict[str, Any] = {}
     gains = None
+    groups = None
     if listed is None:
-        draws, details = _draws(pins)
+        draws, details, groups = _draws(pins)
         if not draws:
             draws, gains = [_Draw(None, list(range(_FIRST_DRAWS)))], _gains(pins)
             details = {"gain": [float(gains.lowest.min()), float(gains.highest.max())]}
@@ -514,7 +544,22 @@ def _found(mechanism: Defense) -> LinearMaps:
         operators = [_Cleaned(operator, nuisance) for operator in operators]
         details["offset_directions"] = len(nuisance)
 
+    def anew(generator: torch.Generator) -> tuple[int, torch.Generator]:
+        """A draw that was never looked at, and which of the known ones has its map."""
+        assert groups is not None
+        while True:
+            seed = int(torch.randint(2**62, (1,), generator=generator))
+            slope, _, rounding = _sketches(pins, seed)
+            if (row := groups.find(slope, rounding)) is not None:
+                return row, torch.Generator().manual_seed(seed)
+
     def send(faces: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if groups is not None and varying is not None:
+            # Noise of the few draws that were looked at would repeat, and seem to be one of few dimensions.
+            drawn = [anew(generator) for _ in faces]
+            parts = zip(faces.split(1), drawn, strict=True)
+            sent = [mechanism.protect(face, draw).representation for face, (_, draw) in parts]
+            return torch.cat(sent), torch.tensor([row for row, _ in drawn])
         rows = torch.randint(len(draws), (len(faces),), generator=generator)
         sent = []
         for face, row in zip(faces.split(1), rows.tolist(), strict=True):
@@ -548,8 +593,11 @@ def _sketches(pins: _Pins, seed: int, state: Tensor | None = None) -> tuple[Tens
     return slope, level, 10 * _SAME * float(slope.norm()) + pins.rounding * float(level.norm()) + 1e-12
 
 
-def _draws(pins: _Pins) -> tuple[list[_Draw], dict[str, Any]]:
-    """What the mechanism draws, where draws or at least their linear parts repeat; nothing where they do not."""
+def _draws(pins: _Pins) -> tuple[list[_Draw], dict[str, Any], _Groups | None]:
+    """What the mechanism draws, where draws or at least their linear parts repeat; nothing where they do not.
+
+    With the groups of equal linear parts that they are, where no draw repeats as a whole.
+    """
     whole, maps = _Groups(), _Groups()
     wanted = done = 0
     while done == wanted:
@@ -566,9 +614,9 @@ def _draws(pins: _Pins) -> tuple[list[_Draw], dict[str, Any]]:
             break
     groups = whole if whole.unseen <= _CONTINUOUS else maps
     if groups.unseen > _CONTINUOUS:
-        return [], {}
+        return [], {}, None
     details = {"states_found": len(groups.members), "states_unseen": groups.unseen} if len(groups.members) > 1 else {}
-    return [_Draw(None, seeds) for seeds in groups.members], details
+    return [_Draw(None, seeds) for seeds in groups.members], details, maps if groups is maps else None
 
 
 def _gains(pins: _Pins) -> Gains:
@@ -601,10 +649,14 @@ class _Groups:
         self._known = torch.empty(0)
         self._count = 0
 
-    def add(self, sketch: Tensor, rounding: float) -> None:
+    def find(self, sketch: Tensor, rounding: float) -> int | None:
+        """The number of the group that is the same; None for a new one."""
         near = ((self._known - sketch).norm(dim=1) <= rounding).nonzero() if self._count else torch.empty(0, 1)
-        if len(near):
-            self.members[int(near[0])].append(self._count)
+        return int(near[0]) if len(near) else None
+
+    def add(self, sketch: Tensor, rounding: float) -> None:
+        if (known := self.find(sketch, rounding)) is not None:
+            self.members[known].append(self._count)
         else:
             self.members.append([self._count])
             self._known = torch.cat((self._known, sketch[None])) if self._count else sketch[None]

@@ -297,6 +297,12 @@ def row_reach(operators: Sequence[SeparableSum | LocalGram | JointGram]) -> int:
     return reach
 
 
+def factors_apart(operators: Sequence[SeparableSum], size: int) -> bool:
+    """Whether the planes of any one of the operators, for faces of ``size`` pixels a side, can be factored."""
+    one_map = all(len(operator.row_factors) == 1 for operator in operators)
+    return one_map or max(REACH, row_reach(operators)) * size <= _LARGEST_BLOCK
+
+
 def gram_blocks(operator: SeparableSum | LocalGram, size: int, rows: int, device: torch.device) -> BlockTridiagonal:
     """A^T A of one plane, sum over the operator's maps of (R^T R) x (C^T C), as blocks of ``rows`` image rows."""
     if isinstance(operator, LocalGram):

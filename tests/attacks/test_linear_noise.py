@@ -5,11 +5,12 @@ import torch
 from interception import observe
 from linear_world import defense_of, error
 from pictures import smooth
-from undeclared import tinted
-from uneven import Partly, Reassembled, Shared, Windows
+from undeclared import Silent, tinted
+from uneven import Partly, Reassembled, Shared, Weighed, Windows
 
 from attacks.base import Observation
 from attacks.linear import Linear, LinearOptions
+from attacks.parts.operators import linear_maps
 from attacks.parts.posterior import IterativePosterior
 from attacks.unrolled import Unrolled, UnrolledOptions
 from defenses.base import noise_is_shared
@@ -60,6 +61,56 @@ def test_each_value_counts_by_its_own_noise(make_adversary, kind):
     if kind != "equal":
         flat = textbook(attack, defense, attack.noise.square().expand(defense.representation_shape), sent)
         assert error(recovered, faces) < 0.9 * error(flat, faces)
+
+
+@pytest.mark.parametrize("off", [0, 0.05, 0.8])
+def test_noise_of_colours_and_maps_leaves_the_planes_apart_where_that_does_no_harm(make_adversary, off):
+    defense = type("Weighed", (Weighed,), {"off": off})(image_size=SIZE)
+    attack, _ = fitted(make_adversary, defense)
+    victims = tinted(48, SIZE, 50)
+    faces, observation = victims.float() / 255, observe(defense, victims)
+    recovered = attack.run(observation)
+    (posterior, _), *others = attack.posteriors(torch.zeros(48, 1, dtype=torch.int64))
+    assert posterior.joint is (off == 0.8)
+    assert not others
+    sent, reckoned = observation.representations[:, 0], (attack.noise * attack.spread).square()
+    exact = textbook(attack, defense, reckoned.expand(defense.representation_shape), sent)
+    torch.testing.assert_close(recovered, exact, rtol=0, atol=1e-6)
+    best = textbook(attack, defense, defense.scale.square().expand(defense.representation_shape), sent)
+    assert error(recovered, faces) < 1.005 * error(best, faces)
+    again = Linear(LinearOptions(rank=8))
+    again.prepare(make_adversary(defense, faces=tinted(160, SIZE, 1)))
+    again.load_state_dict(attack.state_dict())
+    torch.testing.assert_close(again.run(observation), recovered, rtol=0, atol=1e-9)
+
+
+def test_the_same_rounding_of_the_same_faces_is_no_noise_of_few_directions(make_adversary):
+    defense = defense_of("quantise", bits=3)
+    attack = Linear(LinearOptions(rank=8))
+    report = attack.learn(make_adversary(defense, faces=smooth(40, 24, seed=1)))
+    assert "noise_directions" not in report.details
+
+
+def test_noise_beside_hidden_states_is_drawn_anew_for_every_face():
+    class Noisy(Silent):
+        name = "noisy-silent"
+
+        def transform(self, faces, state, generator):
+            sent = super().transform(faces, state, generator)
+            return sent + 0.3 * torch.randn(sent.shape, generator=generator, dtype=sent.dtype)
+
+    maps = linear_maps(Noisy(image_size=SIZE))
+    assert maps.details["states_found"] == 18
+    faces = tinted(48, SIZE, 60).float() / 255
+    sent, rows = maps.send(faces, torch.Generator().manual_seed(1))
+    noise = torch.empty(48, sent[0].numel(), dtype=torch.float64)
+    for row in rows.unique().tolist():
+        at, operator = rows == row, maps.operators[row]
+        noise[at] = (sent[at] - operator(faces[at].double()) - operator.offset).flatten(1)
+    # Another state's map would leave far more.
+    assert float(noise.std()) == pytest.approx(0.3, rel=0.1)
+    alike = torch.corrcoef(noise) - torch.eye(48, dtype=torch.float64)
+    assert float(alike.abs().max()) < 0.25
 
 
 def test_conjugate_gradients_weigh_alike(make_adversary):

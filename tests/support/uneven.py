@@ -124,6 +124,55 @@ class Reassembled(Defense):
         return _Projection(self.basis)
 
 
+class Weighed(Defense):
+    """Three colours through three windows each, any of which is a product; noise of its own in each of the channels.
+
+    ``off``: how far its logarithm is from that of one for the colour times one for the window.
+    """
+
+    name = "weighed"
+    off = 0.0
+
+    def __init__(self, options=None, *, image_size=112):
+        super().__init__(options, image_size=image_size)
+        self.operator = _Sum(image_size)
+        drawn = torch.Generator().manual_seed(8)
+        colours, windows = torch.tensor([1.0, -0.5, -0.5]), torch.tensor([0.8, 0.0, -0.8])
+        rest = self.off * torch.randn(3, 3, generator=drawn)
+        scale = 0.1 * (colours[:, None] + windows + rest).double().exp()
+        self.register_buffer("scale", scale.view(9, 1, 1))
+
+    @property
+    def representation_shape(self):
+        return (9, self.image_size, self.image_size)
+
+    def transform(self, faces, state, generator):
+        drawn = torch.randn(len(faces), *self.representation_shape, generator=generator, dtype=torch.float64)
+        return (self.operator(faces.double()) + self.scale * drawn.to(faces.device)).to(faces)
+
+    def linear_operator(self, state):
+        return self.operator
+
+
+class _Sum:
+    offset = torch.zeros(1, 1, 1, dtype=torch.float64)
+    colour = torch.tensor([[0.3, 0.6, 0.1], [-0.2, -0.3, 0.5], [0.5, -0.4, -0.1]], dtype=torch.float64)
+
+    def __init__(self, size: int) -> None:
+        near = (torch.arange(size)[:, None] - torch.arange(size)).abs() <= 1
+        drawn = torch.randn(6, size, size, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        self.row_factors, self.column_factors = (drawn * near).split(3)
+
+    def __call__(self, faces: Tensor) -> Tensor:
+        planes = torch.einsum("pc,nchw->nphw", self.colour, faces)
+        return torch.einsum("kih,nphw,kjw->npkij", self.row_factors, planes, self.column_factors).flatten(1, 2)
+
+    def adjoint(self, representation: Tensor) -> Tensor:
+        maps = representation.unflatten(1, (3, 3))
+        planes = torch.einsum("kih,npkij,kjw->nphw", self.row_factors, maps, self.column_factors)
+        return torch.einsum("pc,nphw->nchw", self.colour, planes)
+
+
 class _Projection:
     offset = torch.zeros(1, 1, 1, dtype=torch.float64)
 
