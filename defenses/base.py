@@ -441,6 +441,16 @@ class Defense(nn.Module, ABC):
         """
         return representation
 
+    def canonical_maps(self, faces: Tensor) -> Tensor | None:
+        """Of a defence that shuffles maps and adds them up, the maps as they are before: (N, P, h, w); else None.
+
+        The state of such a defence, int64 (P,), says which of them is in which place of a fixed mixture, the same for
+        all faces: of places p, each with a weight w_p in each pixel and channel of what is sent, it sends
+        offset + sum_p w_p maps[state[p]] (clamped or not), of which :meth:`canonical` is the adjoint, each map in its
+        own place. Everybody who has the mechanism can compute them. None by default.
+        """
+        return None
+
     def with_layouts(self, layouts: Tensor) -> Self:
         """This mechanism with another secret: its states send the canonical channels ``layouts``, int64 (K, C).
 

@@ -190,6 +190,10 @@ class MinusFace(Defense):
         sent = inverse_block_dct(residue)
         return sent.clamp(0, 1) if self.options.clamp else sent
 
+    def canonical_maps(self, faces: Tensor) -> Tensor:
+        """r, as :meth:`residue`."""
+        return self.residue(faces)
+
     def canonical(self, representation: Tensor, state: Tensor | None) -> Tensor:
         """The picture, less the grey of an empty spectrum, projected back: the adjoint of what decoded it.
 

@@ -60,6 +60,8 @@ class Canary:
 
 CANARIES = {
     "linear": Canary("picture", {"rank": 40}),
+    # Where no maps are shuffled and added up, it is linear.
+    "unmix": Canary("picture", {"rank": 40}),
     "unet": Canary("picture", {"widths": "8,16", "images": 1500, "stem_stride": "1"}),
     "unet-ensemble": Canary("picture", {"widths": "8,16", "images": 1500, "stem_stride": "1"}),
     "unrolled": Canary("picture", {"widths": "8,16", "images": 400, "rank": 40}),

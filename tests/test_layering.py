@@ -176,7 +176,7 @@ def test_nothing_names_a_concrete_plugin(module: str) -> None:
 
 
 #: Plug-ins that are another one with a second step.
-BUILT_ON = {("attacks.unrolled", "attacks.linear")}
+BUILT_ON = {("attacks.unrolled", "attacks.linear"), ("attacks.unmix", "attacks.linear")}
 
 
 def test_only_the_entry_point_imports_the_command_line() -> None:

@@ -49,6 +49,7 @@ CASES = {
     "unet-ensemble": Case({**NETWORK, "images": 60}, 6, ({"most": 0}, {"loss": "l2"}, {"warmup": 0.5, "decay": 0.9})),
     "unrolled": Case({**NETWORK, **ESTIMATE, "images": 60}, 6, ({"rank": 0}, {"validation": 1.0}), linear=True),
     "linear": Case(ESTIMATE, 0, ({"solver": "lu"}, {"held_out": 1}), linear=True),
+    "unmix": Case(ESTIMATE, 0, ({"placed": 0}, {"components": 0}, {"map_faces": 2}), linear=True),
     "linkage": Case(
         {
             **{"widths": "8,16", "blocks": 1, "embedding_size": 8, "batch_size": 10, "teacher_steps": 4, "steps": 6},
