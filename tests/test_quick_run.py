@@ -18,6 +18,7 @@ KEYS = {
     "defense",
     "attack",
     "evaluator",
+    "teacher",
     "dataset",
     "utility",
     "recovery",
