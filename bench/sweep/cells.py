@@ -172,6 +172,7 @@ def expand(request: SweepRequest) -> list[RunConfig]:
         weakened = plugins.defenses().get(variant.defense).weakened if variant.weakened else {}
         own = merge(weakened, variant.options)
         tables = {"defense_options": own, "attack_options": options.attack_options.get(attack, {})}
+        attack = f"{attack},{variant.also}" if variant.also else attack
         axes = {"defense": variant.defense, "attack": attack, "knowledge": knowledge, "seed": seed}
         settings = merge(request.below, tables, request.flags, axes)
         settings["defense_options"] = addressed(settings["defense_options"], variant.defense, names)

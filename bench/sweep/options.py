@@ -39,6 +39,7 @@ class Variant(BaseModel):
     defense: str
     options: dict[str, Any] = Field({}, description="As -o gives them.")
     weakened: bool = Field(False, description="With the options below these under which it hides next to nothing.")
+    also: str = Field("", description="Attacks that are made for it, A,B, beside those of each entry of the sweep.")
 
 
 class SweepOptions(BaseModel):

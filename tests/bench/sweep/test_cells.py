@@ -220,7 +220,7 @@ def test_one_defence_under_several_options(tmp_path):
     file.write_text(
         '[sweep]\ndefenses = ["blur"]\nattacks = ["unet"]\n'
         '[[sweep.variants]]\ndefense = "blur"\noptions = { sigma = 1.5 }\n'
-        '[[sweep.variants]]\ndefense = "pixelate"\noptions = { block = 16 }\n'
+        '[[sweep.variants]]\ndefense = "pixelate"\noptions = { block = 16 }\nalso = "linear"\n'
         '[[sweep.variants]]\ndefense = "peep"\nweakened = true\noptions = { components = 9 }\n'
     )
     configs = expand(grid(tmp_path, file=file, defenses=None, attacks=None, seeds="0"))
@@ -230,6 +230,7 @@ def test_one_defence_under_several_options(tmp_path):
         ("pixelate", {"block": 16}),
         ("peep", {**plugins.defenses().get("peep").weakened, "components": 9}),
     ]
+    assert [config.attack for config in configs] == ["unet", "unet", "unet,linear", "unet"]
 
 
 def test_a_device_that_only_other_machines_have_is_theirs_to_refuse(tmp_path):
