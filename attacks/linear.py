@@ -17,6 +17,7 @@ from attacks.base import Adversary, AttackOptions, Capability, FitReport, Knowle
 from attacks.parts.exposure import in_chunks, split_identities, tamed
 from attacks.parts.gaussian_prior import GaussianPrior
 from attacks.parts.noise import (
+    LEAST,
     ROUNDING,
     as_product,
     chunk_of,
@@ -47,8 +48,6 @@ from defenses.layout import row_numbers
 #: Faces whose representations are compared with the exact map to measure the noise.
 _NOISE_FACES = 128
 _NOISE_CHUNK = 32
-#: The least deviation of noise in any direction, relative to that of all.
-_LEAST = 1e-5
 #: Fresh noise below this share of all is none; and what else there is, beside fresh noise.
 _FRESH = 0.01
 #: Largest logarithm of a deviation over a product of one for its colour and one for its map that is rounding. Faces of
@@ -388,7 +387,7 @@ class Linear(RecoveryAttack):
         told = faces[index.to(faces.device)] if all_fresh else faces
         if not shared and (few := few_directions(maps, found, told, all_fresh, draws)) is not None:
             self.directions, self.deviations = few[0], few[1] / self.noise
-            self.spread.fill_(max(few[2] / float(self.noise), _ROUNDING * whole / float(self.noise), _LEAST))
+            self.spread.fill_(max(few[2] / float(self.noise), _ROUNDING * whole / float(self.noise), LEAST))
         elif (relative := spread(found)) is not None:
             self.spread = relative.to(device)
         self._forget()

@@ -20,6 +20,11 @@ def base_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**62, (1,), generator=peek, device=generator.device))
 
 
+def drawn_seed(generator: torch.Generator) -> int:
+    """A seed in [0, 2**53), which JSON keeps, drawn from ``generator``."""
+    return int(torch.randint(2**53, (1,), generator=generator, device=generator.device))
+
+
 def derived(seed: int, *name: str | int) -> torch.Generator:
     """A CPU generator for the stream called ``name``, independent of every other stream of ``seed``.
 

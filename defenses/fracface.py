@@ -13,6 +13,7 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from bench.randomness import drawn_seed
 from defenses.base import Defense, DefenseOptions, Shape
 from defenses.frequency import CHANNELS, SpectrumOperator, zigzag
 from defenses.ranks import OFFICIAL_SIGMA, Seed
@@ -97,7 +98,7 @@ class FracFace(Defense):
 
     def guess(self, generator: torch.Generator) -> Self:
         """The same mechanism with a square drawn at random."""
-        seed = int(torch.randint(2**53, (1,), generator=generator, device=generator.device))
+        seed = drawn_seed(generator)
         return self._imitation(self.options.model_copy(update={"key_seed": seed}))
 
     def _imitation(self, options: DefenseOptions) -> Self:

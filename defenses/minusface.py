@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from defenses.base import Defense, DefenseOptions, DefenseTraining
 from defenses.frequency import CHANNELS, COLOURS, block_dct, inverse_block_dct, inverse_block_dct_adjoint
+from defenses.ranks import comma_separated
 
 _SPECTRUM = COLOURS * CHANNELS
 #: What is decoded of an empty spectrum: the level shift.
@@ -30,15 +31,13 @@ _MILESTONES, _PASSES = (10, 18, 22), 24
 _FEW_STEPS: Mapping[str, Any] = {"batch_size": 16, "optimiser": "adam", "learning_rate": 1e-2, "scale": 128.0}
 
 
-def _split(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
 class MinusFaceOptions(DefenseOptions):
     """The published values, where a preset does not say otherwise."""
 
     widths: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=4096)], ...], BeforeValidator(_split), Field(min_length=1, max_length=7)
+        tuple[Annotated[int, Field(ge=1, le=4096)], ...],
+        BeforeValidator(comma_separated),
+        Field(min_length=1, max_length=7),
     ] = Field(default=(64, 128, 256, 512, 1024), description="channels of the U-Net's levels, the finest first")
     epochs: int = Field(default=_PASSES, ge=1, le=10_000, description="passes of the U-Net's training over the faces")
     steps: int | None = Field(default=None, ge=1, description="steps at most, where fewer than all passes are to do")

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from bench.nets.iresnet import initialise
 from bench.nets.mobilefacenet import BOTTLENECKS, Bottleneck, convolution
+from bench.randomness import drawn_seed
 from defenses.base import DefenseOptions, DefenseTraining, Shape
 from defenses.client import ClientDefense, step_decay, train_jointly
 from defenses.linear import blur_matrix, mosaic_matrix
@@ -188,7 +189,7 @@ class ProFaceC(ClientDefense):
         """The mechanism with another order, and the same network, which is public."""
         if not self.secret:
             return self
-        seed = int(torch.randint(2**53, (1,), generator=generator, device=generator.device))
+        seed = drawn_seed(generator)
         other = type(self)(self.options.model_copy(update={"table_seed": seed}), image_size=self.image_size)
         other.client = self.client
         return other.train(self.training)

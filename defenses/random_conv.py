@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torch.nn import functional
 
+from bench.randomness import drawn_seed
 from defenses.base import Defense, DefenseOptions, DefenseTraining, Shape
 
 _BATCH = 256
@@ -122,7 +123,7 @@ class RandomConv(Defense):
 
     def guess(self, generator: torch.Generator) -> Self:
         """Other kernels, with statistics of their own (:attr:`learnt`)."""
-        seed = int(torch.randint(2**53, (1,), generator=generator, device=generator.device))
+        seed = drawn_seed(generator)
         guess = type(self)(self.options.model_copy(update={"key_seed": seed}), image_size=self.image_size)
         return guess.to(self.means).eval()
 

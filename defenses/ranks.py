@@ -14,6 +14,7 @@ import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from bench.randomness import drawn_seed
 from defenses.base import Defense, DefenseOptions, Shape
 from defenses.frequency import CHANNELS, COLOURS, FrequencyOperator, block_dct, map_size, zigzag
 
@@ -42,7 +43,8 @@ PAPER_PERMUTATIONS = 6
 Seed = Annotated[int, Field(ge=0, lt=2**53)]
 
 
-def _split(value: Any) -> Any:
+def comma_separated(value: Any) -> Any:
+    """``"0,1,2"``, as the command line passes it, to its parts; anything else as it is."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
@@ -61,7 +63,7 @@ UPSAMPLING_MEANS = (
 )
 
 #: A list of channel indices; on the command line ``0,1,2``.
-ChannelList = Annotated[tuple[Annotated[int, Field(ge=0, lt=CHANNELS)], ...], BeforeValidator(_split)]
+ChannelList = Annotated[tuple[Annotated[int, Field(ge=0, lt=CHANNELS)], ...], BeforeValidator(comma_separated)]
 
 
 class SubsetOptions(DefenseOptions):
@@ -191,8 +193,8 @@ class FrequencySubset(Defense):
 
     def guess(self, generator: torch.Generator) -> Self:
         """The same mechanism with tables drawn at random, as large as these."""
-        seed = torch.randint(2**53, (1,), generator=generator, device=generator.device)
-        return self._imitation(self.options.with_random_tables(int(seed)))
+        seed = drawn_seed(generator)
+        return self._imitation(self.options.with_random_tables(seed))
 
     def _imitation(self, options: DefenseOptions) -> Self:
         return type(self)(options, image_size=self.image_size).to(self.kept_channels.device)

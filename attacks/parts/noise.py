@@ -22,7 +22,7 @@ ROUNDING = 1e-5
 _BEYOND_CHANCE = 1.2
 _MATTERS = 0.05
 #: The least standard deviation of an element, relative to that of all.
-_LEAST = 1e-5
+LEAST = 1e-5
 #: Noise of fewer dimensions may lie in a space of few, which so many faces show, of so many values in all; they have to
 #: be four times as many as its directions, the last of which stands so far out of what is left.
 _FEW, _SEEN, _SEEN_VALUES, _TIMES_SEEN, _APART = 256, 1024, 2**26, 4, 1e3
@@ -129,7 +129,7 @@ def spread(found: Residuals) -> Tensor | None:
     if whole <= ROUNDING**2 * float(found.energy.mean()):
         return None
     # Of a mean of squares the relative sampling variance, whatever the law of the noise.
-    square = found.square.clamp(min=_LEAST**2 * whole)
+    square = found.square.clamp(min=LEAST**2 * whole)
     chance = ((found.fourth / square.square() - 1).clamp(min=0) / (faces - 1)).mean(dim=(1, 2))
     own = square.mean(dim=(1, 2))
     by_chance = (own.square() * chance).mean() / (height * width)
@@ -203,7 +203,7 @@ def _stands_out(between: Tensor, chance: Tensor, count: int) -> Tensor:
 
 
 def _relative(variance: Tensor) -> Tensor:
-    return (variance / variance.mean()).sqrt().clamp(min=_LEAST)
+    return (variance / variance.mean()).sqrt().clamp(min=LEAST)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from bench.commands.console import show, table
 from bench.commands.flags import AsJson, default_text
 from bench.errors import UsageError
-from bench.plugins import CHAIN, Option, attacks, defenses, describe, make_defense
+from bench.plugins import Option, attacks, defenses, describe, make_defense
 from bench.registry import pick
 from bench.run.config import DATA, INTERCEPTIONS, Setting, settings
 
@@ -31,12 +31,14 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List what can be named on the command line; with a NAME its options, their types, defaults, ranges, meanings."""
+    if name is not None and _plural(kind) == "defenses":  # a chain is none of those listed
+        defense = _defense(defenses().get(name))
+        show(defense, as_json, lambda: _entry(defense))
+        return
     entries = catalogue(kind)
     if name is None:
         show(entries, as_json, lambda: _table(entries))
         return
-    if _plural(kind) == "defenses" and CHAIN in name:
-        entries = [_defense(defenses().get(name))]
     entry = pick(kind.lower().removesuffix("s"), name, {entry["name"]: entry for entry in entries})
     show(entry, as_json, lambda: _entry(entry))
 
