@@ -77,7 +77,8 @@ class Streams:
     def generator(self, name: str) -> torch.Generator:
         """A fresh CPU generator at the start of the stream ``name``.
 
-        CPU generators are used on every device, so that a run draws the same numbers everywhere.
+        CPU generators are used on every device, so that a run draws the same numbers everywhere, but for the noise of
+        a defence, which is drawn where it is added (:mod:`defenses.draws`).
         """
         return torch.Generator().manual_seed(self.seed_for(name))
 

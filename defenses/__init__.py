@@ -2,4 +2,4 @@
 ``compose`` chains of them."""
 
 #: Modules of this package that are not defences; every other file is one, named after its file.
-SUPPORT_MODULES = frozenset({"base", "client", "compose", "frequency", "laplace", "layout", "linear", "ranks"})
+SUPPORT_MODULES = frozenset({"base", "client", "compose", "draws", "frequency", "layout", "linear", "ranks"})

@@ -335,9 +335,10 @@ class Defense(nn.Module, ABC):
 
         Nothing that comes in or goes out is shared with the defence: it may work in place, and keep what it made.
 
-        A CPU ``generator``, the source of all randomness, gives the same draws on every device. ``labels`` int64 (N,)
-        are there in recogniser training only. ``state`` int64 (N, D) pins the states instead of drawing them, ``keys``
-        int64 (N, k) are those of the faces' clients instead of fresh ones.
+        A CPU ``generator``, the source of all randomness, gives the same states and keys on every device; noise over
+        a whole representation is drawn where it is added (:mod:`defenses.draws`). ``labels`` int64 (N,) are there in
+        recogniser training only. ``state`` int64 (N, D) pins the states instead of drawing them, ``keys`` int64 (N, k)
+        are those of the faces' clients instead of fresh ones.
 
         Raises:
             ValueError: faces of another shape, type or value range.

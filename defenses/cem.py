@@ -82,7 +82,8 @@ class Clusters:
             own = features[labels == label]
             middles = k_means(own, min(count, len(own)), generator)
             centroids[label, : len(middles)] = middles
-            distances, nearest = _nearest(own, middles[None].expand(len(own), -1, -1))
+            everyone = middles[None].expand(len(own), -1, -1)
+            distances, nearest = _nearest(own, everyone, torch.ones_like(everyone[..., 0], dtype=torch.bool))
             sizes[label].index_add_(0, nearest, torch.ones_like(distances))
             spreads[label].index_add_(0, nearest, distances)
         return cls(centroids, sizes, spreads / sizes.clamp(min=1))
@@ -97,8 +98,7 @@ class Clusters:
         """
         count = self.sizes.shape[1]
         present = self.sizes > 0
-        middles = self.centroids.masked_fill(~present[..., None], torch.inf)[labels]
-        distances, nearest = _nearest(features, middles)
+        distances, nearest = _nearest(features, self.centroids[labels], present[labels])
         known = present[labels].any(dim=1)  # of others than those that were grouped nothing is said
         cells, place = torch.unique((labels * count + nearest)[known], return_inverse=True)
         members = torch.zeros(len(cells), dtype=features.dtype, device=features.device)
@@ -113,10 +113,14 @@ class Clusters:
         return total / max(1, len(own.unique()))
 
 
-def _nearest(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean squared distance (N,) of features (N, D) from the nearest of their centroids (N, c, D), and which."""
+def _nearest(features: Tensor, centroids: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean squared distance (N,) of features (N, D) from the nearest of their centroids (N, c, D), and which.
+
+    Centroids that are not ``present`` (N, c) are infinitely far. The distance is filled in, no centroid: where that is
+    infinite, zero times infinity is the gradient.
+    """
     distances = (features[:, None] - centroids).square().mean(dim=2)
-    return distances.min(dim=1)
+    return distances.masked_fill(~present, torch.inf).min(dim=1)
 
 
 def k_means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from bench.errors import DefenseError
 from defenses.base import Defense, DefenseTraining
+from defenses.draws import gaussian
 
 
 class ClientDefense(Defense):
@@ -36,8 +37,7 @@ def with_noise(features: Tensor, deviation: float, generator: torch.Generator) -
     """Features under independent Gaussian noise of this standard deviation, drawn in float32; none where it is 0."""
     if not deviation:
         return features
-    noise = torch.randn(features.shape, generator=generator, device=generator.device)
-    return features + deviation * noise.to(features)
+    return features + deviation * gaussian(features.shape, generator, features.device).to(features)
 
 
 def train_jointly(

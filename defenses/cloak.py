@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from defenses.base import Defense, DefenseOptions, DefenseTraining
+from defenses.draws import gaussian
 from defenses.linear import ElementwiseOperator
 
 #: Where rho starts: nearly at the least scale.
@@ -164,8 +165,8 @@ class Cloak(Defense):
         self.kept.view(-1)[self.scale.flatten().argsort(descending=True, stable=True)[:count]] = False
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        """The noise is drawn in float32 on the generator's device."""
-        noise = torch.randn(faces.shape, generator=generator, device=generator.device).to(faces)
+        """The noise is drawn in float32."""
+        noise = gaussian(faces.shape, generator, faces.device).to(faces)
         loc, scale, constant = (part.to(faces) for part in (self.loc, self.scale, self.constant))
         return torch.where(self.kept, 2 * faces - 1 + loc + scale * noise, constant)
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bench.randomness import base_seed, derived
 from defenses.base import Defense, DefenseOptions, DefenseTraining, Shape
+from defenses.draws import laplace
 from defenses.frequency import CHANNELS, COLOURS, FrequencyOperator, block_dct
-from defenses.laplace import laplace
 
 #: Both learning rates fall by this factor over the fit, as in the released recipe.
 _FALL = 1e-3
@@ -178,7 +178,7 @@ class DCTDP(Defense):
 
     def _noisy(self, spectrum: Tensor, generator: torch.Generator) -> Tensor:
         drawn = 1 if self.shares_noise else len(spectrum)
-        noise = laplace((drawn, *self.representation_shape), generator).to(spectrum)
+        noise = laplace((drawn, *self.representation_shape), generator, spectrum.device).to(spectrum)
         return spectrum + self.loc.to(spectrum) + self.scale.to(spectrum) * noise
 
     def linear_operator(self, state: Tensor | None) -> ShiftedOperator:

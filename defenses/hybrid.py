@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from defenses.base import Defense, DefenseOptions, Shape
+from defenses.draws import laplace
 from defenses.frequency import YCBCR
-from defenses.laplace import laplace
 from defenses.linear import SeparableTerms, area_matrix, mosaic_matrix
 
 #: How far two faces can lie apart in an element: a detail lies in -1..1, a mean colour in 0..1.
@@ -88,7 +88,7 @@ class Hybrid(Defense):
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
         """Both parts, the noise drawn in float32 on the generator's device."""
         noise = {
-            name: laplace((len(faces), *shape), generator).to(faces) * (width / self.options.epsilon)
+            name: laplace((len(faces), *shape), generator, faces.device).to(faces) * (width / self.options.epsilon)
             for (name, shape), width in zip(self.parts.items(), SENSITIVITIES, strict=True)
         }
         return self._map(faces) + self.pack(noise)

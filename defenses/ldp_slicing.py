@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from defenses.base import Defense, DefenseOptions, Shape
+from defenses.draws import uniform
 from defenses.frequency import YCBCR
 from defenses.linear import SeparableTerms, mosaic_matrix
 
@@ -106,8 +107,8 @@ class LDPSlicing(Defense):
         levels = (255 * (self._detail(faces) + self._detail.offset.to(faces))).round().clamp(0, 255).to(torch.int64)
         order = torch.arange(BITS, device=faces.device)
         bits = (levels[:, :, None] >> order[:, None, None]) & 1  # (N, 3, 8, H, W)
-        drawn = torch.rand(bits.shape, generator=generator, device=generator.device)
-        received = (bits ^ (drawn.to(faces.device) >= self.keep[..., None, None]).long()).to(faces.dtype)
+        drawn = uniform(bits.shape, generator, faces.device)
+        received = (bits ^ (drawn >= self.keep[..., None, None]).long()).to(faces.dtype)
         if self.options.reading == "planes":
             return received.flatten(1, 2)
         values = torch.exp2(order.to(faces))[:, None, None] / 255

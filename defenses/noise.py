@@ -11,7 +11,7 @@ from torch import Tensor
 
 from defenses.base import DefenseOptions
 from defenses.compose import PostProcess
-from defenses.laplace import laplace
+from defenses.draws import gaussian, laplace
 
 
 class NoiseOptions(DefenseOptions):
@@ -41,9 +41,9 @@ class Noise(PostProcess):
     options: NoiseOptions
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Noisy values; the noise is drawn in float32 on the generator's device."""
+        """Noisy values; the noise is drawn in float32."""
         if self.options.distribution == "gaussian":
-            noise = torch.randn(faces.shape, generator=generator, device=generator.device)
+            noise = gaussian(faces.shape, generator, faces.device)
         else:
-            noise = laplace(faces.shape, generator) / math.sqrt(2)
+            noise = laplace(faces.shape, generator, faces.device) / math.sqrt(2)
         return faces + self.options.scale * noise.to(faces)

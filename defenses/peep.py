@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from defenses.base import Defense, DefenseOptions, DefenseTraining
-from defenses.laplace import laplace
+from defenses.draws import laplace
 
 _BATCH = 256
 #: Random directions beyond those asked for (Halko et al. 2011, section 4).
@@ -150,8 +150,8 @@ class Peep(Defense):
         return sensitivity[self.options.sensitivity] / self.options.epsilon
 
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        """The noise is drawn in float32 on the generator's device."""
-        noise = laplace((len(faces), len(self.basis)), generator).to(faces) * self.scale.to(faces)
+        """The noise is drawn in float32."""
+        noise = laplace((len(faces), len(self.basis)), generator, faces.device).to(faces) * self.scale.to(faces)
         return _combined(_coefficients(faces - self.mean.to(faces), self.basis) + noise, self.basis) + self.mean.to(
             faces
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bench.randomness import base_seed, derived
 from defenses.base import Defense, DefenseOptions, DefenseTraining, Shape
 from defenses.client import train_jointly
+from defenses.draws import gaussian
 from defenses.frequency import CHANNELS, COLOURS, block_dct, block_dct_adjoint, zigzag
 
 AC = CHANNELS - 1
@@ -149,7 +150,7 @@ class PPFRFD(Defense):
         def loss(faces: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
             spectrum = block_dct(faces, everything)
             weight = self.importance.sigmoid().flatten()
-            noise = torch.randn(spectrum.shape, generator=generator, device=generator.device).to(spectrum)
+            noise = gaussian(spectrum.shape, generator, spectrum.device).to(spectrum)
             share = weight[:, None, None]
             recognition: Tensor = head(recogniser(share * spectrum + (1 - share) * strength * noise), labels)[0]
             return recognition + options.penalty * (weight * visible).sum()

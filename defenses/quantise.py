@@ -11,6 +11,7 @@ from torch import Tensor
 
 from defenses.base import DefenseOptions, DefenseTraining, Shape
 from defenses.compose import Payload, PostProcess
+from defenses.draws import uniform
 
 #: Half widths of a range that are tried, as shares of the largest distance to the mean.
 _SHARES = torch.logspace(-2, 0, 40)
@@ -140,7 +141,7 @@ class Quantise(PostProcess):
         values = faces.detach()
         place, dither = (values - low) / step, torch.zeros((), dtype=values.dtype, device=values.device)
         if self.options.dither != "none":
-            dither = torch.rand(values.shape, generator=generator, device=generator.device).to(values) - 0.5
+            dither = uniform(values.shape, generator, values.device).to(values) - 0.5
         level = (place + dither).round_().clamp_(0, self._steps)
         sent = low + step * (level - dither if self.options.dither == "subtractive" else level)
         sent = sent.masked_fill((values == 0).all(dim=3, keepdim=True).all(dim=2, keepdim=True), 0.0)

@@ -689,7 +689,8 @@ class _Probe:
 
     def __call__(self, known: Tensor, unseen: Tensor) -> float:
         """The mean absolute error on the unseen faces, of what is shown of both: (n, C, h, w)."""
-        mean, std = (statistic[:, None] for statistic in channel_statistics([(known, None)], known.shape[1]))
+        statistics = channel_statistics([(known, None)], known.shape[1])
+        mean, std = (statistic[:, None].to(known.device) for statistic in statistics)
         features = self._features(known, mean, std).flatten(0, 1)
         gram = features.T @ features / len(features)
         gram.diagonal().add_(self.ridge)

@@ -59,8 +59,8 @@ class InputNormalisation(nn.Module):
             self._seen = int(self.batches)
             if self._seen < self.measured:
                 self._measure(x)
-        floor = self.epsilon * (self.variance + self.mean.square()) + 1e-12
-        x = F.batch_norm(x, self.mean, self.variance + floor, eps=0.0)
+        floor = self.epsilon * (self.variance + self.mean.square())
+        x = F.batch_norm(x, self.mean, self.variance + floor, eps=1e-12)  # torch before 2.12 refuses 0
         if x.shape[2] * x.shape[3] < self.smallest_map:
             return x
         power = x.square().mean((2, 3), keepdim=True)

@@ -57,7 +57,7 @@ def test_what_is_sent_is_what_the_released_code_sends(monkeypatch):
     torch.testing.assert_close(on_grid(defense.loc), GOLDEN["locs_grid"], rtol=0, atol=1e-6)
     drawn = torch.zeros(1, *defense.representation_shape)
     drawn[..., GOLDEN["rows"].long()[:, None], GOLDEN["cols"].long()] = GOLDEN["eps_grid"]
-    monkeypatch.setattr(defenses.dctdp, "laplace", lambda shape, generator: drawn)
+    monkeypatch.setattr(defenses.dctdp, "laplace", lambda shape, generator, device: drawn)
     sent = defense.protect(pictures(), generator()).representation
     torch.testing.assert_close(on_grid(sent), GOLDEN["noisy_grid"], rtol=0, atol=COEFFICIENTS)
 
