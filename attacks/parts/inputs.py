@@ -388,9 +388,12 @@ class Unmixed(Magnitude):
         return self._pool
 
     def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # a search and systems of equations: not for bfloat16
+            return self._shown(x.abs().float()).to(x.dtype)
+
+    def _shown(self, z: Tensor) -> Tensor:
         assert self.mixed_in is not None
-        _, mean, magnitudes, departures = self._searched(x.device)
-        z = x.abs().float()
+        _, mean, magnitudes, departures = self._searched(z.device)
         chosen = (self._details(z - self.level) @ magnitudes.T).argmax(dim=1, keepdim=True)
         lengths = departures.norm(dim=1).clamp(min=_TINY)
         public, weight = self._fitted(z, chosen)
@@ -401,7 +404,7 @@ class Unmixed(Magnitude):
             chosen = torch.cat((chosen, scores.argmax(dim=1, keepdim=True)), dim=1)
             public, weight = self._fitted(z, chosen)
         face = (z * _sign(public + weight * mean) - public) / weight
-        return torch.cat((z, public, face, weight.expand_as(z[:, :1])), dim=1).to(x.dtype)
+        return torch.cat((z, public, face, weight.expand_as(z[:, :1])), dim=1)
 
     def _fitted(self, z: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """The public part (N, C, h, w) of magnitudes with the pictures ``chosen``, (N, m), and the face's share."""

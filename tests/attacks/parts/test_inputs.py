@@ -253,6 +253,10 @@ def test_the_public_pictures_of_a_mixture_are_found_and_taken_out(people, count,
     assert float(right.float().mean()) > least
     assert float((weight[right] - 0.5).abs().mean()) < 0.05
     assert float((face[right] - (4 * faces[right] - 2)).abs().median()) < 0.1
+    sent = send(faces, generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as where networks are trained: the search is not
+        hurried = view(sent)
+    assert torch.equal(hurried, view(sent))
 
 
 def test_a_mixture_is_seen_through_where_its_pool_is_known(people):
