@@ -202,7 +202,7 @@ class CEM(ClientDefense):
         train_jointly(
             training,
             {"client": self.client, "recogniser": recogniser, "head": head},
-            lambda weights: torch.optim.SGD(weights, lr=options.learning_rate, momentum=0.9, weight_decay=5e-4),
+            lambda weights: [torch.optim.SGD(weights, lr=options.learning_rate, momentum=0.9, weight_decay=5e-4)],
             loss,
             epochs=options.epochs,
             batch_size=options.batch_size,

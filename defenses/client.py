@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -43,37 +44,40 @@ def with_noise(features: Tensor, deviation: float, generator: torch.Generator) -
 def train_jointly(
     training: DefenseTraining,
     networks: Mapping[str, nn.Module],
-    optimise: Callable[[list[nn.Parameter]], Optimizer],
+    optimise: Callable[[list[nn.Parameter]], Sequence[Optimizer]],
     loss: Callable[[Tensor, Tensor, torch.Generator], Tensor],
     *,
     epochs: int,
     batch_size: int,
     schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    limit: int | None = None,
 ) -> None:
     """Train ``networks``, by name, to minimise ``loss(faces, labels, generator)`` over the provider's faces.
 
-    ``optimise`` makes the optimiser of their parameters, and ``schedule`` what changes its learning rate with every
-    step. A training that was killed goes on from its last epoch.
+    ``optimise`` makes the optimisers of their parameters, and ``schedule`` what changes the learning rate of each with
+    every step. At most ``limit`` steps are made. A training that was killed goes on from its last epoch.
 
     Raises:
         DefenseError: the training diverged.
     """
-    optimiser = optimise([weight for network in networks.values() for weight in network.parameters()])
-    scheduler = None if schedule is None else schedule(optimiser)
-    kept: dict[str, Any] = {**networks, "optimiser": optimiser}
-    if scheduler is not None:
-        kept["schedule"] = scheduler
+    optimisers = optimise([weight for network in networks.values() for weight in network.parameters()])
+    schedulers = [] if schedule is None else [schedule(optimiser) for optimiser in optimisers]
+    kept: dict[str, Any] = {**networks}
+    for kind, parts in (("optimiser", optimisers), ("schedule", schedulers)):
+        kept |= {f"{kind}{number}": part for number, part in enumerate(parts)}
     steps = training.steps(epochs, batch_size, kept)
-    update = cast("Optimizer", training.fabric.setup_optimizers(optimiser))
-    for faces, labels, generator in steps:
-        optimiser.zero_grad()
+    updates = [cast("Optimizer", training.fabric.setup_optimizers(optimiser)) for optimiser in optimisers]
+    for faces, labels, generator in islice(steps, limit):
+        for optimiser in optimisers:
+            optimiser.zero_grad()
         with training.fabric.autocast():
             value = loss(faces, labels, generator)
         if not math.isfinite(float(value.detach())):
             raise DefenseError("the loss of a defence in training is no longer finite: try a lower learning_rate (-o)")
         training.fabric.backward(value)
-        update.step()
-        if scheduler is not None:
+        for update in updates:
+            update.step()
+        for scheduler in schedulers:
             scheduler.step()
 
 

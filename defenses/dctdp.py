@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bench.randomness import base_seed, derived
 from defenses.base import Defense, DefenseOptions, DefenseTraining, Shape
+from defenses.client import train_jointly
 from defenses.draws import laplace
 from defenses.frequency import CHANNELS, COLOURS, FrequencyOperator, block_dct
 
@@ -135,32 +136,33 @@ class DCTDP(Defense):
 
     def fit(self, training: DefenseTraining) -> None:
         """Learn where noise does the least harm to a recogniser that is trained along."""
-        options, fabric = self.options, training.fabric
+        options = self.options
         if options.sensitivity == "range":
             self._measure(training)
         recogniser, head = training.make_recogniser(self.representation_shape)
-        network = nn.ModuleDict({"recogniser": recogniser, "head": head})
-        noise = torch.optim.Adam([self.loc, self.rho], lr=options.noise_learning_rate)
-        sgd = torch.optim.SGD(network.parameters(), lr=options.learning_rate, momentum=0.9, weight_decay=5e-4)
-        kept: dict[str, nn.Module | torch.optim.Optimizer] = {
-            "noise": self,
-            "network": network,
-            "adam": noise,
-            "sgd": sgd,
-        }
-        updates = cast("tuple[torch.optim.Optimizer, ...]", fabric.setup_optimizers(noise, sgd))
         steps = options.epochs * -(-training.images // options.batch_size)
-        for faces, labels, generator in training.steps(options.epochs, options.batch_size, kept):
-            noise.zero_grad()
-            sgd.zero_grad()
+
+        def loss(faces: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
             sent = self._noisy(block_dct(faces, self.channels_kept), generator)
-            with fabric.autocast():
-                loss, _ = head(recogniser(sent), labels)
-            fabric.backward(loss)
-            for update in updates:
-                update.step()
-                for group in update.param_groups:
-                    group["lr"] *= _FALL ** (1 / steps)  # the optimisers' own state, which a resumed fit finds again
+            value: Tensor = head(recogniser(sent), labels)[0]
+            return value
+
+        def optimise(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+            theirs = [*recogniser.parameters(), *head.parameters()]
+            return [
+                torch.optim.Adam([self.loc, self.rho], lr=options.noise_learning_rate),
+                torch.optim.SGD(theirs, lr=options.learning_rate, momentum=0.9, weight_decay=5e-4),
+            ]
+
+        train_jointly(
+            training,
+            {"noise": self, "recogniser": recogniser, "head": head},
+            optimise,
+            loss,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            schedule=lambda optimiser: torch.optim.lr_scheduler.ExponentialLR(optimiser, _FALL ** (1 / steps)),
+        )
 
     @torch.no_grad()
     def _measure(self, training: DefenseTraining) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -149,7 +148,7 @@ class DuetFace(Defense):
         train_jointly(
             training,
             networks,
-            partial(torch.optim.SGD, lr=options.learning_rate, momentum=0.9, weight_decay=5e-4),
+            lambda weights: [torch.optim.SGD(weights, lr=options.learning_rate, momentum=0.9, weight_decay=5e-4)],
             loss,
             epochs=epochs,
             batch_size=options.batch_size,

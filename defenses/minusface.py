@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from defenses.base import Defense, DefenseOptions, DefenseTraining
+from defenses.client import train_jointly
 from defenses.frequency import CHANNELS, COLOURS, block_dct, inverse_block_dct, inverse_block_dct_adjoint
 from defenses.ranks import comma_separated
 
@@ -139,40 +140,41 @@ class MinusFace(Defense):
         options = self.options
         recogniser, head = training.make_recogniser((_SPECTRUM, self.image_size, self.image_size))
         share = 1.0 if options.learning_rates == "official" else 0.5
-        groups: list[dict[str, Any]] = [
-            {"params": [*recogniser.parameters(), *head.parameters()]},
-            {"params": [*self.generator.parameters()], "lr": share * options.learning_rate},
-        ]
-        optimiser: torch.optim.Optimizer
-        if options.optimiser == "sgd":
-            optimiser = torch.optim.SGD(
-                groups, lr=options.learning_rate, momentum=0.9, weight_decay=options.weight_decay
-            )
-        else:
-            optimiser = torch.optim.Adam(groups, lr=options.learning_rate, weight_decay=options.weight_decay)
         total = options.epochs * -(-training.images // options.batch_size)
         total = min(total, options.steps or total)
         falls = [round(total * passes / _PASSES) for passes in _MILESTONES]
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimiser, falls)
-        kept = {"generator": self.generator, "recogniser": recogniser, "head": head}
-        steps = training.steps(
-            options.epochs, options.batch_size, {**kept, "optimiser": optimiser, "schedule": schedule}
-        )
-        update = cast("torch.optim.Optimizer", training.fabric.setup_optimizers(optimiser))
         one_face = inverse_block_dct_adjoint(torch.ones(1, COLOURS, self.image_size, self.image_size))
         say = 2 * _WEIGHT * float(one_face.norm()) / one_face[:, :COLOURS].numel()
-        for faces, labels, _ in itertools.islice(steps, total):
-            optimiser.zero_grad()
+
+        def loss(faces: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
             spectrum = _spectrum(faces)
-            with training.fabric.autocast():
-                generated = options.scale * self.generator(spectrum / options.scale)
-                residue = spectrum - generated
-                residue.register_hook(functools.partial(_cut, limit=say / len(faces) ** 0.5))
-                recognition, _ = head(recogniser(residue), labels)
+            generated = options.scale * self.generator(spectrum / options.scale)
+            residue = spectrum - generated
+            residue.register_hook(functools.partial(_cut, limit=say / len(faces) ** 0.5))
+            recognition: Tensor = head(recogniser(residue), labels)[0]
             looks = 2 * (inverse_block_dct(generated.float()) - faces).abs().mean()
-            training.fabric.backward(options.reconstruction * looks + recognition)
-            update.step()
-            schedule.step()
+            return options.reconstruction * looks + recognition
+
+        def optimise(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
+            groups: list[dict[str, Any]] = [
+                {"params": [*recogniser.parameters(), *head.parameters()]},
+                {"params": [*self.generator.parameters()], "lr": share * options.learning_rate},
+            ]
+            rate, decay = options.learning_rate, options.weight_decay
+            if options.optimiser == "sgd":
+                return [torch.optim.SGD(groups, lr=rate, momentum=0.9, weight_decay=decay)]
+            return [torch.optim.Adam(groups, lr=rate, weight_decay=decay)]
+
+        train_jointly(
+            training,
+            {"generator": self.generator, "recogniser": recogniser, "head": head},
+            optimise,
+            loss,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            schedule=lambda optimiser: torch.optim.lr_scheduler.MultiStepLR(optimiser, falls),
+            limit=total,
+        )
 
     def residue(self, faces: Tensor) -> Tensor:
         """r, (N, 192, H, W), of faces (N, 3, H, W): un-normalised coefficients, colour-major."""

@@ -155,14 +155,14 @@ class PPFRFD(Defense):
             recognition: Tensor = head(recogniser(share * spectrum + (1 - share) * strength * noise), labels)[0]
             return recognition + options.penalty * (weight * visible).sum()
 
-        def optimise(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+        def optimise(weights: list[nn.Parameter]) -> list[torch.optim.Optimizer]:
             # No Adam: of the weights' gradients it would keep the signs, and one channel would weigh like another.
             others = [weight for weight in weights if weight is not self.importance]
             groups: list[dict[str, Any]] = [
                 {"params": [self.importance], "lr": options.weight_learning_rate},
                 {"params": others, "weight_decay": 5e-4},
             ]
-            return torch.optim.SGD(groups, lr=options.learning_rate, momentum=0.9)
+            return [torch.optim.SGD(groups, lr=options.learning_rate, momentum=0.9)]
 
         networks = {"defense": self, "recogniser": recogniser, "head": head}
         train_jointly(training, networks, optimise, loss, epochs=options.epochs, batch_size=options.batch_size)

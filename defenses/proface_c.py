@@ -277,7 +277,7 @@ class ProFaceC(ClientDefense):
         train_jointly(
             training,
             networks,
-            lambda weights: torch.optim.SGD(weights, lr=options.learning_rate, momentum=0.9, weight_decay=5e-4),
+            lambda weights: [torch.optim.SGD(weights, lr=options.learning_rate, momentum=0.9, weight_decay=5e-4)],
             loss,
             epochs=options.epochs,
             batch_size=options.batch_size,

@@ -74,7 +74,7 @@ class Split(ClientDefense):
         train_jointly(
             training,
             {"client": self.client, "recogniser": recogniser, "head": head},
-            lambda weights: torch.optim.Adam(weights, lr=self.options.learning_rate),
+            lambda weights: [torch.optim.Adam(weights, lr=self.options.learning_rate)],
             loss,
             epochs=self.options.epochs,
             batch_size=self.options.batch_size,

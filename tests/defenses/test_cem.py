@@ -123,7 +123,7 @@ def test_a_training_that_diverges_is_named(make_training):
         train_jointly(
             make_training(size=16),
             {"network": network},
-            lambda weights: torch.optim.SGD(weights, lr=1),
+            lambda weights: [torch.optim.SGD(weights, lr=1)],
             lambda faces, labels, draws: -1e20 * network.weight.square().sum(),
             epochs=2,
             batch_size=8,
