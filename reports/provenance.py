@@ -85,7 +85,23 @@ def warnings(settings: Sequence[Setting]) -> dict[str, list[str]]:
                 "the defences were not tried by the same attacks: the one that looks better may have met weaker ones"
             )
             said[warning] = [f"{defense}: {_tried(cells)}" for defense, cells in setting.defenses.items()]
+        if trained := _trained_differently(setting):
+            said["recognisers were trained differently: how well they recognise does not compare"] = trained
     return said
+
+
+def _trained_differently(setting: Setting) -> list[str]:
+    """Each run that measured recognition, with how its recogniser was trained where that differs; empty if nowhere."""
+    ways = {
+        label: {"backbone": cell.run.manifest.config.get("backbone")} | (cell.run.manifest.config.get("training") or {})
+        for label, cell in setting.runs
+        if cell.run.result.utility is not None
+    }
+    names = dict.fromkeys(name for way in ways.values() for name in way)
+    differing = [name for name in names if len({json.dumps(way.get(name)) for way in ways.values()}) > 1]
+    if not differing:
+        return []
+    return [f"{label}: {', '.join(f'{name}={way.get(name)}' for name in differing)}" for label, way in ways.items()]
 
 
 def _tried(cells: Iterable[Cell]) -> str:

@@ -80,6 +80,16 @@ def test_the_best_is_bold_only_among_defences_that_met_the_same_attacks(tmp_path
     assert labels == ["partialface: unet (whitebox), linear (whitebox)", "blur: unet (whitebox)"]
 
 
+def test_recognisers_that_were_trained_differently_are_not_compared_in_silence(tmp_path):
+    folders = [
+        write_run(tmp_path / f"{defense}{epochs}", defense=defense, training={"epochs": epochs, "batch_size": 64})
+        for defense, epochs in (("none", 10), ("blur", 20))
+    ]
+    (labels,) = (labels for warning, labels in warnings([setting_of(*folders)]).items() if "trained" in warning)
+    assert labels == ["unet (whitebox) on none: epochs=10", "unet (whitebox) on blur: epochs=20"]
+    assert not any("trained" in warning for warning in warnings([setting_of(folders[0])]))
+
+
 def test_a_defence_that_no_attack_has_opened_is_not_the_best_and_its_rows_say_why(tmp_path):
     folders = [
         write_run(tmp_path / "a", ssim=(0.3,) * 8, above_floor=False, saturated=None),

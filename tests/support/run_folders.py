@@ -128,6 +128,7 @@ def write_run(
     error=None,
     image_size=64,
     dataset=None,
+    training=None,
 ):
     """Write one run directory and return it.
 
@@ -141,7 +142,7 @@ def write_run(
         "defense": defense, "attack": attack, "dataset": dataset, "knowledge": knowledge, "seed": seed,
         "image_size": image_size, "preset": "quick", "evaluator": None, "evaluator_backbone": "mobilefacenet",
         "data_root": "/home/somebody/faces", "defense_options": options or {}, "attack_options": {}, "queries": 1,
-        "dataset_options": {},
+        "dataset_options": {}, "training": training or {},
     }  # fmt: skip
     if error is not None:
         result = RunResult(run_id=run_id, protocol=protocol, status="error", error=error)
