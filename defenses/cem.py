@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from bench.randomness import base_seed, derived
 from defenses.base import DefenseOptions, DefenseTraining, Shape
-from defenses.client import ClientDefense, step_decay, train_jointly, with_noise
+from defenses.client import ClientDefense, sgd, step_decay, train_jointly, with_noise
 
 #: Channels of VGG11's convolutions, each followed by batch normalisation and ReLU, and where it pools (Simonyan and
 #: Zisserman, ICLR 2015, table 1, A; the last pooling is left out).
@@ -202,7 +202,7 @@ class CEM(ClientDefense):
         train_jointly(
             training,
             {"client": self.client, "recogniser": recogniser, "head": head},
-            lambda weights: [torch.optim.SGD(weights, lr=options.learning_rate, momentum=0.9, weight_decay=5e-4)],
+            sgd(options.learning_rate),
             loss,
             epochs=options.epochs,
             batch_size=options.batch_size,

@@ -81,6 +81,11 @@ def train_jointly(
             scheduler.step()
 
 
+def sgd(learning_rate: float) -> Callable[[list[nn.Parameter]], list[Optimizer]]:
+    """The optimiser of the ArcFace recipe, at this learning rate: SGD, momentum 0.9, weight decay 5e-4."""
+    return lambda weights: [torch.optim.SGD(weights, lr=learning_rate, momentum=0.9, weight_decay=5e-4)]
+
+
 def step_decay(
     training: DefenseTraining, batch_size: int, epochs: int, milestones: tuple[float, ...], factor: float
 ) -> Callable[[Optimizer], LRScheduler]:

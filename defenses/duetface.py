@@ -18,7 +18,7 @@ from torch.nn import functional
 from bench.nets.iresnet import halved
 from bench.nets.mobilefacenet import MobileFaceNet
 from defenses.base import Defense, DefenseOptions, DefenseTraining, Shape
-from defenses.client import step_decay, train_jointly
+from defenses.client import sgd, step_decay, train_jointly
 from defenses.frequency import CHANNELS, COLOURS, FrequencyOperator, block_dct
 
 #: What the client keeps of each colour; the other 54 channels are sent.
@@ -148,7 +148,7 @@ class DuetFace(Defense):
         train_jointly(
             training,
             networks,
-            lambda weights: [torch.optim.SGD(weights, lr=options.learning_rate, momentum=0.9, weight_decay=5e-4)],
+            sgd(options.learning_rate),
             loss,
             epochs=epochs,
             batch_size=options.batch_size,

@@ -17,8 +17,9 @@ from torch.nn import functional
 from bench.nets.iresnet import initialise
 from bench.nets.mobilefacenet import BOTTLENECKS, Bottleneck, convolution
 from bench.randomness import drawn_seed
+from defenses import draws
 from defenses.base import DefenseOptions, DefenseTraining, Shape
-from defenses.client import ClientDefense, step_decay, train_jointly
+from defenses.client import ClientDefense, sgd, step_decay, train_jointly
 from defenses.linear import blur_matrix, mosaic_matrix
 
 #: Lengths in pixels of 112: the median's window, the Gaussian's and its standard deviations, the sides of a mosaic's
@@ -203,7 +204,7 @@ class ProFaceC(ClientDefense):
         count, size = len(faces), self.image_size
 
         def uniform(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=generator, device=generator.device).to(faces.device)
+            return draws.uniform(shape, generator, faces.device)
 
         grid = PATCHES[0] + (uniform(count) * (PATCHES[1] - PATCHES[0] + 1)).long()
         filters = (3 * uniform(count, PATCHES[1], PATCHES[1])).long()
@@ -277,7 +278,7 @@ class ProFaceC(ClientDefense):
         train_jointly(
             training,
             networks,
-            lambda weights: [torch.optim.SGD(weights, lr=options.learning_rate, momentum=0.9, weight_decay=5e-4)],
+            sgd(options.learning_rate),
             loss,
             epochs=options.epochs,
             batch_size=options.batch_size,
