@@ -92,8 +92,9 @@ class Observation:
     Attributes:
         representations: float32 (N, k, C, h, w): k interceptions of each of N faces, fresh states each.
         states: int64 (N, k, D) at ``oracle`` where the defence draws states, else None.
-        keys: int64 (N, k, K), the keys of the faces' clients, where the attack needs :attr:`Capability.KEY`, or uses it
-            and the rung grants it, else None; also None where the defence has none.
+        keys: int64 (N, k, K), the keys of the faces' clients at each interception, where the attack needs
+            :attr:`Capability.KEY`, or uses it and the rung grants it, or steals templates beside which they are stored
+            (:attr:`defenses.template.TemplateDefense.key_stored`), else None; also None where the defence has none.
         templates: float32 (N, k, D), the provider's embedding of each representation, unit rows, where the attack
             needs :attr:`Capability.TEMPLATES`, else None.
         enrolled: float32 (N, D), the provider's class centre of each person: the normalised mean embedding of other
@@ -352,6 +353,14 @@ class RecoveryAttack(Attack):
         """Which row of :meth:`defenses.base.Defense.states` the attack takes each interception for: int64 (N, k).
 
         For an attack that infers states without layouts; asked where :meth:`infer_layout` gives None.
+        """
+        return None
+
+    def infer_embeddings(self, observation: Observation) -> Tensor | None:
+        """The embeddings (N, D) that the attack makes of a template defence's templates, or None.
+
+        Those of :meth:`defenses.template.TemplateDefense.embed`, of any length, which the harness holds against the
+        true ones.
         """
         return None
 

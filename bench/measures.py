@@ -258,6 +258,55 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         "Interceptions of which the attack names all that was drawn.", guard=_LEAKED),
     "state_channels": _rate(
         "channels", "state_inference.channels", "leakage", "Channels that the attack puts in their place."),
+    "embedding_cosine": Kind(
+        "embedding cosine", "inversion.cosine", "leakage",
+        "Cosine of the embedding that is made of stolen templates and the true one.", span="-1..1", headline=True),
+    "pass_same": _rate(
+        "pass", "inversion.same_far_1e2", "leakage",
+        "Estimates that pass against the stolen template, where 1 % of impostors do.", headline=True),
+    "pass_same_1e3": _rate(
+        "pass @1e-3", "inversion.same_far_1e3", "leakage", "As pass, where 0.1 % of impostors do."),
+    "pass_renewed": _rate(
+        "pass renewed", "inversion.renewed_far_1e2", "leakage",
+        "Estimates that pass against another image's template under a new key, where 1 % of impostors do.",
+        headline=True),
+    "pass_renewed_1e3": _rate(
+        "pass renewed @1e-3", "inversion.renewed_far_1e3", "leakage", "As pass renewed, where 0.1 % of impostors do."),
+    "estimate_d_sys": Kind(
+        "D_sys inverted", "inversion.d_sys", "leakage",
+        "Unlinkability of what is made of templates under two keys: 0 unlinkable, 1 fully linkable.", span="0..1"),
+    "estimate_maximal": Kind(
+        "maximal linkability inverted", "inversion.maximal", "leakage",
+        "Maximal linkability of what is made of templates under two keys.", unit="bits", span="0..1", decimals=2),
+    "estimate_d_sys_plain": Kind(
+        "D_sys inverted-plain", "inversion.d_sys_plain", "leakage",
+        "Unlinkability of what is made of a template and an unprotected embedding.", span="0..1"),
+    "own_accuracy": _rate(
+        "own key", "template.verification.own.accuracy", "utility",
+        "Pairs told apart right where each person shows the own key."),
+    "stolen_accuracy": _rate(
+        "stolen key", "template.verification.stolen.accuracy", "utility",
+        "Pairs told apart right where all show one key: what the face alone tells."),
+    "unknown_accuracy": _rate(
+        "unknown key", "template.verification.unknown.accuracy", "leakage",
+        "Pairs told apart right where a key is shown that was just drawn; 50 % is guessing."),
+    "replay": _rate(
+        "replay", "template.replay_far_1e2", "leakage",
+        "Revoked templates that pass under the new key, where 1 % of impostors do."),
+    "replay_1e3": _rate(
+        "replay @1e-3", "template.replay_far_1e3", "leakage", "As replay, where 0.1 % of impostors do."),
+    "diverse": _rate(
+        "diverse", "template.diverse_far_1e2", "privacy",
+        "Images whose templates under two keys are not taken for one person's, where 1 % of impostors are."),
+    "diverse_1e3": _rate(
+        "diverse @1e-3", "template.diverse_far_1e3", "privacy", "As diverse, where 0.1 % of impostors are."),
+    "template_d_sys": Kind(
+        "D_sys templates", "template.d_sys", "leakage",
+        "Unlinkability of templates under two keys, as the system compares: 0 unlinkable, 1 fully linkable.",
+        span="0..1"),
+    "template_maximal": Kind(
+        "maximal linkability", "template.maximal", "leakage",
+        "Maximal linkability of templates under two keys.", unit="bits", span="0..1", decimals=2),
     # Declared, not measured: how much an attacker has to guess. Exact, so the slightest loss counts.
     "entropy_bits": Kind(
         "entropy", "defense.entropy_bits", "privacy",

@@ -128,6 +128,45 @@ class StateInference(ResultModel):
     chance: float | None = Field(None, description="faces of uniform guessing, where the states can be counted")
 
 
+class TemplateProtection(ResultModel):
+    """What a template defence does, in the terms of ISO/IEC 30136, whatever an attack makes of its templates.
+
+    A system accepts at the threshold at which its own impostors, who show the claimed person's key, are accepted at a
+    rate of 1e-2 or 1e-3.
+    """
+
+    key_stored: bool = Field(description="whether the key lies beside the template")
+    verification: dict[str, Verification] = Field(
+        description="of the data set's pairs: own (each person shows the own key), stolen (one key for all), unknown "
+        "(who is to be verified shows a key that was just drawn)"
+    )
+    replay_far_1e2: Measure = Field(description="revoked templates that pass as templates under the new key")
+    replay_far_1e3: Measure
+    diverse_far_1e2: Measure = Field(description="images whose templates under two keys are not taken for one person's")
+    diverse_far_1e3: Measure
+    d_sys: Measure = Field(description="unlinkability of templates under two keys by the system's own comparison")
+    d_sys_chance: float | None = Field(None, description="what it comes to at most where nothing links")
+    maximal: Measure = Field(description="maximal linkability, in bits, of the same scores")
+
+
+class Inversion(ResultModel):
+    """What an attack makes of stolen templates: embeddings, held against the true ones."""
+
+    records: int = Field(description="stolen templates of a person, each under another key")
+    key: bool = Field(description="whether the keys were stolen with them")
+    cosine: Measure = Field(description="cosine of estimated and true embedding")
+    floor: Measure = Field(description="the same of the public faces' mean embedding")
+    same_far_1e2: Measure = Field(description="estimates that pass against the stolen template, under its key")
+    same_far_1e3: Measure
+    renewed_far_1e2: Measure = Field(
+        description="estimates that pass against another image's template under a new key, which is shown"
+    )
+    renewed_far_1e3: Measure
+    d_sys: Measure = Field(description="unlinkability of estimates of templates under two keys, by their cosine")
+    maximal: Measure = Field(description="maximal linkability, in bits, of the same scores")
+    d_sys_plain: Measure = Field(description="the same of an estimate and an unprotected embedding")
+
+
 class StrengthPoint(ResultModel):
     """What leaks to an attack of one budget."""
 
@@ -226,6 +265,7 @@ class AttackResult(ResultModel):
     recovery: Recovery | None = None
     linkage: Linkage | None = None
     state_inference: StateInference | None = None
+    inversion: Inversion | None = None
     strength: StrengthCurve | None = None
 
     def figure(self, name: str) -> Measure | None:
@@ -345,6 +385,8 @@ class RunResult(ResultModel):
     recovery: Recovery | None = None
     linkage: Linkage | None = None
     state_inference: StateInference | None = None
+    inversion: Inversion | None = None
+    template: TemplateProtection | None = Field(None, description="of a template defence")
     strength: StrengthCurve | None = None
     attacks: dict[str, AttackResult] = Field({}, description="of a run of several attacks, what each got, by its name")
     failed: dict[str, str] = Field(

@@ -14,7 +14,6 @@ import torch
 from lightning_fabric import Fabric
 from pydantic import BaseModel
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bench.errors import DefenseError
 from bench.randomness import base_seed, derived
@@ -479,57 +478,6 @@ class Defense(nn.Module, ABC):
             "bytes_per_face": self.bytes_per_face(),
             **({"epsilon": dict(self.epsilon)} if self.epsilon else {}),
         }
-
-
-class TemplateDefense(Defense):
-    """Protects what is stored of a face: the embedding of a recogniser that was trained on plain faces.
-
-    A subclass says what becomes of an embedding under a client's key (:meth:`enrol`) and how two of these compare.
-    ``protect`` gives templates (N, T, 1, 1). The recogniser belongs to the mechanism that an adversary is told, as it
-    runs at the client, but not to the defence's own weights: the harness attaches it.
-    """
-
-    level = "template"
-
-    def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
-        super().__init__(options, image_size=image_size)
-        self.embedding_size = 0
-        self._recogniser: tuple[nn.Module, ...] = ()  # a tuple, of which nn.Module takes no notice
-
-    def attach(self, recogniser: nn.Module, embedding_size: int) -> None:
-        """Take the recogniser whose embeddings (N, D) of plain faces (N, 3, H, W) are protected, D = embedding_size."""
-        self._recogniser, self.embedding_size = (recogniser,), embedding_size
-
-    def embed(self, faces: Tensor) -> Tensor:
-        """Plain embeddings (N, D) of faces and their mirror images together, unit rows, in the faces' type."""
-        if not self._recogniser:
-            raise ValueError(f"{self.name} protects embeddings and has no recogniser to make them: attach one")
-        with torch.autocast(faces.device.type, enabled=False):
-            both = self._recogniser[0](faces.float()) + self._recogniser[0](faces.float().flip(-1))
-        return functional.normalize(both.to(faces.dtype), dim=1)
-
-    @abstractmethod
-    def enrol(self, embeddings: Tensor, keys: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Templates (N, T) of embeddings (N, D), unit rows, under the keys int64 (N, k) of their clients."""
-
-    @abstractmethod
-    def compare(self, first: Tensor, second: Tensor) -> Tensor:
-        """Scores (N,) of templates (N, T), row by row, higher for the same person; of any length of the rows."""
-
-    def estimate(self, templates: Tensor, keys: Tensor) -> Tensor:
-        """What an adversary with stolen ``keys`` makes of templates (N, T): about the embeddings, (N, D).
-
-        The templates themselves by default.
-        """
-        return templates
-
-    def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Templates of a defence without keys, (N, T, 1, 1)."""
-        return self.enrol(self.embed(faces), None, generator)[..., None, None]
-
-    def keyed_transform(self, faces: Tensor, state: Tensor | None, keys: Tensor, generator: torch.Generator) -> Tensor:
-        """Templates under keys, (N, T, 1, 1)."""
-        return self.enrol(self.embed(faces), keys, generator)[..., None, None]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,10 @@ import torch
 from pydantic import BaseModel, Field, create_model, model_validator
 from torch import Tensor, nn
 
-from defenses.base import Defense, DefenseOptions, DefenseTraining, LinearOperator, Shape, TemplateDefense
+from bench.errors import UsageError
+from defenses.base import Defense, DefenseOptions, DefenseTraining, LinearOperator, Shape
 from defenses.linear import IdentityOperator
+from defenses.template import Misfit, TemplateDefense
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +315,103 @@ class Compose(Defense):
         return told | own
 
 
+class TemplateChain(TemplateDefense):
+    """A template defence of what a recogniser makes of protected faces; made by :func:`chain`.
+
+    What is stored is the template's. The defence before it is fitted, and the recogniser trained behind it, as if it
+    stood alone.
+    """
+
+    kinds: ClassVar[tuple[type[Defense], type[TemplateDefense]]]
+    options: ChainOptions
+
+    def __init__(self, options: DefenseOptions | None = None, *, image_size: int = 112) -> None:
+        super().__init__(options, image_size=image_size)
+        first, last = self.kinds
+        own = getattr(self.options, field_of(last))
+        before: Any = self.options
+        if not issubclass(first, Compose):
+            before = getattr(self.options, field_of(first))
+        else:
+            before = first.Options.model_validate({name: getattr(before, name) for name in first.Options.model_fields})
+        self.first = first(before, image_size=image_size)
+        self.template = last(own, image_size=image_size)
+        if self.first.draw_keys(1, torch.Generator().manual_seed(0)) is not None:
+            raise UsageError(
+                f"{self.first.name} draws a key for each client, as {self.template.name} does: a chain of both would "
+                "need two, which is not supported; protect what is stored behind a defence without keys"
+            )
+        self.template._behind = self._behind = (self.first,)
+        self.trainable = self.first.trainable or self.template.trainable
+
+    def attach(self, recogniser: nn.Module, embedding_size: int) -> None:
+        self.template.attach(recogniser, embedding_size)
+        super().attach(recogniser, self.template.embedding_size)
+
+    def embed(self, faces: Tensor, generator: torch.Generator) -> Tensor:
+        return self.template.embed(faces, generator)
+
+    @property
+    def template_size(self) -> int:
+        return self.template.template_size
+
+    @property
+    def views(self) -> int:
+        return self.template.views
+
+    def bytes_per_face(self, dtype: torch.dtype = torch.float32) -> int:
+        return self.template.bytes_per_face(dtype)
+
+    @property
+    def secret(self) -> Mapping[str, Tensor]:
+        return {
+            f"{member.name}.{key}": value
+            for member in (self.first, self.template)
+            for key, value in member.secret.items()
+        }
+
+    def guess(self, generator: torch.Generator) -> Self:
+        """The template of the guessed defence before it."""
+        if not self.secret:
+            return self
+        guessed = copy.copy(self)
+        guessed._modules = {"first": self.first.guess(generator), "template": copy.copy(self.template.guess(generator))}
+        guessed.template._behind = guessed._behind = (guessed.first,)
+        return guessed
+
+    def fit(self, training: DefenseTraining) -> None:
+        """Fit the template defence; the one before it is fitted already."""
+        self.first.eval()
+        if self.template.trainable:
+            self.template.fit(training)
+
+    def draw_keys(self, count: int, generator: torch.Generator) -> Tensor | None:
+        return self.template.draw_keys(count, generator)
+
+    def expand(self, key: Tensor) -> Tensor:
+        return self.template.expand(key)
+
+    def enrol(self, embeddings: Tensor, keys: Tensor | None, generator: torch.Generator) -> Tensor:
+        return self.template.enrol(embeddings, keys, generator)
+
+    def compare(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.template.compare(first, second)
+
+    def match(self, stored: Tensor, embeddings: Tensor, keys: Tensor | None, generator: torch.Generator) -> Tensor:
+        return self.template.match(stored, embeddings, keys, generator)
+
+    def misfit(self, templates: Tensor, keys: Tensor) -> Misfit | None:
+        return self.template.misfit(templates, keys)
+
+    def estimate(self, templates: Tensor, keys: Tensor) -> Tensor | None:
+        return self.template.estimate(templates, keys)
+
+    def describe(self) -> dict[str, Any]:
+        """Adds what the defence before it says of what travels."""
+        travels = self.first.describe()
+        return super().describe() | {"travels": {key: travels[key] for key in ("bytes_per_face", "entropy_bits")}}
+
+
 def field_of(kind: type[Defense]) -> str:
     """How a member is called among the options of a chain."""
     return kind.name.replace("-", "_")
@@ -322,19 +422,25 @@ def _joined(drawn: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(rows, dim=1) if rows else None
 
 
-def chain(kinds: Sequence[type[Defense]]) -> type[Compose]:
+def chain(kinds: Sequence[type[Defense]]) -> type[Defense]:
     """The defence that sends each face through defences of some ``kinds``, two at least, one after the other.
+
+    The last may be a template defence, which then protects the embeddings of a recogniser behind the others.
 
     Raises:
         ValueError: they cannot stand behind one another; the message says why.
     """
     first, *others = kinds
     name = "+".join(kind.name for kind in kinds)
-    if any(issubclass(kind, TemplateDefense) for kind in kinds):
-        raise ValueError("a template defence protects an embedding, with a comparison of its own: it takes no chain")
     if len(set(kinds)) < len(kinds):
         raise ValueError("name each member once: their options would be mixed up")
-    for kind in others:
+    last = kinds[-1]
+    if any(issubclass(kind, TemplateDefense) for kind in kinds[:-1]):
+        raise ValueError(
+            "a template defence protects an embedding, with a comparison of its own: it can only come last"
+        )
+    stored = last if issubclass(last, TemplateDefense) else None
+    for kind in others[:-1] if stored else others:
         if not issubclass(kind, PostProcess):
             raise ValueError(f"{kind.name} takes faces, not what {first.name} makes of them: it can only come first")
     presets: dict[str, dict[str, Any]] = {}
@@ -347,7 +453,6 @@ def chain(kinds: Sequence[type[Defense]]) -> type[Compose]:
     }
     facts = {
         "__module__": __name__,
-        "kinds": tuple(kinds),
         "name": name,
         "summary": ", then ".join(kind.summary for kind in kinds),
         "reference": "; ".join(dict.fromkeys(kind.reference for kind in kinds if kind.reference)),
@@ -357,8 +462,16 @@ def chain(kinds: Sequence[type[Defense]]) -> type[Compose]:
         "departures": {f"{field_of(kind)}.{key}": told for kind in kinds for key, told in kind.departures.items()},
         "Options": create_model("ChainOptions", __base__=ChainOptions, **fields),
         "level": first.level,
-        "trainable": first.trainable or any(issubclass(kind, PostProcess) and kind.learns_behind for kind in others),
+        "trainable": first.trainable
+        or any(
+            kind.trainable if kind is stored else issubclass(kind, PostProcess) and kind.learns_behind
+            for kind in others
+        ),
         "differentiable": all(kind.differentiable for kind in kinds),
         "presets": presets,
     }
-    return type(name, (Compose,), facts)
+    if stored is None:
+        return type(name, (Compose,), facts | {"kinds": tuple(kinds)})
+    before = first if len(kinds) == 2 else chain(kinds[:-1])
+    facts |= {"kinds": (before, stored), "level": "template", "key_stored": stored.key_stored}
+    return type(name, (TemplateChain,), facts | {"fidelity": stored.fidelity, "differentiable": stored.differentiable})

@@ -274,6 +274,8 @@ def floors(cells: Sequence[Cell], name: str) -> dict[str, Measure]:
         if result.linkage is not None:
             value = result.linkage.d_sys_chance if name == "d_sys" else KINDS[name].guess
             guesses["guessing"] = None if value is None else Measure(value=value, direction=KINDS[name].direction)
+        if result.inversion is not None and name == "embedding_cosine":
+            guesses["mean embedding"] = result.inversion.floor
         for label, measure in guesses.items():
             if measure is not None and leak(name, measure) > leak(name, highest.get(label)):
                 highest[label] = measure

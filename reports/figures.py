@@ -1,4 +1,4 @@
-"""Figures of a report: utility against privacy, ROC curves and scores, strength of attackers, training curves."""
+"""Figures of a report: utility against privacy, inverted templates, ROC curves and scores, budgets, training curves."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bench.measures import KINDS
-from bench.results import Measure, StrengthCurve
+from bench.measures import KINDS, leak
+from bench.results import Inversion, Measure, StrengthCurve
 from reports.cells import Cell, Setting, floors, lowest_accuracy, worst_case
-from reports.summary import fastest
-from reports.svg import INK, LINES, MUTED, SERIES, Drawing, draw, entry, series, spread
+from reports.summary import fastest, stolen
+from reports.svg import INK, LINES, MARKERS, MUTED, SERIES, Drawing, draw, entry, series, spread
 
 
 def pareto(setting: Setting, number: int, name: str) -> Drawing | None:
@@ -83,6 +83,47 @@ def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         if not front or point[1] < front[-1][1]:
             front.append(point)
     return front
+
+
+# -- templates -------------------------------------------------------------------------------------
+
+
+def template_figure(setting: Setting, number: int) -> Drawing | None:
+    """Verification under a stolen key to the right, inverted templates that pass at FAR 1e-2 upwards.
+
+    A colour for each template defence and a marker for what was stolen: one template or several, with keys or without.
+    Of several attacks the one of which most pass. None where no template was inverted.
+    """
+    most: dict[tuple[str, str], tuple[Measure, Inversion]] = {}
+    for cell, result in setting.measured:
+        template, inversion = cell.run.result.template, result.inversion
+        if template is None or inversion is None or "stolen" not in template.verification:
+            continue
+        place, accuracy = (cell.defense, stolen(inversion)), template.verification["stolen"].accuracy
+        before = most[place][1].same_far_1e2 if place in most else None
+        if accuracy.value is not None and leak("pass_same", inversion.same_far_1e2) > leak("pass_same", before):
+            most[place] = accuracy, inversion
+    if not most:
+        return None
+    colours = {defense: SERIES[n % len(SERIES)] for n, defense in enumerate(dict.fromkeys(name for name, _ in most))}
+    labels = ("accuracy under a stolen key, %", "inverted templates that pass at FAR 1e-2, %")
+    title = "Inverted templates against verification"
+    with draw(f"templates-drawn-{number}", title, labels, synthetic=setting.synthetic) as drawing:
+        axes = drawing.axes
+        for (defense, what), (accuracy, inversion) in most.items():
+            x, y = 100 * (accuracy.value or 0.0), 100 * (inversion.same_far_1e2.value or 0.0)
+            bars: Any = {"xerr": _error(accuracy, 100), "yerr": _error(inversion.same_far_1e2, 100), "elinewidth": 0.8}
+            style: Any = {"color": colours[defense], "linestyle": "none"}
+            style["marker"] = MARKERS[2 * (inversion.records > 1) + (not inversion.key)]
+            axes.errorbar(x, y, **bars, **style, label=entry(f"{defense}: {what}"))
+            renewed = inversion.renewed_far_1e2.value
+            again = "" if renewed is None else f", {100 * renewed:.3g} % against another image's under a new key"
+            drawing.told.append(f"{defense}: {what}: {y:.3g} % pass{again}; accuracy under a stolen key {x:.1f} %")
+        axes.axhline(1, color=MUTED, linewidth=0.8, label="impostors (FAR 1e-2)")
+        axes.text(0.99, 0.02, "better ↘", transform=axes.transAxes, ha="right", va="bottom", color=MUTED)
+        axes.margins(0.12, 0.12)
+        drawing.closing = " Lower and further right is better."
+    return drawing
 
 
 # -- pairs of faces --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from bench.measures import KINDS, MISSING
 from bench.results import Measure, measures
 from reports.cells import Cell, Setting, lowest_accuracy, worst_case, worst_floor
 from reports.provenance import provenance, warnings
-from reports.summary import LEAKS, failures, findings, recovery_table, subject, summary, worst_rows
+from reports.summary import LEAKS, failures, findings, recovery_table, subject, summary, template_table, worst_rows
 from reports.table import Column, Entry, Row, Table
 
 # -- Markdown ---------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def report_markdown(settings: Sequence[Setting], speed: Table | None = None) -> 
         }
         lines = (f"{defense}: {facts or 'nothing was measured.'}" for defense, facts in told.items())
         parts += [f"## {markdown_text(subject(setting))}", "\n".join(f"- {markdown_text(line)}" for line in lines)]
-        tables = (summary(setting, number), recovery_table(setting, number))
+        tables = (summary(setting, number), template_table(setting, number), recovery_table(setting, number))
         parts += [_pipe_table(table) for table in tables if table is not None]
     if speed is not None:
         parts += ["## Speed", _pipe_table(speed)]
@@ -115,10 +115,11 @@ def latex_text(text: str) -> str:
 
 
 def report_latex(settings: Sequence[Setting], speed: Table | None = None) -> str:
-    """The summaries of all settings, each as tables that fit a page."""
+    """The summaries and template defences of all settings, each as tables that fit a page."""
     parts = ["% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc} with \\usepackage{textcomp}."]
     for number, setting in enumerate(settings, start=1):
         parts += [f"% {latex_text(subject(setting))}", *_latex_tables(summary(setting, number))]
+        parts += [] if (templates := template_table(setting, number)) is None else _latex_tables(templates)
     parts += [] if speed is None else _latex_tables(speed)
     return "\n\n".join(parts) + "\n"
 
@@ -204,7 +205,7 @@ def _lines(cell: Cell) -> Iterator[Sequence[Any]]:
 def _figures(cell: Cell) -> Iterator[tuple[str, Measure]]:
     """(place, measure) of everything measured, with bytes and rates as measures without an interval."""
     result = cell.run.result
-    parts = {"utility": result.utility}
+    parts: dict[str, object] = {"utility": result.utility, "template": result.template}
     parts |= {name: value for name, value in cell.result or () if name != "attack"}
     yield from measures(parts)
     if result.defense is not None:

@@ -21,7 +21,7 @@ from bench.measures import KINDS
 from bench.run.archive import data_uri, load_runs
 from reports.benchmarks import benchmark_table
 from reports.cells import Setting, settings
-from reports.figures import distributions, pareto, roc_figure, strength_figures, training_figures
+from reports.figures import distributions, pareto, roc_figure, strength_figures, template_figure, training_figures
 from reports.formats import leaderboard_csv, leaderboard_markdown, report_csv, report_latex, report_markdown
 from reports.gallery import may_show, sheets
 from reports.maps import confusion_figures, frequency_figures, state_figure
@@ -37,6 +37,7 @@ from reports.summary import (
     recovery_table,
     subject,
     summary,
+    template_table,
     worst_rows,
 )
 from reports.table import Table
@@ -110,8 +111,10 @@ def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> dic
         "synthetic": setting.synthetic,
         "findings": findings(setting),
         "summary": summary(setting, number),
+        "templates": template_table(setting, number),
         "drawings": {
             "Privacy against utility and speed": list(filter(None, pareto_figures)),
+            "Inverted templates": list(filter(None, [template_figure(setting, number)])),
             "Telling people apart": [*filter(None, curves), *distributions(setting, number)],
             "Stronger attackers": strength_figures(setting, number),
             "What the defence drew": [*filter(None, [states]), *confusion_figures(setting, number)],

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from bench.measures import KINDS, interval, leak, shown
-from bench.results import NO_BETTER, EvaluatorInfo, Measure
+from bench.results import NO_BETTER, EvaluatorInfo, Inversion, Measure, TemplateProtection, measures
 from reports.cells import Cell, Setting, Worst, floors, lowest_accuracy, worst_case, worst_floor
 from reports.published import matching
 from reports.table import Column, Entry, Row, Table, measured
@@ -15,6 +15,8 @@ from reports.table import Column, Entry, Row, Table, measured
 #: Figures of the summary that an attack earned, in their order.
 LEAKS = tuple(name for name, kind in KINDS.items() if kind.headline)
 _RECOVERY = tuple(name for name, kind in KINDS.items() if kind.place.startswith("recovery."))
+#: Of templates, before what an attack makes of them.
+_TEMPLATES = tuple(name for group in ("template", "inversion") for name, kind in KINDS.items() if kind.group == group)
 
 SYNTHETIC = "synthetic faces"
 
@@ -223,6 +225,59 @@ def recovery_table(setting: Setting, number: int) -> Table | None:
     return Table(f"recovery-{number}", caption, columns, tuple(rows), headers=2) if rows else None
 
 
+def template_table(setting: Setting, number: int) -> Table | None:
+    """Template defences: verification under each key, what stolen templates give away, and how far they can be linked.
+
+    One row for each attack on a template defence; None where there is no such defence.
+    """
+    rows = []
+    for cell, result in setting.measured:
+        if (template := cell.run.result.template) is None:
+            continue
+        known = dict(measures({"template": template, "inversion": result.inversion}))
+        notes = _template_notes(template, result.inversion)
+        figures = {name: measured(name, known.get(KINDS[name].place), note=notes.get(name, "")) for name in _TEMPLATES}
+        named = {"defence": Entry(cell.defense), "attack": Entry(cell.attack, note=cell.verdict)}
+        rows.append(Row({**named, "stolen": Entry(stolen(result.inversion)), **figures}))
+    caption = (
+        f"Template protection: {subject(setting)}. The properties are those of ISO/IEC 30136: accuracy under each key "
+        "(below it the EER), irreversibility (the cosine of inverted templates, and how many of them pass) and "
+        "unlinkability (D_sys and maximal linkability, with the bound that it sets to any test that links)."
+    )
+    columns = (*map(Column.of_text, ("defence", "attack", "stolen")), *map(Column.of_figure, _TEMPLATES))
+    table = Table(f"templates-{number}", caption, columns, tuple(rows), headers=3)
+    return table.without_empty_columns() if rows else None
+
+
+def stolen(inversion: Inversion | None) -> str:
+    """What was stolen of each person: how many templates, and whether with their keys."""
+    if inversion is None:
+        return Entry().text
+    count = f"{inversion.records} template{'s' * (inversion.records != 1)}"
+    return f"{count}, {'with' if inversion.key else 'without'} keys"
+
+
+def _template_notes(template: TemplateProtection, inversion: Inversion | None) -> dict[str, str]:
+    """Figure -> what it has to be read against."""
+    notes = {f"{key}_accuracy": f"EER {shown('eer', pairs.eer)}" for key, pairs in template.verification.items()}
+    notes["template_d_sys"] = "" if template.d_sys_chance is None else f"chance {template.d_sys_chance:.3f}"
+    maximal = {"template_maximal": template.maximal}
+    if inversion is not None:
+        notes["embedding_cosine"] = f"floor {shown('embedding_cosine', inversion.floor)}"
+        maximal["estimate_maximal"] = inversion.maximal
+    bounds = {name: most_linked(measure) for name, measure in maximal.items()}
+    return notes | {
+        name: f"TMR at most {100 * bound:.1f} % at FMR 1e-2" for name, bound in bounds.items() if bound is not None
+    }
+
+
+def most_linked(maximal: Measure) -> float | None:
+    """What maximal linkability leaves to any test that links: the highest TMR at an FMR of 1e-2; None where unknown."""
+    from bench.metrics.unlinkability import tmr_bound
+
+    return None if maximal.value is None else tmr_bound(maximal.value, 0.01)
+
+
 def failures(settings: Sequence[Setting]) -> list[tuple[str, str]]:
     """(label, reason) of every run that has no figures, and of every attack that gave up in one that has."""
     runs = [
@@ -242,6 +297,7 @@ _QUESTIONS = {
     "ssim": "How much of the picture comes back?",
     "type1_tar": "How many recovered faces pass for their person?",
     "linkage": "How often are protected and plain faces linked?",
+    "pass_same": "How often does what is made of a stolen template pass for it?",
 }
 
 

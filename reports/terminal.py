@@ -16,13 +16,14 @@ from bench.gate.baseline import Baseline
 from bench.gate.compare import Difference
 from bench.gate.formats import COLUMNS, cells, interval, number
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Verdict
-from bench.measures import KINDS, MISSING, leak, shown
+from bench.measures import KINDS, MISSING, kind_at, leak, shown
 from bench.results import (
     NO_BETTER,
     AttackInfo,
     AttackResult,
     EvaluatorInfo,
     Identity,
+    Inversion,
     Linkage,
     Measure,
     Quality,
@@ -30,12 +31,14 @@ from bench.results import (
     RunPlan,
     RunResult,
     StrengthCurve,
+    TemplateProtection,
     Throughput,
     Verification,
     measures,
 )
 from bench.sweep.cells import KeyFigure, Status, SweepState
 from reports.cells import labels
+from reports.summary import most_linked, stolen
 
 _QUALITY = tuple(name for name, kind in KINDS.items() if kind.group == "recovery")
 #: A terminal has no room for more; metrics.json and the report hold ranks 5 and 20 and the distance, too.
@@ -84,13 +87,15 @@ def figure(name: str, measure: Measure | None, *, bounds: bool = True) -> str:
 
 
 def render_result(result: RunResult, directory: Path) -> RenderableType:
-    """Everything a run has to say: utility, what each attack got, the worst case, throughput, warnings, files."""
+    """Everything a run has to say: utility, templates, each attack, the worst case, throughput, warnings, files."""
     parts: list[RenderableType] = [_headline(result)]
     if (utility := result.utility) is not None:
         rows = {result.defense.name if result.defense else "protected": utility, "unprotected": utility.unprotected}
         if utility.teacher is not None and result.teacher is not None:
             rows[f"its teacher, {result.teacher.name}"] = utility.teacher
         parts.append(_verifications(f"Recognition of the victims ({utility.pairs} pairs)", rows))
+    if result.template is not None:
+        parts += _template(result.template)
     for name, attack in result.attack_results.items():
         parts += [Text(f"Attack {name}", style="bold underline")] if result.attacks else []
         parts += _attack(name, attack, result)
@@ -140,11 +145,63 @@ def _verifications(title: str, rows: Mapping[str, Verification]) -> RenderableTy
     return _table(title, ["", "accuracy %", "AUC %", "EER %", *(f"TAR@{far} %" for far in fars)], table)
 
 
+def _template(template: TemplateProtection) -> Iterable[RenderableType]:
+    pairs = next(iter(template.verification.values())).pairs
+    where = "beside the templates" if template.key_stored else "apart from the templates"
+    title = f"Template protection ({pairs} pairs; keys are kept {where})"
+    yield _verifications(title, {f"{key} key": row for key, row in template.verification.items()})
+    replay, diverse = (
+        f"{figure(name, at_1e2)} % at FAR 1e-2, {figure(f'{name}_1e3', at_1e3)} % at 1e-3"
+        for name, at_1e2, at_1e3 in (
+            ("replay", template.replay_far_1e2, template.replay_far_1e3),
+            ("diverse", template.diverse_far_1e2, template.diverse_far_1e3),
+        )
+    )
+    yield Text(f"renewability: revoked templates that pass under the new key: {replay}")
+    yield Text(f"diversity: images that are not known again under another key: {diverse}")
+    chance = "" if template.d_sys_chance is None else f"; chance reaches {template.d_sys_chance:.3f}"
+    yield Text(
+        "unlinkability of templates under two keys: "
+        f"D_sys {figure('template_d_sys', template.d_sys)} (0 unlinkable, 1 fully linkable{chance})"
+    )
+    yield Text(f"  {_maximal('template_maximal', template.maximal)}")
+
+
+def _maximal(name: str, maximal: Measure) -> str:
+    """Maximal linkability, and what it leaves to any test that links."""
+    bound = most_linked(maximal)
+    limits = "" if bound is None else f" (TMR at most {100 * bound:.1f} % at FMR 1e-2)"
+    return f"maximal linkability {figure(name, maximal)} bits{limits}"
+
+
+def _inversion(inversion: Inversion) -> Iterable[Text]:
+    same, renewed = (
+        f"{figure(name, at_1e2)} % at FAR 1e-2, {figure(f'{name}_1e3', at_1e3)} % at 1e-3"
+        for name, at_1e2, at_1e3 in (
+            ("pass_same", inversion.same_far_1e2, inversion.same_far_1e3),
+            ("pass_renewed", inversion.renewed_far_1e2, inversion.renewed_far_1e3),
+        )
+    )
+    yield Text(
+        f"Inversion ({stolen(inversion)}): embedding cosine {figure('embedding_cosine', inversion.cosine)} "
+        f"(floor: {figure('embedding_cosine', inversion.floor)})"
+    )
+    yield Text(f"  pass against the stolen template: {same}")
+    yield Text(f"  pass against another image's template under a new key: {renewed}")
+    yield Text(
+        f"  linked across keys: D_sys {figure('estimate_d_sys', inversion.d_sys)}, "
+        f"{_maximal('estimate_maximal', inversion.maximal)}"
+    )
+    yield Text(f"  linked with unprotected embeddings: D_sys {figure('estimate_d_sys_plain', inversion.d_sys_plain)}")
+
+
 def _attack(name: str, attack: AttackResult, result: RunResult) -> Iterable[RenderableType]:
     if attack.recovery is not None:
         yield from _recovery(name, attack.recovery, result)
     if attack.linkage is not None:
         yield from _linkage(attack.linkage)
+    if attack.inversion is not None:
+        yield from _inversion(attack.inversion)
     yield _judged(attack.attack)
     if (inference := attack.state_inference) is not None:
         chance = "" if inference.chance is None else f" (guessing: {100 * inference.chance:.1f} %)"
@@ -298,13 +355,17 @@ def _throughput(throughput: Mapping[str, Throughput], sent: int) -> RenderableTy
 
 def _reasons(result: RunResult) -> Iterable[str]:
     """Why figures that stand in the tables are missing."""
-    parts: list[object] = [result.utility]
+    parts: list[object] = [result.utility, result.template and result.template.verification]
+    protected = {"template": result.template}
     for attack in result.attack_results.values():
         parts.append(attack.recovery and attack.recovery.model_copy(update={"floors": {}}))
         if (linkage := attack.linkage) is not None and not linkage.protected_plain.pairs:
             yield f"linkage: {linkage.protected_plain.accuracy.reason}"
         elif linkage is not None:
             parts += [each for each in (linkage.protected_plain, linkage.protected_protected) if each.pairs]
+        for place, measure in measures(protected | {"inversion": attack.inversion}):
+            if measure.value is None and (kind := kind_at(place)) is not None:
+                yield f"{kind.heading}: {measure.reason}"
     for part in parts:
         for place, measure in measures(part):
             name = place.rpartition(".")[2]

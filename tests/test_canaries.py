@@ -205,8 +205,10 @@ PUBLISHED = [name for name, defense in plugins.defenses().items() if defense.fid
 
 
 def attacked_by_what_applies(defense: str, options: dict[str, Any], judge: Path, out: Path, **more: Any) -> RunResult:
-    """By ``linear`` where the defence declares a linear map, else by ``unet``."""
+    """By ``linear`` where the defence declares a linear map, else by ``unet``; templates with their stolen keys."""
     mechanism = plugins.make_defense(defense, options, WORLD["preset"], SIZE)
+    if mechanism.level == "template":
+        return attacked("template", defense, options, judge, out, knowledge="oracle", **more)
     states = mechanism.states()
     declared = mechanism.linear_operator(None if states is None else states[0]) is not None
     return attacked("linear" if declared else "unet", defense, options, judge, out, **more)
@@ -238,5 +240,9 @@ def test_a_published_defence_is_recognised_and_attacked(name, judge, out):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_weakened_defence_lets_attacks_in(name, judge, out):
     result = attacked_by_what_applies(name, dict(plugins.defenses().get(name).weakened), judge, out)
+    if (inversion := result.inversion) is not None:
+        assert inversion.cosine.value > max(0.9, inversion.floor.value + 0.05)
+        assert inversion.same_far_1e2.value > 0.9
+        return
     assert (result.attack.above_floor, result.attack.broken) == (True, False)
     assert value(result.recovery, "ssim") > best_floor(result, "ssim") + 0.15

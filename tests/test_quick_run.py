@@ -24,6 +24,8 @@ KEYS = {
     "recovery",
     "linkage",
     "state_inference",
+    "inversion",
+    "template",
     "strength",
     "attacks",
     "worst_case",

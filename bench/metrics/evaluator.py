@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bench.data.faces import FaceSet, PairProtocol
 from bench.errors import DataError, MissingError, UsageError
 from bench.images import to_float
-from bench.nets.onnx import OnnxEncoder, file_digest, files_of, resized
+from bench.nets.onnx import OnnxEncoder, OnnxRecogniser, file_digest, files_of, resized
 
 #: People, and pairs of either kind, that the form of a judge's input is found on.
 PROBED = 96
@@ -141,6 +141,12 @@ class Evaluator:
         return embeddings.to(batch.device, torch.float32)
 
 
+def brought_recogniser(evaluator: Evaluator, image_size: int) -> OnnxRecogniser:
+    """The network of a file, as the provider's recogniser of plain faces of ``image_size`` pixels a side."""
+    assert isinstance(evaluator._network, OnnxEncoder)
+    return OnnxRecogniser(evaluator._network, image_size)
+
+
 def check_evaluators(paths: Sequence[Path]) -> None:
     """Try each file on a face.
 
@@ -155,19 +161,20 @@ def check_evaluators(paths: Sequence[Path]) -> None:
             raise UsageError(f"--evaluator: {twin} and {path} are one file: each judge counts once")
 
 
-def check_teacher(path: Path, evaluators: Sequence[Path]) -> None:
-    """Try the teacher on a face, and refuse one that is also a judge.
+def check_no_judge(path: Path, evaluators: Sequence[Path], role: str) -> None:
+    """Try the provider's ``teacher``, or its ``recogniser``, on a face, and refuse one that is also a judge.
 
     Raises:
         MissingError, DataError: as :meth:`Evaluator.from_onnx`.
         UsageError: it is one of the ``evaluators``, byte for byte.
     """
-    digest = _tried(path, "teacher")
+    digest = _tried(path, role)
     for evaluator in evaluators:
         if file_digest(evaluator) == digest:
+            is_it = "one that the provider's was trained by" if role == "teacher" else "the provider's own"
             raise UsageError(
-                f"--teacher {path} and --evaluator {evaluator} are one file: the recogniser that judges leakage may "
-                "not be one that the provider's was trained by; give --teacher, or --evaluator, another"
+                f"--{role} {path} and --evaluator {evaluator} are one file: the recogniser that judges leakage may "
+                f"not be {is_it}; give --{role}, or --evaluator, another"
             )
 
 

@@ -149,9 +149,14 @@ class ResidualNet(nn.Module):
         self.output = EmbeddingOutput((width, *features), embedding_size, dropout)
         initialise(self)
 
+    def maps(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to the last feature map, (N, widths[-1], *features)."""
+        maps: Tensor = self.stages(self.stem(x))
+        return maps
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) to float32 embeddings (N, D), not normalised."""
-        embedding: Tensor = self.output(self.stages(self.stem(x)))
+        embedding: Tensor = self.output(self.maps(x))
         return embedding
 
 

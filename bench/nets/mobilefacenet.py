@@ -94,9 +94,14 @@ class MobileFaceNet(nn.Module):
         self.embedding_norm = nn.BatchNorm1d(embedding_size)
         initialise(self)
 
+    def maps(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) to the last feature map, (N, 512, ceil(h / 16), ceil(w / 16)) unless the input is reduced."""
+        maps: Tensor = self.features(x)
+        return maps
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) to float32 embeddings (N, D), not normalised."""
-        pooled = torch.flatten(self.global_depthwise(self.features(x)), 1)
+        pooled = torch.flatten(self.global_depthwise(self.maps(x)), 1)
         embedding = self.linear(self.dropout(pooled))
         normed: Tensor = self.embedding_norm(embedding.to(self.embedding_norm.weight.dtype))
         return normed

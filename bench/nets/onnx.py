@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from bench.files import sha256
 from bench.images import to_float
+from bench.nets.recogniser import Recogniser, RecogniserSpec
 
 #: Input range -> scale and shift of faces in [0, 1]. The first is what the field publishes.
 RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -360,6 +361,36 @@ class OnnxEncoder(nn.Module):
         span, colours = best([(span, 1)])
         # Under the wrong order of colours the ranges may have been hard to tell apart.
         self.form.copy_(torch.tensor(best((number, colours) for number in self._ranges)))
+
+
+class OnnxRecogniser(Recogniser):
+    """A recogniser of plain faces that was brought along: an :class:`OnnxEncoder`, which has no gradients.
+
+    It takes faces of ``image_size`` pixels a side.
+    """
+
+    def __init__(self, encoder: OnnxEncoder, image_size: int) -> None:
+        nn.Module.__init__(self)
+        self.spec = RecogniserSpec(
+            backbone=f"onnx:{encoder.path.stem}",
+            representation_shape=(3, image_size, image_size),
+            embedding_size=encoder.embedding_size,
+        )
+        self.encoder = encoder
+
+    def forward(self, representation: Tensor) -> Tensor:
+        """Embeddings float32 (N, D), not normalised, of faces (N, 3, H, W) in [0, 1]."""
+        embedding: Tensor = self.encoder(representation)
+        return embedding
+
+    def maps(self, representation: Tensor) -> Tensor:
+        """The embeddings, (N, D, 1, 1): a file tells of nothing else."""
+        maps: Tensor = self(representation)[..., None, None]
+        return maps
+
+    def __deepcopy__(self, memo: object) -> OnnxRecogniser:
+        """Itself: nothing can change it, and its session cannot be copied."""
+        return self
 
 
 def separation(scores: Tensor, same: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -132,6 +133,11 @@ class Recogniser(nn.Module):
         )
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return next(itertools.chain(self.parameters(), self.buffers())).device
+
+    @property
     def parameter_count(self) -> int:
         """Learned values, all layers."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -142,18 +148,35 @@ class Recogniser(nn.Module):
         Raises:
             ValueError: another shape than the recogniser was built for.
         """
+        embedding: Tensor = self.backbone(self._normalised(representation))
+        return embedding
+
+    def maps(self, representation: Tensor) -> Tensor:
+        """The backbone's last feature map, (N, C', h', w'), which its embedding is made of.
+
+        Of a backbone that has none, the embedding as a map of one place, (N, D, 1, 1).
+
+        Raises:
+            ValueError: another shape than the recogniser was built for.
+        """
+        x = self._normalised(representation)
+        last = getattr(self.backbone, "maps", None)
+        maps: Tensor = self.backbone(x)[..., None, None] if last is None else last(x)
+        return maps
+
+    def _normalised(self, representation: Tensor) -> Tensor:
+        """What the backbone is fed."""
         if tuple(representation.shape[1:]) != self.spec.representation_shape:
             raise ValueError(
                 f"this recogniser takes representations (N, {', '.join(map(str, self.spec.representation_shape))}), "
                 f"got {tuple(representation.shape)}"
             )
         device = representation.device.type
-        x = self.normalisation(representation)
+        x: Tensor = self.normalisation(representation)
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         # Narrow first, reorder second: reordering moves half the bytes that way.
-        embedding: Tensor = self.backbone(x.contiguous(memory_format=torch.channels_last))
-        return embedding
+        return x.contiguous(memory_format=torch.channels_last)
 
     def embed(self, representation: Tensor) -> Tensor:
         """Unit embeddings, float32 (N, D), whose dot products are cosines."""
@@ -176,6 +199,10 @@ class TemplateReader(Recogniser):
     def forward(self, representation: Tensor) -> Tensor:
         """The templates, (N, T)."""
         return representation.flatten(1)
+
+    def embed(self, representation: Tensor) -> Tensor:
+        """The templates as they are stored, float32 (N, T): what compares them may look at their length."""
+        return self(representation).float()
 
 
 def build_recogniser(

@@ -49,7 +49,7 @@ def embed_faces(
     Returns:
         float32 (N, D) on the CPU, rows of norm 1.
     """
-    device = next(recogniser.parameters()).device
+    device = recogniser.device
     defense = defense.to(device)
     was_training = recogniser.training
     recogniser.eval()

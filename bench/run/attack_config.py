@@ -162,12 +162,14 @@ def check_attack(
     knowledge: str,
     evaluators: Sequence[Path] = (),
     teacher: Path | None = None,
+    recogniser: Path | None = None,
 ) -> None:
     """Refuse, before any compute, an attack that cannot work, or that was given another role's recogniser.
 
     Raises:
         UsageError: it needs what the rung ``knowledge`` does not grant (the message names the rungs that would do), or
-            an option of it is one of the ``evaluators`` or the provider's ``teacher``, under whatever name.
+            an option of it is one of the ``evaluators``, or the provider's ``teacher`` or ``recogniser``, under
+            whatever name.
         MissingError: a file keeps weights in another that is not there.
         NotApplicableError: the attack says that it cannot work on this defence.
     """
@@ -178,9 +180,14 @@ def check_attack(
             f"use --knowledge {enough or 'of another attack'}"
         )
     taken = {file_digest(file): (file, "evaluator") for file in evaluators if file.is_file()}
-    if teacher is not None:
-        taken[file_digest(teacher)] = (teacher, "teacher")
-    why = {"evaluator": "that judges leakage", "teacher": "that the provider's is trained by"}
+    for role, file in (("teacher", teacher), ("recogniser", recogniser)):
+        if file is not None:
+            taken[file_digest(file)] = (file, role)
+    why = {
+        "evaluator": "that judges leakage",
+        "teacher": "that the provider's is trained by",
+        "recogniser": "that is the provider's",
+    }
     for option, digest in option_files(attack).items():
         if digest in taken:
             file, role = taken[digest]

@@ -33,6 +33,7 @@ from attacks.base import (
 )
 from bench.data.faces import FaceSet
 from bench.data.splits import whole_identities
+from bench.errors import DataError
 from bench.files import write_text
 from bench.images import to_float
 from bench.metrics.identity import Probes, content_ids, select_probes
@@ -45,6 +46,7 @@ from bench.run.service import Client, Service, class_centres, score_query, traff
 from bench.run.stage import CODE, Job, make_key, plugin_code, tensor_job
 from defenses.base import Defense, noise_is_shared
 from defenses.layout import probe, row_numbers
+from defenses.template import TemplateDefense
 
 
 def layout_hits(inferred: Tensor, states: Tensor, defense: Defense) -> dict[str, Tensor]:
@@ -129,6 +131,24 @@ class Linked(NamedTuple):
     first: Tensor
     second: Tensor
     plain: Tensor
+
+
+class Inverted(NamedTuple):
+    """What an attack made of the templates of the V attacked images, on the CPU.
+
+    ``first`` are its estimates of their embeddings, (V, D), and ``second`` of those of another image of each person,
+    whose templates are under other keys; ``first_stored`` and ``second_stored`` the templates, (V, T), the first where
+    several of a person were stolen.
+    """
+
+    first: Tensor
+    second: Tensor
+    first_stored: Tensor
+    second_stored: Tensor
+
+
+#: The stream of the keys under which the people are enrolled anew.
+RENEWED = "renewed"
 
 
 class AttackStages:
@@ -304,7 +324,8 @@ class AttackStages:
         """What is sent for the victim ``images``, batch by batch, each image ``count`` times.
 
         Each image has a random stream of its own in each of the ``count`` turns: fewer interceptions are a part of
-        more, and what is sent of an image does not depend on the others. A client has one key for each ``stream``. The
+        more, and what is sent of an image does not depend on the others. A client has one key for each ``stream`` and,
+        where the key protects what is stored, for each turn: several records of a person are of several systems. The
         noise of a defence that draws it once for a batch is the same for as many images as the configuration protects
         at once; what is yielded together then shares it.
 
@@ -314,18 +335,17 @@ class AttackStages:
         values = count * math.prod(defense.representation_shape)
         batch_size = max(1, min(batch_size or self.config.batch_size, REPRESENTATION_VALUES // values))
         turns = [self.streams.numbered(f"{stream}/{turn}") for turn in range(count)]
-        keys, shares = self.stages.victim_keys(defense, stream), noise_is_shared(defense)
+        keys, shares = self.keys_of_turns(defense, count, stream), noise_is_shared(defense)
         batches = images.split(self.config.batch_size) if shares else [images]
         for number, index in (
             (number, part) for number, batch in enumerate(batches) for part in batch.split(batch_size)
         ):
             faces = to_float(self.stages.splits.victims.images[index].to(self.fabric.device))
-            held = None if keys is None else keys[index]
             sent = [
                 defense.protect_each(
                     faces,
                     [draws(image) for image in index.tolist()],
-                    keys=held,
+                    keys=None if keys is None else keys[index, turn],
                     shared=self.streams.generator(f"{stream}/{turn}/shared/{number}") if shares else None,
                 )
                 for turn, draws in enumerate(turns)
@@ -334,7 +354,17 @@ class AttackStages:
             representations = torch.stack([protected.representation for protected in sent], dim=1)
             yield index, representations, torch.stack(states, dim=1) if states else None
 
-    def observations(self, attack: Attack, defense: Defense, probes: Tensor, count: int) -> Iterator[Interception]:
+    def keys_of_turns(self, defense: Defense, count: int, stream: str) -> Tensor | None:
+        """The key of each victim image's client at each of ``count`` interceptions, int64 (N, count, k), or None."""
+        changes = defense.level == "template"
+        streams = [stream, *(f"{stream}/{turn}" if changes else stream for turn in range(1, count))]
+        keys = [self.stages.victim_keys(defense, name) for name in streams]
+        held = [key for key in keys if key is not None]
+        return torch.stack(held, dim=1) if held else None
+
+    def observations(
+        self, attack: Attack, defense: Defense, probes: Tensor, count: int, *, stream: str = "victims"
+    ) -> Iterator[Interception]:
         """What ``attack`` gets to see of the victim images ``probes``, batch by batch, each ``count`` times."""
         given = self.given(attack)
         reveal = Knowledge(self.config.knowledge) is Knowledge.ORACLE
@@ -342,8 +372,10 @@ class AttackStages:
         enrolment = self.service(defense, "enrolment") if stolen else None
         victims = self.stages.splits.victims
         content = content_ids(victims.images) if stolen else torch.empty(0)
-        keys = self.stages.victim_keys(defense)
-        for index, representations, states in self.interceptions(defense, probes, count):
+        keys, turns = self.stages.victim_keys(defense, stream), self.keys_of_turns(defense, count, stream)
+        stored = isinstance(defense, TemplateDefense) and defense.key_stored
+        shown = Capability.KEY in given or (stored and Capability.TEMPLATES in given)
+        for index, representations, states in self.interceptions(defense, probes, count, stream=stream):
             templates = enrolled = score = service = None
             held = None if keys is None else keys[index]
             if stolen or scored:
@@ -357,7 +389,7 @@ class AttackStages:
             observation = Observation(
                 representations,
                 states=states.clone() if states is not None and reveal else None,
-                keys=held[:, None].expand(-1, count, -1) if held is not None and Capability.KEY in given else None,
+                keys=turns[index].clone() if turns is not None and shown else None,
                 templates=templates if stolen else None,
                 enrolled=enrolled,
                 score=score,
@@ -407,6 +439,53 @@ class AttackStages:
             },
             CODE["victims"],
         )
+
+    # -- templates -------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def partners(self) -> Tensor:
+        """For each attacked image another of the person, no copy of it, of which a new template is made: int64 (V,)."""
+        victims = self.stages.splits.victims
+        content, chosen = content_ids(victims.images), []
+        for image in self.selection.attacked.tolist():
+            same = (victims.labels == victims.labels[image]) & (content != content[image])
+            others = same.nonzero().flatten()
+            if not len(others):
+                raise DataError(f"{victims.names[int(victims.labels[image])]} has no other image to be enrolled with")
+            chosen.append(int(others[0]))
+        return torch.tensor(chosen)
+
+    def inverted(self, attack_config: AttackConfig, defense: TemplateDefense) -> Inverted | None:
+        """The embeddings that the attack makes of stolen templates; None of an attack that makes none."""
+        inverted = self.stages.do(self.invert_job(attack_config, defense))
+        return inverted if len(inverted.first) else None
+
+    def invert_job(self, attack_config: AttackConfig, defense: TemplateDefense) -> Job[Inverted]:
+        """The stage that inverts the templates of the attacked images, and of their partners under other keys."""
+
+        def compute(resume: Path, report: Report) -> dict[str, Tensor]:
+            fitted, _ = self.fitted(attack_config, defense)
+            assert isinstance(fitted, RecoveryAttack)
+            tensors: dict[str, Tensor] = {}
+            probes = self.selection.attacked
+            for turn, (side, images, stream) in enumerate(
+                (("first", probes, "victims"), ("second", self.partners, RENEWED))
+            ):
+                made, stored = [], []
+                for batch in self.observations(fitted, defense, images, attack_config.interceptions, stream=stream):
+                    with failing_as(f"attack {fitted.name} on {defense.name}"), torch.no_grad():
+                        embeddings = fitted.infer_embeddings(batch.observation)
+                    if embeddings is None:
+                        return {name: torch.empty(0, 0) for name in Inverted._fields}
+                    made.append(embeddings.float().cpu())
+                    stored.append(batch.observation.representations[:, 0, :, 0, 0].float().cpu())
+                    report(turn * len(images) + sum(map(len, made)), 2 * len(images))
+                tensors |= {side: torch.cat(made), f"{side}_stored": torch.cat(stored)}
+            return tensors
+
+        stage, what = f"invert-{attack_config.name}-{defense.name}", f"invert templates of {defense.name}"
+        key = self._victims_key(attack_config, defense, probes=self.config.probes)
+        return tensor_job(stage, key, what, "inverted.safetensors", compute, lambda tensors: Inverted(**tensors))
 
     # -- linkage ---------------------------------------------------------------------------------
 

@@ -207,6 +207,14 @@ class RunConfig(BaseModel):
         description="ONNX recogniser of plain faces that the provider's recognisers learn to agree with.",
         json_schema_extra={"metavar": "FILE"},
     )
+    recogniser: Path | None = Field(
+        None,
+        description="ONNX recogniser of plain faces that the provider brings along: nothing is trained.",
+        json_schema_extra={"metavar": "FILE"},
+    )
+    template: str | None = Field(
+        None, description="Template defence of what is stored of a face, behind the defence: as --defense A+TEMPLATE."
+    )
     evaluator_backbone: str = Field("mobilefacenet", description="Network of the trained evaluator.")
     seed: int = Field(0, ge=0, lt=2**63, description="The one seed that all randomness derives from.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
@@ -241,6 +249,9 @@ class RunConfig(BaseModel):
             name: value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
             for name, value in given.items()
         }
+        if (template := asked.pop("template", None)) is not None:
+            before = asked.get("defense", "none")
+            asked["defense"] = template if before == "none" else f"{before}+{template}"
         preset, dataset = (str(asked.get(name, cls.model_fields[name].default)) for name in ("preset", "dataset"))
         return merge(*preset_layers(preset, dataset, taught=asked.get("teacher") is not None), asked)
 

@@ -28,6 +28,7 @@ from bench.run.config import RunConfig, run_config
 from bench.run.machines import make_fabric
 from bench.run.provider import load_defense
 from defenses.base import Defense
+from defenses.template import TemplateDefense
 
 #: Largest difference to torch that is let through, over the largest output or 1.
 TOLERANCE = 1e-4
@@ -133,9 +134,12 @@ def _checkpoint(run: Path, name: str) -> Path:
 
 
 def _recogniser(run: Path, defense: Defense) -> tuple[nn.Module, list[Tensor]]:
-    recogniser, _ = load_recogniser(_checkpoint(run, "recogniser"))
+    checkpoint = _checkpoint(run, "recogniser")
+    if (brought := run_config(run).recogniser) is not None:
+        raise UsageError(f"the recogniser of {run} was brought along and is an ONNX file already: {brought}")
+    recogniser, _ = load_recogniser(checkpoint)
     example = torch.randn(_OTHER, *recogniser.spec.representation_shape, generator=Streams(0).generator("export"))
-    if defense.name == "none" or defense.level == "template":
+    if defense.name == "none" or (isinstance(defense, TemplateDefense) and defense.behind is None):
         return _FromPixels(recogniser), [example.clamp(-1, 1)]
     # Representations of any scale will do, but each channel's own statistics show a mistake best.
     measured = recogniser.normalisation

@@ -16,7 +16,7 @@ from attacks.base import LinkageAttack
 from bench import plugins
 from bench.data.loaders import DATASETS, check_stream
 from bench.errors import BenchError, UsageError
-from bench.metrics.evaluator import check_evaluators, check_teacher
+from bench.metrics.evaluator import check_evaluators, check_no_judge
 from bench.nets.backbones import BACKBONES
 from bench.progress import ProgressBars
 from bench.recognition.options import HEADS
@@ -33,8 +33,10 @@ from bench.run.recovery import run_recovery
 from bench.run.speed import provider_speed
 from bench.run.stage import Job, StageCache
 from bench.run.store import RunStore
+from bench.run.templates import assess_protection
 from bench.run.verification import measure_utility
 from defenses.base import Defense, noise_is_shared
+from defenses.template import TemplateDefense
 
 
 class Pipeline:
@@ -64,10 +66,27 @@ class Pipeline:
         self.attack_configs = attack_configs(config)
         check_evaluators(config.evaluator)
         if config.teacher is not None:
-            check_teacher(config.teacher, config.evaluator)
+            check_no_judge(config.teacher, config.evaluator, "teacher")
+        if config.recogniser is not None:
+            check_no_judge(config.recogniser, config.evaluator, "recogniser")
+            behind = defense.behind if isinstance(defense, TemplateDefense) else defense
+            if behind is not None and behind.name != "none":
+                raise UsageError(
+                    f"--recogniser {config.recogniser} knows plain faces and nothing that {behind.name} sends: leave "
+                    f"it out, so that one is trained behind {behind.name}"
+                )
+            if config.teacher is not None:
+                raise UsageError("with a --recogniser of the provider's nothing is trained by --teacher: give one")
         for configs in self.attack_configs.values():
             for attack_config in configs:
-                check_attack(attack_config.make(), defense, config.knowledge, config.evaluator, config.teacher)
+                check_attack(
+                    attack_config.make(),
+                    defense,
+                    config.knowledge,
+                    config.evaluator,
+                    config.teacher,
+                    config.recogniser,
+                )
         for registry, name in (
             (DATASETS, config.dataset),
             (BACKBONES, config.backbone),
@@ -143,6 +162,10 @@ class Pipeline:
         defense = stages.defense(config.defense, config.defense_options)
         plain = stages.defense("none", {})
         utility = measure_utility(stages, defense, plain, store) if config.utility else None
+        template = None
+        if config.utility and isinstance(defense, TemplateDefense):
+            with stages.timed("measure"):
+                template = assess_protection(stages, defense)
         findings = self._attack(attacks, defense, plain, store)
         if not findings.results:
             raise BenchError("; ".join(findings.failed.values()))
@@ -173,6 +196,7 @@ class Pipeline:
             teacher=stages.teacher_info() if recognised and config.teacher is not None else None,
             dataset=dataset,
             utility=utility,
+            template=template,
             failed=findings.failed,
             worst_case=findings.worst_case,
             worst_case_test=findings.worst_case_test,

@@ -27,6 +27,7 @@ from bench.run.provider import Stages
 from bench.run.stage import Job
 from bench.run.store import run_id
 from defenses.base import Defense
+from defenses.template import TemplateDefense
 
 #: Seconds after which a started stage has shown its pace.
 ENOUGH_SECONDS = 3.0
@@ -100,11 +101,14 @@ def make_plan(
         stages.assume(scan, Scan.unknown(tolerant))
     defense, plain = stages.unfitted(config.defense, config.defense_options), stages.defense("none", {})
     jobs: list[tuple[Job[Any], str, bool]] = []
-    if defense.trainable:
-        fit = stages.defense_job(defense)
-        jobs.append((fit, f"fit {defense.name} to {len(stages.splits.provider)} images", True))
+    behind = defense.behind if isinstance(defense, TemplateDefense) else None
+    for member in (behind, defense):
+        if member is None or not member.trainable:
+            continue
+        fit = stages.defense_job(member)
+        jobs.append((fit, f"fit {member.name} to {len(stages.splits.provider)} images", True))
         if not stages.cache.holds(fit.stage, fit.key):
-            stages.assume(fit, defense)
+            stages.assume(fit, member)
     # A linkage attack is its own ceiling: it links plain faces as well. The others are run on unprotected ones.
     targets = [(attack_config, defense) for configs in attack_configs.values() for attack_config in configs]
     targets += [(configs[-1], plain) for configs in attack_configs.values() if not _links(configs[-1])]

@@ -31,13 +31,13 @@ from bench.data.stream.scan import Scan, scan
 from bench.errors import BenchError, DataError, MissingError, UsageError
 from bench.files import write_text
 from bench.images import to_float
-from bench.metrics.evaluator import Evaluator, judge_names
+from bench.metrics.evaluator import Evaluator, brought_recogniser, judge_names
 from bench.metrics.verification import pair_scores
 from bench.nets.augmentation import augment
 from bench.nets.heads import MarginHead
 from bench.nets.onnx import file_digest
 from bench.nets.recogniser import Recogniser, TemplateReader, build_recogniser
-from bench.progress import ProgressBars, Report
+from bench.progress import ProgressBars, Report, no_report
 from bench.randomness import Streams
 from bench.recognition.embed import embed_faces
 from bench.recognition.options import TrainingOptions
@@ -47,7 +47,8 @@ from bench.results import TeacherInfo
 from bench.run.config import RunConfig
 from bench.run.machines import ConnectedProcesses, TrainingOrder
 from bench.run.stage import CODE, Job, Log, StageCache, StageRunner, make_key, plugin_code, tensor_job
-from defenses.base import Defense, DefenseTraining, TemplateDefense
+from defenses.base import Defense, DefenseTraining
+from defenses.template import TemplateDefense
 
 _FACES = 256
 _BATCH = 16
@@ -203,10 +204,13 @@ class Stages(StageRunner):
         return defense.requires_grad_(False).to(self.fabric.device)
 
     def ready(self, defense: Defense) -> Defense:
-        """Give an unfitted defence what it needs: a plain recogniser to protect the embeddings of, and its fit."""
+        """Give an unfitted defence what it needs: a recogniser to protect the embeddings of, and its fit."""
         if isinstance(defense, TemplateDefense):
-            recogniser = self.recogniser(self._plain())
+            if (behind := defense.behind) is not None and (fitted := self.ready(behind)) is not behind:
+                behind.load_state_dict(fitted.state_dict())
+            recogniser = self.recogniser(self.seen_by_recogniser(defense))
             defense.attach(recogniser.requires_grad_(False), recogniser.spec.embedding_size)
+            defense.requires_grad_(False).to(self.fabric.device)
         return self.do(self.defense_job(defense)) if defense.trainable else defense
 
     def defense_job(self, defense: Defense) -> Job[Defense]:
@@ -280,7 +284,7 @@ class Stages(StageRunner):
         return make_key(
             {
                 "fit": fit if defense.trainable else None,
-                "recogniser": self.recogniser_key(self._plain(), "provider") if defense.level == "template" else None,
+                "recogniser": self.recogniser_key(defense, "provider") if defense.level == "template" else None,
                 "defense": {"name": defense.name, "options": defense.options.model_dump(mode="json")},
                 "image_size": config.image_size,
             },
@@ -295,6 +299,9 @@ class Stages(StageRunner):
     def recogniser_key(self, defense: Defense, role: str) -> str:
         """Key of the recogniser of the provider or the evaluator."""
         config, defense = self.config, self.seen_by_recogniser(defense)
+        if self.is_brought(defense, role):
+            assert config.recogniser is not None
+            return make_key({"recogniser": file_digest(config.recogniser), "faces": self.faces_key}, CODE["evaluation"])
         backbone = config.backbone if role == "provider" else config.evaluator_backbone
         return make_key(
             {
@@ -310,17 +317,23 @@ class Stages(StageRunner):
         )
 
     def recogniser(self, defense: Defense, role: str = "provider") -> Recogniser:
-        """A recogniser trained on representations of the provider's (or the evaluator's) faces."""
+        """A recogniser trained on representations of the provider's (or the evaluator's) faces, or brought along."""
         recogniser = self.do(self.recogniser_job(defense, role))
         return TemplateReader(recogniser, defense.representation_shape) if defense.level == "template" else recogniser
 
     def seen_by_recogniser(self, defense: Defense) -> Defense:
-        """What the recogniser is trained behind: of a template defence, which protects its embeddings, nothing."""
-        return self._plain() if defense.level == "template" else defense
+        """What the recogniser is trained behind: of a template defence what comes before it, which may be nothing."""
+        return defense if not isinstance(defense, TemplateDefense) else defense.behind or self._plain()
+
+    def is_brought(self, defense: Defense, role: str) -> bool:
+        """Whether the recogniser of plain faces in the file of the configuration stands for one that is trained."""
+        return self.config.recogniser is not None and role == "provider" and defense.name == "none"
 
     def recogniser_job(self, defense: Defense, role: str) -> Job[Recogniser]:
-        """The stage that trains a recogniser."""
+        """The stage that trains a recogniser or, of one that is brought along, finds out what it is fed."""
         defense = self.seen_by_recogniser(defense)
+        if self.is_brought(defense, role):
+            return self._brought_job(defense)
 
         def make(folder: Path, report: Report) -> None:
             if self.processes is not None:
@@ -338,6 +351,22 @@ class Stages(StageRunner):
         key = self.recogniser_key(defense, role)
         what = f"train {role} recogniser on {defense.name}"
         return Job(f"recogniser-{role}-{defense.name}", key, what, make, read)
+
+    def _brought_job(self, defense: Defense) -> Job[Recogniser]:
+        assert self.config.recogniser is not None
+        brought = Evaluator.from_onnx(self.config.recogniser, self.fabric.device, role="recogniser")
+
+        def compute(resume: Path, report: Report) -> dict[str, Tensor]:
+            faces = self._provider_in_memory()
+            brought.probe(faces)
+            return {"form": brought.form}
+
+        def read(tensors: dict[str, Tensor]) -> Recogniser:
+            brought.form = tensors["form"]
+            return brought_recogniser(brought, self.config.image_size)
+
+        key, what = self.recogniser_key(defense, "provider"), "try the recogniser that was brought along"
+        return tensor_job("recogniser-brought", key, what, "recogniser.safetensors", compute, read)
 
     def train_along(self, order: TrainingOrder) -> None:
         """Do this process's part of a training that the first one of the processes makes."""
@@ -465,20 +494,21 @@ class Stages(StageRunner):
                 generators=self.streams.numbered(stream),
                 batch_size=self.config.batch_size,
                 keys=keys,
-                flip=defense.level != "template",  # which has both in one embedding
                 fabric=self.fabric,
             )
 
         def compute(resume: Path, report: Report) -> dict[str, Tensor]:
             victims, pairs = self.splits.victims, self.splits.pairs
             keys = self.victim_keys(defense, "queries")
-            if keys is None and not isinstance(defense, TemplateDefense):
-                return {"scores": pair_scores(embed("queries", victims), pairs)}
-            held = None if keys is None else keys[pairs.first]
-            first = embed("queries/first", victims.subset(pairs.first), held)
-            second = embed("queries/second", victims.subset(pairs.second), held)
             if isinstance(defense, TemplateDefense):
-                return {"scores": defense.compare(first, second)}
+                sides = self.do(self.embeddings_job(defense))
+                held = None if keys is None else keys[pairs.first]
+                with failing_as(f"defence {defense.name}"):
+                    return {"scores": self.matched(defense, "queries", *sides, held, held)}
+            if keys is None:
+                return {"scores": pair_scores(embed("queries", victims), pairs)}
+            first = embed("queries/first", victims.subset(pairs.first), keys[pairs.first])
+            second = embed("queries/second", victims.subset(pairs.second), keys[pairs.first])
             return {"scores": (first * second).sum(dim=1)}
 
         content = {
@@ -490,6 +520,80 @@ class Stages(StageRunner):
         stage, key = f"verify-{defense.name}", make_key(content, CODE["verification"])
         what, file = f"verify on {defense.name}", "scores.safetensors"
         return tensor_job(stage, key, what, file, compute, operator.itemgetter("scores"))
+
+    # -- templates -------------------------------------------------------------------------------
+
+    def embeddings_job(self, defense: TemplateDefense) -> Job[tuple[Tensor, Tensor]]:
+        """The stage that embeds both faces of every pair of the victims' protocol, unprotected: unit rows (P, D) each.
+
+        The same for all template defences without a head of their own.
+        """
+
+        def compute(resume: Path, report: Report) -> dict[str, Tensor]:
+            pairs, sides = self.splits.pairs, {}
+            for side, images in (("first", pairs.first), ("second", pairs.second)):
+                used, place = torch.unique(images, return_inverse=True)
+                sides[side] = self.embedded(defense, f"queries/{side}", used, report)[place]
+            return sides
+
+        content = {
+            "recogniser": self.recogniser_key(defense, "provider"),
+            "defense": self.defense_key(defense) if defense.trainable else None,
+            "data": self.data_key,
+            "batch_size": self.config.batch_size,
+        }
+        return tensor_job(
+            "embed-victims",
+            make_key(content, CODE["verification"]),
+            "embed the victims' pairs",
+            "embeddings.safetensors",
+            compute,
+            lambda tensors: (tensors["first"], tensors["second"]),
+        )
+
+    @torch.no_grad()
+    def embedded(self, defense: TemplateDefense, stream: str, images: Tensor, report: Report = no_report) -> Tensor:
+        """Unprotected embeddings of the victim ``images``, int64 (M,): unit rows, float32 (M, D), on the processor."""
+        parts, faces = [], self.splits.victims.images
+        for number, part in enumerate(images.split(self.config.batch_size)):
+            batch = to_float(faces[part].to(self.fabric.device))
+            parts.append(defense.embed(batch, self.streams.generator(f"{stream}/{number}")).cpu())
+            report(sum(map(len, parts)), len(images))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def enrolled(self, defense: TemplateDefense, stream: str, embeddings: Tensor, keys: Tensor | None) -> Tensor:
+        """Templates of embeddings (M, D) under keys (M, k): float32 (M, T), on the processor."""
+        device, parts, order = self.fabric.device, [], _by_client(keys, len(embeddings))
+        for number, rows in enumerate(order.split(self.config.batch_size)):
+            draws, held = self.streams.generator(f"{stream}/enrol/{number}"), None if keys is None else keys[rows]
+            parts.append(defense.enrol(embeddings[rows].to(device), held, draws).cpu())
+        return torch.cat(parts)[order.argsort()]
+
+    @torch.no_grad()
+    def matched(
+        self,
+        defense: TemplateDefense,
+        stream: str,
+        first: Tensor,
+        second: Tensor,
+        keys: Tensor | None,
+        shown: Tensor | None,
+    ) -> Tensor:
+        """Scores (M,) of fresh embeddings ``second`` under keys ``shown`` against templates of ``first``."""
+        stored = self.enrolled(defense, stream, first, keys)
+        return self.compared(defense, stream, stored, second, shown)
+
+    @torch.no_grad()
+    def compared(
+        self, defense: TemplateDefense, stream: str, stored: Tensor, fresh: Tensor, shown: Tensor | None
+    ) -> Tensor:
+        """Scores (M,) of fresh embeddings (M, D) under keys ``shown`` against stored templates (M, T)."""
+        device, parts, order = self.fabric.device, [], _by_client(shown, len(fresh))
+        for number, rows in enumerate(order.split(self.config.batch_size)):
+            draws, held = self.streams.generator(f"{stream}/match/{number}"), None if shown is None else shown[rows]
+            parts.append(defense.match(stored[rows].to(device), fresh[rows].to(device), held, draws).cpu())
+        return torch.cat(parts).double()[order.argsort()]
 
     # -- evaluator -------------------------------------------------------------------------------
 
@@ -548,6 +652,11 @@ class Stages(StageRunner):
         )
         what = "embed the victims for the evaluator"
         return tensor_job("evaluate", key, what, "embeddings.safetensors", compute, read)
+
+
+def _by_client(keys: Tensor | None, count: int) -> Tensor:
+    """An order in which the rows of one client, int64 (count, k), stand together: keys are dear to expand."""
+    return torch.arange(count) if keys is None else torch.unique(keys, dim=0, return_inverse=True)[1].argsort()
 
 
 def digest(source: Source) -> str:
@@ -644,6 +753,16 @@ def load_defense(run: Path, config: RunConfig) -> Defense:
     """
     defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
     folder = run / "checkpoints"
+    if isinstance(defense, TemplateDefense):  # which may be fitted to what the recogniser makes
+        checkpoint = folder / "recogniser.safetensors"
+        recogniser: Recogniser
+        if config.recogniser is not None:
+            brought = Evaluator.from_onnx(config.recogniser, role="recogniser")
+            brought.form = load_file(checkpoint)["form"]
+            recogniser = brought_recogniser(brought, config.image_size)
+        else:
+            recogniser, _ = load_recogniser(checkpoint)
+        defense.attach(recogniser, recogniser.spec.embedding_size)
     if defense.trainable:
         path = folder / "defense.safetensors"
         if not path.is_file():
@@ -652,7 +771,4 @@ def load_defense(run: Path, config: RunConfig) -> Defense:
             defense.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError, OSError) as error:
             raise DataError(f"{path} does not hold this defence: {str(error).splitlines()[0]}") from error
-    if isinstance(defense, TemplateDefense):
-        recogniser, _ = load_recogniser(folder / "recogniser.safetensors")
-        defense.attach(recogniser, recogniser.spec.embedding_size)
     return defense.requires_grad_(False)

@@ -22,7 +22,9 @@ from bench.run.pictures import write_sheet
 from bench.run.scorer import Assessment, Judge, Scorer, state_inference
 from bench.run.speed import recovery_speed
 from bench.run.store import RunStore
+from bench.run.templates import assess_inversion
 from defenses.base import Defense
+from defenses.template import TemplateDefense
 
 #: Interceptions looked up at once by the floor ``nearest``, which protects all public faces for each such batch.
 NEAREST_BATCH = 1024
@@ -132,6 +134,10 @@ def run_recovery(
         recovery = _recovery(scored[-1], floors, ceilings[name])
         with stages.timed("throughput"):
             speed = {"recover": recovery_speed(attacks, configs[-1], defense, last)}
+        inversion = None
+        if isinstance(defense, TemplateDefense):
+            with stages.timed("measure"):
+                inversion = assess_inversion(attacks, configs[-1], defense)
         findings.add(
             info,
             strength,
@@ -142,6 +148,7 @@ def run_recovery(
             canary=defense.canary,
             recovery=recovery,
             state_inference=inference,
+            inversion=inversion,
             linkage=linkages[name],
         )
         tables[name] = scored[-1]

@@ -16,7 +16,8 @@ from bench.errors import DataError
 from bench.images import to_float
 from bench.metrics.identity import content_ids
 from bench.nets.recogniser import Recogniser
-from defenses.base import Defense, TemplateDefense
+from defenses.base import Defense
+from defenses.template import TemplateDefense
 
 #: Images of a person, other than the attacked one, whose mean embedding is the person's class centre.
 ENROLMENT_IMAGES = 8
@@ -41,7 +42,7 @@ class Service:
         self._defense = defense
         self._draws = draws
         self._batch_size = batch_size
-        self._device = next(recogniser.parameters()).device
+        self._device = recogniser.device
         self.queries = 0
 
     @torch.no_grad()

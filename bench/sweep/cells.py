@@ -45,6 +45,7 @@ class CellState(ResultModel):
     defense: str
     attack: str
     knowledge: str
+    queries: int = 1
     seed: int
     defense_options: dict[str, Any] = Field({})
     attack_options: dict[str, Any] = Field({})
@@ -63,7 +64,8 @@ class CellState(ResultModel):
     @property
     def name(self) -> str:
         """The cell in words."""
-        return f"{self.attack} ({self.knowledge}) on {self.defense}, seed {self.seed}"
+        several = f", k = {self.queries}" if self.queries > 1 else ""
+        return f"{self.attack} ({self.knowledge}{several}) on {self.defense}, seed {self.seed}"
 
     def changed(self, **changes: Any) -> Self:
         """This state with some fields replaced."""
@@ -148,7 +150,7 @@ class Cell:
 
     def state(self) -> CellState:
         """Its state before anything was run."""
-        asked = ("defense", "attack", "knowledge", "seed", "defense_options", "attack_options")
+        asked = ("defense", "attack", "knowledge", "queries", "seed", "defense_options", "attack_options")
         given = {name: getattr(self.config, name) for name in asked}
         state = CellState(run_id=self.run_id, left_out=dict(self.left_out), **given)
         if self.refusal is None:
@@ -168,12 +170,13 @@ def expand(request: SweepRequest) -> list[RunConfig]:
     plain = [Variant(defense=name, options=options.defense_options.get(name, {})) for name in options.defenses]
     swept = [*plain, *options.variants]
     names = [variant.defense for variant in swept]
-    for seed, variant, attack, knowledge in itertools.product(options.seeds, swept, options.attacks, options.knowledge):
+    product = itertools.product(options.seeds, swept, options.attacks, options.knowledge, options.queries)
+    for seed, variant, attack, knowledge, queries in product:
         weakened = plugins.defenses().get(variant.defense).weakened if variant.weakened else {}
         own = merge(weakened, variant.options)
         tables = {"defense_options": own, "attack_options": options.attack_options.get(attack, {})}
         attack = f"{attack},{variant.also}" if variant.also else attack
-        axes = {"defense": variant.defense, "attack": attack, "knowledge": knowledge, "seed": seed}
+        axes = {"defense": variant.defense, "attack": attack, "knowledge": knowledge, "queries": queries, "seed": seed}
         settings = merge(request.below, tables, request.flags, axes)
         settings["defense_options"] = addressed(settings["defense_options"], variant.defense, names)
         settings["attack_options"] = addressed(settings["attack_options"], attack, options.attacks)

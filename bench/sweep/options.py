@@ -15,7 +15,13 @@ from bench.plugins import explain
 from bench.run.config import merge, nested, parse_assignments, read_environment, read_file
 
 #: Setting of a sweep -> the setting of a run that it goes through.
-AXES = {"defenses": "defense", "attacks": "attack", "knowledge": "knowledge", "seeds": "seed"}
+AXES = {
+    "defenses": "defense",
+    "attacks": "attack",
+    "knowledge": "knowledge",
+    "queries": "queries",
+    "seeds": "seed",
+}
 
 
 def _items(value: Any) -> Any:
@@ -51,6 +57,12 @@ class SweepOptions(BaseModel):
     attacks: Names = Field(description="Attacks to run against each.", json_schema_extra={"metavar": "X,Y,..."})
     knowledge: Annotated[list[Literal["blackbox", "whitebox", "oracle"]], _LISTED] = Field(
         ["whitebox"], min_length=1, description="What the adversary knows.", json_schema_extra={"metavar": "RUNG,..."}
+    )
+    queries: Annotated[list[Annotated[int, Field(ge=1)]], _LISTED] = Field(
+        [1],
+        min_length=1,
+        description="Intercepted representations, or stolen templates, per victim image.",
+        json_schema_extra={"metavar": "N,..."},
     )
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], _LISTED] = Field(
         [0], min_length=1, description="Seeds.", json_schema_extra={"metavar": "N,..."}

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning_fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from bench.nets.heads import CosFace
-from defenses.base import Defense, DefenseTraining, TemplateDefense
+from defenses.base import Defense, DefenseTraining
+from defenses.template import Misfit, TemplateDefense
 
 #: D of the recognisers that defences are given here.
 EMBEDDING = 24
@@ -64,3 +66,31 @@ def ready() -> Callable[[Defense], Defense]:
         return defense.requires_grad_(False).eval()
 
     return make_ready
+
+
+@pytest.fixture(scope="session")
+def descended() -> Callable[..., Tensor]:
+    """Unit rows of least misfit that are found by gradients from ``start`` (N, D)."""
+
+    def descend(misfit: Misfit, start: Tensor, steps: int = 150) -> Tensor:
+        found = start.clone().requires_grad_()
+        optimiser = torch.optim.Adam([found], lr=0.03)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            misfit(functional.normalize(found, dim=1)).sum().backward()
+            assert found.grad is not None
+            assert torch.isfinite(found.grad).all()
+            optimiser.step()
+        return functional.normalize(found.detach(), dim=1)
+
+    return descend
+
+
+@pytest.fixture(scope="session")
+def units() -> Callable[..., Tensor]:
+    """Random unit rows (count, size)."""
+
+    def draw(count: int, size: int = EMBEDDING, seed: int = 0) -> Tensor:
+        return functional.normalize(torch.randn(count, size, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+    return draw

@@ -9,11 +9,15 @@ from types import MappingProxyType
 import pytest
 import torch
 from pictures import generator, noise
+from torch import nn
+from torch.nn import functional
 
 from bench import plugins
 from bench.errors import UsageError
 from defenses.base import Defense, DefenseOptions
+from defenses.biohash import BioHash, BioHashOptions
 from defenses.compose import PostProcess, chain
+from defenses.fixed_subset import FixedSubset
 from defenses.layout import probe
 from defenses.noise import Noise
 from defenses.partialface import PartialFace
@@ -213,7 +217,12 @@ def test_options_are_addressed(options, expected):
         ("partialface+quantize", {}, "did you mean 'quantise'"),
         ("partialface+", {}, "unknown defence ''"),
         ("quantise+partialface", {}, "partialface takes faces.*only come first"),
-        ("random-projection+quantise", {}, "template"),
+        ("biohash+quantise", {}, "template defence.*can only come last"),
+        ("partialface+biohash+quantise", {}, "template defence.*can only come last"),
+        ("biohash+iom", {}, "template defence.*can only come last"),
+        ("partialface+pixelate+biohash", {}, "pixelate takes faces.*only come first"),
+        ("fixed-subset+biohash", {"biohash.bits": 3}, "biohash.bits"),
+        ("fixed-subset+biohash", {"bit": 3}, "unknown key 'bit'.*biohash.bits"),
         ("quantise+quantise", {}, "name each member once"),
         ("partialface+quantise", {"bit": 3}, "unknown key 'bit'.*quantise.bits"),
         ("partialface+quantise", {"bits": 0}, "quantise.bits"),
@@ -244,3 +253,90 @@ def test_chains_are_found_and_not_listed():
     assert "partialface+no-such" not in registry
     assert not any("+" in name or name == "compose" for name in registry)
     assert issubclass(made.Options, DefenseOptions)
+
+
+# -- templates behind a defence --------------------------------------------------------------------
+
+
+def stored(name, **options):
+    """A chain that ends in a template defence, behind which a recogniser of what the others send is attached."""
+    defense = make(name, **options)
+    channels = defense.behind.channels
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * channels, 20, bias=False))
+    defense.attach(network.requires_grad_(False), 20)
+    return defense.requires_grad_(False).eval()
+
+
+def test_a_template_is_of_the_embedding_of_what_is_sent_before_it():
+    defense, alone = stored("fixed-subset+biohash", **{"biohash.bits": "40"}), FixedSubset(image_size=SIZE)
+    protected = defense.protect(faces(), generator(1))
+    assert (defense.level, defense.template_size, defense.bytes_per_face()) == ("template", 40, 5)
+    assert isinstance(defense.behind, FixedSubset)
+    sent = [alone.protect(side.float(), generator()).representation for side in (faces(), faces().flip(-1))]
+    embeddings = functional.normalize(sum(defense.recogniser(side) for side in sent), dim=1)
+    plain = BioHash(BioHashOptions(bits=40), image_size=SIZE)
+    plain.attach(defense.recogniser, 20)
+    keys = plain.draw_keys(5, generator(1))
+    assert torch.equal(protected.keys, keys)
+    assert torch.equal(protected.representation[..., 0, 0], plain.enrol(embeddings, keys, generator()))
+    templates = protected.representation[..., 0, 0]
+    torch.testing.assert_close(defense.match(templates, embeddings, keys, generator()), torch.ones(5))
+    assert float(defense.misfit(templates, keys)(embeddings).max()) < 1e-3
+    assert torch.equal(defense.estimate(templates, keys), plain.estimate(templates, keys))
+    with pytest.raises(ValueError, match="another system"):
+        defense.compare(templates, templates[:, 1:])
+
+
+def test_a_face_and_its_mirror_image_are_sent_in_one_state():
+    defense = stored("partialface+iom")
+    face, mirrored = defense.seen(faces(), generator(3))
+    alone = PartialFace(image_size=SIZE)
+    sent = alone.protect(faces().float(), generator(3))
+    torch.testing.assert_close(face, sent.representation)
+    again = alone.protect(faces().float().flip(-1), generator(), state=sent.state)
+    torch.testing.assert_close(mirrored, again.representation)
+    assert defense.draw(5, generator()) is None  # states are of what travels, not of what is stored
+    assert defense.views == 1
+
+
+def test_several_may_stand_before_a_template():
+    defense = stored("partialface+quantise+polyprotect", **RANGE, **{"quantise.bits": 4, "overlap": 4})
+    assert defense.behind.name == "partialface+quantise"
+    assert (defense.behind.options.quantise.bits, defense.options.polyprotect.overlap) == (4, 4)
+    assert len(defense.seen(faces(2), generator())[0].unique()) <= 16
+    assert defense.protect(faces(2), generator()).representation.shape == (2, 16, 1, 1)
+    assert (defense.key_stored, defense.differentiable) == (True, True)
+    described = json.loads(json.dumps(defense.describe()))
+    assert described["travels"]["bytes_per_face"] == defense.behind.bytes_per_face()
+    again = plugins.make_defense(described["name"], described["options"], "cpu", SIZE)
+    assert again.describe()["options"] == described["options"]
+
+
+def test_a_guess_has_another_secret_before_the_same_template():
+    defense = stored("partialface+biohash")
+    guess = defense.guess(generator(7))
+    assert set(guess.secret) == {"partialface.subsets", "partialface.permutations"}
+    assert not torch.equal(guess.secret["partialface.subsets"], defense.secret["partialface.subsets"])
+    assert guess.behind is not defense.behind
+    assert guess.template.behind is guess.behind
+    assert guess.recogniser is defense.recogniser
+    keys = defense.draw_keys(5, generator())
+    assert not torch.equal(*(side.embed(faces(), generator(2)) for side in (defense, guess)))
+    assert torch.equal(defense.template.expand(keys[0]), guess.template.expand(keys[0]))
+    plain = stored("blur+biohash")
+    assert plain.guess(generator()) is plain
+
+
+def test_what_was_fitted_before_a_template_is_kept(make_training):
+    defense = make("split+biohash", **{"split.epochs": 1, "split.batch_size": 8})
+    assert defense.trainable
+    torch.manual_seed(0)
+    defense.behind.fit(make_training(size=SIZE))
+    fitted = {name: value.clone() for name, value in defense.state_dict().items()}
+    defense.fit(make_training(size=SIZE))
+    assert all(torch.equal(value, fitted[name]) for name, value in defense.state_dict().items())
+    fresh = stored("split+biohash", **{"split.epochs": 1, "split.batch_size": 8})
+    fresh.load_state_dict(fitted)
+    defense.eval().attach(fresh.recogniser, 20)
+    assert torch.equal(*(side.protect(faces(), generator()).representation for side in (fresh, defense)))

@@ -6,12 +6,21 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from run_folders import VICTIMS, write_run
+from run_folders import VICTIMS, inversion, template_protection, write_run
 from sklearn.metrics import roc_curve
 
 from bench.run.archive import load_runs
 from reports.cells import settings
-from reports.figures import _front, distributions, pareto, roc, roc_figure, strength_figures, training_figures
+from reports.figures import (
+    _front,
+    distributions,
+    pareto,
+    roc,
+    roc_figure,
+    strength_figures,
+    template_figure,
+    training_figures,
+)
 from reports.maps import confusion_figures, frequency_figures, state_figure
 from reports.svg import draw, entry, spread
 
@@ -24,6 +33,7 @@ def setting(tmp_path):
         write_run(tmp_path / "a", strength=True),
         write_run(tmp_path / "b", attack="linkage", linkage=True),
         write_run(tmp_path / "c", defense="blur", ssim=(0.9,) * 8),
+        write_run(tmp_path / "d", defense="biohash", template=template_protection(), inversion=inversion()),
     ]
     (setting,) = settings(load_runs(folders))
     return setting
@@ -73,6 +83,7 @@ def test_spread_keeps_both_ends():
 def every_drawing(setting):
     drawings = [pareto(setting, 1, name) for name in ("ssim", "type1_tar", "linkage")]
     drawings += [roc_figure(setting, 1, "scores"), roc_figure(setting, 1, "linkage"), state_figure(setting, 1)]
+    drawings += [template_figure(setting, 1)]
     for make in (distributions, strength_figures, training_figures, frequency_figures, confusion_figures):
         drawings += make(setting, 1)
     return list(filter(None, drawings))
@@ -154,3 +165,32 @@ def test_frequencies_tell_whether_the_energy_is_known(tmp_path):
 def test_frequencies_ignore_what_is_no_list_of_channels(tmp_path):
     (setting,) = settings(load_runs([write_run(tmp_path / "a", details={"kept_channels": ["<x>", 99]})]))
     assert frequency_figures(setting, 1) == []
+
+
+def test_what_was_stolen_decides_the_point_and_the_strongest_attack_its_height(tmp_path):
+    runs = [
+        ("biohash", "unet", 0.85, inversion(0.6)), ("biohash", "linear", 0.85, inversion(0.9)),
+        ("biohash", "unet", 0.85, inversion(0.2, key=False)), ("biohash", "unet", 0.85, inversion(0.95, records=3)),
+        ("polyprotect", "unet", 0.8, inversion(0.3, key=False)), ("polyprotect", "unet", None, inversion(0.4)),
+    ]  # fmt: skip
+    folders = [
+        write_run(tmp_path / str(n), defense=name, attack=attack, inversion=got, template=template_protection(accuracy)
+                  if accuracy else template_protection().model_copy(update={"verification": {}}))
+        for n, (name, attack, accuracy, got) in enumerate(runs)
+    ]  # fmt: skip
+    (setting,) = settings(load_runs(folders))
+    drawing = template_figure(setting, 1)
+    points = [re.match(r"(.*): (\S+) % pass, (\S+) % .* key (\S+) %", told) for told in drawing.told]
+    assert [(point[1], *map(float, point.groups()[1:])) for point in points] == [
+        ("biohash: 1 template, with keys", 90, 85, 85),
+        ("biohash: 1 template, without keys", 20, 15, 85),
+        ("biohash: 3 templates, with keys", 95, 90, 85),
+        ("polyprotect: 1 template, without keys", 30, 25, 80),
+    ]
+    colours = [set(re.findall(r"var\(--series-(\d)\)", drawing.svg))]
+    assert colours == [{"1", "2"}]
+
+
+def test_without_inverted_templates_there_is_nothing_to_draw(tmp_path):
+    (setting,) = settings(load_runs([write_run(tmp_path / "a", template=template_protection())]))
+    assert template_figure(setting, 1) is None

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
-from run_folders import write_run
+from run_folders import inversion, template_protection, write_run
 
 from bench.errors import MissingError
 from reports.formats import csv_text as text
@@ -94,6 +94,31 @@ def test_each_of_several_attacks_has_its_row(tmp_path):
     assert page.count("State confusion") >= 2
     ssim = [row for row in csv.DictReader(io.StringIO(table)) if row["figure"] == "recovery.ssim"]
     assert [row["attack"] for row in ssim] == ["linear", "unet"]
+
+
+def test_template_defences_are_in_every_format(tmp_path):
+    folder = write_run(tmp_path / "a", defense="biohash", template=template_protection(), inversion=inversion(0.6))
+    page, md, tex, table = report(tmp_path, folder, write_run(tmp_path / "b"))
+    assert page.count('<table id="templates-1"') == 1
+    assert 'id="templates-drawn-1-title"' in page
+    for document in (page, md, tex):
+        assert "1 template, with keys" in document
+        assert "42.4" in document or document is tex  # LaTeX has no room for notes
+    assert {"ISO/IEC 24745", "ISO/IEC 30136"} <= set(re.findall(r"<dt>(ISO[^<]+)</dt>", page))
+    figures = {row["figure"]: float(row["value"]) for row in csv.DictReader(io.StringIO(table)) if row["value"]}
+    assert figures["template.verification.stolen.accuracy"] == 0.85
+    assert figures["template.replay_far_1e2"] == 0.011
+    assert figures["inversion.same_far_1e2"] == 0.6
+    assert figures["inversion.floor"] == 0.13
+
+
+def test_the_leaderboard_has_what_inverted_templates_give_away(tmp_path):
+    write_run(tmp_path / "runs" / "a", defense="biohash", template=template_protection(), inversion=inversion(0.6))
+    page, md, table = (file.read_text() for file in write_leaderboard(tmp_path / "runs", tmp_path / "board")[:3])
+    worst = {row["figure"]: row for row in csv.DictReader(io.StringIO(table))}
+    assert [float(worst[name]["value"]) for name in ("pass_same", "pass_renewed")] == pytest.approx([0.6, 0.55])
+    assert float(worst["embedding_cosine"]["floor"]) == 0.13
+    assert all("pass renewed, %" in document for document in (page, md))
 
 
 def test_the_page_loads_nothing(tmp_path):

@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from run_folders import write_run
+from run_folders import inversion, template_protection, write_run
 
 from bench.results import NO_BETTER
 from bench.run.archive import load_runs
@@ -11,7 +11,7 @@ from reports.formats import report_csv
 from reports.provenance import warnings
 from reports.published import matching, published
 from reports.report import write_leaderboard
-from reports.summary import findings, summary, worst_rows
+from reports.summary import findings, summary, template_table, worst_rows
 
 
 def setting_of(*folders):
@@ -143,3 +143,67 @@ def test_warnings_are_said_once_with_their_runs(tmp_path):
     setting = setting_of(write_run(tmp_path / "a"), write_run(tmp_path / "b", attack="linear"))
     (lpips,) = (labels for warning, labels in warnings([setting]).items() if warning.startswith("LPIPS"))
     assert lpips == ["unet (whitebox) on partialface", "linear (whitebox) on partialface"]
+
+
+# -- template defences -------------------------------------------------------------------------------
+
+
+def test_each_attack_on_a_template_defence_has_its_row(tmp_path):
+    setting = setting_of(
+        write_run(tmp_path / "a", defense="polyprotect", template=template_protection(), inversion=inversion(0.6)),
+        write_run(tmp_path / "b", defense="polyprotect", template=template_protection(),
+                  inversion=inversion(0.7, records=3, key=False), knowledge="oracle"),
+        write_run(tmp_path / "c", defense="biohash", template=template_protection(maximal=None)),
+        write_run(tmp_path / "d"), write_run(tmp_path / "e", defense="iom", error="broke"),
+    )  # fmt: skip
+    table = template_table(setting, 1)
+    first, second, third = (by_heading(table, row) for row in table.rows)
+    assert [row["defence"].text for row in (first, second, third)] == ["polyprotect", "polyprotect", "biohash"]
+    assert first["stolen"].text == "1 template, with keys"
+    assert second["stolen"].text == "3 templates, without keys"
+    assert third["stolen"].text == "–"
+    expected = {
+        "own key, %": 98, "stolen key, %": 85, "unknown key, %": 52, "replay, %": 1.1, "diverse @1e-3, %": 99,
+        "D_sys templates": 0.2, "maximal linkability, bits": 0.5, "embedding cosine": 0.71, "pass, %": 60,
+        "pass @1e-3, %": 30, "pass renewed, %": 55, "pass renewed @1e-3, %": 15, "D_sys inverted": 0.33,
+        "maximal linkability inverted, bits": 0.25, "D_sys inverted-plain": 0.44,
+    }  # fmt: skip
+    assert {heading: first[heading].number for heading in expected} == pytest.approx(expected)
+    assert first["own key, %"].note == "EER 10.0"
+    assert first["D_sys templates"].note == "chance 0.048"
+    assert first["embedding cosine"].note == "floor 0.130"
+    assert first["maximal linkability, bits"].note.startswith("TMR at most 42.4 %")
+    assert second["pass, %"].number == pytest.approx(70)
+    assert third["pass, %"].number is None
+    assert (third["maximal linkability, bits"].text, third["maximal linkability, bits"].note) == ("–", "")
+
+
+def test_without_a_template_defence_there_is_no_table_of_them(tmp_path):
+    assert template_table(setting_of(write_run(tmp_path / "a")), 1) is None
+
+
+def test_inverted_templates_stand_in_the_summary_at_their_worst_above_the_mean_embedding(tmp_path):
+    made = {"defense": "biohash", "template": template_protection()}
+    setting = setting_of(
+        write_run(tmp_path / "a", inversion=inversion(0.2), **made),
+        write_run(tmp_path / "b", attack="linear", inversion=inversion(0.6), **made),
+    )
+    table = summary(setting, 1)
+    worst, unet, linear = (by_heading(table, row) for row in table.rows[:3])
+    assert (worst["pass, %"].number, worst["pass, %"].note) == (60, "linear")
+    assert worst["embedding cosine"].note == "unet; floor 0.130"
+    assert (unet["pass, %"].number, linear["pass renewed, %"].number) == pytest.approx((20, 55))
+    assert [by_heading(table, row)["defence"].text for row in table.foot] == ["floor: mean embedding"]
+    assert findings(setting)["biohash"][-1].figure == "60.0 % [59.0, 61.0]"
+
+
+def test_the_published_attack_on_protected_templates_stands_at_the_highest_of_its_recognisers(tmp_path):
+    assert {figure.defense: figure.values for figure in published() if figure.source.id == "fem"} == {
+        "mlp-hash": {"pass_same": 0.821}, "slerpface": {"pass_same": 0.794}, "polyprotect": {"pass_same": 0.503},
+    }  # fmt: skip
+    folder = write_run(
+        tmp_path / "a", defense="slerpface", attack="template", template=template_protection(), inversion=inversion()
+    )
+    table = summary(setting_of(folder), 1)
+    printed = [by_heading(table, row) for row in table.rows if row.kind == "published"]
+    assert {(row["accuracy, %"].text, row["pass, %"].text) for row in printed} == {("99.2", "–"), ("–", "79.4")}

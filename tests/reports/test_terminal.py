@@ -2,7 +2,7 @@
 
 import pytest
 from rich.console import Console
-from run_folders import measure, write_run
+from run_folders import inversion, measure, template_protection, write_run
 
 from bench.gate.compare import Difference, FigureChange, Setting
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport
@@ -136,6 +136,28 @@ def test_why_recovered_faces_link_nothing_is_told_once(shown, recovered):
     assert "Linkage of the victims" not in told
     assert told.count("withheld") == 1
     assert "null: linkage: withheld" in told
+
+
+def test_template_protection_and_its_inversion(shown):
+    told = shown({"template": template_protection(), "inversion": inversion(0.6, records=3)})
+    assert_in_order(
+        told, "Template protection (100 pairs", "own key", "98.0", "90.0", "10.0", "stolen key", "85.0", "42.5",
+        "unknown key", "52.0", "1.1 ±0.1 %", "0.2 ±0.1 %", "97.0 ±1.0 %", "99.0 ±1.0 %",
+        "D_sys 0.200", "0.048", "0.50 ±0.01 bits (TMR at most 42.4 %",
+        "Inversion (3 templates, with keys)", "0.710 ±0.010", "0.130", "60.0", "30.0", "55.0", "15.0",
+        "D_sys 0.330", "0.25 ±0.01 bits (TMR at most 19.9 %", "D_sys 0.440",
+    )  # fmt: skip
+    assert "Recovery (victims" not in told
+
+
+def test_a_template_figure_that_could_not_be_measured_says_why(shown):
+    missing = {"renewed_far_1e3": measure(None), "maximal": measure(None)}
+    undone = inversion(key=False).model_copy(update=missing)
+    told = shown({"template": template_protection(key_stored=True), "inversion": undone})
+    assert_in_order(
+        told, "1 template, without keys", "55.0 ±1.0 % at FAR 1e-2, - % at 1e-3",
+        "null: pass renewed @1e-3: no weights", "null: maximal linkability inverted: no weights",
+    )  # fmt: skip
 
 
 def test_the_attack_that_links_best_stands_with_the_worst_case(shown, tmp_path, recovered):

@@ -16,6 +16,7 @@ from bench.results import (
     EvaluatorInfo,
     FloorTest,
     Identity,
+    Inversion,
     Linkage,
     Measure,
     Quality,
@@ -25,6 +26,7 @@ from bench.results import (
     StateInference,
     StrengthCurve,
     StrengthPoint,
+    TemplateProtection,
     Throughput,
     Utility,
     Verification,
@@ -61,6 +63,29 @@ def verification(accuracy, direction="leakage"):
         tar_at_far={"1e-1": measure(accuracy, direction=direction), "1e-2": measure(accuracy / 2, direction=direction)},
         pairs=100,
     )
+
+
+def template_protection(stolen=0.85, *, key_stored=False, d_sys=0.2, maximal=0.5):
+    """A template defence under which 98 % of pairs are told apart with own keys, ``stolen`` with one key for all."""
+    return TemplateProtection(
+        key_stored=key_stored,
+        verification={
+            "own": verification(0.98, "utility"), "stolen": verification(stolen, "utility"),
+            "unknown": verification(0.52),
+        },
+        replay_far_1e2=measure(0.011, 0.001), replay_far_1e3=measure(0.002, 0.001),
+        diverse_far_1e2=measure(0.97, direction="privacy"), diverse_far_1e3=measure(0.99, direction="privacy"),
+        d_sys=measure(d_sys), d_sys_chance=0.048, maximal=measure(maximal),
+    )  # fmt: skip
+
+
+def inversion(passed=0.6, *, records=1, key=True):
+    """What an attack makes of stolen templates, of which ``passed`` pass at FAR 1e-2."""
+    return Inversion(
+        records=records, key=key, cosine=measure(0.71), floor=measure(0.13),
+        same_far_1e2=measure(passed), same_far_1e3=measure(passed / 2), renewed_far_1e2=measure(passed - 0.05),
+        renewed_far_1e3=measure(passed / 4), d_sys=measure(0.33), maximal=measure(0.25), d_sys_plain=measure(0.44),
+    )  # fmt: skip
 
 
 def throughput(rate):
@@ -129,11 +154,14 @@ def write_run(
     image_size=64,
     dataset=None,
     training=None,
+    template=None,
+    inversion=None,
 ):
     """Write one run directory and return it.
 
     ``ssim`` is of each victim; of several attacks, separated by commas, that of the n-th is moved on by n victims.
-    ``error`` makes it a failed run.
+    ``error`` makes it a failed run. ``template`` makes it one of a template defence, which draws no states;
+    ``inversion`` takes the place of recovery.
     """
     folder.mkdir(parents=True)
     run_id = folder.name
@@ -165,14 +193,16 @@ def write_run(
         )
         mean = float(np.mean(ssim))
         names = attack.split(",")
+        states_named = StateInference(faces=measure(0.6), channels=measure(0.9), chance=1 / 18)
         floors = {"mean_face": quality(0.4, 0.1), "noise": quality(0.01, 0.0)}
         recovery = Recovery(**quality(mean, cosine).model_dump(), floors=floors, ceiling=quality(0.99, 0.9))
         parts = {
             name: AttackResult(
                 attack=attack_info(name, knowledge, saturated=saturated, above_floor=above_floor),
-                recovery=None if linkage else recovery,
+                recovery=None if linkage or inversion else recovery,
                 linkage=link if linkage else None,
-                state_inference=StateInference(faces=measure(0.6), channels=measure(0.9), chance=1 / 18),
+                inversion=inversion,
+                state_inference=None if template else states_named,
                 strength=curve if strength else None,
             )
             for name in names
@@ -189,6 +219,7 @@ def write_run(
             ),
             dataset=dataset_info(dataset, image_size=image_size, synthetic=synthetic),
             utility=utility(accuracy, 0.97),
+            template=template,
             **together(parts, recovery),
             throughput={
                 "protect": throughput(5000),
@@ -211,7 +242,8 @@ def write_run(
             states = pd.DataFrame({"image": range(VICTIMS), "interception": 0, "drawn": range(VICTIMS)})
             states["named"] = [-1, 0, *range(2, VICTIMS)]
             named = pd.concat([states.assign(attack=name) for name in names])
-            named.to_parquet(folder / "state_inference.parquet")
+            if template is None:
+                named.to_parquet(folder / "state_inference.parquet")
             tables = [rows.assign(method=name, ssim=np.roll(ssim, n)) for n, name in enumerate(names)]
             pd.concat([*tables, rows.assign(method="ceiling", ssim=0.99)]).to_parquet(folder / "per_image.parquet")
         if samples:

@@ -177,7 +177,7 @@ class Turned(Defense):
         (Clipped(image_size=SIZE), "clipped is not a linear defence"),
         (Unpinned(image_size=SIZE), "draws more than its generator"),
         (Turned(image_size=SIZE), "drawn anew for every face"),
-        (make_defense("random-projection", {}, "quick", SIZE), "template"),
+        (make_defense("biohash", {}, "quick", SIZE), "template"),
     ],
     ids=lambda value: value.name if isinstance(value, Defense) else "",
 )

@@ -1,4 +1,4 @@
-"""D_sys against cases that can be computed otherwise: integrals, permutations, separation."""
+"""D_sys and maximal linkability against cases that can be computed otherwise: integrals, permutations, separation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import torch
 from scipy import integrate, stats
 
 from bench.errors import DataError
-from bench.metrics.unlinkability import LARGEST_BIAS, chance_level, choose_bins, unlinkability, unlinkability_estimate
+from bench.metrics.unlinkability import (
+    LARGEST_BIAS,
+    chance_level,
+    choose_bins,
+    maximal_chance_level,
+    maximal_linkability,
+    maximal_linkability_estimate,
+    tmr_bound,
+    unlinkability,
+    unlinkability_estimate,
+)
 
 
 def normal(mated: int, non_mated: int, shift: float, *, spread: float = 1.0, seed: int = 0):
@@ -173,13 +183,106 @@ def test_what_resembles_nothing_else_is_as_sure_as_its_people_are_many() -> None
     ],
 )
 def test_unusable_scores_are_refused(scores: torch.Tensor, same: torch.Tensor, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        unlinkability(scores, same)
+    for measure in (unlinkability, maximal_linkability):
+        with pytest.raises(DataError, match=message):
+            measure(scores, same)
 
 
 def test_unusable_identities_are_refused() -> None:
     scores, same, identities = protocol(10, 0.0)
-    with pytest.raises(DataError, match="must be"):
-        unlinkability_estimate(scores, same, identities[:3])
-    with pytest.raises(DataError, match="contradict"):
-        unlinkability_estimate(scores, ~same, identities)
+    for estimate in (unlinkability_estimate, maximal_linkability_estimate):
+        with pytest.raises(DataError, match="must be"):
+            estimate(scores, same, identities[:3])
+        with pytest.raises(DataError, match="contradict"):
+            estimate(scores, ~same, identities)
+
+
+# -- maximal linkability ---------------------------------------------------------------------------
+
+
+def distance(shift: float, spread: float = 1.0) -> float:
+    """Total variation distance of N(shift, spread^2) and N(0, 1), by quadrature."""
+    mated, non_mated = stats.norm(shift, spread).pdf, stats.norm(0, 1).pdf
+    return 0.5 * float(integrate.quad(lambda s: abs(mated(s) - non_mated(s)), -12, 14, limit=500, points=[0, shift])[0])
+
+
+def test_the_oracle_is_the_closed_form_where_there_is_one() -> None:
+    assert distance(1.0) == pytest.approx(2 * stats.norm.cdf(0.5) - 1)
+
+
+@pytest.mark.parametrize(("shift", "spread"), [(0.5, 1.0), (1.0, 1.0), (2.0, 1.0), (4.0, 1.0), (0.0, 0.3), (1.5, 2.0)])
+def test_maximal_linkability_of_two_normal_laws_is_that_of_their_distance(shift: float, spread: float) -> None:
+    scores, same = normal(60_000, 60_000, shift, spread=spread)
+    assert maximal_linkability(scores, same) == pytest.approx(np.log2(1 + distance(shift, spread)), abs=0.01)
+
+
+@pytest.mark.parametrize(("mated", "non_mated"), [(3000, 3000), (300, 300), (200, 1000)])
+def test_one_law_gives_the_chance_level_of_maximal_linkability(mated: int, non_mated: int) -> None:
+    bins = min(30, choose_bins(mated, non_mated))
+    values = [maximal_linkability(*normal(mated, non_mated, 0.0, seed=seed)) for seed in range(60)]
+    mean, predicted = sum(values) / len(values), maximal_chance_level(bins, mated, non_mated)
+    assert predicted < 1 / 8
+    assert 0.8 * predicted < mean < 1.05 * predicted
+
+
+def test_there_are_thirty_bins_and_fewer_for_few_scores() -> None:
+    for count, bins in ((3000, 30), (300, 6)):
+        scores, same = normal(count, count, 0.0)
+        assert maximal_linkability(scores, same) == maximal_linkability(scores, same, bins=bins)
+        assert maximal_linkability(scores, same) != maximal_linkability(scores, same, bins=bins + 2)
+
+
+@pytest.mark.parametrize(("mated", "non_mated"), [(3000, 3000), (7, 13), (40, 400), (1, 1)])
+def test_scores_that_do_not_overlap_have_a_bit(mated: int, non_mated: int) -> None:
+    same = torch.arange(mated + non_mated) < mated
+    assert maximal_linkability(torch.linspace(1, 0, len(same)), same) == pytest.approx(1, abs=1e-12)
+    assert maximal_linkability(torch.linspace(0, 1, len(same)), same) == pytest.approx(1, abs=1e-12)
+
+
+def test_equal_scores_have_no_bit_and_ties_share_a_bin() -> None:
+    assert maximal_linkability(torch.full((100,), 0.3), torch.arange(100) < 50) == 0
+    same = torch.tensor([True, True, True, False, False, False] * 50)
+    scores = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0] * 50)
+    assert maximal_linkability(scores, same) == pytest.approx(np.log2(4 / 3))
+
+
+@pytest.mark.parametrize(("shift", "spread"), [(0.3, 1.0), (1.0, 1.0), (2.5, 1.0), (1.0, 0.5), (0.0, 2.0), (-1.0, 1.0)])
+def test_no_threshold_beats_the_bound(shift: float, spread: float) -> None:
+    """At every score of the sample, from either side; a threshold within a bin by no more than that bin holds."""
+    scores, same = normal(3000, 3000, shift, spread=spread)
+    maximal, bins = maximal_linkability(scores, same), 30
+    ranked = np.sort(scores.numpy())
+    fmr, tmr = (1 - np.searchsorted(np.sort(scores[kind].numpy()), ranked) / 3000 for kind in (~same, same))
+    between = np.arange(200, 6000, 200)  # where bins of equal mass meet
+    for miss, match in ((fmr, tmr), (1 - fmr, 1 - tmr)):
+        bound = np.array([tmr_bound(maximal, rate) for rate in miss])
+        assert (match <= bound + 2 / bins).all()
+        assert (match <= bound + 1e-9)[between].all()
+    assert tmr_bound(1.0, 0.3) == 1
+
+
+def test_the_bound_is_met_where_one_threshold_is_the_best_test() -> None:
+    scores, same = normal(60_000, 60_000, 1.0)
+    accepted = scores >= 0.5
+    fmr, tmr = float(accepted[~same].double().mean()), float(accepted[same].double().mean())
+    assert tmr_bound(maximal_linkability(scores, same), fmr) == pytest.approx(tmr, abs=0.01)
+
+
+def test_the_influence_is_the_derivative_by_the_weight_of_a_person() -> None:
+    """Against the interval of a jackknife over people with the bins held: few bins, so that they hardly move."""
+    scores, same, identities = protocol(120, 1.5)
+    estimate = maximal_linkability_estimate(scores, same, identities)
+    without = []
+    for person in range(120):
+        kept = (identities != person).all(dim=1)
+        without.append(maximal_linkability(scores[kept], same[kept], bins=choose_bins(480, 480, 30)))
+    error = np.std(without) * 119 / np.sqrt(120)
+    half = (estimate.ci95[1] - estimate.ci95[0]) / 2
+    assert half / stats.t.ppf(0.975, 119) == pytest.approx(error, rel=0.35)
+
+
+def test_intervals_of_maximal_linkability_hold_the_truth_about_as_often_as_they_say() -> None:
+    estimates = [maximal_linkability_estimate(*protocol(120, 1.5, seed)) for seed in range(150)]
+    values, low, high = np.array([(e.value, *e.ci95) for e in estimates]).T
+    truth = values.mean()
+    assert 0.90 <= ((low <= truth) & (truth <= high)).mean() <= 0.99

@@ -143,3 +143,19 @@ def test_another_shape_is_refused() -> None:
     recogniser = build_recogniser("ir-tiny", SHAPE, 32)
     with pytest.raises(ValueError, match=r"takes representations \(N, 27, 16, 16\), got \(2, 3, 16, 16\)"):
         recogniser(torch.randn(2, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"takes representations \(N, 27, 16, 16\)"):
+        recogniser.maps(torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shape"), [("ir-tiny", (256, 2, 2)), ("mobilefacenet", (512, 2, 2)), ("vit-tiny", (32, 1, 1))]
+)
+def test_maps_are_what_the_embedding_is_made_of(backbone: str, shape: tuple[int, int, int]) -> None:
+    recogniser = build_recogniser(backbone, (3, 24, 24), 32).eval()
+    representation = torch.rand(2, 3, 24, 24)
+    maps = recogniser.maps(representation)
+    assert tuple(maps.shape) == (2, *shape)
+    if backbone == "ir-tiny":
+        torch.testing.assert_close(recogniser.backbone.output(maps), recogniser(representation))
+    if shape[1:] == (1, 1):
+        torch.testing.assert_close(maps.flatten(1), recogniser(representation))
