@@ -138,6 +138,7 @@ def _comparable(run: Run) -> dict[str, Any]:
         "dataset": config.get("dataset"),
         "data": Path(str(config["data_root"])).name if config.get("data_root") else None,
         "image_size": config.get("image_size"),
+        "limit": config.get("limit"),
         "evaluator": [Path(str(file)).name for file in (evaluator if isinstance(evaluator, list) else [evaluator])]
         or config.get("evaluator_backbone"),
         "teacher": Path(str(config["teacher"])).name if config.get("teacher") else None,

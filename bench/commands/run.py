@@ -10,7 +10,7 @@ import typer
 
 from bench.commands.console import err, show
 from bench.commands.flags import AsJson, Assignments, AttackOptions, DefenseOptions, with_flags
-from bench.run.config import merge, nested, parse_assignments, resolve, settings
+from bench.run.config import merge, nested, parse_assignments, resolve, settings, write_config
 from bench.run.launch import Launch
 
 
@@ -26,6 +26,9 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and an estimate; compute nothing.")
     ] = False,
+    write_file: Annotated[
+        Path | None, typer.Option("--write-config", help="Write all settings, resolved, to a TOML file for --config.")
+    ] = None,
 ) -> None:
     """Train behind a defence, attack it, and print how well it recognises and what leaks."""
     options = {
@@ -45,6 +48,9 @@ def run(
 
     from reports.terminal import render_plan, render_result
 
+    if write_file is not None:
+        write_config(resolved, write_file)
+        err.print(f"settings written to {write_file}", markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         plan = pipeline.plan()
         show(plan, as_json, lambda: render_plan(plan))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -18,6 +18,8 @@ from bench.registry import Registry, target
 if TYPE_CHECKING:
     from bench.data.encoded import OpenedSet
     from bench.data.faces import Source
+
+S = TypeVar("S", "OpenedSet", "Source")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +88,15 @@ def load(
     seed: int,
     options: Mapping[str, Any] | None = None,
     stream: bool = False,
+    limit: int | None = None,
     report: Report = no_report,
 ) -> Source:
     """Load a dataset by name; it is not yet split.
 
     ``data_root`` is not needed by ``synthetic`` and ``lfw``; ``image_size`` is in pixels; ``seed``, the run's, is for
     datasets that are drawn. With ``stream`` the faces are left on disk, not yet scanned; victims of its own are in
-    memory either way. ``report(done, total)`` counts images.
+    memory either way. With a ``limit`` so many faces are used at most, of whole identities drawn by ``seed``; victims
+    of its own and their pairs stay whole. ``report(done, total)`` counts images.
 
     Raises:
         UsageError: unknown dataset or option, an impossible image size, or a dataset that cannot be streamed.
@@ -107,12 +111,22 @@ def load(
     parsed = parse_options(name, options or {}, image_size=image_size, seed=seed)
     if dataset.needs_root and data_root is None:
         raise MissingError(f"dataset {name!r} needs to know where its data lie: set --data-root or BENCH_DATA_ROOT")
-    if dataset.open is not None:
-        from bench.data.decode import readable  # whoever lists data sets needs no torch
 
+    from bench.data.decode import readable  # whoever lists data sets needs no torch
+    from bench.data.splits import whole_identities
+    from bench.randomness import Streams
+
+    def limited(loaded: S) -> S:
+        if limit is None:
+            return loaded
+        faces = whole_identities(loaded.faces, limit, Streams(seed).generator("limit"))
+        return replace(loaded, faces=faces, details=loaded.details | {"limit": limit})
+
+    if dataset.open is not None:
         with readable(data_root or Path()):
             if data_root is not None and data_root.is_dir():
                 os.scandir(data_root).close()  # what cannot be listed is not empty
-            return dataset.open(data_root, image_size, parsed).decoded(name, stream=stream, report=report)
+            opened = limited(dataset.open(data_root, image_size, parsed))
+            return opened.decoded(name, stream=stream, report=report)
     assert dataset.make is not None
-    return dataset.make(parsed, report=report)
+    return limited(dataset.make(parsed, report=report))

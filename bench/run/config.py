@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bench.errors import DataError, MissingError, UsageError
-from bench.files import decode_text
+from bench.files import decode_text, write_text
 from bench.plugins import Option, describe, explain
 from bench.recognition.options import PUBLISHED, TrainingOptions
 
@@ -193,6 +194,11 @@ class RunConfig(BaseModel):
     stream_on_error: Literal["refuse", "skip"] = Field(
         "refuse", description="A streamed image that cannot be decoded is refused, or left out and counted."
     )
+    limit: int | None = Field(
+        None,
+        ge=2,
+        description="For a quick look: at most so many faces of the dataset, of whole identities drawn at random.",
+    )
     preset: Literal["quick", "cpu", "gpu", "paper"] = Field("cpu", description="Layer of defaults.")
     knowledge: Literal["blackbox", "whitebox", "oracle"] = Field("whitebox", description="What the adversary knows.")
     image_size: int = Field(112, ge=16, le=1024, description="Height and width of the faces in pixels.")
@@ -295,7 +301,8 @@ class RunConfig(BaseModel):
 
     def identifying(self) -> dict[str, Any]:
         """The part that decides the figures: all but where files go and what is reused."""
-        return self.model_dump(mode="json", exclude={"out", "resume"})
+        # Runs from before there was a limit keep their names.
+        return self.model_dump(mode="json", exclude={"out", "resume", *(["limit"] if self.limit is None else [])})
 
 
 #: Settings of nested models that have a flag and a variable all the same.
@@ -443,6 +450,54 @@ def read_file(path: Path) -> dict[str, Any]:
         raise UsageError(f"config file {path} cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"config file {path} is not valid TOML: {error}") from None
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write all settings of a run to a TOML file, from which :func:`resolve` reads an equal configuration.
+
+    Raises:
+        UsageError: the file is there already.
+    """
+    if path.exists():
+        raise UsageError(f"{path} exists: choose another file to write the settings to")
+    write_text(path, to_toml(config.model_dump(mode="json")))
+
+
+def to_toml(document: Mapping[str, Any]) -> str:
+    """A nested mapping as TOML: a section for each mapping at the top, in which deeper keys are dotted.
+
+    What is None is left out: TOML has no such value.
+    """
+    sections = {key: value for key, value in document.items() if isinstance(value, Mapping) and value}
+    blocks = [_toml_lines({key: value for key, value in document.items() if key not in sections})]
+    blocks += [f"[{_toml_key(key)}]\n{_toml_lines(value)}" for key, value in sections.items()]
+    return "\n".join(filter(None, blocks))
+
+
+def _toml_lines(table: Mapping[str, Any], prefix: str = "") -> str:
+    lines = []
+    for key, value in table.items():
+        name = prefix + _toml_key(key)
+        if isinstance(value, Mapping) and value:
+            lines.append(_toml_lines(value, f"{name}."))
+        elif value is not None:
+            lines.append(f"{name} = {_toml_value(value)}\n")
+    return "".join(lines)
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_toml_key(key)} = {_toml_value(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    # JSON's, but for the one character that only TOML escapes.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def resolve(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None) -> RunConfig:

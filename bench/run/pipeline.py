@@ -228,6 +228,8 @@ class Pipeline:
         warnings = []
         if dataset.synthetic:
             warnings.append("synthetic faces: for trying the suite and for CI, not for claims about people")
+        if self.config.limit is not None:
+            warnings.append(f"limit: {self.config.limit} faces of the dataset at most were used, for a quick look")
         if not self.config.utility:
             warnings.append("utility was not measured (--no-utility): say nothing of the defence's worth from this run")
         if self.config.training.label_noise:

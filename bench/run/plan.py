@@ -63,6 +63,8 @@ def stand_in(config: RunConfig, seed: int) -> Source:
     """Random pictures in the numbers that the synthetic dataset would have: enough to time training on."""
     identities = int(config.dataset_options["identities"])
     images = int(config.dataset_options["images_per_identity"])
+    if config.limit is not None:
+        identities = min(identities, max(2, config.limit // images))
     generator = torch.Generator().manual_seed(seed)
     size = config.image_size
     pixels = torch.randint(0, 256, (identities * images, 3, size, size), generator=generator, dtype=torch.uint8)

@@ -116,6 +116,7 @@ class Stages(StageRunner):
             "options": config.dataset_options,
             "image_size": config.image_size,
             "seed": self.streams.seed_for("data"),
+            **({} if config.limit is None else {"limit": config.limit}),  # no other key changes
         }
 
     @functools.cached_property
@@ -146,6 +147,7 @@ class Stages(StageRunner):
             image_size=self.config.image_size,
             seed=self.streams.seed_for("data"),
             options=self.config.dataset_options,
+            limit=self.config.limit,
             report=report,
             stream=stream,
         )

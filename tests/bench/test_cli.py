@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bench.results import RunPlan
+
 
 def one_line(stderr):
     lines = stderr.strip().splitlines()
@@ -115,6 +117,21 @@ def test_run_passes_its_flags_on(bench, monkeypatch):
     bench("run", "--defense", "none", "--attack", "unet", "--head", "arcface", "--set", "training.epochs=3")
     assert (seen[1].training.head, seen[1].training.epochs) == ("arcface", 3)
     assert (seen[1].utility, seen[1].budget) == (True, None)
+
+
+def test_the_settings_of_a_run_are_written_for_config(bench, monkeypatch, tmp_path):
+    plan = RunPlan(run_id="r", device="cpu", precision="32-true", config={}, stages=[], seconds=0)
+    seen = []
+    monkeypatch.setattr("bench.run.pipeline.Pipeline.plan", lambda self: seen.append(self.config) or plan)
+    asked = ("run", "--attack", "linear", "--preset", "quick", "--dry-run", "--json")
+    told = ("--defense", "partialface", "-o", "subset=2", "--set", "training.epochs=3", "--limit", "200")
+    code, out, err = bench(*asked, *told, "--write-config", "run.toml")
+    assert (code, json.loads(out)["run_id"], err) == (0, "r", "settings written to run.toml\n")
+    assert bench("run", "--config", "run.toml", "--dry-run")[0] == 0
+    assert seen[0] == seen[1]
+    assert (seen[0].defense_options, seen[0].training.epochs, seen[0].limit) == ({"subset": "2"}, 3, 200)
+    code, _, err = bench(*asked, *told, "--write-config", "run.toml")
+    assert (code, "run.toml exists" in one_line(err)) == (2, True)
 
 
 class TestProtect:

@@ -46,6 +46,28 @@ def test_synthetic_takes_size_and_seed_of_the_run_and_reports_progress():
     assert not first.equal(images(1))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_limit_takes_whole_people_by_the_seed(make_tree, stream):
+    root = make_tree(dict.fromkeys(("Ann", "Bob", "Cid", "Dee", "Eve", "Fay"), 3))
+
+    def people(seed, limit):
+        source = load("folder", data_root=root, image_size=24, seed=seed, stream=stream, limit=limit)
+        assert source.details.get("limit") == limit
+        assert len(source.faces) == 3 * len(source.faces.used_names)
+        return source.faces.used_names
+
+    assert len(people(0, 11)) == 3
+    assert people(0, 11) == people(0, 11) < people(0, 14)
+    assert len({people(seed, 11) for seed in range(6)}) > 1
+    assert people(0, None) == people(0, 18) == {"Ann", "Bob", "Cid", "Dee", "Eve", "Fay"}
+
+
+def test_rendered_faces_can_be_limited():
+    options = {"identities": 5, "images_per_identity": 2}
+    source = load("synthetic", data_root=None, image_size=16, seed=0, options=options, limit=7)
+    assert (len(source.faces), len(source.faces.used_names)) == (6, 3)
+
+
 @pytest.mark.parametrize("name", ["insightface", "folder"])
 def test_data_root_is_needed(name):
     with pytest.raises(MissingError, match="set --data-root or BENCH_DATA_ROOT"):

@@ -1,5 +1,6 @@
 """Configuration: precedence, strictness, one-line errors."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,48 @@ from bench.run.config import (
     read_environment,
     resolve,
     settings,
+    to_toml,
     unknown_variables,
+    write_config,
 )
+from bench.run.store import run_id
+
+TEXTS = ['a "b" \\ c', "tab\tline\nend", "\x00\x1f\x7f", "é 😀", "", "no", "1"]
+DOCUMENT = {
+    "texts": TEXTS,
+    "numbers": [0, -3, 2**62, 0.1, 1e-5, 1e22, 24.0, float("inf"), float("-inf")],
+    "yes": True,
+    "empty": {},
+    "table": {"a b": 1, "quantise.bits": "4", "é": [], "deep": {"er": {"x": False}, "none": {}}, "rows": [{"k": [1]}]},
+}
+
+
+def test_toml_is_read_back():
+    assert tomllib.loads(to_toml(DOCUMENT)) == DOCUMENT
+    assert to_toml({"a": None, "b": {"c": {"d": 1}}}) == "[b]\nc.d = 1\n"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"preset": "paper", "evaluator": "a.onnx,b,c.onnx", "data_root": "x y", "dataset": "folder", "limit": 90},
+        {"defense": "partialface+quantise", "defense_options": {"quantise.bits": "4"}, "template": "biohash"},
+        {"attack": "unet,linear", "attack_options": {"linear": {"rank": "9"}, "images": "70"}, "budget": "k=1,2"},
+        {"teacher": "t.onnx", "training": {"clip_gradient_norm": "inf", "views": 3}, "dataset_options": {"seed": 5}},
+        {"out": "elsewhere", "resume": False, "seed": 2**62, "utility": "no", "shares": {"provider": "0.3"}},
+    ],
+)
+def test_a_written_configuration_is_read_back_equal(tmp_path, given):
+    config = resolve(merge(UNET, given), {})
+    write_config(config, tmp_path / "run.toml")
+    again = resolve({}, {}, tmp_path / "run.toml")
+    assert again == config
+    assert run_id(again) == run_id(config)
+    assert again.labels_only == config.labels_only
+    with pytest.raises(UsageError, match=r"run\.toml exists: choose another file"):
+        write_config(config, tmp_path / "run.toml")
+
 
 UNET = {"defense": "none", "attack": "unet"}
 

@@ -64,6 +64,7 @@ SETTINGS = {
     "attack_options": ({"images": 100}, {FIT, RECOVER}),
     "dataset_options": ({"identities": 90}, EVERYTHING),
     "image_size": (48, {*EVERYTHING, DEFENSE}),
+    "limit": (300, EVERYTHING),
     "seed": (1, EVERYTHING),
     "shares": ({"provider": 0.3}, EVERYTHING - {DATA}),
     "backbone": ("ir-18", {RECOGNISER, VERIFY}),
@@ -75,8 +76,8 @@ SETTINGS = {
     "batch_size": (8, {VERIFY, EVALUATE, RECOVER, LINK}),
 }
 #: They decide nothing that a stage keeps, are no value of their own, or name files (which have tests of their own).
-WITHOUT_A_STAGE = {"bootstrap", "utility", "budget", "resume", "out", "device", "preset"}
-FILES = {"dataset", "data_root", "evaluator", "teacher", "stream", "stream_images", "stream_on_error"}
+WITHOUT_A_STAGE = {"bootstrap", "utility", "budget", "resume", "out", "device", "preset", "template"}
+FILES = {"dataset", "data_root", "evaluator", "teacher", "recogniser", "stream", "stream_images", "stream_on_error"}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

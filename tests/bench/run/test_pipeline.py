@@ -129,6 +129,15 @@ class TestFinishedRun:
         assert fresh.utility.accuracy.value == pytest.approx(first.utility.accuracy.value, abs=1e-2)
 
 
+@pytest.mark.slow
+def test_a_limited_run_works_and_says_so(tmp_path):
+    result = pipeline(tmp_path, attack="linear", attack_options={}, defense="pixelate", utility=False, limit=120).run()
+    assert result.status == "success"
+    assert sum(result.dataset.images.values()) <= 120
+    assert result.dataset.details["limit"] == 120
+    assert any(warning.startswith("limit: 120 faces") for warning in result.warnings)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
