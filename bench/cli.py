@@ -37,7 +37,6 @@ app = typer.Typer(
     name="bench",
     help="Privacy attack-and-defence benchmark for face recognition.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

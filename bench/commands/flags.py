@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from bench.plugins import Option
+from bench.data.loaders import DATASETS
+from bench.plugins import Option, attacks, defenses
+from bench.recognition.options import HEADS
 from bench.run.config import Setting, nested
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
@@ -30,6 +33,34 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting (bench list settings), e.g. training.epochs=8."),
 ]
+
+#: What takes the names of a registry.
+_NAMES: dict[str, Callable[[], Iterable[str]]] = {
+    "defense": defenses,
+    "defenses": defenses,
+    "attack": attacks,
+    "attacks": attacks,
+    "dataset": lambda: DATASETS,
+    "training.head": lambda: HEADS,
+}
+
+#: Types of options that have no names for values.
+_NO_NAMES = {"int", "float", "text", "path", "table", "any", "true", "false"}
+
+
+def completion(name: str, choices: Iterable[str] = ()) -> Callable[[str], list[str]]:
+    """What a shell offers for the option ``name``: the names of its registry, else the ``choices``.
+
+    Of a list or a chain the last name is completed.
+    """
+
+    def complete(incomplete: str) -> list[str]:
+        begun = re.split(r"[,+]", incomplete)[-1]
+        before = incomplete.removesuffix(begun)
+        return [before + known for known in _NAMES.get(name, lambda: choices)() if known.startswith(begun)]
+
+    return complete
+
 
 _METAVARS = {"int": "N", "float": "X", "path": "PATH"}
 
@@ -60,13 +91,14 @@ def with_flags(options: Iterable[Option]) -> Callable[[Callable[..., None]], Cal
 def _parameter(name: str, option: Option) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     boolean = option.type == "true | false"
-    kinds = [kind for kind in option.type.split(" | ") if kind != "none"]
+    kinds = [kind for kind in option.type.removeprefix("list of ").split(" | ") if kind != "none"]
     notes = [" | ".join(kinds)] if len(kinds) > 1 and not boolean else []
     notes += [f"default: {default}"] if (default := default_text(option)) else []
     info = typer.Option(
         f"{flag}/--no-{flag[2:]}" if boolean else flag,
         metavar=None if boolean else option.metavar or _METAVARS.get(kinds[0], "NAME"),
         help=escape(option.meaning + (f" [{'; '.join(notes)}]" if notes else "")),
+        autocompletion=completion(option.name, [kind for kind in kinds if kind not in _NO_NAMES]),
     )
     annotation = Annotated[bool | None, info] if boolean else Annotated[str | None, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from bench.commands.console import show_line
-from bench.commands.flags import AsJson, DefenseOptions
+from bench.commands.flags import AsJson, DefenseOptions, completion
 from bench.errors import DataError, MissingError, UsageError
 from bench.files import replacing
 from bench.plugins import make_defense
@@ -24,7 +24,10 @@ from bench.run.config import parse_assignments, run_config
 def protect(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Face images, one face each.")],
     out_file: Annotated[Path, typer.Option("--out", help="The .npz file to write.")],
-    defense: Annotated[str | None, typer.Option(help="Defence (bench list defenses), or a chain: A+B.")] = None,
+    defense: Annotated[
+        str | None,
+        typer.Option(help="Defence (bench list defenses), or a chain: A+B.", autocompletion=completion("defense")),
+    ] = None,
     defense_option: DefenseOptions = None,
     run: Annotated[
         Path | None, typer.Option("--from", help="Folder of a run: protect with its defence, as it was fitted there.")

@@ -8,11 +8,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
+from bench.cli import app
 from bench.results import RunPlan
 
 
@@ -49,6 +52,44 @@ def test_what_only_prints_imports_nothing_heavy(words, heavy):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "begun", "offered"),
+    [
+        ("run", "--defense", "partialf", ["partialface"]),
+        ("run", "--defense", "partialface+quan", ["partialface+quantise"]),
+        ("run", "--attack", "linear,unet", ["linear,unet", "linear,unet-ensemble"]),
+        ("run", "--dataset", "s", ["synthetic"]),
+        ("run", "--preset", "", ["quick", "cpu", "gpu", "paper"]),
+        ("run", "--head", "cos", ["cosface"]),
+        ("run", "--image-size", "", []),
+        ("sweep", "--defenses", "blur,pix", ["blur,pixelate"]),
+        ("sweep", "--knowledge", "w", ["whitebox"]),
+        ("protect", "--defense", "pix", ["pixelate"]),
+    ],
+)
+def test_what_a_shell_is_offered(command, flag, begun, offered):
+    group: Any = typer.main.get_command(app)
+    [option] = [option for option in group.commands[command].params if flag in option.opts]
+    assert [item.value for item in option.shell_complete(None, begun)] == offered
+
+
+def test_completion_is_installed_and_needs_no_torch(tmp_path):
+    def call(*words, **variables):
+        code = f"import sys, bench.cli; sys.argv = ['bench', *{words}]\n"
+        code += "try: bench.cli.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'heavy import'"
+        variables |= {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "_BENCH_COMPLETE=complete_bash" in call("--show-completion", "bash")
+    call("--install-completion", "bash")
+    assert "bench.sh" in (tmp_path / ".bashrc").read_text()
+    words = {"COMP_WORDS": "bench run --attack hill", "COMP_CWORD": "3"}
+    assert call(_BENCH_COMPLETE="complete_bash", **words) == "hill-climb\n"
 
 
 def test_no_arguments_is_help(bench):
