@@ -24,6 +24,7 @@ from bench.commands.export import export
 from bench.commands.gate import gate
 from bench.commands.leaderboard import leaderboard
 from bench.commands.list import list_
+from bench.commands.new import new
 from bench.commands.protect import protect
 from bench.commands.report import report
 from bench.commands.rm import rm
@@ -40,7 +41,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (run, sweep, list_, runs, show, rm, protect, report, leaderboard, compare, baseline, gate, export, doctor)
+COMMANDS = (
+    *(run, sweep, list_, runs, show, rm, protect, report, leaderboard, compare, baseline, gate, export),
+    *(new, doctor),
+)
 for command in COMMANDS:
     app.command(command.__name__.rstrip("_"))(command)
 app.add_typer(data)

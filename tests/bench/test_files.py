@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from bench.files import replacing, sha256, write_text
+from bench.files import new_folder, replacing, sha256, write_text
 
 
 def test_writes_and_replaces(tmp_path):
@@ -28,6 +28,22 @@ def test_a_failure_leaves_the_old_file_and_no_trace(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with new_folder(tmp_path / "made") as scratch:
+        (scratch / "file").touch()
+        assert not (tmp_path / "made").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "file"]
+
+    def fail():
+        with new_folder(tmp_path / "other") as scratch:
+            (scratch / "file").touch()
+            raise RuntimeError("disk on fire")
+
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_sha256(tmp_path):
