@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import email
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import bench
@@ -185,6 +188,50 @@ def test_tox_names_every_environment() -> None:
     assert listed == {"py311", "py312", "py313", "lint", "type", "smoke", "browser", "docs", "perf", "lowest"}
     supported = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", c)]
     assert {f"py{version.replace('.', '')}" for version in supported} <= listed
+
+
+#: (name, words) of every instruction of the Dockerfile, each in one line.
+INSTRUCTIONS = re.findall(r"^([A-Z]+) (.+)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+def test_the_image_is_made_of_what_a_wheel_is_made_of() -> None:
+    copied = [words.split()[:-1] for name, words in INSTRUCTIONS if name == "COPY" and "--from" not in words]
+    sources = {source for line in copied for source in line}
+    assert sources == {*PACKAGES, "pyproject.toml", "README.md", "LICENSE"}
+    assert all((ROOT / source).exists() for source in sources)
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert ignored.index("*") < min(ignored.index(f"!{source}") for source in sources)
+    assert {line[1:] for line in ignored if line.startswith("!")} == sources
+
+
+def test_the_image_runs_bench_as_nobody_special_on_a_python_that_is_supported() -> None:
+    arguments = dict(words.split("=") for name, words in INSTRUCTIONS if name == "ARG")
+    assert arguments["PYTHON"] in SpecifierSet(PROJECT["requires-python"])
+    assert f"Programming Language :: Python :: {arguments['PYTHON']}" in PROJECT["classifiers"]
+    assert arguments["TORCH"] == "cpu"
+    assert all("python:${PYTHON}-slim" in words for name, words in INSTRUCTIONS if name == "FROM")
+    last = dict(INSTRUCTIONS)
+    assert last["USER"] not in ("root", "0")
+    assert json.loads(last["ENTRYPOINT"]) == ["bench"]
+
+
+#: Keys of the Citation File Format 1.2.0 that a file of ours may need.
+CITATION_KEYS = {
+    *("cff-version", "message", "title", "authors", "abstract", "type", "version", "license", "keywords"),
+    *("date-released", "repository-code", "url", "doi", "identifiers", "preferred-citation", "references", "commit"),
+}
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys() <= CITATION_KEYS
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["type"] == "software"
+    assert citation["version"] == bench.__version__
+    assert citation["license"] == PROJECT["license"]
+    assert citation["keywords"] == PROJECT["keywords"]
+    assert citation["authors"]
+    assert all("name" in author or "family-names" in author for author in citation["authors"])
 
 
 def test_changelog_knows_this_version() -> None:
