@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import keyword
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,9 +17,9 @@ from bench.commands.flags import AsJson
 from bench.errors import UsageError
 from bench.files import new_folder, write_text
 from bench.plugins import attacks, defenses
-from bench.registry import pick
+from bench.registry import Registry, pick
 
-_KINDS = {"defense": defenses, "attack": attacks}
+_KINDS: dict[str, Callable[[], Registry[Any]]] = {"defense": defenses, "attack": attacks}
 
 #: What is written -> the template that it is made from.
 _FILES = {

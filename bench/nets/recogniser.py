@@ -202,7 +202,7 @@ class TemplateReader(Recogniser):
 
     def embed(self, representation: Tensor) -> Tensor:
         """The templates as they are stored, float32 (N, T): what compares them may look at their length."""
-        return self(representation).float()
+        return self(representation).float()  # type: ignore[no-any-return, unused-ignore]
 
 
 def build_recogniser(
