@@ -225,3 +225,14 @@ class TestKeys:
         assert key() == before
         show(77)
         assert key() != before
+
+
+@pytest.mark.parametrize("how", [{}, STREAM], ids=["memory", "disk"])
+def test_a_limit_leaves_the_verification_set_whole_and_has_keys_of_its_own(pack, tmp_path, how):
+    whole, limited = (stages_of(pipeline(tmp_path, pack, **how, **more)) for more in ({}, {"limit": 150}))
+    splits = limited.splits
+    assert 100 < sum(len(part) for name, part in splits.parts.items() if name != "victims") <= 150
+    assert len(splits.pairs) == len(whole.splits.pairs)
+    assert limited.data_key != whole.data_key
+    if how:
+        assert limited.scan_job().key != whole.scan_job().key
