@@ -8,13 +8,13 @@ import itertools
 import json
 import logging
 import math
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bench.errors import DataError, MissingError, UsageError
@@ -301,8 +301,9 @@ class RunConfig(BaseModel):
 
     def identifying(self) -> dict[str, Any]:
         """The part that decides the figures: all but where files go and what is reused."""
-        # Runs from before there was a limit keep their names.
-        return self.model_dump(mode="json", exclude={"out", "resume", *(["limit"] if self.limit is None else [])})
+        # Runs from before there were these settings keep their names.
+        unset = {name for name in ("limit", "recogniser", "template") if getattr(self, name) is None}
+        return self.model_dump(mode="json", exclude={"out", "resume", *unset})
 
 
 #: Settings of nested models that have a flag and a variable all the same.
@@ -460,44 +461,14 @@ def write_config(config: RunConfig, path: Path) -> None:
     """
     if path.exists():
         raise UsageError(f"{path} exists: choose another file to write the settings to")
-    write_text(path, to_toml(config.model_dump(mode="json")))
+    write_text(path, tomli_w.dumps(_without_none(config.model_dump(mode="json"))))
 
 
-def to_toml(document: Mapping[str, Any]) -> str:
-    """A nested mapping as TOML: a section for each mapping at the top, in which deeper keys are dotted.
-
-    What is None is left out: TOML has no such value.
-    """
-    sections = {key: value for key, value in document.items() if isinstance(value, Mapping) and value}
-    blocks = [_toml_lines({key: value for key, value in document.items() if key not in sections})]
-    blocks += [f"[{_toml_key(key)}]\n{_toml_lines(value)}" for key, value in sections.items()]
-    return "\n".join(filter(None, blocks))
-
-
-def _toml_lines(table: Mapping[str, Any], prefix: str = "") -> str:
-    lines = []
-    for key, value in table.items():
-        name = prefix + _toml_key(key)
-        if isinstance(value, Mapping) and value:
-            lines.append(_toml_lines(value, f"{name}."))
-        elif value is not None:
-            lines.append(f"{name} = {_toml_value(value)}\n")
-    return "".join(lines)
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml_value, value))}]"
+def _without_none(value: Any) -> Any:
+    """What TOML, which has no such value, can hold of a document."""
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_toml_key(key)} = {_toml_value(inner)}' for key, inner in value.items())}}}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    # JSON's, but for the one character that only TOML escapes.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value if inner is not None] if isinstance(value, list) else value
 
 
 def resolve(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None) -> RunConfig:

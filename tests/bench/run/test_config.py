@@ -1,6 +1,5 @@
 """Configuration: precedence, strictness, one-line errors."""
 
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,25 +15,10 @@ from bench.run.config import (
     read_environment,
     resolve,
     settings,
-    to_toml,
     unknown_variables,
     write_config,
 )
 from bench.run.store import run_id
-
-TEXTS = ['a "b" \\ c', "tab\tline\nend", "\x00\x1f\x7f", "é 😀", "", "no", "1"]
-DOCUMENT = {
-    "texts": TEXTS,
-    "numbers": [0, -3, 2**62, 0.1, 1e-5, 1e22, 24.0, float("inf"), float("-inf")],
-    "yes": True,
-    "empty": {},
-    "table": {"a b": 1, "quantise.bits": "4", "é": [], "deep": {"er": {"x": False}, "none": {}}, "rows": [{"k": [1]}]},
-}
-
-
-def test_toml_is_read_back():
-    assert tomllib.loads(to_toml(DOCUMENT)) == DOCUMENT
-    assert to_toml({"a": None, "b": {"c": {"d": 1}}}) == "[b]\nc.d = 1\n"
 
 
 @pytest.mark.parametrize(
