@@ -37,7 +37,7 @@ from bench.nets.augmentation import augment
 from bench.nets.heads import MarginHead
 from bench.nets.onnx import file_digest
 from bench.nets.recogniser import Recogniser, TemplateReader, build_recogniser
-from bench.progress import ProgressBars, Report, no_report
+from bench.progress import ProgressBars, Report
 from bench.randomness import Streams
 from bench.recognition.embed import embed_faces
 from bench.recognition.options import TrainingOptions
@@ -45,6 +45,7 @@ from bench.recognition.state import load_recogniser, save_recogniser, write_tens
 from bench.recognition.training import TrainingReport, build_head, train
 from bench.results import TeacherInfo
 from bench.run.config import RunConfig
+from bench.run.enrolment import TemplateSystem
 from bench.run.machines import ConnectedProcesses, TrainingOrder
 from bench.run.stage import CODE, Job, Log, StageCache, StageRunner, make_key, plugin_code, tensor_job
 from defenses.base import Defense, DefenseTraining
@@ -506,7 +507,9 @@ class Stages(StageRunner):
                 sides = self.do(self.embeddings_job(defense))
                 held = None if keys is None else keys[pairs.first]
                 with failing_as(f"defence {defense.name}"):
-                    return {"scores": self.matched(defense, "queries", *sides, held, held)}
+                    system = self.system(defense)
+                    stored = system.enrol("queries", sides[0], held)
+                    return {"scores": system.match("queries", stored, sides[1], held)}
             if keys is None:
                 return {"scores": pair_scores(embed("queries", victims), pairs)}
             first = embed("queries/first", victims.subset(pairs.first), keys[pairs.first])
@@ -535,7 +538,8 @@ class Stages(StageRunner):
             pairs, sides = self.splits.pairs, {}
             for side, images in (("first", pairs.first), ("second", pairs.second)):
                 used, place = torch.unique(images, return_inverse=True)
-                sides[side] = self.embedded(defense, f"queries/{side}", used, report)[place]
+                faces = self.splits.victims.images[used]
+                sides[side] = self.system(defense).embed(f"queries/{side}", faces, report)[place]
             return sides
 
         content = {
@@ -553,49 +557,9 @@ class Stages(StageRunner):
             lambda tensors: (tensors["first"], tensors["second"]),
         )
 
-    @torch.no_grad()
-    def embedded(self, defense: TemplateDefense, stream: str, images: Tensor, report: Report = no_report) -> Tensor:
-        """Unprotected embeddings of the victim ``images``, int64 (M,): unit rows, float32 (M, D), on the processor."""
-        parts, faces = [], self.splits.victims.images
-        for number, part in enumerate(images.split(self.config.batch_size)):
-            batch = to_float(faces[part].to(self.fabric.device))
-            parts.append(defense.embed(batch, self.streams.generator(f"{stream}/{number}")).cpu())
-            report(sum(map(len, parts)), len(images))
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def enrolled(self, defense: TemplateDefense, stream: str, embeddings: Tensor, keys: Tensor | None) -> Tensor:
-        """Templates of embeddings (M, D) under keys (M, k): float32 (M, T), on the processor."""
-        device, parts, order = self.fabric.device, [], _by_client(keys, len(embeddings))
-        for number, rows in enumerate(order.split(self.config.batch_size)):
-            draws, held = self.streams.generator(f"{stream}/enrol/{number}"), None if keys is None else keys[rows]
-            parts.append(defense.enrol(embeddings[rows].to(device), held, draws).cpu())
-        return torch.cat(parts)[order.argsort()]
-
-    @torch.no_grad()
-    def matched(
-        self,
-        defense: TemplateDefense,
-        stream: str,
-        first: Tensor,
-        second: Tensor,
-        keys: Tensor | None,
-        shown: Tensor | None,
-    ) -> Tensor:
-        """Scores (M,) of fresh embeddings ``second`` under keys ``shown`` against templates of ``first``."""
-        stored = self.enrolled(defense, stream, first, keys)
-        return self.compared(defense, stream, stored, second, shown)
-
-    @torch.no_grad()
-    def compared(
-        self, defense: TemplateDefense, stream: str, stored: Tensor, fresh: Tensor, shown: Tensor | None
-    ) -> Tensor:
-        """Scores (M,) of fresh embeddings (M, D) under keys ``shown`` against stored templates (M, T)."""
-        device, parts, order = self.fabric.device, [], _by_client(shown, len(fresh))
-        for number, rows in enumerate(order.split(self.config.batch_size)):
-            draws, held = self.streams.generator(f"{stream}/match/{number}"), None if shown is None else shown[rows]
-            parts.append(defense.match(stored[rows].to(device), fresh[rows].to(device), held, draws).cpu())
-        return torch.cat(parts).double()[order.argsort()]
+    def system(self, defense: TemplateDefense) -> TemplateSystem:
+        """The system that stores this defence's templates."""
+        return TemplateSystem(defense, self.streams, self.fabric.device, self.config.batch_size)
 
     # -- evaluator -------------------------------------------------------------------------------
 
@@ -654,11 +618,6 @@ class Stages(StageRunner):
         )
         what = "embed the victims for the evaluator"
         return tensor_job("evaluate", key, what, "embeddings.safetensors", compute, read)
-
-
-def _by_client(keys: Tensor | None, count: int) -> Tensor:
-    """An order in which the rows of one client, int64 (count, k), stand together: keys are dear to expand."""
-    return torch.arange(count) if keys is None else torch.unique(keys, dim=0, return_inverse=True)[1].argsort()
 
 
 def digest(source: Source) -> str:

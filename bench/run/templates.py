@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bench.images import to_float
 from bench.measures import KINDS, Estimate, Measure
 from bench.metrics.bootstrap import mean_estimate
 from bench.metrics.unlinkability import (
@@ -60,14 +59,15 @@ def assess_protection(stages: Stages, defense: TemplateDefense) -> TemplateProte
     def of(keys: Tensor | None, images: Tensor) -> Tensor | None:
         return None if keys is None else keys[images]
 
+    system = stages.system(defense)
     one = None if own is None else own[:1].expand(len(pairs), -1)
-    old = stages.enrolled(defense, "old", first, of(own, pairs.first))
-    again = stages.enrolled(defense, "again", first, of(renewed, pairs.first))
-    new = stages.enrolled(defense, "new", second, of(renewed, pairs.second))
+    old = system.enrol("old", first, of(own, pairs.first))
+    again = system.enrol("again", first, of(renewed, pairs.first))
+    new = system.enrol("new", second, of(renewed, pairs.second))
     scores = {
-        "own": stages.compared(defense, "own", old, second, of(own, pairs.second)),
-        "stolen": stages.matched(defense, "stolen", first, second, one, one),
-        "unknown": stages.compared(defense, "unknown", old, second, of(renewed, pairs.second)),
+        "own": system.match("own", old, second, of(own, pairs.second)),
+        "stolen": system.match("stolen", system.enrol("stolen", first, one), second, one),
+        "unknown": system.match("unknown", old, second, of(renewed, pairs.second)),
     }
     if defense.key_stored:  # who is to be verified has none, and the system takes the claimed person's
         scores["own"] = stages.do(stages.verification_job(defense))
@@ -101,15 +101,14 @@ def assess_inversion(attacks: AttackStages, attack_config: AttackConfig, defense
         return None
     stages, attacked, partners = attacks.stages, attacks.selection.attacked, attacks.partners
     labels = stages.splits.victims.labels[attacked]
-    true = stages.embedded(defense, "templates/first", attacked)
-    other = stages.embedded(defense, "templates/second", partners)
+    system, images = stages.system(defense), stages.splits.victims.images
+    true = system.embed("templates/first", images[attacked])
+    other = system.embed("templates/second", images[partners])
     own, renewed = (stages.victim_keys(defense, stream) for stream in ("victims", RENEWED))
 
-    same = stages.compared(
-        defense, "same", inverted.first_stored, inverted.first, None if own is None else own[attacked]
-    )
-    anew = stages.compared(
-        defense, "renewed", inverted.second_stored, inverted.first, None if renewed is None else renewed[partners]
+    same = system.match("same", inverted.first_stored, inverted.first, None if own is None else own[attacked])
+    anew = system.match(
+        "renewed", inverted.second_stored, inverted.first, None if renewed is None else renewed[partners]
     )
     draws, limits = stages.streams.generator("templates"), thresholds(stages, defense)
     passed = {
@@ -117,13 +116,8 @@ def assess_inversion(attacks: AttackStages, attack_config: AttackConfig, defense
         for name, scores in (("same", same), ("renewed", anew))
         for rate, limit in limits.items()
     }
-    public = stages.splits.public.images[:_PUBLIC]
-    with torch.no_grad():
-        embeddings = [
-            defense.embed(to_float(part.to(stages.fabric.device)), stages.streams.generator(f"templates/public/{n}"))
-            for n, part in enumerate(public.split(stages.config.batch_size))
-        ]
-    mean = functional.normalize(torch.cat(embeddings).mean(dim=0), dim=0).cpu()
+    public = system.embed("templates/public", stages.splits.public.images[:_PUBLIC])
+    mean = functional.normalize(public.mean(dim=0), dim=0)
 
     def cosine(guess: Tensor) -> Measure:
         values = functional.cosine_similarity(guess, true)
