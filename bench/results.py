@@ -499,16 +499,23 @@ def _directed(node: Any, place: str) -> Any:
 
 
 class PlannedStage(ResultModel):
-    """One stage of ``--dry-run``; ``seconds`` is None where there is nothing to time it by."""
+    """One stage of ``--dry-run``.
+
+    ``cached`` is None where that is not known without reading the data, ``seconds`` where there is nothing to go by.
+    """
 
     name: str
     what: str
-    cached: bool
+    cached: bool | None
     seconds: float | None = None
 
 
 class RunPlan(ResultModel):
-    """What ``bench run --dry-run`` prints."""
+    """What ``bench run --dry-run`` prints.
+
+    ``config`` holds all options of the plug-ins as they are resolved, ``seconds`` is the sum of those that are known,
+    and ``notes`` say what is not.
+    """
 
     run_id: str
     device: str
@@ -516,6 +523,7 @@ class RunPlan(ResultModel):
     config: dict[str, Any]
     stages: list[PlannedStage]
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 if __name__ == "__main__":  # writes the shipped JSON schema

@@ -377,15 +377,17 @@ def _reasons(result: RunResult) -> Iterable[str]:
 
 def render_plan(plan: RunPlan) -> RenderableType:
     """The resolved plan of ``--dry-run``."""
+    words = {True: "yes", False: "no", None: "unknown"}
     stages = []
     for stage in plan.stages:
-        seconds = "-" if stage.seconds is None else f"{stage.seconds:.0f} s"
-        stages.append([stage.name, stage.what, "yes" if stage.cached else "no", seconds])
+        seconds = f"{stage.seconds:.0f} s" if stage.seconds is not None else MISSING if stage.cached else "unknown"
+        stages.append([stage.name, stage.what, words[stage.cached], seconds])
     settings = [[key, str(value)] for key, value in plan.config.items()]
     return Group(
         _table("Settings", ["setting", "value"], settings, left=2),
         _table(f"Plan of {plan.run_id}", ["stage", "what", "cached", "estimate"], stages, left=4),
-        Text(f"estimate: {plan.seconds:.0f} s in all, on {plan.device}", style="bold"),
+        Text(f"estimate: {plan.seconds:.0f} s in all, on {plan.device}, without measuring", style="bold"),
+        *(Text(f"note: {note}", style="yellow") for note in plan.notes),
     )
 
 

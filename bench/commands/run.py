@@ -10,6 +10,7 @@ import typer
 
 from bench.commands.console import err, show
 from bench.commands.flags import AsJson, Assignments, AttackOptions, DefenseOptions, with_flags
+from bench.errors import UsageError
 from bench.run.config import merge, nested, parse_assignments, resolve, settings, write_config
 from bench.run.launch import Launch
 
@@ -24,13 +25,18 @@ def run(
     config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
     as_json: AsJson = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and an estimate; compute nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan, and an estimate by earlier runs; compute nothing.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --dry-run: time what is not cached, for a minute at most.")
     ] = False,
     write_file: Annotated[
         Path | None, typer.Option("--write-config", help="Write all settings, resolved, to a TOML file for --config.")
     ] = None,
 ) -> None:
     """Train behind a defence, attack it, and print how well it recognises and what leaks."""
+    if measure and not dry_run:
+        raise UsageError("--measure times a plan: add --dry-run")
     options = {
         "defense_options": parse_assignments(defense_option or [], "-o"),
         "attack_options": nested(parse_assignments(attack_option or [], "-a"), "-a"),
@@ -52,7 +58,7 @@ def run(
         write_config(resolved, write_file)
         err.print(f"settings written to {write_file}", markup=False, highlight=False, soft_wrap=True)
     if dry_run:
-        plan = pipeline.plan()
+        plan = pipeline.plan(measure=measure)
         show(plan, as_json, lambda: render_plan(plan))
     else:
         result = pipeline.run()

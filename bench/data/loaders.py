@@ -80,6 +80,17 @@ def check_stream(name: str) -> None:
         raise UsageError(f"stream=true: dataset {name!r} cannot be streamed (those that can: {able})")
 
 
+def check_root(name: str, data_root: Path | None) -> None:
+    """Refuse a dataset that needs a data root and is given none.
+
+    Raises:
+        UsageError: unknown dataset.
+        MissingError: no data root.
+    """
+    if DATASETS.get(name).needs_root and data_root is None:
+        raise MissingError(f"dataset {name!r} needs to know where its data lie: set --data-root or BENCH_DATA_ROOT")
+
+
 def load(
     name: str,
     *,
@@ -109,8 +120,7 @@ def load(
         check_stream(name)
     dataset = DATASETS.get(name)
     parsed = parse_options(name, options or {}, image_size=image_size, seed=seed)
-    if dataset.needs_root and data_root is None:
-        raise MissingError(f"dataset {name!r} needs to know where its data lie: set --data-root or BENCH_DATA_ROOT")
+    check_root(name, data_root)
 
     from bench.data.decode import readable  # whoever lists data sets needs no torch
     from bench.data.splits import whole_identities

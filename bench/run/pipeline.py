@@ -267,11 +267,15 @@ class Pipeline:
 
     # -- dry run ---------------------------------------------------------------------------------
 
-    def plan(self) -> RunPlan:
-        """What a run would do, what of it lies in the cache, and about how long the rest takes."""
+    def plan(self, *, measure: bool = False) -> RunPlan:
+        """What a run would do, what of it lies in the cache, and about how long the rest takes.
+
+        Nothing is computed, unless it is to ``measure`` how long what is not cached takes: a minute at most.
+        """
         from bench.run.plan import make_plan
 
-        return make_plan(self.config, self.attack_configs, AttackStages(self._stages(lambda *_, **__: None)))
+        attacks = AttackStages(self._stages(lambda *_, **__: None))
+        return make_plan(self.config, self.attack_configs, attacks, measure=measure)
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:

@@ -1,163 +1,256 @@
 """``bench run --dry-run``: what would be done, and about how long it takes.
 
-The estimate is measured, not looked up: every stage that is not in the cache is started for real on stand-in faces
-and stopped as soon as its own progress says how fast it goes.
+A plan computes nothing. It reads no face and goes by what finished stages of the cache took; with ``measure`` every
+stage that is not in the cache is started for real, on stand-in faces where they are rendered, and stopped as soon as
+its own progress says how fast it goes.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from attacks.base import LinkageAttack
+from bench import plugins
 from bench.data.faces import FaceSet, Source
+from bench.data.loaders import check_root
 from bench.data.stream.scan import Scan
+from bench.errors import BenchError, MissingError
 from bench.nets.recogniser import build_recogniser
 from bench.results import PlannedStage, RunPlan
-from bench.run.attack_config import AttackConfig
+from bench.run.attack_config import AttackConfig, attack_configs
 from bench.run.attacker import AttackStages
 from bench.run.config import RunConfig
 from bench.run.provider import Stages
-from bench.run.stage import Job
+from bench.run.stage import SECONDS, Job
 from bench.run.store import run_id
 from defenses.base import Defense
 from defenses.template import TemplateDefense
 
-#: Seconds after which a started stage has shown its pace.
+#: Seconds after which a started stage has shown its pace, and those that measuring may take in all.
 ENOUGH_SECONDS = 3.0
+MEASURE_SECONDS = 60.0
+
+#: Stand-in faces at most: more show no other pace.
+STAND_INS = 4000
 
 
-class _Enough(Exception):
-    """Raised from a progress report, with the estimated seconds, to stop a stage whose pace is known."""
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage of the plan.
 
-
-def _estimate(start: Callable[[Callable[..., None]], object]) -> float:
-    """Seconds that ``start(report)`` would take to its end.
-
-    The first report starts the clock: what comes before it (building, warming up) happens once.
+    Attributes:
+        job: how it is made and called in the cache.
+        what: in words.
+        kind: how the names of stages begin that do the same behind other defences.
+        attack: whose stage it is, if an attack's.
+        timed: whether it can be measured, which takes no other stage's result than a pretended one.
+        pretend: makes the later stages believe that it was done, for measuring them.
     """
-    began, first = time.perf_counter(), list[tuple[float, int]]()
 
-    def pace(done: int, total: int, **fields: float) -> None:
-        now = time.perf_counter()
-        if not first:
-            first.append((now, done))
-        started, before = first[0]
-        if done > before and now - started >= ENOUGH_SECONDS:
-            raise _Enough((now - started) / (done - before) * total)
-
-    try:
-        start(pace)
-    except _Enough as enough:
-        return float(enough.args[0])
-    return time.perf_counter() - began
-
-
-def stand_in(config: RunConfig, seed: int) -> Source:
-    """Random pictures in the numbers that the synthetic dataset would have: enough to time training on."""
-    identities = int(config.dataset_options["identities"])
-    images = int(config.dataset_options["images_per_identity"])
-    if config.limit is not None:
-        identities = min(identities, max(2, config.limit // images))
-    generator = torch.Generator().manual_seed(seed)
-    size = config.image_size
-    pixels = torch.randint(0, 256, (identities * images, 3, size, size), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(identities).repeat_interleave(images)
-    return Source("synthetic", FaceSet(pixels, labels, tuple(str(i) for i in range(identities))), synthetic=True)
+    job: Job[Any]
+    what: str
+    kind: str
+    attack: AttackConfig | None = None
+    timed: bool = True
+    pretend: Callable[[], None] = lambda: None
 
 
 def make_plan(
-    config: RunConfig, attack_configs: Mapping[str, Sequence[AttackConfig]], attacks: AttackStages
+    config: RunConfig,
+    attack_configs: Mapping[str, Sequence[AttackConfig]],
+    attacks: AttackStages,
+    *,
+    measure: bool = False,
 ) -> RunPlan:
     """The plan of a run; trains nothing to its end and writes nothing.
 
-    Recovering and linking cannot be timed before an attack is fitted: they are listed without an estimate.
+    To ``measure`` takes :data:`MEASURE_SECONDS` at most, else nothing is computed.
+
+    Raises:
+        MissingError: the data are not there.
     """
-    stages = attacks.stages
-    planned = []
-
-    def plan(job: Job[Any], what: str, *, timed: bool = True) -> bool:
-        """List a stage; whether it is in the cache."""
-        seconds, cached = None, stages.cache.holds(job.stage, job.key)
-        if timed and not cached:
-            with TemporaryDirectory() as folder:
-                seconds = _estimate(lambda report: job.make(Path(folder), report))
-        planned.append(PlannedStage(name=job.stage, what=what, cached=cached, seconds=seconds))
-        return cached
-
-    if config.dataset == "synthetic" and not stages.cache.holds("data", stages.data_key):
-        seconds = _estimate(stages.load_source)
-        planned.append(PlannedStage(name="data", what="render faces", cached=False, seconds=seconds))
-        stages.source = stand_in(config, config.seed)
-    if config.stream and not plan(scan := stages.scan_job(), scan.what):
-        # Nothing was looked at yet: what a scan would have found and left out is passed over.
-        faces = stages.opened.on_disk
-        tolerant = replace(faces, source=faces.source.reading("skip"))
-        stages.opened = replace(stages.opened, faces=tolerant)
-        stages.assume(scan, Scan.unknown(tolerant))
-    defense, plain = stages.unfitted(config.defense, config.defense_options), stages.defense("none", {})
-    jobs: list[tuple[Job[Any], str, bool]] = []
-    behind = defense.behind if isinstance(defense, TemplateDefense) else None
-    for member in (behind, defense):
-        if member is None or not member.trainable:
-            continue
-        fit = stages.defense_job(member)
-        jobs.append((fit, f"fit {member.name} to {len(stages.splits.provider)} images", True))
-        if not stages.cache.holds(fit.stage, fit.key):
-            stages.assume(fit, member)
-    # A linkage attack is its own ceiling: it links plain faces as well. The others are run on unprotected ones.
-    targets = [(attack_config, defense) for configs in attack_configs.values() for attack_config in configs]
-    targets += [(configs[-1], plain) for configs in attack_configs.values() if not _links(configs[-1])]
-
-    trained = _recognisers(config, targets, attacks, defense, plain)
-    if any(stages.is_taught(role) for role, _ in trained):
-        lesson = stages.teacher_job()
-        if not plan(lesson, f"embed {len(stages.splits.provider)} plain images by the teacher"):
-            # For timing, any embeddings of its size will do.
-            face = torch.full((1, 3, config.image_size, config.image_size), 0.5)
-            stages.assume(lesson, torch.randn(len(stages.splits.provider), stages.teacher.embed(face).shape[1]))
-        if config.utility:
-            what = f"embed {len(stages.splits.victims)} plain victim images by the teacher"
-            jobs.append((stages.teacher_scores_job(), what, True))
-    for role, target in trained:
-        job = stages.recogniser_job(target, role)
-        jobs.append((job, _training(config, stages, role), True))
-        if not stages.cache.holds(job.stage, job.key):
-            # For attacks that query it: an untrained one is as fast.
-            taught, shape = stages.taught(role), stages.seen_by_recogniser(target).representation_shape
-            size = config.training.embedding_size if taught is None else taught.shape[1]
-            untrained = (
-                build_recogniser(config.backbone, shape, size, image_size=config.image_size, seed=0)
-                .to(stages.fabric.device)
-                .eval()
-            )
-            stages.assume(job, untrained)
-    stages.ready(defense)
-    for attack_config, target in targets:
-        jobs.append((attacks.fit_job(attack_config, target), _fitting(attack_config, attacks), True))
-    for attack_config, target in targets:
-        if _links(attack_config):
-            what = f"embed {len(stages.splits.victims)} victim images, twice protected and plain"
-            jobs.append((attacks.link_job(attack_config, target), what, False))
-        else:
-            what = f"recover {len(attacks.selection.attacked)} victim images, k = {attack_config.interceptions}"
-            jobs.append((attacks.recover_job(attack_config, target), what, False))
-    for job, what, timed in {(job.stage, job.key): (job, what, timed) for job, what, timed in jobs}.values():
-        plan(job, what, timed=timed)
+    stages, notes = attacks.stages, list[str]()
+    recalled = config.dataset == "synthetic" or _recalled(stages)
+    if not recalled:
+        notes.append("no run has read these faces yet: what the cache holds of them is not known")
+    defense, plain = (
+        stages.unfitted(name, options) for name, options in ((config.defense, config.defense_options), ("none", {}))
+    )
+    steps = _steps(config, attack_configs, attacks, defense, plain)
+    cached = [stages.cache.holds(step.job.stage, step.job.key) for step in steps]
+    if measure:
+        estimates = _measured(steps, cached, attacks, defense)
+    else:
+        timings = Timings(stages)
+        estimates = [None if here else timings.estimate(step) for step, here in zip(steps, cached, strict=True)]
+    planned = [
+        PlannedStage(
+            name=step.job.stage,
+            what=step.what,
+            cached=here if recalled or here or step.kind == "scan" else None,
+            seconds=seconds,
+        )
+        for step, here, seconds in zip(steps, cached, estimates, strict=True)
+    ]
+    if left := sum(not stage.cached and stage.seconds is None for stage in planned):
+        why = "none like it was finished: try --measure"
+        if measure:
+            why = f"not to be measured yet, or not in {MEASURE_SECONDS:.0f} s"
+        notes.append(f"how long {left} of {len(planned)} stages take is unknown ({why})")
+    resolved = {
+        "defense_options": defense.describe()["options"],
+        "attack_options": {
+            name: configs[-1].make().options.model_dump(mode="json") for name, configs in attack_configs.items()
+        },
+    }
     return RunPlan(
         run_id=run_id(config),
         device=str(stages.fabric.device),
         precision=str(stages.fabric._precision.precision),
-        config=config.model_dump(mode="json"),
+        config=config.model_dump(mode="json") | resolved,
         stages=planned,
         seconds=sum(stage.seconds or 0.0 for stage in planned),
+        notes=tuple(notes),
     )
+
+
+def _recalled(stages: Stages) -> bool:
+    """Whether it is known what lies on the disk, without looking into it."""
+    config = stages.config
+    check_root(config.dataset, root := config.data_root)
+    if root is not None and root.suffix != ".tar" and not root.exists():
+        raise MissingError(f"{root} does not exist: point --data-root at the faces")
+    return stages.recall()
+
+
+# -- what is done ----------------------------------------------------------------------------------
+
+
+def _steps(
+    config: RunConfig,
+    attack_configs: Mapping[str, Sequence[AttackConfig]],
+    attacks: AttackStages,
+    defense: Defense,
+    plain: Defense,
+) -> list[Step]:
+    """All stages of a run, each once, in order. Their keys are computed, and nothing else."""
+    stages = attacks.stages
+    # A linkage attack is its own ceiling: it links plain faces as well. The others are run on unprotected ones.
+    targets = [(attack_config, defense) for configs in attack_configs.values() for attack_config in configs]
+    targets += [(configs[-1], plain) for configs in attack_configs.values() if not _links(configs[-1])]
+    steps = [*_of_data(config, stages), *_of_provider(config, stages, targets, attacks, defense, plain)]
+    for attack_config, target in targets:
+        fit, what = attacks.fit_job(attack_config, target), _fitting(attack_config, stages)
+        steps.append(Step(fit, what, f"attack-{attack_config.name}-", attack_config))
+    steps += [_on_victims(attack_config, target, attacks) for attack_config, target in targets]
+    if isinstance(defense, TemplateDefense):
+        for name, configs in attack_configs.items():
+            if not _links(configs[-1]):
+                job = attacks.invert_job(configs[-1], defense)
+                steps.append(Step(job, job.what, f"invert-{name}-", configs[-1], timed=False))
+    unique: dict[tuple[str, str], Step] = {}
+    for step in steps:
+        unique.setdefault((step.job.stage, step.job.key), step)
+    return list(unique.values())
+
+
+def _of_data(config: RunConfig, stages: Stages) -> Iterator[Step]:
+    if config.dataset == "synthetic":
+
+        def pretend() -> None:
+            stages.source = stand_in(config, config.seed)
+
+        yield Step(stages.rendering_job(), "render faces", "data", pretend=pretend)
+    elif config.stream:
+        scan = stages.scan_job()
+
+        def pass_over() -> None:
+            # Nothing was looked at yet: what a scan would have found and left out is passed over.
+            faces = stages.opened.on_disk
+            tolerant = replace(faces, source=faces.source.reading("skip"))
+            stages.opened = replace(stages.opened, faces=tolerant)
+            stages.assume(scan, Scan.unknown(tolerant))
+
+        yield Step(scan, scan.what, "scan", pretend=pass_over)
+
+
+def _of_provider(
+    config: RunConfig,
+    stages: Stages,
+    targets: Sequence[tuple[AttackConfig, Defense]],
+    attacks: AttackStages,
+    defense: Defense,
+    plain: Defense,
+) -> Iterator[Step]:
+    behind = defense.behind if isinstance(defense, TemplateDefense) else None
+    for member in (behind, defense):
+        if member is not None and member.trainable:
+            fit = stages.defense_job(member)
+            what = f"fit {member.name} to {_about(stages, 'provider')}"
+            yield Step(fit, what, fit.stage, pretend=functools.partial(stages.assume, fit, member))
+    recognisers = _recognisers(config, targets, attacks, defense, plain)
+    if any(stages.is_taught(role) for role, _ in recognisers):
+        lesson = stages.teacher_job()
+
+        def teach() -> None:
+            # For timing, any embeddings of its size will do.
+            face = torch.full((1, 3, config.image_size, config.image_size), 0.5)
+            size = stages.teacher.embed(face).shape[1]
+            stages.assume(lesson, torch.randn(len(stages.splits.provider), size))
+
+        what = f"embed {_about(stages, 'provider')} by the teacher"
+        yield Step(lesson, what, "teacher", pretend=teach)
+    for role, target in recognisers:
+        job = stages.recogniser_job(target, role)
+        pretend = functools.partial(_pretend_trained, stages, target, role)
+        yield Step(job, _training(stages, role), f"recogniser-{role}-", pretend=pretend)
+    if config.utility:
+        if config.teacher is not None:
+            what = f"embed {_about(stages, 'victims')} by the teacher"
+            yield Step(stages.teacher_scores_job(), what, "verify-teacher")
+        for target in (defense, plain):
+            if isinstance(target, TemplateDefense):
+                embed = stages.embeddings_job(target)
+                yield Step(embed, embed.what, "embed-victims", timed=False)
+            what = f"verify {_about(stages, 'victims')} on {target.name}"
+            yield Step(stages.verification_job(target), what, "verify-", timed=False)
+    if not all(_links(attack_config) for attack_config, _ in targets):
+        for number in range(len(config.evaluator) or 1):
+            what = f"embed {_about(stages, 'victims')} for the evaluator"
+            yield Step(stages.evaluation_job(number), what, "evaluate", timed=False)
+
+
+def _pretend_trained(stages: Stages, target: Defense, role: str) -> None:
+    """For attacks that query it: an untrained recogniser is as fast."""
+    config = stages.config
+    taught, shape = stages.taught(role), stages.seen_by_recogniser(target).representation_shape
+    size = config.training.embedding_size if taught is None else taught.shape[1]
+    untrained = build_recogniser(config.backbone, shape, size, image_size=config.image_size, seed=0)
+    stages.assume(stages.recogniser_job(target, role), untrained.to(stages.fabric.device).eval())
+
+
+def _on_victims(attack_config: AttackConfig, target: Defense, attacks: AttackStages) -> Step:
+    """What follows the fit. It cannot be timed before: how long it takes depends on what was fitted."""
+    name, stages = attack_config.name, attacks.stages
+    if _links(attack_config):
+        what = f"embed {_about(stages, 'victims')}, twice protected and plain"
+        return Step(attacks.link_job(attack_config, target), what, f"link-{name}-", attack_config, timed=False)
+    probes = min(stages.config.probes, stages.sizes().get("victims", stages.config.probes))
+    what = f"recover {probes} victim images, k = {attack_config.interceptions}"
+    return Step(attacks.recover_job(attack_config, target), what, f"recover-{name}-", attack_config, timed=False)
 
 
 def _links(attack_config: AttackConfig) -> bool:
@@ -181,14 +274,211 @@ def _recognisers(
     return list(dict.fromkeys(trained))
 
 
-def _training(config: RunConfig, stages: Stages, role: str) -> str:
-    faces = stages.splits.evaluator if role == "evaluator" else stages.splits.provider
-    assert faces is not None  # the role is there only with its identities
-    how = f"{stages.training(role).epochs} epochs{', taught' if stages.is_taught(role) else ''}"
-    return f"train on {len(faces)} images of {faces.identities} identities, {how}"
+def _about(stages: Stages, part: str) -> str:
+    """The images of a part in words, with about how many there are where that is known."""
+    images, whose = stages.sizes().get(part), part.removesuffix("s")
+    return f"the {whose} images" if images is None else f"about {images:,} {whose} images"
 
 
-def _fitting(attack_config: AttackConfig, attacks: AttackStages) -> str:
+def _training(stages: Stages, role: str) -> str:
+    taught = ", taught" if stages.is_taught(role) else ""
+    return f"train on {_about(stages, role)}, {stages.training(role).epochs} epochs{taught}"
+
+
+def _fitting(attack_config: AttackConfig, stages: Stages) -> str:
     options = ", ".join(f"{name}={value}" for name, value in attack_config.options.items())
-    images = len(attacks.public(attack_config))
-    return f"train {attack_config.name} on {images} public images{f' ({options})' if options else ''}"
+    share = attack_config.public
+    part = "" if share == 1 else f"{share:.0%} of " if share < 1 else f"{share:.0f} of "
+    return f"train {attack_config.name} on {part}{_about(stages, 'public')}{f' ({options})' if options else ''}"
+
+
+# -- how long it takes -----------------------------------------------------------------------------
+
+
+def _work(stage: str, attack: str | None, config: RunConfig, sizes: Mapping[str, int]) -> tuple[float, Any]:
+    """How much a stage has to do, in units of its own, and what else its pace depends on.
+
+    Raises:
+        KeyError: a part whose size is not known.
+    """
+    kind, size = stage.partition("-")[0], config.image_size
+    pace: list[Any]
+    if attack is not None:
+        configs = attack_configs(config)[attack]
+        # An attack trains as long as its options say, on however many faces: how its time grows is its own affair.
+        pace = [size, config.preset, config.knowledge, config.backbone, config.teacher, config.budget, configs[-1]]
+        if kind == "attack":
+            return 1.0, [*pace, sizes["public"]]
+        return float(sizes["victims"] if kind == "link" else min(config.probes, sizes["victims"])), pace
+    match kind:
+        case "data":
+            return float(sum(sizes.values())), size
+        case "recogniser" if stage.startswith("recogniser-evaluator"):
+            training = config.labels_only
+            return float(sizes["evaluator"] * training.epochs), [size, config.evaluator_backbone, training.views]
+        case "recogniser":
+            pace = [size, config.backbone, config.training.views, config.recogniser]
+            return float(sizes["provider"] * config.training.epochs), pace
+        case "defense":
+            pace = [size, config.preset, config.backbone, config.defense, config.defense_options]
+            return float(sizes["provider"]), pace
+        case "teacher":
+            return float(sizes["provider"]), [size, config.teacher]
+        case _:  # victims are embedded
+            pace = [size, config.backbone, config.evaluator_backbone, config.teacher, config.evaluator]
+            return float(sizes["victims"]), pace
+
+
+class Timings:
+    """What the finished stages in a run's cache took."""
+
+    def __init__(self, stages: Stages) -> None:
+        self.stages = stages
+        self.here = stages.circumstances()
+        self._defenses = set(plugins.defenses())
+        self._taken: list[tuple[str, dict[str, Any]]] = []
+        for file in sorted(stages.cache.root.glob(f"*/{SECONDS}")):
+            try:
+                taken = dict(json.loads(file.read_bytes()))
+            except (OSError, ValueError, TypeError):
+                continue  # a plan can do without
+            if taken.get("machine") == self.here["machine"]:
+                self._taken.append((file.parent.name.rpartition("-")[0], taken))
+
+    def estimate(self, step: Step) -> float | None:
+        """Seconds that a stage will take, by the pace of those of its name or, failing these, behind other defences.
+
+        None where none was finished on this machine under settings that its pace depends on.
+        """
+        by_name = [taken for stage, taken in self._taken if stage == step.job.stage]
+        by_kind = [taken for stage, taken in self._taken if self._is_of_kind(stage, step.kind)]
+        return self._scaled(by_name, step) or self._scaled(by_kind, step)
+
+    def _is_of_kind(self, stage: str, kind: str) -> bool:
+        # attack-unet-none is, and attack-unet-ensemble-none is not, of the kind attack-unet-.
+        return stage.startswith(kind) and set(stage.removeprefix(kind).split("+")) <= self._defenses
+
+    def _scaled(self, finished: Sequence[Mapping[str, Any]], step: Step) -> float | None:
+        attack = None if step.attack is None else step.attack.name
+        seconds = work = 0.0
+        try:
+            mine, pace = _work(step.job.stage, attack, self.stages.config, self.here["sizes"])
+        except KeyError:
+            return None
+        for taken in finished:
+            try:
+                config = RunConfig.model_validate(taken["config"])
+                theirs, their_pace = _work(step.job.stage, attack, config, taken["sizes"])
+                if pace == their_pace:
+                    seconds, work = seconds + float(taken["seconds"]), work + theirs
+            except (KeyError, TypeError, ValueError, ValidationError, BenchError):
+                continue  # of a version with other settings
+        return seconds / work * mine if work else None
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+class _Enough(BaseException):
+    """Stops a stage whose pace is known or whose time is up; plug-ins that catch their own errors do not catch it."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Stop the block after so many seconds, wherever it is; only at reports where there is no timer to do so."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _Enough
+
+    before = signal.signal(signal.SIGALRM, stop)
+    others = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *others)
+
+
+def _estimate(start: Callable[[Callable[..., None]], object], limit: float = MEASURE_SECONDS) -> float | None:
+    """Seconds that ``start(report)`` would take to its end; None where ``limit`` seconds do not tell.
+
+    The first report starts the clock: what comes before it (building, warming up) happens once.
+    """
+    began, reports = time.perf_counter(), list[tuple[float, int, int]]()
+
+    def pace(done: int, total: int, **fields: float) -> None:
+        now = time.perf_counter()
+        reports.append((now, done, total))
+        if (done > reports[0][1] and now - reports[0][0] >= ENOUGH_SECONDS) or now - began >= limit:
+            raise _Enough
+
+    try:
+        with _at_most(limit):
+            start(pace)
+    except _Enough:
+        pass
+    else:
+        return time.perf_counter() - began
+    if not reports or reports[-1][1] <= reports[0][1]:
+        return None
+    (first, before, _), (last, done, total) = reports[0], reports[-1]
+    return (last - first) / (done - before) * total
+
+
+def _measured(
+    steps: Sequence[Step], cached: Sequence[bool], attacks: AttackStages, defense: Defense
+) -> list[float | None]:
+    """Seconds of every stage that is not cached, each measured on its share of the time; None where that was short."""
+    stages, until = attacks.stages, time.perf_counter() + MEASURE_SECONDS
+    estimates, smaller, ready = list[float | None](), 1.0, False
+    waiting = sum(step.timed and not here for step, here in zip(steps, cached, strict=True))
+    for step, here in zip(steps, cached, strict=True):
+        seconds = None
+        try:
+            if step.attack is not None and not ready:
+                ready = True
+                with _at_most(until - time.perf_counter()):
+                    stages.ready(defense)
+            if not here and step.timed:
+
+                def start(report: Callable[..., None], job: Job[Any] = step.job) -> None:
+                    with TemporaryDirectory() as folder:
+                        job.make(Path(folder), report)
+
+                left = until - time.perf_counter()
+                seconds = _estimate(start, left / waiting) if left > 0 else None
+                waiting -= 1
+            if not here:
+                with _at_most(until - time.perf_counter()):
+                    step.pretend()
+        except _Enough:
+            pass  # out of time: what follows is not measured
+        if seconds is not None and step.attack is None:
+            seconds /= smaller
+        if step.kind == "data" and not here:
+            smaller = _stand_ins(stages.config)[0] / int(stages.config.dataset_options["identities"])
+        estimates.append(seconds)
+    return estimates
+
+
+def _stand_ins(config: RunConfig) -> tuple[int, int]:
+    """Identities, and images of each, of the stand-in faces."""
+    identities, images = (int(config.dataset_options[name]) for name in ("identities", "images_per_identity"))
+    most = max(STAND_INS // images, 32)
+    if config.limit is not None:
+        most = min(most, max(2, config.limit // images))
+    return min(identities, most), images
+
+
+def stand_in(config: RunConfig, seed: int) -> Source:
+    """Random pictures of as many people as the synthetic dataset would have, or a part: enough to time training on."""
+    identities, images = _stand_ins(config)
+    generator = torch.Generator().manual_seed(seed)
+    size = config.image_size
+    pixels = torch.randint(0, 256, (identities * images, 3, size, size), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(identities).repeat_interleave(images)
+    return Source("synthetic", FaceSet(pixels, labels, tuple(str(i) for i in range(identities))), synthetic=True)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import operator
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import plugins
 from bench.data.faces import FaceSet, Source
-from bench.data.loaders import load
+from bench.data.loaders import load, parse_options
 from bench.data.sources.webdataset import find_shards
 from bench.data.splits import Splits, split, whole_identities
 from bench.data.stream.scan import Scan, scan
@@ -107,8 +109,70 @@ class Stages(StageRunner):
     def faces_key(self) -> str:
         """Key of all faces that there are: what was asked for or, for data on disk, what was found and decoded."""
         if self.config.dataset != "synthetic":
-            return make_key({"content": digest(self.source), "stream": self.config.stream}, ())
+            return make_key({"content": self.found["content"], "stream": self.config.stream}, ())
         return make_key(self._asked_for(), CODE["rendered faces"])
+
+    @functools.cached_property
+    def found(self) -> dict[str, Any]:
+        """What was decoded of data on disk: its digest, and how many ``images`` and ``victims`` of its own it has.
+
+        It is noted in the cache for plans, which do not decode.
+        """
+        source = self.source
+        victims = None if source.victims is None else len(source.victims)
+        found = {"content": digest(source), "images": len(source.faces), "victims": victims}
+        write_text(self._note(), json.dumps(found))
+        return found
+
+    def recall(self) -> bool:
+        """Take data on disk for what a run last found in files of these names, sizes and times; whether one did.
+
+        Good enough for a plan. Without such a run they are taken for data that nothing was computed of.
+        """
+        try:
+            self.found = dict(json.loads(self._note().read_bytes()))
+        except (OSError, ValueError, TypeError):
+            self.found = {"content": None, "images": None, "victims": None}
+        return self.found.get("content") is not None
+
+    def _note(self) -> Path:
+        # Without the seed, unless the dataset is drawn with it: the faces of all seeds are the same.
+        asked = {**self._asked_for(), **self._files(), "options": self._dataset_options().model_dump(), "seed": None}
+        key = make_key(asked | {"stream": self.config.stream}, CODE["faces on disk"])
+        return self.cache.root / f"found-{key}.json"
+
+    def _dataset_options(self) -> BaseModel:
+        config, seed = self.config, self.streams.seed_for("data")
+        return parse_options(config.dataset, config.dataset_options, image_size=config.image_size, seed=seed)
+
+    def _files(self) -> dict[str, Any]:
+        """What data on disk are called by where nothing of them is read."""
+        root, out = self.config.data_root, self.config.out
+        return {"files": fingerprint(root, out), "on_error": self.config.stream_on_error}
+
+    def sizes(self) -> dict[str, int]:
+        """About how many images each part has, before anybody is left out; nothing where that is not known yet."""
+        config = self.config
+        if config.dataset == "synthetic":
+            options = self._dataset_options().model_dump()
+            images, victims = options["identities"] * options["images_per_identity"], None
+        elif (images := self.__dict__.get("found", {}).get("images")) is not None:
+            victims = self.found["victims"]
+        else:
+            return {}
+        shares = self._shares()
+        if victims is None:
+            return {name: round(images * share) for name, share in shares.items()}
+        whole, spare = sum(shares.values()), shares.pop("victims")
+        others = {name: round(images * share * whole / (whole - spare)) for name, share in shares.items()}
+        return {**others, "victims": victims}
+
+    def circumstances(self) -> dict[str, Any]:
+        """What the seconds of a stage depend on: the configuration, the machine, and the sizes of the parts."""
+        device = self.fabric.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        machine = [device.type, name, torch.get_num_threads(), str(self.fabric._precision.precision)]
+        return {"machine": machine, "sizes": self.sizes(), "config": self.config.model_dump(mode="json")}
 
     def _asked_for(self) -> dict[str, Any]:
         config = self.config
@@ -134,11 +198,15 @@ class Stages(StageRunner):
         if self.config.dataset != "synthetic":
             with self.timed("data"), self.bars.task("decode faces") as report:
                 return self.load_source(report)
+        return self.do(self.rendering_job())
+
+    def rendering_job(self) -> Job[Source]:
+        """The stage that renders the synthetic faces."""
 
         def make(folder: Path, report: Report) -> None:
             _write_source(folder, self.load_source(report))
 
-        return self.do(Job("data", self.data_key, "render faces", make, _read_source))
+        return Job("data", self.data_key, "render faces", make, _read_source)
 
     def load_source(self, report: Report, *, stream: bool = False) -> Source:
         """The dataset, which stays on disk where it is to ``stream``."""
@@ -165,23 +233,26 @@ class Stages(StageRunner):
         def make(folder: Path, report: Report) -> None:
             scan(self.opened.on_disk, self.config.stream_on_error, report).save(folder)
 
-        files = {"files": fingerprint(self.config.data_root, self.config.out), "on_error": self.config.stream_on_error}
-        key = make_key(self._asked_for() | files, CODE["faces on disk"])
+        key = make_key(self._asked_for() | self._files(), CODE["faces on disk"])
         return Job("scan", key, "look through all faces for copies", make, Scan.read)
 
     @functools.cached_property
     def splits(self) -> Splits:
         """Identity-disjoint provider, public, evaluator and victim faces."""
+        shares, source, generator = self._shares(), self.source, self.streams.generator("split")
+        if not self.config.stream:
+            return split(source, **shares, generator=generator)
+        with self.timed("data"), self.bars.task("decode faces") as report:
+            return split(source, **shares, generator=generator, hold=self.config.stream_images, report=report)
+
+    def _shares(self) -> dict[str, Any]:
+        """The share of the identities that each part has."""
         shares = self.config.shares.model_dump()
         if self.config.evaluator:
             # Nothing is trained to judge: the others share out that part in proportion.
             spare = shares.pop("evaluator")
             shares = {name: share / (1 - spare) for name, share in shares.items()} | {"evaluator": 0.0}
-        source, generator = self.source, self.streams.generator("split")
-        if not self.config.stream:
-            return split(source, **shares, generator=generator)
-        with self.timed("data"), self.bars.task("decode faces") as report:
-            return split(source, **shares, generator=generator, hold=self.config.stream_images, report=report)
+        return shares
 
     def platform(self) -> dict[str, str]:
         """What else decides the figures of a stage that computes with torch."""
@@ -356,17 +427,19 @@ class Stages(StageRunner):
         return Job(f"recogniser-{role}-{defense.name}", key, what, make, read)
 
     def _brought_job(self, defense: Defense) -> Job[Recogniser]:
-        assert self.config.recogniser is not None
-        brought = Evaluator.from_onnx(self.config.recogniser, self.fabric.device, role="recogniser")
+        @functools.cache
+        def brought() -> Evaluator:
+            assert self.config.recogniser is not None
+            return Evaluator.from_onnx(self.config.recogniser, self.fabric.device, role="recogniser")
 
         def compute(resume: Path, report: Report) -> dict[str, Tensor]:
             faces = self._provider_in_memory()
-            brought.probe(faces)
-            return {"form": brought.form}
+            brought().probe(faces)
+            return {"form": brought().form}
 
         def read(tensors: dict[str, Tensor]) -> Recogniser:
-            brought.form = tensors["form"]
-            return brought_recogniser(brought, self.config.image_size)
+            brought().form = tensors["form"]
+            return brought_recogniser(brought(), self.config.image_size)
 
         key, what = self.recogniser_key(defense, "provider"), "try the recogniser that was brought along"
         return tensor_job("recogniser-brought", key, what, "recogniser.safetensors", compute, read)

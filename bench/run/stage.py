@@ -139,11 +139,15 @@ def make_key(inputs: Mapping[str, Any], modules: Sequence[str]) -> str:
 
 
 class Entry(NamedTuple):
-    """Where a stage lies: in ``path`` if it was ``complete`` already, else it is made in ``partial``."""
+    """Where a stage lies: in ``path`` if it was ``complete`` already, else it is made in ``partial``.
+
+    ``resumed`` says whether ``partial`` holds what a killed run left.
+    """
 
     path: Path
     partial: Path
     complete: bool
+    resumed: bool = False
 
 
 class StageCache:
@@ -184,8 +188,9 @@ class StageCache:
                 return
             if not self.resume or (partial.is_dir() and not self._keeps(partial, unreadable)):
                 shutil.rmtree(partial, ignore_errors=True)
+            resumed = partial.is_dir()
             partial.mkdir(exist_ok=True)
-            yield Entry(path, partial, complete=False)
+            yield Entry(path, partial, complete=False, resumed=resumed)
             list_files(partial)
             if self.resume and path.is_dir():
                 # Made by a machine whose files this one saw late (network file systems do that): somebody may be
@@ -211,10 +216,14 @@ class StageCache:
 #: Lists the files of a finished stage, with the SHA-256 of each.
 LISTING = "files.json"
 
+#: What a stage took, and under what circumstances: for plans, and no part of what was made.
+SECONDS = "seconds.json"
+
 
 def list_files(folder: Path) -> None:
     """Write the listing of a finished stage."""
-    digests = {str(file.relative_to(folder)): sha256(file) for file in _files(folder) if file.name != LISTING}
+    files = [file for file in _files(folder) if file.name not in (LISTING, SECONDS)]
+    digests = {str(file.relative_to(folder)): sha256(file) for file in files}
     write_text(folder / LISTING, json.dumps(digests, indent=2))
 
 
@@ -321,14 +330,21 @@ class StageRunner:
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Charge the block to ``stage``, without the stages that it asks for."""
-        started = time.perf_counter()
-        nested = sum(self.seconds.values())
+        own = self._stopwatch()
         try:
             yield
         finally:
-            # Verifying, for one, is not charged for training the recogniser.
-            inner = sum(self.seconds.values()) - nested
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started - inner
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + own()
+
+    def _stopwatch(self) -> Callable[[], float]:
+        """Starts now and tells the seconds since then, without those that were charged to a stage in between."""
+        started, charged = time.perf_counter(), sum(self.seconds.values())
+        # Verifying, for one, is not charged for training the recogniser.
+        return lambda: time.perf_counter() - started - (sum(self.seconds.values()) - charged)
+
+    def circumstances(self) -> dict[str, Any]:
+        """What the seconds of a stage depend on; kept beside them."""
+        return {}
 
     def assume(self, job: Job[T], value: T) -> None:
         """Take ``value`` for the result of a stage, in this run only; nothing is stored."""
@@ -347,8 +363,12 @@ class StageRunner:
                     self.log("cached", stage=job.stage, key=job.key)
                 else:
                     self.log("stage", stage=job.stage, key=job.key)
+                    own = self._stopwatch()
                     with self.bars.task(job.what) as report:
                         job.make(entry.partial, report)
+                    if not entry.resumed:  # else it took longer than this
+                        took = {"seconds": round(own(), 3), **self.circumstances()}
+                        write_text(entry.partial / SECONDS, json.dumps(took, default=str))
             self._results[job.stage, job.key] = job.read(entry.path)
         result: T = self._results[job.stage, job.key]
         return result

@@ -358,7 +358,8 @@ def test_noise_hides_and_more_interceptions_see_through_it(run, plain):
 @pytest.mark.slow
 def test_the_plan_has_no_ceiling_of_its_own(out, plain):
     stages = pipeline(out, **TINY, budget="pixels=4,8").plan().stages
-    assert sorted((stage.name, stage.cached) for stage in stages) == [
+    ours = [stage for stage in stages if stage.name.startswith(("attack-", "link-"))]
+    assert sorted((stage.name, stage.cached) for stage in ours) == [
         ("attack-thumbnail-none", False),
         ("attack-thumbnail-none", True),
         ("link-thumbnail-none", False),

@@ -571,7 +571,3 @@ def test_the_plan_knows_every_part(out, run, several, judged, echoed):
     new = plan(attack="asker", seed=7)
     assert not any(stage.cached for stage in new.stages)
     assert {"recogniser-provider-pixelate", "recogniser-provider-none"} <= {stage.name for stage in new.stages}
-    assert {stage.name for stage in new.stages if stage.seconds is None} == {
-        "recover-asker-pixelate",
-        "recover-asker-none",
-    }

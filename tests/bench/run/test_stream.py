@@ -101,7 +101,7 @@ class TestRun:
         known = pipeline(out, pack, **STREAM).plan()
         assert all(stage.cached for stage in known.stages)
         assert known.stages[0].name == "scan"
-        fresh = pipeline(tmp_path, pack, **STREAM).plan()
+        fresh = pipeline(tmp_path, pack, **STREAM).plan(measure=True)
         assert {stage.name: stage.seconds is not None for stage in fresh.stages}["scan"]
         assert fresh.seconds > 0
         assert not list(tmp_path.glob("cache/*"))

@@ -62,7 +62,7 @@ def test_recognisers_take_the_teachers_size_and_the_judge_none_of_it(run, out, t
 
 
 def test_the_plan_lists_the_teacher(out, teacher):
-    plan = pipeline(out / "new", defense="blur", attack="linear", teacher=teacher).plan()
+    plan = pipeline(out / "new", defense="blur", attack="linear", teacher=teacher).plan(measure=True)
     (stage,) = (stage for stage in plan.stages if stage.name == "teacher")
     assert not stage.cached
     assert stage.seconds is not None

@@ -44,7 +44,7 @@ def fitted(out, log=lambda *_, **__: None, **changes):
 
 @pytest.fixture(scope="module")
 def planned(out):
-    return pipeline(out).plan()
+    return pipeline(out).plan(measure=True)
 
 
 @pytest.fixture(scope="module")
