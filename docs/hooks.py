@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.commands.flags import default_text
+from bench.commands.flags import default_text, spellings
 from bench.commands.list import catalogue
 from bench.measures import KINDS
 from bench.plugins import Option, defenses, describe
@@ -65,7 +65,7 @@ def _part(made: Callable[[], str]) -> Callable[[], str]:
 
 def _flag_row(option: Option) -> tuple[str, ...]:
     flag = f"--{option.name.rpartition('.')[2].replace('_', '-')}"
-    names = f"`{flag}`, `--no-{flag[2:]}`" if option.type == "true | false" else f"`{flag}`"
+    names = f"`{flag}`, `--no-{flag[2:]}`" if option.type == "true | false" else ", ".join(map(_code, spellings(flag)))
     return names, _values(option), default_text(option), option.meaning
 
 

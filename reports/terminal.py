@@ -18,6 +18,7 @@ from bench.gate.formats import COLUMNS, cells, interval, number
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Verdict
 from bench.measures import KINDS, MISSING, kind_at, leak, shown
 from bench.results import (
+    LEAST_ACCURACY,
     NO_BETTER,
     AttackInfo,
     AttackResult,
@@ -246,13 +247,14 @@ def _told_apart(accuracy: float | None) -> str:
 def _judged(info: AttackInfo) -> Text:
     """Whether the attack had its chance: against floors, in training, over states; also where nobody can tell."""
     floors = {True: "better than every floor", False: NO_BETTER, None: "not held against the floors"}[info.above_floor]
+    if info.above_floor is not None and info.floor_test is not None:
+        floors += f" ({info.floor_test.told()})"
     trained = {True: "saturated", False: "unsaturated: a lower bound", None: "saturation not judged"}[info.saturated]
     covered = {True: "states covered", False: "states not covered", None: "coverage of states not judged"}
     parts = [floors, trained, covered[info.states_covered]]
-    if info.above_floor and info.floor_test is not None:
-        parts[0] += f" ({info.floor_test.told()})"
     if info.broken:
-        parts.insert(0, "broken")
+        plain = "" if info.plain_test is None else info.plain_test.told()
+        parts.insert(0, f"broken (on unprotected faces: {plain})" if plain else "broken")
     weak = info.broken or info.above_floor is False
     return Text(f"{info.name}: {'; '.join(parts)}", style="bold red" if weak else "")
 
@@ -281,12 +283,22 @@ def _recovery(label: str, recovery: Recovery, result: RunResult) -> Iterable[Ren
                 table += [row(f"  by {name}", found, known, bounds=False) for name, found in quality.judges.items()]
         yield _table(title, ["", *(KINDS[name].column for name in known)], table, bold=(0,))
     for judge in result.judges.values():
-        yield Text(_judge(judge))
+        yield Text(_judge(judge), style="bold red" if _is_weak(judge) else "")
+
+
+def _is_weak(judge: EvaluatorInfo) -> bool:
+    """Whether it says nothing of identities; of results before such figures were withheld, by its accuracy alone."""
+    accuracy = judge.accuracy.value
+    return judge.withheld is not None or (accuracy is not None and accuracy < LEAST_ACCURACY)
 
 
 def _judge(judge: EvaluatorInfo) -> str:
     """A judge's thresholds, and what it is fed."""
-    text = f"judge {judge.name}: threshold {judge.threshold:.3f} at FAR {judge.far_at_threshold:.2%}"
+    weak = ""
+    if _is_weak(judge):
+        weak = f"too weak to judge, {shown('accuracy', judge.accuracy)} % of plain pairs told apart"
+        weak += "; its figures are withheld; " if judge.withheld else "; "
+    text = f"judge {judge.name}: {weak}threshold {judge.threshold:.3f} at FAR {judge.far_at_threshold:.2%}"
     if judge.threshold_far_1e3 is not None:
         text += (
             f", {judge.threshold_far_1e3:.3f} at FAR 1e-3 (which rests on {judge.accepted_far_1e3} of "

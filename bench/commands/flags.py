@@ -100,8 +100,15 @@ def _parameter(name: str, option: Option) -> inspect.Parameter:
         help=escape(option.meaning + (f" [{'; '.join(notes)}]" if notes else "")),
         autocompletion=completion(option.name, [kind for kind in kinds if kind not in _NO_NAMES]),
     )
+    if not boolean:
+        info.param_decls = spellings(flag)
     annotation = Annotated[bool | None, info] if boolean else Annotated[str | None, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def spellings(flag: str) -> tuple[str, ...]:
+    """A flag, and how else it may be written: a defence with a c, too."""
+    return tuple(dict.fromkeys((flag, flag.replace("defense", "defence"))))
 
 
 def default_text(option: Option) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from bench import plugins
 from bench.errors import DataError, MissingError, UsageError
 from bench.files import decode_text, write_text
 from bench.plugins import Option, describe, explain
@@ -486,6 +487,10 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path
     try:
         return RunConfig.model_validate(merge(*layers))
     except ValidationError as error:
+        absent = [str(problem["loc"][0]) for problem in error.errors() if problem["type"] == "missing"]
+        there = {"defense": plugins.defenses(), "attack": plugins.attacks()}
+        if lists := [f"--{name} is missing: available: {', '.join(there[name])}" for name in absent if name in there]:
+            raise UsageError("; ".join(lists)) from None
         raise UsageError(explain(error, "configuration")) from None
 
 

@@ -290,10 +290,22 @@ class TestBadRuns:
         assert document["exit_code"] == code == 2
         assert "casia" in one_line(err)
 
-    def test_missing_names(self, bench):
-        code, _, err = bench("run", "--attack", "unet")
+    @pytest.mark.parametrize(
+        ("given", "kinds"),
+        [(("--attack", "unet"), ["defenses"]), (("--defense", "none"), ["attacks"]), ((), ["defenses", "attacks"])],
+    )
+    def test_missing_names_are_asked_for_with_what_there_is(self, bench, given, kinds):
+        code, _, err = bench("run", *given)
         assert code == 2
-        assert "defense" in one_line(err)
+        told = [f"--{kind.removesuffix('s')} is missing: available: " for kind in ("defenses", "attacks")]
+        assert [part in one_line(err) for part in told] == [kind in kinds for kind in ("defenses", "attacks")]
+        for kind in kinds:
+            assert ", ".join(entry["name"] for entry in json.loads(bench("list", kind, "--json")[1])) in err
+
+    def test_a_defence_may_be_spelt_with_a_c(self, bench):
+        code, _, err = bench("run", "--defence", "nonesuch", "--attack", "unet")
+        assert code == 2
+        assert "unknown defence 'nonesuch'" in one_line(err)
 
     def test_an_unknown_environment_variable_is_a_warning(self, bench, monkeypatch, caplog):
         monkeypatch.setenv("BENCH_PRESETS", "quick")

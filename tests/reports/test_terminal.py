@@ -66,7 +66,8 @@ def test_a_gain_that_could_not_be_judged_says_why(shown, tmp_path):
     ("made", "told"),
     [
         ({}, "unet: better than every floor (SSIM +0.030 [+0.010, +0.050] against mean face); saturated; states"),
-        ({"above_floor": False, "saturated": None}, f"unet: {NO_BETTER}; saturation not judged; states covered"),
+        ({"above_floor": False, "saturated": None}, f"unet: {NO_BETTER} (SSIM -0.010 [-0.030, +0.010] against"),
+        ({"above_floor": False, "saturated": None}, "face); saturation not judged; states covered"),
         ({"above_floor": None, "saturated": False}, "unet: not held against the floors; unsaturated: a lower bound"),
     ],
 )  # fmt: skip
@@ -77,6 +78,27 @@ def test_every_verdict_is_told_the_weak_and_the_missing_too(shown, made, told):
 def test_a_broken_attack_is_called_so(shown, tmp_path):
     info = read_result(write_run(tmp_path / "other")).attack.model_copy(update={"broken": True})
     assert "unet: broken; better than every floor" in shown(attack=info)
+
+
+def test_a_broken_attack_shows_what_it_got_where_nothing_protects(shown, tmp_path):
+    info = read_result(write_run(tmp_path / "other")).attack
+    broken = info.model_copy(update={"broken": True, "plain_test": info.floor_test})
+    told = "unet: broken (on unprotected faces: SSIM +0.030 [+0.010, +0.050] against mean face); better"
+    assert told in shown(attack=broken)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "withheld", "told"),
+    [
+        (0.98, None, "judge judge: threshold"),
+        (0.61, None, "judge judge: too weak to judge, 61.0 % of plain pairs told apart; threshold"),
+        (0.61, "why", "judge judge: too weak to judge, 61.0 % of plain pairs told apart; its figures are withheld; "),
+    ],
+)
+def test_a_judge_that_is_too_weak_is_called_so(shown, tmp_path, accuracy, withheld, told):
+    judge = read_result(write_run(tmp_path / "other")).evaluator
+    measured = judge.accuracy.model_copy(update={"value": accuracy})
+    assert told in shown(evaluator=judge.model_copy(update={"accuracy": measured, "withheld": withheld}))
 
 
 def test_the_worst_case_stands_below_the_attacks(shown):
