@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 #: Called as ``report(done, total, **fields)``; becomes a bar and a line of the log.
 Report = Callable[..., None]
@@ -16,6 +18,9 @@ Log = Callable[..., None]
 
 #: Seconds between two progress lines in the log.
 LOG_INTERVAL = 5.0
+
+#: Columns of a terminal from which figures stand beside the bar.
+_ROOM = 110
 
 
 def no_report(done: int, total: int, **fields: float) -> None:
@@ -29,31 +34,44 @@ class ProgressBars:
     """
 
     def __init__(self, console: Console, log: Log) -> None:
+        self._steps: int | None = None
+        self._begun = 0
+        self._nested = 0
         self._log = log
         self._progress = Progress(
-            TextColumn("[progress.description]{task.description}"),
-            BarColumn(bar_width=24),
+            # Of a narrow terminal the description gets what the others leave.
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             TextColumn("{task.fields[figures]}"),
             console=console,
             disable=not (console.is_terminal or console.is_jupyter),
             transient=True,
+            expand=True,
         )
 
+    def expect(self, steps: int) -> None:
+        """Count steps from now on: there are so many."""
+        self._steps, self._begun = steps, 0
+
     @contextmanager
-    def task(self, description: str) -> Iterator[Report]:
-        """A bar for the duration of the block."""
-        with self._progress:
-            bar = self._progress.add_task(description, total=None, figures="")
+    def task(self, description: str, *, step: bool = False) -> Iterator[Report]:
+        """A bar for the duration of the block, which may be the next ``step`` of those that are counted."""
+        self._begun += step
+        place = ""
+        if step and self._steps is not None:
+            place = f"step {self._begun} of {max(self._steps, self._begun)}: "
+        with self._live():
+            bar = self._progress.add_task(escape(place + description), total=None, figures="")
             last = 0.0
 
             def report(done: int, total: int, **fields: float) -> None:
                 nonlocal last
                 figures = "  ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in fields.items())
-                self._progress.update(bar, completed=done, total=total, figures=figures)
+                shown = escape(figures) if self._progress.console.width >= _ROOM else ""
+                self._progress.update(bar, completed=done, total=total, figures=shown)
                 now = time.monotonic()
                 if done >= total or now - last >= LOG_INTERVAL:
                     last = now
@@ -63,6 +81,19 @@ class ProgressBars:
                 yield report
             finally:
                 self._progress.remove_task(bar)
+
+    @contextmanager
+    def _live(self) -> Iterator[None]:
+        """Draw until the outermost block ends: a bar within another one does not take that away."""
+        if not self._nested:
+            self._progress.start()
+        self._nested += 1
+        try:
+            yield
+        finally:
+            self._nested -= 1
+            if not self._nested:
+                self._progress.stop()
 
 
 def _short(value: Any) -> str:

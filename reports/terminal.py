@@ -127,7 +127,7 @@ def _headline(result: RunResult) -> Text:
     defense, dataset = result.defense, result.dataset
     infos = [attack.attack for attack in result.attack_results.values()]
     if defense is None or not infos or dataset is None:
-        return Text(f"{result.run_id}: {result.status}")
+        return Text(f"{result.run_id}: {result.status}{f': {result.error}' if result.error else ''}")
     states = f", {defense.states} states ({defense.entropy_bits:.2f} bits)" if defense.states else ""
     return Text(
         f"{defense.name}{states} against {', '.join(info.name for info in infos)} ({infos[0].knowledge}) on "

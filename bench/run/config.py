@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -488,7 +488,7 @@ def resolve(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path
         return RunConfig.model_validate(merge(*layers))
     except ValidationError as error:
         absent = [str(problem["loc"][0]) for problem in error.errors() if problem["type"] == "missing"]
-        there = {"defense": plugins.defenses(), "attack": plugins.attacks()}
+        there: dict[str, Iterable[str]] = {"defense": plugins.defenses(), "attack": plugins.attacks()}
         if lists := [f"--{name} is missing: available: {', '.join(there[name])}" for name in absent if name in there]:
             raise UsageError("; ".join(lists)) from None
         raise UsageError(explain(error, "configuration")) from None

@@ -322,12 +322,12 @@ def run_linkage(
                 attacks.linked(attack_config, defense)
         if name in findings.failed:
             continue
-        with stages.timed("measure"):
+        with stages.timed("measure", f"measure how well {name} links", step=True):
             points = [assess(attack_config) for attack_config in configs]
             scores, linkage = points[-1]
             strength = strength_curve(attacks, configs, points, _leakage, gain, LINKAGE_TOLERANCE)
         tables.append(score_table(pairs, scores).assign(attack=name))
-        with stages.timed("throughput"):
+        with stages.timed("throughput", f"time {name}"):
             speed = {"link": linkage_speed(attacks, configs[-1], defense)}
         over, over_plain = (chance_test(_accuracy(pairs)) for pairs in (linkage.protected_plain, linkage.plain))
         opens, canary = configs[-1].make().opens, defense.canary

@@ -159,12 +159,13 @@ class Pipeline:
         config = self.config
         stages = self._stages(store.log, processes)
         attacks = AttackStages(stages)
+        stages.bars.expect(self._steps(attacks))
         defense = stages.defense(config.defense, config.defense_options)
         plain = stages.defense("none", {})
         utility = measure_utility(stages, defense, plain, store) if config.utility else None
         template = None
         if config.utility and isinstance(defense, TemplateDefense):
-            with stages.timed("measure"):
+            with stages.timed("measure", "measure the protection of templates"):
                 template = assess_protection(stages, defense)
         findings = self._attack(attacks, defense, plain, store)
         if not findings.results:
@@ -172,7 +173,7 @@ class Pipeline:
         last = {name: configs[-1] for name, configs in self.attack_configs.items() if name in findings.results}
         asked = any(attacks.asks_provider(attack_config.make()) for attack_config in last.values())
         recognised = config.utility or asked or defense.level == "template"
-        with stages.timed("throughput"):
+        with stages.timed("throughput", "time the provider"):
             throughput = provider_speed(attacks, defense, recognise=recognised)
         kept: dict[str, Job[Any]] = {"defense": stages.defense_job(defense)} if defense.trainable else {}
         if recognised:
@@ -206,6 +207,13 @@ class Pipeline:
             cached=list(dict.fromkeys(stages.cached)),
             peak_memory=_peak_memory(self.fabric.device),
         )
+
+    def _steps(self, attacks: AttackStages) -> int:
+        """How many steps the progress counts: the stages that are not cached, and measuring."""
+        from bench.run.plan import count_missing
+
+        links = [isinstance(configs[-1].make(), LinkageAttack) for configs in self.attack_configs.values()]
+        return count_missing(self.config, self.attack_configs, attacks) + sum(links) + (not all(links))
 
     def _attack(self, attacks: AttackStages, defense: Defense, plain: Defense, store: RunStore) -> Findings:
         """Run the recovery attacks, then the linkage attacks."""

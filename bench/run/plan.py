@@ -86,9 +86,7 @@ def make_plan(
     recalled = config.dataset == "synthetic" or _recalled(stages)
     if not recalled:
         notes.append("no run has read these faces yet: what the cache holds of them is not known")
-    defense, plain = (
-        stages.unfitted(name, options) for name, options in ((config.defense, config.defense_options), ("none", {}))
-    )
+    defense, plain = _unfitted(config, stages)
     steps = _steps(config, attack_configs, attacks, defense, plain)
     cached = [stages.cache.holds(step.job.stage, step.job.key) for step in steps]
     if measure:
@@ -125,6 +123,20 @@ def make_plan(
         seconds=sum(stage.seconds or 0.0 for stage in planned),
         notes=tuple(notes),
     )
+
+
+def count_missing(
+    config: RunConfig, attack_configs: Mapping[str, Sequence[AttackConfig]], attacks: AttackStages
+) -> int:
+    """How many stages of a run are not in the cache."""
+    stages = attacks.stages
+    steps = _steps(config, attack_configs, attacks, *_unfitted(config, stages))
+    return sum(not stages.cache.holds(step.job.stage, step.job.key) for step in steps)
+
+
+def _unfitted(config: RunConfig, stages: Stages) -> tuple[Defense, Defense]:
+    """The defence, and the one that does nothing."""
+    return stages.unfitted(config.defense, config.defense_options), stages.unfitted("none", {})
 
 
 def _recalled(stages: Stages) -> bool:

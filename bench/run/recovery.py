@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -101,13 +102,24 @@ def run_recovery(
     if not recovered:
         return
     scorer = make_scorer(attacks)
-    with stages.timed("measure"):
-        floors = {name: scorer.assess(faces) for name, faces in floor_recoveries(attacks, defense).items()}
-        assessed = {name: [scorer.assess(point.faces) for point in points] for name, points in recovered.items()}
+    with stages.timed("measure", "measure what comes back", step=True) as report:
+        floor_faces = floor_recoveries(attacks, defense)
+        total = len(floor_faces) + sum(map(len, recovered.values())) + len(unprotected) * (defense.name != plain.name)
+        counted = itertools.count(1)
+
+        def assess(faces: Tensor) -> Assessment:
+            assessment = scorer.assess(faces)
+            report(next(counted), total)
+            return assessment
+
+        report(0, total)
+        floors = {name: assess(faces) for name, faces in floor_faces.items()}
+        assessed = {name: [assess(point.faces) for point in points] for name, points in recovered.items()}
         ceilings = {
-            name: assessed[name][-1] if defense.name == plain.name else scorer.assess(ceiling.faces)
+            name: assessed[name][-1] if defense.name == plain.name else assess(ceiling.faces)
             for name, ceiling in unprotected.items()
         }
+    with stages.timed("measure", "compare with other people's faces"):
         others = {name: scorer.strangers(points[-1].faces, assessed[name][-1]) for name, points in recovered.items()}
         plain_others = {
             name: others[name] if defense.name == plain.name else scorer.strangers(ceiling.faces, ceilings[name])
@@ -121,7 +133,7 @@ def run_recovery(
         if last.queries is not None:
             asked = {"queries_per_victim": int(last.queries.sum()) / len(last.faces)}
             info = info.model_copy(update={"details": info.details | asked})
-        with stages.timed("measure"):
+        with stages.timed("measure", f"compare {name} with the floors"):
             strength = strength_curve(attacks, configs, scored, _leakage, scorer.gain, RECOVERY_TOLERANCE)
             inference = state_inference(last.right, defense, scorer)
             # Nobody finds the nearest public face without looking at what was sent; and of unprotected faces it is
@@ -132,11 +144,11 @@ def run_recovery(
             over = _floor_test(scorer, scored[-1], looked | {"others": others[name]})
             over_plain = _floor_test(scorer, ceilings[name], blind | {"others": plain_others[name]})
         recovery = _recovery(scored[-1], floors, ceilings[name])
-        with stages.timed("throughput"):
+        with stages.timed("throughput", f"time {name}"):
             speed = {"recover": recovery_speed(attacks, configs[-1], defense, last)}
         inversion = None
         if isinstance(defense, TemplateDefense):
-            with stages.timed("measure"):
+            with stages.timed("measure", f"measure what {name} makes of templates"):
                 inversion = assess_inversion(attacks, configs[-1], defense)
         findings.add(
             info,
@@ -238,7 +250,7 @@ def make_scorer(attacks: AttackStages) -> Scorer:
         lpips = error
     victims, pairs = stages.splits.victims, stages.splits.pairs
     evaluations = stages.evaluations()
-    with stages.timed("measure"):
+    with stages.timed("measure", "try the evaluator on plain pairs"):
         judges = [Judge.on(*evaluation, pairs, victims.labels) for evaluation in evaluations]
     return Scorer(
         victims,

@@ -12,7 +12,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.files import sha256, write_text
-from bench.progress import ProgressBars, Report
+from bench.progress import ProgressBars, Report, no_report
 from bench.recognition.state import write_tensors
 
 KEY_LENGTH = 16
@@ -328,11 +328,12 @@ class StageRunner:
         self._results: dict[tuple[str, str], Any] = {}
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Charge the block to ``stage``, without the stages that it asks for."""
+    def timed(self, stage: str, what: str | None = None, *, step: bool = False) -> Iterator[Report]:
+        """Charge the block to ``stage``, without the stages that it asks for, and show ``what`` it does, if told."""
         own = self._stopwatch()
         try:
-            yield
+            with nullcontext(no_report) if what is None else self.bars.task(what, step=step) as report:
+                yield report
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + own()
 
@@ -364,7 +365,7 @@ class StageRunner:
                 else:
                     self.log("stage", stage=job.stage, key=job.key)
                     own = self._stopwatch()
-                    with self.bars.task(job.what) as report:
+                    with self.bars.task(job.what, step=True) as report:
                         job.make(entry.partial, report)
                     if not entry.resumed:  # else it took longer than this
                         took = {"seconds": round(own(), 3), **self.circumstances()}

@@ -41,3 +41,9 @@ def test_only_runs_are_deleted_and_only_with_consent(bench, store, monkeypatch):
     code, out, _ = bench("rm", "--yes", store / "run-0", "--json")
     assert (code, json.loads(out)) == (0, {"files": [str(store / "run-0")]})
     assert sorted(path.name for path in store.iterdir()) == ["cache", "run-1"]
+
+
+def test_a_run_that_failed_says_why(bench, tmp_path):
+    write_run(tmp_path / "runs" / "failed", error="the disk is full", samples=False)
+    code, out, _ = bench("show", tmp_path / "runs" / "failed")
+    assert (code, "error: the disk is full" in " ".join(out.split())) == (0, True)
