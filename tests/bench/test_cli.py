@@ -163,7 +163,7 @@ def test_run_passes_its_flags_on(bench, monkeypatch):
 def test_the_settings_of_a_run_are_written_for_config(bench, monkeypatch, tmp_path):
     plan = RunPlan(run_id="r", device="cpu", precision="32-true", config={}, stages=[], seconds=0)
     seen = []
-    monkeypatch.setattr("bench.run.pipeline.Pipeline.plan", lambda self: seen.append(self.config) or plan)
+    monkeypatch.setattr("bench.run.pipeline.Pipeline.plan", lambda self, **_: seen.append(self.config) or plan)
     asked = ("run", "--attack", "linear", "--preset", "quick", "--dry-run", "--json")
     told = ("--defense", "partialface", "-o", "subset=2", "--set", "training.epochs=3", "--limit", "200")
     code, out, err = bench(*asked, *told, "--write-config", "run.toml")
