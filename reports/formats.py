@@ -12,7 +12,17 @@ from bench.measures import KINDS, MISSING
 from bench.results import Measure, measures
 from reports.cells import Cell, Setting, lowest_accuracy, worst_case, worst_floor
 from reports.provenance import provenance, warnings
-from reports.summary import LEAKS, failures, findings, recovery_table, subject, summary, template_table, worst_rows
+from reports.summary import (
+    LEAKS,
+    across_table,
+    failures,
+    findings,
+    recovery_table,
+    subject,
+    summary,
+    template_table,
+    worst_rows,
+)
 from reports.table import Column, Entry, Row, Table
 
 # -- Markdown ---------------------------------------------------------------------------------------
@@ -47,7 +57,7 @@ def report_markdown(settings: Sequence[Setting], speed: Table | None = None) -> 
         }
         lines = (f"{defense}: {facts or 'nothing was measured.'}" for defense, facts in told.items())
         parts += [f"## {markdown_text(subject(setting))}", "\n".join(f"- {markdown_text(line)}" for line in lines)]
-        tables = (summary(setting, number), template_table(setting, number), recovery_table(setting, number))
+        tables = [make(setting, number) for make in (summary, template_table, across_table, recovery_table)]
         parts += [_pipe_table(table) for table in tables if table is not None]
     if speed is not None:
         parts += ["## Speed", _pipe_table(speed)]
@@ -119,7 +129,8 @@ def report_latex(settings: Sequence[Setting], speed: Table | None = None) -> str
     parts = ["% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc} with \\usepackage{textcomp}."]
     for number, setting in enumerate(settings, start=1):
         parts += [f"% {latex_text(subject(setting))}", *_latex_tables(summary(setting, number))]
-        parts += [] if (templates := template_table(setting, number)) is None else _latex_tables(templates)
+        for make in (template_table, across_table):
+            parts += [] if (templates := make(setting, number)) is None else _latex_tables(templates)
     parts += [] if speed is None else _latex_tables(speed)
     return "\n\n".join(parts) + "\n"
 

@@ -29,6 +29,7 @@ from reports.provenance import provenance, records, warnings
 from reports.published import matching
 from reports.summary import (
     COLUMNS,
+    across_table,
     failures,
     findings,
     floor_rows,
@@ -111,7 +112,7 @@ def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> dic
         "synthetic": setting.synthetic,
         "findings": findings(setting),
         "summary": summary(setting, number),
-        "templates": template_table(setting, number),
+        "templates": list(filter(None, [template_table(setting, number), across_table(setting, number)])),
         "drawings": {
             "Privacy against utility and speed": list(filter(None, pareto_figures)),
             "Inverted templates": list(filter(None, [template_figure(setting, number)])),

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+import numpy as np
+import pandas as pd
+
 from bench.measures import KINDS, interval, leak, shown
 from bench.results import NO_BETTER, EvaluatorInfo, Inversion, Measure, TemplateProtection, measures
 from reports.cells import Cell, Setting, Worst, floors, lowest_accuracy, worst_case, worst_floor
@@ -247,6 +250,56 @@ def template_table(setting: Setting, number: int) -> Table | None:
     columns = (*map(Column.of_text, ("defence", "attack", "stolen")), *map(Column.of_figure, _TEMPLATES))
     table = Table(f"templates-{number}", caption, columns, tuple(rows), headers=3)
     return table.without_empty_columns() if rows else None
+
+
+def across_table(setting: Setting, number: int) -> Table | None:
+    """D_sys of what is made of records of two systems, stolen with their keys: a row and a column for each defence.
+
+    Where defences protect embeddings of one size, which are taken for those of one recogniser. None of fewer than two
+    such defences. The record of the column is of another image, under another key.
+    """
+    systems: dict[str, tuple[int, pd.DataFrame]] = {}
+    for cell, result in setting.measured:
+        if (inversion := result.inversion) is None or not inversion.key or (table := cell.run.inverted) is None:
+            continue
+        if cell.defense not in systems or inversion.records < systems[cell.defense][0]:
+            systems[cell.defense] = (inversion.records, table[table["attack"] == cell.name])
+    if len(systems) < 2:
+        return None
+    rows = [
+        Row(
+            {"a record of": Entry(one)}
+            | {other: measured("estimate_d_sys", _linked(first, second)) for other, (_, second) in systems.items()}
+        )
+        for one, (_, first) in systems.items()
+    ]
+    caption = (
+        f"Unlinkability across systems: {subject(setting)}. D_sys of the cosine between what is made of a person's "
+        "record in one system and of another in a second, both stolen with their keys: 0 unlinkable, 1 fully linkable."
+    )
+    columns = (
+        Column.of_text("a record of"),
+        *(Column(name, name, KINDS["estimate_d_sys"].meaning) for name in systems),
+    )
+    return Table(f"across-{number}", caption, columns, tuple(rows)).without_empty_columns()
+
+
+def _linked(first: pd.DataFrame, second: pd.DataFrame) -> Measure | None:
+    """D_sys over all pairs of two tables of estimates of the same people; None where these are of two sizes."""
+    import torch
+
+    from bench.metrics.unlinkability import unlinkability_estimate
+
+    one, other = (
+        torch.nn.functional.normalize(torch.from_numpy(np.stack(list(column))).float(), dim=1)
+        for column in (first["first"], second["second"])
+    )
+    names = pd.factorize(pd.concat([first["identity"], second["identity"]]))[0]
+    people = torch.cartesian_prod(*torch.from_numpy(names).long().split([len(one), len(other)]))
+    same = people[:, 0] == people[:, 1]
+    if one.shape[1] != other.shape[1] or not same.any() or same.all():
+        return None
+    return KINDS["estimate_d_sys"].measure(unlinkability_estimate((one @ other.mT).flatten(), same, people))
 
 
 def stolen(inversion: Inversion | None) -> str:

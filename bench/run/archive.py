@@ -90,6 +90,7 @@ _COLUMNS = {
     "scores": {"same", "protected", "unprotected"},
     "state_inference": {"attack", "drawn", "named"},
     "linkage": {"same", "protected_plain", "protected_protected", "plain"},
+    "inverted": {"attack", "image", "identity", "first", "second"},
 }
 
 
@@ -139,6 +140,7 @@ class Run:
         scores: a row per pair, of the provider's recogniser.
         linkage: a row per pair, of a linkage attack.
         states: a row per interception, of attacks that name states: the one drawn and the one named, -1 for none.
+        inverted: a row per attacked image, of attacks that invert templates: what they make of two of the person's.
         losses: training curves of recognisers.
         samples: pictures of single victims.
         altered: files that are not as the manifest recorded them.
@@ -151,6 +153,7 @@ class Run:
     scores: pd.DataFrame | None = None
     linkage: pd.DataFrame | None = None
     states: pd.DataFrame | None = None
+    inverted: pd.DataFrame | None = None
     losses: tuple[Losses, ...] = ()
     samples: Samples | None = None
     altered: tuple[str, ...] = ()
@@ -273,6 +276,7 @@ def load_run(directory: Path) -> Run:
         scores=_table(directory, "scores"),
         linkage=_table(directory, "linkage"),
         states=_table(directory, "state_inference"),
+        inverted=_table(directory, "inverted"),
         losses=tuple(_losses(directory / "events.jsonl")),
         samples=read_samples(directory / "samples"),
         altered=tuple(name for name, digest in recorded.items() if digest and there[name] != digest),
@@ -295,7 +299,10 @@ def read_model(path: Path, model: type[_M], what: str = "a file of this schema")
         raise MissingError(f"{path} is not {what}: {where or 'document'}: {first['msg']}") from None
 
 
-def _table(directory: Path, name: Literal["per_image", "scores", "linkage", "state_inference"]) -> pd.DataFrame | None:
+_TableName = Literal["per_image", "scores", "linkage", "state_inference", "inverted"]
+
+
+def _table(directory: Path, name: _TableName) -> pd.DataFrame | None:
     path = directory / f"{name}.parquet"
     if not path.is_file():
         return None

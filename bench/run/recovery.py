@@ -23,7 +23,7 @@ from bench.run.pictures import write_sheet
 from bench.run.scorer import Assessment, Judge, Scorer, state_inference
 from bench.run.speed import recovery_speed
 from bench.run.store import RunStore
-from bench.run.templates import assess_inversion
+from bench.run.templates import assess_inversion, inverted_table
 from defenses.base import Defense
 from defenses.template import TemplateDefense
 
@@ -127,6 +127,7 @@ def run_recovery(
         }
         linkages = link_recovered(attacks, scorer, {name: points[-1] for name, points in assessed.items()})
     tables: dict[str, Assessment] = {}
+    estimates: list[pd.DataFrame] = []
     for name in recovered:
         configs = attack_configs[name]
         info, last, scored = infos[name], recovered[name][-1], assessed[name]
@@ -150,6 +151,8 @@ def run_recovery(
         if isinstance(defense, TemplateDefense):
             with stages.timed("measure", f"measure what {name} makes of templates"):
                 inversion = assess_inversion(attacks, configs[-1], defense)
+                if (made := attacks.inverted(configs[-1], defense)) is not None:
+                    estimates.append(inverted_table(attacks, made, name))
         findings.add(
             info,
             strength,
@@ -188,6 +191,8 @@ def run_recovery(
     ]
     rows = [table.per_image.assign(method=name) for name, table in (tables | {"ceiling": ceiling} | floors).items()]
     store.write_table("per_image", pd.concat(rows, ignore_index=True))
+    if estimates:
+        store.write_table("inverted", pd.concat(estimates, ignore_index=True))
     _write_states({name: points[-1] for name, points in recovered.items()}, attacks.selection.attacked, store)
     _write_pictures(
         attacks,

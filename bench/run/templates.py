@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,7 +21,7 @@ from bench.metrics.unlinkability import (
 from bench.metrics.verification import far_not_measurable, roc
 from bench.results import Inversion, TemplateProtection
 from bench.run.attack_config import AttackConfig
-from bench.run.attacker import RENEWED, AttackStages
+from bench.run.attacker import RENEWED, AttackStages, Inverted
 from bench.run.provider import Stages
 from bench.run.verification import verification
 from defenses.template import TemplateDefense
@@ -144,6 +145,14 @@ def assess_inversion(attacks: AttackStages, attack_config: AttackConfig, defense
         maximal=KINDS["estimate_maximal"].measure(maximal_linkability_estimate(linked, mated, people)),
         d_sys_plain=KINDS["estimate_d_sys_plain"].measure(unlinkability_estimate(plain, mated, people)),
     )
+
+
+def inverted_table(attacks: AttackStages, inverted: Inverted, attack: str) -> pd.DataFrame:
+    """A row per attacked image: its person, and the estimates ``first`` and ``second``, float32 (D,) each."""
+    victims, attacked = attacks.stages.splits.victims, attacks.selection.attacked
+    columns = {name: list(getattr(inverted, name).numpy()) for name in ("first", "second")}
+    people = [victims.names[int(label)] for label in victims.labels[attacked]]
+    return pd.DataFrame({"image": attacked.numpy(), "identity": people, **columns}).assign(attack=attack)
 
 
 def _all_pairs(labels: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,6 @@
 """The summary: every run has its row, failed ones too; floors, ceilings and published figures stand beside them."""
 
+import numpy as np
 import pandas as pd
 import pytest
 from run_folders import inversion, template_protection, write_run
@@ -11,7 +12,7 @@ from reports.formats import report_csv
 from reports.provenance import warnings
 from reports.published import matching, published
 from reports.report import write_leaderboard
-from reports.summary import findings, summary, template_table, worst_rows
+from reports.summary import across_table, findings, summary, template_table, worst_rows
 
 
 def setting_of(*folders):
@@ -207,3 +208,33 @@ def test_the_published_attack_on_protected_templates_stands_at_the_highest_of_it
     table = summary(setting_of(folder), 1)
     printed = [by_heading(table, row) for row in table.rows if row.kind == "published"]
     assert {(row["accuracy, %"].text, row["pass, %"].text) for row in printed} == {("99.2", "–"), ("–", "79.4")}
+
+
+def _estimates(folder, noise, *, size=8, seed=0):
+    """Estimates of 40 people that share a truth, as near to it as the noise leaves them."""
+    truth, draws = np.random.default_rng(7).normal(size=(40, size)), np.random.default_rng(seed)
+    sides = {side: list(truth + noise * draws.normal(size=truth.shape)) for side in ("first", "second")}
+    people = [f"person {n}" for n in range(40)]
+    table = pd.DataFrame({"image": range(40), "identity": people, **sides}).assign(attack="template")
+    table.to_parquet(folder / "inverted.parquet")
+
+
+def test_records_of_two_systems_are_linked_by_what_is_made_of_them(tmp_path):
+    made = {"attack": "template", "knowledge": "oracle", "template": template_protection()}
+    noises = {"biohash": 0.05, "iom": 0.1, "mlp-hash": 50.0}
+    for seed, (name, noise) in enumerate(noises.items()):
+        _estimates(write_run(tmp_path / name, defense=name, inversion=inversion(0.6), **made), noise, seed=seed)
+    # Another embedding space, and records without their keys: neither can be held against the others.
+    _estimates(write_run(tmp_path / "s", defense="slerpface", inversion=inversion(0.6), **made), 0.05, size=6)
+    _estimates(write_run(tmp_path / "p", defense="polyprotect", inversion=inversion(0.6, key=False), **made), 0.05)
+    table = across_table(setting_of(*sorted(tmp_path.iterdir())), 1)
+    linked = {
+        (row.entries["a record of"].text, column.key): row[column].number
+        for row in table.rows
+        for column in table.columns[1:]
+    }
+    assert linked["biohash", "iom"] > 0.95
+    assert linked["iom", "biohash"] > 0.95
+    assert linked["biohash", "mlp-hash"] < 0.4
+    assert linked["biohash", "slerpface"] is None
+    assert ("polyprotect", "biohash") not in linked

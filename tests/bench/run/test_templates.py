@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from onnx_models import linear_model
@@ -79,6 +80,9 @@ def test_the_cosine_is_that_of_the_true_embeddings(run, out):
     cosine = functional.cosine_similarity(found.first, true).mean()
     assert run[0].inversion.cosine.value == pytest.approx(float(cosine), abs=1e-4)
     assert torch.equal(victims.labels[attacks.partners], victims.labels[probes])
+    kept = pd.read_parquet(run[1] / "inverted.parquet")
+    assert kept["image"].tolist() == probes.tolist()
+    np.testing.assert_allclose(np.stack(list(kept["first"])), found.first.numpy(), rtol=1e-4, atol=1e-5)
     assert (attacks.partners != probes).all()
 
 
