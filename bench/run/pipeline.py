@@ -191,7 +191,7 @@ class Pipeline:
         return RunResult(
             run_id=store.run_id,
             status="success",
-            warnings=[*self._warnings(dataset), *stages.splits.notes, *findings.warnings],
+            warnings=[*self.warnings(dataset, defense), *stages.splits.notes, *findings.warnings],
             defense=DefenseInfo.of(described | channel_energy(described, stages.splits.public.images)),
             **findings.judges,
             teacher=stages.teacher_info() if recognised and config.teacher is not None else None,
@@ -221,18 +221,14 @@ class Pipeline:
         linkage = {name: configs[name] for name in configs if isinstance(configs[name][-1].make(), LinkageAttack)}
         recovery = {name: configs[name] for name in configs if name not in linkage}
         findings = Findings(several=len(configs) > 1)
-        if noise_is_shared(defense):
-            findings.warnings.append(
-                f"noise shared: {defense.name} draws its noise once for a batch, so up to {self.config.batch_size} "
-                "victims were protected under one draw: differences between them are free of it"
-            )
         if recovery:
             run_recovery(attacks, recovery, defense, plain, store, findings)
         if linkage:
             run_linkage(attacks, linkage, defense, store, findings, sheet=not recovery)
         return findings
 
-    def _warnings(self, dataset: DatasetInfo) -> list[str]:
+    def warnings(self, dataset: DatasetInfo, defense: Defense) -> list[str]:
+        """What a reader has to know of a result on this data and this defence, whatever the attacks."""
         warnings = []
         if dataset.synthetic:
             warnings.append("synthetic faces: for trying the suite and for CI, not for claims about people")
@@ -252,6 +248,11 @@ class Pipeline:
             )
         if dataset.skipped:
             warnings.append(f"{dataset.skipped} images or identities were left out; events.jsonl lists them")
+        if noise_is_shared(defense):
+            warnings.append(
+                f"noise shared: {defense.name} draws its noise once for a batch, so up to {self.config.batch_size} "
+                "victims were protected under one draw: differences between them are free of it"
+            )
         return warnings
 
     def _dataset(self, stages: Stages, probes: int) -> DatasetInfo:
@@ -282,8 +283,11 @@ class Pipeline:
         """
         from bench.run.plan import make_plan
 
-        attacks = AttackStages(self._stages(lambda *_, **__: None))
-        return make_plan(self.config, self.attack_configs, attacks, measure=measure)
+        return make_plan(self.config, self.attack_configs, self.attack_stages(), measure=measure)
+
+    def attack_stages(self) -> AttackStages:
+        """What the run is made of, computed or out of the cache as it is asked for; nothing is logged."""
+        return AttackStages(self._stages(lambda *_, **__: None))
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:

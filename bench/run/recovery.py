@@ -14,7 +14,7 @@ from bench.errors import MissingError
 from bench.measures import leak
 from bench.metrics.floors import grey, mean_face, nearest, noise
 from bench.metrics.perceptual import Lpips, find_alexnet
-from bench.results import FloorTest, Linkage, Measure, Recovery
+from bench.results import FloorTest, Linkage, Measure, Quality, Recovery
 from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages, Recovered
 from bench.run.findings import FLOOR_MARGINS, RECOVERY_TOLERANCE, Findings, attack_info, floor_test, strength_curve
@@ -142,9 +142,9 @@ def run_recovery(
             blind = {key: floor for key, floor in floors.items() if key != "nearest"}
             attack = configs[-1].make()
             looked = blind if attack.needs & _NO_PICTURE else floors
-            over = _floor_test(scorer, scored[-1], looked | {"others": others[name]})
-            over_plain = _floor_test(scorer, ceilings[name], blind | {"others": plain_others[name]})
-        recovery = _recovery(scored[-1], floors, ceilings[name])
+            over = over_floors(scorer, scored[-1], looked | {"others": others[name]})
+            over_plain = over_floors(scorer, ceilings[name], blind | {"others": plain_others[name]})
+        recovery = between(scored[-1], floors, ceilings[name].quality)
         with stages.timed("throughput", f"time {name}"):
             speed = {"recover": recovery_speed(attacks, configs[-1], defense, last)}
         inversion = None
@@ -181,14 +181,10 @@ def run_recovery(
         bounds = {POINTWISE_WORST: least, "others": scorer.worst(list(others.values()))}
         tables |= {"worst case": worst, POINTWISE_WORST: least}
         findings.add_worst_case(
-            _recovery(worst, floors | {POINTWISE_WORST: least}, ceiling), _floor_test(scorer, worst, bounds)
+            between(worst, floors | {POINTWISE_WORST: least}, ceiling.quality), over_floors(scorer, worst, bounds)
         )
     findings.evaluators = scorer.evaluators
-    findings.warnings += [
-        f"figures of identity leakage are withheld: {info.withheld}"
-        for info in scorer.evaluators.values()
-        if info.withheld is not None
-    ]
+    findings.warnings += scorer.warnings
     rows = [table.per_image.assign(method=name) for name, table in (tables | {"ceiling": ceiling} | floors).items()]
     store.write_table("per_image", pd.concat(rows, ignore_index=True))
     if estimates:
@@ -237,11 +233,12 @@ def _linked_pairs(linkage: Linkage) -> float:
     return leak("linkage", linkage.protected_plain.accuracy)
 
 
-def _recovery(assessment: Assessment, floors: Mapping[str, Assessment], ceiling: Assessment) -> Recovery:
+def between(assessment: Assessment, floors: Mapping[str, Assessment], ceiling: Quality) -> Recovery:
+    """What an attack got, between the floors and the ceiling."""
     return Recovery(
         **assessment.quality.model_dump(),
         floors={name: floor.quality for name, floor in floors.items()},
-        ceiling=ceiling.quality,
+        ceiling=ceiling,
     )
 
 
@@ -282,12 +279,19 @@ def _leakage(assessment: Assessment) -> Mapping[str, Measure]:
     }
 
 
-def _floor_test(scorer: Scorer, assessment: Assessment, floors: Mapping[str, Assessment]) -> FloorTest:
+def over_floors(scorer: Scorer, assessment: Assessment, floors: Mapping[str, Assessment]) -> FloorTest:
     """Whether an attack is above ``floors``, by figures of the picture or of the person."""
     gains = {
         name: {floor: scorer.gain(name, assessment, guess) for floor, guess in floors.items()} for name in FLOOR_MARGINS
     }
     return floor_test(gains, FLOOR_MARGINS)
+
+
+def captions(assessment: Assessment) -> list[str]:
+    """A line per victim: what came back of it."""
+    forms, values = {"ssim": "SSIM {:.3f}", "psnr": "PSNR {:.1f} dB", "cosine": "cosine {:.2f}"}, assessment.values
+    told = [[form.format(v) for v in values[figure].tolist()] for figure, form in forms.items() if figure in values]
+    return ["  ".join(parts) for parts in zip(*told, strict=True)]
 
 
 def _write_pictures(
@@ -310,16 +314,14 @@ def _write_pictures(
     """
     names, faces, best = list(recovered), torch.stack(list(recovered.values())), ssim.argmax(dim=0)
     rows = torch.arange(len(best))
-    forms = {"ssim": "SSIM {:.3f}", "psnr": "PSNR {:.1f} dB", "cosine": "cosine {:.2f}"}
-    told = [[form.format(v) for v in worst.values[f].tolist()] for f, form in forms.items() if f in worst.values]
-    captions = ["  ".join(parts) for parts in zip(*told, strict=True)]
+    told = captions(worst)
     if len(names) > 1:
-        captions = [f"{names[number]}: {caption}" for number, caption in zip(best.tolist(), captions, strict=True)]
+        told = [f"{names[number]}: {caption}" for number, caption in zip(best.tolist(), told, strict=True)]
     write_sheet(
         attacks,
         defense,
         {"recovered": faces[best, rows], "ceiling": unprotected[best, rows]},
-        captions,
+        told,
         store,
         leakage=worst.values["ssim"],
         members=recovered if len(names) > 1 else {},

@@ -155,6 +155,12 @@ class Scorer:
         """By name, the judges with their operating points on the victims' plain pairs."""
         return {judge.info.name: judge.info for judge in self.judges}
 
+    @property
+    def warnings(self) -> list[str]:
+        """Of judges that say nothing of identities."""
+        withheld = (judge.info.withheld for judge in self.judges)
+        return [f"figures of identity leakage are withheld: {reason}" for reason in withheld if reason is not None]
+
     @functools.cached_property
     def _nulls(self) -> dict[str, dict[str, str]]:
         """Judge -> figure of identity -> why it is null."""

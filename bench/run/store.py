@@ -35,7 +35,7 @@ PACKAGES = ("torch", "torchvision", "lightning-fabric", "numpy", "scipy", "lpips
 def run_id(config: RunConfig) -> str:
     """Readable and unique to the configuration, so that the same command continues the same run."""
     digest = hashlib.sha256(json.dumps(config.identifying(), sort_keys=True, default=str).encode()).hexdigest()
-    attacks = "+".join(name.strip() for name in config.attack.split(","))
+    attacks = "+".join(name.strip() for name in config.attack.split(",")).replace(":", "-")
     parts = (config.defense, attacks, config.knowledge, config.dataset, f"seed{config.seed}", digest[:8])
     return "-".join(parts)
 
@@ -71,8 +71,8 @@ class RunStore:
         with (self.directory / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def write_manifest(self, status: str, device: str, precision: str) -> None:
-        """Write ``manifest.json``; once at the start, once at the end with the artefacts' hashes."""
+    def write_manifest(self, status: str, device: str, precision: str, **more: Any) -> None:
+        """Write ``manifest.json``; once at the start, once at the end with the artefacts' hashes, and ``more``."""
         artefacts = {
             str(path.relative_to(self.directory)): sha256(path)
             for path in sorted(self.directory.rglob("*"))
@@ -97,6 +97,7 @@ class RunStore:
             "threads": torch.get_num_threads(),
             "deterministic": torch.are_deterministic_algorithms_enabled(),
             "artefacts": artefacts,
+            **more,
         }
         write_text(self.directory / "manifest.json", json.dumps(document, indent=2) + "\n")
 

@@ -14,7 +14,7 @@ from bench.images import to_float
 from bench.metrics.evaluator import Evaluator
 from bench.metrics.identity import Probes
 from bench.run.attacker import layout_hits
-from bench.run.recovery import _floor_test
+from bench.run.recovery import over_floors
 from bench.run.scorer import Judge, Scorer, somebody_else
 from defenses.layout import probe
 
@@ -285,8 +285,8 @@ def test_several_judges_are_asked_about_the_floors_and_where_none_may_judge_the_
     flat = faces.mean(dim=(2, 3), keepdim=True).expand_as(faces)  # the colour of each, and nothing of the picture
     two = scorer(victims, *judge.judges, cleared(judge_with(OneColour(), "red", victims)))
     for judges in (judge, two):
-        test = _floor_test(judges, judges.assess(flat), {"grey": judges.assess(torch.full_like(faces, 0.5))})
+        test = over_floors(judges, judges.assess(flat), {"grey": judges.assess(torch.full_like(faces, 0.5))})
         assert test.gains["cosine"].value > 0.1
         assert test.above is True
     blind = scorer(victims, cleared(judge.judges[0], withheld="blind"))
-    assert "cosine" not in _floor_test(blind, blind.assess(flat), {"grey": blind.assess(flat)}).gains
+    assert "cosine" not in over_floors(blind, blind.assess(flat), {"grey": blind.assess(flat)}).gains
