@@ -25,11 +25,13 @@ from bench.commands.gate import gate
 from bench.commands.leaderboard import leaderboard
 from bench.commands.list import list_
 from bench.commands.new import new
+from bench.commands.observe import observe
 from bench.commands.protect import protect
 from bench.commands.report import report
 from bench.commands.rm import rm
 from bench.commands.run import run
 from bench.commands.runs import runs
+from bench.commands.score import score
 from bench.commands.show import show
 from bench.commands.sweep import sweep
 from bench.errors import BenchError, UsageError
@@ -43,7 +45,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(run, sweep, list_, runs, show, rm, protect, report, leaderboard, compare, baseline, gate, export),
-    *(new, doctor),
+    *(observe, score, new, doctor),
 )
 for command in COMMANDS:
     app.command(command.__name__.rstrip("_"))(command)

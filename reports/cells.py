@@ -51,13 +51,19 @@ class Cell:
         return self.result is not None and self.result.attack.above_floor is False
 
     @property
+    def submitted(self) -> bool:
+        """Whether the attack was run elsewhere, and only what it recovered was scored here."""
+        return self.result is not None and "submitted" in self.result.attack.details
+
+    @property
     def verdict(self) -> str:
         """Why its figures are not to be taken at their word; empty where nothing is known against them."""
         if self.result is None:
             return "failed: see the warnings"
         broken = "broken" if self.result.attack.broken else ""
         unsaturated = "unsaturated: a lower bound" if self.unsaturated else ""
-        return "; ".join(filter(None, (broken, NO_BETTER if self.no_better else "", unsaturated)))
+        submitted = "submitted: run elsewhere, scored here" if self.submitted else ""
+        return "; ".join(filter(None, (submitted, broken, NO_BETTER if self.no_better else "", unsaturated)))
 
     @property
     def links(self) -> bool:
