@@ -1,8 +1,8 @@
 """Privacy attack-and-defence benchmark for face recognition.
 
 In Python as on the command line, with the same names, defaults and checks: :func:`defense`, :func:`attack`,
-``bench.run(...)`` (the package :mod:`bench.run`, which can be called) and :func:`load`. Heavy imports happen when they
-are needed.
+``bench.run(...)`` (the package :mod:`bench.run`, which can be called), :func:`load`, :func:`observe` and :func:`score`.
+Heavy imports happen when they are needed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attacks.base import Attack
+    from bench.results import RunResult
     from bench.run import Package
     from bench.run.archive import Run
+    from bench.run.observe import Observed
     from defenses.base import Defense
 
     run: Package
@@ -58,6 +60,27 @@ def load(directory: str | Path) -> Run:
     archive = importlib.import_module("bench.run.archive")  # by name: this module stands below it
     run: Run = archive.load_run(Path(directory))
     return run
+
+
+def observe(directory: str | Path, out: str | Path, *, templates: bool = False) -> Observed:
+    """Do what ``bench observe`` does: write what an attacker sees of a run's victims to the file ``out``.
+
+    Raises:
+        BenchError: as ``bench observe``, with the same message.
+    """
+    module = importlib.import_module("bench.run.observe")  # by name, as above
+    written: Observed = module.observe(Path(directory), Path(out), templates=templates)
+    return written
+
+
+def score(recovered: str | Path, run: str | Path, *, name: str | None = None) -> RunResult:
+    """Do what ``bench score`` does: score recovered faces, keep that as a run beside ``run``, and return its result.
+
+    Raises:
+        BenchError: as ``bench score``, with the same message.
+    """
+    result: RunResult = importlib.import_module("bench.run.submission").score(Path(recovered), Path(run), name)[0]
+    return result
 
 
 def __getattr__(name: str) -> Any:
