@@ -329,6 +329,7 @@ _PLACES = {kind.place: kind for kind in KINDS.values()}
 _WHOSE = (
     (re.compile(r"^attacks\.[^.]+\."), ""),
     (re.compile(r"^worst_case\."), "recovery."),
+    (re.compile(r"^utility\.protocols\..+\.(protected|unprotected)(?=\.)"), "utility"),
     (re.compile(r"\.(ceiling|unprotected|teacher|floors\.[^.]+)(?=\.)"), ""),
     (re.compile(r"\.judges\.[^.]+(?=\.)"), ".identity"),
     (re.compile(r"^evaluator(s\.[^.]+)?(?=\.accuracy$)"), "utility"),

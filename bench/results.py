@@ -50,8 +50,16 @@ class Verification(ResultModel):
     pairs: int
 
 
+class Protocol(ResultModel):
+    """How well people of a further verification pack, who are not attacked, are told apart."""
+
+    protected: Verification
+    unprotected: Verification
+
+
 class Utility(Verification):
     unprotected: Verification
+    protocols: dict[str, Protocol] = Field({}, description="of further verification packs, by name")
     teacher: Verification | None = Field(None, description="of the teacher itself, on the same plain pairs")
 
 

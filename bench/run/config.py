@@ -222,6 +222,12 @@ class RunConfig(BaseModel):
     template: str | None = Field(
         None, description="Template defence of what is stored of a face, behind the defence: as --defense A+TEMPLATE."
     )
+    verify: tuple[Path, ...] = Field(
+        (),
+        description="InsightFace packs to verify beside the victims, names in the data root or paths: A,B, or none; by "
+        "default all .bin that lie beside the one that the victims come from.",
+        json_schema_extra={"metavar": "PACK[,PACK]"},
+    )
     evaluator_backbone: str = Field("mobilefacenet", description="Network of the trained evaluator.")
     seed: int = Field(0, ge=0, lt=2**63, description="The one seed that all randomness derives from.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps.")
@@ -276,9 +282,9 @@ class RunConfig(BaseModel):
             raise ValueError("training.classification=0 leaves nothing to learn from without a teacher: give --teacher")
         return self
 
-    @field_validator("evaluator", mode="before")
+    @field_validator("evaluator", "verify", mode="before")
     @classmethod
-    def _evaluators_are_a_list(cls, given: Any) -> Any:
+    def _files_are_a_list(cls, given: Any) -> Any:
         return listed(given) if isinstance(given, str) else [given] if isinstance(given, Path) else given or ()
 
     @field_validator("budget")
@@ -303,7 +309,7 @@ class RunConfig(BaseModel):
     def identifying(self) -> dict[str, Any]:
         """The part that decides the figures: all but where files go and what is reused."""
         # Runs from before there were these settings keep their names.
-        unset = {name for name in ("limit", "recogniser", "template") if getattr(self, name) is None}
+        unset = {name for name in ("limit", "recogniser", "template", "verify") if getattr(self, name) in (None, ())}
         return self.model_dump(mode="json", exclude={"out", "resume", *unset})
 
 

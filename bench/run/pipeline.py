@@ -28,6 +28,7 @@ from bench.run.findings import Findings
 from bench.run.launch import Launch
 from bench.run.linkage import run_linkage
 from bench.run.machines import ConnectedProcesses, make_fabric
+from bench.run.protocols import check_packs, find_packs
 from bench.run.provider import Stages, channel_energy
 from bench.run.recovery import run_recovery
 from bench.run.speed import provider_speed
@@ -98,6 +99,8 @@ class Pipeline:
             check_stream(config.dataset)
             if config.teacher is not None:
                 raise UsageError("a teacher embeds faces in memory: leave out --stream, or --teacher")
+        asked = config.verify, config.dataset, config.data_root, config.dataset_options
+        self.packs = find_packs(*asked) if config.utility else {}
 
     @property
     def directory(self) -> Path:
@@ -157,12 +160,15 @@ class Pipeline:
 
     def _compute(self, store: RunStore, processes: ConnectedProcesses | None) -> RunResult:
         config = self.config
+        check_packs(self.packs.values())
         stages = self._stages(store.log, processes)
         attacks = AttackStages(stages)
         stages.bars.expect(self._steps(attacks))
         defense = stages.defense(config.defense, config.defense_options)
         plain = stages.defense("none", {})
-        utility = measure_utility(stages, defense, plain, store) if config.utility else None
+        utility, notes = None, list[str]()
+        if config.utility:
+            utility, notes = measure_utility(stages, defense, plain, store, self.packs.values())
         template = None
         if config.utility and isinstance(defense, TemplateDefense):
             with stages.timed("measure", "measure the protection of templates"):
@@ -191,7 +197,7 @@ class Pipeline:
         return RunResult(
             run_id=store.run_id,
             status="success",
-            warnings=[*self.warnings(dataset, defense), *stages.splits.notes, *findings.warnings],
+            warnings=[*self.warnings(dataset, defense), *stages.splits.notes, *notes, *findings.warnings],
             defense=DefenseInfo.of(described | channel_energy(described, stages.splits.public.images)),
             **findings.judges,
             teacher=stages.teacher_info() if recognised and config.teacher is not None else None,

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from numpy.typing import NDArray
 from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import plugins
-from bench.data.faces import FaceSet, Source
+from bench.data.faces import Contents, FaceSet, PairProtocol, Source
 from bench.data.loaders import load, parse_options
 from bench.data.sources.webdataset import find_shards
 from bench.data.splits import Splits, split, whole_identities
@@ -49,6 +50,7 @@ from bench.results import TeacherInfo
 from bench.run.config import RunConfig
 from bench.run.enrolment import TemplateSystem
 from bench.run.machines import ConnectedProcesses, TrainingOrder
+from bench.run.protocols import VerificationSet, load_pack
 from bench.run.stage import CODE, Job, Log, StageCache, StageRunner, make_key, plugin_code, tensor_job
 from defenses.base import Defense, DefenseTraining
 from defenses.template import TemplateDefense
@@ -554,8 +556,36 @@ class Stages(StageRunner):
             report(sum(len(e) for e in embeddings), len(faces))
         return torch.cat(embeddings)
 
-    def verification_job(self, defense: Defense) -> Job[Tensor]:
-        """The stage that scores the pairs of the victims' protocol, each image protected under one random state: (P,).
+    def verification_set(self, path: Path) -> VerificationSet:
+        """A further verification pack, in memory only as long as the caller holds it.
+
+        Raises:
+            DataError: a damaged file.
+        """
+        with self.timed("data"), self.bars.task(f"decode {path.name}") as report:
+            pack = load_pack(path, self.config.image_size, self._learnt, report)
+            return replace(pack, key=digest(Source(pack.name, pack.faces, pairs=pack.pairs)))
+
+    def _learnt(self, faces: FaceSet) -> NDArray[np.bool_]:
+        """Whether each face (N) equals one that the provider learns from pixel for pixel, bool (N,)."""
+        provider = self.splits.provider
+        if isinstance(provider, FaceSet):
+            return faces.among(provider.images)
+        everyone = self.source.on_disk
+        assert everyone.contents is not None, "streamed faces are scanned first"
+        digests = everyone.contents.digests[np.searchsorted(everyone.rows, provider.rows)]
+        return np.isin(Contents.of(faces.images).digests, digests)
+
+    def _verified(self, pack: VerificationSet | None) -> tuple[FaceSet, PairProtocol, str]:
+        """The faces of a pack, or the victims, their pairs, and the stream that they are protected from."""
+        if pack is None:
+            return self.splits.victims, self.splits.pairs, "queries"
+        return pack.faces, pack.pairs, f"queries/{pack.name}"
+
+    def verification_job(self, defense: Defense, pack: VerificationSet | None = None) -> Job[Tensor]:
+        """The stage that scores the pairs of a protocol, each image protected under one random state: (P,).
+
+        The protocol is that of the victims, or of a further ``pack``.
 
         Under keys both faces of a pair are protected with the first person's: who claims to be that person has stolen
         the key, or else it were the key that tells people apart, and not the face (Kong et al., Pattern Recognition
@@ -574,57 +604,60 @@ class Stages(StageRunner):
             )
 
         def compute(resume: Path, report: Report) -> dict[str, Tensor]:
-            victims, pairs = self.splits.victims, self.splits.pairs
-            keys = self.victim_keys(defense, "queries")
+            faces, pairs, stream = self._verified(pack)
+            keys = self._keys(defense, faces, stream)
             if isinstance(defense, TemplateDefense):
-                sides = self.do(self.embeddings_job(defense))
+                sides = self.do(self.embeddings_job(defense, pack))
                 held = None if keys is None else keys[pairs.first]
                 with failing_as(f"defence {defense.name}"):
                     system = self.system(defense)
-                    stored = system.enrol("queries", sides[0], held)
-                    return {"scores": system.match("queries", stored, sides[1], held)}
+                    stored = system.enrol(stream, sides[0], held)
+                    return {"scores": system.match(stream, stored, sides[1], held)}
             if keys is None:
-                return {"scores": pair_scores(embed("queries", victims), pairs)}
-            first = embed("queries/first", victims.subset(pairs.first), keys[pairs.first])
-            second = embed("queries/second", victims.subset(pairs.second), keys[pairs.first])
+                return {"scores": pair_scores(embed(stream, faces), pairs)}
+            first = embed(f"{stream}/first", faces.subset(pairs.first), keys[pairs.first])
+            second = embed(f"{stream}/second", faces.subset(pairs.second), keys[pairs.first])
             return {"scores": (first * second).sum(dim=1)}
 
         content = {
             "recogniser": self.recogniser_key(defense, "provider"),
             "defense": self.defense_key(defense),
-            "data": self.data_key,
+            "data": self.data_key if pack is None else pack.key,
             "batch_size": self.config.batch_size,
         }
-        stage, key = f"verify-{defense.name}", make_key(content, CODE["verification"])
-        what, file = f"verify on {defense.name}", "scores.safetensors"
+        of = "verify" if pack is None else f"verify-{pack.name}"
+        stage, key = f"{of}-{defense.name}", make_key(content, CODE["verification"])
+        what, file = f"{of.replace('-', ' ', 1)} on {defense.name}", "scores.safetensors"
         return tensor_job(stage, key, what, file, compute, operator.itemgetter("scores"))
 
     # -- templates -------------------------------------------------------------------------------
 
-    def embeddings_job(self, defense: TemplateDefense) -> Job[tuple[Tensor, Tensor]]:
-        """The stage that embeds both faces of every pair of the victims' protocol, unprotected: unit rows (P, D) each.
+    def embeddings_job(
+        self, defense: TemplateDefense, pack: VerificationSet | None = None
+    ) -> Job[tuple[Tensor, Tensor]]:
+        """The stage that embeds both faces of every pair of a protocol, unprotected: unit rows (P, D) each.
 
-        The same for all template defences without a head of their own.
+        The protocol is that of the victims, or of a further ``pack``. The same for all template defences without a head
+        of their own.
         """
 
         def compute(resume: Path, report: Report) -> dict[str, Tensor]:
-            pairs, sides = self.splits.pairs, {}
+            (faces, pairs, stream), sides = self._verified(pack), {}
             for side, images in (("first", pairs.first), ("second", pairs.second)):
                 used, place = torch.unique(images, return_inverse=True)
-                faces = self.splits.victims.images[used]
-                sides[side] = self.system(defense).embed(f"queries/{side}", faces, report)[place]
+                sides[side] = self.system(defense).embed(f"{stream}/{side}", faces.images[used], report)[place]
             return sides
 
         content = {
             "recogniser": self.recogniser_key(defense, "provider"),
             "defense": self.defense_key(defense) if defense.trainable else None,
-            "data": self.data_key,
+            "data": self.data_key if pack is None else pack.key,
             "batch_size": self.config.batch_size,
         }
         return tensor_job(
-            "embed-victims",
+            "embed-victims" if pack is None else f"embed-{pack.name}",
             make_key(content, CODE["verification"]),
-            "embed the victims' pairs",
+            "embed the victims' pairs" if pack is None else f"embed the pairs of {pack.name}",
             "embeddings.safetensors",
             compute,
             lambda tensors: (tensors["first"], tensors["second"]),
@@ -653,9 +686,11 @@ class Stages(StageRunner):
 
         All images of a person are one client's, who has another key for each ``purpose``, as for each application.
         """
-        victims = self.splits.victims
-        keys = defense.draw_keys(len(victims.names), self.streams.generator(f"{purpose}/keys"))
-        return None if keys is None else keys[victims.labels]
+        return self._keys(defense, self.splits.victims, purpose)
+
+    def _keys(self, defense: Defense, faces: FaceSet, purpose: str) -> Tensor | None:
+        keys = defense.draw_keys(len(faces.names), self.streams.generator(f"{purpose}/keys"))
+        return None if keys is None else keys[faces.labels]
 
     def _plain(self) -> Defense:
         return plugins.make_defense("none", {}, self.config.preset, self.config.image_size)

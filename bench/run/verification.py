@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from bench.data.decode import shown
 from bench.data.faces import PairProtocol
+from bench.errors import DataError
 from bench.measures import KINDS
 from bench.metrics.bootstrap import verification_estimates
 from bench.metrics.verification import lfw_accuracy
-from bench.results import Utility, Verification
+from bench.results import Protocol, Utility, Verification
+from bench.run.protocols import VerificationSet
 from bench.run.provider import Stages
 from bench.run.store import RunStore
 from defenses.base import Defense
@@ -56,8 +60,16 @@ def verification(
     )
 
 
-def measure_utility(stages: Stages, defense: Defense, plain: Defense, store: RunStore) -> Utility:
-    """Verification of the victims' pairs, protected and plain; the scores go to ``scores.parquet``."""
+def measure_utility(
+    stages: Stages, defense: Defense, plain: Defense, store: RunStore, packs: Iterable[Path] = ()
+) -> tuple[Utility, list[str]]:
+    """Verification of the victims' pairs, and of each further pack's, protected and plain; and what to warn of.
+
+    The victims' scores go to ``scores.parquet``. One pack after the other is held in memory.
+
+    Raises:
+        DataError: a damaged pack, or one that leaves no pairs of both kinds to measure.
+    """
     pairs, labels = stages.splits.pairs, stages.splits.victims.labels
     scores = {
         "protected": stages.do(stages.verification_job(defense)),
@@ -68,7 +80,21 @@ def measure_utility(stages: Stages, defense: Defense, plain: Defense, store: Run
     teacher = None
     if stages.config.teacher is not None:
         teacher = verification(stages.do(stages.teacher_scores_job()), pairs, labels)
-    return Utility(**protected.model_dump(), unprotected=unprotected, teacher=teacher)
+    protocols, notes = {}, list[str]()
+    for path in packs:
+        pack = stages.verification_set(path)
+        protocols[pack.name] = _protocol(stages, defense, plain, pack)
+        notes += pack.notes
+    return Utility(**protected.model_dump(), unprotected=unprotected, protocols=protocols, teacher=teacher), notes
+
+
+def _protocol(stages: Stages, defense: Defense, plain: Defense, pack: VerificationSet) -> Protocol:
+    scores = [stages.do(stages.verification_job(target, pack)) for target in (defense, plain)]
+    try:
+        protected, unprotected = (verification(values, pack.pairs, pack.faces.labels) for values in scores)
+    except DataError as error:
+        raise DataError(f"pack {shown(pack.name)}: {error}") from error
+    return Protocol(protected=protected, unprotected=unprotected)
 
 
 def score_table(pairs: PairProtocol, scores: Mapping[str, Tensor]) -> pd.DataFrame:

@@ -49,11 +49,16 @@ def write_records(root: Path, everyone: Sequence[Person], victims: Sequence[Pers
                 key += 1
         for label, person in enumerate(everyone):
             writer.write(key + label, (float(starts[label]), float(starts[label] + len(person))))
+    write_pairs(root / "lfw.bin", victims)
+    return root
+
+
+def write_pairs(path: Path, victims: Sequence[Person]) -> None:
+    """A verification pack of a genuine and an impostor pair per victim."""
     slots: list[bytes] = []
     for i, person in enumerate(victims):
         slots += [person[0], person[1], person[0], victims[(i + 1) % len(victims)][1]]
-    write_pack(root / "lfw.bin", VerificationPack(tuple(slots), np.tile([True, False], len(victims))))
-    return root
+    write_pack(path, VerificationPack(tuple(slots), np.tile([True, False], len(victims))))
 
 
 def write_folder(root: Path, everyone: Sequence[Person], victims: Sequence[Person] = ()) -> Path:

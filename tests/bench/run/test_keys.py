@@ -76,7 +76,7 @@ SETTINGS = {
     "batch_size": (8, {VERIFY, EVALUATE, RECOVER, LINK}),
 }
 #: They decide nothing that a stage keeps, are no value of their own, or name files (which have tests of their own).
-WITHOUT_A_STAGE = {"bootstrap", "utility", "budget", "resume", "out", "device", "preset", "template"}
+WITHOUT_A_STAGE = {"bootstrap", "verify", "utility", "budget", "resume", "out", "device", "preset", "template"}
 FILES = {"dataset", "data_root", "evaluator", "teacher", "recogniser", "stream", "stream_images", "stream_on_error"}
 
 
@@ -91,7 +91,8 @@ def test_every_setting_is_accounted_for():
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("bootstrap", 200), ("utility", False), ("budget", "k=1,2"), ("resume", False), ("out", "x")]
+    ("setting", "value"),
+    [("bootstrap", 200), ("utility", False), ("budget", "k=1,2"), ("resume", False), ("out", "x"), ("verify", "none")],
 )
 def test_a_setting_that_no_stage_depends_on_changes_nothing(setting, value):
     assert changed(**{setting: value}) == set()
