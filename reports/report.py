@@ -35,6 +35,7 @@ from reports.summary import (
     floor_rows,
     judged,
     printed_rows,
+    protocol_table,
     recovery_table,
     subject,
     summary,
@@ -112,6 +113,7 @@ def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> dic
         "synthetic": setting.synthetic,
         "findings": findings(setting),
         "summary": summary(setting, number),
+        "protocols": protocol_table(setting, number),
         "templates": list(filter(None, [template_table(setting, number), across_table(setting, number)])),
         "drawings": {
             "Privacy against utility and speed": list(filter(None, pareto_figures)),

@@ -10,7 +10,15 @@ import numpy as np
 import pandas as pd
 
 from bench.measures import KINDS, interval, leak, shown
-from bench.results import NO_BETTER, EvaluatorInfo, Inversion, Measure, TemplateProtection, measures
+from bench.results import (
+    NO_BETTER,
+    EvaluatorInfo,
+    Inversion,
+    Measure,
+    TemplateProtection,
+    Verification,
+    measures,
+)
 from reports.cells import Cell, Setting, Worst, floors, lowest_accuracy, worst_case, worst_floor
 from reports.published import matching
 from reports.table import Column, Entry, Row, Table, measured
@@ -226,6 +234,44 @@ def recovery_table(setting: Setting, number: int) -> Table | None:
     )
     columns = (Column.of_text("run"), Column.of_text("of"), *map(Column.of_figure, _RECOVERY))
     return Table(f"recovery-{number}", caption, columns, tuple(rows), headers=2) if rows else None
+
+
+def protocol_table(setting: Setting, number: int) -> Table | None:
+    """Recognition under each verification protocol, as papers print it, of each run behind its defence and without it.
+
+    None where no run has verified further packs.
+    """
+    rows, packs, victims = list[Row](), dict[str, Column](), "victims"
+    for label, cell in setting.runs:
+        if (utility := cell.run.result.utility) is None or not utility.protocols:
+            continue
+        if (dataset := cell.run.result.dataset) is not None and "pack" in dataset.details:
+            victims = str(dataset.details["pack"]).removesuffix(".bin")
+        packs |= {name: _protocol_column(name, name) for name in utility.protocols}
+        for of, official in (("protected", utility), ("unprotected", utility.unprotected)):
+            parts = {"": official, **{name: getattr(protocol, of) for name, protocol in utility.protocols.items()}}
+            figures = {
+                f"pack {name}": measured("accuracy", part.accuracy, note=_strict(part)) for name, part in parts.items()
+            }
+            row = Row({"run": Entry(label), "of": Entry(of), **figures}, "measured" if of == "protected" else "floor")
+            rows.append(row)
+    caption = (
+        f"Recognition by protocol: {subject(setting)}. Accuracy (LFW View 2), and below it the TAR at the lowest FAR "
+        "that its impostor pairs allow. Victims are attacked; the people of the other packs are verified alone."
+    )
+    columns = (*map(Column.of_text, ("run", "of")), _protocol_column("", victims), *packs.values())
+    return Table(f"protocols-{number}", caption, columns, tuple(rows), headers=2) if rows else None
+
+
+def _protocol_column(pack: str, heading: str) -> Column:
+    return Column(f"pack {pack}", f"{heading}, %", KINDS["accuracy"].meaning)
+
+
+def _strict(pairs: Verification) -> str:
+    """TAR at the lowest FAR at which it was measured."""
+    known = [(far, tar) for far, tar in pairs.tar_at_far.items() if tar.value is not None]
+    far, tar = min(known, key=lambda one: float(one[0]), default=("", None))
+    return "" if tar is None else f"TAR@FAR {far}: {shown('tar_at_far', tar)}"
 
 
 def template_table(setting: Setting, number: int) -> Table | None:

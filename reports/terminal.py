@@ -94,7 +94,11 @@ def render_result(result: RunResult, directory: Path) -> RenderableType:
         rows = {result.defense.name if result.defense else "protected": utility, "unprotected": utility.unprotected}
         if utility.teacher is not None and result.teacher is not None:
             rows[f"its teacher, {result.teacher.name}"] = utility.teacher
-        parts.append(_verifications(f"Recognition of the victims ({utility.pairs} pairs)", rows))
+        for name, protocol in utility.protocols.items():
+            rows |= {f"{name}: {label}": getattr(protocol, label) for label in ("protected", "unprotected")}
+        packs = [f"{name} ({protocol.protected.pairs})" for name, protocol in utility.protocols.items()]
+        further = f", and of {', '.join(packs)}" if packs else ""
+        parts.append(_verifications(f"Recognition of the victims ({utility.pairs} pairs){further}", rows))
     if result.template is not None:
         parts += _template(result.template)
     for name, attack in result.attack_results.items():

@@ -12,7 +12,7 @@ from reports.formats import report_csv
 from reports.provenance import warnings
 from reports.published import matching, published
 from reports.report import write_leaderboard
-from reports.summary import across_table, findings, summary, template_table, worst_rows
+from reports.summary import across_table, findings, protocol_table, summary, template_table, worst_rows
 
 
 def setting_of(*folders):
@@ -47,6 +47,27 @@ def test_rows(tmp_path):
     assert floors[0]["SSIM"].text == "0.400"
     assert floors[2]["linkage, %"].text == "50.0"
     assert "synthetic faces" in table.caption
+
+
+def test_protocols_have_a_column_each(tmp_path):
+    packs = {"cfp_fp": (0.81, 0.96), "agedb_30": (0.72, 0.95)}
+    setting = setting_of(
+        write_run(tmp_path / "a", protocols=packs),
+        write_run(tmp_path / "b", defense="blur", protocols={"cfp_fp": (0.6, 0.96)}),
+        write_run(tmp_path / "c", defense="pixelate"),
+    )
+    table = protocol_table(setting, 1)
+    assert [column.heading for column in table.columns] == ["run", "of", "victims, %", "cfp_fp, %", "agedb_30, %"]
+    rows = [[row[column].text for column in table.columns[1:]] for row in table.rows]
+    assert rows == [
+        ["protected", "90.0", "81.0", "72.0"],
+        ["unprotected", "97.0", "96.0", "95.0"],
+        ["protected", "90.0", "60.0", "–"],
+        ["unprotected", "97.0", "96.0", "–"],
+    ]
+    assert table.rows[0][table.columns[3]].note == "TAR@FAR 1e-2: 40.5"
+    assert protocol_table(setting_of(write_run(tmp_path / "d")), 1) is None
+    assert ",utility.protocols.agedb_30.protected.accuracy,0.72," in report_csv([setting])
 
 
 def test_published_figures_are_matched_by_name(tmp_path):

@@ -49,6 +49,14 @@ def test_everything_is_there(shown, tmp_path):
     )  # fmt: skip
 
 
+def test_further_protocols_stand_in_the_table_of_recognition(shown):
+    assert_in_order(
+        shown({"protocols": {"cfp_fp": (0.81, 0.96), "agedb_30": (0.72, 0.95)}}),
+        "Recognition of the victims (100 pairs), and of cfp_fp (100), agedb_30 (100)", "TAR@1e-1 %", "90.0 ±2.0",
+        "97.0 ±2.0", "cfp_fp: protected", "81.0 ±2.0", "cfp_fp: unprotected", "96.0 ±2.0", "agedb_30: protected",
+    )  # fmt: skip
+
+
 def test_a_strength_curve_and_its_verdict(shown):
     assert_in_order(
         shown({"strength": True}), "Strength: what leaks", "SSIM", "200", "0.200", "800", "0.800",

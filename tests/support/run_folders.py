@@ -19,6 +19,7 @@ from bench.results import (
     Inversion,
     Linkage,
     Measure,
+    Protocol,
     Quality,
     Quartiles,
     Recovery,
@@ -122,8 +123,15 @@ def attack_info(name, knowledge="whitebox", *, saturated=True, above_floor=True)
     )
 
 
-def utility(accuracy, unprotected):
-    return Utility(**verification(accuracy, "utility").model_dump(), unprotected=verification(unprotected, "utility"))
+def utility(accuracy, unprotected, protocols=None):
+    return Utility(
+        **verification(accuracy, "utility").model_dump(),
+        unprotected=verification(unprotected, "utility"),
+        protocols={
+            name: Protocol(protected=verification(of[0], "utility"), unprotected=verification(of[1], "utility"))
+            for name, of in (protocols or {}).items()
+        },
+    )
 
 
 def together(parts, worst_case=None):
@@ -156,12 +164,14 @@ def write_run(
     training=None,
     template=None,
     inversion=None,
+    protocols=None,
 ):
     """Write one run directory and return it.
 
     ``ssim`` is of each victim; of several attacks, separated by commas, that of the n-th is moved on by n victims.
     ``error`` makes it a failed run. ``template`` makes it one of a template defence, which draws no states;
-    ``inversion`` takes the place of recovery.
+    ``inversion`` takes the place of recovery. ``protocols`` are accuracies, of further packs by name, behind the
+    defence and without it.
     """
     folder.mkdir(parents=True)
     run_id = folder.name
@@ -218,7 +228,7 @@ def write_run(
                 name="judge", sha256="ab" * 32, accuracy=0.98, threshold=0.3, far_at_threshold=0.01
             ),
             dataset=dataset_info(dataset, image_size=image_size, synthetic=synthetic),
-            utility=utility(accuracy, 0.97),
+            utility=utility(accuracy, 0.97, protocols),
             template=template,
             **together(parts, recovery),
             throughput={
