@@ -1,10 +1,10 @@
-"""Figures of a report: utility against privacy, inverted templates, ROC curves and scores, budgets, training curves."""
+"""Figures of a report: utility against privacy, inverted templates, ROC and DET curves, scores, budgets, training."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -178,8 +178,12 @@ def _scores(setting: Setting, *tables: str) -> Iterator[tuple[str, str, Values, 
                     yield name, label, frame[name].to_numpy(dtype="float64"), frame["same"].to_numpy(dtype=bool)
 
 
-def roc_figure(setting: Setting, number: int, table: str) -> Drawing | None:
-    """One curve for each defence (``scores``) or linkage attack (``linkage``), with its ceiling."""
+def roc_figure(setting: Setting, number: int, table: str, *, det: bool = False) -> Drawing | None:
+    """One curve for each defence (``scores``) or linkage attack (``linkage``), with its ceiling.
+
+    With ``det`` the errors are drawn against each other (detection error trade-off, ISO/IEC 19795-1), both to a
+    logarithmic scale.
+    """
     curves = []
     for _, label, scores, same in _scores(setting, table):
         far, tar = roc(scores, same)
@@ -187,27 +191,36 @@ def roc_figure(setting: Setting, number: int, table: str) -> Drawing | None:
         curves.append((label, far[keep], tar[keep]))
     if not curves:
         return None
-    title = "ROC of recognition" if table == "scores" else "ROC of linkage"
+    kind, of = "DET" if det else "ROC", "recognition" if table == "scores" else "linkage"
     labels = ("false acceptance rate", "true acceptance rate")
-    with draw(f"roc-{table}-{number}", title, labels, synthetic=setting.synthetic) as drawing:
+    if det:
+        labels = ("false match rate (FMR)", "false non-match rate (FNMR)")
+    slug = f"{kind.lower()}-{table}-{number}"
+    with draw(slug, f"{kind} of {of}", labels, synthetic=setting.synthetic) as drawing:
         axes = drawing.axes
         for place, (label, far, tar) in enumerate(curves):
-            axes.plot(far, tar, **series(place, marker=False), label=entry(label), drawstyle="steps-post")
-            drawing.told.append(f"{label}: {np.interp(0.1, far, tar):.0%} accepted at a false rate of 10 %")
+            rates, what = (1 - tar, "rejected") if det else (tar, "accepted")
+            axes.plot(far, rates, **series(place, marker=False), label=entry(label), drawstyle="steps-post")
+            drawing.told.append(f"{label}: {np.interp(0.1, far, rates):.0%} {what} at a false rate of 10 %")
         least = min(float(far[far > 0].min()) for _, far, _ in curves)
         grid = np.geomspace(least, 1, 50)
-        axes.plot(grid, grid, color=MUTED, linewidth=0.8, label="guessing")
+        axes.plot(grid, 1 - grid if det else grid, color=MUTED, linewidth=0.8, label="guessing")
         _log_axis(axes, "g")
         axes.set_xlim(least, 1)
-        axes.set_ylim(0, 1.01)
+        if det:
+            _log_axis(axes, "g", "y")
+            axes.set_ylim(0.8 * min(float((1 - tar)[tar < 1].min()) for _, _, tar in curves), 1)
+        else:
+            axes.set_ylim(0, 1.01)
     return drawing
 
 
-def _log_axis(axes: Axes, digits: str) -> None:
-    """Numbers instead of powers of ten below the plot."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{digits}}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+def _log_axis(axes: Axes, digits: str, name: Literal["x", "y"] = "x") -> None:
+    """Numbers instead of powers of ten beside the plot."""
+    axes.set(**{f"{name}scale": "log"})
+    axis = getattr(axes, f"{name}axis")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:{digits}}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def distributions(setting: Setting, number: int) -> list[Drawing]:

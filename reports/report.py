@@ -103,6 +103,7 @@ def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> dic
     """One setting of the page, as its template takes it."""
     pareto_figures = [pareto(setting, number, name) for name in _PARETO]
     curves = [roc_figure(setting, number, table) for table in ("scores", "linkage")]
+    curves.insert(1, roc_figure(setting, number, "scores", det=True))
     states = state_figure(setting, number)
     withheld = sum(
         cell.run.samples is not None and not may_show(cell, embed_faces=embed_faces) for _, cell in setting.runs

@@ -49,6 +49,16 @@ def test_roc_against_scikit_learn():
     np.testing.assert_allclose(tar, expected_tar)
 
 
+def test_a_det_curve_is_of_the_errors(setting):
+    roc_words, det_words = (
+        re.findall(r"(\d+)% \w+ at", roc_figure(setting, 1, "scores", det=det).description) for det in (False, True)
+    )
+    assert [100 - int(accepted) for accepted in roc_words] == list(map(int, det_words))
+    axes = roc_figure(setting, 1, "scores", det=True).axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.get_ylabel() == "false non-match rate (FNMR)"
+
+
 def test_each_linkage_attack_has_its_own_scores(tmp_path):
     folder = write_run(tmp_path / "a", attack="linkage,other", linkage=True)
     table = pd.read_parquet(folder / "linkage.parquet")
@@ -83,7 +93,7 @@ def test_spread_keeps_both_ends():
 def every_drawing(setting):
     drawings = [pareto(setting, 1, name) for name in ("ssim", "type1_tar", "linkage")]
     drawings += [roc_figure(setting, 1, "scores"), roc_figure(setting, 1, "linkage"), state_figure(setting, 1)]
-    drawings += [template_figure(setting, 1)]
+    drawings += [template_figure(setting, 1), roc_figure(setting, 1, "scores", det=True)]
     for make in (distributions, strength_figures, training_figures, frequency_figures, confusion_figures):
         drawings += make(setting, 1)
     return list(filter(None, drawings))
