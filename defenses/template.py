@@ -129,9 +129,11 @@ class TemplateDefense(Defense):
             ValueError: as :meth:`secrets`.
         """
         distinct, place = self._distinct(keys, rows)
+        if not len(distinct):  # what is made of no rows still has its shape
+            drawn = self.draw_keys(1, torch.Generator().manual_seed(0))
+            assert drawn is not None
+            distinct = drawn
         parts = [(place == number).nonzero().flatten().to(rows.device) for number in range(len(distinct))]
-        if not parts:
-            return made(rows, torch.empty(0))
         done = [
             made(rows[part], self.expand(key).to(rows.device, rows.dtype))
             for part, key in zip(parts, distinct, strict=True)
