@@ -107,10 +107,12 @@ class IoM(TemplateDefense):
     def _values(self, embeddings: Tensor, secrets: Tensor) -> Tensor:
         """What is compared, of variance 1 about, (K, n, codes, choices), of n embeddings (K, n, D) under K keys."""
         if self.options.hashing == "grp":
-            return (embeddings @ secrets).unflatten(-1, (self.template_size, self.choices))
+            projections: Tensor = (embeddings @ secrets).unflatten(-1, (self.template_size, self.choices))
+            return projections
         places = secrets.long().flatten(1)[:, None].expand(-1, embeddings.shape[1], -1)
         factors = (embeddings * math.sqrt(self.embedding_size)).gather(2, places)
-        return factors.unflatten(-1, secrets.shape[1:]).prod(dim=3)
+        products: Tensor = factors.unflatten(-1, secrets.shape[1:]).prod(dim=3)
+        return products
 
     def compare(self, first: Tensor, second: Tensor) -> Tensor:
         """Share of equal codes (N,), in [0, 1]."""
