@@ -377,7 +377,8 @@ class Stages(StageRunner):
         config, defense = self.config, self.seen_by_recogniser(defense)
         if self.is_brought(defense, role):
             assert config.recogniser is not None
-            return make_key({"recogniser": file_digest(config.recogniser), "faces": self.faces_key}, CODE["evaluation"])
+            brought = {"recogniser": file_digest(config.recogniser), "faces": self.faces_key, **self.trained_under()}
+            return make_key(brought, CODE["evaluation"])
         backbone = config.backbone if role == "provider" else config.evaluator_backbone
         return make_key(
             {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import pandas as pd
@@ -19,10 +20,12 @@ from bench.metrics.unlinkability import (
     unlinkability_estimate,
 )
 from bench.metrics.verification import far_not_measurable, roc
+from bench.progress import Report
 from bench.results import Inversion, TemplateProtection
 from bench.run.attack_config import AttackConfig
 from bench.run.attacker import RENEWED, AttackStages, Inverted
 from bench.run.provider import Stages
+from bench.run.stage import CODE, Job, make_key, tensor_job
 from bench.run.verification import verification
 from defenses.template import TemplateDefense
 
@@ -46,6 +49,43 @@ def thresholds(stages: Stages, defense: TemplateDefense) -> dict[str, float | st
     }
 
 
+def protection_job(stages: Stages, defense: TemplateDefense) -> Job[dict[str, Tensor]]:
+    """The stage that scores the pairs of the victims' protocol under other keys than the claimed person's: (P,) each.
+
+    ``own``, ``stolen`` and ``unknown`` keys are shown by who is to be verified; ``across`` compares the first face's
+    template with the second's in another system, and ``alike`` with the first's own there.
+    """
+
+    def compute(resume: Path, report: Report) -> dict[str, Tensor]:
+        pairs, system = stages.splits.pairs, stages.system(defense)
+        first, second = stages.do(stages.embeddings_job(defense))
+        own, renewed = stages.victim_keys(defense, "queries"), stages.victim_keys(defense, RENEWED)
+
+        def of(keys: Tensor | None, images: Tensor) -> Tensor | None:
+            return None if keys is None else keys[images]
+
+        one = None if own is None else own[:1].expand(len(pairs), -1)
+        old = system.enrol("old", first, of(own, pairs.first))
+        again = system.enrol("again", first, of(renewed, pairs.first))
+        new = system.enrol("new", second, of(renewed, pairs.second))
+        scores = {
+            "stolen": system.match("stolen", system.enrol("stolen", first, one), second, one),
+            "unknown": system.match("unknown", old, second, of(renewed, pairs.second)),
+            "across": defense.compare(old, new).double(),
+            "alike": defense.compare(old, again).double(),
+        }
+        if defense.key_stored:  # who is to be verified has none, and the system takes the claimed person's
+            return scores | {"own": stages.do(stages.verification_job(defense))}
+        return scores | {"own": system.match("own", old, second, of(own, pairs.second))}
+
+    content = {
+        "verified": stages.verification_job(defense).key,
+        "seed": stages.config.seed,
+    }
+    key, what = make_key(content, CODE["templates"]), f"verify templates of {defense.name}"
+    return tensor_job(f"protection-{defense.name}", key, what, "scores.safetensors", compute, dict)
+
+
 def assess_protection(stages: Stages, defense: TemplateDefense) -> TemplateProtection:
     """Verification under own, stolen and unknown keys, and what templates of two systems tell of each other.
 
@@ -54,26 +94,8 @@ def assess_protection(stages: Stages, defense: TemplateDefense) -> TemplateProte
         defense: ready for use.
     """
     pairs, labels = stages.splits.pairs, stages.splits.victims.labels
-    first, second = stages.do(stages.embeddings_job(defense))
-    own, renewed = stages.victim_keys(defense, "queries"), stages.victim_keys(defense, RENEWED)
-
-    def of(keys: Tensor | None, images: Tensor) -> Tensor | None:
-        return None if keys is None else keys[images]
-
-    system = stages.system(defense)
-    one = None if own is None else own[:1].expand(len(pairs), -1)
-    old = system.enrol("old", first, of(own, pairs.first))
-    again = system.enrol("again", first, of(renewed, pairs.first))
-    new = system.enrol("new", second, of(renewed, pairs.second))
-    scores = {
-        "own": system.match("own", old, second, of(own, pairs.second)),
-        "stolen": system.match("stolen", system.enrol("stolen", first, one), second, one),
-        "unknown": system.match("unknown", old, second, of(renewed, pairs.second)),
-    }
-    if defense.key_stored:  # who is to be verified has none, and the system takes the claimed person's
-        scores["own"] = stages.do(stages.verification_job(defense))
-    across, alike = defense.compare(old, new).double(), defense.compare(old, again).double()
-
+    scores: dict[str, Tensor] = stages.do(protection_job(stages, defense))
+    across, alike = scores["across"], scores["alike"]
     limits, people = thresholds(stages, defense), torch.stack([labels[pairs.first], labels[pairs.second]], dim=1)
     genuine, draws = pairs.same.nonzero().flatten(), stages.streams.generator("templates")
     replay = {
@@ -87,7 +109,7 @@ def assess_protection(stages: Stages, defense: TemplateDefense) -> TemplateProte
     counts = len(genuine), len(pairs) - len(genuine)
     return TemplateProtection(
         key_stored=defense.key_stored,
-        verification={name: verification(values, pairs, labels) for name, values in scores.items()},
+        verification={name: verification(scores[name], pairs, labels) for name in ("own", "stolen", "unknown")},
         **{f"replay_{name}": measure for name, measure in replay.items()},
         **{f"diverse_{name}": measure for name, measure in diverse.items()},
         d_sys=KINDS["template_d_sys"].measure(unlinkability_estimate(across, pairs.same, people)),
