@@ -141,7 +141,8 @@ _LEAD = (
 def write_leaderboard(directory: Path, out: Path) -> list[Path]:
     """Write ``leaderboard.html``, ``leaderboard.md``, ``leaderboard.csv`` and, as SVG, utility against leakage.
 
-    ``utility-ssim-N.svg`` and the like are of setting N, for each leading figure that was measured beside recognition.
+    ``utility-ssim-N.svg`` and the like are of setting N, for each leading figure that was measured beside recognition;
+    ``templates-N.svg`` has what passes of inverted templates.
 
     Args:
         directory: a run directory or a folder that holds some.
@@ -157,12 +158,15 @@ def write_leaderboard(directory: Path, out: Path) -> list[Path]:
     boards = [_board(setting, number) for number, setting in enumerate(grouped, start=1)]
     ranked = list(zip(grouped, boards, strict=True))
     style = _style_sheet()
-    figures = {
-        f"utility-{name.replace('_', '-')}-{number}.svg": drawing.file(style)
+    drawings = {
+        f"{name}-{number}.svg": drawing
         for number, setting in enumerate(grouped, start=1)
-        for name in _PARETO
-        if (drawing := pareto(setting, number, name)) is not None
+        for name, drawing in {
+            **{f"utility-{name.replace('_', '-')}": pareto(setting, number, name) for name in _PARETO},
+            "templates": template_figure(setting, number),
+        }.items()
     }
+    figures = {name: drawing.file(style) for name, drawing in drawings.items() if drawing is not None}
     return _write(
         out,
         {

@@ -259,3 +259,11 @@ def test_records_of_two_systems_are_linked_by_what_is_made_of_them(tmp_path):
     assert linked["biohash", "mlp-hash"] < 0.4
     assert linked["biohash", "slerpface"] is None
     assert ("polyprotect", "biohash") not in linked
+
+
+def test_a_leaderboard_of_templates_has_their_drawing(tmp_path):
+    made = {"attack": "template", "knowledge": "oracle", "template": template_protection()}
+    for name in ("biohash", "iom"):
+        write_run(tmp_path / "runs" / name, defense=name, inversion=inversion(0.6), **made)
+    write_leaderboard(tmp_path / "runs", tmp_path / "out")
+    assert (tmp_path / "out" / "templates-1.svg").is_file()
