@@ -226,7 +226,7 @@ class Template(RecoveryAttack):
 
     name = "template"
     summary = "stolen templates inverted to the embedding, and by a decoder to the face"
-    cost = "fit: a decoder on public faces (minutes on a CPU); recovery: one pass a face"
+    cost = "fit: a decoder on public faces (minutes on a CPU); recovery: one pass a face, for stored templates a search"
     reference = "Mai et al. (NbNet), TPAMI 41(5), 2019; Shahreza and Marcel, 2024"
     needs = frozenset({Capability.PUBLIC_FACES, Capability.MECHANISM, Capability.TEMPLATES, Capability.EMBEDDINGS})
     uses = frozenset({Capability.RECOGNISER, Capability.KEY})

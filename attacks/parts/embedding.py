@@ -13,7 +13,7 @@ does (AAAI 2026): a perceptron or a Kolmogorov-Arnold network.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -31,9 +31,6 @@ _TRIED = 48
 _PRIORS = (math.inf, 1e-1, 1e-2, 1e-3, 1e-4)
 #: Directions of the embeddings with less than this share of the largest variance are left to the mean.
 _FAINTEST = 1e-4
-
-#: ``embed(index, *name)``: true embeddings, unit rows (M, D), of the public faces at index, int64 (M,).
-PublicEmbeddings = Callable[[Tensor], Tensor]
 
 
 class KanLayer(nn.Module):

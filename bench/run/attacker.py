@@ -33,7 +33,6 @@ from attacks.base import (
 )
 from bench.data.faces import FaceSet
 from bench.data.splits import whole_identities
-from bench.errors import DataError
 from bench.files import write_text
 from bench.images import to_float
 from bench.metrics.identity import Probes, content_ids, select_probes
@@ -42,7 +41,7 @@ from bench.recognition.state import write_tensors
 from bench.run.attack_config import AttackConfig, option_files
 from bench.run.machines import synchronise
 from bench.run.provider import Stages, failing_as
-from bench.run.service import Client, Service, class_centres, score_query, traffic_query
+from bench.run.service import Client, Service, class_centres, other_images, score_query, traffic_query
 from bench.run.stage import CODE, Job, make_key, plugin_code, tensor_job
 from defenses.base import Defense, noise_is_shared
 from defenses.layout import probe, row_numbers
@@ -446,14 +445,8 @@ class AttackStages:
     def partners(self) -> Tensor:
         """For each attacked image another of the person, no copy of it, of which a new template is made: int64 (V,)."""
         victims = self.stages.splits.victims
-        content, chosen = content_ids(victims.images), []
-        for image in self.selection.attacked.tolist():
-            same = (victims.labels == victims.labels[image]) & (content != content[image])
-            others = same.nonzero().flatten()
-            if not len(others):
-                raise DataError(f"{victims.names[int(victims.labels[image])]} has no other image to be enrolled with")
-            chosen.append(int(others[0]))
-        return torch.tensor(chosen)
+        content = content_ids(victims.images)
+        return torch.stack([other_images(victims, content, image)[0] for image in self.selection.attacked.tolist()])
 
     def inverted(self, attack_config: AttackConfig, defense: TemplateDefense) -> Inverted | None:
         """The embeddings that the attack makes of stolen templates; None of an attack that makes none."""

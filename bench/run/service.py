@@ -143,6 +143,20 @@ def score_query(
     return score
 
 
+def other_images(victims: FaceSet, content: Tensor, image: int) -> Tensor:
+    """The other images of the person on a victim ``image``, no copies of it, int64, ascending.
+
+    ``content`` are the :func:`~bench.metrics.identity.content_ids` of all ``victims``.
+
+    Raises:
+        ValueError: the person has no other image.
+    """
+    same = (victims.labels == victims.labels[image]) & (content != content[image])
+    if not same.any():
+        raise ValueError(f"{victims.names[int(victims.labels[image])]} has no other image to be enrolled with")
+    return same.nonzero().flatten()
+
+
 def class_centres(
     service: Service,
     victims: FaceSet,
@@ -162,10 +176,7 @@ def class_centres(
     """
     centres = []
     for image, generator in zip(index.tolist(), generators, strict=True):
-        same = (victims.labels == victims.labels[image]) & (content != content[image])
-        others = same.nonzero().flatten()
-        if not len(others):
-            raise ValueError(f"{victims.names[int(victims.labels[image])]} has no other image to be enrolled with")
+        others = other_images(victims, content, image)
         chosen = others[torch.randperm(len(others), generator=generator)[:ENROLMENT_IMAGES]]
         images = to_float(victims.images[chosen])
         held = None if keys is None else keys[chosen]
