@@ -187,7 +187,13 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         "EER", "utility.eer", "cost", "Error rate at which FAR and 1 - TAR are equal."),
     "tar_at_far": _rate(
         "TAR@FAR", "utility.tar_at_far", "utility",
-        "Genuine pairs accepted at a given share of accepted impostors."),
+        "Genuine pairs accepted at a given share of accepted impostors: 1 - FNMR at FMR (ISO/IEC 19795-1)."),
+    "identified": _rate(
+        "rank-1 identification", "utility.identification.rank1", "utility",
+        "Probes whose best match in a gallery is of their person (closed set)."),
+    "tpir_at_fpir": _rate(
+        "TPIR@FPIR", "utility.identification.tpir_at_fpir", "utility",
+        "Probes found in a gallery at a given share of searches that raise a false alarm (open set)."),
     "ssim": Kind(
         "SSIM", "recovery.ssim", "leakage",
         "Structural similarity of recovered and original face; 1 is the original.", span="-1..1", headline=True,
@@ -330,12 +336,16 @@ _WHOSE = (
     (re.compile(r"^attacks\.[^.]+\."), ""),
     (re.compile(r"^worst_case\."), "recovery."),
     (re.compile(r"^utility\.protocols\..+\.(protected|unprotected)(?=\.)"), "utility"),
+    (re.compile(r"^utility\.templates\..+\.(galleries\.[^.]+|mean)(?=\.)"), "utility.identification"),
+    (re.compile(r"^utility\.templates\..+\.(protected|unprotected)(?=\.)"), "utility"),
+    (re.compile(r"^utility\.distractors\.(protected|unprotected)(?=\.)"), "utility.identification"),
+    (re.compile(r"(?<=^utility\.identification\.rank1)_among\..*"), ""),
     (re.compile(r"\.(ceiling|unprotected|teacher|floors\.[^.]+)(?=\.)"), ""),
     (re.compile(r"\.judges\.[^.]+(?=\.)"), ".identity"),
     (re.compile(r"^evaluator(s\.[^.]+)?(?=\.accuracy$)"), "utility"),
     (re.compile(r"^linkage\.(protected_protected|plain)(?=\.)"), _LINKAGE),
     (re.compile(r"(?<=^linkage\.d_sys\.).*"), "protected_plain"),
-    (re.compile(r"(?<=\.tar_at_far)\..*"), ""),
+    (re.compile(r"(?<=\.tar_at_far)\..*|(?<=\.tpir_at_fpir)\..*"), ""),
 )
 
 

@@ -57,10 +57,78 @@ class Protocol(ResultModel):
     unprotected: Verification
 
 
+class Identification(ResultModel):
+    """How often a search in a gallery finds who is looked for."""
+
+    rank1: Measure = Field(description="probes whose best match is of their person (closed set)")
+    tpir_at_fpir: dict[str, Measure] = Field(description="probes found at a given share of false alarms (open set)")
+    gallery: int = Field(description="templates that are searched, without distractors")
+    probes: int
+    mated: int = Field(description="probes whose person is in the gallery")
+
+
+class TemplateRecognition(ResultModel):
+    """How well templates of several images are recognised: 1:1, and 1:N in each gallery."""
+
+    tar_at_far: dict[str, Measure] = Field({}, description="of pairs of templates; empty without a list of pairs")
+    pairs: int = 0
+    galleries: dict[str, Identification] = Field({}, description="by name; empty without lists of a search")
+    mean: Identification | None = Field(None, description="the mean over the galleries")
+
+
+class TemplateProtocol(ResultModel):
+    """IJB-B or IJB-C: templates pooled of images, each of which was sent on its own."""
+
+    templates: int
+    images: int
+    protected: TemplateRecognition
+    unprotected: TemplateRecognition
+
+
+class LargeGallery(Identification):
+    """One image of each victim among distractors; the others are looked for."""
+
+    rank1_among: dict[str, Measure] = Field(description="rank-1 by the number of distractors, of which each is a part")
+
+
+class Distractors(ResultModel):
+    """Identification of the victims among many others."""
+
+    source: str = Field(description="the data set that the distractors come from")
+    distractors: int
+    protected: LargeGallery
+    unprotected: LargeGallery
+
+
 class Utility(Verification):
     unprotected: Verification
     protocols: dict[str, Protocol] = Field({}, description="of further verification packs, by name")
+    templates: dict[str, TemplateProtocol] = Field({}, description="of benchmarks of templates (IJB-B, IJB-C), by name")
+    distractors: Distractors | None = Field(None, description="large-gallery identification, where it was asked for")
     teacher: Verification | None = Field(None, description="of the teacher itself, on the same plain pairs")
+
+    def templates_and_galleries(self) -> Iterator[tuple[str, str, dict[str, Measure]]]:
+        """Of each benchmark of templates and of the distractors, behind the defence and without it, its figures.
+
+        By the place of each below its own part, such as ``tar_at_far.1e-6`` or ``rank1``.
+        """
+        for name, protocol in self.templates.items():
+            for of in ("protected", "unprotected"):
+                part: TemplateRecognition = getattr(protocol, of)
+                yield name, of, {**_rates("tar_at_far", part.tar_at_far), **_found(part.mean)}
+        if (among := self.distractors) is not None:
+            for of in ("protected", "unprotected"):
+                gallery: LargeGallery = getattr(among, of)
+                name = f"victims among {among.distractors:,} of {among.source}"
+                yield name, of, {**_found(gallery), **_rates("rank1_among", gallery.rank1_among)}
+
+
+def _rates(name: str, measures: dict[str, Measure]) -> dict[str, Measure]:
+    return {f"{name}.{rate}": measure for rate, measure in measures.items()}
+
+
+def _found(part: Identification | None) -> dict[str, Measure]:
+    return {} if part is None else {"rank1": part.rank1, **_rates("tpir_at_fpir", part.tpir_at_fpir)}
 
 
 class Linkage(ResultModel):

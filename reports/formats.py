@@ -17,6 +17,7 @@ from reports.summary import (
     across_table,
     failures,
     findings,
+    identification_table,
     protocol_table,
     recovery_table,
     subject,
@@ -58,7 +59,7 @@ def report_markdown(settings: Sequence[Setting], speed: Table | None = None) -> 
         }
         lines = (f"{defense}: {facts or 'nothing was measured.'}" for defense, facts in told.items())
         parts += [f"## {markdown_text(subject(setting))}", "\n".join(f"- {markdown_text(line)}" for line in lines)]
-        makers = (summary, protocol_table, template_table, across_table, recovery_table)
+        makers = (summary, protocol_table, identification_table, template_table, across_table, recovery_table)
         tables = [table(setting, number) for table in makers]
         parts += [_pipe_table(table) for table in tables if table is not None]
     if speed is not None:
@@ -131,7 +132,8 @@ def report_latex(settings: Sequence[Setting], speed: Table | None = None) -> str
     parts = ["% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc} with \\usepackage{textcomp}."]
     for number, setting in enumerate(settings, start=1):
         parts += [f"% {latex_text(subject(setting))}"]
-        tables = [table(setting, number) for table in (summary, protocol_table, template_table, across_table)]
+        makers = (summary, protocol_table, identification_table, template_table, across_table)
+        tables = [table(setting, number) for table in makers]
         parts += [part for table in tables if table is not None for part in _latex_tables(table)]
     parts += [] if speed is None else _latex_tables(speed)
     return "\n\n".join(parts) + "\n"

@@ -33,6 +33,7 @@ from reports.summary import (
     failures,
     findings,
     floor_rows,
+    identification_table,
     judged,
     printed_rows,
     protocol_table,
@@ -114,7 +115,7 @@ def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> dic
         "synthetic": setting.synthetic,
         "findings": findings(setting),
         "summary": summary(setting, number),
-        "protocols": protocol_table(setting, number),
+        "protocols": list(filter(None, [protocol_table(setting, number), identification_table(setting, number)])),
         "templates": list(filter(None, [template_table(setting, number), across_table(setting, number)])),
         "drawings": {
             "Privacy against utility and speed": list(filter(None, pareto_figures)),

@@ -274,6 +274,48 @@ def _strict(pairs: Verification) -> str:
     return "" if tar is None else f"TAR@FAR {far}: {shown('tar_at_far', tar)}"
 
 
+#: Place of a figure of templates or of a search -> what it is called in :data:`bench.measures.KINDS`, and its heading.
+_SEARCHED = {
+    **{f"tar_at_far.1e-{n}": ("tar_at_far", f"TAR@FAR 1e-{n}") for n in range(1, 7)},
+    "rank1": ("identified", "rank-1"),
+    **{f"tpir_at_fpir.1e-{n}": ("tpir_at_fpir", f"TPIR@FPIR 1e-{n}") for n in (1, 2)},
+}
+
+
+def identification_table(setting: Setting, number: int) -> Table | None:
+    """Templates of several images (IJB-B, IJB-C) and large galleries; None where no run has measured them."""
+    rows = []
+    for label, cell in setting.runs:
+        utility = cell.run.result.utility
+        for name, of, figures in utility.templates_and_galleries() if utility is not None else ():
+            entries = {
+                place: measured(kind, figures[place]) for place, (kind, _) in _SEARCHED.items() if place in figures
+            }
+            among = [
+                f"{int(size):,}: {shown('identified', rate)}"
+                for size, rate in _among(figures)
+                if rate.value is not None
+            ]
+            if among and "rank1" in entries:
+                entries["rank1"] = replace(entries["rank1"], note=f"among {'; '.join(among)}")
+            named = {"run": Entry(label), "of": Entry(of), "benchmark": Entry(name)}
+            rows.append(Row({**named, **entries}, "measured" if of == "protected" else "floor"))
+    caption = (
+        f"Templates and large galleries: {subject(setting)}. 1:1, the TAR (1 - FNMR) at a FAR (FMR); 1:N, rank-1 and "
+        "the TPIR at an FPIR, of several galleries their mean (ISO/IEC 19795-1)."
+    )
+    columns = (
+        *map(Column.of_text, ("run", "of", "benchmark")),
+        *(Column(place, f"{heading}, %", KINDS[kind].meaning) for place, (kind, heading) in _SEARCHED.items()),
+    )
+    table = Table(f"galleries-{number}", caption, columns, tuple(rows), headers=3)
+    return table.without_empty_columns() if rows else None
+
+
+def _among(figures: Mapping[str, Measure]) -> list[tuple[str, Measure]]:
+    return [(place.rpartition(".")[2], rate) for place, rate in figures.items() if place.startswith("rank1_among.")]
+
+
 def template_table(setting: Setting, number: int) -> Table | None:
     """Template defences: verification under each key, what stolen templates give away, and how far they can be linked.
 

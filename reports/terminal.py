@@ -34,6 +34,7 @@ from bench.results import (
     StrengthCurve,
     TemplateProtection,
     Throughput,
+    Utility,
     Verification,
     measures,
 )
@@ -99,6 +100,7 @@ def render_result(result: RunResult, directory: Path) -> RenderableType:
         packs = [f"{name} ({protocol.protected.pairs})" for name, protocol in utility.protocols.items()]
         further = f", and of {', '.join(packs)}" if packs else ""
         parts.append(_verifications(f"Recognition of the victims ({utility.pairs} pairs){further}", rows))
+        parts += _searches(utility)
     if result.template is not None:
         parts += _template(result.template)
     for name, attack in result.attack_results.items():
@@ -148,6 +150,22 @@ def _verifications(title: str, rows: Mapping[str, Verification]) -> RenderableTy
         figures = [figure(name, getattr(row, name)) for name in ("accuracy", "auc", "eer")]
         table.append([label, *figures, *(figure("tar_at_far", row.tar_at_far[far]) for far in fars)])
     return _table(title, ["", "accuracy %", "AUC %", "EER %", *(f"TAR@{far} %" for far in fars)], table)
+
+
+def _searches(utility: Utility) -> Iterable[RenderableType]:
+    """Templates of several images, 1:1 and 1:N, and the victims among distractors."""
+    parts = list(utility.templates_and_galleries())
+    for title, kind, place in (
+        ("Templates, 1:1: TAR in % at FAR", "tar_at_far", "tar_at_far."),
+        ("Search in galleries, 1:N: rank-1 in %", "identified", "rank1"),
+        ("Search in galleries, 1:N: TPIR in % at FPIR", "tpir_at_fpir", "tpir_at_fpir."),
+    ):
+        found = [(name, of, {p: m for p, m in figures.items() if p.startswith(place)}) for name, of, figures in parts]
+        places = list(dict.fromkeys(p for *_, figures in found for p in figures))
+        if places:
+            columns = [p.rpartition(".")[2].replace("rank1", "all") for p in places]
+            rows = [[f"{name}: {of}", *(figure(kind, f.get(p)) for p in places)] for name, of, f in found if f]
+            yield _table(title, ["", *columns], rows)
 
 
 def _template(template: TemplateProtection) -> Iterable[RenderableType]:

@@ -7,7 +7,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -39,6 +39,27 @@ class Dataset:
     open: Callable[[Any, int, Any], OpenedSet] | None = None
     make: Callable[..., Source] | None = None
     needs_root: bool = True
+
+
+class DataName(NamedTuple):
+    """A data set and where it lies, written ``NAME:ROOT``, or ``NAME`` where none is needed."""
+
+    dataset: str
+    root: Path | None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """A data set by its name and root.
+
+        Raises:
+            ValueError: no such data set, or one that needs a root.
+        """
+        name, _, root = text.partition(":")
+        if name not in DATASETS:
+            raise ValueError(f"write DATASET:FOLDER, such as folder:photos; datasets are {', '.join(DATASETS)}")
+        if DATASETS.get(name).needs_root and not root:
+            raise ValueError(f"say where {name} lies: {name}:FOLDER")
+        return cls(name, Path(root) if root else None)
 
 
 #: Every file of ``sources`` is a data set, with an entry ``DATASET``.
@@ -89,6 +110,16 @@ def check_root(name: str, data_root: Path | None) -> None:
     """
     if DATASETS.get(name).needs_root and data_root is None:
         raise MissingError(f"dataset {name!r} needs to know where its data lie: set --data-root or BENCH_DATA_ROOT")
+
+
+def check_there(root: Path | None, flag: str = "--data-root") -> None:
+    """Refuse a root that is not there, without looking into it; patterns of shards are not looked for.
+
+    Raises:
+        MissingError: it is not there; says which ``flag`` gave it.
+    """
+    if root is not None and root.suffix != ".tar" and not root.exists():
+        raise MissingError(f"{flag}: {root} does not exist")
 
 
 def load(

@@ -54,7 +54,9 @@ FIGURES: Mapping[str, Figure] = MappingProxyType(
 
 
 #: Settings that decide no figure that is guarded, or say where things lie on one machine.
-_NO_PART = frozenset({"seed", "out", "resume", "device", "data_root", "evaluator", "bootstrap", "batch_size", "verify"})
+_NO_PART = frozenset(
+    {"seed", "out", "resume", "device", "data_root", "evaluator", "bootstrap", "batch_size", "verify", "distractors"}
+)
 _MEASURED = ("recovery", "linkage", "state_inference")
 _NAMED = ("defense", "attack", "knowledge", "dataset", "preset", "image_size")
 

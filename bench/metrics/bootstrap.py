@@ -199,23 +199,59 @@ def _influences(
     values.append(torch.tensor(auc, dtype=torch.float64))
     rows.append(torch.where(same, (1 - far - auc) / genuine, (tar - auc) / impostors))
 
-    def accepted(point: int) -> tuple[Tensor, Tensor, float]:
-        """The influences on FAR and TAR at a point of the curve, and its slope there."""
-        passed = (scores >= curve.thresholds[point]).to(torch.float64)
-        by_far = torch.where(same, 0.0, (passed - curve.far[point]) / impostors)
-        by_tar = torch.where(same, (passed - curve.tar[point]) / genuine, 0.0)
-        return by_far, by_tar, _slope(curve, point, float(people.variance(by_far)) ** 0.5)
-
     # Where 1 - TAR(e) = e, a rise of FAR at the threshold moves e by m / (1 + m) and one of TAR by -1 / (1 + m).
-    by_far, by_tar, slope = accepted(int((curve.far + curve.tar - 1).abs().argmin()))
+    by_far, by_tar, slope = _accepted(scores, same, people, curve, int((curve.far + curve.tar - 1).abs().argmin()))
     values.append(torch.tensor(curve.eer(), dtype=torch.float64))
     rows.append((slope * by_far - by_tar) / (1 + slope))
     for rate in fars:
-        by_far, by_tar, slope = accepted(curve.at_far(rate))
         values.append(torch.tensor(curve.tar_at_far(rate), dtype=torch.float64))
-        rows.append(by_tar - slope * by_far)
+        rows.append(_on_tar(scores, same, people, curve, rate))
     gap = float(((scores >= best_threshold(scores, same)) == same).double().mean() - values[0])
     return torch.stack(values), torch.stack(rows), gap
+
+
+def _accepted(scores: Tensor, same: Tensor, people: People, curve: Roc, point: int) -> tuple[Tensor, Tensor, float]:
+    """The influences of the pairs on FAR and TAR at a point of the curve, float64 (P,) both, and its slope there."""
+    passed = (scores >= curve.thresholds[point]).to(torch.float64)
+    by_far = torch.where(same, 0.0, (passed - curve.far[point]) / (~same).sum())
+    by_tar = torch.where(same, (passed - curve.tar[point]) / same.sum(), 0.0)
+    return by_far, by_tar, _slope(curve, point, float(people.variance(by_far)) ** 0.5)
+
+
+def _on_tar(scores: Tensor, same: Tensor, people: People, curve: Roc, far: float) -> Tensor:
+    """The influences of the pairs on the TAR at a FAR, float64 (P,): the threshold moves with them."""
+    by_far, by_tar, slope = _accepted(scores, same, people, curve, curve.at_far(far))
+    return by_tar - slope * by_far
+
+
+def tar_estimates(
+    scores: Tensor, same: Tensor, fars: Sequence[float], identities: Tensor | None, why: str = _FEW
+) -> dict[float, Estimate]:
+    """TAR at each FAR of many pairs, with intervals over identities as :func:`verification_estimates` has them.
+
+    Args:
+        scores: float (P,), higher is more alike.
+        same: bool (P,).
+        fars: false-accept rates; one below a single impostor pair gets no value but the reason.
+        identities: int64 (P, 2), the people of each pair; None where nobody knows, and there are no intervals.
+        why: there are none.
+
+    Raises:
+        DataError: shapes differ, scores are not finite, a class is absent, or ``same`` contradicts the identities.
+    """
+    scores, same = checked_pairs(scores, same)
+    curve, genuine = roc(scores, same), int(same.sum())
+    people = None if identities is None else People.of(identities, same)
+
+    def estimate(far: float) -> Estimate:
+        if (reason := far_not_measurable(far, len(same) - genuine)) is not None:
+            return Estimate(None, None, genuine, reason)
+        value = curve.tar_at_far(far)
+        if people is None:
+            return Estimate(value, None, genuine, why)
+        return people.estimate(value, _on_tar(scores, same, people, curve, far), genuine)
+
+    return {far: estimate(far) for far in fars}
 
 
 def _slope(curve: Roc, point: int, error: float) -> float:
@@ -315,6 +351,27 @@ class People:
             return Estimate(value, wilson(value, self.count, quantile), n)
         low, high = special.expit(special.logit(value) + quantile * error / spread * np.array([-1.0, 1.0])).tolist()
         return Estimate(value, (low, high), n)
+
+
+def mean_of_independent(parts: Sequence[Estimate]) -> Estimate:
+    """The mean of figures of different people, with its interval from theirs (Zou and Donner, Stat. Med. 27, 2008).
+
+    Example:
+        >>> mean_of_independent([Estimate(0.5, (0.2, 0.9), 10), Estimate(0.7, (0.4, 0.7), 20)])
+        Estimate(value=0.6, ci95=(0.3878..., 0.8), n=30, reason=None)
+    """
+    count = sum(part.n for part in parts)
+    values = [part.value for part in parts if part.value is not None]
+    if len(values) < len(parts):
+        return Estimate(None, None, count, next(part.reason for part in parts if part.value is None))
+    value = math.fsum(values) / len(values)
+    ends = [part.ci95 for part in parts if part.ci95 is not None]
+    if len(ends) < len(parts):
+        return Estimate(value, None, count, next(part.reason for part in parts if part.ci95 is None))
+    low, high = (
+        math.hypot(*(one - end[side] for one, end in zip(values, ends, strict=True))) / len(values) for side in (0, 1)
+    )
+    return Estimate(value, (value - low, value + high), count)
 
 
 def wilson(share: float, trials: float, quantile: float) -> tuple[float, float]:

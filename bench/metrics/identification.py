@@ -7,7 +7,7 @@ stands in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -18,13 +18,15 @@ from torch.nn import functional
 from bench.errors import DataError
 from bench.measures import Estimate
 from bench.metrics.bootstrap import REPLICATES, mean_estimate
-from bench.metrics.verification import far_not_measurable, roc
 
 #: False acceptance rates at which the field gives the true acceptance rate of templates, by their names.
 TEMPLATE_FARS: Mapping[str, float] = MappingProxyType({f"1e-{n}": 10.0**-n for n in range(6, 0, -1)})
 
-#: Why the rates of pairs of templates have no interval.
-_NO_SUBJECTS = "the list of pairs does not say whose a template is: no interval over identities"
+#: False positive identification rates at which the true positive identification rate is given, by their names.
+FPIRS: Mapping[str, float] = MappingProxyType({"1e-1": 1e-1, "1e-2": 1e-2})
+
+#: Compares n fresh rows with m stored ones: scores (n, m), higher is more alike.
+Compare = Callable[[Tensor, Tensor], Tensor]
 
 
 def pool_templates(features: Tensor, templates: Tensor, media: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,13 +59,19 @@ def pool_templates(features: Tensor, templates: Tensor, media: Tensor) -> tuple[
         raise DataError("an image's feature holds NaN or infinity")
     owners, medium = torch.unique(torch.stack((templates, media), dim=1), dim=0, return_inverse=True)
     numbers, template = torch.unique(owners[:, 0], return_inverse=True)
-    pooled = _means(_means(features.double(), medium, len(owners)), template, len(numbers))
+    pooled = _means(_means(features, medium, len(owners)), template, len(numbers))
     return numbers, functional.normalize(pooled).float()
+
+
+#: Rows that are summed at a time: sums are of double precision, and images there are many.
+_ROWS = 1 << 14
 
 
 def _means(rows: Tensor, group: Tensor, groups: int) -> Tensor:
     """Mean row of each group, float64 (groups, D)."""
-    sums = torch.zeros(groups, rows.shape[1], dtype=torch.float64).index_add_(0, group, rows)
+    sums = torch.zeros(groups, rows.shape[1], dtype=torch.float64)
+    for part, owner in zip(rows.split(_ROWS), group.split(_ROWS), strict=True):
+        sums.index_add_(0, owner, part.double())
     return sums / torch.bincount(group, minlength=groups)[:, None]
 
 
@@ -97,27 +105,6 @@ def places(numbers: Tensor, wanted: Tensor) -> Tensor:
     return place
 
 
-def tar_at_fars(scores: Tensor, same: Tensor, fars: Mapping[str, float] = TEMPLATE_FARS) -> dict[str, Estimate]:
-    """True acceptance rate at each false acceptance rate, by its name; none, with a reason, below one impostor pair.
-
-    Args:
-        scores: float (P,), higher is more alike.
-        same: bool (P,).
-        fars: name -> rate.
-
-    Raises:
-        DataError: shapes differ, a score is not finite, or one class is absent.
-    """
-    curve, genuine = roc(scores, same), int(same.sum())
-    reasons = {name: far_not_measurable(far, len(same) - genuine) for name, far in fars.items()}
-    return {
-        name: Estimate(None, None, genuine, reason)
-        if (reason := reasons[name]) is not None
-        else Estimate(curve.tar_at_far(far), None, genuine, _NO_SUBJECTS)
-        for name, far in fars.items()
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class Searches:
     """What N probes find in a gallery.
@@ -132,22 +119,38 @@ class Searches:
     other: Tensor
     subjects: Tensor
 
+    def further(self, more: Searches) -> Searches:
+        """The same probes in this gallery and another one."""
+        return Searches(torch.maximum(self.mate, more.mate), torch.maximum(self.other, more.other), self.subjects)
+
     @property
     def mated(self) -> Tensor:
         """Whether the subject of each probe is in the gallery, bool (N,)."""
         return self.mate > -torch.inf
 
 
+def cosines(fresh: Tensor, stored: Tensor) -> Tensor:
+    """Of unit rows (n, D) and (m, D): (n, m)."""
+    return fresh @ stored.T
+
+
 def search(
-    probes: Tensor, subjects: Tensor, gallery: Tensor, gallery_subjects: Tensor, *, chunk: int = 1024
+    probes: Tensor,
+    subjects: Tensor,
+    gallery: Tensor,
+    gallery_subjects: Tensor,
+    *,
+    compare: Compare = cosines,
+    chunk: int = 1024,
 ) -> Searches:
     """Every probe against every template of the gallery, ``chunk`` by ``chunk`` scores at a time.
 
     Args:
         probes: unit rows (N, D).
         subjects: int64 (N,).
-        gallery: unit rows (G, D).
+        gallery: unit rows (G, D), or what ``compare`` takes for stored.
         gallery_subjects: int64 (G,).
+        compare: scores some probes against some of the gallery.
         chunk: how many probes, and templates of the gallery, are compared at a time.
 
     Raises:
@@ -155,12 +158,12 @@ def search(
     """
     if probes.shape[:1] != subjects.shape or gallery.shape[:1] != gallery_subjects.shape:
         raise DataError("every template of a search needs a subject")
-    if probes.shape[1:] != gallery.shape[1:]:
+    if compare is cosines and probes.shape[1:] != gallery.shape[1:]:
         raise DataError(f"probes of {tuple(probes.shape)} cannot be compared with a gallery of {tuple(gallery.shape)}")
     best = torch.full((2, len(probes)), -torch.inf)
     for rows in torch.arange(len(probes)).split(chunk):
         for columns in torch.arange(len(gallery)).split(chunk):
-            scores = (probes[rows] @ gallery[columns].T).float()
+            scores = compare(probes[rows], gallery[columns]).float()
             own = subjects[rows, None] == gallery_subjects[columns]
             for side, hidden in enumerate((~own, own)):
                 found = scores.masked_fill(hidden, -torch.inf).amax(dim=1)
@@ -180,8 +183,13 @@ def rank1(searches: Searches, generator: torch.Generator, *, replicates: int = R
 
 
 def tpir_at_fpirs(
-    searches: Searches, fpirs: Sequence[float], generator: torch.Generator, *, replicates: int = REPLICATES
-) -> dict[float, Estimate]:
+    searches: Searches,
+    generator: torch.Generator,
+    fpirs: Mapping[str, float] = FPIRS,
+    *,
+    leave_out: bool = False,
+    replicates: int = REPLICATES,
+) -> dict[str, Estimate]:
     """True positive identification rate at each false positive identification rate (ISO/IEC 19795-1, open set).
 
     FPIR is the share of probes without a mate that score anybody at the threshold or above, TPIR the share of probes
@@ -190,8 +198,9 @@ def tpir_at_fpirs(
 
     Args:
         searches: of one gallery.
-        fpirs: in (0, 1); one that needs more probes without a mate than there are is none, with a reason.
         generator: source of the draws of the intervals.
+        fpirs: name -> rate in (0, 1); one that needs more probes without a mate than there are is none, with a reason.
+        leave_out: FPIR is of all probes, each searched as if its person were not enrolled.
         replicates: how many resamples.
 
     Raises:
@@ -201,21 +210,22 @@ def tpir_at_fpirs(
         >>> import torch
         >>> mate, other = torch.tensor([0.9, 0.3, -torch.inf]), torch.tensor([0.1, 0.2, 0.4])
         >>> found = Searches(mate, other, torch.tensor([1, 2, 3]))
-        >>> tpir_at_fpirs(found, [0.5], torch.Generator())[0.5].reason
+        >>> tpir_at_fpirs(found, torch.Generator(), {"0.5": 0.5})["0.5"].reason
         'FPIR 0.5 needs at least 2 probes without a mate, there are 1'
     """
-    strangers = searches.other[~searches.mated].sort(descending=True).values
+    strangers = searches.other if leave_out else searches.other[~searches.mated]
+    strangers = strangers.sort(descending=True).values
     rates = {}
-    for fpir in fpirs:
+    for name, fpir in fpirs.items():
         if not 0 < fpir < 1:
             raise DataError(f"FPIR must lie between 0 and 1, got {fpir}")
         # A quotient of counts: 1/10 must pass 0.1 however either is rounded.
         accepted = math.floor(fpir * len(strangers) + 1e-9)
         if not accepted:
             reason = f"FPIR {fpir:g} needs at least {round(1 / fpir)} probes without a mate, there are {len(strangers)}"
-            rates[fpir] = Estimate(None, None, int(searches.mated.sum()), reason)
+            rates[name] = Estimate(None, None, int(searches.mated.sum()), reason)
         else:
-            rates[fpir] = _share(searches, searches.mate > strangers[accepted], generator, replicates)
+            rates[name] = _share(searches, searches.mate > strangers[accepted], generator, replicates)
     return rates
 
 

@@ -18,6 +18,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bench import plugins
+from bench.data.loaders import DataName
 from bench.errors import DataError, MissingError, UsageError
 from bench.files import decode_text, write_text
 from bench.plugins import Option, describe, explain
@@ -167,6 +168,10 @@ class Shares(BaseModel):
     )
 
 
+#: Settings that came after the first runs, which keep their names where these are not given.
+_LATER = ("limit", "recogniser", "template", "verify", "distractors")
+
+
 def listed(files: str) -> list[str]:
     """The files in a text with commas between them; one whose name holds a comma stands alone."""
     return [files] if Path(files).is_file() else [part for name in files.split(",") if (part := name.strip())]
@@ -224,9 +229,15 @@ class RunConfig(BaseModel):
     )
     verify: tuple[Path, ...] = Field(
         (),
-        description="InsightFace packs to verify beside the victims, names in the data root or paths: A,B, or none; by "
-        "default all .bin that lie beside the one that the victims come from.",
+        description="InsightFace packs to verify beside the victims, and ijbb, ijbc (folders): names in the data root "
+        "or paths, A,B, or none; by default all .bin that lie beside the one that the victims come from.",
         json_schema_extra={"metavar": "PACK[,PACK]"},
+    )
+    distractors: str | None = Field(
+        None,
+        description="Data set of other people among whom the victims are identified, from the disk: folder:PATH, "
+        "insightface:PATH or webdataset:PATH.",
+        json_schema_extra={"metavar": "DATASET:PATH"},
     )
     evaluator_backbone: str = Field("mobilefacenet", description="Network of the trained evaluator.")
     seed: int = Field(0, ge=0, lt=2**63, description="The one seed that all randomness derives from.")
@@ -287,6 +298,13 @@ class RunConfig(BaseModel):
     def _files_are_a_list(cls, given: Any) -> Any:
         return listed(given) if isinstance(given, str) else [given] if isinstance(given, Path) else given or ()
 
+    @field_validator("distractors")
+    @classmethod
+    def _data_set_is_known(cls, text: str | None) -> str | None:
+        if text is not None:
+            DataName.parse(text)
+        return text
+
     @field_validator("budget")
     @classmethod
     def _budget_is_readable(cls, text: str | None) -> str | None:
@@ -308,8 +326,7 @@ class RunConfig(BaseModel):
 
     def identifying(self) -> dict[str, Any]:
         """The part that decides the figures: all but where files go and what is reused."""
-        # Runs from before there were these settings keep their names.
-        unset = {name for name in ("limit", "recogniser", "template", "verify") if getattr(self, name) in (None, ())}
+        unset = {name for name in _LATER if getattr(self, name) in (None, ())}
         return self.model_dump(mode="json", exclude={"out", "resume", *unset})
 
 

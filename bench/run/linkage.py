@@ -301,7 +301,7 @@ def run_linkage(
             probes=attacks.selection,
             seed=attacks.streams.seed_for("bootstrap"),
             replicates=config.bootstrap,
-            guessed=stages.source.guessed,
+            guessed=stages.guessed,
         )
 
     def gain(name: str, after: _Point, before: _Point) -> Measure:

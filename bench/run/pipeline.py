@@ -14,7 +14,7 @@ from rich.console import Console
 
 from attacks.base import LinkageAttack
 from bench import plugins
-from bench.data.loaders import DATASETS, check_stream
+from bench.data.loaders import DATASETS, DataName, check_stream, check_there
 from bench.errors import BenchError, UsageError
 from bench.metrics.evaluator import check_evaluators, check_no_judge
 from bench.nets.backbones import BACKBONES
@@ -101,6 +101,8 @@ class Pipeline:
                 raise UsageError("a teacher embeds faces in memory: leave out --stream, or --teacher")
         asked = config.verify, config.dataset, config.data_root, config.dataset_options
         self.packs = find_packs(*asked) if config.utility else {}
+        if config.distractors is not None:
+            check_there(DataName.parse(config.distractors).root, "--distractors")
 
     @property
     def directory(self) -> Path:

@@ -1,4 +1,4 @@
-"""Verification packs that are measured beside the victims: which there are, and one of them as it is verified."""
+"""Protocols that are measured beside the victims': which packs and benchmarks there are, and a pack as verified."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bench.data import splits
 from bench.data.decode import readable, shown
 from bench.data.encoded import OpenedSet
 from bench.data.faces import FaceSet, PairProtocol
+from bench.data.ijb import ALIGNED, find_janus, open_janus
 from bench.data.sources.insightface import PackSource, find_pack, find_records
 from bench.data.verification_pack import read_pack
 from bench.errors import DataError, MissingError, UsageError
@@ -22,6 +23,9 @@ from bench.progress import Report, no_report
 
 #: Stands for no pack.
 NO_PACK = "none"
+
+#: Benchmarks of templates, by what their lists begin with.
+JANUS = ("ijbb", "ijbc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +50,11 @@ class VerificationSet:
 def find_packs(asked: Sequence[Path], dataset: str, root: Path | None, options: Mapping[str, Any]) -> dict[str, Path]:
     """The packs to verify beside the one that the victims of ``dataset`` come from, by name, in the order asked for.
 
+    Benchmarks of templates (IJB-B, IJB-C) are folders among them.
+
     Args:
-        asked: paths, or names of packs in the data root, with or without ``.bin``; ``none`` for no pack. Empty for all
-            that lie in the folder of an InsightFace dataset whose victims come from one of them.
+        asked: paths, or names of packs in the data root, with or without ``.bin``, or of benchmarks; ``none`` for no
+            pack. Empty for all packs that lie in the folder of an InsightFace dataset whose victims come from one.
         dataset: name of the dataset.
         root: its data root.
         options: its options.
@@ -74,29 +80,49 @@ def find_packs(asked: Sequence[Path], dataset: str, root: Path | None, options: 
     packs: dict[str, Path] = {}
     for path in found:
         if victims is None or not path.samefile(victims):
-            if path.stem in packs:
-                raise UsageError(f"--verify: two packs are called {shown(path.stem)}: give each a name of its own")
-            packs[path.stem] = path
+            name = (find_janus(path) if path.is_dir() else None) or path.stem
+            if name in packs:
+                raise UsageError(f"--verify: two packs are called {shown(name)}: give each a name of its own")
+            packs[name] = path
     return packs
 
 
 def _find(folder: Path | None, pack: Path) -> Path:
-    if pack.is_file():
+    if pack.is_file() or (pack.is_dir() and find_janus(pack) is not None):
         return pack
+    wanted = _plain(pack.name)
+    if wanted in JANUS or pack.is_dir():
+        inside = [] if folder is None or not folder.is_dir() or pack.name != str(pack) else [folder, *folder.iterdir()]
+        for place in sorted(inside):
+            if place.is_dir() and find_janus(place) == wanted:
+                return place
+        raise MissingError(
+            f"--verify: there is no {shown(pack)}: expected a folder with loose_crop and meta/"
+            f"{wanted if wanted in JANUS else JANUS[-1]}_face_tid_mid.txt, in the data root or by its path"
+        )
     if folder is None or not folder.is_dir() or pack.name != str(pack):
         raise MissingError(f"--verify: there is no verification pack {shown(pack)}")
     return find_pack(folder, pack.name if pack.suffix == ".bin" else f"{pack.name}.bin")
 
 
+def _plain(name: str) -> str:
+    """``ijbc`` of ``IJB-C``."""
+    return name.lower().replace("-", "").replace("_", "")
+
+
 def check_packs(packs: Iterable[Path]) -> None:
-    """Refuse a file that is no pack before anything is trained.
+    """Refuse a file that is no pack, and lists that are none, before anything is trained.
 
     Raises:
-        DataError: it is none, or damaged.
+        MissingError: a list is not there.
+        DataError: one is none, or damaged.
     """
     for path in packs:
         try:
-            read_pack(path)
+            if path.is_dir():
+                open_janus(path, ALIGNED)
+            else:
+                read_pack(path)
         except DataError as error:
             raise DataError(f"{error} (--verify names the packs to measure, or {NO_PACK})") from error
 

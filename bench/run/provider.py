@@ -202,6 +202,11 @@ class Stages(StageRunner):
                 return self.load_source(report)
         return self.do(self.rendering_job())
 
+    @property
+    def guessed(self) -> str | None:
+        """Why no victim can be looked up by name, where the data does not say who is who; else None."""
+        return self.source.guessed
+
     def rendering_job(self) -> Job[Source]:
         """The stage that renders the synthetic faces."""
 
@@ -564,10 +569,10 @@ class Stages(StageRunner):
             DataError: a damaged file.
         """
         with self.timed("data"), self.bars.task(f"decode {path.name}") as report:
-            pack = load_pack(path, self.config.image_size, self._learnt, report)
+            pack = load_pack(path, self.config.image_size, self.learnt, report)
             return replace(pack, key=digest(Source(pack.name, pack.faces, pairs=pack.pairs)))
 
-    def _learnt(self, faces: FaceSet) -> NDArray[np.bool_]:
+    def learnt(self, faces: FaceSet) -> NDArray[np.bool_]:
         """Whether each face (N) equals one that the provider learns from pixel for pixel, bool (N,)."""
         provider = self.splits.provider
         if isinstance(provider, FaceSet):

@@ -258,7 +258,7 @@ def make_scorer(attacks: AttackStages) -> Scorer:
         victims,
         attacks.selection,
         judges,
-        stages.source.guessed,
+        stages.guessed,
         lpips=lpips,
         replicates=config.bootstrap,
         seed=attacks.streams.seed_for("bootstrap"),

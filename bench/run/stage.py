@@ -48,6 +48,7 @@ CODE: Mapping[str, tuple[str, ...]] = {
         "bench.data.stream.sampler",
     ),
     "verification": ("bench.recognition.embed", "bench.metrics.verification"),
+    "identification": ("bench.data.ijb", "bench.metrics.identification", "bench.run.identification"),
     "templates": ("bench.run.enrolment", "bench.run.templates"),
     "evaluation": ("bench.metrics.evaluator", "bench.nets.onnx"),
     "attack": ("bench.run.service",),

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from bench.data.decode import shown
 from bench.data.faces import PairProtocol
+from bench.data.ijb import open_janus
+from bench.data.loaders import DataName
 from bench.errors import DataError
 from bench.measures import KINDS
 from bench.metrics.bootstrap import verification_estimates
 from bench.metrics.verification import lfw_accuracy
 from bench.results import Protocol, Utility, Verification
+from bench.run.identification import measure_distractors, measure_templates
 from bench.run.protocols import VerificationSet
 from bench.run.provider import Stages
 from bench.run.store import RunStore
@@ -63,9 +66,10 @@ def verification(
 def measure_utility(
     stages: Stages, defense: Defense, plain: Defense, store: RunStore, packs: Iterable[Path] = ()
 ) -> tuple[Utility, list[str]]:
-    """Verification of the victims' pairs, and of each further pack's, protected and plain; and what to warn of.
+    """Recognition of the victims, and under each further protocol, protected and plain; and what to warn of.
 
-    The victims' scores go to ``scores.parquet``. One pack after the other is held in memory.
+    The victims' scores go to ``scores.parquet``. One pack after the other is held in memory; a benchmark of templates,
+    which is a folder, and distractors stay on the disk.
 
     Raises:
         DataError: a damaged pack, or one that leaves no pairs of both kinds to measure.
@@ -80,12 +84,29 @@ def measure_utility(
     teacher = None
     if stages.config.teacher is not None:
         teacher = verification(stages.do(stages.teacher_scores_job()), pairs, labels)
-    protocols, notes = {}, list[str]()
+    protocols, templates, notes = {}, {}, list[str]()
     for path in packs:
-        pack = stages.verification_set(path)
-        protocols[pack.name] = _protocol(stages, defense, plain, pack)
-        notes += pack.notes
-    return Utility(**protected.model_dump(), unprotected=unprotected, protocols=protocols, teacher=teacher), notes
+        if path.is_dir():
+            janus = open_janus(path, stages.config.image_size)
+            templates[janus.name], said = measure_templates(stages, defense, plain, janus)
+        else:
+            pack = stages.verification_set(path)
+            protocols[pack.name], said = _protocol(stages, defense, plain, pack), list(pack.notes)
+        notes += said
+    distractors = None
+    if stages.config.distractors is not None:
+        source = DataName.parse(stages.config.distractors)
+        distractors, said = measure_distractors(stages, defense, plain, source)
+        notes += said
+    utility = Utility(
+        **protected.model_dump(),
+        unprotected=unprotected,
+        protocols=protocols,
+        templates=templates,
+        distractors=distractors,
+        teacher=teacher,
+    )
+    return utility, notes
 
 
 def _protocol(stages: Stages, defense: Defense, plain: Defense, pack: VerificationSet) -> Protocol:

@@ -8,11 +8,19 @@ from run_folders import inversion, template_protection, write_run
 from bench.results import NO_BETTER
 from bench.run.archive import load_runs
 from reports.cells import settings, worst_floor
-from reports.formats import report_csv
+from reports.formats import report_csv, report_markdown
 from reports.provenance import warnings
 from reports.published import matching, published
 from reports.report import write_leaderboard
-from reports.summary import across_table, findings, protocol_table, summary, template_table, worst_rows
+from reports.summary import (
+    across_table,
+    findings,
+    identification_table,
+    protocol_table,
+    summary,
+    template_table,
+    worst_rows,
+)
 
 
 def setting_of(*folders):
@@ -68,6 +76,23 @@ def test_protocols_have_a_column_each(tmp_path):
     assert table.rows[0][table.columns[3]].note == "TAR@FAR 1e-2: 40.5"
     assert protocol_table(setting_of(write_run(tmp_path / "d")), 1) is None
     assert ",utility.protocols.agedb_30.protected.accuracy,0.72," in report_csv([setting])
+
+
+def test_templates_and_galleries_stand_in_a_table(tmp_path):
+    setting = setting_of(write_run(tmp_path / "a", galleries=True), write_run(tmp_path / "b", defense="blur"))
+    table = identification_table(setting, 1)
+    assert [column.heading for column in table.columns] == [
+        "run", "of", "benchmark", "TAR@FAR 1e-4, %", "rank-1, %", "TPIR@FPIR 1e-1, %",
+    ]  # fmt: skip
+    assert [[row[column].text for column in table.columns[1:]] for row in table.rows] == [
+        ["protected", "ijbc", "80.0", "70.0", "60.0"],
+        ["unprotected", "ijbc", "95.0", "85.0", "75.0"],
+        ["protected", "victims among 100 of folder", "–", "50.0", "40.0"],
+        ["unprotected", "victims among 100 of folder", "–", "90.0", "80.0"],
+    ]
+    assert table.rows[2][table.columns[4]].note == "among 10: 60.0; 100: 50.0"
+    assert identification_table(setting_of(write_run(tmp_path / "c")), 1) is None
+    assert "| ijbc |" in report_markdown([setting])
 
 
 def test_published_figures_are_matched_by_name(tmp_path):

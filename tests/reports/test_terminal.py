@@ -57,6 +57,15 @@ def test_further_protocols_stand_in_the_table_of_recognition(shown):
     )  # fmt: skip
 
 
+def test_templates_and_galleries_stand_below_recognition(shown):
+    assert_in_order(
+        shown({"galleries": True}),
+        "Templates, 1:1: TAR in % at FAR", "1e-4", "ijbc: protected", "80.0 ±1.0", "ijbc: unprotected", "95.0 ±1.0",
+        "1:N: rank-1 in %", "all", "100", "ijbc: protected", "70.0", "among 100 of folder: protected", "50.0", "60.0",
+        "1:N: TPIR in % at FPIR", "1e-1", "ijbc: protected", "60.0 ±1.0", "among 100 of folder: unprotected", "80.0",
+    )  # fmt: skip
+
+
 def test_a_strength_curve_and_its_verdict(shown):
     assert_in_order(
         shown({"strength": True}), "Strength: what leaks", "SSIM", "200", "0.200", "800", "0.800",

@@ -13,10 +13,13 @@ from bench.results import (
     AttackResult,
     DatasetInfo,
     DefenseInfo,
+    Distractors,
     EvaluatorInfo,
     FloorTest,
+    Identification,
     Identity,
     Inversion,
+    LargeGallery,
     Linkage,
     Measure,
     Protocol,
@@ -28,6 +31,8 @@ from bench.results import (
     StrengthCurve,
     StrengthPoint,
     TemplateProtection,
+    TemplateProtocol,
+    TemplateRecognition,
     Throughput,
     Utility,
     Verification,
@@ -123,10 +128,33 @@ def attack_info(name, knowledge="whitebox", *, saturated=True, above_floor=True)
     )
 
 
-def utility(accuracy, unprotected, protocols=None):
+def searches(rank1, **more):
+    """What is found in a gallery of 20, with a TPIR of ``rank1`` - 0.1 at FPIR 1e-1."""
+    found = {"rank1": measure(rank1, direction="utility"), "tpir_at_fpir": {"1e-1": measure(rank1 - 0.1)}}
+    return {**found, "gallery": 20, "probes": 50, "mated": 40, **more}
+
+
+def templates_and_galleries():
+    """IJB-C, and the victims among 100 distractors, of whom ten are counted apart."""
+
+    def pooled(tar):
+        rates = {"1e-6": measure(None, direction="utility"), "1e-4": measure(tar, direction="utility")}
+        return TemplateRecognition(tar_at_far=rates, pairs=400, mean=Identification(**searches(tar - 0.1)))
+
+    def among(rank1):
+        parts = {"10": measure(rank1 + 0.1, direction="utility"), "100": measure(rank1, direction="utility")}
+        return LargeGallery(**searches(rank1, rank1_among=parts))
+
+    janus = TemplateProtocol(templates=60, images=400, protected=pooled(0.8), unprotected=pooled(0.95))
+    large = Distractors(source="folder", distractors=100, protected=among(0.5), unprotected=among(0.9))
+    return {"templates": {"ijbc": janus}, "distractors": large}
+
+
+def utility(accuracy, unprotected, protocols=None, **further):
     return Utility(
         **verification(accuracy, "utility").model_dump(),
         unprotected=verification(unprotected, "utility"),
+        **further,
         protocols={
             name: Protocol(protected=verification(of[0], "utility"), unprotected=verification(of[1], "utility"))
             for name, of in (protocols or {}).items()
@@ -165,13 +193,14 @@ def write_run(
     template=None,
     inversion=None,
     protocols=None,
+    galleries=False,
 ):
     """Write one run directory and return it.
 
     ``ssim`` is of each victim; of several attacks, separated by commas, that of the n-th is moved on by n victims.
     ``error`` makes it a failed run. ``template`` makes it one of a template defence, which draws no states;
     ``inversion`` takes the place of recovery. ``protocols`` are accuracies, of further packs by name, behind the
-    defence and without it.
+    defence and without it; with ``galleries`` templates and a search among distractors were measured.
     """
     folder.mkdir(parents=True)
     run_id = folder.name
@@ -228,7 +257,7 @@ def write_run(
                 name="judge", sha256="ab" * 32, accuracy=0.98, threshold=0.3, far_at_threshold=0.01
             ),
             dataset=dataset_info(dataset, image_size=image_size, synthetic=synthetic),
-            utility=utility(accuracy, 0.97, protocols),
+            utility=utility(accuracy, 0.97, protocols, **(templates_and_galleries() if galleries else {})),
             template=template,
             **together(parts, recovery),
             throughput={

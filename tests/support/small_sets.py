@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bench.data.ijb import TEMPLATE
 from bench.data.recordio import RecordWriter
 from bench.data.verification_pack import VerificationPack, write_pack
 
@@ -88,3 +89,40 @@ def write_shards(root: Path, everyone: Sequence[Person], shards: int = 2) -> Pat
                     entry.size = len(data)
                     tar.addfile(entry, io.BytesIO(data))
     return root / f"faces-{{0000..{shards - 1:04d}}}.tar"
+
+
+def write_janus(root: Path, everyone: Sequence[Person], *, name: str = "ijbc", aligned: bool = True) -> Path:
+    """A benchmark in the layout of IJB-C, of people with six images: two templates to look for, one that is enrolled.
+
+    The first image of each is a medium of its own, the others share one. The first half of the people is in one
+    gallery, the others in another. With ``aligned`` the landmarks are where they belong, in images of 112 pixels, and
+    the detector trusts the images in different degrees.
+    """
+    (root / "loose_crop").mkdir(parents=True)
+    (root / "meta").mkdir()
+    images, owner, points, number = [], {}, [], 0
+    for subject, person in enumerate(everyone):
+        for slot, template in enumerate((1000 - subject, 2000 + subject, 3000 + subject)):
+            owner[template] = subject
+            for image in person[2 * slot : 2 * slot + 2]:
+                number += 1
+                (root / "loose_crop" / f"{number}.jpg").write_bytes(image)
+                images.append(f"{number}.jpg {template} {min(number % 6, 2)}")
+                points.append(f"{number}.jpg {' '.join(f'{x:.4f}' for x in TEMPLATE.flatten())} {0.5 + number % 3 / 5}")
+    pairs = [f"{a} {b} {int(owner[a] == owner[b])}" for a in owner for b in owner if a < b]
+    half = len(everyone) // 2
+
+    def rows(chosen: list[int]) -> list[str]:
+        return ["TEMPLATE_ID,SUBJECT_ID,FILENAME", *(f"{template},{owner[template]},x.jpg" for template in chosen)]
+
+    lists = {
+        "face_tid_mid.txt": images,
+        "template_pair_label.txt": pairs,
+        "1N_gallery_G1.csv": rows([1000 - subject for subject in range(half)]),
+        "1N_gallery_G2.csv": rows([1000 - subject for subject in range(half, len(everyone))]),
+        "1N_probe_mixed.csv": rows([template for template in owner if template >= 2000]),
+        **({"name_5pts_score.txt": points} if aligned else {}),
+    }
+    for file, lines in lists.items():
+        (root / "meta" / f"{name}_{file}").write_text("\n".join(lines) + "\n")
+    return root

@@ -14,7 +14,15 @@ from sklearn.metrics import roc_auc_score
 from bench.errors import DataError
 from bench.measures import Estimate
 from bench.metrics import bootstrap
-from bench.metrics.bootstrap import People, draw_identities, mean_estimate, verification_estimates, wilson
+from bench.metrics.bootstrap import (
+    People,
+    draw_identities,
+    mean_estimate,
+    mean_of_independent,
+    tar_estimates,
+    verification_estimates,
+    wilson,
+)
 from bench.metrics.verification import lfw_accuracy, roc
 
 
@@ -308,3 +316,29 @@ def test_an_interval_needs_a_value() -> None:
 if __name__ == "__main__":  # the study of docs/metrics.md
     for case in STUDY:
         print(case[0].__name__, case[1], coverage(*case, 1000).round(3))
+
+
+def test_rates_alone_are_those_of_verification() -> None:
+    draws = seeded(3)
+    people = torch.randint(30, (900, 2), generator=draws)
+    people[:300, 1] = people[:300, 0]
+    same = people[:, 0] == people[:, 1]
+    scores = torch.randn(900, generator=draws) + 1.5 * same
+    fars = [0.1, 0.01, 1e-6]
+    whole = verification_estimates(scores, same, torch.arange(900) % 2, people, fars=fars).tar_at_far
+    assert tar_estimates(scores, same, fars, people) == whole
+    alone = tar_estimates(scores, same, fars, None, "nobody knows")
+    assert [alone[far].value for far in fars] == [whole[far].value for far in fars]
+    assert alone[0.1].reason == "nobody knows"
+
+
+def test_the_mean_of_independent_figures_has_the_interval_of_a_mean() -> None:
+    """Of normal errors the half width of a mean of two is the root of the sum of squares over two."""
+    parts = [Estimate(0.5, (0.4, 0.6), 10), Estimate(0.8, (0.5, 1.1), 5)]
+    half = np.hypot(0.1, 0.3) / 2
+    mean = mean_of_independent(parts)
+    assert (mean.value, mean.n, mean.reason) == (pytest.approx(0.65), 15, None)
+    assert mean.ci95 == pytest.approx((0.65 - half, 0.65 + half))
+    missing = Estimate(None, None, 3, "too few")
+    assert mean_of_independent([parts[0], missing]) == Estimate(None, None, 13, "too few")
+    assert mean_of_independent([parts[0], Estimate(0.7, None, 3, "all alike")]).ci95 is None

@@ -9,6 +9,7 @@ import torch
 from bench.data.ijb import read_template_images, read_template_pairs, read_template_subjects
 from bench.errors import DataError
 from bench.metrics import identification as ident
+from bench.metrics.bootstrap import tar_estimates
 
 SUBJECTS, SIZE = 24, 6
 
@@ -75,12 +76,14 @@ def test_verification(ijb, pooled, oracle, chunk):
     scores = ident.template_scores(*pooled, torch.from_numpy(pairs), chunk=chunk)
     expected = np.array([oracle[a] @ oracle[b] for a, b in pairs])
     np.testing.assert_allclose(scores, expected, atol=1e-6)
-    impostors, rates = np.sort(scores.numpy()[~same]), ident.tar_at_fars(scores, torch.from_numpy(same))
-    assert list(rates) == ["1e-6", "1e-5", "1e-4", "1e-3", "1e-2", "1e-1"]
+    impostors, fars = np.sort(scores.numpy()[~same]), ident.TEMPLATE_FARS
+    assert list(fars) == ["1e-6", "1e-5", "1e-4", "1e-3", "1e-2", "1e-1"]
+    found = tar_estimates(scores, torch.from_numpy(same), list(fars.values()), None, "nobody knows")
+    rates = {name: found[far] for name, far in fars.items()}
     for name in ("1e-3", "1e-2", "1e-1"):
         thresholds = [t for t in np.unique(scores) if (impostors >= t).mean() <= float(name)]
         assert rates[name].value == pytest.approx((scores.numpy()[same] >= min(thresholds)).mean())
-        assert rates[name].ci95 is None
+        assert (rates[name].ci95, rates[name].reason) == (None, "nobody knows")
     for name in ("1e-6", "1e-5", "1e-4"):
         assert rates[name].value is None
         assert rates[name].reason.startswith(f"FAR {float(name):g} needs at least 1")
@@ -112,15 +115,29 @@ def test_identification(ijb, pooled, oracle, gallery, chunk):
     top = owners.numpy()[matrix.argmax(axis=1)] == subjects.numpy()
     first = ident.rank1(found, draws, replicates=100)
     assert (first.value, first.n) == (pytest.approx(top[mated].mean()), mated.sum())
-    rates = ident.tpir_at_fpirs(found, [0.01, 0.1, 0.5], draws, replicates=100)
-    assert rates[0.01].value is None
-    assert rates[0.01].reason == "FPIR 0.01 needs at least 100 probes without a mate, there are 24"
-    for fpir in (0.1, 0.5):
-        high = matrix[~mated].max(axis=1)
-        allowed = [t for t in np.unique(matrix) if (high >= t).mean() <= fpir]
-        assert rates[fpir].value == pytest.approx((matrix[own] >= min(allowed)).mean())
+    fpirs = {"1e-2": 0.01, "1e-1": 0.1, "half": 0.5}
+    rates = ident.tpir_at_fpirs(found, draws, fpirs, replicates=100)
+    assert rates["1e-2"].value is None
+    assert rates["1e-2"].reason == "FPIR 0.01 needs at least 100 probes without a mate, there are 24"
+    for leave_out in (False, True):
+        rates = ident.tpir_at_fpirs(found, draws, fpirs, leave_out=leave_out, replicates=100)
+        alarms = np.where(own, -np.inf, matrix).max(axis=1)  # nobody finds who is not enrolled
+        high = alarms if leave_out else alarms[~mated]
+        for name in ("1e-1", "half"):
+            allowed = [t for t in np.unique(matrix) if (high >= t).mean() <= fpirs[name]]
+            assert rates[name].value == pytest.approx((matrix[own] >= min(allowed)).mean())
     low, high = first.ci95
     assert low <= first.value <= high
+
+
+def test_a_gallery_in_parts_is_the_gallery():
+    rows = torch.nn.functional.normalize(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    people = torch.arange(40) % 7
+    whole = ident.search(rows[:9], people[:9], rows[9:], people[9:])
+    parts = [ident.search(rows[:9], people[:9], rows[cut], people[cut]) for cut in (slice(9, 20), slice(20, 40))]
+    joined = parts[0].further(parts[1])
+    np.testing.assert_allclose(joined.mate, whole.mate, atol=1e-6)
+    np.testing.assert_allclose(joined.other, whole.other, atol=1e-6)
 
 
 def test_a_tie_is_a_miss():
@@ -158,7 +175,7 @@ def test_without_a_mate_nothing_is_measured():
             r"probes of \(2, 2\) cannot be compared with a gallery of \(3, 3\)",
         ),
         (
-            lambda: ident.tpir_at_fpirs(ident.Searches(*torch.ones(3, 1)), [1.0], torch.Generator()),
+            lambda: ident.tpir_at_fpirs(ident.Searches(*torch.ones(3, 1)), torch.Generator(), {"all": 1.0}),
             "FPIR must lie between 0 and 1",
         ),
     ],

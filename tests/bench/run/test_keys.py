@@ -76,7 +76,18 @@ SETTINGS = {
     "batch_size": (8, {VERIFY, EVALUATE, RECOVER, LINK}),
 }
 #: They decide nothing that a stage keeps, are no value of their own, or name files (which have tests of their own).
-WITHOUT_A_STAGE = {"bootstrap", "verify", "utility", "budget", "resume", "out", "device", "preset", "template"}
+WITHOUT_A_STAGE = {
+    "bootstrap",
+    "verify",
+    "distractors",
+    "utility",
+    "budget",
+    "resume",
+    "out",
+    "device",
+    "preset",
+    "template",
+}
 FILES = {"dataset", "data_root", "evaluator", "teacher", "recogniser", "stream", "stream_images", "stream_on_error"}
 
 
