@@ -8,6 +8,7 @@ does not contradict is applied.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -31,6 +32,8 @@ from defenses.base import Defense
 _ERROR_FACES = 64
 _STATISTICS_FACES = 256
 _CHUNK = 32
+#: Values of the representations whose linear estimates are made at once, at most; each takes eight bytes a few times.
+_VALUES_AHEAD = 2**26
 #: Details of the linear attack that are about the defence.
 _OF_DEFENSE = frozenset({"linearity", "state_accuracy", "states_found", "states_unseen", "gain", "offset_directions"})
 
@@ -94,6 +97,8 @@ class Unrolled(InversionAttack):
         self.linear.prepare(_only(adversary, training))
         size = adversary.faces.shape[-1]
         self.register_buffer("spread", torch.ones(len(self.linear.maps.operators), 3, size, size))
+        values = self.options.batch_size * math.prod(self.mechanism.representation_shape)
+        self.lookahead = max(1, min(type(self).lookahead, _VALUES_AHEAD // values))
         channels, linear = self.linear.reader.mechanism.channels, self.linear.maps.channels
         kept = torch.ones(channels, dtype=torch.bool)
         kept[slice(None) if linear is None else linear.cpu()] = False

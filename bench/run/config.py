@@ -148,7 +148,7 @@ _TAUGHT = {"classification": 0.0, "distillation": 50.0, "batch_size": 64, "learn
 TEACHER_PRESETS: Mapping[str, Mapping[str, Any]] = {
     "quick": {"training": _TAUGHT},
     # A quarter of an hour on two cores for some 17,000 images behind a defence, half of it for plain ones.
-    "cpu": {"training": {**_TAUGHT, "epochs": 40}},
+    "cpu": {"training": {**_TAUGHT, "epochs": 20}},
     "gpu": {"training": _TAUGHT},
 }
 

@@ -4,6 +4,7 @@ from linear_world import adversary_of, defense_of, error, observe
 from undeclared import Silent
 
 from attacks.base import Observation
+from attacks.linear import Linear
 from attacks.unrolled import Unrolled, UnrolledOptions
 
 TINY = {
@@ -99,3 +100,14 @@ def test_it_starts_from_maps_that_nobody_declared(make_adversary):
     assert report.states_read == report.details["state_accuracy"] > 0.9
     faces, observation = observe(defense, 16, states=False)
     assert error(attack.recover(observation), faces) < 1.05 * error(attack.linear.recover(observation), faces)
+
+
+def test_no_more_is_estimated_at_once_than_memory_is_meant_to_hold(make_adversary, monkeypatch):
+    most, seen = 3 * 16 * 3 * 24 * 24, []
+    monkeypatch.setattr("attacks.unrolled._VALUES_AHEAD", most)
+    estimate = Linear.estimate
+    monkeypatch.setattr(Linear, "estimate", lambda self, z, rows: seen.append(z.numel()) or estimate(self, z, rows))
+    defense = defense_of("none")
+    assert defense.representation_shape == (3, 24, 24)
+    fitted(make_adversary, defense, images=16 * 8)
+    assert max(seen) == most
