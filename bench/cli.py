@@ -33,6 +33,7 @@ from bench.commands.run import run
 from bench.commands.runs import runs
 from bench.commands.score import score
 from bench.commands.show import show
+from bench.commands.speed import speed
 from bench.commands.sweep import sweep
 from bench.errors import BenchError, UsageError
 
@@ -45,7 +46,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(run, sweep, list_, runs, show, rm, protect, report, leaderboard, compare, baseline, gate, export),
-    *(observe, score, new, doctor),
+    *(observe, score, new, speed, doctor),
 )
 for command in COMMANDS:
     app.command(command.__name__.rstrip("_"))(command)

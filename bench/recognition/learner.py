@@ -29,11 +29,15 @@ class Learner(ABC):
 
     def __init__(self, module: nn.Module, options: TrainingOptions, fabric: Fabric) -> None:
         self.module, self.options, self.fabric = module, options, fabric
+        # Fused: one kernel for all parameters. Not on a CPU, where it rounds differently, and not with scaled
+        # gradients, which it unscales by itself, too late for clipping.
+        fused = fabric.device.type == "cuda" and options.precision != "16-mixed"
         self.optimiser = torch.optim.SGD(
             [p for p in module.parameters() if p.requires_grad],
             lr=options.learning_rate,
             momentum=options.momentum,
             weight_decay=options.weight_decay,
+            fused=fused or None,
         )
         self.model, self.stepper = fabric.setup(module, self.optimiser)
 
@@ -66,7 +70,11 @@ class Learner(ABC):
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         self.module.load_state_dict(below("model/"))
-        momentum = {int(index): {"momentum_buffer": t} for index, t in below("momentum/").items()}
+        parameters, momentum = self.optimiser.param_groups[0]["params"], {}
+        for index, tensor in below("momentum/").items():
+            # In the order of the parameter in memory (channels last), which a fused optimiser insists on.
+            like = torch.empty_like(parameters[int(index)], requires_grad=False)
+            momentum[int(index)] = {"momentum_buffer": like.copy_(tensor)}
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": momentum})
 
     # What is spread over the processes, if anything is; every process calls the first two, one the third.

@@ -42,6 +42,7 @@ CODE: Mapping[str, tuple[str, ...]] = {
     "split": ("bench.data.splits", "bench.data.faces", "bench.data.pairs"),
     "recogniser": (
         "bench.nets",
+        "bench.recognition.graphs",
         "bench.recognition.learner",
         "bench.recognition.partial_fc",
         "bench.recognition.training",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from golden import COEFFICIENTS, golden, on_grid, pictures
 from pictures import generator, noise
-from textbook import textbook_spectrum
 
+from bench.run.textbook import textbook_spectrum
 from defenses.fracface import FracFace, FracFaceOptions
 from defenses.frequency import SpectrumOperator, zigzag
 from defenses.layout import probe

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import generator, noise
 from scipy.fft import dctn
-from textbook import textbook, textbook_spectrum
 
+from bench.run.textbook import textbook, textbook_spectrum
 from defenses import frequency
 from defenses.frequency import (
     CHANNELS,

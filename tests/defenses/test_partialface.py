@@ -9,8 +9,8 @@ import pytest
 import torch
 from pictures import generator, noise
 from pydantic import ValidationError
-from textbook import textbook, textbook_spectrum
 
+from bench.run.textbook import textbook, textbook_spectrum
 from defenses.frequency import zigzag
 from defenses.partialface import PartialFace, PartialFaceOptions
 

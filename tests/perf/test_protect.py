@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from textbook import textbook
 
+from bench.run.textbook import textbook
 from defenses.partialface import PartialFace
 
 BATCH = 64

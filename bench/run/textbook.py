@@ -1,4 +1,4 @@
-"""The PartialFace transform the long way round, step by step as published: the oracle of the fast one."""
+"""The PartialFace transform the long way round, step by step as published: the fast one is held against it."""
 
 from __future__ import annotations
 

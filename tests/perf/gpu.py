@@ -1,0 +1,145 @@
+"""Checks the suite on a GPU, measures it, and runs it: ``python tests/perf/gpu.py OUT [--seconds S] [--run ...]``.
+
+Writes ``checks.json`` (what was compared with the CPU, or eager with graphed, and by how much it differs),
+``speed.json`` (the table of ``bench speed``) and, with ``--run``, a run folder of ``bench run``. Ends with 1 where a
+check fails. From the repository or from anywhere, with the suite installed or not (``pip install .`` gets its needs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench.commands.console import out  # noqa: E402
+from bench.commands.speed import render  # noqa: E402
+from bench.images import ssim  # noqa: E402
+from bench.metrics.image_quality import psnr  # noqa: E402
+from bench.nets.recogniser import InputNormalisation, build_recogniser  # noqa: E402
+from bench.plugins import make_defense  # noqa: E402
+from bench.recognition.graphs import replayed  # noqa: E402
+from bench.recognition.learner import make_learner  # noqa: E402
+from bench.recognition.options import TrainingOptions  # noqa: E402
+from bench.recognition.training import build_head  # noqa: E402
+from bench.run.benchmarks import measure_rows  # noqa: E402
+from bench.run.machines import make_fabric  # noqa: E402
+from defenses.frequency import CHANNELS, block_dct  # noqa: E402
+
+STEPS, BATCH, IDENTITIES = 20, 64, 100
+
+
+def protecting(device):
+    """Largest difference from the CPU's values, which reach 1024."""
+    faces = torch.rand(16, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    whole = torch.arange(CHANNELS)
+    channels = (block_dct(faces.to(device), whole).cpu() - block_dct(faces, whole)).abs().max()
+    defense = make_defense("partialface", {}, "cpu", 112)
+    here = defense.protect(faces, torch.Generator().manual_seed(1))
+    there = defense.to(device).protect(faces.to(device), torch.Generator().manual_seed(1))
+    assert torch.equal(here.state, there.state.cpu())
+    return float(max(channels, (there.representation.cpu() - here.representation).abs().max())), 0.01
+
+
+def image_quality(device):
+    """Largest difference of SSIM, and of PSNR in dB."""
+    first, second = torch.rand(2, 16, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    second = first.lerp(second, 0.2)
+    there = [measure(first.to(device), second.to(device)).cpu() for measure in (ssim, psnr)]
+    here = [measure(first, second) for measure in (ssim, psnr)]
+    return max(float((a - b).abs().max()) for a, b in zip(there, here, strict=True)), 1e-3
+
+
+def losses(device, precision, *, graphs, dropout):
+    """Of STEPS training steps behind settled normalisation, whose batches have two sizes: the loss of each."""
+    options = TrainingOptions(precision=precision, dropout=dropout)
+    fabric = make_fabric(str(device), precision)
+    shape = (27, 32, 32)
+    recogniser = build_recogniser("ir-tiny", shape, options.embedding_size, dropout=dropout).to(device).train()
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(STEPS * BATCH, *shape, generator=generator).to(device)
+    labels = torch.randint(IDENTITIES, (len(data),), generator=generator).to(device)
+    for _ in range(InputNormalisation.measured):
+        recogniser.normalisation(data[:BATCH])
+    learner = make_learner(recogniser, build_head(options, IDENTITIES), options, fabric)
+    torch.manual_seed(0)
+    found = []
+    with replayed(recogniser, device if graphs else torch.device("cpu"), before=1):
+        for step in range(STEPS):
+            rows = slice(step * BATCH, (step + 1) * BATCH - step % 2)
+            loss, _ = learner.step(data[rows], labels[rows], rate=0.01, total=BATCH - step % 2)
+            found.append(loss)
+        captured = len(recogniser.__dict__["forward"].captured) if graphs else 0
+    assert captured == (2 if graphs else 0), f"{captured} batch sizes were captured"
+    return torch.stack(found).cpu()
+
+
+def graphs(device, precision):
+    """Largest relative difference of a loss over the steps, eager and replayed; what eager differs from itself by."""
+    eager, again = (losses(device, precision, graphs=False, dropout=0.0) for _ in range(2))
+    graphed = losses(device, precision, graphs=True, dropout=0.0)
+    noise = float(((again - eager).abs() / eager).max())
+    return float(((graphed - eager).abs() / eager).max()), max(0.02, 3 * noise)
+
+
+def dropped(device):
+    """Relative difference of the mean loss under dropout, whose masks a graph draws from another part of the stream."""
+    means = [losses(device, "32-true", graphs=graphs, dropout=0.3).mean() for graphs in (False, True)]
+    return float((means[1] - means[0]).abs() / means[0]), 0.05
+
+
+CHECKS = {
+    "protect": protecting,
+    "image-quality": image_quality,
+    "graphs-32": lambda device: graphs(device, "32-true"),
+    "graphs-bf16": lambda device: graphs(device, "bf16-mixed"),
+    "graphs-dropout": dropped,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each row of the table")
+    parser.add_argument("--only", help="rows of the table, as of bench speed")
+    parser.add_argument("--run", nargs=argparse.REMAINDER, help="then: bench run with these flags")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    device = make_fabric(given.device, "auto").device
+
+    checks = {}
+    for name, check in CHECKS.items():
+        started = time.perf_counter()
+        try:
+            difference, allowed = check(device)
+            checks[name] = {"ok": difference <= allowed, "difference": difference, "allowed": allowed}
+        except Exception as error:
+            checks[name] = {"ok": False, "reason": f"{type(error).__name__}: {error}"}
+        checks[name]["seconds"] = round(time.perf_counter() - started, 2)
+        print(name, checks[name], flush=True)
+        (given.out / "checks.json").write_text(json.dumps(checks, indent=2) + "\n")
+
+    names = given.only.split(",") if given.only else None
+    table = measure_rows(given.device, seconds=given.seconds, names=names)
+    (given.out / "speed.json").write_text(table.model_dump_json(indent=2) + "\n")
+    out.print(render(table))
+
+    code = 0
+    if given.run is not None:
+        command = [sys.executable, "-m", "bench", "run", "--device", given.device, "--out", str(given.out / "runs")]
+        started = time.perf_counter()
+        code = subprocess.run([*command, *given.run], cwd=ROOT).returncode
+        print(f"bench run {' '.join(given.run)}: exit code {code}, {time.perf_counter() - started:.0f} s")
+    return int(code != 0 or not all(check["ok"] for check in checks.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
