@@ -1,5 +1,7 @@
 """Finds defences and attacks, makes them from options, and describes option models.
 
+Recognisers of other packages are found in the same way.
+
 Plug-ins are every file of the packages ``defenses`` and ``attacks`` (``defenses/arcface_fd.py`` is ``arcface-fd``), and
 entry points. Nothing is imported until a plug-in is asked for, so that listing names costs no import of torch.
 """
@@ -21,6 +23,8 @@ from bench.errors import UsageError
 from bench.registry import Registry, target
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from attacks.base import Attack
     from defenses.base import Defense
 
@@ -97,6 +101,27 @@ def defenses() -> Registry[type[Defense]]:
 def attacks() -> Registry[type[Attack]]:
     """All attacks by name."""
     return _registry("attack", "attacks", "Attack")
+
+
+def _made_by_entry_point(entry: EntryPoint) -> nn.Module:
+    from torch import nn
+
+    try:
+        made = entry.load()()
+    except Exception as error:
+        raise UsageError(f"recogniser {entry.name!r} ({entry.value}) cannot be made: {error}") from error
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"recogniser {entry.name!r} ({entry.value}) is no torch.nn.Module but {type(made).__name__}")
+    return made.eval()
+
+
+@functools.cache
+def recognisers() -> Registry[nn.Module]:
+    """The recognisers of other packages by name: each made once, by what its entry point names, without arguments."""
+    registry: Registry[nn.Module] = Registry("recogniser")
+    for entry in entry_points(group="bench.recognisers"):
+        registry.add(entry.name, functools.partial(_made_by_entry_point, entry))
+    return registry
 
 
 class Option(BaseModel):

@@ -425,6 +425,25 @@ class TeacherInfo(ResultModel):
     normalisation: str = Field("", description="operations at the entry of its graph that scale the input")
 
 
+class RecogniserInfo(ResultModel):
+    """A recogniser that somebody brought along: what it is, and what it is fed."""
+
+    name: str = Field(description="of its file, or of the plug-in")
+    sha256: str = Field(description="of all bytes of its files, or of the plug-in's weights")
+    files: list[str] = Field(description="their names")
+    format: str = Field(description="onnx, torch.export, torchscript, safetensors, state_dict or plug-in")
+    architecture: str = Field("", description="name of the network, where its file tells it")
+    values: int | None = Field(None, description="how many values it has learnt, where its file tells")
+    channels: int = Field(description="of its input; three are a picture's")
+    input_size: tuple[int, int] = Field(description="height and width of its input; pictures are resized to it")
+    layout: str = Field(description="order of the axes of its input: NCHW or NHWC")
+    input_range: str | None = Field(None, description="what it is fed of pictures x in [0, 1]; null: as it is sent")
+    colours: str | None = Field(None, description="RGB or BGR; null of what is no picture")
+    batch: int | None = Field(None, description="faces per run where its file or its graph fixes them")
+    normalisation: str = Field("", description="operations at the entry of its graph that scale the input")
+    embedding_size: int = Field(description="dimensions of its embedding")
+
+
 class DatasetInfo(ResultModel):
     name: str
     synthetic: bool
@@ -456,6 +475,9 @@ class RunResult(ResultModel):
     evaluator: EvaluatorInfo | None = None
     evaluators: dict[str, EvaluatorInfo] = Field({}, description="of a run with several judges, each by its name")
     teacher: TeacherInfo | None = Field(None, description="of the recognisers behind the defence and without it")
+    recognisers: dict[str, RecogniserInfo] = Field(
+        {}, description="that were brought along instead of being trained, by their settings"
+    )
     dataset: DatasetInfo | None = None
     utility: Utility | None = None
     recovery: Recovery | None = None

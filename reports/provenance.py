@@ -15,7 +15,7 @@ from reports.summary import same_attacks
 from reports.table import Column, Entry, Row, Table
 
 #: Settings that are paths: their last part says enough, the rest says where somebody keeps things.
-_PATHS = ("data_root", "evaluator", "out", "teacher")
+_PATHS = ("data_root", "evaluator", "out", "plain_recogniser", "recogniser", "teacher")
 _DIGITS = 12
 
 

@@ -6,7 +6,7 @@ A provider's teacher, another recogniser of plain faces, is run in the same way.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,10 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench import plugins
 from bench.data.faces import FaceSet, PairProtocol
 from bench.errors import DataError, MissingError, UsageError
 from bench.images import to_float
-from bench.nets.onnx import OnnxEncoder, OnnxRecogniser, file_digest, files_of, resized
+from bench.nets.brought import digest_of, is_plugin, open_recogniser
+from bench.nets.encoder import PICTURE, BroughtRecogniser, FaceEncoder, resized
+from bench.nets.onnx import files_of
+from bench.nets.options import AS_READ, InputForm
 
 #: People, and pairs of either kind, that the form of a judge's input is found on.
 PROBED = 96
@@ -52,63 +56,46 @@ class Evaluator:
         self._network = network.to(self._device).eval()
 
     @classmethod
-    def from_onnx(
+    def from_file(
         cls, path: Path, device: torch.device | str = "cpu", *, batch_size: int = 64, role: str = "evaluator"
     ) -> Self:
-        """A face recogniser in an ONNX file (:class:`bench.nets.onnx.OnnxEncoder`), tried on a face.
+        """A recogniser of plain faces in a file (:func:`bench.nets.brought.open_recogniser`), tried on a face.
 
         Raises:
             MissingError: there is no such file, or one is not there in which it keeps its weights.
-            DataError: it is no ONNX model, one with other inputs or outputs, or it fails on a face.
+            DataError: it is no recogniser of plain faces, damaged, or it fails on a face.
         """
-        _check_files(path, role)
-        try:
-            network = OnnxEncoder(path, torch.device(device))
-        except ValueError as error:
-            raise DataError(f"{role}: {error}") from error
-        size = network.batch_size or batch_size
-        return cls(network, path.stem, network.input_size, device, batch_size=size, role=role)
+        return cls.of(open_encoder(path, device, role=role, pictures=True), device, batch_size=batch_size, role=role)
+
+    @classmethod
+    def of(
+        cls, encoder: FaceEncoder, device: torch.device | str, *, batch_size: int = 64, role: str = "evaluator"
+    ) -> Self:
+        """The judge that an encoder of plain faces makes."""
+        size = encoder.batch_size or batch_size
+        return cls(encoder, encoder.path.stem, encoder.input_size, device, batch_size=size, role=role)
 
     @property
     def form(self) -> Tensor:
-        """What the network is fed, int64 (2,), as :class:`bench.nets.onnx.OnnxEncoder` keeps it; to be stored."""
-        return self._network.form.cpu() if isinstance(self._network, OnnxEncoder) else torch.zeros(2, dtype=torch.int64)
+        """What the network is fed, int64 (2,), as :class:`bench.nets.encoder.FaceEncoder` keeps it; to be stored."""
+        return self._network.form.cpu() if isinstance(self._network, FaceEncoder) else torch.zeros(2, dtype=torch.int64)
 
     @form.setter
     def form(self, form: Tensor) -> None:
-        if isinstance(self._network, OnnxEncoder):
+        if isinstance(self._network, FaceEncoder):
             self._network.form.copy_(form)
 
     def describe(self) -> dict[str, Any]:
         """Its file and what it is fed, by the names of :class:`bench.results.EvaluatorInfo`."""
         network, fed = self._network, {"name": self.name, "input_size": self.input_size}
-        if not isinstance(network, OnnxEncoder):
+        if not isinstance(network, FaceEncoder):
             return {**fed, "sha256": None, "layout": "NCHW", "input_range": "0..1", "colours": "RGB"}
-        told = ("sha256", "layout", "input_range", "colours", "normalisation")
-        files, batch = [file.name for file in network.files], network.batch_size
-        return {**fed, **{name: getattr(network, name) for name in told}, "files": files, "batch": batch}
+        return {**fed, **told_of(network)}
 
     def probe(self, faces: FaceSet, victims: FaceSet | None = None, pairs: PairProtocol | None = None) -> None:
-        """Find out what the network is fed, if it comes from a file (:meth:`bench.nets.onnx.OnnxEncoder.probe`).
-
-        It is tried on plain ``faces``, of a judge those of people whom the attacker has; where too few of these have
-        two, on some of the victims' own plain pairs, on which a judge is tried anyhow. Without such pairs what the
-        field publishes stays.
-        """
-        if not isinstance(self._network, OnnxEncoder):
-            return
-        first, second, same = _people_twice(faces)
-        if int(same.sum()) < _FEWEST:
-            if victims is None or pairs is None:
-                return
-            some = torch.cat([_spread((pairs.same == kind).nonzero().squeeze(1)) for kind in (True, False)])
-            faces, first, second, same = victims, pairs.first[some], pairs.second[some], pairs.same[some]
-        used, index = torch.unique(torch.stack((first, second)), return_inverse=True)
-        images = to_float(faces.images[used].to(self._device))
-        try:
-            self._network.probe(images, index, same)
-        except ValueError as error:
-            raise DataError(f"{self.role}: {error}") from error
+        """Find out what the network is fed, if it comes from a file: :func:`probe`."""
+        if isinstance(self._network, FaceEncoder):
+            probe(self._network, faces, victims, pairs, role=self.role)
 
     @torch.no_grad()
     def embed(self, faces: Tensor) -> Tensor:
@@ -141,17 +128,99 @@ class Evaluator:
         return embeddings.to(batch.device, torch.float32)
 
 
-def brought_recogniser(evaluator: Evaluator, image_size: int) -> OnnxRecogniser:
-    """The network of a file, as the provider's recogniser of plain faces of ``image_size`` pixels a side."""
-    assert isinstance(evaluator._network, OnnxEncoder)
-    return OnnxRecogniser(evaluator._network, image_size)
+def told_of(encoder: FaceEncoder) -> dict[str, Any]:
+    """What results say of what an encoder is fed, by the names of :class:`bench.results.EvaluatorInfo`."""
+    told = ("sha256", "layout", "input_range", "colours", "normalisation")
+    files = [file.name for file in encoder.files]
+    return {**{name: getattr(encoder, name) for name in told}, "files": files, "batch": encoder.batch_size}
+
+
+def describe(encoder: FaceEncoder) -> dict[str, Any]:
+    """All that is known of an encoder, by the names of :class:`bench.results.RecogniserInfo`.
+
+    What is no picture has no range and no colours: it is fed as it is sent.
+    """
+    told = ("format", "architecture", "values", "channels", "input_size", "embedding_size")
+    unknown = {} if encoder.channels == PICTURE else {"input_range": None, "colours": None}
+    return {**{name: getattr(encoder, name) for name in told}, **told_of(encoder), **unknown}
+
+
+def probe(
+    encoder: FaceEncoder,
+    faces: FaceSet,
+    victims: FaceSet | None = None,
+    pairs: PairProtocol | None = None,
+    *,
+    role: str,
+    sent: Callable[[Tensor], Tensor] = lambda faces: faces,
+) -> None:
+    """Find out what a network is fed of pictures (:meth:`bench.nets.encoder.FaceEncoder.probe`).
+
+    It is tried on plain ``faces``, or what is ``sent`` of them, of a judge those of people whom the attacker has; where
+    too few of these have two, on some of the victims' own plain pairs, on which a judge is tried anyhow. Without such
+    pairs what is usual stays.
+
+    Raises:
+        DataError: the network fails.
+    """
+    if not encoder.is_open:
+        return
+    first, second, same = _people_twice(faces)
+    if int(same.sum()) < _FEWEST:
+        if victims is None or pairs is None:
+            return
+        some = torch.cat([_spread((pairs.same == kind).nonzero().squeeze(1)) for kind in (True, False)])
+        faces, first, second, same = victims, pairs.first[some], pairs.second[some], pairs.same[some]
+    used, index = torch.unique(torch.stack((first, second)), return_inverse=True)
+    images = sent(to_float(faces.images[used].to(encoder.form.device)))
+    try:
+        encoder.probe(images, index, same)
+    except ValueError as error:
+        raise DataError(f"{role}: {error}") from error
+
+
+def open_encoder(
+    path: Path,
+    device: torch.device | str = "cpu",
+    given: InputForm = AS_READ,
+    *,
+    role: str,
+    pictures: bool = False,
+) -> FaceEncoder:
+    """The recogniser in a file, or of the plug-in of that name (:func:`bench.nets.brought.open_recogniser`).
+
+    Raises:
+        MissingError: there is no such file, or one is not there in which it keeps its weights.
+        DataError: it is no recogniser, damaged, or it fails on a face.
+        UsageError: ``given`` contradicts it.
+    """
+    _check_files(path, role)
+    try:
+        return open_recogniser(path, device, given, pictures=pictures)
+    except ValueError as error:
+        raise DataError(f"{role}: {error}") from error
+
+
+def brought_recogniser(encoder: FaceEncoder, shape: tuple[int, int, int], sender: str, role: str) -> BroughtRecogniser:
+    """A recogniser that was brought along, behind the ``sender`` of representations of ``shape``.
+
+    Raises:
+        UsageError: it takes another shape.
+    """
+    try:
+        return BroughtRecogniser(encoder, shape)
+    except ValueError as error:
+        raise UsageError(
+            f"--{role.replace('_', '-')}: {error} by {sender}: give a recogniser that was trained behind it, or leave "
+            "it out so that one is trained"
+        ) from error
 
 
 def check_evaluators(paths: Sequence[Path]) -> None:
     """Try each file on a face.
 
     Raises:
-        MissingError, DataError: as :meth:`Evaluator.from_onnx`.
+        MissingError, DataError: as :func:`open_encoder`.
         UsageError: two of them are the same network, byte for byte.
     """
     seen: dict[str, Path] = {}
@@ -162,15 +231,16 @@ def check_evaluators(paths: Sequence[Path]) -> None:
 
 
 def check_no_judge(path: Path, evaluators: Sequence[Path], role: str) -> None:
-    """Try the provider's ``teacher``, or its ``recogniser``, on a face, and refuse one that is also a judge.
+    """Refuse a provider's ``teacher``, or its ``recogniser``, that is also a judge.
 
     Raises:
-        MissingError, DataError: as :meth:`Evaluator.from_onnx`.
+        MissingError, DataError: as :func:`open_encoder`.
         UsageError: it is one of the ``evaluators``, byte for byte.
     """
-    digest = _tried(path, role)
+    _check_files(path, role)
+    digest = _tried(path, role) if role == "teacher" else digest_of(path)
     for evaluator in evaluators:
-        if file_digest(evaluator) == digest:
+        if digest_of(evaluator) == digest:
             is_it = "one that the provider's was trained by" if role == "teacher" else "the provider's own"
             raise UsageError(
                 f"--{role} {path} and --evaluator {evaluator} are one file: the recogniser that judges leakage may "
@@ -179,9 +249,9 @@ def check_no_judge(path: Path, evaluators: Sequence[Path], role: str) -> None:
 
 
 def _tried(path: Path, role: str) -> str:
-    """Try a file on a face; its digest."""
+    """Try a recogniser of plain faces; its digest."""
     _check_files(path, role)
-    digest = file_digest(path)
+    digest = digest_of(path)
     _opened(path, digest, role)
     return digest
 
@@ -189,12 +259,18 @@ def _tried(path: Path, role: str) -> str:
 @functools.cache
 def _opened(path: Path, digest: str, role: str) -> None:
     """Open the file of this digest, once in a process: a sweep asks for every cell."""
-    Evaluator.from_onnx(path, role=role)
+    Evaluator.from_file(path, role=role)
 
 
 def _check_files(path: Path, role: str) -> None:
+    if is_plugin(path):
+        return
     if not path.is_file():
-        raise MissingError(f"{role}: {path} does not exist; give --{role} or BENCH_{role.upper()} an ONNX file")
+        flag, names = role.replace("_", "-"), ", ".join(plugins.recognisers())
+        raise MissingError(
+            f"{role}: {path} does not exist; give --{flag} or BENCH_{role.upper()} a recogniser's file"
+            f"{f', or one of {names}' if names else ''}"
+        )
     try:
         files_of(path)
     except ValueError as error:

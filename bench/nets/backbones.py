@@ -13,13 +13,19 @@ everything that names a backbone (flags, configurations, caches, checkpoints) ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 from torch import nn
 
 from bench.registry import Registry, target
+
+#: ArcFace's IResNets: residual units of each of the four stages.
+IRESNETS: Mapping[str, tuple[int, int, int, int]] = MappingProxyType(
+    {"ir-18": (2, 2, 2, 2), "ir-34": (3, 4, 6, 3), "ir-50": (3, 4, 14, 3), "ir-100": (3, 13, 30, 3)}
+)
 
 
 class BackboneBuilder(Protocol):
@@ -88,10 +94,8 @@ class Backbones(Registry[BackboneBuilder]):
 
 BACKBONES = Backbones()
 BACKBONES.add("ir-tiny", target("bench.nets.iresnet:tiny_iresnet"))
-BACKBONES.add("ir-18", _iresnet((2, 2, 2, 2)))
-BACKBONES.add("ir-34", _iresnet((3, 4, 6, 3)))
-BACKBONES.add("ir-50", _iresnet((3, 4, 14, 3)))
-BACKBONES.add("ir-100", _iresnet((3, 13, 30, 3)))
+for _name, _layers in IRESNETS.items():
+    BACKBONES.add(_name, _iresnet(_layers))
 BACKBONES.add("mobilefacenet", target("bench.nets.mobilefacenet:MobileFaceNet"))
 for _family, _sizes in (("partialformer", ("tiny", "small")), ("vit", ("tiny", "tiny-equal", "small", "small-equal"))):
     for _size in _sizes:

@@ -1,45 +1,31 @@
-"""Published face recognisers in ONNX files, run by onnxruntime: what they are fed is read from the graph, or tried."""
+"""Published face recognisers in ONNX files, run by onnxruntime: what they are fed is read from the graph."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from bench.files import sha256
-from bench.images import to_float
-from bench.nets.recogniser import Recogniser, RecogniserSpec
-
-#: Input range -> scale and shift of faces in [0, 1]. The first is what the field publishes.
-RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {"(255x-127.5)/128": (255 / 128, -127.5 / 128), "0..255": (255.0, 0.0), "0..1": (1.0, 0.0)}
-)
-#: Order of the channels. The first is what the field publishes.
-COLOURS = ("RGB", "BGR")
-#: A graph that leaves its sizes open gets faces of so many pixels, those of the field's template.
-_SIDE = 112
+from bench.nets.encoder import PICTURE, FaceEncoder, Told
+from bench.nets.options import AS_READ, RANGES, InputForm
 
 #: What a graph may do to its input before it normalises it: neither moves nor scales a value.
 _PASSED = frozenset({"Cast", "Gather", "Identity", "Slice", "Transpose"})
 _AFFINE = frozenset({"Add", "BatchNormalization", "Div", "Mul", "Sub"})
+#: Types of values that a network has learnt: float, float16, double, bfloat16 (TensorProto.DataType of ONNX).
+_FLOATS = (1, 10, 11, 16)
 #: A range is the one that a graph normalises if it comes out this wide at least, and no value larger than this.
 _WIDTH, _LARGEST = 0.3, 4.0
-
-#: Another input range or order of colours must separate faces better than what the field publishes by this factor.
-_MARGIN = 1.02
-#: How far embeddings of one face alone and beside another may differ, of the largest value.
-_ALIKE = 1e-3
 
 
 def file_digest(path: Path) -> str:
@@ -119,13 +105,10 @@ class _Normalisation:
         return bool(np.ptp(ends, axis=0).min() >= _WIDTH and np.abs(ends).max() <= _LARGEST)
 
 
-def _normalisation(path: Path) -> _Normalisation | None:
+def _normalisation(model: Any, path: Path) -> _Normalisation | None:
     """The normalisation at the entry of a graph, one operation after the other; None where there is none."""
     from onnx import numpy_helper
 
-    model = _model(path)
-    if model is None:
-        return None
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     constants |= {
@@ -172,49 +155,78 @@ def _normalisation(path: Path) -> _Normalisation | None:
     return _Normalisation(", ".join(told), scale, shift) if told else None
 
 
-class OnnxEncoder(nn.Module):
-    """A published face recogniser from an ONNX file: faces to embeddings, nothing to train.
+#: Entries of an ONNX file's metadata (docs/MetadataProps.md of ONNX) that say what a picture's values are.
+_SAID = {
+    "Image.NominalPixelRange": {"nominalrange_0_255": "0..255", "normalized_0_1": "0..1", "normalized_1_1": "-1..1"},
+    "Image.BitmapPixelFormat": {"rgb8": "RGB", "bgr8": "BGR"},
+}
 
-    One float input, (N, 3, H, W) or (N, H, W, 3), and one output (N, D). Faces of another size are resized; free sizes
-    mean 112 x 112. What the values of the input are, :data:`RANGES` and :data:`COLOURS`, no file says: it is read off
-    a normalisation at the entry of the graph where that is clear, else taken for what the field publishes,
-    RGB as (255 x - 127.5) / 128 of faces x in [0, 1], until :meth:`probe` has tried all on faces of known people.
-    The network is tried on a face, and on two at once, when it is opened: one that cannot take several gets them one by
-    one. The weights stay in the file: what ``state_dict()`` carries is its digest, by which another file is found out,
-    and the form of the input.
+
+def _told(model: Any, path: Path, shape: list[int | None], given: str | None) -> Told:
+    """What a graph whose input has this shape, and its metadata, say of the input.
+
+    Axes are told apart by their denotations (docs/DimensionDenotation.md of ONNX), else by where three channels are,
+    else by the layout that is ``given``.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    entry = next(entry for entry in model.graph.input if entry.name not in constants)
+    denoted = [axis.denotation for axis in entry.type.tensor_type.shape.dim]
+    if "DATA_CHANNEL" in denoted:
+        last = denoted[3] == "DATA_CHANNEL"
+    elif (shape[1] == PICTURE) == (shape[3] == PICTURE):
+        last = given == "NHWC"
+    else:
+        last = shape[3] == PICTURE
+    high, wide = shape[1:3] if last else shape[2:]
+    said = {entry.key: entry.value.lower() for entry in model.metadata_props}
+    span, colours = (values.get(said.get(key, "")) for key, values in _SAID.items())
+    normalisation = _normalisation(model, path)
+    suiting = tuple(
+        name
+        for name, (scale, shift) in RANGES.items()
+        if normalisation is None or normalisation.suits(shift, scale + shift)
+    )
+    return Told(
+        layout="NHWC" if last else "NCHW",
+        channels=shape[3] if last else shape[1],
+        size=(high, wide),
+        batch=shape[0],
+        range=span,
+        colours=colours,
+        suiting=suiting or tuple(RANGES),
+        normalisation="" if normalisation is None else normalisation.text,
+    )
+
+
+class OnnxEncoder(FaceEncoder):
+    """A face recogniser in an ONNX file: one float input, (N, C, H, W) or (N, H, W, C), and one output (N, D).
+
+    It has no gradients. What it is fed is read off its metadata, or off a normalisation at the entry of the graph where
+    that is clear.
 
     Args:
         path: the file; weights that it keeps in others are looked for beside it.
         device: runs on CUDA where this says so and onnxruntime can, else on the processor, with as many threads as
             torch uses.
+        given: what its input is, by who brings it.
+        pictures: refuse a network of other than three channels.
 
     Attributes:
-        files: the file and those that hold its weights.
-        layout: ``NCHW`` or ``NHWC``.
-        input_size: (H, W) that the network takes.
-        batch_size: faces per run where the file or the graph fixes it, else None.
-        normalisation: the operations at the entry of the graph that scale its input, in words; empty if there are none.
-        embedding_size: D.
-        digest: uint8 (32,) buffer, :func:`file_digest`.
-        form: int64 (2,) buffer, the input range and the order of colours as places in their lists.
         providers: the onnxruntime execution providers in use.
 
     Raises:
         ValueError: there is no such file, it is no ONNX model of that form, or the network fails on a face.
+        UsageError: ``given`` contradicts the file.
     """
 
-    digest: Tensor
-    form: Tensor
+    format = "onnx"
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        super().__init__()
+    def __init__(self, path: Path, device: torch.device, given: InputForm = AS_READ, *, pictures: bool = True) -> None:
         import onnxruntime
 
         if not path.is_file():
             raise ValueError(f"{path} does not exist: name the ONNX file of a face recogniser")
-        self.path, self.files = path, files_of(path)
-        self._loaded = torch.frombuffer(bytearray.fromhex(file_digest(path)), dtype=torch.uint8)
-        self.register_buffer("digest", self._loaded.clone())
+        super().__init__(path, files_of(path), file_digest(path))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # Idle workers would spin between batches and take the cores from torch, which works in turns with them.
@@ -235,7 +247,7 @@ class OnnxEncoder(nn.Module):
         shapes = [[size if isinstance(size, int) and size > 0 else None for size in end.shape] for end in ends]
         if (
             [len(shape) for shape in shapes] != [4, 2]
-            or not {3, None} & {shapes[0][1], shapes[0][3]}
+            or (pictures and not {PICTURE, None} & {shapes[0][1], shapes[0][3]})
             or ends[0].type != "tensor(float)"
         ):
             raise ValueError(
@@ -243,175 +255,26 @@ class OnnxEncoder(nn.Module):
                 f"outputs {[(end.type, shape) for end, shape in zip(ends, shapes, strict=True)]}"
             )
         self._input = ends[0].name
-        self.layout = "NCHW" if shapes[0][1] == 3 or shapes[0][3] != 3 else "NHWC"
-        height, width = shapes[0][2:] if self.layout == "NCHW" else shapes[0][1:3]
-        self.input_size: tuple[int, int] = (height or _SIDE, width or _SIDE)
-        self.batch_size: int | None = shapes[0][0]
-        normalisation = _normalisation(path)
-        self.normalisation = "" if normalisation is None else normalisation.text
-        self._ranges = [
-            number
-            for number, (scale, shift) in enumerate(RANGES.values())
-            if normalisation is None or normalisation.suits(shift, scale + shift)
-        ] or list(range(len(RANGES)))
-        self.register_buffer("form", torch.tensor([self._ranges[0], 0]))
-        self.embedding_size = self._try()
-
-    @property
-    def sha256(self) -> str:
-        """:func:`file_digest` of the file."""
-        return bytes(self._loaded.tolist()).hex()
-
-    @property
-    def input_range(self) -> str:
-        """What the network is fed, one of :data:`RANGES`."""
-        return list(RANGES)[int(self.form[0])]
-
-    @property
-    def colours(self) -> str:
-        """The order of its channels, one of :data:`COLOURS`."""
-        return COLOURS[int(self.form[1])]
-
-    def _try(self) -> int:
-        """Embed a face, and two; those of a network that fails on two, or mixes them up, are run one by one.
-
-        Returns:
-            The size of the embeddings.
-        """
-        side = torch.linspace(0, 1, self.input_size[0])[:, None], torch.linspace(1, 0.2, self.input_size[1])
-        picture = (side[0] * side[1]).expand(1, 3, -1, -1)
-        faces = torch.cat((picture, 1 - picture.flip(2)))
-        alone = torch.cat([self(face[None]) for face in faces])
-        if self.batch_size is None:
-            try:
-                together = self(faces)
-            except ValueError:
-                together = None
-            if together is None or (together - alone).abs().max() > _ALIKE * alone.abs().max():
-                self.batch_size = 1
-        return alone.shape[1]
+        model = _model(path)
+        assert model is not None  # onnxruntime has read it
+        self.values = sum(math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type in _FLOATS)
+        self.take(_told(model, path, shapes[0], given.layout), given)
 
     @torch.no_grad()
     def forward(self, faces: Tensor) -> Tensor:
-        """Embeddings float32 (N, D), not normalised, of faces (N, 3, H, W) in [0, 1], on their device.
+        """As :meth:`FaceEncoder.forward`, without gradients."""
+        return super().forward(faces)
 
-        Raises:
-            ValueError: the digest that was loaded is that of another file, the network fails, or the embeddings are not
-                finite.
-        """
-        if not torch.equal(self.digest.cpu(), self._loaded):
-            raise ValueError(f"{self.path} is not the file that was fitted with: fit again")
-        scale, shift = RANGES[self.input_range]
-        pixels = scale * resized(faces.float(), self.input_size) + shift
-        pixels = pixels.flip(1) if self.colours == "BGR" else pixels
-        pixels = (pixels if self.layout == "NCHW" else pixels.movedim(1, 3)).cpu()
-        size = self.batch_size or max(1, len(pixels))
-        parts = []
-        for chunk in pixels.split(size):
-            missing = 0 if self.batch_size is None else size - len(chunk)
-            parts.append(self._run(torch.cat((chunk, chunk[-1:].expand(missing, -1, -1, -1))))[: len(chunk)])
-        embedded = torch.cat(parts).to(faces.device, torch.float32)
-        if not torch.isfinite(embedded).all():
-            raise ValueError(f"{self.path} returned embeddings that are not finite")
-        return embedded
-
-    def _run(self, pixels: Tensor) -> Tensor:
-        what = f"{self.path} fails on {len(pixels)} face(s) as {tuple(pixels.shape)} ({self.layout})"
-        try:
-            (embeddings,) = self._session.run(None, {self._input: pixels.contiguous().numpy()})
-        except Exception as error:  # nor have onnxruntime's exceptions here
-            node = re.search(r"running (\w+) node", str(error))
-            raise ValueError(
-                f"{what}{f', in its {node[1]} node' if node else ''}: it is no face recogniser, or a broken export"
-            ) from error
-        if embeddings.ndim != 2 or len(embeddings) != len(pixels):
-            raise ValueError(f"{what}: it returns {embeddings.shape}, expected ({len(pixels)}, D)")
+    def run(self, pixels: Tensor) -> Tensor:
+        """By onnxruntime, on the processor's copy of the pixels."""
+        (embeddings,) = self._session.run(None, {self._input: pixels.cpu().contiguous().numpy()})
         return torch.from_numpy(embeddings)
 
-    def probe(self, faces: Tensor, pairs: Tensor, same: Tensor) -> None:
-        """Find the input range and the order of colours under which faces of different people are farthest apart.
+    def explained(self, error: Exception) -> str:
+        """The node that failed, of the many lines that onnxruntime writes."""
+        node = re.search(r"running (\w+) node", str(error))
+        return f"{f', in its {node[1]} node' if node else ''}: it is no face recogniser, or a broken export"
 
-        The measure is :func:`separation`. All ranges that a normalisation in the graph does not rule out are tried,
-        then the other order of colours, and where that is better the ranges again. What the field publishes stays
-        unless another is clearly better.
-
-        Args:
-            faces: uint8 or float in [0, 1], (N, 3, H, W).
-            pairs: int64 (2, P), which of them a pair shows.
-            same: bool (P,), whether that is one person; both kinds must be there.
-        """
-        faces = to_float(faces) if faces.dtype == torch.uint8 else faces
-
-        def found(form: tuple[int, int]) -> float:
-            self.form.copy_(torch.tensor(form))
-            try:
-                embeddings = functional.normalize(torch.cat([self(batch) for batch in faces.split(64)]), dim=1)
-            except ValueError:  # far out of its range a network may overflow
-                return -math.inf
-            return separation((embeddings[pairs[0]] * embeddings[pairs[1]]).sum(1), same)
-
-        values: dict[tuple[int, int], float] = {}
-
-        def best(forms: Iterable[tuple[int, int]]) -> tuple[int, int]:
-            values.update([(form, found(form)) for form in forms if form not in values])
-            most = max(values.values())
-            return min(form for form, value in values.items() if value == most or _MARGIN * value >= most)
-
-        span, _ = best((number, 0) for number in self._ranges)
-        span, colours = best([(span, 1)])
-        # Under the wrong order of colours the ranges may have been hard to tell apart.
-        self.form.copy_(torch.tensor(best((number, colours) for number in self._ranges)))
-
-
-class OnnxRecogniser(Recogniser):
-    """A recogniser of plain faces that was brought along: an :class:`OnnxEncoder`, which has no gradients.
-
-    It takes faces of ``image_size`` pixels a side.
-    """
-
-    def __init__(self, encoder: OnnxEncoder, image_size: int) -> None:
-        nn.Module.__init__(self)
-        self.spec = RecogniserSpec(
-            backbone=f"onnx:{encoder.path.stem}",
-            representation_shape=(3, image_size, image_size),
-            embedding_size=encoder.embedding_size,
-        )
-        self.encoder = encoder
-
-    def forward(self, representation: Tensor) -> Tensor:
-        """Embeddings float32 (N, D), not normalised, of faces (N, 3, H, W) in [0, 1]."""
-        embedding: Tensor = self.encoder(representation)
-        return embedding
-
-    def maps(self, representation: Tensor) -> Tensor:
-        """The embeddings, (N, D, 1, 1): a file tells of nothing else."""
-        maps: Tensor = self(representation)[..., None, None]
-        return maps
-
-    def __deepcopy__(self, memo: object) -> OnnxRecogniser:
+    def __deepcopy__(self, memo: object) -> OnnxEncoder:
         """Itself: nothing can change it, and its session cannot be copied."""
         return self
-
-
-def separation(scores: Tensor, same: Tensor) -> float:
-    """How far genuine scores lie above those of impostors, in their mean standard deviation (d', Daugman 2000).
-
-    Args:
-        scores: float (P,).
-        same: bool (P,).
-
-    Example:
-        >>> import torch
-        >>> separation(torch.tensor([3.0, 5.0, -1.0, 1.0]), torch.tensor([True, True, False, False]))
-        4.0
-    """
-    genuine, impostor = scores[same].double(), scores[~same].double()
-    spread = ((genuine.var(correction=0) + impostor.var(correction=0)) / 2).sqrt().clamp_min(1e-9)
-    return float((genuine.mean() - impostor.mean()) / spread)
-
-
-def resized(faces: Tensor, size: tuple[int, int]) -> Tensor:
-    """Float faces (N, 3, H, W) in [0, 1] at another size: bilinear, with anti-aliasing; clipped to [0, 1]."""
-    if tuple(faces.shape[-2:]) == size:
-        return faces
-    return functional.interpolate(faces, size, mode="bilinear", antialias=True).clamp(0, 1)

@@ -11,19 +11,17 @@ from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bench.errors import BenchError, DataError, MissingError
+from bench.errors import BenchError, DataError
 from bench.files import replacing
-from bench.nets.recogniser import Recogniser, RecogniserSpec
+from bench.nets.checkpoints import FORMAT, load_tensors
+from bench.nets.recogniser import Recogniser
 from bench.progress import Report
 from bench.recognition.learner import Learner
 from bench.recognition.processes import Processes, processes_of
-
-#: Marks the header entry, and changes when the layout does.
-FORMAT = "bench-recognition-1"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
@@ -50,29 +48,6 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str
     write_tensors(path, tensors, {"format": FORMAT, "details": json.dumps(details)})
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse of :func:`save_tensors`, on the CPU.
-
-    Raises:
-        MissingError: there is no such file.
-        DataError: the file is damaged or not one of ours.
-    """
-    if not path.is_file():
-        raise MissingError(f"no checkpoint at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        if header.get("format") != FORMAT:
-            raise ValueError(f"its format is {header.get('format')!r}, expected {FORMAT!r}")
-        details = json.loads(header["details"])
-        if not isinstance(details, dict):
-            raise ValueError("its details are no JSON object")
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise DataError(f"cannot read checkpoint {path}: {error}; delete it to start again") from error
-    return tensors, details
-
-
 def save_recogniser(recogniser: Recogniser, path: Path, details: Mapping[str, Any] | None = None) -> None:
     """Write a recogniser's weights and what it was built from.
 
@@ -85,26 +60,6 @@ def save_recogniser(recogniser: Recogniser, path: Path, details: Mapping[str, An
     save_tensors(
         path, recogniser.state_dict(), {"spec": recogniser.spec.model_dump(mode="json"), "details": dict(details or {})}
     )
-
-
-def load_recogniser(path: Path, device: torch.device | str = "cpu") -> tuple[Recogniser, dict[str, Any]]:
-    """A recogniser in evaluation mode, and the details it was saved with.
-
-    Raises:
-        MissingError: there is no such file.
-        DataError: the file is damaged, or its weights do not fit what it says it holds.
-    """
-    tensors, content = load_tensors(path)
-    try:
-        spec = RecogniserSpec.model_validate(content["spec"])
-        details = dict(content["details"])
-        with torch.device("meta"):
-            recogniser = Recogniser(spec)
-        recogniser.load_state_dict(tensors, assign=True)
-    except (BenchError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path} holds no usable recogniser: {error}; delete it to train again") from error
-    recogniser = recogniser.to(device).to(memory_format=torch.channels_last)
-    return recogniser.eval(), details
 
 
 class History:

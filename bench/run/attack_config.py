@@ -10,7 +10,7 @@ from typing import Any
 from attacks.base import GRANTS, Attack, FitReport, Knowledge
 from bench import plugins
 from bench.errors import BenchError, MissingError, NotApplicableError, UsageError
-from bench.nets.onnx import file_digest
+from bench.nets.brought import digest_of
 from bench.run.config import DATA, INTERCEPTIONS, Budget, RunConfig
 from defenses.base import Defense
 
@@ -138,7 +138,7 @@ def check_coverage(report: FitReport, defense: Defense, knowledge: str) -> bool 
 
 
 def option_files(attack: Attack) -> dict[str, str]:
-    """Option -> digest of all bytes of the file that it names (:func:`bench.nets.onnx.file_digest`), where it is there.
+    """Option -> digest of the file that it names (:func:`bench.nets.brought.digest_of`), where it is there.
 
     Of an attack that is made of others theirs, too, as ``NAME.OPTION``.
 
@@ -150,7 +150,7 @@ def option_files(attack: Attack) -> dict[str, str]:
         for member in attack.members:
             for option, value in member.options:
                 if isinstance(value, Path) and value.is_file():
-                    digests[option if member is attack else f"{member.name}.{option}"] = file_digest(value)
+                    digests[option if member is attack else f"{member.name}.{option}"] = digest_of(value)
     except ValueError as error:
         raise MissingError(f"attack {attack.name}: {error}") from error
     return digests
@@ -163,13 +163,14 @@ def check_attack(
     evaluators: Sequence[Path] = (),
     teacher: Path | None = None,
     recogniser: Path | None = None,
+    plain_recogniser: Path | None = None,
 ) -> None:
     """Refuse, before any compute, an attack that cannot work, or that was given another role's recogniser.
 
     Raises:
         UsageError: it needs what the rung ``knowledge`` does not grant (the message names the rungs that would do), or
-            an option of it is one of the ``evaluators``, or the provider's ``teacher`` or ``recogniser``, under
-            whatever name.
+            an option of it is one of the ``evaluators``, or the provider's ``teacher`` or one of its recognisers,
+            under whatever name.
         MissingError: a file keeps weights in another that is not there.
         NotApplicableError: the attack says that it cannot work on this defence.
     """
@@ -179,14 +180,14 @@ def check_attack(
             f"attack {attack.name} needs {', '.join(sorted(missing))}, which --knowledge {knowledge} does not grant: "
             f"use --knowledge {enough or 'of another attack'}"
         )
-    taken = {file_digest(file): (file, "evaluator") for file in evaluators if file.is_file()}
-    for role, file in (("teacher", teacher), ("recogniser", recogniser)):
-        if file is not None:
-            taken[file_digest(file)] = (file, role)
+    taken = {digest_of(file): (file, "evaluator") for file in evaluators if file.is_file()}
+    brought = (("teacher", teacher), ("recogniser", recogniser), ("plain-recogniser", plain_recogniser))
+    taken |= {digest_of(file): (file, role) for role, file in brought if file is not None}
     why = {
         "evaluator": "that judges leakage",
         "teacher": "that the provider's is trained by",
         "recogniser": "that is the provider's",
+        "plain-recogniser": "that is the provider's",
     }
     for option, digest in option_files(attack).items():
         if digest in taken:

@@ -21,6 +21,7 @@ from bench import plugins
 from bench.data.loaders import DataName
 from bench.errors import DataError, MissingError, UsageError
 from bench.files import decode_text, write_text
+from bench.nets.options import AS_READ, InputForm
 from bench.plugins import Option, describe, explain
 from bench.recognition.options import PUBLISHED, TrainingOptions
 
@@ -169,7 +170,10 @@ class Shares(BaseModel):
 
 
 #: Settings that came after the first runs, which keep their names where these are not given.
-_LATER = ("limit", "recogniser", "template", "verify", "distractors")
+_LATER = (
+    *("limit", "recogniser", "recogniser_input", "plain_recogniser", "plain_recogniser_input"),
+    *("template", "verify", "distractors"),
+)
 
 
 def listed(files: str) -> list[str]:
@@ -211,19 +215,30 @@ class RunConfig(BaseModel):
     backbone: str = Field("ir-18", description="Recogniser network (bench list backbones).")
     evaluator: tuple[Path, ...] = Field(
         (),
-        description="ONNX recogniser that judges identity leakage, or several: A,B; without any, one is trained.",
+        description="Recogniser of plain faces that judges identity leakage, a file as for --recogniser, or several: "
+        "A,B; without any, one is trained.",
         json_schema_extra={"metavar": "FILE[,FILE]"},
     )
     teacher: Path | None = Field(
         None,
-        description="ONNX recogniser of plain faces that the provider's recognisers learn to agree with.",
+        description="Recogniser of plain faces that the provider's recognisers learn to agree with, a file as for "
+        "--recogniser.",
         json_schema_extra={"metavar": "FILE"},
     )
     recogniser: Path | None = Field(
         None,
-        description="ONNX recogniser of plain faces that the provider brings along: nothing is trained.",
+        description="Recogniser that the provider brings along, of what the defence sends: a file (ONNX, torch.export, "
+        "TorchScript, safetensors, state_dict) or the name of a plug-in; none is trained in its place.",
         json_schema_extra={"metavar": "FILE"},
     )
+    recogniser_input: InputForm = AS_READ
+    plain_recogniser: Path | None = Field(
+        None,
+        description="Recogniser of plain faces, of these kinds, for the figures without the defence; without it one is "
+        "trained.",
+        json_schema_extra={"metavar": "FILE"},
+    )
+    plain_recogniser_input: InputForm = AS_READ
     template: str | None = Field(
         None, description="Template defence of what is stored of a face, behind the defence: as --defense A+TEMPLATE."
     )
@@ -326,7 +341,7 @@ class RunConfig(BaseModel):
 
     def identifying(self) -> dict[str, Any]:
         """The part that decides the figures: all but where files go and what is reused."""
-        unset = {name for name in _LATER if getattr(self, name) in (None, ())}
+        unset = {name for name in _LATER if getattr(self, name) in (None, (), AS_READ)}
         return self.model_dump(mode="json", exclude={"out", "resume", *unset})
 
 

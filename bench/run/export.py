@@ -22,8 +22,8 @@ from bench.data.synthetic import SyntheticOptions, load_synthetic
 from bench.errors import BenchError, DataError, MissingError, UsageError
 from bench.files import replacing, sha256
 from bench.images import to_float
+from bench.nets.checkpoints import load_recogniser
 from bench.randomness import Streams
-from bench.recognition.state import load_recogniser
 from bench.run.config import RunConfig, run_config
 from bench.run.machines import make_fabric
 from bench.run.provider import load_defense
@@ -136,7 +136,7 @@ def _checkpoint(run: Path, name: str) -> Path:
 def _recogniser(run: Path, defense: Defense) -> tuple[nn.Module, list[Tensor]]:
     checkpoint = _checkpoint(run, "recogniser")
     if (brought := run_config(run).recogniser) is not None:
-        raise UsageError(f"the recogniser of {run} was brought along and is an ONNX file already: {brought}")
+        raise UsageError(f"the recogniser of {run} was brought along and is not written again: {brought}")
     recogniser, _ = load_recogniser(checkpoint)
     example = torch.randn(_OTHER, *recogniser.spec.representation_shape, generator=Streams(0).generator("export"))
     if defense.name == "none" or (isinstance(defense, TemplateDefense) and defense.behind is None):

@@ -29,7 +29,7 @@ from bench.run.launch import Launch
 from bench.run.linkage import run_linkage
 from bench.run.machines import ConnectedProcesses, make_fabric
 from bench.run.protocols import check_packs, find_packs
-from bench.run.provider import Stages, channel_energy
+from bench.run.provider import Stages, channel_energy, check_brought, unknown_training
 from bench.run.recovery import run_recovery
 from bench.run.speed import provider_speed
 from bench.run.stage import Job, StageCache
@@ -68,16 +68,7 @@ class Pipeline:
         check_evaluators(config.evaluator)
         if config.teacher is not None:
             check_no_judge(config.teacher, config.evaluator, "teacher")
-        if config.recogniser is not None:
-            check_no_judge(config.recogniser, config.evaluator, "recogniser")
-            behind = defense.behind if isinstance(defense, TemplateDefense) else defense
-            if behind is not None and behind.name != "none":
-                raise UsageError(
-                    f"--recogniser {config.recogniser} knows plain faces and nothing that {behind.name} sends: leave "
-                    f"it out, so that one is trained behind {behind.name}"
-                )
-            if config.teacher is not None:
-                raise UsageError("with a --recogniser of the provider's nothing is trained by --teacher: give one")
+        check_brought(config, defense)
         for configs in self.attack_configs.values():
             for attack_config in configs:
                 check_attack(
@@ -87,6 +78,7 @@ class Pipeline:
                     config.evaluator,
                     config.teacher,
                     config.recogniser,
+                    config.plain_recogniser,
                 )
         for registry, name in (
             (DATASETS, config.dataset),
@@ -194,15 +186,18 @@ class Pipeline:
 
         results = [findings.results[name] for name in last]
         figures = {"attacks": dict(zip(last, results, strict=True))} if findings.several else dict(results[0])
+        told = stages.brought_info(defense) if recognised else {}
+        unknown = unknown_training(told)
         dataset = self._dataset(stages, len(attacks.selection.attacked))
         described = defense.describe()
         return RunResult(
             run_id=store.run_id,
             status="success",
-            warnings=[*self.warnings(dataset, defense), *stages.splits.notes, *notes, *findings.warnings],
+            warnings=[*self.warnings(dataset, defense), *unknown, *stages.splits.notes, *notes, *findings.warnings],
             defense=DefenseInfo.of(described | channel_energy(described, stages.splits.public.images)),
             **findings.judges,
             teacher=stages.teacher_info() if recognised and config.teacher is not None else None,
+            recognisers=told,
             dataset=dataset,
             utility=utility,
             template=template,

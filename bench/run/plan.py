@@ -228,7 +228,10 @@ def _of_provider(
     for role, target in recognisers:
         job = stages.recogniser_job(target, role)
         pretend = functools.partial(_pretend_trained, stages, target, role)
-        yield Step(job, _training(stages, role), f"recogniser-{role}-", pretend=pretend)
+        if stages.brought(target, role) is not None:
+            yield Step(job, job.what, "recogniser-brought", timed=False)
+        else:
+            yield Step(job, _training(stages, role), f"recogniser-{role}-", pretend=pretend)
     if config.utility:
         if config.teacher is not None:
             what = f"embed {_about(stages, 'victims')} by the teacher"
@@ -328,8 +331,10 @@ def _work(stage: str, attack: str | None, config: RunConfig, sizes: Mapping[str,
         case "recogniser" if stage.startswith("recogniser-evaluator"):
             training = config.labels_only
             return float(sizes["evaluator"] * training.epochs), [size, config.evaluator_backbone, training.views]
+        case "recogniser" if stage.startswith("recogniser-brought"):
+            return 1.0, [size, config.recogniser, config.plain_recogniser]
         case "recogniser":
-            pace = [size, config.backbone, config.training.views, config.recogniser]
+            pace = [size, config.backbone, config.training.views]
             return float(sizes["provider"] * config.training.epochs), pace
         case "defense":
             pace = [size, config.preset, config.backbone, config.defense, config.defense_options]

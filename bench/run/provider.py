@@ -12,7 +12,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,30 @@ from bench.data.stream.scan import Scan, scan
 from bench.errors import BenchError, DataError, MissingError, UsageError
 from bench.files import write_text
 from bench.images import to_float
-from bench.metrics.evaluator import Evaluator, brought_recogniser, judge_names
+from bench.metrics.evaluator import (
+    Evaluator,
+    brought_recogniser,
+    check_no_judge,
+    describe,
+    judge_names,
+    open_encoder,
+    probe,
+)
 from bench.metrics.verification import pair_scores
 from bench.nets.augmentation import augment
+from bench.nets.brought import digest_of, plugin_module
+from bench.nets.checkpoints import load_recogniser
+from bench.nets.encoder import BroughtRecogniser, FaceEncoder
 from bench.nets.heads import MarginHead
-from bench.nets.onnx import file_digest
+from bench.nets.options import AS_READ, InputForm
 from bench.nets.recogniser import Recogniser, TemplateReader, build_recogniser
 from bench.progress import ProgressBars, Report
 from bench.randomness import Streams
 from bench.recognition.embed import embed_faces
 from bench.recognition.options import TrainingOptions
-from bench.recognition.state import load_recogniser, save_recogniser, write_tensors
+from bench.recognition.state import save_recogniser, write_tensors
 from bench.recognition.training import TrainingReport, build_head, train
-from bench.results import TeacherInfo
+from bench.results import RecogniserInfo, TeacherInfo
 from bench.run.config import RunConfig
 from bench.run.enrolment import TemplateSystem
 from bench.run.machines import ConnectedProcesses, TrainingOrder
@@ -77,6 +88,74 @@ def channel_energy(described: dict[str, Any], faces: Tensor) -> dict[str, list[f
         total += sent.abs().mean(dim=(2, 3)).sum(dim=0)
     per_channel: Tensor = (total / len(sample)).view(3, -1).sum(dim=0)
     return {"channel_energy": per_channel.tolist()}
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """A recogniser that somebody brought along.
+
+    Attributes:
+        setting: ``recogniser`` or ``plain_recogniser``.
+        source: its file, or the name of a plug-in.
+        given: what its input is, by who brings it.
+    """
+
+    setting: str
+    source: Path
+    given: InputForm
+
+    def fitted(self, encoder: FaceEncoder, form: Tensor, sender: Defense) -> Recogniser:
+        """The recogniser behind a defence, fed as was found out.
+
+        Raises:
+            UsageError: it takes other representations than the defence sends.
+        """
+        encoder.form = form.to(encoder.form.device)
+        return brought_recogniser(encoder, sender.representation_shape, sender.name, self.setting)
+
+
+def check_brought(config: RunConfig, defense: Defense) -> None:
+    """Try the recognisers that somebody brings along, before any compute.
+
+    Raises:
+        MissingError, DataError: as :func:`bench.metrics.evaluator.open_encoder`.
+        UsageError: one takes something else than it is sent, is a judge, or contradicts another setting.
+    """
+    behind = defense.behind if isinstance(defense, TemplateDefense) else defense
+    plain = plugins.make_defense("none", {}, config.preset, config.image_size)
+    senders = {"recogniser": behind or plain, "plain_recogniser": plain}
+    for setting, sender in senders.items():
+        source: Path | None = getattr(config, setting)
+        if source is None:
+            if (given := getattr(config, f"{setting}_input")) != AS_READ:
+                said = ", ".join(given.model_dump(exclude_none=True))
+                raise UsageError(f"{setting}_input gives {said} of no recogniser: give one, or leave it out")
+            continue
+        check_no_judge(source, config.evaluator, setting)
+        if config.teacher is not None:
+            raise UsageError(f"a recogniser that is brought along learns from no --teacher: give one, or {source}")
+        if setting == "plain_recogniser" and senders["recogniser"].name == "none":
+            raise UsageError(
+                f"{defense.name} protects what a recogniser makes of plain faces: give {source} as --recogniser"
+            )
+        given, shape = getattr(config, f"{setting}_input"), sender.representation_shape
+        _try_brought(source, digest_of(source), given, shape, sender.name, setting)
+
+
+@functools.cache
+def _try_brought(
+    source: Path, digest: str, given: InputForm, shape: tuple[int, int, int], sender: str, setting: str
+) -> None:
+    """Try the recogniser of this digest, once in a process: a sweep asks for every cell."""
+    brought_recogniser(open_encoder(source, given=given, role=setting), shape, sender, setting)
+
+
+def unknown_training(recognisers: Mapping[str, RecogniserInfo]) -> list[str]:
+    """What a reader has to know of figures by recognisers that were brought along."""
+    return [
+        f"{told.name} was brought along: whom it learnt from is not known here, and the victims may be among them"
+        for told in recognisers.values()
+    ]
 
 
 class Stages(StageRunner):
@@ -380,10 +459,16 @@ class Stages(StageRunner):
     def recogniser_key(self, defense: Defense, role: str) -> str:
         """Key of the recogniser of the provider or the evaluator."""
         config, defense = self.config, self.seen_by_recogniser(defense)
-        if self.is_brought(defense, role):
-            assert config.recogniser is not None
-            brought = {"recogniser": file_digest(config.recogniser), "faces": self.faces_key, **self.trained_under()}
-            return make_key(brought, CODE["evaluation"])
+        if (brought := self.brought(defense, role)) is not None:
+            module = plugin_module(brought.source)
+            content = {
+                "recogniser": digest_of(brought.source),
+                "input": brought.given.model_dump(mode="json"),
+                "faces": self.faces_key,
+                "defense": self.defense_key(defense),
+                **self.trained_under(),
+            }
+            return make_key(content, (*CODE["evaluation"], *(plugin_code(module) if module else ())))
         backbone = config.backbone if role == "provider" else config.evaluator_backbone
         return make_key(
             {
@@ -407,15 +492,27 @@ class Stages(StageRunner):
         """What the recogniser is trained behind: of a template defence what comes before it, which may be nothing."""
         return defense if not isinstance(defense, TemplateDefense) else defense.behind or self._plain()
 
-    def is_brought(self, defense: Defense, role: str) -> bool:
-        """Whether the recogniser of plain faces in the file of the configuration stands for one that is trained."""
-        return self.config.recogniser is not None and role == "provider" and defense.name == "none"
+    def brought(self, defense: Defense, role: str) -> Brought | None:
+        """The recogniser that somebody brought along to stand for one that is trained behind a defence, if any."""
+        config, sender = self.config, self.seen_by_recogniser(defense)
+        if role != "provider":
+            return None
+        setting = "recogniser" if sender.name != "none" or self._sees_plain else "plain_recogniser"
+        source = getattr(config, setting)
+        return None if source is None else Brought(setting, source, getattr(config, f"{setting}_input"))
+
+    @functools.cached_property
+    def _sees_plain(self) -> bool:
+        """Whether the recogniser behind the run's own defence sees plain faces."""
+        config = self.config
+        own = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
+        return self.seen_by_recogniser(own).name == "none"
 
     def recogniser_job(self, defense: Defense, role: str) -> Job[Recogniser]:
         """The stage that trains a recogniser or, of one that is brought along, finds out what it is fed."""
         defense = self.seen_by_recogniser(defense)
-        if self.is_brought(defense, role):
-            return self._brought_job(defense)
+        if (brought := self.brought(defense, role)) is not None:
+            return self._brought_job(defense, brought)
 
         def make(folder: Path, report: Report) -> None:
             if self.processes is not None:
@@ -434,23 +531,36 @@ class Stages(StageRunner):
         what = f"train {role} recogniser on {defense.name}"
         return Job(f"recogniser-{role}-{defense.name}", key, what, make, read)
 
-    def _brought_job(self, defense: Defense) -> Job[Recogniser]:
+    def _brought_job(self, defense: Defense, brought: Brought) -> Job[Recogniser]:
         @functools.cache
-        def brought() -> Evaluator:
-            assert self.config.recogniser is not None
-            return Evaluator.from_onnx(self.config.recogniser, self.fabric.device, role="recogniser")
+        def encoder() -> FaceEncoder:
+            return open_encoder(brought.source, self.fabric.device, brought.given, role=brought.setting)
 
         def compute(resume: Path, report: Report) -> dict[str, Tensor]:
-            faces = self._provider_in_memory()
-            brought().probe(faces)
-            return {"form": brought().form}
+            generator = self.streams.generator(f"{brought.setting}/input")
+
+            def sent(faces: Tensor) -> Tensor:
+                return defense.protect(faces, generator).representation
+
+            probe(encoder(), self._provider_in_memory(), role=brought.setting, sent=sent)
+            return {"form": encoder().form}
 
         def read(tensors: dict[str, Tensor]) -> Recogniser:
-            brought().form = tensors["form"]
-            return brought_recogniser(brought(), self.config.image_size)
+            return brought.fitted(encoder(), tensors["form"], defense)
 
-        key, what = self.recogniser_key(defense, "provider"), "try the recogniser that was brought along"
-        return tensor_job("recogniser-brought", key, what, "recogniser.safetensors", compute, read)
+        stage = "recogniser-brought" if brought.setting == "recogniser" else "recogniser-brought-plain"
+        key, what = self.recogniser_key(defense, "provider"), f"try {brought.source.name} on {defense.name}"
+        return tensor_job(stage, key, what, "recogniser.safetensors", compute, read)
+
+    def brought_info(self, defense: Defense) -> dict[str, RecogniserInfo]:
+        """What a result says of the recognisers that were brought along, by their settings."""
+        told = {}
+        for target in (defense, self._plain()):
+            if (brought := self.brought(target, "provider")) is not None:
+                recogniser = self.do(self.recogniser_job(target, "provider"))
+                assert isinstance(recogniser, BroughtRecogniser)
+                told[brought.setting] = RecogniserInfo(name=brought.source.name, **describe(recogniser.encoder))
+        return told
 
     def train_along(self, order: TrainingOrder) -> None:
         """Do this process's part of a training that the first one of the processes makes."""
@@ -508,13 +618,13 @@ class Stages(StageRunner):
     def teacher(self) -> Evaluator:
         """The teacher, run as judges are."""
         assert self.config.teacher is not None
-        return Evaluator.from_onnx(self.config.teacher, self.fabric.device, role="teacher")
+        return Evaluator.from_file(self.config.teacher, self.fabric.device, role="teacher")
 
     @functools.cached_property
     def teacher_key(self) -> str:
         """Key of the teacher's embeddings of the provider's faces, whatever defence and training follow."""
         assert self.config.teacher is not None
-        content = {"teacher": file_digest(self.config.teacher), "faces": self.faces_key, **self.trained_under()}
+        content = {"teacher": digest_of(self.config.teacher), "faces": self.faces_key, **self.trained_under()}
         return make_key(content, (*CODE["evaluation"], *CODE["split"]))
 
     def teacher_job(self) -> Job[Tensor]:
@@ -679,7 +789,7 @@ class Stages(StageRunner):
     def evaluators(self) -> tuple[Evaluator, ...]:
         """The recognisers that judge identity leakage, one at least; neither defence nor attack ever sees them."""
         if files := self.config.evaluator:
-            opened = tuple(Evaluator.from_onnx(file, self.fabric.device) for file in files)
+            opened = tuple(Evaluator.from_file(file, self.fabric.device) for file in files)
             for evaluator, name in zip(opened, judge_names(files), strict=True):
                 evaluator.name = name
             return opened
@@ -724,7 +834,7 @@ class Stages(StageRunner):
                 "data": self.data_key,
                 "shares": self.config.shares,
                 "seed": self.config.seed,
-                "evaluator": file_digest(files[number]) if files else self.recogniser_key(self._plain(), "evaluator"),
+                "evaluator": digest_of(files[number]) if files else self.recogniser_key(self._plain(), "evaluator"),
                 "batch_size": self.config.batch_size,
                 **self.platform(),
             },
@@ -832,9 +942,10 @@ def load_defense(run: Path, config: RunConfig) -> Defense:
         checkpoint = folder / "recogniser.safetensors"
         recogniser: Recogniser
         if config.recogniser is not None:
-            brought = Evaluator.from_onnx(config.recogniser, role="recogniser")
-            brought.form = load_file(checkpoint)["form"]
-            recogniser = brought_recogniser(brought, config.image_size)
+            brought = Brought("recogniser", config.recogniser, config.recogniser_input)
+            encoder = open_encoder(brought.source, given=brought.given, role=brought.setting)
+            sender = defense.behind or plugins.make_defense("none", {}, config.preset, config.image_size)
+            recogniser = brought.fitted(encoder, load_file(checkpoint)["form"], sender)
         else:
             recogniser, _ = load_recogniser(checkpoint)
         defense.attach(recogniser, recogniser.spec.embedding_size)

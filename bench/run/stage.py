@@ -51,7 +51,7 @@ CODE: Mapping[str, tuple[str, ...]] = {
     "verification": ("bench.recognition.embed", "bench.metrics.verification"),
     "identification": ("bench.data.ijb", "bench.metrics.identification", "bench.run.identification"),
     "templates": ("bench.run.enrolment", "bench.run.templates"),
-    "evaluation": ("bench.metrics.evaluator", "bench.nets.onnx"),
+    "evaluation": ("bench.metrics.evaluator", "bench.nets"),
     "attack": ("bench.run.service",),
     "victims": ("bench.run.attacker", "bench.run.service", "bench.metrics.identity"),
 }

@@ -67,7 +67,7 @@ def expected(batch: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("batch", ["N", 4])
 def test_preprocessing_flip_and_normalisation(tmp_path: Path, batch: int | str) -> None:
     path = make_model(tmp_path / "made.onnx", shape=(batch, 3, 16, 16))
-    evaluator = Evaluator.from_onnx(path, batch_size=3)
+    evaluator = Evaluator.from_file(path, batch_size=3)
     assert (evaluator.name, evaluator.input_size) == ("made", (16, 16))
     described = evaluator.describe()
     assert described["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -93,17 +93,17 @@ def test_free_spatial_dimensions_mean_112(tmp_path: Path) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     pooled.write_bytes(model.SerializeToString())
-    evaluator = Evaluator.from_onnx(pooled)
+    evaluator = Evaluator.from_file(pooled)
     assert evaluator.input_size == (112, 112)
     assert evaluator.embed(faces(2)).shape == (2, 3)
 
 
 def test_missing_and_unusable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match=r"absent\.onnx does not exist"):
-        Evaluator.from_onnx(tmp_path / "absent.onnx")
+        Evaluator.from_file(tmp_path / "absent.onnx")
     (tmp_path / "text.onnx").write_text("not a model")
     with pytest.raises(DataError, match=r"text\.onnx is no ONNX model"):
-        Evaluator.from_onnx(tmp_path / "text.onnx")
+        Evaluator.from_file(tmp_path / "text.onnx")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_other_models_are_refused(tmp_path: Path, options: dict[str, Any]) -> No
     with pytest.raises(
         DataError, match=r"other\.onnx must map \(N, 3, H, W\) or .* to embeddings \(N, D\) in float32, but has"
     ):
-        Evaluator.from_onnx(make_model(tmp_path / "other.onnx", **options))
+        Evaluator.from_file(make_model(tmp_path / "other.onnx", **options))
 
 
 def test_each_judge_counts_once_and_has_a_name_of_its_own(tmp_path: Path) -> None:
@@ -154,17 +154,17 @@ def test_a_judge_is_probed_on_public_people_or_else_on_the_victims_pairs(tmp_pat
     first, second = torch.triu_indices(40, 40, 1)
     pairs = PairProtocol(first, second, victims.labels[first] == victims.labels[second], torch.arange(780) % 2)
     for count, colours in ((20, "RGB"), (3, "BGR")):
-        evaluator = Evaluator.from_onnx(make_model(tmp_path / "red.onnx", weights=weights))
+        evaluator = Evaluator.from_file(make_model(tmp_path / "red.onnx", weights=weights))
         evaluator.probe(people(count, 0), victims, pairs)
         assert evaluator.describe()["colours"] == colours
-        again = Evaluator.from_onnx(tmp_path / "red.onnx")
+        again = Evaluator.from_file(tmp_path / "red.onnx")
         again.form = evaluator.form
         torch.testing.assert_close(again.embed(victims.images), evaluator.embed(victims.images))
 
 
 def test_embeddings_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not finite"):
-        Evaluator.from_onnx(make_model(tmp_path / "nan.onnx", weights=np.full((768, 4), np.nan)))
+        Evaluator.from_file(make_model(tmp_path / "nan.onnx", weights=np.full((768, 4), np.nan)))
 
 
 class Recogniser(nn.Module):
@@ -225,7 +225,7 @@ def test_the_evaluator_verifies_lfw() -> None:
             for side in (0, 1)
         ]
     )
-    evaluator = Evaluator.from_onnx(Path(os.environ["BENCH_EVALUATOR"]))
+    evaluator = Evaluator.from_file(Path(os.environ["BENCH_EVALUATOR"]))
     embeddings = evaluator.embed(torch.from_numpy(images).permute(0, 3, 1, 2))
     index = torch.arange(0, 2 * len(chosen), 2)
     protocol = PairProtocol(index, index + 1, torch.from_numpy(content.same)[chosen], chosen // 600)

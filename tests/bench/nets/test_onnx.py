@@ -8,7 +8,8 @@ import torch
 from onnx_models import entering_model, linear_model
 from torch.nn import functional
 
-from bench.nets.onnx import RANGES, OnnxEncoder, file_digest, files_of
+from bench.nets.onnx import OnnxEncoder, file_digest, files_of
+from bench.nets.options import RANGES
 
 WEIGHTS = np.random.default_rng(0).normal(size=(3 * 8 * 8, 4)).astype(np.float32)
 

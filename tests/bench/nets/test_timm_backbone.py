@@ -8,8 +8,9 @@ import torch
 
 from bench.errors import MissingError, UsageError
 from bench.nets.backbones import BACKBONES
+from bench.nets.checkpoints import load_recogniser
 from bench.nets.recogniser import build_recogniser
-from bench.recognition.state import load_recogniser, save_recogniser
+from bench.recognition.state import save_recogniser
 
 SHAPE = (27, 32, 32)
 

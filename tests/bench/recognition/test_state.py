@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from bench.errors import BenchError, DataError, MissingError
+from bench.nets.checkpoints import FORMAT, load_recogniser, load_tensors
 from bench.nets.recogniser import build_recogniser
-from bench.recognition.state import FORMAT, load_recogniser, load_tensors, save_recogniser, save_tensors, write_tensors
+from bench.recognition.state import save_recogniser, save_tensors, write_tensors
 
 SHAPE = (3, 16, 16)
 

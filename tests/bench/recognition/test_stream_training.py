@@ -19,13 +19,13 @@ from bench.data.decode import AHEAD
 from bench.data.encoded import EncodedSource
 from bench.data.stream.sampler import EpochOrder
 from bench.errors import DataError
+from bench.nets.checkpoints import load_tensors
 from bench.nets.recogniser import Recogniser, build_recogniser
 from bench.randomness import Streams
 from bench.recognition import state as training_state
 from bench.recognition import training
 from bench.recognition.options import TrainingOptions
 from bench.recognition.processes import Processes
-from bench.recognition.state import load_tensors
 from bench.recognition.training import StreamBatches
 
 SIZE = 16

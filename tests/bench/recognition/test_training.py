@@ -10,11 +10,11 @@ from lightning_fabric import Fabric
 from bench.data.faces import FaceSet
 from bench.errors import BenchError, DataError, UsageError
 from bench.images import to_float
+from bench.nets.checkpoints import load_tensors
 from bench.nets.heads import ArcFace
 from bench.nets.options import AugmentationOptions
 from bench.nets.recogniser import Recogniser, build_recogniser
 from bench.recognition.options import TrainingOptions
-from bench.recognition.state import load_tensors
 from bench.recognition.training import (
     TrainingReport,
     build_head,

@@ -75,7 +75,7 @@ def test_a_recogniser_of_plain_faces_can_judge(make_run, tmp_path):
     assert written.evaluator
     assert written.inputs == {"input": ("batch", 3, SIZE, SIZE)}
     assert written.difference <= 1e-4
-    evaluator = Evaluator.from_onnx(tmp_path / "r.onnx")
+    evaluator = Evaluator.from_file(tmp_path / "r.onnx")
     assert evaluator.input_size == (SIZE, SIZE)
     ours = Evaluator(make_run.recogniser, "torch", (SIZE, SIZE))
     faces = to_float(make_run.faces.images)

@@ -88,7 +88,8 @@ WITHOUT_A_STAGE = {
     "preset",
     "template",
 }
-FILES = {"dataset", "data_root", "evaluator", "teacher", "recogniser", "stream", "stream_images", "stream_on_error"}
+FILES = {"dataset", "data_root", "evaluator", "teacher", "stream", "stream_images", "stream_on_error"}
+FILES |= {"recogniser", "recogniser_input", "plain_recogniser", "plain_recogniser_input"}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -15,7 +15,7 @@ from onnx_models import linear_model
 
 import bench.run.machines as device_module
 from bench.errors import UsageError
-from bench.recognition.state import load_recogniser
+from bench.nets.checkpoints import load_recogniser
 from bench.run.launch import Launch
 from bench.run.machines import make_fabric, make_shared_fabric, native_bfloat16, resolve_precision
 

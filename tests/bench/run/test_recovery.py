@@ -327,7 +327,7 @@ def test_what_comes_back_is_linked_with_plain_faces_by_the_judge(run, out, judge
     stages = stages_of(cell)
     attacks = AttackStages(stages)
     recovered = attacks.recovered(cell.attack_configs["echo"][-1], stages.defense("pixelate", {})).faces
-    evaluator, victims = Evaluator.from_onnx(judged["evaluator"]), stages.splits.victims
+    evaluator, victims = Evaluator.from_file(judged["evaluator"]), stages.splits.victims
     seen, plain = evaluator.embed(recovered), evaluator.embed(victims.images)
     labels, attacked = victims.labels, attacks.selection.attacked
     # Ten other images each suffice for all, so that genuine pairs can be listed without a draw.

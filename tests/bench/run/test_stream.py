@@ -14,9 +14,9 @@ from tiny_runs import events, made, stages_of
 from bench.data.encoded import IdentityView
 from bench.data.faces import FaceSet
 from bench.errors import BenchError, DataError, MissingError
+from bench.nets.checkpoints import load_recogniser
 from bench.recognition import state as training_state
 from bench.recognition import training
-from bench.recognition.state import load_recogniser
 from bench.run.provider import fingerprint
 
 SIZE = 32

@@ -83,7 +83,11 @@ def test_the_roles_are_different_files(tmp_path, teacher):
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (None, MissingError, r"teacher: .*odd\.onnx does not exist; give --teacher or BENCH_TEACHER an ONNX file"),
+        (
+            None,
+            MissingError,
+            r"teacher: .*odd\.onnx does not exist; give --teacher or BENCH_TEACHER a",
+        ),
         (b"no model", DataError, r"teacher: .*odd\.onnx is no ONNX model"),
     ],
 )
