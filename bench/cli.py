@@ -35,6 +35,7 @@ from bench.commands.score import score
 from bench.commands.show import show
 from bench.commands.speed import speed
 from bench.commands.sweep import sweep
+from bench.commands.view import view
 from bench.errors import BenchError, UsageError
 
 app = typer.Typer(
@@ -45,7 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    *(run, sweep, list_, runs, show, rm, protect, report, leaderboard, compare, baseline, gate, export),
+    *(run, sweep, list_, runs, show, view, rm, protect, report, leaderboard, compare, baseline, gate, export),
     *(observe, score, new, speed, doctor),
 )
 for command in COMMANDS:

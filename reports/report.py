@@ -74,21 +74,7 @@ def write_report(
         MissingError: a folder is no run directory, or a file of one cannot be read or is not what it should be.
     """
     grouped, speed = settings(load_runs(runs)), benchmark_table(benchmarks)
-    defenses = dict.fromkeys(cell.defense for setting in grouped for _, cell in setting.runs)
-    failed = len(failures(grouped))
-    cells = [cell for setting in grouped for cell in setting.cells]
-    printed = [figure for cell in cells for figure in matching(cell.run.manifest.config.get("defense"), {cell.name})]
-    page = _page(
-        "report.html.j2",
-        grouped,
-        title="What leaks, and what it costs",
-        lead=f"{_runs(grouped)} runs: {', '.join(defenses)}" + (f"; {failed} failed" if failed else ""),
-        views=[_view(setting, number, images, embed_faces) for number, setting in enumerate(grouped, start=1)],
-        speed=speed,
-        records=list(records(grouped)),
-        sources=list({figure.source.id: figure.source for figure in printed}.values()),
-        kinds=list(KINDS.values()),
-    )
+    page = report_page(grouped, images=images, embed_faces=embed_faces, speed=speed)
     return _write(
         out,
         {
@@ -98,6 +84,45 @@ def write_report(
             "measures.csv": report_csv(grouped),
         },
     )
+
+
+def report_page(
+    grouped: Sequence[Setting],
+    *,
+    images: bool,
+    embed_faces: bool,
+    speed: Table | None = None,
+    template: str = "report.html.j2",
+    **more: Any,
+) -> str:
+    """The page of a report, as HTML.
+
+    Args:
+        grouped: its runs.
+        images: whether it shows faces.
+        embed_faces: whether real ones, too.
+        speed: of pytest-benchmark.
+        template: one that extends that of the report.
+        more: what this template needs beyond that; ``title`` takes the place of the report's.
+    """
+    defenses = dict.fromkeys(cell.defense for setting in grouped for _, cell in setting.runs)
+    failed = len(failures(grouped))
+    cells = [cell for setting in grouped for cell in setting.cells]
+    printed = [figure for cell in cells for figure in matching(cell.run.manifest.config.get("defense"), {cell.name})]
+    context: dict[str, Any] = {
+        "title": "What leaks, and what it costs",
+        "lead": f"{_runs(grouped)} runs: {', '.join(defenses)}" + (f"; {failed} failed" if failed else ""),
+        "views": [_view(setting, number, images, embed_faces) for number, setting in enumerate(grouped, start=1)],
+        "speed": speed,
+        "records": list(records(grouped)),
+        "sources": list({figure.source.id: figure.source for figure in printed}.values()),
+        "kinds": list(KINDS.values()),
+        "warnings": warnings(grouped),
+        "failures": failures(grouped),
+        "runs": _runs(grouped),
+        "provenance": provenance(grouped),
+    }
+    return render_page(template, **context | more)
 
 
 def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> dict[str, Any]:
@@ -171,7 +196,16 @@ def write_leaderboard(directory: Path, out: Path) -> list[Path]:
     return _write(
         out,
         {
-            "leaderboard.html": _page("leaderboard.html.j2", grouped, title=_TITLE, lead=_LEAD, boards=ranked),
+            "leaderboard.html": render_page(
+                "leaderboard.html.j2",
+                title=_TITLE,
+                lead=_LEAD,
+                boards=ranked,
+                warnings=warnings(grouped),
+                failures=failures(grouped),
+                runs=_runs(grouped),
+                provenance=provenance(grouped),
+            ),
             "leaderboard.md": leaderboard_markdown(_TITLE, _LEAD, grouped, boards),
             "leaderboard.csv": leaderboard_csv(grouped),
             **figures,
@@ -201,19 +235,15 @@ def _runs(grouped: Sequence[Setting]) -> int:
     return sum(len(setting.runs) for setting in grouped)
 
 
-def _page(template: str, grouped: Sequence[Setting], **context: Any) -> str:
-    """Render a template of this package with its styles and script inside; everything in ``context`` is escaped."""
-    script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
+def render_page(template: str, *, scripts: Sequence[str] = ("report.js",), **context: Any) -> str:
+    """Render a template of this package with its styles and scripts inside; everything in ``context`` is escaped."""
+    script = "\n".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in scripts)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return (
         _environment()
         .get_template(template)
         .render(
             **context,
-            warnings=warnings(grouped),
-            failures=failures(grouped),
-            runs=_runs(grouped),
-            provenance=provenance(grouped),
             version=__version__,
             style=Markup(_style_sheet()),
             script=Markup(script),

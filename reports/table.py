@@ -19,6 +19,7 @@ class Entry:
         interval: its confidence interval, ``[low, high]``.
         note: a few words below.
         best: whether it is the best of its column.
+        link: address of more on it, on a page that has such.
     """
 
     text: str = MISSING
@@ -26,6 +27,7 @@ class Entry:
     interval: str = ""
     note: str = ""
     best: bool = False
+    link: str = ""
 
 
 @dataclass(frozen=True, slots=True)

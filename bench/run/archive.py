@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,13 +328,23 @@ def _losses(path: Path) -> Iterable[Losses]:
     return (Losses(task, tuple(curve)) for task, curve in points.items() if len(curve) > 1)
 
 
+def last_event(directory: Path) -> dict[str, Any]:
+    """The last event of a run: of one that is under way, what it is doing; empty where it has said nothing.
+
+    Raises:
+        MissingError: its events are damaged.
+    """
+    return next(iter(deque(_events(directory / "events.jsonl"), maxlen=1)), {})
+
+
 def _events(path: Path) -> Iterable[dict[str, Any]]:
     if not path.is_file():
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # A line that has no end is still being written.
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             raise MissingError(f"{path} is damaged: line {number} is not JSON") from None
         if isinstance(event, dict):
             yield event

@@ -17,7 +17,7 @@ function sort(table, column, heading) {
   heading.setAttribute("aria-sort", falling > 0 ? "ascending" : "descending");
 }
 
-for (const table of document.querySelectorAll("table.data")) {
+function makeSortable(table) {
   [...table.tHead.rows[0].cells].forEach((heading, column) => {
     const button = document.createElement("button");
     button.type = "button";
@@ -27,7 +27,7 @@ for (const table of document.querySelectorAll("table.data")) {
   });
 }
 
-for (const form of document.querySelectorAll("form.filters")) {
+function makeFilter(form) {
   const rows = [...document.getElementById(form.dataset.for).tBodies[0].rows];
   const apply = () => {
     const wanted = [...new FormData(form)].filter(([, value]) => value !== "");
@@ -43,6 +43,9 @@ for (const form of document.querySelectorAll("form.filters")) {
   form.hidden = false;
   apply();
 }
+
+document.querySelectorAll("table.data").forEach(makeSortable);
+document.querySelectorAll("form.filters[data-for]").forEach(makeFilter);
 
 const dialog = document.getElementById("zoom");
 const pictures = [...document.querySelectorAll("button.zoom")];

@@ -1,0 +1,81 @@
+"""`bench view` in a real browser: a run under way goes on by itself, and what was chosen stays.
+
+Needs what the report's tests need, and the extra ``view``; skipped without.
+"""
+
+import json
+import os
+import shutil
+import threading
+from datetime import UTC, datetime
+
+import pytest
+from run_folders import write_run
+
+sync_api = pytest.importorskip("playwright.sync_api")
+uvicorn = pytest.importorskip("uvicorn")
+view = pytest.importorskip("reports.view")
+CHROMIUM = os.environ.get("BENCH_CHROMIUM") or shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium, or set BENCH_CHROMIUM")
+
+
+@pytest.fixture
+def address(tmp_path):
+    """A folder of two finished runs and one under way, served; `done` of it is written by the test."""
+    server = uvicorn.Server(uvicorn.Config(view.make_app(tmp_path, "token"), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        thread.join(0.05)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/token/"
+    server.should_exit = True
+    thread.join()
+
+
+def goes_on(run, done):
+    event = {"time": datetime.now(UTC).isoformat(), "task": "train attack", "done": done, "total": 100}
+    with (run / "events.jsonl").open("a") as events:
+        events.write(json.dumps(event) + "\n")
+
+
+def test_a_run_goes_on_while_one_looks(tmp_path, address):
+    write_run(tmp_path / "a", ssim=(0.71,) * 8)
+    write_run(tmp_path / "b", defense="blur", ssim=(0.83,) * 8)
+    run = write_run(tmp_path / "z", defense="noise", samples=False)
+    result = (run / "metrics.json").read_text()
+    (run / "metrics.json").unlink()
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"status": "started"}))
+    goes_on(run, 10)
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page, heard = browser.new_page(viewport={"width": 390, "height": 844}), []
+        page.on("console", lambda message: heard.append(message.text))
+        page.on("pageerror", lambda error: heard.append(str(error)))
+        page.on("request", lambda asked: None if asked.url.startswith(address) else heard.append(asked.url))
+        page.goto(address)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.locator("progress").get_attribute("value") == "10.0"
+        page.select_option("select[name=defence]", "blur")
+        assert page.locator("#all tbody tr:visible").count() == 1
+
+        goes_on(run, 60)
+        sync_api.expect(page.locator("progress")).to_have_attribute("value", "60.0", timeout=10_000)
+        assert page.locator("#all tbody tr:visible").count() == 1
+        assert page.locator("select[name=defence]").input_value() == "blur"
+        (run / "metrics.json").write_text(result)
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        sync_api.expect(page.locator("progress")).to_have_count(0, timeout=10_000)
+        page.select_option("select[name=defence]", "")
+        assert page.locator("#all tbody tr.measured:visible").count() == 3
+        page.get_by_role("link", name="a", exact=True).click()
+        assert page.locator("img[src^='data:image/png']").count() == 0
+        page.get_by_role("link", name="Show faces").click()
+        assert page.locator(".sheet img").count() > 0
+        page.select_option("select[name=b]", "b")
+        page.get_by_role("button", name="show both").click()
+        assert "beside" in page.locator("h1").inner_text()
+        if folder := os.environ.get("BENCH_SCREENSHOTS"):
+            page.screenshot(path=f"{folder}/view.png", full_page=True)
+        browser.close()
+    assert [line for line in heard if not line.startswith("data:")] == []
