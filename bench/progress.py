@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from rich.table import Column
 Report = Callable[..., None]
 Log = Callable[..., None]
 
-#: Seconds between two progress lines in the log.
+#: Seconds between two progress lines in the log, where no fiftieth of the whole is done before.
 LOG_INTERVAL = 5.0
+_LOG_SHARE = 1 / 50
 
 #: Columns of a terminal from which figures stand beside the bar.
 _ROOM = 110
@@ -65,16 +67,16 @@ class ProgressBars:
             place = f"step {self._begun} of {max(self._steps, self._begun)}: "
         with self._live():
             bar = self._progress.add_task(escape(place + description), total=None, figures="")
-            last = 0.0
+            last, told = 0.0, -math.inf
 
             def report(done: int, total: int, **fields: float) -> None:
-                nonlocal last
+                nonlocal last, told
                 figures = "  ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in fields.items())
                 shown = escape(figures) if self._progress.console.width >= _ROOM else ""
                 self._progress.update(bar, completed=done, total=total, figures=shown)
                 now = time.monotonic()
-                if done >= total or now - last >= LOG_INTERVAL:
-                    last = now
+                if done >= total or now - last >= LOG_INTERVAL or done - told >= _LOG_SHARE * total:
+                    last, told = now, done
                     self._log("progress", task=description, done=done, total=total, **fields)
 
             try:

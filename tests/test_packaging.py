@@ -135,7 +135,7 @@ def test_every_import_is_declared() -> None:
     undeclared = {name: who for name, who in third_party(sources()).items() if name not in everything}
     assert undeclared == {}
     # An optional package may be imported inside a function of the harness; one that only tests need may not.
-    optional_for_users = declared([r for name in ("ray", "speed", "timm", "view") for r in EXTRAS[name]])
+    optional_for_users = declared([r for name in ("ray", "speed", "tensorboard", "timm", "view") for r in EXTRAS[name]])
     for_tests = (declared(EXTRAS["test"]) | declared(EXTRAS["lint"])) - optional_for_users
     # The plug-in of pytest is loaded by pytest, and by nothing else.
     imported = third_party([path for path in sources() if path != Path("bench/gate/pytest_plugin.py")])

@@ -272,6 +272,9 @@ class RunConfig(BaseModel):
         json_schema_extra={"metavar": "AXIS=VALUES"},
     )
     resume: bool = Field(True, description="Reuse what earlier runs computed.")
+    logger: Literal["tensorboard", "mlflow", "wandb"] | None = Field(
+        None, description="Also log training curves and final figures there; needs the extra of that name."
+    )
     dataset_options: dict[str, Any] = Field({}, description="Options of the dataset.")
     defense_options: dict[str, Any] = Field({}, description="Options of the defence (-o).")
     attack_options: dict[str, Any] = Field({}, description="Options of the attack (-a).")
@@ -342,7 +345,7 @@ class RunConfig(BaseModel):
     def identifying(self) -> dict[str, Any]:
         """The part that decides the figures: all but where files go and what is reused."""
         unset = {name for name in _LATER if getattr(self, name) in (None, (), AS_READ)}
-        return self.model_dump(mode="json", exclude={"out", "resume", *unset})
+        return self.model_dump(mode="json", exclude={"out", "resume", "logger", *unset})
 
 
 #: Settings of nested models that have a flag and a variable all the same.

@@ -18,7 +18,7 @@ from bench.data.loaders import DATASETS, DataName, check_stream, check_there
 from bench.errors import BenchError, UsageError
 from bench.metrics.evaluator import check_evaluators, check_no_judge
 from bench.nets.backbones import BACKBONES
-from bench.progress import ProgressBars
+from bench.progress import Log, ProgressBars
 from bench.recognition.options import HEADS
 from bench.results import DatasetInfo, DefenseInfo, RunPlan, RunResult
 from bench.run.attack_config import attack_configs, check_attack
@@ -27,6 +27,7 @@ from bench.run.config import RunConfig
 from bench.run.findings import Findings
 from bench.run.launch import Launch
 from bench.run.linkage import run_linkage
+from bench.run.logger import Tracker, check_logger
 from bench.run.machines import ConnectedProcesses, make_fabric
 from bench.run.protocols import check_packs, find_packs
 from bench.run.provider import Stages, channel_energy, check_brought, unknown_training
@@ -65,6 +66,7 @@ class Pipeline:
         config = self.config
         defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
         self.attack_configs = attack_configs(config)
+        check_logger(config.logger)
         check_evaluators(config.evaluator)
         if config.teacher is not None:
             check_no_judge(config.teacher, config.evaluator, "teacher")
@@ -113,18 +115,28 @@ class Pipeline:
         device, precision = str(self.fabric.device), str(self.fabric._precision.precision)
         store.write_manifest("started", device, precision)
         store.log("started", run_id=store.run_id)
+        tracker = Tracker(config, self._logger_lost)
+
+        def log(event: str, **fields: Any) -> None:
+            store.log(event, **fields)
+            tracker.event(event, **fields)
+
         try:
+            tracker.start(store.run_id, store.directory)
             processes = self._connect_processes()
-            result = self._compute(store, processes)
+            result = self._compute(store, processes, log)
             if processes is not None:
                 processes.call(None)
         except BaseException as error:
             status = "cancelled" if isinstance(error, KeyboardInterrupt) else "error"
             message = " ".join(str(error).split()) or type(error).__name__
             store.log(status, error=message, traceback=traceback.format_exc())
-            store.write_result(RunResult(run_id=store.run_id, status=status, error=message))
+            failure = RunResult(run_id=store.run_id, status=status, error=message)
+            tracker.finish(failure)
+            store.write_result(failure)
             store.write_manifest(status, device, precision)
             raise
+        tracker.finish(result)
         store.write_result(result)
         store.log("success", seconds=sum(result.seconds.values()))
         store.write_manifest("success", device, precision)
@@ -152,10 +164,16 @@ class Pipeline:
             self.config, fabric=self.fabric, cache=cache, bars=ProgressBars(console, log), log=log, processes=processes
         )
 
-    def _compute(self, store: RunStore, processes: ConnectedProcesses | None) -> RunResult:
+    def _logger_lost(self, error: str) -> None:
+        """Say that the rest of the run goes without its logger."""
+        if self.store is not None:
+            self.store.log("logger", error=error)
+        self.console.print(f"--logger {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def _compute(self, store: RunStore, processes: ConnectedProcesses | None, log: Log) -> RunResult:
         config = self.config
         check_packs(self.packs.values())
-        stages = self._stages(store.log, processes)
+        stages = self._stages(log, processes)
         attacks = AttackStages(stages)
         stages.bars.expect(self._steps(attacks))
         defense = stages.defense(config.defense, config.defense_options)
