@@ -113,7 +113,7 @@ def _named(numbers: Mapping[str, float]) -> dict[str, float]:
 
 
 def _tensorboard(run_id: str, directory: Path) -> Logger:
-    from lightning_fabric.loggers import TensorBoardLogger
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
     # The curves of an earlier try would be drawn through those of this one.
     shutil.rmtree(directory / "tensorboard", ignore_errors=True)
