@@ -83,6 +83,7 @@ WITHOUT_A_STAGE = {
     "utility",
     "budget",
     "resume",
+    "logger",
     "out",
     "device",
     "preset",
@@ -104,7 +105,15 @@ def test_every_setting_is_accounted_for():
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("bootstrap", 200), ("utility", False), ("budget", "k=1,2"), ("resume", False), ("out", "x"), ("verify", "none")],
+    [
+        ("bootstrap", 200),
+        ("utility", False),
+        ("budget", "k=1,2"),
+        ("resume", False),
+        ("out", "x"),
+        ("verify", "none"),
+        ("logger", "wandb"),
+    ],
 )
 def test_a_setting_that_no_stage_depends_on_changes_nothing(setting, value):
     assert changed(**{setting: value}) == set()
