@@ -27,6 +27,7 @@ from bench.commands.list import list_
 from bench.commands.new import new
 from bench.commands.observe import observe
 from bench.commands.protect import protect
+from bench.commands.recogniser import recogniser
 from bench.commands.report import report
 from bench.commands.rm import rm
 from bench.commands.run import run
@@ -52,6 +53,7 @@ COMMANDS = (
 for command in COMMANDS:
     app.command(command.__name__.rstrip("_"))(command)
 app.add_typer(data)
+app.add_typer(recogniser)
 
 INTERRUPTED = 130
 

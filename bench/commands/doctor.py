@@ -89,12 +89,11 @@ with step("onnxruntime"):
     probed["providers"] = onnxruntime.get_available_providers()
 with step("model"):
     sys.path.append(sys.argv[1])
-    import torch
     from pathlib import Path
-    from bench.nets.onnx import OnnxEncoder
+    from bench.nets.brought import open_recogniser
     probed["evaluators"] = []
     for path in sys.argv[2:]:
-        network = OnnxEncoder(Path(path), torch.device("cpu"))
+        network = open_recogniser(Path(path), pictures=True)
         size = "x".join(map(str, network.input_size))
         probed["evaluators"].append(f"{{path}}: {{network.layout}} {{size}} -> {{network.embedding_size}}")
 print(json.dumps(probed))
@@ -319,7 +318,7 @@ def check_evaluator(probed: Mapping[str, Any]) -> list[Check]:
     providers = ", ".join(provider.removesuffix("ExecutionProvider") for provider in probed["providers"])
     absent = ", ".join(path for path in paths if not Path(path).is_file())
     broken = _one_line(probed.get("model_error", "")).removeprefix("ValueError: ")
-    remedy = "point BENCH_EVALUATOR to ONNX face recognisers, or unset it: one is then trained in each run"
+    remedy = "point BENCH_EVALUATOR to face recognisers, or unset it: one is then trained in each run"
     evaluator = first_case(
         "evaluator",
         (not paths, "ok", "BENCH_EVALUATOR is not set: each run trains its own judge of identity leakage", None),

@@ -16,6 +16,7 @@ import json
 import math
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -166,7 +167,9 @@ def read_checkpoint(path: Path, size: tuple[int, int] | None = None) -> Checkpoi
             if header.get("format") == FORMAT:
                 return _ours(path)
             return _foreign(path, tensors, size)
-        document = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that another program wrote it
+            document = torch.load(path, map_location="cpu", weights_only=True)
     except (ValueError, BenchError):
         raise
     except pickle.UnpicklingError as error:

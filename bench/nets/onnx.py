@@ -22,8 +22,9 @@ from bench.nets.options import AS_READ, RANGES, InputForm
 #: What a graph may do to its input before it normalises it: neither moves nor scales a value.
 _PASSED = frozenset({"Cast", "Gather", "Identity", "Slice", "Transpose"})
 _AFFINE = frozenset({"Add", "BatchNormalization", "Div", "Mul", "Sub"})
-#: Types of values that a network has learnt: float, float16, double, bfloat16 (TensorProto.DataType of ONNX).
-_FLOATS = (1, 10, 11, 16)
+#: Types of values that a network has learnt (TensorProto.DataType of ONNX): float, float16, double, bfloat16, and
+#: uint8 and int8, in which some are stored.
+_LEARNT = (1, 10, 11, 16, 2, 3)
 #: A range is the one that a graph normalises if it comes out this wide at least, and no value larger than this.
 _WIDTH, _LARGEST = 0.3, 4.0
 
@@ -257,7 +258,7 @@ class OnnxEncoder(FaceEncoder):
         self._input = ends[0].name
         model = _model(path)
         assert model is not None  # onnxruntime has read it
-        self.values = sum(math.prod(tensor.dims) for tensor in model.graph.initializer if tensor.data_type in _FLOATS)
+        self.values = sum(math.prod(tensor.dims) for tensor in _tensors(model.graph) if tensor.data_type in _LEARNT)
         self.take(_told(model, path, shapes[0], given.layout), given)
 
     @torch.no_grad()
