@@ -224,7 +224,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         "As type I, at the evaluator's threshold for a false acceptance rate of 1e-3.", headline=True),
     "type2_far_1e3": _rate(
         "type II @1e-3", "recovery.identity.type2_far_1e3", "leakage",
-        "As type II, at the evaluator's threshold for a false acceptance rate of 1e-3."),
+        "Recovered faces accepted against another image of the person, at the evaluator's threshold for FAR 1e-3.",
+        headline=True),
     "rank1": _rate(
         "rank-1", "recovery.identity.rank1", "leakage",
         "Recovered faces whose nearest face in the gallery is of the right person (Success@1).",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
+from bench.gate.comparison import quantile
+from bench.gate.scores import RunScores, Scores, as_text
 from bench.measures import KINDS, leak
 from bench.results import NO_BETTER, AttackResult, Measure
 from bench.run.archive import Run
@@ -112,6 +116,20 @@ class Setting:
         return groups
 
     @property
+    def rungs(self) -> dict[tuple[str, str], list[Cell]]:
+        """The attacks on each defence by what the attacker knows, who knows more later on."""
+        groups: dict[tuple[str, str], list[Cell]] = {}
+        for defense, cells in self.defenses.items():
+            for cell in sorted(cells, key=lambda cell: _height(cell.knowledge)):
+                groups.setdefault((defense, cell.knowledge), []).append(cell)
+        return groups
+
+    @property
+    def knowledge(self) -> list[str]:
+        """The rungs of the ladder on which anybody attacked, who knows more later on."""
+        return sorted({cell.knowledge for cell in self.cells}, key=lambda rung: (_height(rung), rung))
+
+    @property
     def measured(self) -> list[tuple[Cell, AttackResult]]:
         """The attacks that have figures."""
         return [(cell, cell.result) for cell in self.cells if cell.result is not None]
@@ -124,6 +142,48 @@ class Setting:
             groups.setdefault(cell.run.directory, []).append(cell)
         named = [(", ".join(cell.attack for cell in cells), cells[0]) for cells in groups.values()]
         return [(f"{attacks} ({cell.knowledge}) on {cell.defense}", cell) for attacks, cell in named]
+
+
+_LADDER = ("blackbox", "whitebox", "oracle")
+
+
+def _height(knowledge: str) -> int:
+    return _LADDER.index(knowledge) if knowledge in _LADDER else len(_LADDER)
+
+
+class Attempts(NamedTuple):
+    """Runs to show, and attempts that say nothing more than these: killed or still running, and made anew later on."""
+
+    kept: list[Run]
+    killed: list[Run]
+    superseded: list[Run]
+
+
+def attempts(runs: Sequence[Run]) -> Attempts:
+    """Sort ``runs``: one that failed is kept, unless a later one of the same settings has figures."""
+    killed = [run for run in runs if run.failed and run.manifest.status in ("started", "cancelled")]
+    ended = [run for run in runs if run not in killed]
+    old = [run for run in ended if any(_replaces(later, run) for later in ended)]
+    return Attempts([run for run in ended if run not in old], killed, old)
+
+
+#: Settings that say where things lie or how fast they are done.
+_PLACES = ("out", "resume", "device", "data_root", "evaluator", "teacher", "bootstrap", "batch_size")
+
+
+def _replaces(later: Run, run: Run) -> bool:
+    """Whether ``later`` has figures, and was asked for what ``run`` was; a setting of one alone came with a version."""
+    if later.failed or later.manifest.started <= run.manifest.started or _comparable(later) != _comparable(run):
+        return False
+    one, other = (_requested(each.manifest.config) for each in (later, run))
+    return all(one[key] == other[key] for key in one.keys() & other.keys())
+
+
+def _requested(config: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as text; options of plug-ins as a whole, of which one that is absent has its default."""
+    options = {key: value for key, value in config.items() if key.endswith("_options")}
+    flat = as_text({key: value for key, value in config.items() if key not in (*options, *_PLACES)})
+    return flat | {key: json.dumps(value, sort_keys=True, default=str) for key, value in options.items()}
 
 
 def settings(runs: Sequence[Run]) -> list[Setting]:
@@ -160,7 +220,13 @@ def _title(run: Run) -> str:
 def _setting(title: str, runs: Sequence[Run]) -> Setting:
     resolved = {_asked(run): run.result.defense.options for run in runs if run.result.defense is not None}
     parts = [(run, attack) for run in runs for attack in run.attacks]
-    defenses = labels([(_defense(run), resolved.get(_asked(run), _defense_options(run))) for run, _ in parts])
+    trained = _trained(runs)
+    defenses = labels(
+        [
+            (_defense(run), resolved.get(_asked(run), _defense_options(run)) | trained.get(run.directory, {}))
+            for run, _ in parts
+        ]
+    )
     attacks = labels([(attack, _attack_options(run, attack)) for run, attack in parts])
     named = zip(parts, defenses, attacks, strict=True)
     cells = [Cell(run, name, defense, attack) for (run, name), defense, attack in named]
@@ -175,6 +241,24 @@ def _defense(run: Run) -> str:
 
 def _defense_options(run: Run) -> dict[str, Any]:
     return _mapping(run.manifest.config.get("defense_options"))
+
+
+def _trained(runs: Sequence[Run]) -> dict[Path, dict[str, str]]:
+    """Run -> how its recogniser was trained, as far as that differs from others behind a defence of that name.
+
+    Recognition behind one and the leakage of another are not figures of one defence.
+    """
+    ways = {
+        run.directory: as_text({name: run.manifest.config.get(name) for name in ("backbone", "training")})
+        for run in runs
+        if run.result.utility is not None
+    }
+    kept: dict[Path, dict[str, str]] = {}
+    for run in (run for run in runs if run.directory in ways):
+        others = [ways[o.directory] for o in runs if o.directory in ways and _defense(o) == _defense(run)]
+        way = ways[run.directory]
+        kept[run.directory] = {key: way[key] for key in way if len({other.get(key) for other in others}) > 1}
+    return kept
 
 
 def _asked(run: Run) -> str:
@@ -215,31 +299,109 @@ def _plain(value: Any) -> str:
 
 #: Resamples of the interval of a pointwise worst case.
 _REPLICATES = 1000
+#: Of a normal distribution, for half the width of its 95 % interval.
+_Z95 = 1.959964
 
 
 @dataclass(frozen=True)
 class Worst:
-    """What leaks at worst by one figure, and the attack to which most leaks on average."""
+    """What leaks at worst by one figure, over seeds, and the attack to which most leaks on average.
+
+    ``scores`` are those behind ``measure``, of each seed by person, for comparisons.
+    """
 
     measure: Measure
     strongest: Cell
+    scores: tuple[RunScores, ...]
 
 
 def worst_case(cells: Sequence[Cell], name: str) -> Worst | None:
     """The worst case over all attacks on one defence, by the figure ``name``; None if no attack has it.
 
-    Attacks on the same victims are combined victim by victim (the pointwise worst case); of attacks on different
-    victims (other seeds) the one that leaks most counts.
+    Attacks of one seed on the same victims are combined victim by victim (the pointwise worst case); of others of one
+    seed the one that leaks most counts. What that gives is averaged over the seeds that met the same attacks
+    (:func:`over_seeds`); of seeds that met others, those count of which most leaks.
     """
     measures = [(cell, cell.result.figure(name)) for cell in cells if cell.result is not None]
     known = [(cell, measure) for cell, measure in measures if measure is not None and measure.value is not None]
-    if not known:
-        return None
+    seeds: dict[int, list[tuple[Cell, Measure]]] = {}
+    for cell, measure in known:
+        seeds.setdefault(cell.seed, []).append((cell, measure))
+    alike: dict[frozenset[str], list[list[tuple[Cell, Measure]]]] = {}
+    for group in seeds.values():
+        alike.setdefault(frozenset(cell.attack for cell, _ in group), []).append(group)
+    cases = []
+    for groups in alike.values():
+        parts = [_of_seed(group, name) for group in groups]
+        strongest, _ = max((pair for group in groups for pair in group), key=lambda pair: leak(name, pair[1]))
+        mean = over_seeds(name, [measure for measure, _ in parts])
+        cases.append(Worst(mean, strongest, tuple(scores for _, scores in parts)))
+    return max(cases, key=lambda case: leak(name, case.measure), default=None)
+
+
+def _of_seed(known: Sequence[tuple[Cell, Measure]], name: str) -> tuple[Measure, RunScores]:
+    """The worst case among attacks of one seed, and the raw scores behind it by person."""
     strongest, measure = max(known, key=lambda pair: leak(name, pair[1]))
+    rows = strongest.run.rows(strongest.name)
+    rows = rows[["image", "identity", name]] if rows is not None and name in rows else None
     for group in _same_victims([cell for cell, _ in known], name):
         if len(group) > 1:
-            measure = max(measure, _pointwise(group, name), key=lambda candidate: leak(name, candidate))
-    return Worst(measure, strongest)
+            table = _pointwise(group, name)
+            together = _mean(table, name)
+            if leak(name, together) > leak(name, measure):
+                measure, rows = together, table
+    return measure, _by_person(strongest, name, measure, rows)
+
+
+def _by_person(cell: Cell, name: str, measure: Measure, rows: pd.DataFrame | None) -> RunScores:
+    dataset = cell.run.result.dataset
+    source = json.dumps([dataset and [dataset.name, dataset.details]], sort_keys=True, default=str)
+    known: dict[str, Any] = {"run_id": cell.run.manifest.run_id, "seed": cell.seed, "source": source}
+    if rows is None or rows[name].isna().all():
+        people = max(1, 0 if dataset is None else dataset.identities.get("victims", measure.n))
+        low, high = measure.ci95 or (0.0, 0.0)
+        # Where every resample gave the same, people who are all alike say no more than Laplace's rule lets them.
+        se = (high - low) / (2 * _Z95) if measure.ci95 else 1 / (people + 2)
+        return RunScores(**known, victims=people, figures={name: Scores(value=measure.value or 0.0, se=se)})
+    groups = rows.dropna().groupby(rows["identity"].astype(str))[name].agg(["mean", "count"])
+    means, counts = groups["mean"].astype(float), groups["count"].astype(int)
+    value = float((means * counts).sum() / counts.sum())
+    scores = Scores(value=value, means=means.tolist(), counts=counts.tolist())
+    names = [f"{source}{person}" for person in groups.index]
+    return RunScores(**known, victims=len(groups), people=names, figures={name: scores})
+
+
+def over_seeds(name: str, measures: Sequence[Measure]) -> Measure:
+    """The mean of a figure over seeds, with an interval that knows of people and of seeds.
+
+    Each half of the interval is the root of the sum of two squares: the mean of that half over the runs' own intervals
+    (seeds may share their victims, so that their number makes nobody surer of these), and half of Student's t interval
+    of the mean of the seeds' values. Of one seed it is the run's own.
+    """
+    if len(measures) == 1:
+        return measures[0]
+    values = np.array([measure.value for measure in measures], dtype=float)
+    mean, between = float(values.mean()), seed_half(values)
+    ends = np.array([measure.ci95 or (measure.value, measure.value) for measure in measures], dtype=float)
+    below, above = (values - ends[:, 0]).mean(), (ends[:, 1] - values).mean()
+    low, high = mean - math.hypot(float(below), between), mean + math.hypot(float(above), between)
+    if KINDS[name].unit == "%":
+        low, high = max(0.0, low), min(1.0, high)
+    certain = low == high
+    return Measure(
+        value=mean,
+        ci95=None if certain else (low, high),
+        n=sum(measure.n for measure in measures),
+        direction=KINDS[name].direction,
+        reason="no confidence interval: every seed gives the same value" if certain else None,
+    )
+
+
+def seed_half(values: np.ndarray[Any, np.dtype[np.float64]], level: float = 0.975) -> float:
+    """Half of Student's t interval of the mean of ``values``, one for each seed."""
+    if len(values) < 2:
+        return 0.0
+    return quantile(level, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def _same_victims(cells: Sequence[Cell], name: str) -> list[list[pd.DataFrame]]:
@@ -252,23 +414,27 @@ def _same_victims(cells: Sequence[Cell], name: str) -> list[list[pd.DataFrame]]:
     return list(groups.values())
 
 
-def _pointwise(tables: Sequence[pd.DataFrame], name: str) -> Measure:
-    """The mean over victims of the worst value of each, with its interval over identities."""
+def _pointwise(tables: Sequence[pd.DataFrame], name: str) -> pd.DataFrame:
+    """The worst value of each victim."""
+    values = pd.concat([table[name].reset_index(drop=True) for table in tables], axis=1)
+    worst = values.max(axis=1) if KINDS[name].leaks > 0 else values.min(axis=1)
+    first = tables[0].reset_index(drop=True)
+    return first[["image", "identity"]].assign(**{name: worst.astype("float64")})
+
+
+def _mean(rows: pd.DataFrame, name: str) -> Measure:
+    """The mean over victims, with its interval over identities."""
     import torch
 
     from bench.metrics.bootstrap import mean_estimate
 
-    kind = KINDS[name]
-    values = pd.concat([table[name].reset_index(drop=True) for table in tables], axis=1)
-    worst = values.max(axis=1) if kind.leaks > 0 else values.min(axis=1)
-    people = pd.factorize(tables[0]["identity"])[0]
     estimate = mean_estimate(
-        torch.tensor(worst.to_numpy(dtype="float64")),
-        torch.tensor(people),
+        torch.tensor(rows[name].to_numpy(dtype="float64")),
+        torch.tensor(pd.factorize(rows["identity"])[0]),
         torch.Generator().manual_seed(0),
         replicates=_REPLICATES,
     )
-    return kind.measure(estimate)
+    return KINDS[name].measure(estimate)
 
 
 def floors(cells: Sequence[Cell], name: str) -> dict[str, Measure]:
@@ -311,8 +477,27 @@ def _pointwise_floor(cell: Cell, name: str) -> Measure | None:
     return Measure(value=float(worst.mean()), direction=kind.direction, n=len(worst))
 
 
-def lowest_accuracy(cells: Sequence[Cell]) -> Measure | None:
-    """The lowest recognition among the runs of a defence, as far as it was measured."""
-    measures = [utility.accuracy for cell in cells if (utility := cell.run.result.utility) is not None]
-    known = [measure for measure in measures if measure.value is not None]
-    return min(known, key=lambda measure: measure.value or 0.0, default=None)
+class Recognition(NamedTuple):
+    """Recognition behind a defence and without it."""
+
+    protected: Measure
+    unprotected: Measure
+
+
+def recognition(cells: Sequence[Cell]) -> Recognition | None:
+    """Accuracy behind a defence, the lowest of each seed's runs and averaged over seeds, and that without it.
+
+    None where it was not measured.
+    """
+    lowest: dict[int, Recognition] = {}
+    for cell in cells:
+        if (utility := cell.run.result.utility) is None or utility.accuracy.value is None:
+            continue
+        known = lowest.get(cell.seed)
+        if known is None or utility.accuracy.value < (known.protected.value or 0.0):
+            lowest[cell.seed] = Recognition(utility.accuracy, utility.unprotected.accuracy)
+    if not lowest:
+        return None
+    plain = [pair.unprotected for pair in lowest.values() if pair.unprotected.value is not None]
+    protected = over_seeds("accuracy", [pair.protected for pair in lowest.values()])
+    return Recognition(protected, over_seeds("accuracy", plain) if plain else next(iter(lowest.values())).unprotected)

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bench.measures import KINDS, leak
 from bench.results import Inversion, Measure, StrengthCurve
-from reports.cells import Cell, Setting, floors, lowest_accuracy, worst_case
+from reports.cells import Cell, Setting, floors, recognition, worst_case
 from reports.summary import fastest, stolen
 from reports.svg import INK, LINES, MARKERS, MUTED, SERIES, Drawing, draw, entry, series, spread
 
@@ -25,9 +25,15 @@ def pareto(setting: Setting, number: int, name: str) -> Drawing | None:
     None without a defence that has both.
     """
     points = [
-        (defense, utility, worst, f"{_sent(cells):,.0f} kB, {fastest(cells).text} faces/s", _sent(cells))
-        for defense, cells in setting.defenses.items()
-        if (utility := lowest_accuracy(cells)) is not None and (worst := worst_case(cells, name)) is not None
+        (
+            defense if len(setting.knowledge) == 1 else f"{defense} ({knowledge})",
+            recognised.protected,
+            worst,
+            f"{_sent(cells):,.0f} kB, {fastest(cells).text} faces/s",
+            _sent(cells),
+        )
+        for (defense, knowledge), cells in setting.rungs.items()
+        if (recognised := recognition(cells)) is not None and (worst := worst_case(cells, name)) is not None
     ]
     if not points:
         return None

@@ -10,15 +10,15 @@ from typing import Any
 
 from bench.measures import KINDS, MISSING
 from bench.results import Measure, measures
-from reports.cells import Cell, Setting, lowest_accuracy, worst_case, worst_floor
+from reports.cells import Cell, Setting, recognition, worst_case, worst_floor
 from reports.provenance import provenance, warnings
 from reports.summary import (
     LEAKS,
     across_table,
     failures,
-    findings,
     identification_table,
     protocol_table,
+    ranking,
     recovery_table,
     subject,
     summary,
@@ -26,6 +26,7 @@ from reports.summary import (
     worst_rows,
 )
 from reports.table import Column, Entry, Row, Table
+from reports.verdict import verdicts
 
 # -- Markdown ---------------------------------------------------------------------------------------
 
@@ -47,38 +48,43 @@ def markdown_text(text: str) -> str:
     return _REFERRED.sub(lambda match: _REFERENCES[match[0].lower()], literal)
 
 
-def report_markdown(settings: Sequence[Setting], speed: Table | None = None) -> str:
+def report_markdown(settings: Sequence[Setting], speed: Table | None = None, left_out: str = "") -> str:
     """The report without its figures."""
     parts = ["# What leaks, and what it costs"]
-    if notes := _notes(settings):
-        parts += ["## Before you quote a figure", notes]
     for number, setting in enumerate(settings, start=1):
-        told = {
-            defense: " ".join(f"{fact.question} {fact.figure} ({fact.context})" for fact in facts)
-            for defense, facts in findings(setting).items()
-        }
-        lines = (f"{defense}: {facts or 'nothing was measured.'}" for defense, facts in told.items())
-        parts += [f"## {markdown_text(subject(setting))}", "\n".join(f"- {markdown_text(line)}" for line in lines)]
         makers = (summary, protocol_table, identification_table, template_table, across_table, recovery_table)
         tables = [table(setting, number) for table in makers]
-        parts += [_pipe_table(table) for table in tables if table is not None]
+        parts += [*_verdict(setting, number), *(_pipe_table(table) for table in tables if table is not None)]
+    if notes := _notes(settings, left_out):
+        parts += ["## Before you quote a figure", notes]
     if speed is not None:
         parts += ["## Speed", _pipe_table(speed)]
     parts += ["## Provenance", _pipe_table(provenance(settings))]
     return "\n\n".join(parts) + "\n"
 
 
-def leaderboard_markdown(title: str, lead: str, settings: Sequence[Setting], boards: Sequence[Table]) -> str:
+def leaderboard_markdown(
+    title: str, lead: str, settings: Sequence[Setting], left_out: str, boards: Sequence[Table]
+) -> str:
     """The leaderboard, and below it what to know before quoting a figure."""
     parts = [f"# {title}", markdown_text(lead)]
-    for setting, table in zip(settings, boards, strict=True):
-        parts += [f"## {markdown_text(subject(setting))}", _pipe_table(table)]
-    return "\n\n".join([*parts, _notes(settings)]).rstrip() + "\n"
+    for number, (setting, table) in enumerate(zip(settings, boards, strict=True), start=1):
+        parts += [*_verdict(setting, number), _pipe_table(table)]
+    return "\n\n".join([*parts, _notes(settings, left_out)]).rstrip() + "\n"
 
 
-def _notes(settings: Sequence[Setting]) -> str:
+def _verdict(setting: Setting, number: int) -> list[str]:
+    """The heading of a setting, and of each rung the verdict and the ranking behind it."""
+    parts = [f"## {markdown_text(subject(setting))}"]
+    for verdict in verdicts(setting):
+        parts += [f"**{markdown_text(verdict.sentence)}**", _pipe_table(ranking(setting, verdict, number))]
+    return parts
+
+
+def _notes(settings: Sequence[Setting], left_out: str) -> str:
     """What to know before quoting a figure, a line each."""
-    lines = [f"**failed:** {markdown_text(f'{label}: {reason}')}" for label, reason in failures(settings)]
+    lines = [markdown_text(left_out)] if left_out else []
+    lines += [f"**failed:** {markdown_text(f'{label}: {reason}')}" for label, reason in failures(settings)]
     for warning, labels in warnings(settings).items():
         lines.append(f"{markdown_text(warning)} ({markdown_text('; '.join(labels))})")
     return "\n".join(f"- {line}" for line in lines)
@@ -128,12 +134,18 @@ def latex_text(text: str) -> str:
 
 
 def report_latex(settings: Sequence[Setting], speed: Table | None = None) -> str:
-    """The summaries, protocols and template defences of all settings, each as tables that fit a page."""
+    """The verdicts, summaries, protocols and template defences of all settings, each as tables that fit a page."""
     parts = ["% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc} with \\usepackage{textcomp}."]
     for number, setting in enumerate(settings, start=1):
         parts += [f"% {latex_text(subject(setting))}"]
-        makers = (summary, protocol_table, identification_table, template_table, across_table)
-        tables = [table(setting, number) for table in makers]
+        tables: list[Table | None] = []
+        for verdict in verdicts(setting):
+            parts += [latex_text(verdict.sentence)]
+            tables += [ranking(setting, verdict, number)]
+        tables += [
+            table(setting, number)
+            for table in (summary, protocol_table, identification_table, template_table, across_table)
+        ]
         parts += [part for table in tables if table is not None for part in _latex_tables(table)]
     parts += [] if speed is None else _latex_tables(speed)
     return "\n\n".join(parts) + "\n"
@@ -232,24 +244,27 @@ def _figures(cell: Cell) -> Iterator[tuple[str, Measure]]:
 
 
 def leaderboard_csv(settings: Sequence[Setting]) -> str:
-    """One line for each defence and figure; rates are shares of 1."""
-    headings = "setting protocol synthetic defense figure value low high n strongest floor note"
+    """One line for each defence, rung and figure; rates are shares of 1."""
+    headings = "setting protocol synthetic defense knowledge figure value low high n seeds strongest floor note"
+    headings += " ranked_by verdict"
     return _csv(headings, (line for setting in settings for line in _worst_lines(setting)))
 
 
 def _worst_lines(setting: Setting) -> Iterator[Sequence[Any]]:
     rows = worst_rows(setting)
-    for defense, cells in setting.defenses.items():
-        head = [setting.title, setting.protocol, setting.synthetic, defense]
-        note = rows[defense].entries["attack"].note if defense in rows else ""
-        utility = lowest_accuracy(cells)
+    told = {(one.defense, v.knowledge): (v.name, one.told) for v in verdicts(setting) for one in v.standings}
+    for place, cells in setting.rungs.items():
+        head = [setting.title, setting.protocol, setting.synthetic, *place]
+        note = rows[place].entries["attack"].note if place in rows else ""
+        recognised = recognition(cells)
         figures: list[tuple[str, Measure, str, Measure | None]] = []
-        figures += [] if utility is None else [("accuracy", utility, "", None)]
+        figures += [] if recognised is None else [("accuracy", recognised.protected, "", None)]
         for name in LEAKS:
             if (case := worst_case(cells, name)) is not None:
                 figures.append((name, case.measure, case.strongest.label, worst_floor(cells, name)))
+        seeds = len({cell.seed for cell in cells if cell.result is not None})
         for name, measure, strongest, floor in figures:
-            bounds = measure.ci95 or ("", "")
-            yield [*head, name, measure.value, *bounds, measure.n, strongest, floor.value if floor else "", note]
+            got = [measure.value, *(measure.ci95 or ("", "")), measure.n, seeds]
+            yield [*head, name, *got, strongest, floor.value if floor else "", note, *told[place]]
         if not figures:
-            yield [*head, "failed", "", "", "", "", "", "", ""]
+            yield [*head, "failed", "", "", "", "", "", "", "", "", *told[place]]

@@ -57,6 +57,21 @@ def sheets(setting: Setting, *, embed_faces: bool) -> list[Sheet]:
     return made
 
 
+def strip(cell: Cell, *, embed_faces: bool) -> list[tuple[str, Picture]]:
+    """Original, what is sent, and what the attack makes of it, of the first victim: the same of all runs on them.
+
+    Each under its heading; empty where there are none, or they must not be shown.
+    """
+    samples = cell.run.samples
+    if samples is None or not samples.victims or not may_show(cell, embed_faces=embed_faces):
+        return []
+    victim = next((victim for victim in samples.victims if _FIRST in victim.roles), samples.victims[0])
+    last = next((column for column in (cell.name, "recovered", *samples.columns[2:]) if column in samples.columns), "")
+    pictures = {column: _picture(cell, cell.label, victim, column, "first victim") for column in (*_SHARED, last)}
+    headings = {cell.name: "recovered"}
+    return [(headings.get(column, column), picture) for column, picture in pictures.items() if picture is not None]
+
+
 def may_show(cell: Cell, *, embed_faces: bool) -> bool:
     """Whether there are pictures of a run, and they may stand on a page."""
     return cell.run.samples is not None and (cell.run.synthetic or embed_faces)

@@ -16,22 +16,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from bench import __version__
+from bench.errors import MissingError
 from bench.files import write_text
 from bench.measures import KINDS
-from bench.run.archive import data_uri, load_runs
+from bench.run.archive import Run, data_uri, load_runs
 from reports.benchmarks import benchmark_table
-from reports.cells import Setting, settings
+from reports.cells import Setting, attempts, settings
 from reports.figures import distributions, pareto, roc_figure, strength_figures, template_figure, training_figures
 from reports.formats import leaderboard_csv, leaderboard_markdown, report_csv, report_latex, report_markdown
-from reports.gallery import may_show, sheets
+from reports.gallery import may_show, sheets, strip
 from reports.maps import confusion_figures, frequency_figures, state_figure
 from reports.provenance import provenance, records, warnings
 from reports.published import matching
 from reports.summary import (
     COLUMNS,
+    HEADLINE,
     across_table,
+    facts,
     failures,
-    findings,
     floor_rows,
     identification_table,
     judged,
@@ -44,10 +46,11 @@ from reports.summary import (
     worst_rows,
 )
 from reports.table import Table
+from reports.verdict import Standing, figure, verdicts
 
 _TEMPLATES = Path(__file__).parent / "templates"
 #: What leaks, as far as it is drawn against utility.
-_PARETO = ("ssim", "type1_tar", "linkage")
+_PARETO = (HEADLINE, "ssim", "linkage")
 
 
 def write_report(
@@ -56,6 +59,7 @@ def write_report(
     *,
     images: bool = True,
     embed_faces: bool = False,
+    every: bool = False,
     benchmarks: Sequence[Path] = (),
 ) -> list[Path]:
     """Write ``report.html``, ``report.md``, ``report.tex`` and ``measures.csv``.
@@ -65,21 +69,24 @@ def write_report(
         out: folder to write to; made if it is not there.
         images: whether the page shows faces.
         embed_faces: whether real ones, too; synthetic ones need no leave.
+        every: whether to show killed and superseded attempts, too.
         benchmarks: files that pytest-benchmark wrote.
 
     Returns:
         The files.
 
     Raises:
-        MissingError: a folder is no run directory, or a file of one cannot be read or is not what it should be.
+        MissingError: a folder is no run directory, a file of one cannot be read or is not what it should be, or no run
+            has ended.
     """
-    grouped, speed = settings(load_runs(runs)), benchmark_table(benchmarks)
-    page = report_page(grouped, images=images, embed_faces=embed_faces, speed=speed)
+    grouped, left_out = _settings(load_runs(runs), every)
+    speed = benchmark_table(benchmarks)
+    page = report_page(grouped, images=images, embed_faces=embed_faces, speed=speed, left_out=left_out)
     return _write(
         out,
         {
             "report.html": page,
-            "report.md": report_markdown(grouped, speed),
+            "report.md": report_markdown(grouped, speed, left_out),
             "report.tex": report_latex(grouped, speed),
             "measures.csv": report_csv(grouped),
         },
@@ -92,6 +99,7 @@ def report_page(
     images: bool,
     embed_faces: bool,
     speed: Table | None = None,
+    left_out: str = "",
     template: str = "report.html.j2",
     **more: Any,
 ) -> str:
@@ -102,6 +110,7 @@ def report_page(
         images: whether it shows faces.
         embed_faces: whether real ones, too.
         speed: of pytest-benchmark.
+        left_out: which attempts are not among them.
         template: one that extends that of the report.
         more: what this template needs beyond that; ``title`` takes the place of the report's.
     """
@@ -111,7 +120,8 @@ def report_page(
     printed = [figure for cell in cells for figure in matching(cell.run.manifest.config.get("defense"), {cell.name})]
     context: dict[str, Any] = {
         "title": "What leaks, and what it costs",
-        "lead": f"{_runs(grouped)} runs: {', '.join(defenses)}" + (f"; {failed} failed" if failed else ""),
+        "lead": f"{_counted(_runs(grouped), 'run')} of {_counted(len(defenses), 'defence')}"
+        + (f"; {failed} failed" if failed else ""),
         "views": [_view(setting, number, images, embed_faces) for number, setting in enumerate(grouped, start=1)],
         "speed": speed,
         "records": list(records(grouped)),
@@ -119,26 +129,82 @@ def report_page(
         "kinds": list(KINDS.values()),
         "warnings": warnings(grouped),
         "failures": failures(grouped),
+        "left_out": left_out,
         "runs": _runs(grouped),
         "provenance": provenance(grouped),
     }
     return render_page(template, **context | more)
 
 
+def _settings(runs: Sequence[Run], every: bool) -> tuple[list[Setting], str]:
+    """The settings of runs and what was left out: attempts that say nothing more, unless ``every`` one is asked for.
+
+    Raises:
+        MissingError: no run has ended.
+    """
+    if every:
+        return settings(runs), ""
+    kept, *left = attempts(runs)
+    words = ("killed or not finished", "superseded by a later run of the same settings")
+    told = [
+        f"{len(some)} {what} ({', '.join(run.directory.name for run in some)})"
+        for what, some in zip(words, left, strict=True)
+        if some
+    ]
+    if not kept:
+        raise MissingError(f"no run has ended: {'; '.join(told)}; run them to their end, or show them with --all")
+    return settings(kept), f"Left out: {'; '.join(told)}. --all shows them." if told else ""
+
+
+def _verdicts(setting: Setting, faces: bool, embed_faces: bool) -> list[dict[str, Any]]:
+    """The verdicts of a setting as a page takes them: a card for each defence, on a scale that all share."""
+    views = []
+    for verdict in verdicts(setting):
+        kind = KINDS[verdict.name]
+        bounds = [bound for one in verdict.standings for bound in (one.floor, one.ceiling)]
+        measures = [*bounds, *(one.worst.measure for one in verdict.standings if one.worst is not None)]
+        values = [end for m in measures if m is not None and m.value is not None for end in (m.value, *(m.ci95 or ()))]
+        # Rates have ends of their own; what has none is drawn from the least to the most that anybody got.
+        low, high = (0.0, 1.0) if kind.unit == "%" else (min(values, default=0.0), max(values, default=1.0))
+        cards = [_card(one, low, high or 1.0, faces, embed_faces) for one in verdict.standings]
+        views.append({"verdict": verdict, "label": kind.label, "meaning": kind.meaning, "cards": cards})
+    return views
+
+
+def _card(one: Standing, low: float, high: float, faces: bool, embed_faces: bool) -> dict[str, Any]:
+    """A defence: its figures in words, where its bar begins and ends in per cent of the scale, and a strip of faces."""
+
+    def place(value: float | None) -> float | None:
+        return (
+            None if value is None or high <= low else round(100 * min(1.0, max(0.0, (value - low) / (high - low))), 2)
+        )
+
+    measure = None if one.worst is None else one.worst.measure
+    floor, ceiling = (None if bound is None else bound.value for bound in (one.floor, one.ceiling))
+    return {
+        "standing": one,
+        "worth": "none" if one.unprotected else one.worth[0].replace(" ", "-"),
+        "measure": measure,
+        "floor": place(floor),
+        "ceiling": place(ceiling),
+        "value": place(None if measure is None else measure.value),
+        "ends": [place(end) for end in measure.ci95] if measure is not None and measure.ci95 is not None else [],
+        "facts": list(facts(one.cells)),
+        "strip": strip(one.worst.strongest, embed_faces=embed_faces) if faces and one.worst is not None else [],
+    }
+
+
 def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> dict[str, Any]:
     """One setting of the page, as its template takes it."""
-    pareto_figures = [pareto(setting, number, name) for name in _PARETO]
+    pareto_figures = [pareto(setting, number, name) for name in _drawn(setting)]
     curves = [roc_figure(setting, number, table) for table in ("scores", "linkage")]
     curves.insert(1, roc_figure(setting, number, "scores", det=True))
     states = state_figure(setting, number)
-    withheld = sum(
-        cell.run.samples is not None and not may_show(cell, embed_faces=embed_faces) for _, cell in setting.runs
-    )
-    note = f"The real faces of {withheld} runs were left out; --embed-faces shows them." if withheld else ""
     return {
+        "number": number,
         "title": subject(setting),
         "synthetic": setting.synthetic,
-        "findings": findings(setting),
+        "verdicts": _verdicts(setting, images, embed_faces),
         "summary": summary(setting, number),
         "protocols": list(filter(None, [protocol_table(setting, number), identification_table(setting, number)])),
         "templates": list(filter(None, [template_table(setting, number), across_table(setting, number)])),
@@ -152,19 +218,36 @@ def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> dic
         },
         "training": training_figures(setting, number),
         "sheets": sheets(setting, embed_faces=embed_faces) if images else [],
-        "faces_note": note if images else "Faces were left out (--no-images).",
+        "faces_note": _faces_note(setting, images, embed_faces),
         "recovery": recovery_table(setting, number),
     }
 
 
+def _faces_note(setting: Setting, images: bool, embed_faces: bool) -> str:
+    """Which faces were left out of a page, and why; empty for none."""
+    if not images:
+        return "Faces were left out (--no-images)."
+    withheld = sum(
+        cell.run.samples is not None and not may_show(cell, embed_faces=embed_faces) for _, cell in setting.runs
+    )
+    return f"The real faces of {withheld} runs were left out; --embed-faces shows them." if withheld else ""
+
+
+def _drawn(setting: Setting) -> list[str]:
+    """Figures that are drawn against utility: those that decide first."""
+    return list(dict.fromkeys((*(verdict.name for verdict in verdicts(setting)), *_PARETO)))
+
+
 _TITLE = "Leaderboard of defences"
 _LEAD = (
-    "One row for each defence, at its worst case over all attacks; below each figure the attack that leaks most. "
-    "Only runs of one protocol version, dataset, image size and judge stand in one table."
+    "One row for each defence and rung of knowledge, at its worst case over all attacks; below each figure the attack "
+    "that leaks most. Only runs of one protocol version, dataset, image size and judge stand in one table."
 )
 
 
-def write_leaderboard(directory: Path, out: Path) -> list[Path]:
+def write_leaderboard(
+    directory: Path, out: Path, *, images: bool = True, embed_faces: bool = False, every: bool = False
+) -> list[Path]:
     """Write ``leaderboard.html``, ``leaderboard.md``, ``leaderboard.csv`` and, as SVG, utility against leakage.
 
     ``utility-ssim-N.svg`` and the like are of setting N, for each leading figure that was measured beside recognition;
@@ -173,22 +256,35 @@ def write_leaderboard(directory: Path, out: Path) -> list[Path]:
     Args:
         directory: a run directory or a folder that holds some.
         out: folder to write to; made if it is not there.
+        images: whether the page shows faces.
+        embed_faces: whether real ones, too; synthetic ones need no leave.
+        every: whether to count killed and superseded attempts, too.
 
     Returns:
         The files.
 
     Raises:
-        MissingError: it holds no run, or a file of one cannot be read.
+        MissingError: it holds no run that has ended, or a file of one cannot be read.
     """
-    grouped = settings(load_runs([directory]))
+    grouped, left_out = _settings(load_runs([directory]), every)
     boards = [_board(setting, number) for number, setting in enumerate(grouped, start=1)]
-    ranked = list(zip(grouped, boards, strict=True))
+    views = [
+        {
+            "number": number,
+            "title": subject(setting),
+            "setting": setting,
+            "board": board,
+            "verdicts": _verdicts(setting, images, embed_faces),
+            "faces_note": _faces_note(setting, images, embed_faces),
+        }
+        for number, (setting, board) in enumerate(zip(grouped, boards, strict=True), start=1)
+    ]
     style = _style_sheet()
     drawings = {
         f"{name}-{number}.svg": drawing
         for number, setting in enumerate(grouped, start=1)
         for name, drawing in {
-            **{f"utility-{name.replace('_', '-')}": pareto(setting, number, name) for name in _PARETO},
+            **{f"utility-{name.replace('_', '-')}": pareto(setting, number, name) for name in _drawn(setting)},
             "templates": template_figure(setting, number),
         }.items()
     }
@@ -200,26 +296,34 @@ def write_leaderboard(directory: Path, out: Path) -> list[Path]:
                 "leaderboard.html.j2",
                 title=_TITLE,
                 lead=_LEAD,
-                boards=ranked,
+                views=views,
                 warnings=warnings(grouped),
                 failures=failures(grouped),
+                left_out=left_out,
                 runs=_runs(grouped),
                 provenance=provenance(grouped),
             ),
-            "leaderboard.md": leaderboard_markdown(_TITLE, _LEAD, grouped, boards),
+            "leaderboard.md": leaderboard_markdown(_TITLE, _LEAD, grouped, left_out, boards),
             "leaderboard.csv": leaderboard_csv(grouped),
             **figures,
         },
     )
 
 
+def verdict_sentences(runs: Sequence[Path], *, every: bool = False) -> list[str]:
+    """What a report or a leaderboard on these runs opens with: a sentence for each setting and rung."""
+    grouped, _ = _settings(load_runs(runs), every)
+    return [f"{subject(setting)}, {verdict.sentence}" for setting in grouped for verdict in verdicts(setting)]
+
+
 def _board(setting: Setting, number: int) -> Table:
     """One row for each defence of a setting; one of which nothing was measured says so."""
-    # The attack and its knowledge are said below each figure; how fast it is belongs to no defence.
-    columns = tuple(column for column in COLUMNS if column.key not in ("knowledge", "recover"))
-    rows = []
-    for name, worst in worst_rows(setting).items():
-        rows += [worst, *printed_rows(name, setting.defenses[name])]
+    # How fast an attack is belongs to no defence.
+    columns = tuple(column for column in COLUMNS if column.key != "recover")
+    worst, rows = worst_rows(setting), []
+    for defense, cells in setting.defenses.items():
+        rows += [row for (name, _), row in worst.items() if name == defense]
+        rows += printed_rows(defense, cells) if any(name == defense for name, _ in worst) else []
     caption = f"Defences at their worst case: {subject(setting)}.{judged(setting)}"
     return Table(f"board-{number}", caption, columns, tuple(rows), tuple(floor_rows(setting))).without_empty_columns()
 
@@ -229,6 +333,10 @@ def _write(out: Path, documents: Mapping[str, str]) -> list[Path]:
     for name, document in documents.items():
         write_text(out / name, document)
     return [out / name for name in documents]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _runs(grouped: Sequence[Setting]) -> int:
@@ -264,4 +372,5 @@ def _environment() -> Environment:
     )
     # Drawings were written by an XML serialiser, which escaped the names in them.
     environment.filters |= {"svg": Markup, "picture": data_uri}
+    environment.globals["figure"] = figure
     return environment

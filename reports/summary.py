@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from bench.measures import KINDS, interval, leak, shown
+from bench.measures import KINDS, shown
 from bench.results import (
     NO_BETTER,
     EvaluatorInfo,
@@ -19,12 +19,15 @@ from bench.results import (
     Verification,
     measures,
 )
-from reports.cells import Cell, Setting, Worst, floors, lowest_accuracy, worst_case, worst_floor
+from reports.cells import Cell, Setting, floors, over_seeds, recognition, worst_case, worst_floor
 from reports.published import matching
 from reports.table import Column, Entry, Row, Table, measured
+from reports.verdict import Standing, Verdict, figure, least, standings
 
+#: The figure of an attack that stands before all others.
+HEADLINE = "type2_far_1e3"
 #: Figures of the summary that an attack earned, in their order.
-LEAKS = tuple(name for name, kind in KINDS.items() if kind.headline)
+LEAKS = (HEADLINE, *(name for name, kind in KINDS.items() if kind.headline and name != HEADLINE))
 _RECOVERY = tuple(name for name, kind in KINDS.items() if kind.place.startswith("recovery."))
 #: Of templates, before what an attack makes of them.
 _TEMPLATES = tuple(name for group in ("template", "inversion") for name, kind in KINDS.items() if kind.group == group)
@@ -66,14 +69,19 @@ def summary(setting: Setting, number: int) -> Table:
     worst = worst_rows(setting)
     rows: list[Row] = []
     for defense, cells in setting.defenses.items():
-        rows += [worst[defense]] if defense in worst else []
-        rows += map(_measured, cells)
+        for knowledge in (rung for name, rung in setting.rungs if name == defense):
+            rows += [worst[defense, knowledge]] if (defense, knowledge) in worst else []
+            seeds: dict[str, list[Cell]] = {}
+            for cell in setting.rungs[defense, knowledge]:
+                seeds.setdefault(cell.attack if cell.result is not None else f"failed {cell.attack}", []).append(cell)
+            rows += map(_measured, seeds.values())
         rows += printed_rows(defense, cells)
     caption = (
         f"Defence against attack: {subject(setting)}. In brackets the 95 % interval over identities (of speeds: the "
-        "quartiles). 'Worst case' rows take, victim by victim, the attack that leaks most, beside the trivial guess "
-        "that gets most; bold is the best defence by its worst case, where all were tried by the same attacks, which "
-        f"were better than a guess. Figures that no run has are left out.{judged(setting)}"
+        "quartiles), of several seeds their mean. 'Worst case' rows take, victim by victim, the attack that leaks "
+        "most, beside the trivial guess that gets most; bold are defences that leak least among those that met the "
+        "same attacks, which were better than a guess, where they differ. Figures that no run has are left out."
+        f"{judged(setting)}"
     )
     table = Table(f"summary-{number}", caption, COLUMNS, tuple(rows), tuple(floor_rows(setting)), headers=3)
     return table.without_empty_columns()
@@ -101,21 +109,30 @@ def _row(
     return Row({**named, **figures}, kind)
 
 
-def _measured(cell: Cell) -> Row:
-    result, utility = cell.result, cell.run.result.utility
-    if result is None:
-        return _row("failed", cell.defense, cell.attack, cell.verdict, cell.knowledge, {})
+def _measured(cells: Sequence[Cell]) -> Row:
+    """One attack on a defence, over all seeds of which there are runs."""
+    cell, attack = cells[0], cells[0].attack
+    verdicts = list(dict.fromkeys(cell.verdict for cell in cells if cell.verdict))
+    seeds = sorted({cell.seed for cell in cells})
+    runs = [f"mean of {len(seeds)} seeds: {', '.join(map(str, seeds))}"] if len(seeds) > 1 else []
+    note = "; ".join(runs + verdicts)
+    if all(one.result is None for one in cells):
+        return _row("failed", cell.defense, attack, note, cell.knowledge, {})
     figures = {}
-    if utility is not None:
-        unprotected = f"unprotected {shown('accuracy', utility.unprotected.accuracy)}"
-        figures["accuracy"] = measured("accuracy", utility.accuracy, note=unprotected)
+    if (recognised := recognition(cells)) is not None:
+        unprotected = f"unprotected {shown('accuracy', recognised.unprotected)}"
+        figures["accuracy"] = measured("accuracy", recognised.protected, note=unprotected)
     for name in LEAKS:
-        ceiling = result.ceiling(name)
-        note = "" if ceiling is None or ceiling.value is None else f"ceiling {shown(name, ceiling)}"
-        figures[name] = measured(name, result.figure(name), note=note)
-    figures |= {"bytes": _bytes(cell), "protect": speed(cell, "protect"), "declares": _declared(cell)}
-    figures["recover"] = speed(cell, f"recover {cell.name}", f"link {cell.name}", "recover", "link")
-    return _row("measured", cell.defense, cell.attack, cell.verdict, cell.knowledge, figures)
+        if (case := worst_case(cells, name)) is None:
+            continue
+        highest = {one.seed: one.result.ceiling(name) for one in cells if one.result is not None}
+        ceilings = [measure for measure in highest.values() if measure is not None and measure.value is not None]
+        ceiling = f"ceiling {shown(name, over_seeds(name, ceilings))}" if ceilings else ""
+        figures[name] = measured(name, case.measure, note=ceiling)
+    figures |= {"bytes": _bytes(cell), "protect": fastest(cells), "declares": _declared(cell)}
+    operations = f"recover {cell.name}", f"link {cell.name}", "recover", "link"
+    figures["recover"] = max((speed(one, *operations) for one in cells), key=lambda entry: entry.number or 0.0)
+    return _row("measured", cell.defense, attack, note, cell.knowledge, figures)
 
 
 def floor_rows(setting: Setting) -> Iterator[Row]:
@@ -171,23 +188,27 @@ def same_attacks(setting: Setting) -> bool:
     return all(attacks == tried[0] for attacks in tried)
 
 
-def worst_rows(setting: Setting) -> dict[str, Row]:
-    """Defence -> its row at the worst case over all attacks; none for a defence of which nothing was measured."""
-    worst = {
-        defense: {name: case for name in LEAKS if (case := worst_case(cells, name)) is not None}
-        for defense, cells in setting.defenses.items()
-        if not all(cell.result is None for cell in cells)
+def worst_rows(setting: Setting) -> dict[tuple[str, str], Row]:
+    """Defence and rung -> its worst case over the attacks on that rung; none where nothing was measured."""
+    cases: dict[tuple[str, str], dict[str, Standing]] = {
+        place: {} for place, cells in setting.rungs.items() if not all(cell.result is None for cell in cells)
     }
-    # What an attack that failed would have got, nobody knows, and what no attack has opened was not tried.
-    judged = [defense for defense in worst if _whole(setting.defenses[defense]) and _above(setting.defenses[defense])]
-    best: dict[str, float] = {}
-    for name in LEAKS if same_attacks(setting) else ():
-        leakages = [leak(name, worst[defense][name].measure) for defense in judged if name in worst[defense]]
-        if len(leakages) > 1:  # one defence alone is not the best
-            best[name] = min(leakages)
+    best = set()
+    for knowledge in setting.knowledge:
+        for name in LEAKS:
+            ranked = standings(setting, knowledge, name)
+            for one in ranked:
+                if one.worst is not None:
+                    cases[one.defense, knowledge][name] = one
+            leaders, judged = least(ranked), [one for one in ranked if not one.objection]
+            # Where all are alike, or nothing does better than no defence, nobody is the best.
+            if len(leaders) < len(judged) and not any(one.unprotected for one in leaders):
+                best |= {(one.defense, knowledge, name) for one in leaders}
     return {
-        defense: _worst_row(defense, setting.defenses[defense], cases, best if defense in judged else {})
-        for defense, cases in worst.items()
+        (defense, knowledge): _worst_row(
+            setting.rungs[defense, knowledge], found, {name for name in found if (defense, knowledge, name) in best}
+        )
+        for (defense, knowledge), found in cases.items()
     }
 
 
@@ -201,20 +222,57 @@ def _above(cells: Sequence[Cell]) -> bool:
     return not all(cell.no_better for cell in cells if cell.result is not None)
 
 
-def _worst_row(defense: str, cells: Sequence[Cell], cases: Mapping[str, Worst], best: Mapping[str, float]) -> Row:
-    figures = {"accuracy": measured("accuracy", lowest_accuracy(cells))}
-    for name, worst in cases.items():
-        note = worst.strongest.attack + (", unsaturated" if worst.strongest.unsaturated else "")
+def _worst_row(cells: Sequence[Cell], cases: Mapping[str, Standing], best: set[str]) -> Row:
+    recognised = recognition(cells)
+    figures = {"accuracy": measured("accuracy", None if recognised is None else recognised.protected)}
+    for name, case in cases.items():
+        if case.worst is None:
+            continue
+        strongest = case.worst.strongest
+        note = strongest.attack + (", unsaturated" if strongest.unsaturated else "")
         if (floor := worst_floor(cells, name)) is not None:
             note += f"; floor {shown(name, floor)}"
-        figures[name] = measured(name, worst.measure, note=note, best=leak(name, worst.measure) == best.get(name))
+        figures[name] = measured(name, case.worst.measure, note=note, best=name in best)
     done = [cell for cell in cells if cell.result is not None]
-    failed = len(cells) - len(done)
-    over = f"over {len(done)} attack run{'s' * (len(done) != 1)}"
+    failed, seeds = len(cells) - len(done), len({cell.seed for cell in done})
+    over = f"over {len(done)} attack run{'s' * (len(done) != 1)}" + (f", mean of {seeds} seeds" if seeds > 1 else "")
     over += "" if _whole(cells) else f"; incomplete: {failed} failed"
     over += "" if _above(cells) else f"; {NO_BETTER}"
     figures |= {"bytes": _bytes(done[0]), "protect": _client(cells), "declares": _declared(done[0])}
-    return _row("worst", defense, "worst case", over, "any", figures)
+    return _row("worst", cells[0].defense, "worst case", over, cells[0].knowledge, figures)
+
+
+def ranking(setting: Setting, verdict: Verdict, number: int) -> Table:
+    """The defences of a verdict: what leaks, between floor and ceiling, at what accuracy, and whether that pays."""
+    name, accuracy = verdict.name, "accuracy"
+    rows = []
+    for one in verdict.standings:
+        recognised = one.recognition
+        rows.append(
+            Row(
+                {
+                    "defence": Entry(one.defense),
+                    name: measured(name, None if one.worst is None else one.worst.measure),
+                    "floor": measured(name, one.floor),
+                    "ceiling": measured(name, one.ceiling),
+                    accuracy: measured(accuracy, None if recognised is None else recognised.protected),
+                    "unprotected": measured(accuracy, None if recognised is None else recognised.unprotected),
+                    "verdict": Entry(one.told),
+                },
+                "worst",
+            )
+        )
+    kind = KINDS[name]
+    columns = (
+        *(Column.of_text("defence"), Column.of_figure(name)),
+        Column("floor", "floor", f"What guessing gets of the {kind.heading}."),
+        Column("ceiling", "ceiling", f"The {kind.heading} of the same attack without a defence."),
+        *(Column.of_figure(accuracy), Column("unprotected", "unprotected, %", "Accuracy without a defence.")),
+        Column.of_text("verdict"),
+    )
+    caption = f"What leaks to an attacker at {verdict.knowledge}, from the least, at what accuracy: {subject(setting)}."
+    slug = "".join(char if char.isalnum() and char.isascii() else "-" for char in verdict.knowledge)
+    return Table(f"ranking-{number}-{setting.knowledge.index(verdict.knowledge)}-{slug}", caption, columns, tuple(rows))
 
 
 def recovery_table(setting: Setting, number: int) -> Table | None:
@@ -435,8 +493,8 @@ def failures(settings: Sequence[Setting]) -> list[tuple[str, str]]:
 
 #: Figure -> what it answers.
 _QUESTIONS = {
+    "type2_far_1e3": "How many recovered faces pass for their person, where one in a thousand strangers does?",
     "ssim": "How much of the picture comes back?",
-    "type1_tar": "How many recovered faces pass for their person?",
     "linkage": "How often are protected and plain faces linked?",
     "pass_same": "How often does what is made of a stolen template pass for it?",
 }
@@ -450,31 +508,21 @@ class Fact(NamedTuple):
     context: str
 
 
-def findings(setting: Setting) -> dict[str, list[Fact]]:
-    """Defence -> a few figures, each at its worst case, in plain text."""
-    return {defense: list(_facts(cells)) for defense, cells in setting.defenses.items()}
-
-
-def _facts(cells: Sequence[Cell]) -> Iterator[Fact]:
-    if (accuracy := lowest_accuracy(cells)) is not None:
-        plain = next(cell.run.result.utility.unprotected for cell in cells if cell.run.result.utility is not None)
-        context = f"without a defence {shown('accuracy', plain.accuracy)} %"
-        yield Fact("How well does it recognise?", _figure("accuracy", accuracy), context)
+def facts(cells: Sequence[Cell]) -> Iterator[Fact]:
+    """A few figures of a defence on one rung, each at its worst case, in plain text."""
+    if (recognised := recognition(cells)) is not None:
+        context = f"without a defence {shown('accuracy', recognised.unprotected)} %"
+        yield Fact("How well does it recognise?", figure("accuracy", recognised.protected), context)
     for name, question in _QUESTIONS.items():
         if (worst := worst_case(cells, name)) is None:
             continue
         floor = worst_floor(cells, name)
         result, strongest = worst.strongest.result, worst.strongest
         marks = {"floor": floor, "ceiling": result.ceiling(name) if result else None}
-        context = f"strongest attack: {strongest.attack} ({strongest.knowledge})"
+        context = f"strongest attack: {strongest.attack}"
         context += f"; {strongest.verdict}" if strongest.verdict else ""
         context += "" if _whole(cells) else "; incomplete: an attack failed"
         for mark, measure in marks.items():
             context += "" if measure is None else f"; {mark} {shown(name, measure)}"
-        yield Fact(question, _figure(name, worst.measure), context)
-
-
-def _figure(name: str, measure: Measure) -> str:
-    kind = KINDS[name]
-    value = f"{shown(name, measure)} %" if kind.unit == "%" else f"{kind.heading} {shown(name, measure)}"
-    return f"{value} {interval(name, measure)}".rstrip()
+        label = "" if KINDS[name].unit else f"{KINDS[name].heading} "
+        yield Fact(question, label + figure(name, worst.measure), context)

@@ -44,10 +44,13 @@ def show_line(document: Any, as_json: bool, line: str) -> None:
     show(document, as_json, lambda: escape(line))
 
 
-def show_files(files: Iterable[Path], as_json: bool) -> None:
-    """Print the names of the files that a command wrote."""
+def show_files(files: Iterable[Path], as_json: bool, **told: Iterable[str]) -> None:
+    """Print what a command has to tell, sentences by name, and the names of the files that it wrote."""
     names = [str(file) for file in files]
-    show_line({"files": names}, as_json, "\n".join(names))
+    sentences = {name: list(lines) for name, lines in told.items()}
+    show_line(
+        {"files": names, **sentences}, as_json, "\n".join([*(s for lines in sentences.values() for s in lines), *names])
+    )
 
 
 def table(rows: Iterable[Iterable[Any]], *columns: str, title: str | None = None) -> Table:

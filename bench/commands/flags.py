@@ -19,6 +19,13 @@ from bench.run.config import Setting, nested
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, or folders of them.")]
+Images = Annotated[bool, typer.Option("--images/--no-images", help="Show faces on the page.")]
+EmbedFaces = Annotated[
+    bool, typer.Option("--embed-faces", help="Show real faces, too; without it only synthetic ones are shown.")
+]
+EveryAttempt = Annotated[
+    bool, typer.Option("--all", help="Show attempts that were killed or superseded by a later run, too.")
+]
 DefenseOptions = Annotated[
     list[str] | None,
     typer.Option(

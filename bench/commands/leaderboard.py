@@ -8,15 +8,22 @@ from typing import Annotated
 import typer
 
 from bench.commands.console import show_files
-from bench.commands.flags import AsJson
+from bench.commands.flags import AsJson, EmbedFaces, EveryAttempt, Images
+from bench.errors import UsageError
 
 
 def leaderboard(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of run directories.")],
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder to write to; DIR if not given.")] = None,
+    images: Images = True,
+    embed_faces: EmbedFaces = False,
+    every: EveryAttempt = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show each defence at its worst case over all attacks; only comparable runs stand in one table."""
-    from reports.report import write_leaderboard
+    """Rank defences by what leaks at worst, over all attacks; only comparable runs stand in one table."""
+    from reports.report import verdict_sentences, write_leaderboard
 
-    show_files(write_leaderboard(directory, out_dir or directory), as_json)
+    if embed_faces and not images:
+        raise UsageError("--embed-faces and --no-images contradict each other: give one of them")
+    files = write_leaderboard(directory, out_dir or directory, images=images, embed_faces=embed_faces, every=every)
+    show_files(files, as_json, verdicts=verdict_sentences([directory], every=every))

@@ -8,26 +8,26 @@ from typing import Annotated
 import typer
 
 from bench.commands.console import show_files
-from bench.commands.flags import AsJson, Runs
+from bench.commands.flags import AsJson, EmbedFaces, EveryAttempt, Images, Runs
 from bench.errors import UsageError
 
 
 def report(
     runs: Runs,
     out_dir: Annotated[Path, typer.Option("--out", help="Folder to write to.")],
-    images: Annotated[bool, typer.Option("--images/--no-images", help="Show faces on the page.")] = True,
-    embed_faces: Annotated[
-        bool, typer.Option("--embed-faces", help="Show real faces, too; without it only synthetic ones are shown.")
-    ] = False,
+    images: Images = True,
+    embed_faces: EmbedFaces = False,
+    every: EveryAttempt = False,
     benchmarks: Annotated[
         list[Path] | None, typer.Option("--benchmark", help="A file that pytest --benchmark-json wrote; repeatable.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write what runs found as one HTML page without network, Markdown, LaTeX and CSV."""
-    from reports.report import write_report
+    from reports.report import verdict_sentences, write_report
 
     if embed_faces and not images:
         raise UsageError("--embed-faces and --no-images contradict each other: give one of them")
-    files = write_report(runs, out_dir, images=images, embed_faces=embed_faces, benchmarks=benchmarks or [])
-    show_files(files, as_json)
+    shown = {"images": images, "embed_faces": embed_faces, "every": every}
+    files = write_report(runs, out_dir, **shown, benchmarks=benchmarks or [])
+    show_files(files, as_json, verdicts=verdict_sentences(runs, every=every))

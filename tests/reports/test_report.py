@@ -85,7 +85,7 @@ def test_every_run_is_in_every_format(tmp_path):
 def test_each_of_several_attacks_has_its_row(tmp_path):
     several = write_run(tmp_path / "a", attack="linear,unet", strength=True)
     page, md, _, table = report(tmp_path, several, write_run(tmp_path / "b", attack="linkage", linkage=True))
-    assert "2 runs: partialface" in page
+    assert "2 runs of 1 defence" in page
     for row in ("linear (whitebox) on partialface", "unet (whitebox) on partialface"):
         assert row in page
         assert row in md
@@ -280,7 +280,7 @@ def test_leaderboard(tmp_path):
     files = write_leaderboard(runs, tmp_path / "board")
     tables, figures = files[:3], files[3:]
     assert [file.name for file in tables] == ["leaderboard.html", "leaderboard.md", "leaderboard.csv"]
-    names = (f"utility-{figure}-{number}.svg" for figure in ("ssim", "type1-tar") for number in (1, 2))
+    names = (f"utility-{figure}-{number}.svg" for figure in ("ssim", "type2-tar") for number in (1, 2))
     assert {file.name for file in figures} == set(names)
     page, md, table = (file.read_text(encoding="utf-8") for file in tables)
     rows = list(csv.DictReader(io.StringIO(table)))
@@ -323,8 +323,10 @@ def test_leaderboard_writes_beside_the_runs(bench, tmp_path):
     code, out, _ = bench("leaderboard", tmp_path / "runs")
     assert code == 0
     written = [f"leaderboard.{kind}" for kind in ("html", "md", "csv")]
-    written += [f"utility-{figure}-1.svg" for figure in ("ssim", "type1-tar")]
-    assert out.split() == [str(tmp_path / "runs" / name) for name in written]
+    written += [f"utility-{figure}-1.svg" for figure in ("type2-tar", "ssim")]
+    verdict, *files = out.splitlines()
+    assert files == [str(tmp_path / "runs" / name) for name in written]
+    assert "partialface is not" in verdict
     assert bench("leaderboard", tmp_path / "runs")[0] == 0, "its own files are no runs"
 
 

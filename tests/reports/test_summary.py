@@ -14,7 +14,7 @@ from reports.published import matching, published
 from reports.report import write_leaderboard
 from reports.summary import (
     across_table,
-    findings,
+    facts,
     identification_table,
     protocol_table,
     summary,
@@ -30,6 +30,11 @@ def setting_of(*folders):
 
 def by_heading(table, row):
     return {column.heading: row[column] for column in table.columns}
+
+
+def best_rows(setting):
+    """The worst cases by defence, of a setting of one rung."""
+    return {defense: row for (defense, _), row in worst_rows(setting).items()}
 
 
 def test_rows(tmp_path):
@@ -115,14 +120,14 @@ def test_published_rates_are_shares_of_one():
 def test_the_best_is_bold_only_among_defences_that_met_the_same_attacks(tmp_path):
     folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", defense="blur", ssim=(0.9,) * 8)]
     setting = setting_of(*folders)
-    rows = worst_rows(setting)
+    rows = best_rows(setting)
     assert rows["partialface"].entries["ssim"].best
     assert not rows["blur"].entries["ssim"].best
     assert not any("same attacks" in warning for warning in warnings([setting]))
 
     folders.append(write_run(tmp_path / "c", attack="linear"))
     setting = setting_of(*folders)
-    assert not any(entry.best for row in worst_rows(setting).values() for entry in row.entries.values())
+    assert not any(entry.best for row in best_rows(setting).values() for entry in row.entries.values())
     (labels,) = (labels for warning, labels in warnings([setting]).items() if "same attacks" in warning)
     assert labels == ["partialface: unet (whitebox), linear (whitebox)", "blur: unet (whitebox)"]
 
@@ -144,14 +149,14 @@ def test_a_defence_that_no_attack_has_opened_is_not_the_best_and_its_rows_say_wh
         write_run(tmp_path / "c", defense="pixelate", ssim=(0.8,) * 8),
     ]
     setting = setting_of(*folders)
-    rows = worst_rows(setting)
+    rows = best_rows(setting)
     assert NO_BETTER in rows["partialface"].entries["attack"].note
     assert not rows["partialface"].entries["ssim"].best
     assert rows["pixelate"].entries["ssim"].best
     notes = {row.entries["attack"].note for row in summary(setting, 1).rows if row.kind == "measured"}
     assert notes == {NO_BETTER, ""}
-    facts = {defense: " ".join(fact.context for fact in facts) for defense, facts in findings(setting).items()}
-    assert (NO_BETTER in facts["partialface"], NO_BETTER in facts["blur"]) == (True, False)
+    told = {defense: " ".join(fact.context for fact in facts(cells)) for defense, cells in setting.defenses.items()}
+    assert (NO_BETTER in told["partialface"], NO_BETTER in told["blur"]) == (True, False)
     board = write_leaderboard(tmp_path, tmp_path / "out")
     assert all(NO_BETTER in path.read_text() for path in board if path.suffix != ".svg")
     assert NO_BETTER in report_csv([setting])
@@ -161,14 +166,14 @@ def test_a_worst_case_of_which_an_attack_failed_is_incomplete_and_not_the_best(t
     folders = [
         write_run(tmp_path / "a", ssim=(0.3,) * 8), write_run(tmp_path / "b", attack="linear", error="not finite"),
         write_run(tmp_path / "c", defense="blur"), write_run(tmp_path / "d", defense="blur", attack="linear"),
-        write_run(tmp_path / "e", defense="none"), write_run(tmp_path / "f", defense="none", attack="linear"),
+        *(write_run(tmp_path / name, defense="none", attack=name, ssim=(0.9,) * 8) for name in ("unet", "linear")),
     ]  # fmt: skip
     setting = setting_of(*folders)
-    rows = worst_rows(setting)
+    rows = best_rows(setting)
     assert rows["partialface"].entries["attack"].note == "over 1 attack run; incomplete: 1 failed"
     assert not rows["partialface"].entries["ssim"].best
     assert rows["blur"].entries["ssim"].best
-    assert "incomplete" in findings(setting)["partialface"][1].context
+    assert "incomplete" in list(facts(setting.defenses["partialface"]))[1].context
 
 
 def test_the_floor_of_a_worst_case_is_the_pointwise_worst_of_the_guesses(tmp_path):
@@ -182,7 +187,7 @@ def test_the_floor_of_a_worst_case_is_the_pointwise_worst_of_the_guesses(tmp_pat
 
 
 def test_one_defence_alone_is_not_the_best(tmp_path):
-    rows = worst_rows(setting_of(write_run(tmp_path / "a")))
+    rows = best_rows(setting_of(write_run(tmp_path / "a")))
     assert not any(entry.best for row in rows.values() for entry in row.entries.values())
 
 
@@ -241,7 +246,7 @@ def test_inverted_templates_stand_in_the_summary_at_their_worst_above_the_mean_e
     assert worst["embedding cosine"].note == "unet; floor 0.130"
     assert (unet["pass, %"].number, linear["pass renewed, %"].number) == pytest.approx((20, 55))
     assert [by_heading(table, row)["defence"].text for row in table.foot] == ["floor: mean embedding"]
-    assert findings(setting)["biohash"][-1].figure == "60.0 % [59.0, 61.0]"
+    assert list(facts(setting.defenses["biohash"]))[-1].figure == "60.0 % [59.0, 61.0]"
 
 
 def test_the_published_attack_on_protected_templates_stands_at_the_highest_of_its_recognisers(tmp_path):

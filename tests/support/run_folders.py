@@ -47,7 +47,14 @@ def measure(value, spread=0.01, direction="leakage"):
     return Measure(value=value, ci95=(value - spread, value + spread), n=VICTIMS, direction=direction)
 
 
-def quality(ssim, cosine=0.5):
+def share(value):
+    """A rate of which people who are all alike leave no interval."""
+    alike = {"ci95": None, "reason": "no confidence interval: every resample gives the same value"}
+    return measure(value).model_copy(update=alike if value in (0.0, 1.0) else {})
+
+
+def quality(ssim, cosine=0.5, type2=None):
+    """A recovered face's quality; ``type2`` is how many pass at FAR 1e-3, which small sets cannot tell."""
     return Quality(
         ssim=measure(ssim),
         psnr=measure(30 * ssim, 0.5),
@@ -55,7 +62,11 @@ def quality(ssim, cosine=0.5):
         ms_ssim=measure(ssim),
         lpips=measure(None, direction="privacy"),
         identity=Identity(
-            type1_tar=measure(cosine, 0.1), type2_tar=measure(cosine), rank1=measure(cosine), cosine=measure(cosine)
+            type1_tar=measure(cosine, 0.1),
+            type2_tar=measure(cosine),
+            rank1=measure(cosine),
+            cosine=measure(cosine),
+            type2_far_1e3=None if type2 is None else share(type2),
         ),
     )
 
@@ -194,13 +205,18 @@ def write_run(
     inversion=None,
     protocols=None,
     galleries=False,
+    type2=None,
+    killed=False,
+    started="2026-01-01T00:00:00+00:00",
 ):
     """Write one run directory and return it.
 
     ``ssim`` is of each victim; of several attacks, separated by commas, that of the n-th is moved on by n victims.
-    ``error`` makes it a failed run. ``template`` makes it one of a template defence, which draws no states;
-    ``inversion`` takes the place of recovery. ``protocols`` are accuracies, of further packs by name, behind the
-    defence and without it; with ``galleries`` templates and a search among distractors were measured.
+    ``error`` makes it a failed run, ``killed`` one that was interrupted. ``type2`` says of each victim whether what was
+    recovered passes at FAR 1e-3, as 5 % of guesses and all unprotected faces do. ``template`` makes it a run of a
+    template defence, which draws no states; ``inversion`` takes the place of recovery. ``protocols`` are accuracies, of
+    further packs by name, behind the defence and without it; with ``galleries`` templates and a search among
+    distractors were measured.
     """
     folder.mkdir(parents=True)
     run_id = folder.name
@@ -211,8 +227,9 @@ def write_run(
         "data_root": "/home/somebody/faces", "defense_options": options or {}, "attack_options": {}, "queries": 1,
         "dataset_options": {}, "training": training or {},
     }  # fmt: skip
-    if error is not None:
-        result = RunResult(run_id=run_id, protocol=protocol, status="error", error=error)
+    if error is not None or killed:
+        status, error = ("cancelled", "KeyboardInterrupt") if killed else ("error", error)
+        result = RunResult(run_id=run_id, protocol=protocol, status=status, error=error)
     else:
         curve = StrengthCurve(
             axis="data",
@@ -233,8 +250,10 @@ def write_run(
         mean = float(np.mean(ssim))
         names = attack.split(",")
         states_named = StateInference(faces=measure(0.6), channels=measure(0.9), chance=1 / 18)
-        floors = {"mean_face": quality(0.4, 0.1), "noise": quality(0.01, 0.0)}
-        recovery = Recovery(**quality(mean, cosine).model_dump(), floors=floors, ceiling=quality(0.99, 0.9))
+        passing = (None, None, None) if type2 is None else (float(np.mean(type2)), 0.05, 1.0)
+        floors = {"mean_face": quality(0.4, 0.1, passing[1]), "noise": quality(0.01, 0.0, passing[1])}
+        ceiling = quality(0.99, 0.9, passing[2])
+        recovery = Recovery(**quality(mean, cosine, passing[0]).model_dump(), floors=floors, ceiling=ceiling)
         parts = {
             name: AttackResult(
                 attack=attack_info(name, knowledge, saturated=saturated, above_floor=above_floor),
@@ -276,8 +295,12 @@ def write_run(
             linked = [pd.DataFrame(table).assign(attack=name) for name in names]
             pd.concat(linked, ignore_index=True).to_parquet(folder / "linkage.parquet")
         else:
-            people = [f"person-{number // 2}" for number in range(VICTIMS)]
-            rows = pd.DataFrame({"image": range(VICTIMS), "identity": people, "cosine": cosine})
+            images = len(ssim) if type2 is None else len(type2)
+            people = [f"person-{number // 2}" for number in range(images)]
+            rows = pd.DataFrame({"image": range(images), "identity": people, "cosine": cosine})
+            if type2 is not None:
+                rows["type2_far_1e3"] = np.asarray(type2, dtype=float)
+                ssim = np.resize(ssim, images)
             states = pd.DataFrame({"image": range(VICTIMS), "interception": 0, "drawn": range(VICTIMS)})
             states["named"] = [-1, 0, *range(2, VICTIMS)]
             named = pd.concat([states.assign(attack=name) for name in names])
@@ -297,7 +320,7 @@ def write_run(
     artefacts.pop("events.jsonl")
     manifest = {
         "schema": "1", "protocol": protocol, "run_id": run_id, "status": result.status, "config": config,
-        "started": "2026-01-01T00:00:00+00:00", "version": "0.1.0", "packages": {"torch": "2.6.0"}, "device": "cpu",
+        "started": started, "version": "0.1.0", "packages": {"torch": "2.6.0"}, "device": "cpu",
         "device_name": "x86_64", "precision": "32-true", "artefacts": artefacts,
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
