@@ -445,7 +445,8 @@ class RecogniserInfo(ResultModel):
 
 
 class DatasetInfo(ResultModel):
-    name: str
+    name: str = Field(description="of the data set that the victims come from")
+    sources: dict[str, str] = Field({}, description="the data set of each role, where they come from several")
     synthetic: bool
     image_size: int
     identities: dict[str, int]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from bench.data.loaders import ROLES
 from bench.gate.comparison import quantile
 from bench.gate.scores import RunScores, Scores, as_text
 from bench.measures import KINDS, leak
@@ -203,6 +204,7 @@ def _comparable(run: Run) -> dict[str, Any]:
         "protocol": run.manifest.protocol,
         "dataset": config.get("dataset"),
         "data": Path(str(config["data_root"])).name if config.get("data_root") else None,
+        **{role: named_data(config[role]) for role in ROLES if config.get(role)},
         "image_size": config.get("image_size"),
         "limit": config.get("limit"),
         "evaluator": [Path(str(file)).name for file in (evaluator if isinstance(evaluator, list) else [evaluator])]
@@ -212,9 +214,16 @@ def _comparable(run: Run) -> dict[str, Any]:
     }
 
 
+def named_data(text: object) -> str:
+    """``folder:photographs`` of ``folder:/home/somebody/photographs``: the rest is nobody's business."""
+    name, _, root = str(text).partition(":")
+    return f"{name}:{Path(root).name}" if root else name
+
+
 def _title(run: Run) -> str:
     config = run.manifest.config
-    return f"{config.get('dataset', '?')}, {config.get('image_size', '?')} px, protocol {run.manifest.protocol}"
+    dataset = str(config.get("victims") or config.get("dataset", "?")).partition(":")[0]
+    return f"{dataset}, {config.get('image_size', '?')} px, protocol {run.manifest.protocol}"
 
 
 def _setting(title: str, runs: Sequence[Run]) -> Setting:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from bench.data.loaders import ROLES
 from bench.measures import MISSING
 from bench.results import LEAST_ACCURACY
 from bench.run.archive import Run
-from reports.cells import Cell, Setting
+from reports.cells import Cell, Setting, named_data
 from reports.summary import same_attacks
 from reports.table import Column, Entry, Row, Table
 
@@ -69,6 +70,8 @@ def records(settings: Sequence[Setting]) -> Iterator[dict[str, Any]]:
 def _value(key: str, value: Any) -> str:
     if key in _PATHS and value:
         return ", ".join(PurePath(str(path)).name for path in (value if isinstance(value, list) else [value]))
+    if key in (*ROLES, "distractors") and value:
+        return named_data(value)
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 

@@ -24,6 +24,9 @@ from bench.progress import Report, no_report
 
 OnError = Literal["refuse", "skip"]
 
+#: What is wanted of a data set.
+Part = Literal["everything", "faces", "victims"]
+
 
 class Batch(NamedTuple):
     """A batch as it was read.
@@ -200,7 +203,8 @@ class IdentityView(Faces):
         lookup[wanted] = np.arange(len(wanted), dtype=np.int32)
         labels = lookup[self.labels]
         kept = labels >= 0
-        return type(self)(self.source, self.chosen[wanted], self.rows[kept], labels[kept])
+        contents = None if self.contents is None else self.contents.where_true(kept)
+        return type(self)(self.source, self.chosen[wanted], self.rows[kept], labels[kept], contents)
 
     def where_true(self, kept: NDArray[np.bool_]) -> Self:
         contents = None if self.contents is None else self.contents.where_true(kept)
@@ -219,6 +223,9 @@ class IdentityView(Faces):
 
     def among(self, images: Tensor) -> NDArray[np.bool_]:
         return np.isin(self._scanned().digests, Contents.of(images).digests)
+
+    def digests(self) -> NDArray[np.uint64]:
+        return self._scanned().digests
 
     def decode(self, report: Report = no_report) -> tuple[Tensor, dict[int, str]]:
         """All images, see :func:`bench.data.decode.decode_all`."""
@@ -256,8 +263,13 @@ class OpenedSet:
     pairs: PairProtocol | None = None
     details: dict[str, str | int | float] = field(default_factory=dict)
 
-    def decoded(self, name: str, *, stream: bool = False, report: Report = no_report) -> Source:
+    def decoded(
+        self, name: str, *, stream: bool = False, part: Part = "everything", report: Report = no_report
+    ) -> Source:
         """The data set called ``name``, its victims in memory, and its faces, too, unless they are streamed.
+
+        Of a ``part`` the rest is not decoded: who wants ``faces`` gets no victims, and who wants ``victims`` gets the
+        faces undecoded where there are victims, else all faces, of whom everybody can be one.
 
         Images that cannot be decoded are skipped and listed; who has no others is not in memory.
 
@@ -265,6 +277,9 @@ class OpenedSet:
             DataError: a damaged file, what does not fit into memory, an image that a pair needs and that cannot be
                 decoded, or too few people left.
         """
+        if part == "faces":
+            return replace(self, victims=None, pairs=None).decoded(name, stream=stream, report=report)
+        stream = (stream and part == "everything") or (part == "victims" and self.victims is not None)
         before = 0 if self.victims is None else len(self.victims)
         total = before + (0 if stream else len(self.faces))
         victims, pairs = self._verification(lambda done, _: report(done, total))

@@ -142,6 +142,10 @@ class Faces(ABC):
     def among(self, images: Tensor) -> NDArray[np.bool_]:
         """bool (N,): whether each image equals one of ``images`` pixel for pixel."""
 
+    @abstractmethod
+    def digests(self) -> NDArray[np.uint64]:
+        """uint64 (N,): of each image's pixels (:class:`Contents`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class FaceSet(Faces):
@@ -213,6 +217,9 @@ class FaceSet(Faces):
         wanted = Contents.of(images[torch.from_numpy(np.isin(theirs, mine))]).digests
         alike[alike] = np.isin(Contents.of(self.images[torch.from_numpy(alike)]).digests, wanted)
         return alike
+
+    def digests(self) -> NDArray[np.uint64]:
+        return Contents.of(self.images).digests
 
     def to(self, device: torch.device | str) -> FaceSet:
         """The set with its images on ``device`` (labels stay on the CPU, where indexing happens)."""

@@ -16,7 +16,7 @@ from bench.progress import Report, no_report
 from bench.registry import Registry, target
 
 if TYPE_CHECKING:
-    from bench.data.encoded import OpenedSet
+    from bench.data.encoded import OpenedSet, Part
     from bench.data.faces import Source
 
 S = TypeVar("S", "OpenedSet", "Source")
@@ -39,6 +39,17 @@ class Dataset:
     open: Callable[[Any, int, Any], OpenedSet] | None = None
     make: Callable[..., Source] | None = None
     needs_root: bool = True
+
+
+#: The data set whose identities are shared out, where a part has none of its own.
+MAIN = "dataset"
+
+#: Data sets of their own, by the settings that name them, and the parts that come from each.
+ROLES: Mapping[str, tuple[str, ...]] = {
+    "victims": ("victims",),
+    "train_data": ("provider", "evaluator"),
+    "attack_data": ("public",),
+}
 
 
 class DataName(NamedTuple):
@@ -130,6 +141,7 @@ def load(
     seed: int,
     options: Mapping[str, Any] | None = None,
     stream: bool = False,
+    part: Part = "everything",
     limit: int | None = None,
     report: Report = no_report,
 ) -> Source:
@@ -137,8 +149,9 @@ def load(
 
     ``data_root`` is not needed by ``synthetic`` and ``lfw``; ``image_size`` is in pixels; ``seed``, the run's, is for
     datasets that are drawn. With ``stream`` the faces are left on disk, not yet scanned; victims of its own are in
-    memory either way. With a ``limit`` so many faces are used at most, of whole identities drawn by ``seed``; victims
-    of its own and their pairs stay whole. ``report(done, total)`` counts images.
+    memory either way. Of a ``part`` the rest is not decoded (:meth:`bench.data.encoded.OpenedSet.decoded`). With a
+    ``limit`` so many faces are used at most, of whole identities drawn by ``seed``; victims of its own and their pairs
+    stay whole. ``report(done, total)`` counts images.
 
     Raises:
         UsageError: unknown dataset or option, an impossible image size, or a dataset that cannot be streamed.
@@ -168,6 +181,6 @@ def load(
             if data_root is not None and data_root.is_dir():
                 os.scandir(data_root).close()  # what cannot be listed is not empty
             opened = limited(dataset.open(data_root, image_size, parsed))
-            return opened.decoded(name, stream=stream, report=report)
+            return opened.decoded(name, stream=stream, part=part, report=report)
     assert dataset.make is not None
     return limited(dataset.make(parsed, report=report))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,11 +17,15 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from bench.data.encoded import IdentityView
 from bench.data.faces import Contents, Faces, FaceSet, PairProtocol, Skipped, Source, components
+from bench.data.loaders import MAIN, ROLES
 from bench.data.pairs import draw_pairs
 from bench.errors import DataError, UsageError
 from bench.progress import Report, no_report
 
 F = TypeVar("F", bound=Faces)
+
+#: One entry per identity or image that was left out.
+Dropped = tuple[Skipped, ...]
 
 #: One to learn from, one to validate on.
 _LEAST_IDENTITIES = 2
@@ -59,19 +64,50 @@ def whole_identities(faces: F, budget: float, generator: torch.Generator) -> F:
     return faces.of_identities(order[:count].sort().values)
 
 
-def drop_victims(faces: F, victims: FaceSet) -> tuple[F, tuple[Skipped, ...]]:
+def telling_name(name: str) -> str | None:
+    """What a name says of who somebody is, in whatever data set it stands; None where it is a mere number.
+
+    Data sets put their own marks before a name (``lfw:Jo_Doe``), and number people each for themselves.
+
+    Example:
+        >>> telling_name("lfw:Jo_Doe"), telling_name("jo_doe"), telling_name("train:000012"), telling_name("person_7")
+        ('jo_doe', 'jo_doe', None, None)
+    """
+    bare = name.rpartition(":")[2]
+    return None if _NUMBERED.fullmatch(bare) else bare.casefold()
+
+
+#: A number, or one behind a word for what is counted, such as ``person_0007`` and ``s12``.
+_NUMBERED = re.compile(r"[^\W\d_]*[-_. ]?\d+")
+
+
+def drop_victims(faces: F, victims: Faces, whom: str = "a victim", *, elsewhere: bool = False) -> tuple[F, Dropped]:
     """Leave out of ``faces`` every identity that is a victim, by name or by an identical image.
 
     Datasets name people in ways of their own, so equal names prove an overlap and different ones prove nothing;
     hence the second test. A photo that was cropped or encoded anew escapes both.
 
-    Both have images of one size. Returns the faces that remain, and one entry per identity left out.
+    Both have images of one size. ``whom`` is what the others are called; from ``elsewhere``, another data set, names
+    prove an overlap only where they are no numbers (:func:`telling_name`).
+
+    Returns the faces that remain, and one entry per identity left out.
     """
+
+    def known(name: str) -> str | None:
+        return telling_name(name) if elsewhere else name
+
     labels = np.asarray(faces.labels)
-    reasons = dict.fromkeys(labels[faces.among(victims.images)].tolist(), "shares an identical image with a victim")
-    named = victims.used_names
-    reasons |= {i: "a victim has this name" for i in np.unique(labels).tolist() if faces.name(i) in named}
+    reasons = dict.fromkeys(labels[_equal(faces, victims)].tolist(), f"shares an identical image with {whom}")
+    named = {known(name) for name in victims.used_names} - {None}
+    reasons |= {i: f"{whom} has this name" for i in np.unique(labels).tolist() if known(faces.name(i)) in named}
     return _without(faces, reasons)
+
+
+def _equal(faces: Faces, others: Faces) -> NDArray[np.bool_]:
+    """bool (N,): whether each image equals one of the others pixel for pixel."""
+    if isinstance(others, FaceSet):
+        return faces.among(others.images)
+    return np.isin(faces.digests(), others.digests())
 
 
 def drop_copies(faces: F) -> tuple[F, tuple[Skipped, ...]]:
@@ -208,7 +244,8 @@ class Splits:
     verified, under ``pairs``, and attacked. ``dropped`` are identities that are somebody else as well: a victim, or
     another learner; or images that are there twice. Of a streamed dataset those who train recognisers are on disk;
     ``left_on_disk`` counts the images that the other parts have and memory does not. ``notes`` are sentences that a
-    result warns of.
+    result warns of. ``origins`` names the data set of each part where there are several, and ``excluded`` the people
+    who are not learnt from because they are victims of another one.
     """
 
     provider: FaceSet | IdentityView
@@ -219,11 +256,16 @@ class Splits:
     dropped: tuple[Skipped, ...] = ()
     left_on_disk: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = {name: part.used_names for name, part in self.parts.items()}
         for (part, a), (other, b) in itertools.combinations(names.items(), 2):
-            if shared := sorted(a & b):
+            shared = sorted(a & b)
+            if self.origins.get(part) != self.origins.get(other):
+                shared = sorted(filter(None, {*map(telling_name, a)} & {*map(telling_name, b)}))
+            if shared:
                 more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
                 raise DataError(f"{part} and {other} share {len(shared)} identities: {', '.join(shared[:5])}{more}")
 
@@ -234,8 +276,34 @@ class Splits:
         return {name: part for name, part in parts.items() if part is not None}
 
 
+def parts_of(roles: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Data set -> the parts that come from it, where these ``roles`` have one each; the rest come from the main one.
+
+    In the order in which people are placed: who is in two data sets stays in the first, and leaves the others.
+    """
+    taken = {role: parts for role, parts in ROLES.items() if role in roles}
+    rest = tuple(part for part in MINIMUM if not any(part in parts for parts in taken.values()))
+    order = sorted([*taken, MAIN], key=lambda role: min((_PLACED.index(p) for p in taken.get(role, rest)), default=9))
+    return {role: taken.get(role, rest) for role in order if taken.get(role, rest)}
+
+
+_PLACED = ("victims", "provider", "evaluator", "public")
+
+
+@dataclass(slots=True)
+class _Placed:
+    """What has been shared out so far."""
+
+    parts: dict[str, FaceSet | IdentityView] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    dropped: list[Skipped] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    left_on_disk: dict[str, int] = field(default_factory=dict)
+
+
 def split(
-    source: Source,
+    source: Source | Mapping[str, Source],
     *,
     provider: float,
     public: float,
@@ -245,12 +313,16 @@ def split(
     hold: int = HOLD,
     report: Report = no_report,
 ) -> Splits:
-    """Share out the identities of a dataset at random.
+    """Share out the identities of a dataset at random, or of several, of which each is for some parts alone.
 
     Shares are of identities. Those with several images and those with one are dealt in the same proportion. Where the
     dataset has victims of its own the victims' share is passed to the others, in proportion. Whoever would stand on
     both sides is dropped and listed (:func:`bench.data.splits.drop_victims` and ``drop_twins``). Of images that are
     there twice one stays (``drop_copies``, and of victims whose pairs are drawn ``drop_near_copies``).
+
+    Several data sets come by the names of :data:`bench.data.loaders.ROLES`, and ``dataset`` where a part has none of
+    its own. Who is a victim is dropped from all other sets, and who is trained on from that of the attacker, so that
+    what is trained depends on no other set but for the victims in it. The parts of a set of theirs use all of it.
 
     Of a streamed dataset the same people fall into the same parts as where it is loaded as a whole. Those who train
     recognisers stay on disk; the public faces and the victims are loaded, as many as may be held.
@@ -263,67 +335,134 @@ def split(
         UsageError: shares that cannot be.
         DataError: too few identities, with the least number that would do; or parts that share someone.
     """
+    sources = {MAIN: source} if isinstance(source, Source) else dict(source)
     shares = {"provider": provider, "public": public, "evaluator": evaluator, "victims": victims}
-    _check_shares(shares, own_victims=source.victims is not None)
-    faces, faces_copies = drop_copies(source.faces)
-    faces, dropped = drop_twins(faces)
-    dropped = (*faces_copies, *dropped)
-    if source.victims is not None:
-        faces, also_victims = drop_victims(faces, source.victims)
-        dropped += also_victims
-        total = math.fsum(shares.values())
-        shares["victims"] = 0.0
-        scale = total / math.fsum(shares.values())
-        shares = {name: share * scale for name, share in shares.items()}
-    shares = {name: share for name, share in shares.items() if share > 0}
+    parts_from = parts_of([role for role in sources if role != MAIN])
+    home = next(role for role, parts in parts_from.items() if "victims" in parts)
+    official = sources[home].victims
+    _check_shares(shares, own_victims=official is not None or home != MAIN)
+    start, placed = generator.get_state(), _Placed()
+    for role, names in parts_from.items():
+        generator.set_state(start)  # what falls into a part depends on no other data set
+        given = {name: shares[name] for name in names}
+        if role == home and official is not None:
+            placed.parts["victims"], placed.origins["victims"] = official, role
+            given.pop("victims")
+        placed.notes += sources[role].notes
+        if given:
+            _place(placed, role, sources[role], given, math.fsum(shares.values()) if role == MAIN else 1.0, generator)
+            for name in ("public", "victims"):
+                if name not in given:
+                    continue
+                part = placed.parts[name]
+                if not isinstance(part, FaceSet):  # nothing is drawn where memory may hold all of it
+                    held = part if len(part) <= hold else whole_identities(part, hold, generator)
+                    if left := len(part) - len(held):
+                        placed.left_on_disk[name] = left
+                    placed.parts[name] = held.load(report)
+        if role == home:
+            pairs = _victims(placed, sources[role], generator)
+    public_faces, victim_faces = placed.parts["public"], placed.parts["victims"]
+    assert isinstance(public_faces, FaceSet)
+    assert isinstance(victim_faces, FaceSet)
+    return Splits(
+        placed.parts["provider"],
+        public_faces,
+        placed.parts.get("evaluator"),
+        victim_faces,
+        pairs,
+        tuple(placed.dropped),
+        placed.left_on_disk,
+        tuple(dict.fromkeys(placed.notes)),
+        placed.origins if len(parts_from) > 1 else {},
+        tuple(placed.excluded),
+    )
+
+
+def _place(
+    placed: _Placed, role: str, source: Source, shares: dict[str, float], total: float, generator: torch.Generator
+) -> None:
+    """Share out the people of one data set who stand nowhere else; of shares that are 0 there is no part."""
+    faces, copies = drop_copies(source.faces)
+    faces, twins = drop_twins(faces)
+    dropped = list(twins)
+    if once := len(copies):
+        placed.notes.append(f"{once} images equal another image of the same person pixel for pixel: left out")
+    for part, others in placed.parts.items():
+        elsewhere, whom = placed.origins[part] != role, _CALLED[part]
+        numbered = elsewhere and not source.synthetic and _numbers(faces) & _numbers(others)
+        faces, known = drop_victims(faces, others, whom, elsewhere=elsewhere)
+        dropped += known
+        if part == "victims" and "provider" in shares:
+            placed.excluded += [entry.where for entry in known]
+        if elsewhere and known:
+            placed.notes.append(
+                f"{len(known)} people of {role} are left out, for {_WHY[part]}: events.jsonl lists them"
+            )
+        if numbered:
+            placed.notes.append(
+                f"{len(numbered)} people of {role} have the number of one of {placed.origins[part]} for a name: they "
+                "are taken for others unless they share an image; leave them out yourself if they are not"
+            )
+    placed.dropped += (*copies, *dropped)
+    shares = {name: share * total / math.fsum(shares.values()) for name, share in shares.items() if share > 0}
     images_of = torch.bincount(torch.as_tensor(faces.labels), minlength=faces.identities)
     people = int((images_of > 0).sum())
     counts = _counts(people, shares)
     if not _enough(counts):
         least = next(k for k in itertools.count(people + 1) if _enough(_counts(k, shares)))
         wanted = ", ".join(f"{name} {share:.3g}" for name, share in shares.items())
-        twins = len(dropped) - len(faces_copies)
-        without = f" ({twins} were left out as doubles)" if twins else ""
+        without = f" ({len(dropped)} were left out as doubles)" if dropped else ""
+        of = "" if role == MAIN else f" of {role}"
         raise DataError(
-            f"{people} identities{without} are too few to share out as {wanted}: at least {least} are needed"
+            f"{people} identities{of}{without} are too few to share out as {wanted}: at least {least} are needed"
+            + _WAY_OUT.get(role, "")
         )
-    dealt = _deal(images_of, counts, generator)
-    parts = {name: faces.of_identities(identities) for name, identities in dealt.items()}
-    held: dict[str, FaceSet] = {}
-    left_on_disk: dict[str, int] = {}
-    for name in ("public", "victims"):
-        if name in parts:
-            part = parts[name]
-            if not isinstance(part, FaceSet):  # nothing is drawn where memory may hold all of it
-                part = (part if len(part) <= hold else whole_identities(part, hold, generator)).load(report)
-            held[name] = part
-            if left := len(parts[name]) - len(part):
-                left_on_disk[name] = left
+    for name, identities in _deal(images_of, counts, generator).items():
+        placed.parts[name], placed.origins[name] = faces.of_identities(identities), role
+
+
+#: How the parts are called where somebody is in two of them, and why a person of another data set is then left out.
+_CALLED = {
+    "victims": "a victim",
+    "provider": "somebody who is trained on",
+    "evaluator": "somebody who is trained on",
+    "public": "somebody whom the attacker has",
+}
+_WHY = {part: f"{who} shares an image or a name with them" for part, who in _CALLED.items()}
+
+#: What to do about too few people.
+_WAY_OUT = {
+    MAIN: " (people of your own can be the victims alone, 4 of two images do: --victims folder:PATH, with others to "
+    "learn from at --dataset, which is synthetic unless you name one)",
+    "train_data": " (leave out --train-data, and the recogniser is trained on a share of --dataset)",
+    "attack_data": " (leave out --attack-data, and the attacker has a share of --dataset)",
+    "victims": ", with two images or more each (add people, or take the victims of another data set: --victims)",
+}
+
+
+def _numbers(faces: Faces) -> set[str]:
+    """The names of people that are mere numbers, without what stands before them."""
+    return {name.rpartition(":")[2] for name in faces.used_names if telling_name(name) is None}
+
+
+def _victims(placed: _Placed, source: Source, generator: torch.Generator) -> PairProtocol:
+    """The pairs of the victims, who are left without copies of their images."""
+    victims = placed.parts["victims"]
+    assert isinstance(victims, FaceSet)
     if source.victims is not None:
-        victim_set = source.victims.of_identities(torch.unique(source.victims.labels))  # same order, hence same pairs
-    else:
-        victim_set = held["victims"]
-    notes = list(source.notes)
-    if once := len(faces_copies):
-        notes.append(f"{once} images equal another image of the same person pixel for pixel: left out")
+        victims = victims.of_identities(torch.unique(victims.labels))  # same order, hence same pairs
     if source.pairs is not None:
-        victim_set, pairs, copies, said = _official(victim_set, source.pairs)
-        notes += said
+        victims, pairs, copies, said = _official(victims, source.pairs)
+        placed.notes += said
     else:
-        victim_set, copies = (victim_set, ()) if source.synthetic else drop_near_copies(drop_copies(victim_set)[0])
+        victims, copies = (victims, ()) if source.synthetic else drop_near_copies(drop_copies(victims)[0])
         if copies:
-            notes.append(f"{len(copies)} images of victims look like another image of the same person: left out")
-        pairs = draw_pairs(victim_set.labels, generator)
-    return Splits(
-        parts["provider"],
-        held["public"],
-        parts.get("evaluator"),
-        victim_set,
-        pairs,
-        (*dropped, *copies),
-        left_on_disk,
-        tuple(notes),
-    )
+            placed.notes.append(f"{len(copies)} images of victims look like another image of the same person: left out")
+        pairs = draw_pairs(victims.labels, generator)
+    placed.parts["victims"] = victims
+    placed.dropped += copies
+    return pairs
 
 
 def _check_shares(shares: dict[str, float], *, own_victims: bool) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from bench.data.loaders import ROLES
 from bench.errors import DataError
 from bench.measures import KINDS, Direction, Guard, Measure
 from bench.results import measures
@@ -188,9 +189,10 @@ def cell_key(run: Run, attack: str) -> CellKey:
             evaluator="+".join(sorted(judge.sha256 for judge in run.result.judges.values() if judge.sha256)) or None,
             settings=as_text(
                 {k: v for k, v in config.items() if k not in _NO_PART | set(_NAMED) and "_options" not in k}
+                | {role: str(config[role]).partition(":")[0] for role in ROLES if config.get(role)}
                 | {"teacher": PurePath(str(config["teacher"])).name if config.get("teacher") else None}
             )
-            | as_text({"dataset_options": config.get("dataset_options", {})}),
+            | as_text({name: config[name] for name in ("dataset_options", "source_options") if config.get(name)}),
         )
     except (ValidationError, AttributeError) as error:
         problem = first_problem(error) if isinstance(error, ValidationError) else error

@@ -18,7 +18,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bench import plugins
-from bench.data.loaders import DataName
+from bench.data.loaders import MAIN, ROLES, DataName
 from bench.errors import DataError, MissingError, UsageError
 from bench.files import decode_text, write_text
 from bench.nets.options import AS_READ, InputForm
@@ -172,7 +172,7 @@ class Shares(BaseModel):
 #: Settings that came after the first runs, which keep their names where these are not given.
 _LATER = (
     *("limit", "recogniser", "recogniser_input", "plain_recogniser", "plain_recogniser_input"),
-    *("template", "verify", "distractors"),
+    *("template", "verify", "distractors", *ROLES, "source_options"),
 )
 
 
@@ -194,6 +194,22 @@ class RunConfig(BaseModel):
     attack: str = Field(description="Attack to run against it, or several: A,B (bench list attacks).")
     dataset: str = Field("synthetic", description="Dataset (bench list datasets).")
     data_root: Path | None = Field(None, description="Folder or file of the dataset.")
+    train_data: str | None = Field(
+        None,
+        description="Data set of the people that recognisers and defences are trained on, in place of a share of the "
+        "dataset.",
+        json_schema_extra={"metavar": "DATASET:PATH"},
+    )
+    attack_data: str | None = Field(
+        None,
+        description="Data set of the people that the attacker has.",
+        json_schema_extra={"metavar": "DATASET:PATH"},
+    )
+    victims: str | None = Field(
+        None,
+        description="Data set of the victims, such as folder:PATH of photographs of your own.",
+        json_schema_extra={"metavar": "DATASET:PATH"},
+    )
     stream: bool = Field(
         False,
         description="Leave the faces that recognisers train on on the disk (datasets insightface, folder, webdataset).",
@@ -276,6 +292,9 @@ class RunConfig(BaseModel):
         None, description="Also log training curves and final figures there; needs the extra of that name."
     )
     dataset_options: dict[str, Any] = Field({}, description="Options of the dataset.")
+    source_options: dict[str, dict[str, Any]] = Field(
+        {}, description="Options of data sets of their own, such as source_options.victims.crop=0.8."
+    )
     defense_options: dict[str, Any] = Field({}, description="Options of the defence (-o).")
     attack_options: dict[str, Any] = Field({}, description="Options of the attack (-a).")
     shares: Shares = Shares()
@@ -306,6 +325,12 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _options_have_a_source(self) -> Self:
+        if unknown := set(self.source_options) - set(self.roles):
+            raise ValueError(f"source_options.{min(unknown)}: there is no {min(unknown)} that it could be for")
+        return self
+
+    @model_validator(mode="after")
     def _something_is_learnt(self) -> Self:
         if self.teacher is None and not self.training.classification:
             raise ValueError("training.classification=0 leaves nothing to learn from without a teacher: give --teacher")
@@ -316,7 +341,28 @@ class RunConfig(BaseModel):
     def _files_are_a_list(cls, given: Any) -> Any:
         return listed(given) if isinstance(given, str) else [given] if isinstance(given, Path) else given or ()
 
-    @field_validator("distractors")
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The settings that name a data set of its own for some of the parts."""
+        return tuple(role for role in ROLES if getattr(self, role) is not None)
+
+    @property
+    def home(self) -> str:
+        """The setting that names the data set of the victims."""
+        return "victims" if self.victims is not None else MAIN
+
+    def data_of(self, role: str) -> DataName:
+        """The data set that a setting names: one of :attr:`roles`, or the main one."""
+        return DataName(self.dataset, self.data_root) if role == MAIN else DataName.parse(getattr(self, role))
+
+    def options_of(self, role: str) -> dict[str, Any]:
+        """The options of this data set; those of rendered faces come from the preset."""
+        if role == MAIN:
+            return self.dataset_options
+        preset = DATASET_PRESETS.get(self.data_of(role).dataset, {}).get(self.preset, {})
+        return merge(preset.get("dataset_options", {}), self.source_options.get(role, {}))
+
+    @field_validator("distractors", *ROLES)
     @classmethod
     def _data_set_is_known(cls, text: str | None) -> str | None:
         if text is not None:
@@ -344,7 +390,7 @@ class RunConfig(BaseModel):
 
     def identifying(self) -> dict[str, Any]:
         """The part that decides the figures: all but where files go and what is reused."""
-        unset = {name for name in _LATER if getattr(self, name) in (None, (), AS_READ)}
+        unset = {name for name in _LATER if getattr(self, name) in (None, (), {}, AS_READ)}
         return self.model_dump(mode="json", exclude={"out", "resume", "logger", *unset})
 
 

@@ -23,6 +23,7 @@ from bench.data.encoded import RecordSource
 from bench.data.faces import FaceSet
 from bench.data.ijb import Janus
 from bench.data.loaders import DATASETS, DataName, load
+from bench.data.splits import telling_name
 from bench.measures import KINDS, Estimate, Measure
 from bench.metrics.bootstrap import mean_of_independent, tar_estimates
 from bench.metrics.identification import (
@@ -48,7 +49,8 @@ from bench.results import (
     TemplateProtocol,
     TemplateRecognition,
 )
-from bench.run.provider import Stages, fingerprint
+from bench.run.provider import Stages
+from bench.run.sources import fingerprint
 from bench.run.stage import CODE, Job, make_key, tensor_job
 from defenses.base import Defense
 from defenses.template import TemplateDefense
@@ -370,7 +372,7 @@ def distracted_job(stages: Stages, defense: Defense, source: DataName) -> Job[Di
 
     def compute(resume: Path, report: Report) -> dict[str, Tensor]:
         faces, victims = open_distractors(stages, source), stages.splits.victims
-        named_victims = victims.used_names
+        named_victims = {telling_name(name) for name in victims.used_names} - {None}
         who, embedded = sought(stages), system.embed(victims.images)
         probes, enrolled = embedded[who.probes], system.stored(embedded[who.gallery])
         labels = victims.labels[who.probes], victims.labels[who.gallery]
@@ -382,7 +384,8 @@ def distracted_job(stages: Stages, defense: Defense, source: DataName) -> Job[Di
         def work(images: Tensor, rows: Tensor) -> dict[str, Tensor]:
             them = FaceSet(images, torch.zeros(len(images), dtype=torch.int64), ("",))
             named = np.array(
-                [faces.name(int(label)) in named_victims for label in faces.labels[rows.numpy()]], dtype=bool
+                [telling_name(faces.name(int(label))) in named_victims for label in faces.labels[rows.numpy()]],
+                dtype=bool,
             )
             kept = torch.from_numpy(~(them.among(victims.images) | stages.learnt(them) | named))
             images, rows = images[kept], rows[kept]

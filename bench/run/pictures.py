@@ -128,7 +128,8 @@ def write_sheet(
         **{heading: pictures[chosen] for heading, pictures in columns.items()},
         **{heading: pictures[chosen] for heading, pictures in members.items()},
     }
-    kind = "synthetic faces" if stages.source.synthetic else f"dataset {stages.source.name}"
+    source = stages.victim_source
+    kind = "synthetic faces" if source.synthetic else f"dataset {source.name}"
     contact_sheet(
         folder / "contact-sheet.png",
         [(heading, list(every[heading][:rows].numpy())) for heading in ("original", "sent", *columns)],

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from attacks.base import LinkageAttack
 from bench import plugins
-from bench.data.loaders import DATASETS, DataName, check_stream, check_there
+from bench.data.loaders import DATASETS, MAIN, DataName, check_stream, check_there
 from bench.errors import BenchError, UsageError
 from bench.metrics.evaluator import check_evaluators, check_no_judge
 from bench.nets.backbones import BACKBONES
@@ -82,6 +82,8 @@ class Pipeline:
                     config.recogniser,
                     config.plain_recogniser,
                 )
+        for role in config.roles:
+            check_there(config.data_of(role).root, f"--{role.replace('_', '-')}")
         for registry, name in (
             (DATASETS, config.dataset),
             (BACKBONES, config.backbone),
@@ -90,13 +92,19 @@ class Pipeline:
         ):
             registry.get(name)
         if config.stream:
-            check_stream(config.dataset)
+            check_stream(config.data_of("train_data" if config.train_data else MAIN).dataset)
             if config.teacher is not None:
                 raise UsageError("a teacher embeds faces in memory: leave out --stream, or --teacher")
-        asked = config.verify, config.dataset, config.data_root, config.dataset_options
-        self.packs = find_packs(*asked) if config.utility else {}
+        self.packs = self._packs() if config.utility else {}
         if config.distractors is not None:
             check_there(DataName.parse(config.distractors).root, "--distractors")
+
+    def _packs(self) -> dict[str, Path]:
+        """Further packs to verify: those beside that of the victims, or those that are named, in either data root."""
+        config = self.config
+        victims, main = config.data_of(config.home), config.data_of(MAIN)
+        root = victims.root if victims.dataset == "insightface" else main.root or victims.root
+        return find_packs(config.verify, victims.dataset, root, config.options_of(config.home))
 
     @property
     def directory(self) -> Path:
@@ -277,15 +285,17 @@ class Pipeline:
         return warnings
 
     def _dataset(self, stages: Stages, probes: int) -> DatasetInfo:
-        source, splits = stages.source, stages.splits
-        skipped = [*source.faces.skipped, *(source.victims.skipped if source.victims else ()), *splits.dropped]
+        source, splits = stages.victim_source, stages.splits
+        sets = [faces for each in stages.sources.values() for faces in (each.faces, each.victims) if faces is not None]
+        skipped = [*(item for faces in sets for item in faces.skipped), *splits.dropped]
         for item in skipped:
             stages.log("skipped", where=item.where, reason=item.reason)
         for name, left in splits.left_on_disk.items():
             stages.log("left_on_disk", part=name, images=left)
         return DatasetInfo(
             name=source.name,
-            synthetic=source.synthetic,
+            sources={role: each.name for role, each in stages.sources.items()} if len(stages.sources) > 1 else {},
+            synthetic=any(each.synthetic for each in stages.sources.values()),
             image_size=self.config.image_size,
             identities={name: len(part.used_names) for name, part in splits.parts.items()},
             images={name: len(part) for name, part in splits.parts.items()},

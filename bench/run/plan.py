@@ -25,15 +25,16 @@ from pydantic import ValidationError
 from attacks.base import LinkageAttack
 from bench import plugins
 from bench.data.faces import FaceSet, Source
-from bench.data.loaders import check_root
+from bench.data.loaders import MAIN, check_root, check_there
 from bench.data.stream.scan import Scan
-from bench.errors import BenchError, MissingError
+from bench.errors import BenchError
 from bench.nets.recogniser import build_recogniser
 from bench.results import PlannedStage, RunPlan
 from bench.run.attack_config import AttackConfig, attack_configs
 from bench.run.attacker import AttackStages
 from bench.run.config import RunConfig
 from bench.run.provider import Stages
+from bench.run.sources import DataSet
 from bench.run.stage import SECONDS, Job
 from bench.run.store import run_id
 from defenses.base import Defense
@@ -83,7 +84,7 @@ def make_plan(
         MissingError: the data are not there.
     """
     stages, notes = attacks.stages, list[str]()
-    recalled = config.dataset == "synthetic" or _recalled(stages)
+    recalled = stages.all_made or _recalled(stages)
     if not recalled:
         notes.append("no run has read these faces yet: what the cache holds of them is not known")
     defense, plain = _unfitted(config, stages)
@@ -141,10 +142,9 @@ def _unfitted(config: RunConfig, stages: Stages) -> tuple[Defense, Defense]:
 
 def _recalled(stages: Stages) -> bool:
     """Whether it is known what lies on the disk, without looking into it."""
-    config = stages.config
-    check_root(config.dataset, root := config.data_root)
-    if root is not None and root.suffix != ".tar" and not root.exists():
-        raise MissingError(f"{root} does not exist: point --data-root at the faces")
+    for role, data in stages.data.items():
+        check_root(*data.named)
+        check_there(data.named.root, "--data-root" if role == MAIN else f"--{role.replace('_', '-')}")
     return stages.recall()
 
 
@@ -180,23 +180,25 @@ def _steps(
 
 
 def _of_data(config: RunConfig, stages: Stages) -> Iterator[Step]:
-    if config.dataset == "synthetic":
+    for data in stages.data.values():
+        if data.made:
 
-        def pretend() -> None:
-            stages.source = stand_in(config, config.seed)
+            def pretend(data: DataSet = data) -> None:
+                data.source = stand_in(config, config.seed, data.given)
 
-        yield Step(stages.rendering_job(), "render faces", "data", pretend=pretend)
-    elif config.stream:
-        scan = stages.scan_job()
+            job = data.rendering_job()
+            yield Step(job, job.what, "data", pretend=pretend)
+        elif data.stream:
+            scan = data.scan_job()
 
-        def pass_over() -> None:
-            # Nothing was looked at yet: what a scan would have found and left out is passed over.
-            faces = stages.opened.on_disk
-            tolerant = replace(faces, source=faces.source.reading("skip"))
-            stages.opened = replace(stages.opened, faces=tolerant)
-            stages.assume(scan, Scan.unknown(tolerant))
+            def pass_over(data: DataSet = data, scan: Job[Scan] = scan) -> None:
+                # Nothing was looked at yet: what a scan would have found and left out is passed over.
+                faces = data.opened.on_disk
+                tolerant = replace(faces, source=faces.source.reading("skip"))
+                data.opened = replace(data.opened, faces=tolerant)
+                stages.assume(scan, Scan.unknown(tolerant))
 
-        yield Step(scan, scan.what, "scan", pretend=pass_over)
+            yield Step(scan, scan.what, "scan", pretend=pass_over)
 
 
 def _of_provider(
@@ -477,23 +479,24 @@ def _measured(
         if seconds is not None and step.attack is None:
             seconds /= smaller
         if step.kind == "data" and not here:
-            smaller = _stand_ins(stages.config)[0] / int(stages.config.dataset_options["identities"])
+            given = stages.config.options_of(stages.data_for("provider").role)
+            smaller = _stand_ins(stages.config, given)[0] / int(given["identities"]) if "identities" in given else 1.0
         estimates.append(seconds)
     return estimates
 
 
-def _stand_ins(config: RunConfig) -> tuple[int, int]:
+def _stand_ins(config: RunConfig, given: Mapping[str, Any]) -> tuple[int, int]:
     """Identities, and images of each, of the stand-in faces."""
-    identities, images = (int(config.dataset_options[name]) for name in ("identities", "images_per_identity"))
+    identities, images = (int(given[name]) for name in ("identities", "images_per_identity"))
     most = max(STAND_INS // images, 32)
     if config.limit is not None:
         most = min(most, max(2, config.limit // images))
     return min(identities, most), images
 
 
-def stand_in(config: RunConfig, seed: int) -> Source:
+def stand_in(config: RunConfig, seed: int, given: Mapping[str, Any]) -> Source:
     """Random pictures of as many people as the synthetic dataset would have, or a part: enough to time training on."""
-    identities, images = _stand_ins(config)
+    identities, images = _stand_ins(config, given)
     generator = torch.Generator().manual_seed(seed)
     size = config.image_size
     pixels = torch.randint(0, 256, (identities * images, 3, size, size), generator=generator, dtype=torch.uint8)

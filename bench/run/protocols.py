@@ -70,9 +70,12 @@ def find_packs(asked: Sequence[Path], dataset: str, root: Path | None, options: 
     folder, victims = root, None
     if dataset == "insightface" and root is not None:
         with readable(root):
-            folder, named = find_records(root).parent, options.get("pack")
-            if named is not None or (root == folder and any(folder.glob("*.bin"))):
-                victims = find_pack(folder, named)
+            if root.is_file() and root.suffix == ".bin":
+                folder, victims = root.parent, root
+            else:
+                folder, named = find_records(root).parent, options.get("pack")
+                if named is not None or (root == folder and any(folder.glob("*.bin"))):
+                    victims = find_pack(folder, named)
     if asked:
         found = [_find(folder, pack) for pack in asked]
     else:

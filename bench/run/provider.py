@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
 import operator
-import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,17 +18,14 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
-from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import plugins
-from bench.data.faces import Contents, FaceSet, PairProtocol, Source
-from bench.data.loaders import load, parse_options
-from bench.data.sources.webdataset import find_shards
-from bench.data.splits import Splits, split, whole_identities
-from bench.data.stream.scan import Scan, scan
+from bench.data.faces import FaceSet, PairProtocol, Source
+from bench.data.loaders import MAIN
+from bench.data.splits import Splits, parts_of, split, whole_identities
 from bench.errors import BenchError, DataError, MissingError, UsageError
 from bench.files import write_text
 from bench.images import to_float
@@ -55,13 +50,14 @@ from bench.progress import ProgressBars, Report
 from bench.randomness import Streams
 from bench.recognition.embed import embed_faces
 from bench.recognition.options import TrainingOptions
-from bench.recognition.state import save_recogniser, write_tensors
+from bench.recognition.state import save_recogniser
 from bench.recognition.training import TrainingReport, build_head, train
 from bench.results import RecogniserInfo, TeacherInfo
 from bench.run.config import RunConfig
 from bench.run.enrolment import TemplateSystem
 from bench.run.machines import ConnectedProcesses, TrainingOrder
 from bench.run.protocols import VerificationSet, load_pack
+from bench.run.sources import DataSet, digest
 from bench.run.stage import CODE, Job, Log, StageCache, StageRunner, make_key, plugin_code, tensor_job
 from defenses.base import Defense, DefenseTraining
 from defenses.template import TemplateDefense
@@ -187,23 +183,78 @@ class Stages(StageRunner):
     # -- data ------------------------------------------------------------------------------------
 
     @functools.cached_property
+    def data(self) -> dict[str, DataSet]:
+        """The data sets by the settings that name them, in the order in which people are placed."""
+        return {role: DataSet(self, self.config, self.streams, role) for role in self._parts_from}
+
+    @functools.cached_property
+    def _parts_from(self) -> dict[str, tuple[str, ...]]:
+        return parts_of(self.config.roles)
+
+    def data_for(self, part: str) -> DataSet:
+        """The data set that a part comes from."""
+        return next(self.data[role] for role, parts in self._parts_from.items() if part in parts)
+
+    @functools.cached_property
+    def sources(self) -> dict[str, Source]:
+        """The decoded data sets."""
+        return {role: data.source for role, data in self.data.items()}
+
+    @property
+    def victim_source(self) -> Source:
+        """The data set that the victims come from."""
+        return self.data_for("victims").source
+
+    @property
+    def guessed(self) -> str | None:
+        """Why no victim can be looked up by name, where the data does not say who is who; else None."""
+        return self.victim_source.guessed
+
+    @property
+    def all_made(self) -> bool:
+        """Whether there is one data set, which is made: it is known by what was asked for."""
+        return [data.made for data in self.data.values()] == [True]
+
+    @functools.cached_property
     def faces_key(self) -> str:
-        """Key of all faces that there are: what was asked for or, for data on disk, what was found and decoded."""
-        if self.config.dataset != "synthetic":
-            return make_key({"content": self.found["content"], "stream": self.config.stream}, ())
-        return make_key(self._asked_for(), CODE["rendered faces"])
+        """Key of the faces that are learnt from: what was asked for or, of data on disk, what was found and decoded.
+
+        Who else is in the run counts only as far as it keeps somebody from being learnt from.
+        """
+        learnt = self.data_for("provider")
+        if self.all_made:
+            return learnt.made_key
+        content = {
+            "content": learnt.made_key if learnt.made else self.found["sets"].get(learnt.role, {}).get("faces"),
+            "parts": self._parts_from[learnt.role],
+            "own_victims": self.found["sets"].get(learnt.role, {}).get("victims") is not None,
+            "excluded": self.found["excluded"],
+            "stream": learnt.stream,
+        }
+        return make_key(content, ())
+
+    @functools.cached_property
+    def data_key(self) -> str:
+        """Key of the faces that are used: recognisers, which train on the disk, do not depend on what memory holds."""
+        hold = self.config.stream_images if self.config.stream else None
+        everybody = None if self.all_made else self.found["sets"]
+        made = [data.made_key for data in self.data.values() if data.made]
+        content = {"faces": self.faces_key, "hold": hold, "sets": everybody, "made": made}
+        return make_key(content, CODE["split"])
 
     @functools.cached_property
     def found(self) -> dict[str, Any]:
-        """What was decoded of data on disk: its digest, and how many ``images`` and ``victims`` of its own it has.
+        """What was decoded of the data ``sets``, and who was ``excluded`` from those that are learnt from.
 
         It is noted in the cache for plans, which do not decode.
         """
-        source = self.source
-        victims = None if source.victims is None else len(source.victims)
-        found = {"content": digest(source), "images": len(source.faces), "victims": victims}
+        apart = len(self.data) > 1 or self.victim_source.victims is not None
+        found = {
+            "sets": {role: {} if data.made else data.found() for role, data in self.data.items()},
+            "excluded": self.splits.excluded if apart else (),
+        }
         write_text(self._note(), json.dumps(found))
-        return found
+        return dict(json.loads(json.dumps(found)))
 
     def recall(self) -> bool:
         """Take data on disk for what a run last found in files of these names, sizes and times; whether one did.
@@ -213,40 +264,29 @@ class Stages(StageRunner):
         try:
             self.found = dict(json.loads(self._note().read_bytes()))
         except (OSError, ValueError, TypeError):
-            self.found = {"content": None, "images": None, "victims": None}
-        return self.found.get("content") is not None
+            self.found = {"sets": {}, "excluded": None}
+        return self.found["excluded"] is not None
 
     def _note(self) -> Path:
-        # Without the seed, unless the dataset is drawn with it: the faces of all seeds are the same.
-        asked = {**self._asked_for(), **self._files(), "options": self._dataset_options().model_dump(), "seed": None}
-        key = make_key(asked | {"stream": self.config.stream}, CODE["faces on disk"])
-        return self.cache.root / f"found-{key}.json"
-
-    def _dataset_options(self) -> BaseModel:
-        config, seed = self.config, self.streams.seed_for("data")
-        return parse_options(config.dataset, config.dataset_options, image_size=config.image_size, seed=seed)
-
-    def _files(self) -> dict[str, Any]:
-        """What data on disk are called by where nothing of them is read."""
-        root, out = self.config.data_root, self.config.out
-        return {"files": fingerprint(root, out), "on_error": self.config.stream_on_error}
+        asked: dict[str, Any] = {role: data.on_disk() for role, data in self.data.items()}
+        if len(self.data) > 1:  # who the victims are may decide who is learnt from
+            asked |= {"seed": self.config.seed, "shares": self._shares()}
+        return self.cache.root / f"found-{make_key(asked, CODE['faces on disk'])}.json"
 
     def sizes(self) -> dict[str, int]:
         """About how many images each part has, before anybody is left out; nothing where that is not known yet."""
-        config = self.config
-        if config.dataset == "synthetic":
-            options = self._dataset_options().model_dump()
-            images, victims = options["identities"] * options["images_per_identity"], None
-        elif (images := self.__dict__.get("found", {}).get("images")) is not None:
-            victims = self.found["victims"]
-        else:
-            return {}
-        shares = self._shares()
-        if victims is None:
-            return {name: round(images * share) for name, share in shares.items()}
-        whole, spare = sum(shares.values()), shares.pop("victims")
-        others = {name: round(images * share * whole / (whole - spare)) for name, share in shares.items()}
-        return {**others, "victims": victims}
+        shares, sizes = self._shares(), dict[str, int]()
+        whole, sets = sum(shares.values()), self.__dict__.get("found", {}).get("sets", {})
+        for role, parts in self._parts_from.items():
+            if (known := self.data[role].sizes(sets.get(role, {}))) is None:
+                return {}
+            images, victims = known
+            given = {part: shares[part] for part in parts}
+            if victims is not None and given.pop("victims", None) is not None:
+                sizes["victims"] = victims
+            total = whole if role == MAIN else 1.0
+            sizes |= {part: round(images * share * total / sum(given.values())) for part, share in given.items()}
+        return sizes
 
     def circumstances(self) -> dict[str, Any]:
         """What the seconds of a stage depend on: the configuration, the machine, and the sizes of the parts."""
@@ -255,81 +295,14 @@ class Stages(StageRunner):
         machine = [device.type, name, torch.get_num_threads(), str(self.fabric._precision.precision)]
         return {"machine": machine, "sizes": self.sizes(), "config": self.config.model_dump(mode="json")}
 
-    def _asked_for(self) -> dict[str, Any]:
-        config = self.config
-        return {
-            "dataset": config.dataset,
-            "options": config.dataset_options,
-            "image_size": config.image_size,
-            "seed": self.streams.seed_for("data"),
-            **({} if config.limit is None else {"limit": config.limit}),  # no other key changes
-        }
-
-    @functools.cached_property
-    def data_key(self) -> str:
-        """Key of the faces that are used: recognisers, which train on the disk, do not depend on what memory holds."""
-        hold = self.config.stream_images if self.config.stream else None
-        return make_key({"faces": self.faces_key, "hold": hold}, CODE["split"])
-
-    @functools.cached_property
-    def source(self) -> Source:
-        """The decoded faces. Rendered ones are stored; files on disk are quick to decode again, or stay there."""
-        if self.config.stream:
-            return replace(self.opened, faces=self.do(self.scan_job()).applied_to(self.opened.on_disk))
-        if self.config.dataset != "synthetic":
-            with self.timed("data"), self.bars.task("decode faces") as report:
-                return self.load_source(report)
-        return self.do(self.rendering_job())
-
-    @property
-    def guessed(self) -> str | None:
-        """Why no victim can be looked up by name, where the data does not say who is who; else None."""
-        return self.source.guessed
-
-    def rendering_job(self) -> Job[Source]:
-        """The stage that renders the synthetic faces."""
-
-        def make(folder: Path, report: Report) -> None:
-            _write_source(folder, self.load_source(report))
-
-        return Job("data", self.data_key, "render faces", make, _read_source)
-
-    def load_source(self, report: Report, *, stream: bool = False) -> Source:
-        """The dataset, which stays on disk where it is to ``stream``."""
-        return load(
-            self.config.dataset,
-            data_root=self.config.data_root,
-            image_size=self.config.image_size,
-            seed=self.streams.seed_for("data"),
-            options=self.config.dataset_options,
-            limit=self.config.limit,
-            report=report,
-            stream=stream,
-        )
-
-    @functools.cached_property
-    def opened(self) -> Source:
-        """The faces on disk, before anything is known of their pixels."""
-        with self.timed("data"), self.bars.task("open faces") as report:
-            return self.load_source(report, stream=True)
-
-    def scan_job(self) -> Job[Scan]:
-        """The stage that looks through all faces on disk for copies and for what cannot be decoded."""
-
-        def make(folder: Path, report: Report) -> None:
-            scan(self.opened.on_disk, self.config.stream_on_error, report).save(folder)
-
-        key = make_key(self._asked_for() | self._files(), CODE["faces on disk"])
-        return Job("scan", key, "look through all faces for copies", make, Scan.read)
-
     @functools.cached_property
     def splits(self) -> Splits:
         """Identity-disjoint provider, public, evaluator and victim faces."""
-        shares, source, generator = self._shares(), self.source, self.streams.generator("split")
+        shares, sources, generator = self._shares(), self.sources, self.streams.generator("split")
         if not self.config.stream:
-            return split(source, **shares, generator=generator)
+            return split(sources, **shares, generator=generator)
         with self.timed("data"), self.bars.task("decode faces") as report:
-            return split(source, **shares, generator=generator, hold=self.config.stream_images, report=report)
+            return split(sources, **shares, generator=generator, hold=self.config.stream_images, report=report)
 
     def _shares(self) -> dict[str, Any]:
         """The share of the identities that each part has."""
@@ -440,7 +413,14 @@ class Stages(StageRunner):
         """Key of the defence, as it is fitted."""
         config = self.config
         training = config.labels_only.model_dump(mode="json")
-        fit = {"data": self.data_key, "backbone": config.backbone, "training": training, **self.trained_under()}
+        hold = config.stream_images if config.stream else None
+        fit = {
+            "data": self.faces_key,
+            "hold": hold,
+            "backbone": config.backbone,
+            "training": training,
+            **self.trained_under(),
+        }
         return make_key(
             {
                 "fit": fit if defense.trainable else None,
@@ -450,7 +430,7 @@ class Stages(StageRunner):
             },
             (
                 *(code for member in defense.members for code in plugin_code(type(member).__module__)),
-                *(CODE["recogniser"] if defense.trainable else ()),
+                *((*CODE["recogniser"], *CODE["split"]) if defense.trainable else ()),
             ),
         )
 
@@ -680,17 +660,14 @@ class Stages(StageRunner):
         """
         with self.timed("data"), self.bars.task(f"decode {path.name}") as report:
             pack = load_pack(path, self.config.image_size, self.learnt, report)
-            return replace(pack, key=digest(Source(pack.name, pack.faces, pairs=pack.pairs)))
+            return replace(pack, key=digest(pack.faces, pack.pairs))
 
     def learnt(self, faces: FaceSet) -> NDArray[np.bool_]:
         """Whether each face (N) equals one that the provider learns from pixel for pixel, bool (N,)."""
         provider = self.splits.provider
         if isinstance(provider, FaceSet):
             return faces.among(provider.images)
-        everyone = self.source.on_disk
-        assert everyone.contents is not None, "streamed faces are scanned first"
-        digests = everyone.contents.digests[np.searchsorted(everyone.rows, provider.rows)]
-        return np.isin(Contents.of(faces.images).digests, digests)
+        return np.isin(faces.digests(), provider.digests())
 
     def _verified(self, pack: VerificationSet | None) -> tuple[FaceSet, PairProtocol, str]:
         """The faces of a pack, or the victims, their pairs, and the stream that they are protected from."""
@@ -842,76 +819,6 @@ class Stages(StageRunner):
         )
         what = "embed the victims for the evaluator"
         return tensor_job("evaluate", key, what, "embeddings.safetensors", compute, read)
-
-
-def digest(source: Source) -> str:
-    """SHA-256 of all that a decoded source holds: pixels (of streamed faces, their digests), labels, names and pairs.
-
-    Files that are replaced under their old names, sizes and times are thus other data, and files that are moved, or
-    come beside them, are not.
-    """
-    found = hashlib.sha256()
-    for faces in [source.faces] if source.victims is None else [source.faces, source.victims]:
-        if isinstance(faces, FaceSet):
-            content: np.ndarray[Any, Any] = faces.images.numpy()
-        else:
-            assert faces.contents is not None, "streamed faces are scanned first"
-            content = faces.contents.digests
-        for array in (content, np.asarray(faces.labels)):
-            found.update(f"{array.dtype} {array.shape}".encode())
-            found.update(np.ascontiguousarray(array).data)
-        found.update("\0".join(map(faces.name, range(faces.identities))).encode(errors="surrogateescape"))
-    if (pairs := source.pairs) is not None:
-        for column in (pairs.first, pairs.second, pairs.same, pairs.fold):
-            found.update(column.numpy().tobytes())
-    return found.hexdigest()
-
-
-def fingerprint(root: Path | None, out: Path | None = None) -> str | None:
-    """A digest of name, size and times of every file that ``root`` means, cheap however many there are.
-
-    Times are of the last change of the content, which an archive sets as it likes, and of the file's record, which it
-    cannot set. Hidden files do not count, nor does what lies in the folder ``out`` of the runs.
-
-    Raises:
-        MissingError: a tar shard is not there.
-    """
-    if root is None:
-        return None
-    found = hashlib.sha256()
-    for file in _files(root, None if out is None else out.resolve()):
-        stat = file.stat()
-        found.update(
-            f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ctime_ns}\n".encode(errors="surrogateescape")
-        )
-    return found.hexdigest()
-
-
-def _files(root: Path, out: Path | None) -> Iterator[Path]:
-    if root.is_dir():
-        for folder, within, names in os.walk(root):
-            within[:] = sorted(name for name in within if name[0] != "." and Path(folder, name).resolve() != out)
-            yield from (file for name in sorted(names) if name[0] != "." and (file := Path(folder, name)).is_file())
-    elif root.suffix == ".tar":
-        yield from find_shards(root)
-    elif root.is_file():
-        yield root
-
-
-def _write_source(folder: Path, source: Source) -> None:
-    if source.victims is not None or source.pairs is not None:
-        raise TypeError("only a source without a verification set of its own is stored")
-    faces = source.in_memory
-    write_tensors(folder / "faces.safetensors", {"images": faces.images, "labels": faces.labels})
-    head = {"name": source.name, "names": faces.names, "synthetic": source.synthetic, "details": source.details}
-    write_text(folder / "faces.json", json.dumps(head))
-
-
-def _read_source(folder: Path) -> Source:
-    tensors = load_file(folder / "faces.safetensors")
-    head = json.loads((folder / "faces.json").read_text(encoding="utf-8"))
-    faces = FaceSet(tensors["images"], tensors["labels"], tuple(head["names"]))
-    return Source(head["name"], faces, synthetic=head["synthetic"], details=head["details"])
 
 
 @contextmanager

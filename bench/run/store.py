@@ -36,7 +36,14 @@ def run_id(config: RunConfig) -> str:
     """Readable and unique to the configuration, so that the same command continues the same run."""
     digest = hashlib.sha256(json.dumps(config.identifying(), sort_keys=True, default=str).encode()).hexdigest()
     attacks = "+".join(name.strip() for name in config.attack.split(",")).replace(":", "-")
-    parts = (config.defense, attacks, config.knowledge, config.dataset, f"seed{config.seed}", digest[:8])
+    parts = (
+        config.defense,
+        attacks,
+        config.knowledge,
+        config.data_of(config.home).dataset,
+        f"seed{config.seed}",
+        digest[:8],
+    )
     return "-".join(parts)
 
 

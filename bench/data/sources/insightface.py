@@ -1,6 +1,7 @@
 """InsightFace face packs: ``train.rec/.idx/property`` to learn from, a ``.bin`` pack to verify and attack on.
 
-Without a pack the people of the ``.rec`` are shared out, victims included, as those of a folder are.
+A pack alone has victims and nobody to learn from. Without a pack the people of the ``.rec`` are shared out, victims
+included, as those of a folder are.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class InsightfaceOptions(BaseModel, frozen=True, extra="forbid"):
 def open_insightface(root: Path, image_size: int, options: InsightfaceOptions) -> OpenedSet:
     """``train.rec``, or the only ``.rec`` there is, to learn from and a verification pack as victims.
 
-    ``root`` is their folder, or the ``.rec`` alone, beside which no pack is looked for unless the options name one.
-    Without a pack, victims are split off and pairs drawn later, by seed.
+    ``root`` is their folder, or the ``.rec`` alone, beside which no pack is looked for unless the options name one, or
+    a ``.bin`` alone. Without a pack, victims are split off and pairs drawn later, by seed.
 
     The pack's pairs keep their order and are cut into ten folds of equal size, as the packs intend. An image that the
     pack repeats is a row once. Its identities are named from the ``pairs.txt`` beside it, if that list
@@ -56,6 +57,10 @@ def open_insightface(root: Path, image_size: int, options: InsightfaceOptions) -
         MissingError: no folder, no ``.rec``, or several packs and none is named.
         DataError: a damaged file.
     """
+    if root.is_file() and root.suffix == ".bin":
+        pack = PackSource(root, image_size)
+        victims, pairs = pack.once()
+        return OpenedSet(victims, victims, pairs, _told(pack))
     records = find_records(root)
     folder = records.parent
     source = RecordIOSource(records, image_size)
@@ -67,14 +72,18 @@ def open_insightface(root: Path, image_size: int, options: InsightfaceOptions) -
     if options.pack is None and (root != folder or not any(folder.glob("*.bin"))):
         return OpenedSet(faces)
     pack = PackSource(find_pack(folder, options.pack), image_size)
-    details: dict[str, str | int | float] = {
+    return OpenedSet(faces, *pack.once(), _told(pack))
+
+
+def _told(pack: PackSource) -> dict[str, str | int | float]:
+    """What a result says of a pack."""
+    guessed = {} if pack.guessed is None else {GUESSED: pack.guessed}
+    return {
         "pack": pack.path.name,
         "pack_pairs": len(pack) // 2,
         "pack_identities_from": pack.naming,
+        **guessed,
     }
-    if pack.guessed is not None:
-        details[GUESSED] = pack.guessed
-    return OpenedSet(faces, *pack.once(), details)
 
 
 DATASET = Dataset(

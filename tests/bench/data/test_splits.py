@@ -392,3 +392,99 @@ def test_too_few_identities_says_how_many_are_needed():
 def test_victims_without_second_images():
     with pytest.raises(DataError, match="too few to draw verification pairs"):
         split(Source("x", faces([1] * 60)), **SHARES, generator=generator())
+
+
+# -- several data sets -------------------------------------------------------------------------------
+
+
+def some_of(count, prefix, seed, images=2):
+    """People of one data set, with pictures that no other one has."""
+    some = faces([images] * count, prefix, seed=seed)
+    return Source(prefix, some)
+
+
+def roles(**changed):
+    return {
+        "victims": some_of(5, "v", 1),
+        "train_data": some_of(12, "t", 2),
+        "attack_data": some_of(4, "a", 3),
+    } | changed
+
+
+def test_each_part_has_all_of_its_own_data_set():
+    splits = split(roles(), **SHARES, generator=generator())
+    assert (splits.victims.identities, splits.public.identities) == (5, 4)
+    assert splits.provider.identities + splits.evaluator.identities == 12
+    assert splits.provider.identities / 12 == pytest.approx(SHARES["provider"] / 0.6, abs=0.1)
+    assert splits.origins == {
+        "victims": "victims", "provider": "train_data", "evaluator": "train_data", "public": "attack_data",
+    }  # fmt: skip
+
+
+def test_what_no_data_set_is_named_for_is_shared_out():
+    main = some_of(40, "m", 4)
+    splits = split({"dataset": main, "victims": some_of(5, "v", 1)}, **SHARES, generator=generator())
+    learners = [splits.provider, splits.public, splits.evaluator]
+    assert sum(part.identities for part in learners) == 40
+    assert splits.public.identities == round(40 * SHARES["public"] / (1 - SHARES["victims"]))
+    whole = split(main, **SHARES, generator=generator())
+    assert whole.origins == {}
+    only = split({"dataset": main}, **SHARES, generator=generator())
+    assert torch.equal(only.victims.images, whole.victims.images)
+
+
+def test_who_is_trained_on_depends_on_no_other_data_set():
+    trained = [
+        split(roles(**changed), **SHARES, generator=generator()).provider.names
+        for changed in ({}, {"victims": some_of(9, "w", 5)}, {"attack_data": some_of(7, "b", 6)})
+    ]
+    assert trained[0] == trained[1] == trained[2]
+
+
+def renamed(source, names):
+    return Source(source.name, FaceSet(source.faces.images, source.faces.labels, tuple(names)))
+
+
+def test_names_tell_across_data_sets_and_numbers_do_not():
+    victims = renamed(some_of(5, "v", 1), ["lfw:Jo_Doe", "train:000001", "Ann", "person_3", "s7"])
+    train = renamed(
+        some_of(12, "t", 2),
+        ["jo_doe", "000001", "Bob", "person_3", "s7", "Cy", "Dee", "Eve", "Flo", "Gus", "Hal", "Ida"],
+    )
+    splits = split(roles(victims=victims, train_data=train), **SHARES, generator=generator())
+    assert splits.excluded == ("jo_doe",)
+    assert splits.provider.used_names | splits.evaluator.used_names == set(train.faces.names) - {"jo_doe"}
+    (told,) = (note for note in splits.notes if "number" in note)
+    assert told.startswith(
+        "3 people of train_data have the number of one of victims for a name: they are taken for oth"
+    )
+
+
+def test_a_shared_image_tells_across_data_sets():
+    attack, train = some_of(4, "a", 3), some_of(12, "t", 2)
+    images = attack.faces.images.clone()
+    images[0], images[5] = train.faces.images[3], train.faces.images[15]
+    attack = Source("a", FaceSet(images, attack.faces.labels, attack.faces.names))
+    splits = split(roles(attack_data=attack), **SHARES, generator=generator())
+    assert splits.public.used_names == {"a1", "a3"}
+    assert splits.excluded == ()
+    reasons = {entry.where: entry.reason for entry in splits.dropped}
+    assert reasons == dict.fromkeys(("a0", "a2"), "shares an identical image with somebody who is trained on")
+
+
+def test_names_of_two_data_sets_are_asserted_to_be_apart():
+    a, b, c = (faces([2] * 3, name) for name in "abc")
+    pairs = own_victims([2, 2])[1]
+    both = FaceSet(b.images, b.labels, ("x:ANN", "7", "b2"))
+    numbers = FaceSet(a.images, a.labels, ("Ann", "7", "a2"))
+    origins = {"provider": "one", "public": "two", "victims": "three"}
+    with pytest.raises(DataError, match="provider and public share 1 identities: ann"):
+        Splits(numbers, both, None, c, pairs, origins=origins)
+    Splits(a, FaceSet(b.images, b.labels, ("7", "8", "b2")), None, c, pairs, origins=origins)
+
+
+def test_too_few_of_a_role_are_named():
+    with pytest.raises(DataError, match=r"^3 identities of victims are too few .* at least 4 are needed, with two"):
+        split(roles(victims=some_of(3, "v", 1)), **SHARES, generator=generator())
+    with pytest.raises(DataError, match=r"^1 identities of attack_data .*: at least 2 are needed \(leave out"):
+        split(roles(attack_data=some_of(1, "a", 9)), **SHARES, generator=generator())

@@ -89,7 +89,19 @@ WITHOUT_A_STAGE = {
     "preset",
     "template",
 }
-FILES = {"dataset", "data_root", "evaluator", "teacher", "stream", "stream_images", "stream_on_error"}
+FILES = {
+    "dataset",
+    "data_root",
+    "train_data",
+    "attack_data",
+    "victims",
+    "source_options",
+    "evaluator",
+    "teacher",
+    "stream",
+    "stream_images",
+    "stream_on_error",
+}
 FILES |= {"recogniser", "recogniser_input", "plain_recogniser", "plain_recogniser_input"}
 
 

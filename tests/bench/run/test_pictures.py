@@ -20,7 +20,7 @@ def attacks():
     images = torch.arange(2 * COUNT, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 3, 16, 16) * 10
     stages = SimpleNamespace(
         splits=SimpleNamespace(victims=SimpleNamespace(images=images)),
-        source=SimpleNamespace(synthetic=True, name="synthetic"),
+        victim_source=SimpleNamespace(synthetic=True, name="synthetic"),
     )
 
     def interceptions(defense, probes, count):

@@ -17,7 +17,8 @@ from bench.files import sha256
 from bench.results import read_result
 from bench.run.attack_config import check_attack, check_coverage
 from bench.run.attacker import AttackStages
-from bench.run.provider import Stages, failing_as
+from bench.run.provider import failing_as
+from bench.run.sources import DataSet
 
 TINY = {"defense": "partialface", "attack": "unet", "attack_options": TINY_UNET}
 
@@ -149,7 +150,7 @@ def test_a_run_that_does_not_end_leaves_a_result_that_says_so(tmp_path, monkeypa
     def explode(self, report):
         raise error
 
-    monkeypatch.setattr(Stages, "load_source", explode)
+    monkeypatch.setattr(DataSet, "load", explode)
     cell = pipeline(tmp_path)
     with pytest.raises(type(error)):
         cell.run()

@@ -10,7 +10,7 @@ from small_sets import people, picture, write_folder
 
 from bench.errors import MissingError
 from bench.run import plan as plan_module
-from bench.run import provider
+from bench.run import provider, sources
 from bench.run.plan import _estimate
 from bench.run.stage import LISTING, SECONDS, Job, StageRunner
 
@@ -29,8 +29,9 @@ def idle(monkeypatch):
     def work(*_, **__):
         raise AssertionError("a plan computes nothing")
 
-    for name in ("load", "split", "train", "scan", "digest", "build_recogniser", "embed_faces"):
-        monkeypatch.setattr(provider, name, work)
+    for module, names in ((sources, "load scan digest"), (provider, "split train digest build_recogniser embed_faces")):
+        for name in names.split():
+            monkeypatch.setattr(module, name, work)
     monkeypatch.setattr(StageRunner, "do", work)
     monkeypatch.setattr(plan_module, "_estimate", work)
 

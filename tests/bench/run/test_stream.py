@@ -17,7 +17,7 @@ from bench.errors import BenchError, DataError, MissingError
 from bench.nets.checkpoints import load_recogniser
 from bench.recognition import state as training_state
 from bench.recognition import training
-from bench.run.provider import fingerprint
+from bench.run.sources import fingerprint
 
 SIZE = 32
 TINY = {
@@ -235,4 +235,4 @@ def test_a_limit_leaves_the_verification_set_whole_and_has_keys_of_its_own(pack,
     assert len(splits.pairs) == len(whole.splits.pairs)
     assert limited.data_key != whole.data_key
     if how:
-        assert limited.scan_job().key != whole.scan_job().key
+        assert limited.data["dataset"].scan_job().key != whole.data["dataset"].scan_job().key
