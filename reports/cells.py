@@ -99,8 +99,8 @@ class Cell:
 class Setting:
     """Runs that may be compared, each attack a cell, by defence.
 
-    They are of one protocol, dataset, image size, evaluator and teacher. A setting is ``synthetic`` if any of its faces
-    were made up.
+    They are of one protocol, dataset, image size, evaluator, teacher, and recogniser of plain faces, where that was
+    brought along. A setting is ``synthetic`` if any of its faces were made up.
     """
 
     protocol: str
@@ -200,6 +200,8 @@ def _comparable(run: Run) -> dict[str, Any]:
     """What two runs must share before one figure may stand beside the other."""
     config = run.manifest.config
     evaluator = config.get("evaluator") or []
+    # Where there is one alone it sees plain faces, or else the other figures are not those of a brought recogniser.
+    plain = config.get("plain_recogniser") or config.get("recogniser")
     return {
         "protocol": run.manifest.protocol,
         "dataset": config.get("dataset"),
@@ -210,6 +212,7 @@ def _comparable(run: Run) -> dict[str, Any]:
         "evaluator": [Path(str(file)).name for file in (evaluator if isinstance(evaluator, list) else [evaluator])]
         or config.get("evaluator_backbone"),
         "teacher": Path(str(config["teacher"])).name if config.get("teacher") else None,
+        "plain recogniser": Path(str(plain)).name if plain else None,
         **_mapping(config.get("dataset_options")),
     }
 

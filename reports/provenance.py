@@ -47,6 +47,9 @@ def _entries(cell: Cell) -> dict[str, Entry]:
         "device": f"{manifest.device} ({manifest.device_name}), {manifest.precision}",
         "evaluator": ", ".join(judges),
         "teacher": "" if teacher is None else f"{teacher.name}, SHA-256 {teacher.sha256[:_DIGITS]}",
+        "recognisers": ", ".join(
+            f"{told.name}, SHA-256 {told.sha256[:_DIGITS]}" for told in cell.run.result.recognisers.values()
+        ),
     }
     return {key: Entry(text or MISSING) for key, text in texts.items()} | {
         "seed": Entry(str(cell.seed), float(cell.seed))

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 
 from bench import plugins
 from bench.nets.checkpoints import read_checkpoint
@@ -234,16 +235,14 @@ def _exported(path: Path, device: torch.device) -> tuple[nn.Module, Told]:
     with _weights_only():
         try:
             program = torch.export.load(path)
+            if device.type != "cpu":
+                program = move_to_device_pass(program, device)
             # Guards are checked by code that is made of strings in the file.
             guarded = "check_guards" in inspect.signature(program.module).parameters
             network = program.module(check_guards=False) if guarded else program.module()
         except Exception as error:  # as many kinds as there are ways to damage a file
             lines = str(error).splitlines() or [type(error).__name__]
             raise ValueError(f"{path} is no exported program that torch can load ({lines[0][:120]})") from error
-    if device.type != "cpu":
-        from torch.export.passes import move_to_device_pass
-
-        network = move_to_device_pass(program, device).module()
     (user,) = list(program.graph_signature.user_inputs)[:1] or [None]
     value = next((node.meta["val"] for node in program.graph.nodes if node.name == user), None)
     if not isinstance(value, Tensor) or value.ndim != 4:

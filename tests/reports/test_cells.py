@@ -1,5 +1,7 @@
 """What may be compared, what it is called, and the worst case: pointwise on the same victims, else the largest."""
 
+import json
+
 import pytest
 from run_folders import VICTIMS, write_run
 
@@ -24,6 +26,25 @@ def test_only_comparable_runs_stand_together(tmp_path):
     assert names == [["a", "b"], ["c"], ["d"], ["e"]]
     assert [setting.synthetic for setting in apart] == [True, True, False, True]
     assert len({setting.title for setting in apart}) == 4
+
+
+def test_recognisers_that_were_brought_along_stand_apart(tmp_path):
+    """Whose plain faces the same recogniser sees may be compared, whatever sees what the defences send."""
+    brought = {
+        "a": {},
+        "b": {"recogniser": "/models/plain.pt"},
+        "c": {"recogniser": "/models/frequencies.pt", "plain_recogniser": "/models/plain.pt"},
+        "d": {"recogniser": "/models/frequencies.pt"},
+    }
+    for name, changes in brought.items():
+        manifest = write_run(tmp_path / name) / "manifest.json"
+        document = json.loads(manifest.read_text())
+        document["config"] |= changes
+        manifest.write_text(json.dumps(document))
+    apart = grouped(*(tmp_path / name for name in brought))
+    names = [[cell.run.directory.name for cell in setting.cells] for setting in apart]
+    assert names == [["a"], ["b", "c"], ["d"]]
+    assert [("plain.pt" in setting.title) for setting in apart] == [False, True, False]
 
 
 def test_labels_hold_the_options_that_differ(tmp_path):

@@ -188,9 +188,15 @@ def repacked(source, path, change):
     return path
 
 
-def member(text, made):
-    """Change the member whose name ends in ``text``."""
-    return lambda name, content: made(content) if name.endswith(text) else content
+#: How the parts of an exported program end, as torch writes them now and as it did before.
+GRAPH = ("models/model.json", "serialized_exported_program.json")
+FIRST_WEIGHTS = ("weights/weight_0", "serialized_state_dict.pt")
+EXAMPLE = ("sample_inputs/model.pt", "serialized_example_inputs.pt")
+
+
+def member(ends, made):
+    """Change the members whose names end so."""
+    return lambda name, content: made(content) if name.endswith(ends) else content
 
 
 def edited(edit):
@@ -199,7 +205,7 @@ def edited(edit):
         edit(document["graph_module"]["graph"])
         return json.dumps(document)
 
-    return member("models/model.json", made)
+    return member(GRAPH, made)
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +235,8 @@ def symbol(graph):
         (edited(call), "calls torch.os.system, which is no operation"),
         (edited(size), "size that is no arithmetic"),
         (edited(symbol), "size that is no arithmetic"),
-        (member("models/model.json", lambda content: content[:99]), "damaged: its .*model.json"),
-        (member("weight_0", lambda content: content[:8]), "no exported program that torch can load"),
+        (member(GRAPH, lambda content: content[:99]), "damaged: its .*json"),
+        (member(FIRST_WEIGHTS, lambda content: content[:8]), "no exported program that torch can load"),
         (lambda name, content: content, None),
     ],
     ids=["operation", "size", "symbol", "cut graph", "cut weights", "as it is"],
@@ -252,7 +258,7 @@ def test_no_pickle_runs_code(tmp_path, good):
     torch.save(network(), tmp_path / "whole.pth")
     held = io.BytesIO()
     torch.save(((Hostile(trap),), {}), held)
-    repacked(good[0], tmp_path / "net.pt2", member("sample_inputs/model.pt", lambda _: held.getvalue()))
+    repacked(good[0], tmp_path / "net.pt2", member(EXAMPLE, lambda _: held.getvalue()))
     for name, words in {
         "old.pth": r"asks for posix\.mkdir",
         "new.pth": r"asks for posix\.mkdir",
