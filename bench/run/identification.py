@@ -7,6 +7,7 @@ of the face. Template defences enrol and match what was pooled.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from bench.data.decode import by_threads, workers
 from bench.data.encoded import RecordSource
 from bench.data.faces import FaceSet
-from bench.data.ijb import Janus
+from bench.data.ijb import Janus, find_janus, open_janus
 from bench.data.loaders import DATASETS, DataName, load
 from bench.data.splits import telling_name
 from bench.measures import KINDS, Estimate, Measure
@@ -160,14 +161,23 @@ class Pooled(NamedTuple):
     learnt: Tensor
 
 
-def pooled_job(stages: Stages, defense: Defense, janus: Janus) -> Job[Pooled]:
+@functools.lru_cache(maxsize=1)
+def _opened(folder: Path, image_size: int) -> Janus:
+    """A benchmark, whose lists may have millions of lines, read once for all that is made of them."""
+    return open_janus(folder, image_size)
+
+
+def pooled_job(stages: Stages, defense: Defense, folder: Path) -> Job[Pooled]:
     """The stage that embeds the images of a benchmark, each behind the defence, and pools them into templates.
 
     An image weighs as the detector's score says.
     """
-    system = _System(stages, defense, f"queries/{janus.name}")
+    name = find_janus(folder) or folder.name
+    system = _System(stages, defense, f"queries/{name}")
 
     def compute(resume: Path, report: Report) -> dict[str, Tensor]:
+        janus = _opened(folder, stages.config.image_size)
+
         def work(images: Tensor, rows: Tensor) -> dict[str, Tensor]:
             faces = FaceSet(images, torch.zeros(len(images), dtype=torch.int64), ("",))
             return {"rows": system.embed(images, int(rows[0])), "learnt": torch.from_numpy(stages.learnt(faces))}
@@ -180,9 +190,9 @@ def pooled_job(stages: Stages, defense: Defense, janus: Janus) -> Job[Pooled]:
         numbers, rows = pool_templates(features, templates, media)
         return {"numbers": numbers, "rows": rows, "learnt": torch.isin(numbers, learnt)}
 
-    key = system.key(data=fingerprint(janus.source.path.parent), image_size=stages.config.image_size)
-    what = f"embed the images of {janus.name} on {defense.name}"
-    return tensor_job(f"pool-{janus.name}-{defense.name}", key, what, "templates.safetensors", compute, _pooled)
+    key = system.key(data=fingerprint(folder), image_size=stages.config.image_size)
+    what = f"embed the images of {name} on {defense.name}"
+    return tensor_job(f"pool-{name}-{defense.name}", key, what, "templates.safetensors", compute, _pooled)
 
 
 def _pooled(tensors: dict[str, Tensor]) -> Pooled:
@@ -190,10 +200,11 @@ def _pooled(tensors: dict[str, Tensor]) -> Pooled:
 
 
 def measure_templates(
-    stages: Stages, defense: Defense, plain: Defense, janus: Janus
+    stages: Stages, defense: Defense, plain: Defense, folder: Path
 ) -> tuple[TemplateProtocol, list[str]]:
     """Verification and identification of a benchmark's templates, protected and plain; and what to warn of."""
-    protected, unprotected = (stages.do(pooled_job(stages, target, janus)) for target in (defense, plain))
+    janus = _opened(folder, stages.config.image_size)
+    protected, unprotected = (stages.do(pooled_job(stages, target, folder)) for target in (defense, plain))
     subjects = _subjects(janus, protected.numbers)
     known = subjects[protected.learnt & (subjects >= 0)]
     left = protected.learnt | torch.isin(subjects, known)

@@ -29,7 +29,7 @@ from bench.run.launch import Launch
 from bench.run.linkage import run_linkage
 from bench.run.logger import Tracker, check_logger
 from bench.run.machines import ConnectedProcesses, make_fabric
-from bench.run.protocols import check_packs, find_packs
+from bench.run.protocols import check_packs, packs_of
 from bench.run.provider import Stages, channel_energy, check_brought, unknown_training
 from bench.run.recovery import run_recovery
 from bench.run.speed import provider_speed
@@ -95,16 +95,9 @@ class Pipeline:
             check_stream(config.data_of("train_data" if config.train_data else MAIN).dataset)
             if config.teacher is not None:
                 raise UsageError("a teacher embeds faces in memory: leave out --stream, or --teacher")
-        self.packs = self._packs() if config.utility else {}
+        self.packs = packs_of(config)
         if config.distractors is not None:
             check_there(DataName.parse(config.distractors).root, "--distractors")
-
-    def _packs(self) -> dict[str, Path]:
-        """Further packs to verify: those beside that of the victims, or those that are named, in either data root."""
-        config = self.config
-        victims, main = config.data_of(config.home), config.data_of(MAIN)
-        root = victims.root if victims.dataset == "insightface" else main.root or victims.root
-        return find_packs(config.verify, victims.dataset, root, config.options_of(config.home))
 
     @property
     def directory(self) -> Path:

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from attacks.base import LinkageAttack
 from bench import plugins
 from bench.data.faces import FaceSet, Source
-from bench.data.loaders import MAIN, check_root, check_there
+from bench.data.loaders import MAIN, DataName, check_root, check_there
 from bench.data.stream.scan import Scan
 from bench.errors import BenchError
 from bench.nets.recogniser import build_recogniser
@@ -33,6 +33,8 @@ from bench.results import PlannedStage, RunPlan
 from bench.run.attack_config import AttackConfig, attack_configs
 from bench.run.attacker import AttackStages
 from bench.run.config import RunConfig
+from bench.run.identification import distracted_job, pooled_job
+from bench.run.protocols import packs_of
 from bench.run.provider import Stages
 from bench.run.sources import DataSet
 from bench.run.stage import SECONDS, Job
@@ -244,6 +246,14 @@ def _of_provider(
                 yield Step(embed, embed.what, "embed-victims", timed=False)
             what = f"verify {_about(stages, 'victims')} on {target.name}"
             yield Step(stages.verification_job(target), what, "verify-", timed=False)
+        for target in (defense, plain):
+            further: list[Job[Any]] = [
+                pooled_job(stages, target, path) for path in packs_of(config).values() if path.is_dir()
+            ]
+            if config.distractors is not None:
+                further.append(distracted_job(stages, target, DataName.parse(config.distractors)))
+            for step in further:
+                yield Step(step, step.what, step.stage.removesuffix(target.name), timed=False)
     if not all(_links(attack_config) for attack_config, _ in targets):
         for number in range(len(config.evaluator) or 1):
             what = f"embed {_about(stages, 'victims')} for the evaluator"
@@ -343,6 +353,8 @@ def _work(stage: str, attack: str | None, config: RunConfig, sizes: Mapping[str,
             return float(sizes["provider"]), pace
         case "teacher":
             return float(sizes["provider"]), [size, config.teacher]
+        case "pool" | "search":  # as long again, of the same images
+            return 1.0, [size, config.backbone, config.verify, config.distractors, sizes["victims"]]
         case _:  # victims are embedded
             pace = [size, config.backbone, config.evaluator_backbone, config.teacher, config.evaluator]
             return float(sizes["victims"]), pace

@@ -16,10 +16,12 @@ from bench.data.decode import readable, shown
 from bench.data.encoded import OpenedSet
 from bench.data.faces import FaceSet, PairProtocol
 from bench.data.ijb import ALIGNED, find_janus, open_janus
+from bench.data.loaders import MAIN
 from bench.data.sources.insightface import PackSource, find_pack, find_records
 from bench.data.verification_pack import read_pack
 from bench.errors import DataError, MissingError, UsageError
 from bench.progress import Report, no_report
+from bench.run.config import RunConfig
 
 #: Stands for no pack.
 NO_PACK = "none"
@@ -45,6 +47,19 @@ class VerificationSet:
     pairs: PairProtocol
     notes: tuple[str, ...] = ()
     key: str = ""
+
+
+def packs_of(config: RunConfig) -> dict[str, Path]:
+    """What a run verifies beside its victims, by name: named in either data root, or beside the pack of the victims.
+
+    Raises:
+        MissingError, UsageError: as :func:`find_packs`.
+    """
+    if not config.utility:
+        return {}
+    victims, main = config.data_of(config.home), config.data_of(MAIN)
+    root = victims.root if victims.dataset == "insightface" else main.root or victims.root
+    return find_packs(config.verify, victims.dataset, root, config.options_of(config.home))
 
 
 def find_packs(asked: Sequence[Path], dataset: str, root: Path | None, options: Mapping[str, Any]) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.data.decode import shown
 from bench.data.faces import PairProtocol
-from bench.data.ijb import open_janus
+from bench.data.ijb import find_janus
 from bench.data.loaders import DataName
 from bench.errors import DataError
 from bench.measures import KINDS
@@ -87,8 +87,7 @@ def measure_utility(
     protocols, templates, notes = {}, {}, list[str]()
     for path in packs:
         if path.is_dir():
-            janus = open_janus(path, stages.config.image_size)
-            templates[janus.name], said = measure_templates(stages, defense, plain, janus)
+            templates[find_janus(path) or path.name], said = measure_templates(stages, defense, plain, path)
         else:
             pack = stages.verification_set(path)
             protocols[pack.name], said = _protocol(stages, defense, plain, pack), list(pack.notes)

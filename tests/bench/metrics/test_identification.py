@@ -140,6 +140,19 @@ def test_a_gallery_in_parts_is_the_gallery():
     np.testing.assert_allclose(joined.other, whole.other, atol=1e-6)
 
 
+def test_no_more_scores_are_held_than_a_part_has():
+    seen = []
+
+    def compare(fresh, stored):
+        seen.append((len(fresh), len(stored)))
+        return fresh @ stored.T
+
+    rows = torch.eye(50)[:, :7]
+    ident.search(rows[:20], torch.arange(20), rows, torch.arange(50), compare=compare, chunk=8)
+    assert max(first for first, _ in seen) == max(second for _, second in seen) == 8
+    assert sum(first * second for first, second in seen) == 20 * 50
+
+
 def test_a_tie_is_a_miss():
     found = ident.Searches(torch.tensor([0.5, 0.5]), torch.tensor([0.5, 0.4]), torch.tensor([1, 2]))
     assert ident.rank1(found, torch.Generator(), replicates=100).value == 0.5

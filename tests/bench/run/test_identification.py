@@ -156,14 +156,14 @@ def test_warnings_name_who_is_left_out(run):
 
 
 def test_whom_a_recogniser_learns_from_is_left_out_with_all_templates(run, root):
-    stages, janus = stages_of(run[1]), open_janus(root / "IJB-C", 32)
-    learnt = janus.source.read(np.array([0])).images
+    stages, folder = stages_of(run[1]), root / "IJB-C"
+    learnt = open_janus(folder, 32).source.read(np.array([0])).images
     stages.learnt = lambda faces: faces.among(learnt)
     # Another key: nothing of it is taken from the cache.
     stages.recogniser_key = lambda defense, role: "other"
     recognisers = {name: stages_of(run[1]).recogniser(stages.defense(name, {})) for name in ("pixelate", "none")}
     stages.recogniser = lambda defense, role="provider": recognisers[defense.name]
-    figures, notes = measure_templates(stages, stages.defense("pixelate", {}), stages.defense("none", {}), janus)
+    figures, notes = measure_templates(stages, stages.defense("pixelate", {}), stages.defense("none", {}), folder)
     assert notes == [
         "ijbc: 3 templates of people whose image a recogniser learns from are left out, with all pairs and searches of "
         "theirs"
@@ -173,10 +173,24 @@ def test_whom_a_recogniser_learns_from_is_left_out_with_all_templates(run, root)
     assert figures.protected.galleries["G1"].gallery == SUBJECTS // 2 - 1
 
 
+def test_the_plan_knows_of_them(run, root, out):
+    cell = pipeline(out, **TINY, data_root=root, verify="IJB-C", distractors=f"folder:{root / 'more' / 'faces'}")
+    stages = {stage.name: stage.cached for stage in cell.plan().stages}
+    further = {f"{what}-{of}" for what in ("pool-ijbc", "search") for of in ("pixelate", "none")}
+    assert further <= stages.keys()
+    assert all(stages.values())
+    other = {
+        stage.name: stage
+        for stage in pipeline(out, **TINY, data_root=root, verify="IJB-C", image_size=48).plan().stages
+    }
+    assert not other["pool-ijbc-none"].cached
+    assert other["pool-ijbc-none"].seconds is None  # with distractors it was another run
+
+
 def test_a_killed_run_embeds_only_what_is_missing(run, root, tmp_path, monkeypatch):
     monkeypatch.setattr(identification, "PART", 10)
     stages, janus = stages_of(run[1]), open_janus(root / "IJB-C", 32)
-    job = pooled_job(stages, stages.defense("none", {}), janus)
+    job = pooled_job(stages, stages.defense("none", {}), root / "IJB-C")
     whole, done = stages.do(job), []
 
     def stop(at, total):
@@ -198,13 +212,13 @@ def test_a_killed_run_embeds_only_what_is_missing(run, root, tmp_path, monkeypat
 def test_under_keys_all_show_one(run, root, out, defense):
     """Pairs of one person and of two are then told apart by the face alone, and a search needs one key."""
     stages = stages_of(pipeline(out, **TINY | {"defense": defense, "attack": "template"}, data_root=root))
-    target, janus = stages.defense(defense, {}), open_janus(root / "IJB-C", 32)
+    target, folder = stages.defense(defense, {}), root / "IJB-C"
     system = identification._System(stages, target, "x")
     held = system._held(5)
     assert held is not None
     assert len(held.unique(dim=0)) == 1
-    figures, _ = measure_templates(stages, target, stages.defense("none", {}), janus)
-    rows = stages.do(pooled_job(stages, target, janus)).rows
+    figures, _ = measure_templates(stages, target, stages.defense("none", {}), folder)
+    rows = stages.do(pooled_job(stages, target, folder)).rows
     assert figures.protected.pairs == 24 * 23 // 2
     stored = system.stored(rows[:3])
     one_by_one = torch.stack([system.scores(stored, rows[3 + n : 4 + n].expand(3, -1)) for n in range(2)])

@@ -42,6 +42,11 @@ def test_the_default_is_no_pack_where_the_victims_are_of_none(root, tmp_path):
     assert found(root=tmp_path, dataset="folder") == []
 
 
+def test_a_pack_alone_is_that_of_the_victims(root):
+    assert found(root=root / "lfw.bin") == []
+    assert found("lfw", "cfp_fp", root=root / "lfw.bin") == ["cfp_fp"]
+
+
 def test_packs_are_named_or_pointed_at(root):
     assert found("lfw", "cfp_fp.bin", "agedb_30", root=root) == ["cfp_fp", "agedb_30"]
     assert found(root / "cfp_fp.bin", root=None, dataset="synthetic") == ["cfp_fp"]
