@@ -62,7 +62,7 @@ class Tracker:
         Args:
             run_id: what the run is called there.
             directory: the run's folder; files of TensorBoard and W&B lie in it. MLflow's go to
-                ``MLFLOW_TRACKING_URI``, else into ``mlruns`` beside the runs, which share them.
+                ``MLFLOW_TRACKING_URI``, else into ``mlflow.db`` beside the runs, which share it.
 
         Raises:
             BenchError: it does not start.
@@ -123,7 +123,7 @@ def _tensorboard(run_id: str, directory: Path) -> Logger:
 def _mlflow(run_id: str, directory: Path) -> Logger:
     from pytorch_lightning.loggers import MLFlowLogger
 
-    local = (directory.parent / "mlruns").resolve().as_uri()
+    local = f"sqlite:///{(directory.parent / 'mlflow.db').resolve()}"
     address = os.environ.get("MLFLOW_TRACKING_URI", local)
     logger: Logger = MLFlowLogger(DISTRIBUTION, run_name=run_id, tracking_uri=address)
     return logger

@@ -150,7 +150,7 @@ def test_the_others_are_told_the_same(tmp_path, monkeypatch, name):
     if name == "wandb":
         assert list((tmp_path / "runs" / "run" / "wandb").rglob("*.wandb"))
         return
-    client = package.MlflowClient((tmp_path / "runs" / "mlruns").as_uri())
+    client = package.MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
     [experiment] = [found for found in client.search_experiments() if found.name == "ppfr-bench"]
     [run] = client.search_runs([experiment.experiment_id])
     assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "fit/loss")] == [
