@@ -20,6 +20,7 @@ from bench.commands.compare import compare
 from bench.commands.console import err, print_json
 from bench.commands.data import data
 from bench.commands.doctor import doctor
+from bench.commands.explain import explain
 from bench.commands.export import export
 from bench.commands.gate import gate
 from bench.commands.leaderboard import leaderboard
@@ -47,7 +48,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    *(run, sweep, list_, runs, show, view, rm, protect, report, leaderboard, compare, baseline, gate, export),
+    *(run, sweep, list_, runs, show, view, rm, protect, report, leaderboard, compare, baseline, gate, export, explain),
     *(observe, score, new, speed, doctor),
 )
 for command in COMMANDS:

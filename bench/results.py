@@ -597,6 +597,45 @@ def _directed(node: Any, place: str) -> Any:
     return {name: item for name, item in node.items() if name != "higher_is_better_for"} | {"direction": direction}
 
 
+class Reliance(ResultModel):
+    """How far a recogniser or an attack relies on each frequency: 192 values, number 64 colour + 8u + v (Y, Cb, Cr).
+
+    A value is null where no face at hand sends the frequency; all are where the reason says why.
+    """
+
+    occlusion: list[float | None] | None = Field(
+        description="how far it moves without the frequency: 1 - cosine of the embeddings, or mean squared difference "
+        "of the recovered pictures"
+    )
+    gradient: list[float | None] | None = Field(
+        description="squared Frobenius norm of its Jacobian, of the unit embedding or of the recovered picture"
+    )
+    reasons: dict[str, str] = Field({}, description="why one of them is missing")
+
+
+class Expression(ResultModel):
+    """Whether a classifier that is trained on what a defence sends of rendered faces tells their expressions apart."""
+
+    protected: Measure = Field(description="share of expressions told right")
+    unprotected: Measure = Field(description="the same of a classifier trained on the plain faces")
+    chance: float
+    classes: list[str]
+    trained_on: int = Field(description="faces, of other people")
+
+
+class Explanation(ResultModel):
+    """``explain.json``: what ``bench explain`` finds of a run."""
+
+    run_id: str
+    faces: int = Field(description="victim images that were looked at")
+    sent: list[int] | None = Field(
+        description="how many of them send each of the 192 frequencies; null of a defence that sends none"
+    )
+    recogniser: Reliance | None = None
+    attacks: dict[str, Reliance] = Field({})
+    expression: Expression | None = None
+
+
 class PlannedStage(ResultModel):
     """One stage of ``--dry-run``.
 

@@ -541,3 +541,13 @@ class SpectrumOperator:
         shape = (len(representation), COLOURS * len(frequencies), *representation.shape[2:])
         maps = representation.new_zeros(shape).index_add(1, places.to(representation.device), representation)
         return self.scale * block_dct_adjoint(maps, frequencies)
+
+
+def frequencies_of(operator: object) -> Tensor | None:
+    """Which frequency each map of an operator is: int64 (C,), 64 colour + 8u + v; None where its maps are no such."""
+    if isinstance(operator, SpectrumOperator):
+        return operator.channels
+    if isinstance(operator, FrequencyOperator):
+        colours = torch.arange(COLOURS, device=operator.channels.device)
+        return (CHANNELS * colours[:, None] + operator.channels).flatten()
+    return None

@@ -15,6 +15,7 @@ from reports.provenance import provenance, warnings
 from reports.summary import (
     LEAKS,
     across_table,
+    expression_table,
     failures,
     identification_table,
     protocol_table,
@@ -52,7 +53,15 @@ def report_markdown(settings: Sequence[Setting], speed: Table | None = None, lef
     """The report without its figures."""
     parts = ["# What leaks, and what it costs"]
     for number, setting in enumerate(settings, start=1):
-        makers = (summary, protocol_table, identification_table, template_table, across_table, recovery_table)
+        makers = (
+            summary,
+            protocol_table,
+            identification_table,
+            expression_table,
+            template_table,
+            across_table,
+            recovery_table,
+        )
         tables = [table(setting, number) for table in makers]
         parts += [*_verdict(setting, number), *(_pipe_table(table) for table in tables if table is not None)]
     if notes := _notes(settings, left_out):
@@ -144,7 +153,7 @@ def report_latex(settings: Sequence[Setting], speed: Table | None = None) -> str
             tables += [ranking(setting, verdict, number)]
         tables += [
             table(setting, number)
-            for table in (summary, protocol_table, identification_table, template_table, across_table)
+            for table in (summary, protocol_table, identification_table, expression_table, template_table, across_table)
         ]
         parts += [part for table in tables if table is not None for part in _latex_tables(table)]
     parts += [] if speed is None else _latex_tables(speed)

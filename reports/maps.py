@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.patches import Rectangle
 
-from bench.results import DefenseInfo
+from bench.results import DefenseInfo, Explanation, Reliance
 from reports.cells import Setting
 from reports.svg import INK, MUTED, PAPER, SERIES, Drawing, draw, shorten, spread
 
@@ -152,5 +152,94 @@ def _map(slug: str, defense: str, kept: Sequence[int], energy: Sequence[float], 
         drawing.told += [sent_of, f"never sent (crosses): {dropped}"]
         drawing.closing = (
             " Darker holds more energy." if known else " The run does not hold the energy of the frequencies."
+        )
+    return drawing
+
+
+# -- what is relied on -----------------------------------------------------------------------------
+
+_COLOURS = ("Y", "Cb", "Cr")
+
+
+def frequency(place: int) -> str:
+    """A frequency by its number 64 colour + 8u + v.
+
+    >>> frequency(64 + 8 * 2 + 5)
+    'Cb (2, 5)'
+    """
+    colour, channel = divmod(place, len(_ALL))
+    return "{} ({}, {})".format(_COLOURS[colour], *divmod(channel, _SIDE))
+
+
+def reliances(explanation: Explanation) -> Iterator[tuple[str, Reliance]]:
+    """Who relies on frequencies: the recogniser, then each attack."""
+    if explanation.recogniser is not None:
+        yield "recogniser", explanation.recogniser
+    yield from explanation.attacks.items()
+
+
+def reliance_figures(setting: Setting, number: int) -> list[Drawing]:
+    """For each run that ``bench explain`` has looked at, what each relies on: a row of three 8x8 grids for each.
+
+    Shades are shares of the frequency of most; one figure for what occlusion tells, and one for gradients.
+    """
+    made: list[Drawing] = []
+    for label, cell in setting.runs:
+        explanation = cell.run.explanation
+        if explanation is None:
+            continue
+        for what in ("occlusion", "gradient"):
+            known = [(who, values) for who, r in reliances(explanation) if (values := getattr(r, what)) is not None]
+            shares = [(who, _shares(values)) for who, values in known if len(values) == len(_COLOURS) * len(_ALL)]
+            if shares:
+                slug = f"reliance-{what}-{number}-{len(made)}"
+                made.append(_grids(slug, label, what, shares, explanation.faces, setting.synthetic))
+    return made
+
+
+def _shares(values: Sequence[float | None]) -> list[float | None]:
+    most = max((value for value in values if value is not None and math.isfinite(value)), default=0.0)
+    return [None if value is None else max(0.0, value) / most if most > 0 else 0.0 for value in values]
+
+
+def _grids(
+    slug: str,
+    label: str,
+    what: str,
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    faces: int,
+    synthetic: bool,
+) -> Drawing:
+    pitch, height = _SIDE + 1, _SIDE + 2
+    size = (4.7, 0.35 + 1.85 * len(rows))
+    title = f"Frequencies relied on, by {'occlusion' if what == 'occlusion' else 'gradient energy'}: {shorten(label)}"
+    with draw(slug, title, ("", ""), synthetic=synthetic, size=size) as drawing:
+        axes = drawing.axes
+        for row, (who, shares) in enumerate(rows):
+            top = height * row
+            axes.text(-0.6, top - 1.1, shorten(who), fontsize=8, va="bottom")
+            for place, share in enumerate(shares):
+                colour, channel = divmod(place, len(_ALL))
+                down, across = divmod(channel, _SIDE)
+                x, y = pitch * colour + across, top + down
+                # Shares span orders of magnitude; a cell without a fill was sent of no face.
+                shade = 0.0 if share is None else 0.06 + 0.94 * math.sqrt(share)
+                style: Any = {"facecolor": SERIES[0], "edgecolor": MUTED, "linewidth": 0.3}
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **style | {"facecolor": PAPER}))
+                axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **style, alpha=shade))
+                if share is None:
+                    axes.text(x, y, "×", ha="center", va="center", fontsize=5, color=MUTED)
+            known = [(share, place) for place, share in enumerate(shares) if share is not None]
+            most = ", ".join(frequency(place) for _, place in sorted(known, reverse=True)[:3])
+            drawing.told.append(f"{who}: most on {most}")
+        for colour, name in enumerate(_COLOURS):
+            axes.text(pitch * colour + 3.5, -1.1, name, ha="center", va="bottom", fontsize=8)
+        axes.set_xlim(-0.8, pitch * len(_COLOURS) - 1.2)
+        axes.set_ylim(height * len(rows) - 2.2, -2.4)
+        axes.set_aspect("equal")
+        axes.axis("off")
+        drawing.closing = (
+            f" Of {faces} faces. Each grid has vertical frequencies downwards and horizontal ones to the right; the "
+            "darkest is relied on most, crosses were never sent."
         )
     return drawing

@@ -25,13 +25,14 @@ from reports.cells import Setting, attempts, settings
 from reports.figures import distributions, pareto, roc_figure, strength_figures, template_figure, training_figures
 from reports.formats import leaderboard_csv, leaderboard_markdown, report_csv, report_latex, report_markdown
 from reports.gallery import may_show, sheets, strip
-from reports.maps import confusion_figures, frequency_figures, state_figure
+from reports.maps import confusion_figures, frequency_figures, reliance_figures, state_figure
 from reports.provenance import provenance, records, warnings
 from reports.published import matching
 from reports.summary import (
     COLUMNS,
     HEADLINE,
     across_table,
+    expression_table,
     facts,
     failures,
     floor_rows,
@@ -206,6 +207,7 @@ def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> dic
         "synthetic": setting.synthetic,
         "verdicts": _verdicts(setting, images, embed_faces),
         "summary": summary(setting, number),
+        "expressions": expression_table(setting, number),
         "protocols": list(filter(None, [protocol_table(setting, number), identification_table(setting, number)])),
         "templates": list(filter(None, [template_table(setting, number), across_table(setting, number)])),
         "drawings": {
@@ -214,7 +216,7 @@ def _view(setting: Setting, number: int, images: bool, embed_faces: bool) -> dic
             "Telling people apart": [*filter(None, curves), *distributions(setting, number)],
             "Stronger attackers": strength_figures(setting, number),
             "What the defence drew": [*filter(None, [states]), *confusion_figures(setting, number)],
-            "Frequencies": frequency_figures(setting, number),
+            "Frequencies": [*frequency_figures(setting, number), *reliance_figures(setting, number)],
         },
         "training": training_figures(setting, number),
         "sheets": sheets(setting, embed_faces=embed_faces) if images else [],

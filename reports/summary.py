@@ -321,6 +321,39 @@ def protocol_table(setting: Setting, number: int) -> Table | None:
     return Table(f"protocols-{number}", caption, columns, tuple(rows), headers=2) if rows else None
 
 
+def expression_table(setting: Setting, number: int) -> Table | None:
+    """How often expressions of rendered people are told apart behind each defence, without it, and by chance.
+
+    None where `bench explain` has looked at the expressions of no run.
+    """
+    rows = [
+        Row(
+            {
+                "defence": Entry(defense),
+                "protected": measured("accuracy", told.protected),
+                "unprotected": measured("accuracy", told.unprotected),
+                "chance": Entry(f"{100 * told.chance:.1f}", 100 * told.chance),
+            }
+        )
+        for defense, cells in setting.defenses.items()
+        for told in [run.explanation.expression for run in (cell.run for cell in cells) if run.explanation][:1]
+        if told is not None
+    ]
+    columns = (
+        Column.of_text("defence"),
+        Column(
+            "protected", "behind the defence, %", "Share of expressions that a classifier trained on it tells right."
+        ),
+        Column("unprotected", "on plain faces, %", "The same of a classifier trained on plain faces."),
+        Column("chance", "chance, %"),
+    )
+    caption = (
+        f"Expressions told apart behind each defence ({SYNTHETIC}): accuracy on rendered people of whom the classifier "
+        "has seen nothing, with its 95 % interval over people."
+    )
+    return Table(f"expressions-{number}", caption, columns, tuple(rows)) if rows else None
+
+
 def _protocol_column(pack: str, heading: str) -> Column:
     return Column(f"pack {pack}", f"{heading}, %", KINDS["accuracy"].meaning)
 

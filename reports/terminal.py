@@ -17,12 +17,14 @@ from bench.gate.compare import Difference
 from bench.gate.formats import COLUMNS, cells, interval, number
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport, Verdict
 from bench.measures import KINDS, MISSING, kind_at, leak, shown
+from bench.measures import interval as entry_interval
 from bench.results import (
     LEAST_ACCURACY,
     NO_BETTER,
     AttackInfo,
     AttackResult,
     EvaluatorInfo,
+    Explanation,
     Identity,
     Inversion,
     Linkage,
@@ -40,6 +42,7 @@ from bench.results import (
 )
 from bench.sweep.cells import KeyFigure, Status, SweepState
 from reports.cells import labels
+from reports.maps import frequency, reliances
 from reports.summary import most_linked, stolen
 
 _QUALITY = tuple(name for name, kind in KINDS.items() if kind.group == "recovery")
@@ -501,6 +504,43 @@ def render_difference(difference: Difference) -> RenderableType:
 def _short(place: str) -> str:
     """The place of a figure without the parts that go without saying."""
     return place.replace("recovery.", "").replace("identity.", "")
+
+
+# -- an explanation --------------------------------------------------------------------------------
+
+#: Frequencies that a terminal names.
+_MOST = 8
+
+
+def render_explanation(explanation: Explanation, file: Path) -> RenderableType:
+    """The frequencies on which each relies most, with their share of all, and how well expressions are told apart."""
+    parts: list[RenderableType] = []
+    for who, reliance in reliances(explanation):
+        for what, values in (("occlusion", reliance.occlusion), ("gradient", reliance.gradient)):
+            title = f"{who} by {what}, {explanation.faces} faces"
+            if values is None:
+                parts.append(Text(f"{title}: {reliance.reasons.get(what, 'not measured')}", style="dim"))
+                continue
+            total = sum(value or 0.0 for value in values) or 1.0
+            most = sorted(range(len(values)), key=lambda place: values[place] or 0.0, reverse=True)[:_MOST]
+            rows = [
+                [frequency(place), number(values[place]), f"{(values[place] or 0.0) / total:.1%}"] for place in most
+            ]
+            parts.append(_table(title, ("frequency", "value", "share"), rows))
+    if (told := explanation.expression) is not None:
+        rows = [
+            ["behind the defence", *_figure("accuracy", told.protected)],
+            ["on plain faces", *_figure("accuracy", told.unprotected)],
+            ["chance", f"{100 * told.chance:.1f}", ""],
+        ]
+        title = f"Expressions told apart (synthetic faces: {', '.join(told.classes)}), %"
+        parts.append(_table(title, ("", "accuracy", "95 % interval"), rows))
+    parts.append(Text(str(file), overflow="fold"))
+    return Group(*parts)
+
+
+def _figure(name: str, measure: Measure) -> tuple[str, str]:
+    return shown(name, measure), entry_interval(name, measure)
 
 
 # -- a sweep ---------------------------------------------------------------------------------------

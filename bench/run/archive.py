@@ -15,7 +15,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bench.errors import MissingError
 from bench.files import sha256
-from bench.results import AttackResult, RunResult
+from bench.results import AttackResult, Explanation, RunResult
+
+#: In a run's folder, what `bench explain` found.
+EXPLANATION = "explain.json"
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -145,6 +148,7 @@ class Run:
         losses: training curves of recognisers.
         samples: pictures of single victims.
         altered: files that are not as the manifest recorded them.
+        explanation: what ``bench explain`` found of it.
     """
 
     directory: Path
@@ -158,6 +162,7 @@ class Run:
     losses: tuple[Losses, ...] = ()
     samples: Samples | None = None
     altered: tuple[str, ...] = ()
+    explanation: Explanation | None = None
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -281,6 +286,7 @@ def load_run(directory: Path) -> Run:
         losses=tuple(_losses(directory / "events.jsonl")),
         samples=read_samples(directory / "samples"),
         altered=tuple(name for name, digest in recorded.items() if digest and there[name] != digest),
+        explanation=read_model(explained, Explanation) if (explained := directory / EXPLANATION).is_file() else None,
     )
 
 
