@@ -169,7 +169,7 @@ def attempts(runs: Sequence[Run]) -> Attempts:
 
 
 #: Settings that say where things lie or how fast they are done.
-_PLACES = ("out", "resume", "device", "data_root", "evaluator", "teacher", "bootstrap", "batch_size")
+_PLACES = ("out", "resume", "logger", "device", "data_root", "evaluator", "teacher", "bootstrap", "batch_size")
 
 
 def _replaces(later: Run, run: Run) -> bool:
