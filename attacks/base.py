@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, final
 
 import torch
-from lightning_fabric import Fabric
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,6 +17,9 @@ from torch.nn import functional
 from bench.progress import Report, no_report
 from bench.randomness import base_seed, derived, seeded
 from defenses.base import Defense
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # takes as long to import as torch
 
 #: Sends faces, float (M, 3, H, W) in [0, 1], through the provider's service as a client would, each protected under a
 #: fresh state, and returns their embeddings: float32 (M, D), unit rows.

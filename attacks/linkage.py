@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
-from lightning_fabric import Fabric
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
@@ -47,6 +46,9 @@ from bench.nets.options import AugmentationOptions
 from bench.progress import no_report
 from bench.randomness import derived, seeded
 from defenses.base import Defense
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # takes as long to import as torch
 
 #: Faces that give the statistics of an encoder's input.
 _STATISTICS_FACES = 1024

@@ -27,6 +27,11 @@ __version__ = "0.1.0"
 # Read by torch when it is imported. Representations of a batch are tens of megabytes, and faulting them in page by page
 # takes a fifth of a training step on two cores; huge pages do not.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# Read by OpenMP when torch is imported. Threads that wait for each other burn the time slices in which the other one
+# could get on: beside busy neighbours an operation of microseconds then takes milliseconds. They spin for a moment, as
+# operations follow each other closely, and then sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def defense(name: str, *, image_size: int = 112, preset: str = "cpu", **options: Any) -> Defense:

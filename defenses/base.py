@@ -8,15 +8,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
-from lightning_fabric import Fabric
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from bench.errors import DefenseError
 from bench.randomness import base_seed, derived
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # takes as long to import as torch
 
 Shape = tuple[int, int, int]
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from bench.randomness import drawn_seed
@@ -141,6 +140,8 @@ class FracFace(Defense):
         for cell, value in zip(_cells(), (read // _VALUES, read % _VALUES), strict=True):
             votes.index_put_((cell, value), torch.ones_like(cell), accumulate=True)
         if self.options.permutation == "paper":
+            from scipy.optimize import linear_sum_assignment  # slow to import, and seldom needed
+
             values = torch.from_numpy(linear_sum_assignment(votes.numpy(), maximize=True)[1])
         else:
             values = votes.argmax(dim=1)

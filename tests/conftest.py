@@ -14,6 +14,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # One worker a core: more threads would only get in each other's way. This runs before a test imports torch, and
     # child processes inherit it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+elif hasattr(os, "sched_getaffinity"):
+    # The number that it would be, so that no command takes fewer beside busy neighbours: runs are compared bit for bit.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 
 @pytest.fixture(scope="session")

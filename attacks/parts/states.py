@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, Knowledge
@@ -143,6 +142,8 @@ def assign(likelihood: Tensor, distinct: bool = True) -> Tensor:
 
     No canonical channel is assigned twice where they are known to be ``distinct``.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import, and seldom needed
+
     if not distinct:
         return likelihood.argmax(dim=1).cpu()
     cost = -likelihood.double().cpu().numpy()

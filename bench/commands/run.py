@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,9 @@ import typer
 
 from bench.commands.console import err, show
 from bench.commands.flags import AsJson, Assignments, AttackOptions, DefenseOptions, with_flags
-from bench.errors import UsageError
+from bench.errors import MissingError, UsageError
 from bench.run.config import merge, nested, parse_assignments, resolve, settings, write_config
-from bench.run.launch import Launch
+from bench.run.launch import FreeCores, Launch
 
 
 @with_flags(setting for setting in settings() if setting.flag)
@@ -44,7 +45,12 @@ def run(
     given = merge(nested(parse_assignments(assignments or [], "--set")), flags, options)
     resolved = resolve(given, os.environ, config)
 
+    free = FreeCores()  # watched while torch is imported
+
+    from bench.run.archive import read_manifest
+    from bench.run.machines import use_free_cores
     from bench.run.pipeline import Pipeline
+    from bench.run.store import run_id
 
     pipeline = Pipeline(resolved, console=err)
     if not Launch.here().leads:
@@ -61,5 +67,10 @@ def run(
         plan = pipeline.plan(measure=measure)
         show(plan, as_json, lambda: render_plan(plan))
     else:
+        remembered = None
+        with contextlib.suppress(MissingError):  # most runs are new
+            remembered = read_manifest(resolved.out / run_id(resolved)).threads
+        if note := use_free_cores(free, remembered):
+            err.print(note, markup=False, highlight=False, soft_wrap=True)
         result = pipeline.run()
         show(result.to_json(), as_json, lambda: render_result(result, pipeline.directory))

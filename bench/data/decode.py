@@ -16,6 +16,7 @@ nothing. Pillow releases the interpreter lock while it decodes and resizes, whic
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -267,8 +268,12 @@ _SPECIAL = frozenset({0xE1, 0xEE})
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 
+@functools.cache
 def _native_decoder() -> Callable[[Tensor, int, bool], Tensor] | None:
-    """libjpeg-turbo as torchvision binds it, or None where it does not (any longer: deprecated since 0.29)."""
+    """libjpeg-turbo as torchvision binds it, or None where it does not (any longer: deprecated since 0.29).
+
+    Looked for when the first image is decoded: torchvision takes as long to import as torch.
+    """
     with contextlib.suppress(ImportError, AttributeError, RuntimeError):
         import torchvision.io  # noqa: F401 - registers the operator
 
@@ -276,9 +281,6 @@ def _native_decoder() -> Callable[[Tensor, int, bool], Tensor] | None:
         decoder: Callable[[Tensor, int, bool], Tensor] = torch.ops.image.decode_jpeg.default
         return decoder
     return None
-
-
-_decode_native = _native_decoder()
 
 
 def is_plain_jpeg(data: memoryview | bytes, size: int) -> bool:
@@ -314,7 +316,7 @@ def decode_batch(
     """
     images = torch.empty(len(encoded), 3, size, size, dtype=torch.uint8)
     target, failed = images.numpy(), {}
-    native = None if exact or crop != 1 else _decode_native
+    native = None if exact or crop != 1 else _native_decoder()
     for i, data in enumerate(encoded):
         try:
             if isinstance(data, ImageError):

@@ -1,10 +1,13 @@
-"""What torchrun says about this process. Imports nothing heavy: the command line asks before it imports torch."""
+"""What is around this process: torchrun, and neighbours. Imports nothing heavy: it is asked before torch is."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import psutil
 
 from bench.errors import UsageError
 
@@ -50,3 +53,27 @@ class Launch:
     def leads(self) -> bool:
         """Whether this process is the one that runs everything, prints and writes; the others help it to train."""
         return self.rank == 0
+
+
+class FreeCores:
+    """How many of the cores that this process may use are free of others, since this was made."""
+
+    def __init__(self) -> None:
+        self._cores = (
+            sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+        )
+        self._before = self._read()
+
+    def _read(self) -> tuple[float, float, float]:
+        """Seconds that these cores were idle, that they could have been busy, and that this process kept them busy."""
+        counters = psutil.cpu_times(percpu=True)
+        ours = [counters[core] for core in self._cores if core < len(counters)]
+        idle = sum(core.idle + getattr(core, "iowait", 0.0) for core in ours)
+        # Guests are counted among the users.
+        total = sum(sum(core) - getattr(core, "guest", 0.0) - getattr(core, "guest_nice", 0.0) for core in ours)
+        return idle, total, time.process_time()
+
+    def count(self) -> float | None:
+        """At least 0; None where the system does not say."""
+        idle, total, own = (after - before for before, after in zip(self._before, self._read(), strict=True))
+        return len(self._cores) * min(1.0, max(0.0, idle + own) / total) if total > 0 else None

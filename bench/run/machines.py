@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from bench.errors import UsageError
 from bench.recognition.processes import LostProcess, Processes, noticing_lost_processes, processes_of
-from bench.run.launch import Launch
+from bench.run.launch import FreeCores, Launch
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -50,6 +51,29 @@ def resolve_precision(precision: str, device: torch.device) -> Precision:
         case "32-true" | "bf16-mixed" | "16-mixed":
             return precision
     raise ValueError(f"unknown precision {precision!r}: auto, 32-true, bf16-mixed or 16-mixed")
+
+
+def use_free_cores(free: FreeCores, remembered: int | None = None) -> str | None:
+    """Let torch use no more threads than cores were free since ``free`` was made; at least one.
+
+    Threads that share an operation wait for the slowest of them, which may have to wait for a neighbour: two threads
+    beside two busy processes on two cores take ten times as long as one. The number changes results by rounding, so a
+    run that goes on takes the one that is ``remembered`` of it. Where ``OMP_NUM_THREADS`` sets it, nothing is changed.
+
+    Returns:
+        What to tell the person who waits, where some of the threads are left out.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    had, counted = torch.get_num_threads(), free.count()
+    if remembered is not None:
+        threads = min(had, remembered)
+    else:
+        threads = had if counted is None else min(had, max(1, round(counted)))
+    torch.set_num_threads(threads)
+    if threads == had:
+        return None
+    return f"{threads} of {had} threads, as other processes keep cores busy (OMP_NUM_THREADS sets their number)"
 
 
 def synchronise(device: torch.device) -> None:

@@ -60,3 +60,12 @@ def test_faces_smaller_than_the_window_are_compared_with_a_smaller_one(size):
 def test_different_shapes_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         ssim(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 15))
+
+
+def test_the_gradient_is_that_of_differences():
+    """Twice, in float64: attacks train on it, and some through it."""
+    drawn = torch.Generator().manual_seed(3)
+    first, second = (torch.rand(1, 2, 13, 14, generator=drawn, dtype=torch.float64) for _ in range(2))
+    assert torch.autograd.gradcheck(ssim, (first.requires_grad_(), second.requires_grad_()))
+    small = first[..., :6, :5].detach().requires_grad_()  # smaller than the window
+    assert torch.autograd.gradgradcheck(lambda x: ssim(x, second[..., :6, :5].detach()), small)

@@ -48,7 +48,7 @@ def test_which_are_plain(kinds):
 @pytest.mark.parametrize("native", [True, False])
 def test_pixels_are_those_of_the_long_way(kinds, native, monkeypatch):
     if not native:
-        monkeypatch.setattr(decode, "_decode_native", None)
+        monkeypatch.setattr(decode, "_native_decoder", lambda: None)
     images, failed = decode_batch([tensor(data) for data in kinds.values()], 112)
     assert failed == {}
     for image, (name, data) in zip(images, kinds.items(), strict=True):
@@ -57,7 +57,7 @@ def test_pixels_are_those_of_the_long_way(kinds, native, monkeypatch):
 
 
 def test_the_native_decoder_is_used(kinds, monkeypatch):
-    if decode._decode_native is None:
+    if decode._native_decoder() is None:
         pytest.skip("torchvision here has no JPEG decoder")
     monkeypatch.setattr(decode, "_pixels", None)
     assert decode_batch([tensor(kinds["plain"])], 112)[1] == {}

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from onnx_models import linear_model
 import bench.run.machines as device_module
 from bench.errors import UsageError
 from bench.nets.checkpoints import load_recogniser
-from bench.run.launch import Launch
-from bench.run.machines import make_fabric, make_shared_fabric, native_bfloat16, resolve_precision
+from bench.run.launch import FreeCores, Launch
+from bench.run.machines import make_fabric, make_shared_fabric, native_bfloat16, resolve_precision, use_free_cores
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 
@@ -186,3 +187,70 @@ def test_cuda_has_bfloat16_from_ampere_on(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert native_bfloat16(torch.device("cuda")) is native
     assert not native_bfloat16(torch.device("mps"))
+
+
+# -- threads beside neighbours -----------------------------------------------------------------------
+
+
+class Watched(FreeCores):
+    """Four cores; what each reading says is set by the test."""
+
+    def __init__(self, *readings):
+        self._readings = iter(readings)
+        super().__init__()
+        self._cores = [0, 1, 2, 3]
+
+    def _read(self):
+        return next(self._readings)
+
+
+@pytest.mark.parametrize(
+    ("idle", "own", "free"),
+    [(40.0, 0.0, 4), (20.0, 0.0, 2), (20.0, 10.0, 3), (0.0, 0.0, 0), (0.0, 10.0, 1), (39.0, 9.0, 4)],
+)
+def test_cores_are_free_where_they_idle_or_work_for_us(idle, own, free):
+    assert Watched((5.0, 100.0, 1.0), (5.0 + idle, 140.0, 1.0 + own)).count() == pytest.approx(free)
+
+
+def test_a_system_that_says_nothing_leaves_the_threads_alone(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    assert Watched((0.0, 0.0, 0.0), (0.0, 0.0, 1.0)).count() is None
+    assert use_free_cores(Watched((0.0, 0.0, 0.0), (0.0, 0.0, 1.0))) is None
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("idle", "remembered", "pinned", "threads"),
+    [
+        (40.0, None, False, 4),
+        (18.0, None, False, 2),
+        (0.0, None, False, 1),
+        (40.0, 3, False, 3),
+        (0.0, 3, False, 3),
+        (40.0, 8, False, 4),
+        (0.0, 1, True, 4),
+    ],
+)
+def test_threads_are_those_that_are_free_remembered_or_pinned(monkeypatch, idle, remembered, pinned, threads):
+    if not pinned:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        note = use_free_cores(Watched((0.0, 0.0, 0.0), (idle, 40.0, 0.0)), remembered)
+        assert torch.get_num_threads() == threads
+        assert (note is None) == (threads == 4)
+        assert note is None or f"{threads} of 4" in note
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_counters_of_this_machine_are_read():
+    free = FreeCores()
+    started = time.process_time()
+    while time.process_time() - started < 0.1:
+        pass
+    counted = free.count()
+    # A tenth of a second of our own counts as free, whatever others do.
+    assert counted is None or 0 < counted <= os.cpu_count()
