@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import hashlib
 import inspect
 import json
@@ -160,7 +161,7 @@ def plugin_module(source: Path) -> str | None:
 
 def _opened(source: Path, device: torch.device, given: InputForm, pictures: bool) -> FaceEncoder:
     if is_plugin(source):
-        network = _plugin(source)
+        network = copy.deepcopy(_plugin(source))  # each encoder moves and freezes its own
         told = _told_by(source, network)
         name = type(network).__name__
         return TorchEncoder(source, network, told, device, "plug-in", given, _plugin_digest(network), architecture=name)

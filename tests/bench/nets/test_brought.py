@@ -160,6 +160,19 @@ def test_onnx_metadata_and_denotations_say_what_the_input_is(tmp_path):
     torch.testing.assert_close(brought(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_torchscript_of_another_layout_and_onnx_of_other_channels_are_read(tmp_path):
+    net = network(last=True)
+    brought = open_recogniser(scripted(tmp_path / "net.pt", net), given=SMALL)
+    assert brought.layout == "NHWC"
+    expected = net(((255 * faces() - 127.5) / 128).movedim(1, 3))
+    torch.testing.assert_close(brought(faces()), expected, rtol=1e-4, atol=1e-4)
+    weights = np.random.default_rng(0).normal(size=(27 * 64, 4)).astype(np.float32)
+    path = linear_model(tmp_path / "net.onnx", weights, ("n", 27, 8, 8))
+    sent = 90 * torch.randn(2, 27, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = sent.flatten(1) @ torch.from_numpy(weights)
+    torch.testing.assert_close(open_recogniser(path)(sent), expected, rtol=1e-4, atol=1e-2)
+
+
 def test_a_layout_that_no_graph_tells_is_given(tmp_path):
     path = linear_model(tmp_path / "net.onnx", WEIGHTS, ("n", "a", "b", "c"))
     assert open_recogniser(path, given=InputForm(size=8, layout="NHWC")).layout == "NHWC"
