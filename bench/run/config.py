@@ -169,10 +169,13 @@ class Shares(BaseModel):
     )
 
 
+#: Settings that name a data set beside the main one.
+SETS = (*ROLES, "distractors")
+
 #: Settings that came after the first runs, which keep their names where these are not given.
 _LATER = (
     *("limit", "recogniser", "recogniser_input", "plain_recogniser", "plain_recogniser_input"),
-    *("template", "verify", "distractors", *ROLES, "source_options"),
+    *("template", "verify", *SETS, "source_options"),
 )
 
 
@@ -326,7 +329,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _options_have_a_source(self) -> Self:
-        if unknown := set(self.source_options) - set(self.roles):
+        if unknown := {role for role in self.source_options if role not in SETS or getattr(self, role) is None}:
             raise ValueError(f"source_options.{min(unknown)}: there is no {min(unknown)} that it could be for")
         return self
 
@@ -352,7 +355,7 @@ class RunConfig(BaseModel):
         return "victims" if self.victims is not None else MAIN
 
     def data_of(self, role: str) -> DataName:
-        """The data set that a setting names: one of :attr:`roles`, or the main one."""
+        """The data set that a setting names: one of :data:`SETS` that is given, or the main one."""
         return DataName(self.dataset, self.data_root) if role == MAIN else DataName.parse(getattr(self, role))
 
     def options_of(self, role: str) -> dict[str, Any]:
@@ -362,7 +365,7 @@ class RunConfig(BaseModel):
         preset = DATASET_PRESETS.get(self.data_of(role).dataset, {}).get(self.preset, {})
         return merge(preset.get("dataset_options", {}), self.source_options.get(role, {}))
 
-    @field_validator("distractors", *ROLES)
+    @field_validator(*SETS)
     @classmethod
     def _data_set_is_known(cls, text: str | None) -> str | None:
         if text is not None:

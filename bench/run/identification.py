@@ -23,7 +23,7 @@ from bench.data.decode import by_threads, workers
 from bench.data.encoded import RecordSource
 from bench.data.faces import FaceSet
 from bench.data.ijb import Janus, find_janus, open_janus
-from bench.data.loaders import DATASETS, DataName, load
+from bench.data.loaders import DATASETS, load
 from bench.data.splits import telling_name
 from bench.measures import KINDS, Estimate, Measure
 from bench.metrics.bootstrap import mean_of_independent, tar_estimates
@@ -326,15 +326,21 @@ class Distracted(NamedTuple):
     left_out: int
 
 
-def open_distractors(stages: Stages, source: DataName) -> FaceSet | RecordSource:
-    """The faces of a data set, on the disk where they can be; what cannot be decoded is skipped."""
-    config = stages.config
+def open_distractors(stages: Stages) -> FaceSet | RecordSource:
+    """The faces of their data set, on the disk where they can be; what cannot be decoded is skipped.
+
+    Raises:
+        MissingError, DataError, UsageError: there is no such data set, or its options are none.
+    """
+    config, source = stages.config, stages.config.data_of("distractors")
     faces = load(
         source.dataset,
         data_root=source.root,
         image_size=config.image_size,
         seed=stages.streams.seed_for("data/distractors"),
+        options=config.options_of("distractors"),
         stream=DATASETS.get(source.dataset).open is not None,
+        part="faces",
     ).faces
     if isinstance(faces, FaceSet):
         return faces
@@ -372,7 +378,7 @@ def _sizes(count: int) -> list[int]:
     return [*sizes, count]
 
 
-def distracted_job(stages: Stages, defense: Defense, source: DataName) -> Job[Distracted]:
+def distracted_job(stages: Stages, defense: Defense) -> Job[Distracted]:
     """The stage that searches the victims' probes among distractors.
 
     A part of the distractors after the other is embedded and compared: neither their embeddings nor all scores are
@@ -382,7 +388,7 @@ def distracted_job(stages: Stages, defense: Defense, source: DataName) -> Job[Di
     others = _System(stages, defense, "queries/distractors")
 
     def compute(resume: Path, report: Report) -> dict[str, Tensor]:
-        faces, victims = open_distractors(stages, source), stages.splits.victims
+        faces, victims = open_distractors(stages), stages.splits.victims
         named_victims = {telling_name(name) for name in victims.used_names} - {None}
         who, embedded = sought(stages), system.embed(victims.images)
         probes, enrolled = embedded[who.probes], system.stored(embedded[who.gallery])
@@ -419,10 +425,11 @@ def distracted_job(stages: Stages, defense: Defense, source: DataName) -> Job[Di
         left_out = torch.tensor(len(faces)) - counts.sum()
         return {"mate": alone.mate, "other": alone.other, "best": best, "counts": counts, "left_out": left_out}
 
+    named = stages.config.data_of("distractors")
     key = system.key(
         victims=stages.data_key,
         seed=stages.config.seed,
-        distractors=[source.dataset, fingerprint(source.root)],
+        distractors=[named.dataset, fingerprint(named.root), stages.config.options_of("distractors")],
         image_size=stages.config.image_size,
     )
     what = f"search among distractors on {defense.name}"
@@ -434,12 +441,10 @@ def _distracted(tensors: dict[str, Tensor]) -> Distracted:
     return Distracted(**tensors, left_out=left_out)
 
 
-def measure_distractors(
-    stages: Stages, defense: Defense, plain: Defense, source: DataName
-) -> tuple[Distractors, list[str]]:
+def measure_distractors(stages: Stages, defense: Defense, plain: Defense) -> tuple[Distractors, list[str]]:
     """Identification of the victims among distractors, protected and plain; and what to warn of."""
     searched = {
-        name: stages.do(distracted_job(stages, target, source))
+        name: stages.do(distracted_job(stages, target))
         for name, target in (("protected", defense), ("unprotected", plain))
     }
     with stages.timed("measure", "measure identification"):
@@ -450,7 +455,8 @@ def measure_distractors(
             f"distractors: {found.left_out} images are left out, which equal a victim's or one that a recogniser "
             "learns from, bear a victim's name, or cannot be decoded"
         )
-    return Distractors(source=source.dataset, distractors=int(found.counts.sum()), **figures), notes
+    source = stages.config.data_of("distractors").dataset
+    return Distractors(source=source, distractors=int(found.counts.sum()), **figures), notes
 
 
 def _large_gallery(stages: Stages, found: Distracted) -> LargeGallery:

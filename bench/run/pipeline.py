@@ -14,7 +14,7 @@ from rich.console import Console
 
 from attacks.base import LinkageAttack
 from bench import plugins
-from bench.data.loaders import DATASETS, MAIN, DataName, check_stream, check_there
+from bench.data.loaders import DATASETS, MAIN, check_stream, check_there, parse_options
 from bench.errors import BenchError, UsageError
 from bench.metrics.evaluator import check_evaluators, check_no_judge
 from bench.nets.backbones import BACKBONES
@@ -23,8 +23,9 @@ from bench.recognition.options import HEADS
 from bench.results import DatasetInfo, DefenseInfo, RunPlan, RunResult
 from bench.run.attack_config import attack_configs, check_attack
 from bench.run.attacker import AttackStages
-from bench.run.config import RunConfig
+from bench.run.config import SETS, RunConfig
 from bench.run.findings import Findings
+from bench.run.identification import open_distractors
 from bench.run.launch import Launch
 from bench.run.linkage import run_linkage
 from bench.run.logger import Tracker, check_logger
@@ -82,8 +83,11 @@ class Pipeline:
                     config.recogniser,
                     config.plain_recogniser,
                 )
-        for role in config.roles:
-            check_there(config.data_of(role).root, f"--{role.replace('_', '-')}")
+        for role in SETS:
+            if getattr(config, role) is not None:
+                named = config.data_of(role)
+                check_there(named.root, f"--{role.replace('_', '-')}")
+                parse_options(named.dataset, config.options_of(role), image_size=config.image_size, seed=config.seed)
         for registry, name in (
             (DATASETS, config.dataset),
             (BACKBONES, config.backbone),
@@ -96,8 +100,6 @@ class Pipeline:
             if config.teacher is not None:
                 raise UsageError("a teacher embeds faces in memory: leave out --stream, or --teacher")
         self.packs = packs_of(config)
-        if config.distractors is not None:
-            check_there(DataName.parse(config.distractors).root, "--distractors")
 
     @property
     def directory(self) -> Path:
@@ -175,6 +177,8 @@ class Pipeline:
         config = self.config
         check_packs(self.packs.values())
         stages = self._stages(log, processes)
+        if config.utility and config.distractors is not None:
+            open_distractors(stages)  # else what is wrong with them was found after all training
         attacks = AttackStages(stages)
         stages.bars.expect(self._steps(attacks))
         defense = stages.defense(config.defense, config.defense_options)

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from attacks.base import LinkageAttack
 from bench import plugins
 from bench.data.faces import FaceSet, Source
-from bench.data.loaders import MAIN, DataName, check_root, check_there
+from bench.data.loaders import MAIN, check_root, check_there
 from bench.data.stream.scan import Scan
 from bench.errors import BenchError
 from bench.nets.recogniser import build_recogniser
@@ -251,7 +251,7 @@ def _of_provider(
                 pooled_job(stages, target, path) for path in packs_of(config).values() if path.is_dir()
             ]
             if config.distractors is not None:
-                further.append(distracted_job(stages, target, DataName.parse(config.distractors)))
+                further.append(distracted_job(stages, target))
             for step in further:
                 yield Step(step, step.what, step.stage.removesuffix(target.name), timed=False)
     if not all(_links(attack_config) for attack_config, _ in targets):

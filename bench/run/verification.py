@@ -13,7 +13,6 @@ from torch import Tensor
 from bench.data.decode import shown
 from bench.data.faces import PairProtocol
 from bench.data.ijb import find_janus
-from bench.data.loaders import DataName
 from bench.errors import DataError
 from bench.measures import KINDS
 from bench.metrics.bootstrap import verification_estimates
@@ -94,8 +93,7 @@ def measure_utility(
         notes += said
     distractors = None
     if stages.config.distractors is not None:
-        source = DataName.parse(stages.config.distractors)
-        distractors, said = measure_distractors(stages, defense, plain, source)
+        distractors, said = measure_distractors(stages, defense, plain)
         notes += said
     utility = Utility(
         **protected.model_dump(),

@@ -10,7 +10,6 @@ from tiny_runs import made, pipeline, stages_of
 
 from bench.data.faces import FaceSet
 from bench.data.ijb import open_janus
-from bench.data.loaders import DataName
 from bench.errors import DataError, MissingError
 from bench.measures import kind_at
 from bench.recognition.embed import embed_faces
@@ -119,8 +118,7 @@ def test_search_in_each_gallery(run, templates):
 def test_rank_1_among_distractors(run, root):
     large, stages = run[0].utility.distractors, stages_of(run[1])
     victims, who = stages.splits.victims, sought(stages)
-    source = DataName("folder", root / "more" / "faces")
-    faces = identification.open_distractors(stages, source)
+    faces = identification.open_distractors(stages)
     images = faces.read(np.arange(len(faces))).images
     images = images[~nobody(images).among(victims.images)]
     assert large.distractors == len(images) == 35  # one is a victim's
@@ -132,7 +130,7 @@ def test_rank_1_among_distractors(run, root):
         mate, rival = scores[own], np.where(own, -np.inf, scores).max(axis=1)
         beaten = np.maximum(rival, (probes @ others.T).max(axis=1))
         figures = getattr(large, of)
-        found = stages.do(distracted_job(stages, stages.defense(name, {}), source))
+        found = stages.do(distracted_job(stages, stages.defense(name, {})))
         np.testing.assert_allclose(found.mate, mate, atol=1e-5)
         np.testing.assert_allclose(np.maximum(found.other.numpy(), found.best.amax(dim=0).numpy()), beaten, atol=1e-5)
         assert (figures.rank1.value, figures.rank1.n) == (None, len(probes))  # nobody is named in a pack
@@ -232,6 +230,11 @@ def test_what_is_not_there_is_refused_before_anything_is_trained(out, root, tmp_
         pipeline(tmp_path, **TINY, data_root=root, verify="ijbb")
     with pytest.raises(MissingError, match=r"--distractors: .*nowhere does not exist"):
         pipeline(tmp_path, **TINY, data_root=root, distractors=f"folder:{tmp_path / 'nowhere'}")
+    (tmp_path / "empty").mkdir()
+    cell = pipeline(tmp_path, **TINY, data_root=root, distractors=f"folder:{tmp_path / 'empty'}")
+    with pytest.raises(DataError, match=r"empty holds no images where they are looked for"):
+        cell.run()
+    assert made(cell.directory) == []
     broken = write_janus(tmp_path / "broken", people(2, 6))
     (broken / "meta" / "ijbc_template_pair_label.txt").write_text("1 2 3\n")
     cell = pipeline(tmp_path, **TINY, data_root=root, verify=broken)

@@ -200,6 +200,11 @@ def test_too_few_people_are_told_what_to_do(own, out, tmp_path):
         ({"train_data": "folder"}, UsageError, r"train_data.*say where folder lies: folder:FOLDER"),
         ({"attack_data": "folder:/nowhere/faces"}, MissingError, r"^--attack-data: /nowhere/faces does not exist$"),
         ({"source_options": {"victims": {"crop": 0.8}}}, UsageError, r"source_options\.victims: there is no victims"),
+        (
+            {"distractors": "synthetic", "source_options": {"distractors": {"crop": 0.8}}},
+            UsageError,
+            r"^dataset 'synthetic' has no option 'crop': available: identities, ",
+        ),
     ],
 )
 def test_what_names_no_data_set_is_one_line(out, settings, error, message):
