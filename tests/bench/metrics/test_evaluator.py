@@ -1,4 +1,4 @@
-"""Evaluators, on ONNX models made here."""
+"""Evaluators, on models made here."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from bench.data.verification_pack import read_pack
 from bench.errors import DataError, MissingError, UsageError
 from bench.metrics.evaluator import Evaluator, check_evaluators, judge_names
 from bench.metrics.verification import lfw_accuracy, pair_scores
+from bench.nets.recogniser import build_recogniser
+from bench.recognition.state import save_recogniser
 
 
 def make_model(
@@ -231,3 +233,18 @@ def test_the_evaluator_verifies_lfw() -> None:
     protocol = PairProtocol(index, index + 1, torch.from_numpy(content.same)[chosen], chosen // 600)
     accuracy = lfw_accuracy(pair_scores(embeddings, protocol), protocol.same, protocol.fold)
     assert accuracy.mean >= 0.985
+
+
+def test_a_judge_may_be_any_recogniser_of_plain_faces(tmp_path):
+    for channels in (3, 27):
+        network = build_recogniser("ir-tiny", (channels, 16, 16), 8).eval()
+        save_recogniser(network, tmp_path / f"{channels}.safetensors")
+    faces = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    network = build_recogniser("ir-tiny", (3, 16, 16), 8).eval()
+    with torch.no_grad():
+        expected = F.normalize(network(faces) + network(faces.flip(-1)))
+    judge = Evaluator.from_file(tmp_path / "3.safetensors")
+    torch.testing.assert_close(judge.embed(faces), expected)
+    assert judge.describe()["input_range"] == "0..1"
+    with pytest.raises(DataError, match="takes 27 channels: name a recogniser of plain faces"):
+        Evaluator.from_file(tmp_path / "27.safetensors")
