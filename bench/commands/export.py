@@ -17,10 +17,18 @@ def export(
     out_file: Annotated[Path, typer.Option("--out", help="The .onnx file to write.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's recogniser, or its attack's network, as ONNX; onnxruntime has to agree with torch on it."""
+    """Write a run's recogniser, or its attack's network, as ONNX, and its model card beside it.
+
+    Onnxruntime has to agree with torch on it.
+    """
+    from bench.files import replacing
+    from bench.run.archive import load_run
     from bench.run.export import export as export_network
+    from reports.card import model_card
 
     written = export_network(run, what, out_file)
+    with replacing(out_file.with_suffix(".md")) as temporary:
+        temporary.write_text(model_card(load_run(run), written), encoding="utf-8")
     shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in written.inputs.items())
     use = "; can be an --evaluator" if written.evaluator else ""
     told = f"{written.file}: {shapes} -> {written.output}, at most {written.difference:.1g} from torch{use}"

@@ -16,7 +16,10 @@ import pytest
 if TYPE_CHECKING:
     from bench.gate.verdict import GateReport
 
-_FLAG = "--privacy-baseline"
+_FLAG, _RUNS = "--privacy-baseline", "--privacy-runs"
+#: What was compared in this session, for its summary; workers of pytest-xdist send theirs to where it is printed.
+_COMPARED = pytest.StashKey[list[str]]()
+_SENT = "privacy_gate"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +29,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="baseline of `bench baseline`, which tests with the fixture privacy_gate hold their runs against",
     )
+    parser.getgroup("privacy").addoption(
+        _RUNS,
+        metavar="DIR",
+        help="folder for the runs of privacy_gate and their cache; by default in pytest's own cache, so that the next "
+        "session trains only what has changed",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start with nothing compared."""
+    config.stash[_COMPARED] = []
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker of pytest-xdist, send home what was compared."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output[_SENT] = session.config.stash[_COMPARED]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take in what a worker of pytest-xdist has sent."""
+    node.config.stash[_COMPARED] += getattr(node, "workeroutput", {}).get(_SENT, [])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say of what passed what was compared: a gate that is silent might have looked at nothing."""
+    if compared := config.stash[_COMPARED]:
+        terminalreporter.section("privacy gate")
+        for line in compared:
+            terminalreporter.line(line)
 
 
 class PrivacyGate:
@@ -33,12 +68,16 @@ class PrivacyGate:
 
     Args:
         baseline: the baseline file.
-        out: folder for runs and their cache; runs of one session share what they train.
+        out: folder for runs and their cache; runs share what they train.
+
+    Attributes:
+        compared: a line for each cell that passed, and one for each of its figures.
     """
 
-    def __init__(self, baseline: Path, out: Path) -> None:
+    def __init__(self, baseline: Path, out: Path, compared: list[str] | None = None) -> None:
         self.baseline = baseline
         self.out = out
+        self.compared = [] if compared is None else compared
 
     def __call__(self, *, defense: str, attack: str, ignore_options: bool = False, **settings: Any) -> GateReport:
         """Run a cell and judge it.
@@ -81,7 +120,7 @@ class PrivacyGate:
         """
         from bench.errors import BenchError
         from bench.gate.baseline import read_baseline
-        from bench.gate.formats import cell_lines
+        from bench.gate.formats import cell_lines, figure_line
         from bench.gate.gate import gate
         from bench.run.archive import load_runs
 
@@ -99,13 +138,22 @@ class PrivacyGate:
         ]
         if problems or report.extra:
             pytest.fail("privacy gate\n" + "\n".join([*problems, *report.extra]), pytrace=False)
+        for cell in report.cells:
+            self.compared += [f"{cell.cell}: {cell.outcome}", *(f"  {figure_line(figure)}" for figure in cell.figures)]
         return report
 
 
 @pytest.fixture(scope="session")
 def privacy_gate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PrivacyGate:
     """See :class:`PrivacyGate`; skips where no baseline was given."""
-    baseline = request.config.getoption(_FLAG)
+    config = request.config
+    baseline = config.getoption(_FLAG)
     if baseline is None:
         pytest.skip(f"no {_FLAG} FILE was given, so there is nothing to compare with")
-    return PrivacyGate(Path(baseline), tmp_path_factory.mktemp("privacy-runs"))
+    if (asked := config.getoption(_RUNS)) is not None:
+        out = Path(asked)
+    elif (cache := getattr(config, "cache", None)) is not None:
+        out = cache.mkdir("privacy-runs")
+    else:  # -p no:cacheprovider
+        out = tmp_path_factory.mktemp("privacy-runs")
+    return PrivacyGate(Path(baseline), out, config.stash[_COMPARED])

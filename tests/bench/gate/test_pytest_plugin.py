@@ -32,7 +32,7 @@ def inner(pytester, request, world):
     def call(body, *arguments):
         pytester.makepyfile(f"from pathlib import Path\nWORLD = Path({str(world)!r})\n{body}")
         plugin = () if installed else ("-p", "bench.gate.pytest_plugin")
-        return pytester.runpytest(*plugin, "-p", "no:cacheprovider", *arguments)
+        return pytester.runpytest(*plugin, "--rootdir", pytester.path, *arguments)
 
     return call
 
@@ -49,8 +49,33 @@ def test_without_a_baseline_it_skips_and_says_why(inner):
     result.stdout.fnmatch_lines(["*no --privacy-baseline FILE was given*"])
 
 
-def test_a_run_that_keeps_its_baseline_passes(inner, world):
-    inner(CHECK.format("seed0"), "--privacy-baseline", world / "baseline.json").assert_outcomes(passed=1)
+@pytest.mark.parametrize("workers", [(), ("-n", "1")])
+def test_a_run_that_keeps_its_baseline_passes_and_is_said_to_have_been_compared(inner, world, workers):
+    result = inner(CHECK.format("seed0"), "--privacy-baseline", world / "baseline.json", *workers)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(
+        ["*= privacy gate =*", "partialface / unet (*): pass", "  recovery.ssim pass: 0.* -> 0.*, change *"]
+    )
+
+
+OUT = """
+def test_it(privacy_gate):
+    privacy_gate.out.mkdir(exist_ok=True)
+    (privacy_gate.out / "trained").touch()
+"""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_next_session_finds_what_was_trained(inner, world, pytester, asked):
+    more = ("--privacy-runs", pytester.path / "runs") if asked else ()
+    inner(OUT, "--privacy-baseline", world / "baseline.json", *more).assert_outcomes(passed=1)
+    (found,) = pytester.path.rglob("trained")
+    assert found.is_relative_to(pytester.path / ("runs" if asked else ".pytest_cache"))
+
+
+def test_without_a_cache_runs_last_a_session(inner, world, pytester):
+    inner(OUT, "--privacy-baseline", world / "baseline.json", "-p", "no:cacheprovider").assert_outcomes(passed=1)
+    assert not (pytester.path / ".pytest_cache").exists()
 
 
 def test_a_leak_fails_readably(inner, world):

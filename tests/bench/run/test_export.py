@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import onnxruntime as ort
 import pytest
@@ -12,10 +13,12 @@ from torch import nn
 
 from bench import plugins
 from bench.errors import BenchError, DataError, MissingError, UsageError
+from bench.files import sha256
 from bench.images import to_float
 from bench.metrics.evaluator import Evaluator
 from bench.nets.recogniser import build_recogniser
 from bench.recognition.state import save_recogniser
+from bench.results import PROTOCOL_VERSION
 from bench.run import export
 from bench.run.config import resolve
 
@@ -40,7 +43,8 @@ def make_run(tmp_path):
         config = resolve({**TINY, "out": tmp_path, **changes}, {})
         run = tmp_path / "run"
         (run / "checkpoints").mkdir(parents=True)
-        (run / "manifest.json").write_text(json.dumps({"config": config.model_dump(mode="json")}))
+        head = {"protocol": PROTOCOL_VERSION, "run_id": "run", "status": "started"}
+        (run / "manifest.json").write_text(json.dumps({**head, "config": config.model_dump(mode="json")}))
         defense = plugins.make_defense(config.defense, config.defense_options, config.preset, SIZE)
         faces = export._rendered(config)
         recogniser = build_recogniser(config.backbone, defense.representation_shape, 16, seed=3)
@@ -180,6 +184,7 @@ def test_the_command(make_run, bench):
     assert code == 0
     assert f"input batchx3x{SIZE}x{SIZE} -> embedding" in said
     assert said.endswith("can be an --evaluator\n")
+    assert sha256(Path("r.onnx")) in Path("r.md").read_text()
     code, document, _ = bench(*arguments, "--json")
     assert code == 0
     assert json.loads(document)["output"] == "embedding"
