@@ -37,6 +37,7 @@ from bench.commands.score import score
 from bench.commands.show import show
 from bench.commands.speed import speed
 from bench.commands.sweep import sweep
+from bench.commands.table import table
 from bench.commands.view import view
 from bench.errors import BenchError, UsageError
 
@@ -48,8 +49,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    *(run, sweep, list_, runs, show, view, rm, protect, report, leaderboard, compare, baseline, gate, export, explain),
-    *(observe, score, new, speed, doctor),
+    *(run, sweep, list_, runs, show, view, rm, protect, report, leaderboard, table, compare, baseline, gate, export),
+    *(explain, observe, score, new, speed, doctor),
 )
 for command in COMMANDS:
     app.command(command.__name__.rstrip("_"))(command)

@@ -122,12 +122,19 @@ _ESCAPES = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", '"': r"\textquotedbl{}", "`": r"\textasciigrave{}", "'": r"\textquotesingle{}",
-    "[": "{[}", "]": "{]}", "-": "{-}", MISSING: "--", "…": r"\ldots{}", "×": r"$\times$",
+    "[": "{[}", "]": "{]}", "-": "{-}", MISSING: "--", "…": r"\ldots{}", "×": r"$\times$", "ε": r"$\epsilon$",
 }
 # fmt: on
 _SPECIAL = re.compile("|".join(map(re.escape, _ESCAPES)))
+#: Letters from here on are not in the T1 encoding, so that TeX stops at them.
+_LATIN = 0x180
 #: Numbers keep their minus sign.
 _NEGATIVE = re.compile(r"-[\d,]+(\.\d+)?")
+_PREAMBLE = "% Needs \\usepackage{array,booktabs,graphicx} and \\usepackage[T1]{fontenc} with \\usepackage{textcomp}."
+#: A column of text is wrapped at this width.
+_TEXT = r">{\raggedright\arraybackslash}p{9em}"
+#: Shrinks what is wider than the page, and nothing else.
+_FITTED = r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{"
 #: Columns of a page's width, after those that name the row.
 _WIDTH = 8
 
@@ -139,12 +146,13 @@ def latex_text(text: str) -> str:
         >>> latex_text("50% of $x_1$")
         '50\\% of \\$x\\_1\\$'
     """
-    return _SPECIAL.sub(lambda match: _ESCAPES[match[0]], " ".join(text.split()))
+    shown = _SPECIAL.sub(lambda match: _ESCAPES[match[0]], " ".join(text.split()))
+    return "".join(char if char.isprintable() and ord(char) < _LATIN else "?" for char in shown)
 
 
 def report_latex(settings: Sequence[Setting], speed: Table | None = None) -> str:
     """The verdicts, summaries, protocols and template defences of all settings, each as tables that fit a page."""
-    parts = ["% Needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc} with \\usepackage{textcomp}."]
+    parts = [_PREAMBLE]
     for number, setting in enumerate(settings, start=1):
         parts += [f"% {latex_text(subject(setting))}"]
         tables: list[Table | None] = []
@@ -160,18 +168,45 @@ def report_latex(settings: Sequence[Setting], speed: Table | None = None) -> str
     return "\n\n".join(parts) + "\n"
 
 
+def table_latex(tables: Iterable[Table]) -> str:
+    """Tables alone, to be put into a paper."""
+    return "\n\n".join([_PREAMBLE, *(part for table in tables for part in _latex_tables(table))]) + "\n"
+
+
+def table_csv(tables: Iterable[Table]) -> str:
+    """Tables one below the other, a line for each row: of each column what is shown, and the ends of its interval."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    for table in tables:
+        writer.writerow([name for column in table.columns for name in _csv_headings(column)])
+        for row in (*table.rows, *table.foot):
+            writer.writerow([cell for column in table.columns for cell in _csv_entry(row[column], column)])
+    return buffer.getvalue()
+
+
+def _csv_headings(column: Column) -> list[str]:
+    return [column.heading, f"{column.heading} low", f"{column.heading} high"] if column.numeric else [column.heading]
+
+
+def _csv_entry(entry: Entry, column: Column) -> list[str | float]:
+    if not column.numeric:
+        return [csv_text(f"{entry.text} ({entry.note})" if entry.note else entry.text)]
+    low, _, high = entry.interval.strip("[]").partition(", ")
+    return ["" if entry.number is None else float(f"{entry.number:.10g}"), low, high]
+
+
 def _latex_tables(table: Table) -> Iterator[str]:
     """A wide table in several, each with the columns that name the row."""
     names, others = table.columns[: table.headers], table.columns[table.headers :]
     for start in range(0, len(others), _WIDTH):
         columns = names + others[start : start + _WIDTH]
-        shape = "".join("r" if column.numeric else "l" for column in columns)
+        shape = "".join("r" if column.numeric else _TEXT for column in columns)
         lines = [r"\begin{table*}", r"\centering\small", rf"\caption{{{latex_text(table.caption)}}}"]
-        lines += [rf"\begin{{tabular}}{{@{{}}{shape}@{{}}}}", r"\toprule"]
+        lines += [rf"{_FITTED}\begin{{tabular}}{{@{{}}{shape}@{{}}}}", r"\toprule"]
         lines += [_latex_line(latex_text(column.heading) for column in columns)]
         for rows in filter(None, (table.rows, table.foot)):
             lines += [r"\midrule", *(_latex_row(row, columns) for row in rows)]
-        yield "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table*}"])
+        yield "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table*}"])
 
 
 def _latex_row(row: Row, columns: Iterable[Column]) -> str:
@@ -187,7 +222,10 @@ def _latex_entry(entry: Entry) -> str:
         return latex_text(f"{entry.text} ({entry.note})" if entry.note else entry.text)
     value = f"${entry.text}$" if _NEGATIVE.fullmatch(entry.text) else latex_text(entry.text)
     value = rf"\textbf{{{value}}}" if entry.best else value
-    return rf"{value} {{\scriptsize {latex_text(entry.interval)}}}" if entry.interval else value
+    if not entry.interval:
+        return value
+    below = rf"\scriptsize {latex_text(entry.interval)}"
+    return rf"\begin{{tabular}}[t]{{@{{}}r@{{}}}}{value} \\ {below}\end{{tabular}}"
 
 
 # -- CSV -------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Figures that papers printed (``published.toml``), matched to what was measured by the names of defence and attack."""
+"""Figures that papers printed (``published.toml``), matched to what was measured by the names of defence and attack.
+
+And tables of theirs: which figures stand in which, filled in :mod:`reports.papers`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import tomllib
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -34,7 +38,8 @@ class Figure(BaseModel):
 
     Attributes:
         attack: the attack it was printed for; None for recognition without an attack.
-        values: name of a figure -> value.
+        values: name of a figure -> value; ``accuracy`` is on LFW.
+        packs: further verification pack -> accuracy; ``ijbb`` and ``ijbc`` -> TAR at FAR 1e-4.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +49,7 @@ class Figure(BaseModel):
     attack: str | None = None
     knowledge: str | None = None
     values: dict[str, float]
+    packs: dict[str, float] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -57,12 +63,56 @@ class Figure(BaseModel):
         return Measure(value=self.values[name], direction=KINDS[name].direction) if name in self.values else None
 
 
+class PaperTable(BaseModel):
+    """A table of a paper: which figures of its own it prints.
+
+    Attributes:
+        title: what it is of.
+        attack: the attack of its figures; None of a table of recognition.
+        knowledge: the rung of that attack; None for any.
+        columns: figures of :data:`bench.measures.KINDS`, or verification packs (``lfw``, ``ijbc``).
+        rows: defences by their names in this suite, or as the paper calls those that it lacks.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    source: Source
+    title: str
+    attack: str | None = None
+    knowledge: str | None = None
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+
+    def value(self, defense: str, column: str) -> float | None:
+        """What the paper printed of a defence in a column; None where it printed nothing."""
+        for figure in published():
+            if figure.source == self.source and figure.defense == defense:
+                known = figure.values if column in KINDS else {"lfw": figure.values.get("accuracy"), **figure.packs}
+                if (value := known.get(column)) is not None:
+                    return value
+        return None
+
+
+@cache
+def _document() -> tuple[dict[str, Source], dict[str, Any]]:
+    document = tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))
+    return {entry["id"]: Source.model_validate(entry) for entry in document["sources"]}, document
+
+
 @cache
 def published() -> tuple[Figure, ...]:
-    """Everything in ``published.toml``."""
-    document = tomllib.loads((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))
-    sources = {entry["id"]: Source.model_validate(entry) for entry in document["sources"]}
+    """Every figure in ``published.toml``."""
+    sources, document = _document()
     return tuple(Figure.model_validate({**entry, "source": sources[entry["source"]]}) for entry in document["figures"])
+
+
+@cache
+def paper_tables() -> dict[str, PaperTable]:
+    """Every table in ``published.toml``, by its name."""
+    sources, document = _document()
+    tables = (PaperTable.model_validate({**entry, "source": sources[entry["source"]]}) for entry in document["tables"])
+    return {table.id: table for table in tables}
 
 
 def matching(defense: object, attacks: Iterable[str]) -> list[Figure]:

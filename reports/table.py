@@ -87,6 +87,21 @@ class Table:
         kept = (c for c in self.columns if not c.numeric or any(row[c].number is not None for row in rows))
         return replace(self, columns=tuple(kept))
 
+    def as_records(self) -> list[dict[str, str | float | None]]:
+        """Rows as documents: of a column of numbers its number, of others the text with its note."""
+        return [
+            {
+                column.key: entry.number
+                if column.numeric
+                else f"{entry.text} ({entry.note})"
+                if entry.note
+                else entry.text
+                for column in self.columns
+                for entry in [row[column]]
+            }
+            for row in (*self.rows, *self.foot)
+        ]
+
     def filters(self) -> dict[str, list[str]]:
         """What the rows can be filtered by: what names them, and their kind."""
         keys = [column.key for column in self.columns[: self.headers]]

@@ -44,6 +44,7 @@ from bench.sweep.cells import KeyFigure, Status, SweepState
 from reports.cells import labels
 from reports.maps import frequency, reliances
 from reports.summary import most_linked, stolen
+from reports.table import Table as Data
 
 _QUALITY = tuple(name for name, kind in KINDS.items() if kind.group == "recovery")
 #: A terminal has no room for more; metrics.json and the report hold ranks 5 and 20 and the distance, too.
@@ -71,6 +72,28 @@ def _table(
         table.add_row(*shielded, style="bold" if place in bold else None)
     # A title of the table would be wrapped to its width.
     return Group(title if isinstance(title, Text) else Text(title, style="bold"), table)
+
+
+def render_table(tables: Iterable[Data]) -> RenderableType:
+    """Tables of a report, each under its caption; a row that repeats the name above it leaves that out."""
+    parts: list[RenderableType] = []
+    for table in tables:
+        rows: list[list[str]] = []
+        above = ""
+        for row in (*table.rows, *table.foot):
+            cells = [row[column] for column in table.columns]
+            shown = [
+                f"{cell.text} {cell.interval}".rstrip()
+                if column.numeric
+                else f"{cell.text}: {cell.note}"
+                if cell.note
+                else cell.text
+                for column, cell in zip(table.columns, cells, strict=True)
+            ]
+            rows.append(["" if shown[0] == above else shown[0], *shown[1:]])
+            above = shown[0]
+        parts.append(_table(Text(table.caption), [c.heading for c in table.columns], rows, left=table.headers))
+    return Group(*parts)
 
 
 # -- a result --------------------------------------------------------------------------------------

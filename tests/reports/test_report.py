@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -13,10 +15,16 @@ from PIL import Image
 from run_folders import inversion, template_protection, write_run
 
 from bench.errors import MissingError
+from bench.run.archive import load_runs
+from reports.cells import settings
 from reports.formats import csv_text as text
 from reports.formats import markdown_text as markdown
+from reports.formats import report_latex, table_latex
+from reports.papers import filled
+from reports.published import paper_tables
 from reports.report import write_leaderboard, write_report
 
+TEX = shutil.which("pdflatex")
 HOSTILE = [
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -40,6 +48,7 @@ LATEX = {
     "textbf",
     "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar", "textquotedbl",
     "textasciigrave", "textquotesingle",
+    "raggedright", "arraybackslash", "resizebox", "ifdim", "width", "textwidth", "else", "fi",
 }  # fmt: skip
 
 
@@ -217,6 +226,31 @@ def test_hostile_names_are_text_in_latex(hostile_report):
     assert body.count("{") == body.count("}")
     assert not set("%#_^~") & set(body)
     assert set(re.findall(r"\\([a-z]+)", body)) <= LATEX
+
+
+@pytest.mark.skipif(TEX is None, reason="no pdflatex: apt-get install texlive-latex-base texlive-latex-recommended")
+def test_tex_accepts_reports_and_tables(tmp_path):
+    folders = [write_run(tmp_path / f"{n}", defense=name, attack=name) for n, name in enumerate(HOSTILE)]
+    folders += [write_run(tmp_path / "greek", defense="Ωμέγα ε ↘", options={"naïve": "ß"}), write_run(tmp_path / "p")]
+    runs = settings(load_runs(folders))
+    (tmp_path / "report.tex").write_text(report_latex(runs), encoding="utf-8")
+    (tmp_path / "table.tex").write_text(
+        table_latex(filled(paper_tables()["paper-partialface"], runs)), encoding="utf-8"
+    )
+    needs = ["array", "booktabs", "graphicx", "textcomp"]
+    head = [
+        r"\documentclass[twocolumn]{article}",
+        r"\usepackage[T1]{fontenc}",
+        *(rf"\usepackage{{{n}}}" for n in needs),
+    ]
+    body = [r"\begin{document}", r"\input{table}", r"\clearpage", r"\input{report}", r"\end{document}"]
+    (tmp_path / "main.tex").write_text("\n".join(head + body))
+    command = [TEX, "-draftmode", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False, timeout=60)
+    log = done.stdout.decode("utf-8", errors="replace")
+    assert done.returncode == 0, log[-2000:]
+    # What is wider than the page was shrunk: only words that cannot be broken stick out of their column, a little.
+    assert all(float(points) < 60 for points in re.findall(r"Overfull \\hbox \(([\d.]+)pt", log))
 
 
 def test_real_faces_are_shown_on_request_only(tmp_path):
