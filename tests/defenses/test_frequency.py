@@ -373,3 +373,11 @@ def test_the_decoder_has_gradient_and_adjoint():
             function(torch.zeros(1, channels, 6, 6))
     with pytest.raises(ValueError, match="at least 2"):
         phase_factors(1)
+
+
+@pytest.mark.parametrize("channels", [[9, 10, 11, 12, 33, 34, 35, 36], [7, 6, 5, 63, 62], [0, 8, 16], [5]])
+def test_channels_that_share_a_pass_are_what_they_are_alone(channels):
+    faces = noise(3, 13)
+    together = block_dct(faces, torch.tensor(channels)).view(3, 3, len(channels), 13, 13)
+    alone = torch.stack([block_dct(faces, torch.tensor([c])) for c in channels], dim=2)
+    assert torch.equal(together, alone)
