@@ -57,7 +57,7 @@ from defenses.base import Defense
 from defenses.template import TemplateDefense
 
 #: Images that are embedded before a killed run need not do them again, and those that a thread reads at once.
-PART, AT_ONCE = 8192, 256
+PART, AT_ONCE = 2048, 256
 #: Scores of a template defence at once, a side: each pair is laid out.
 _MATCHED = 256
 
