@@ -33,7 +33,7 @@ def textbook_spectrum(faces: Tensor, factor: int = 8) -> Tensor:
     image = torch.stack([luma, cb, cr], 1) - 128
     blocks = F.unfold(image.view(count * 3, 1, 8 * height, 8 * width), kernel_size=8, stride=8)
     blocks = blocks.transpose(1, 2).reshape(count, 3, height * width, 8, 8)
-    dct = _dct(faces.dtype)
+    dct = _dct(faces.dtype).to(faces.device)
     coefficients = dct @ blocks @ dct.T
     return coefficients.view(count, 3, height, width, 64).permute(0, 1, 4, 2, 3)
 
