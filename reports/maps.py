@@ -233,9 +233,9 @@ def _grids(
             most = ", ".join(frequency(place) for _, place in sorted(known, reverse=True)[:3])
             drawing.told.append(f"{who}: most on {most}")
         for colour, name in enumerate(_COLOURS):
-            axes.text(pitch * colour + 3.5, -1.1, name, ha="center", va="bottom", fontsize=8)
+            axes.text(pitch * colour + 3.5, -2.5, name, ha="center", va="bottom", fontsize=8)
         axes.set_xlim(-0.8, pitch * len(_COLOURS) - 1.2)
-        axes.set_ylim(height * len(rows) - 2.2, -2.4)
+        axes.set_ylim(height * len(rows) - 2.2, -3.6)
         axes.set_aspect("equal")
         axes.axis("off")
         drawing.closing = (

@@ -220,9 +220,9 @@ def _listed(values: Tensor | None) -> list[float | None] | None:
 #: Expression -> ranges of what a face does (:mod:`bench.data.synthetic.parameters`). Who somebody is decides nothing.
 EXPRESSIONS: Mapping[str, Mapping[str, tuple[float, float]]] = {
     "neutral": {"smile": (-0.1, 0.1), "mouth_open": (0.0, 0.0), "brow_raise": (-0.01, 0.01), "eye_open": (0.9, 1.0)},
-    "happy": {"smile": (0.8, 1.2), "mouth_open": (0.0, 0.3), "brow_raise": (-0.01, 0.02), "eye_open": (0.8, 0.95)},
-    "surprised": {"smile": (-0.1, 0.1), "mouth_open": (0.5, 0.8), "brow_raise": (0.04, 0.07), "eye_open": (1.1, 1.3)},
-    "angry": {"smile": (-0.9, -0.6), "mouth_open": (0.0, 0.0), "brow_raise": (-0.06, -0.03), "eye_open": (0.7, 0.85)},
+    "happy": {"smile": (1.0, 1.4), "mouth_open": (0.0, 0.3), "brow_raise": (-0.01, 0.02), "eye_open": (0.8, 0.95)},
+    "surprised": {"smile": (-0.1, 0.1), "mouth_open": (0.6, 0.9), "brow_raise": (0.05, 0.08), "eye_open": (1.1, 1.3)},
+    "angry": {"smile": (-1.4, -1.0), "mouth_open": (0.0, 0.0), "brow_raise": (-0.09, -0.05), "eye_open": (0.65, 0.8)},
 }
 
 #: Pictures of each person with each expression.
@@ -231,7 +231,7 @@ _EACH = 2
 _LEARNT = 0.6
 #: A softmax over cosines: the expressions are few and all there are, a margin is for those that are not.
 _CLASSIFIER = TrainingOptions(
-    epochs=16,
+    epochs=20,
     batch_size=32,
     views=1,
     learning_rate=0.05,
