@@ -299,10 +299,15 @@ def told_apart(attacks: AttackStages, defense: Defense, people: int) -> Expressi
         estimate = mean_estimate(right, whose[whose >= learnt], attacks.streams.generator("expression/bootstrap"))
         return Measure.of(estimate, "utility")
 
+    protected, unprotected = accuracy(defense, "behind the defence"), accuracy(plain, "on plain faces")
+    chance = 1 / len(EXPRESSIONS)
+    if (unprotected.ci95 or (unprotected.value or 0.0,))[0] <= chance:
+        reason = "the classifier tells no expressions of plain faces: show it more people"
+        protected = Measure(value=None, direction="utility", reason=reason)
     return Expression(
-        protected=accuracy(defense, "behind the defence"),
-        unprotected=accuracy(plain, "on plain faces"),
-        chance=1 / len(EXPRESSIONS),
+        protected=protected,
+        unprotected=unprotected,
+        chance=chance,
         classes=list(EXPRESSIONS),
         trained_on=len(known),
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -176,6 +177,17 @@ def test_what_is_sent_decides_what_is_told_apart(tmp_path, monkeypatch):
     assert told.chance == 0.25
     assert told.protected.value < 0.5
     assert (told.trained_on, told.protected.n) == (48, 32)
+
+    def unseen(people, size, seed):
+        faces, whose = coloured(people, size, seed)
+        drawn = torch.Generator().manual_seed(0)
+        return replace(faces, images=torch.randint(256, faces.images.shape, generator=drawn, dtype=torch.uint8)), whose
+
+    monkeypatch.setattr(explaining, "expressive_faces", unseen)
+    told = told_apart(attacks, Noise(image_size=16), 10)
+    assert told.unprotected.value < 0.6
+    assert told.protected.value is None
+    assert "more people" in told.protected.reason
 
 
 @pytest.mark.parametrize("people", [1, 2, 3])
