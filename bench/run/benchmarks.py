@@ -6,11 +6,11 @@ one process: other load then slows both, and their ratio says more than either f
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
 import io
-import itertools
 import os
 import platform
 import re
@@ -277,22 +277,57 @@ def _train_unet(machine: _Machine) -> dict[str, Any]:
     defense = make_defense("partialface", {}, preset, _SMALL)
     # States are neither read nor views tried: what is timed is the training, not what comes before.
     attack: Any = make_attack("unet", {"infer_state": False, "input": "raw", "steps": 10**6}, preset)
-    batch = attack.options.batch_size
-    reached: list[tuple[int, float, float]] = []
-    begun = None
+    batch, steps = attack.options.batch_size, 10 if machine.cuda else 1
+    faces, generator = images.to(machine.device), torch.Generator().manual_seed(0)
+
+    def plain_steps() -> Callable[[], None]:
+        plain = _plain_copy(attack.network).train()
+        optimiser = torch.optim.Adam(plain.parameters(), lr=1e-3, foreach=False, fused=False)
+        weight = attack.options.ssim_weight if attack.options.loss == "l1+ssim" else 0.0
+
+        def run() -> None:
+            for _ in range(steps):
+                target = to_float(faces[torch.randint(len(faces), (batch,), generator=generator).to(machine.device)])
+                with torch.no_grad():
+                    sent = defense.protect(target, generator).representation
+                recovered = plain(sent)
+                loss = (recovered - target).abs().mean()
+                if weight:
+                    loss = loss + weight * (1 - ssim(recovered, target).mean())
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                loss.item()
+
+        return run
+
+    def clocks() -> tuple[float, float]:
+        synchronise(machine.device)
+        return time.perf_counter(), time.process_time()
+
+    ours: list[tuple[float, float]] = []
+    plain: list[float] = []
+    theirs: Callable[[], None] | None = None
+    reached, resumed, end = 0, (0.0, 0.0), 0.0
 
     def report(done: int, total: int, **_: float) -> None:
-        nonlocal begun
-        synchronise(machine.device)
-        reached.append((done, time.perf_counter(), time.process_time()))
-        if begun is None:
-            begun = time.perf_counter()
-        # The first two are warm-up.
-        if len(reached) > 4 and time.perf_counter() - begun > machine.seconds / 2:
-            raise _Enough
+        # Steps of the attack's own training lie between two reports, and those of the plain loop within each.
+        nonlocal reached, resumed, theirs, end
+        now = clocks()
+        if theirs is None:
+            theirs, end = plain_steps(), time.monotonic() + machine.seconds
+            theirs()
+        else:
+            ours.append(((now[0] - resumed[0]) / (done - reached), (now[1] - resumed[1]) / (done - reached)))
+            started = clocks()
+            theirs()
+            plain.append((clocks()[0] - started[0]) / (steps * batch))
+            if time.monotonic() > end and len(ours) > 1:
+                raise _Enough
+        reached, resumed = done, clocks()
 
     adversary = Adversary(
-        faces=images.to(machine.device),
+        faces=faces,
         identities=labels,
         knowledge=Knowledge.WHITEBOX,
         mechanism=lambda _: defense,
@@ -300,40 +335,17 @@ def _train_unet(machine: _Machine) -> dict[str, Any]:
         fabric=machine.fabric,
         report=report,
     )
-    try:
+    with contextlib.suppress(_Enough):
         attack.learn(adversary)
-    except _Enough:
-        pairs = list(itertools.pairwise(reached[1:]))
-    taken = np.median([[(b[i] - a[i]) / (b[0] - a[0]) for i in (1, 2)] for a, b in pairs], axis=0)
-
-    plain = _plain_copy(attack.network).train()
-    optimiser = torch.optim.Adam(plain.parameters(), lr=1e-3, foreach=False, fused=False)
-    generator = torch.Generator().manual_seed(0)
-    weight = attack.options.ssim_weight if attack.options.loss == "l1+ssim" else 0.0
-    faces, steps = adversary.faces, 10 if machine.cuda else 1
-
-    def theirs() -> None:
-        for _ in range(steps):
-            target = to_float(faces[torch.randint(len(faces), (batch,), generator=generator).to(machine.device)])
-            with torch.no_grad():
-                sent = defense.protect(target, generator).representation
-            recovered = plain(sent)
-            loss = (recovered - target).abs().mean()
-            if weight:
-                loss = loss + weight * (1 - ssim(recovered, target).mean())
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            loss.item()
-
-    rate = batch * steps / race({"plain": theirs}, machine.device, machine.seconds / 2)["plain"].wall
+    wall, processor = np.median(ours, axis=0).tolist()
+    rate = 1 / float(np.median(plain))
     return {
         "batch": batch,
-        "milliseconds": 1e3 * batch * taken[0],
-        "cpu_milliseconds": 1e3 * batch * taken[1],
-        "images_per_second": 1 / taken[0],
+        "milliseconds": 1e3 * batch * wall,
+        "cpu_milliseconds": 1e3 * batch * processor,
+        "images_per_second": 1 / wall,
         "plain_images_per_second": rate,
-        "ratio": 1 / taken[0] / rate,
+        "ratio": 1 / wall / rate,
     }
 
 
