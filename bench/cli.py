@@ -39,7 +39,7 @@ from bench.commands.speed import speed
 from bench.commands.sweep import sweep
 from bench.commands.table import table
 from bench.commands.view import view
-from bench.errors import BenchError, UsageError
+from bench.errors import BenchError, UsageError, one_line
 
 app = typer.Typer(
     name="bench",
@@ -84,7 +84,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
     Of several processes the first one speaks; another one only of what went wrong in itself.
     """
-    line = " ".join(message.split())
+    line = one_line(message)
     rank = os.environ.get("RANK", "0") if "TORCHELASTIC_RUN_ID" in os.environ else "0"
     speaker = "bench" if rank == "0" else f"bench (process {rank})"
     if rank != "0":

@@ -8,6 +8,20 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+#: Characters of a message that are shown: a hostile file's text could fill a terminal.
+LONGEST_LINE = 2000
+
+
+def shown(text: object) -> str:
+    """``text`` for a one-line message: line breaks, control characters and lone surrogates escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def one_line(message: str) -> str:
+    """A message on one line that a terminal can be given, at most :data:`LONGEST_LINE` characters of it."""
+    line = shown(" ".join(message.split()))
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…"
+
 
 class BenchError(Exception):
     """A run that failed for a reason the person can act on (exit code 3)."""

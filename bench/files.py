@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 #: The project's name in package indexes, and of its cache folder.
 DISTRIBUTION = "ppfr-bench"
+
+
+#: Names of files that are being written, as :func:`replacing` makes them.
+_BESIDE = re.compile(r"\..+\.beside(\.\w+)?")
 
 
 @contextmanager
@@ -25,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     On any error the temporary file is removed and ``path`` is left as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=f".beside{path.suffix}")
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -34,6 +41,13 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def drop_beside(folder: Path) -> None:
+    """Remove what :func:`replacing` left below a folder in processes that were killed; nobody else may write there."""
+    for file in folder.rglob(".*.*"):
+        if _BESIDE.fullmatch(file.name) and file.is_file():
+            file.unlink()
 
 
 @contextmanager
@@ -69,6 +83,18 @@ def decode_text(data: bytes) -> str:
     """
     encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8")
     return data.decode(encoding)
+
+
+def parse_json(document: bytes | str) -> Any:
+    """A JSON document that may come from strangers.
+
+    Raises:
+        ValueError: it is none, or lists lie in lists deeper than any document needs.
+    """
+    try:
+        return json.loads(document)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def sha256(path: Path) -> str:

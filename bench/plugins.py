@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -216,6 +217,11 @@ def _number(value: float) -> str:
     return f"2^{power}" if power > 20 and value == 2**power else f"{value:g}" if value < 1e6 else str(value)
 
 
+#: Of a value that is refused, so much is shown.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 100
+
+
 def explain(error: ValidationError, what: str) -> str:
     """One line for a person out of a pydantic error: which key, what is wrong, and the value where it is one."""
     parts = []
@@ -227,7 +233,7 @@ def explain(error: ValidationError, what: str) -> str:
             parts.append(f"{key}: {problem['msg']}".removeprefix(": ").replace("Value error, ", "", 1))
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            parts.append(f"{key}: {message[0].lower() + message[1:]} (got {problem['input']!r})")
+            parts.append(f"{key}: {message[0].lower() + message[1:]} (got {_BRIEF.repr(problem['input'])})")
     return f"{what}: {'; '.join(parts)}"
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, FitReport
 from attacks.parts.exposure import split_identities
-from bench.files import replacing
+from bench.files import parse_json, replacing
 from bench.images import to_float
 from bench.randomness import derived
 
@@ -484,9 +484,9 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            meta = json.loads((file.metadata() or {})["fit"])
+            meta = parse_json((file.metadata() or {})["fit"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is no readable checkpoint ({error}): delete it to start the fit again") from error
     return tensors, meta
 

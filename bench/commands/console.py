@@ -4,21 +4,47 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from bench.errors import shown
 
 #: Width of tables where nobody's terminal limits it.
 FILE_WIDTH = 120
 
+
+@dataclass(frozen=True)
+class _Harmless:
+    """What is shown, without control characters that come from a file and that a terminal would obey."""
+
+    what: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self.what, options):
+            text = segment.text
+            if segment.control is None and not text.isprintable():
+                text = "\n".join(map(shown, text.split("\n")))
+            yield Segment(text, segment.style, segment.control)
+
+
+class _Harmlessly(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Harmless(renderable) for renderable in renderables]
+
+
 out = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 err = Console(stderr=True)
+for console in (out, err):
+    console.push_render_hook(_Harmlessly())
 
 
 def print_json(document: Any) -> None:

@@ -37,6 +37,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from bench.errors import DataError, MissingError
+from bench.errors import shown as shown
 from bench.files import decode_text
 from bench.progress import Report, no_report
 
@@ -68,6 +69,9 @@ _STRANGERS = {
 #: Below this an image holds no face worth the name.
 MIN_SIDE = 8
 
+#: Digits of the largest number that fits into 64 bits, whatever they are; Python refuses some thousands.
+_MOST_DIGITS = 18
+
 #: Images that a thread reads and decodes at once, on the way through a whole set.
 AT_ONCE = 64
 
@@ -93,9 +97,9 @@ DEFAULT_LIMITS = Limits()
 Encoded = Tensor | ImageError
 
 
-def shown(text: object) -> str:
-    """``text`` for a one-line message: line breaks, control characters and lone surrogates escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+def whole_number(text: str) -> int | None:
+    """What digits say, if these are some and no more than a file can need; else None."""
+    return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else None
 
 
 def stranger(data: bytes) -> str | None:

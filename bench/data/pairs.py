@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.data.decode import read_text, shown
+from bench.data.decode import read_text, shown, whole_number
 from bench.data.faces import PairProtocol
 from bench.errors import DataError
 
@@ -88,10 +88,10 @@ def read_pairs(path: Path) -> PairList:
     if not rows:
         raise DataError(f"{shown(path)} is empty")
     line, first = rows[0]
-    header = first.split()
-    if len(header) not in (1, 2) or not all(field.isdecimal() and int(field) > 0 for field in header):
+    header = [whole_number(field) or 0 for field in first.split()]
+    if len(header) not in (1, 2) or not all(header):
         raise wrong(line, "expected 'folds<tab>pairs of each kind per fold' or the number of pairs of each kind")
-    folds, each = (1, int(header[0])) if len(header) == 1 else (int(header[0]), int(header[1]))
+    folds, each = (1, *header) if len(header) == 1 else header
     if len(rows) - 1 != 2 * folds * each:
         raise wrong(
             line, f"the header promises {folds} x (2 x {each}) = {2 * folds * each} pairs, {len(rows) - 1} follow"
@@ -103,11 +103,11 @@ def read_pairs(path: Path) -> PairList:
         fields = _columns(text, columns)
         if len(fields) != columns:
             raise wrong(line, f"expected {columns} columns ({kind} pair), found {len(fields)}")
-        name, number, other = fields[0], fields[1], fields[-1]
+        name, number, other = fields[0], whole_number(fields[1]), whole_number(fields[-1])
         second = fields[2] if columns == 4 else name
-        if not all(n.isdecimal() and int(n) > 0 for n in (number, other)):
+        if not number or not other:
             raise wrong(line, "image numbers are whole numbers from 1")
-        pair = NamedPair((name, int(number)), (second, int(other)), fold, line)
+        pair = NamedPair((name, number), (second, other), fold, line)
         if pair.first == pair.second:
             raise wrong(line, "an image is paired with itself")
         if pair.same != (columns == 3):

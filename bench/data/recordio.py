@@ -32,7 +32,7 @@ from typing import BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.data.decode import read_text, readable, shown, stranger
+from bench.data.decode import read_text, readable, shown, stranger, whole_number
 from bench.data.ranges import read_ranges
 from bench.errors import DataError, MissingError
 
@@ -303,13 +303,13 @@ def _read_index(path: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return table[0::2].copy(), table[1::2].copy()
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        columns = line.split()
-        if columns and not (len(columns) == 2 and all(c.isascii() and c.isdecimal() for c in columns)):
+        columns = [whole_number(column) for column in line.split()]
+        if columns and (len(columns) != 2 or None in columns):
             raise DataError(
                 f"{shown(path)} line {number}: expected 'key<tab>offset', got {shown(line[:60])!r} (delete the index "
                 "to have the file scanned)"
             )
-        rows += [[min(int(c), np.iinfo(np.int64).max) for c in columns]] if columns else []
+        rows += [columns] if columns else []
     if not rows:
         raise DataError(
             f"{shown(path)} is no index: expected lines 'key<tab>offset' (delete it to have the file scanned)"
@@ -326,11 +326,11 @@ def read_property(path: Path) -> tuple[int, int, int] | None:
     """
     if not path.exists():
         return None
-    fields = read_text(path).strip().split(",")
-    if len(fields) != 3 or not all(field.strip().isdecimal() for field in fields):
-        raise DataError(f"{shown(path)}: expected 'identities,height,width', got {shown(','.join(fields)[:60])!r}")
-    identities, height, width = map(int, fields)
-    return identities, height, width
+    text = read_text(path).strip()
+    match [whole_number(field.strip()) for field in text.split(",")]:
+        case [int(identities), int(height), int(width)]:
+            return identities, height, width
+    raise DataError(f"{shown(path)}: expected 'identities,height,width', got {shown(text[:60])!r}")
 
 
 class RecordWriter:

@@ -12,7 +12,6 @@ neither weight nor bias, which are then 1 and 0.
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -29,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from bench.errors import BenchError, DataError, MissingError
+from bench.files import parse_json
 from bench.nets.backbones import BACKBONES, IRESNETS
 from bench.nets.encoder import Told
 from bench.nets.recogniser import Recogniser, RecogniserSpec
@@ -116,7 +116,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, header = _read_safetensors(path)
         if header.get("format") != FORMAT:
             raise ValueError(f"its format is {header.get('format')!r}, expected {FORMAT!r}")
-        details = json.loads(header["details"])
+        details = parse_json(header["details"])
         if not isinstance(details, dict):
             raise ValueError("its details are no JSON object")
     except (SafetensorError, OSError, KeyError, ValueError) as error:

@@ -27,6 +27,8 @@ PICTURE = 3
 _MARGIN = 1.02
 #: How far embeddings of one face alone and beside another may differ, of the largest value.
 _ALIKE = 1e-3
+#: Values that a run may be fed: 2048 x 2048 pixels twice over, or 800 faces of 112 x 112.
+_MOST_VALUES = 2**25
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ class FaceEncoder(nn.Module):
             self._settled("size", wide, asked[1], SIDE),
         )
         self.batch_size: int | None = self._settled("batch", told.batch, given.batch, None)
+        if (values := self.channels * math.prod(self.input_size) * (self.batch_size or 1)) > _MOST_VALUES:
+            raise ValueError(f"{self.path} asks for {values:.3g} values a run: no face recogniser takes more than 3e7")
         self.normalisation = told.normalisation
         ranges, colours = list(told.suiting), list(COLOURS)
         if self.channels != PICTURE:

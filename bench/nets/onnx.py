@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ _LEARNT = (1, 10, 11, 16, 2, 3)
 #: A range is the one that a graph normalises if it comes out this wide at least, and no value larger than this.
 _WIDTH, _LARGEST = 0.3, 4.0
 
+#: Bytes that a file system allows in the name of a file.
+_LONGEST_NAME = 255
 
 def file_digest(path: Path) -> str:
     """SHA-256 of all bytes that a file stands for, in hexadecimal.
@@ -62,6 +66,16 @@ def files_of(path: Path) -> tuple[Path, ...]:
         for entry in tensor.external_data
         if entry.key == "location"
     }
+    for place in places:
+        # A file from elsewhere may name any other on this machine; what is no text comes as bytes.
+        if (
+            not isinstance(place, str)
+            or "\0" in place
+            or len(place) > _LONGEST_NAME
+            or PurePath(place).is_absolute()
+            or ".." in PurePath(place).parts
+        ):
+            raise ValueError(f"{path} keeps weights in {place[:100]!r}: only files beside it are read")
     files = [path.parent / place for place in sorted(places)]
     for file in files:
         if not file.is_file():
@@ -237,8 +251,13 @@ class OnnxEncoder(FaceEncoder):
         if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             wanted.insert(0, "CUDAExecutionProvider")
         try:
-            # By its path, or weights beside it would be looked for in the working directory.
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+            # By its path, or weights beside it would be looked for in the working directory. Without a second try of
+            # the same, which onnxruntime would announce on stdout.
+            again = int(len(wanted) > 1)
+            with contextlib.redirect_stdout(sys.stderr):
+                self._session = onnxruntime.InferenceSession(
+                    str(path), options, providers=wanted, enable_fallback=again
+                )
         except Exception as error:  # onnxruntime's exceptions share no base class but Exception
             why = re.sub(r"^.*?failed: ?", "", " ".join(str(error).split()))[:120]
             raise ValueError(f"{path} is no ONNX model that onnxruntime can load ({why})") from error

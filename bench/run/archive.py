@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from bench.errors import MissingError
-from bench.files import sha256
+from bench.files import parse_json, sha256
 from bench.results import AttackResult, Explanation, RunResult
 
 #: In a run's folder, what `bench explain` found.
@@ -101,6 +100,14 @@ _COLUMNS = {
 _M = TypeVar("_M", bound=BaseModel)
 
 
+#: Settings by the kinds of value that they have in every version.
+_ASKED_FOR: dict[str, type] = {
+    **dict.fromkeys(("defense", "attack", "knowledge", "dataset", "preset"), str),
+    **dict.fromkeys(("defense_options", "attack_options", "dataset_options", "training"), dict),
+    "seed": int,
+}
+
+
 class Manifest(BaseModel):
     """``manifest.json``: what was asked for, on what machine, and the hashes of what was written."""
 
@@ -122,6 +129,15 @@ class Manifest(BaseModel):
     threads: int | None = None
     deterministic: bool | None = None
     artefacts: dict[str, str] = {}
+
+    @field_validator("config")
+    @classmethod
+    def _as_asked_for(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """What reports and gates read of a configuration, of whatever version; RunConfig knows this one's alone."""
+        for name, kind in _ASKED_FOR.items():
+            if config.get(name) is not None and not isinstance(config[name], kind):
+                raise ValueError(f"{name} cannot be {config[name]!r:.60}")
+        return config
 
 
 @dataclass(frozen=True)
@@ -315,7 +331,7 @@ def _table(directory: Path, name: _TableName) -> pd.DataFrame | None:
         return None
     try:
         table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors are among these
+    except Exception as error:  # a damaged file surfaces as any of pyarrow's and pandas' many
         raise MissingError(f"{path} is not a readable Parquet file: {error}") from None
     if missing := _COLUMNS[name] - set(table.columns):
         raise MissingError(f"{path} lacks the columns {', '.join(sorted(missing))}")
@@ -349,7 +365,7 @@ def _events(path: Path) -> Iterable[dict[str, Any]]:
     # A line that has no end is still being written.
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            event = json.loads(line)
+            event = parse_json(line)
         except ValueError:
             raise MissingError(f"{path} is damaged: line {number} is not JSON") from None
         if isinstance(event, dict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
-import json
 import logging
 import math
 import tomllib
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from bench import plugins
 from bench.data.loaders import MAIN, ROLES, DataName
 from bench.errors import DataError, MissingError, UsageError
-from bench.files import decode_text, write_text
+from bench.files import decode_text, parse_json, write_text
 from bench.nets.options import AS_READ, InputForm
 from bench.plugins import Option, describe, explain
 from bench.recognition.options import PUBLISHED, TrainingOptions
@@ -540,7 +539,7 @@ def read_file(path: Path) -> dict[str, Any]:
         raise MissingError(f"config file {path} does not exist") from None
     except OSError as error:
         raise UsageError(f"config file {path} cannot be read: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         raise UsageError(f"config file {path} is not valid TOML: {error}") from None
 
 
@@ -593,7 +592,7 @@ def run_config(run: Path) -> RunConfig:
     """
     path = run / "manifest.json"
     try:
-        return RunConfig.model_validate(json.loads(path.read_text(encoding="utf-8"))["config"])
+        return RunConfig.model_validate(parse_json(path.read_bytes())["config"])
     except FileNotFoundError as error:
         raise MissingError(f"{run} is no run: it has no manifest.json") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

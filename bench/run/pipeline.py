@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import traceback
@@ -35,7 +36,7 @@ from bench.run.provider import Stages, channel_energy, check_brought, unknown_tr
 from bench.run.recovery import run_recovery
 from bench.run.speed import provider_speed
 from bench.run.stage import Job, StageCache
-from bench.run.store import RunStore
+from bench.run.store import RunStore, alone
 from bench.run.templates import assess_protection
 from bench.run.verification import measure_utility
 from defenses.base import Defense, noise_is_shared
@@ -111,8 +112,16 @@ class Pipeline:
     def run(self) -> RunResult:
         """Compute everything and write the run's folder.
 
-        A run that fails or is interrupted leaves a result that says so, and every finished stage for the next try.
+        A run that fails or is interrupted leaves a result that says so, and every finished stage for the next try. One
+        that another process is at waits for it, and takes its stages out of the cache.
         """
+        with alone(self.config, self._tell_waiting):
+            return self._run()
+
+    def _tell_waiting(self) -> None:
+        self.console.print("bench: another process is at this run: waiting for it", markup=False, highlight=False)
+
+    def _run(self) -> RunResult:
         config = self.config
         store = self.store = RunStore(config)
         device, precision = str(self.fabric.device), str(self.fabric._precision.precision)
@@ -133,11 +142,12 @@ class Pipeline:
         except BaseException as error:
             status = "cancelled" if isinstance(error, KeyboardInterrupt) else "error"
             message = " ".join(str(error).split()) or type(error).__name__
-            store.log(status, error=message, traceback=traceback.format_exc())
             failure = RunResult(run_id=store.run_id, status=status, error=message)
+            with contextlib.suppress(OSError):  # on a full disk: then what went wrong is told, and not written down
+                store.log(status, error=message, traceback=traceback.format_exc())
+                store.write_result(failure)
+                store.write_manifest(status, device, precision)
             tracker.finish(failure)
-            store.write_result(failure)
-            store.write_manifest(status, device, precision)
             raise
         tracker.finish(result)
         store.write_result(result)

@@ -8,7 +8,6 @@ its own progress says how fast it goes.
 from __future__ import annotations
 
 import functools
-import json
 import signal
 import threading
 import time
@@ -28,6 +27,7 @@ from bench.data.faces import FaceSet, Source
 from bench.data.loaders import MAIN, check_root, check_there
 from bench.data.stream.scan import Scan
 from bench.errors import BenchError
+from bench.files import parse_json
 from bench.nets.recogniser import build_recogniser
 from bench.results import PlannedStage, RunPlan
 from bench.run.attack_config import AttackConfig, attack_configs
@@ -370,7 +370,7 @@ class Timings:
         self._taken: list[tuple[str, dict[str, Any]]] = []
         for file in sorted(stages.cache.root.glob(f"*/{SECONDS}")):
             try:
-                taken = dict(json.loads(file.read_bytes()))
+                taken = dict(parse_json(file.read_bytes()))
             except (OSError, ValueError, TypeError):
                 continue  # a plan can do without
             if taken.get("machine") == self.here["machine"]:

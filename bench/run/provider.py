@@ -27,7 +27,7 @@ from bench.data.faces import FaceSet, PairProtocol, Source
 from bench.data.loaders import MAIN
 from bench.data.splits import Splits, parts_of, split, whole_identities
 from bench.errors import BenchError, DataError, MissingError, UsageError
-from bench.files import write_text
+from bench.files import parse_json, write_text
 from bench.images import to_float
 from bench.metrics.evaluator import (
     Evaluator,
@@ -262,7 +262,7 @@ class Stages(StageRunner):
         Good enough for a plan. Without such a run they are taken for data that nothing was computed of.
         """
         try:
-            self.found = dict(json.loads(self._note().read_bytes()))
+            self.found = dict(parse_json(self._note().read_bytes()))
         except (OSError, ValueError, TypeError):
             self.found = {"sets": {}, "excluded": None}
         return self.found["excluded"] is not None

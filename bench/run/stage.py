@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bench.files import sha256, write_text
+from bench.files import drop_beside, parse_json, sha256, write_text
 from bench.progress import ProgressBars, Report, no_report
 from bench.recognition.state import write_tensors
 
@@ -190,9 +190,10 @@ class StageCache:
                 yield Entry(path, partial, complete=True)
                 return
             if not self.resume or (partial.is_dir() and not self._keeps(partial, unreadable)):
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove(partial)
             resumed = partial.is_dir()
             partial.mkdir(exist_ok=True)
+            drop_beside(partial)
             yield Entry(path, partial, complete=False, resumed=resumed)
             list_files(partial)
             if self.resume and path.is_dir():
@@ -200,8 +201,7 @@ class StageCache:
                 # reading them, and they are as good.
                 shutil.rmtree(partial)
                 return
-            if path.exists():
-                shutil.rmtree(path)
+            _remove(path)
             partial.rename(path)
             self._made.add(path)
             self._whole.add(path)
@@ -210,10 +210,19 @@ class StageCache:
         """Whether nothing is wrong with a folder of this cache; else it is removed, with a warning."""
         if folder not in self._whole and (problem := fault(folder)) is not None:
             logging.getLogger("bench").warning("bench: the cached stage %s is damaged (%s): made anew", folder, problem)
-            shutil.rmtree(folder)
+            _remove(folder)
             return False
         self._whole.add(folder)
         return True
+
+
+def _remove(folder: Path) -> None:
+    """Remove a stage, as a whole for others: half of one might be taken for one of a version without a listing."""
+    going = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(going, ignore_errors=True)  # of a run that was killed here
+    if folder.is_dir():
+        folder.rename(going)
+        shutil.rmtree(going)
 
 
 #: Lists the files of a finished stage, with the SHA-256 of each.
@@ -236,13 +245,14 @@ def damage(folder: Path) -> str | None:
     if not listing.is_file():
         return None
     try:
-        digests = dict(json.loads(listing.read_bytes()))
+        digests = dict(parse_json(listing.read_bytes()))
     except (ValueError, TypeError):
         return f"{LISTING} cannot be read"
+    there = {str(file.relative_to(folder)): file for file in _files(folder)}
     for name, digest in digests.items():
-        if not (file := folder / name).is_file():
+        if name not in there:
             return f"{name} is missing"
-        if sha256(file) != digest:
+        if sha256(there[name]) != digest:
             return f"{name} is not what was written"
     return None
 
@@ -257,10 +267,10 @@ def unreadable(folder: Path) -> str | None:
                 with safe_open(file, framework="pt"):  # compares the length with what the header says
                     pass
             elif file.suffix == ".json":
-                json.loads(file.read_bytes())
+                parse_json(file.read_bytes())
             elif file.suffix == ".ckpt" and zipfile.ZipFile(file).testzip() is not None:
                 return f"{file.name} is not what was written"
-        except (SafetensorError, ValueError, zipfile.BadZipFile, OSError):
+        except Exception:  # a damaged file surfaces as nearly any exception type
             return f"{file.name} cannot be read"
     return None
 

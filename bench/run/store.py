@@ -14,16 +14,20 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 
 from bench import __version__
 from bench.errors import UsageError
-from bench.files import replacing, sha256, write_text
+from bench.files import drop_beside, replacing, sha256, write_text
 from bench.results import PROTOCOL_VERSION, SCHEMA_VERSION, RunResult
 from bench.run.config import RunConfig
 from bench.run.launch import Launch
@@ -47,6 +51,31 @@ def run_id(config: RunConfig) -> str:
     return "-".join(parts)
 
 
+@contextmanager
+def alone(config: RunConfig, waiting: Callable[[], None]) -> Iterator[None]:
+    """Within, no other process writes the folder of this run; ``waiting`` is called where one does, and awaited.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    try:
+        (config.out / "cache").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(config.out / "cache" / f"{run_id(config)}.lock")
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            waiting()
+            held = lock.acquire()
+    except OSError as error:
+        raise _unwritable(config.out, error) from None
+    with held:
+        yield
+
+
+def _unwritable(out: Path, error: OSError) -> UsageError:
+    return UsageError(f"--out {out} cannot be written ({error.strerror}): choose another folder")
+
+
 class RunStore:
     """Writes the folder of one run.
 
@@ -60,13 +89,11 @@ class RunStore:
         self.directory = config.out / self.run_id
         try:
             (self.directory / "samples").mkdir(parents=True, exist_ok=True)
-            probe = self.directory / f".write-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass
         except OSError as error:
-            raise UsageError(
-                f"--out {config.out} cannot be written ({error.strerror}): choose another folder"
-            ) from None
+            raise _unwritable(config.out, error) from None
+        drop_beside(self.directory)
         # A result of an earlier try must not stand beside the events of this one.
         (self.directory / "metrics.json").unlink(missing_ok=True)
         (self.directory / "events.jsonl").unlink(missing_ok=True)
@@ -120,12 +147,12 @@ class RunStore:
     def keep_checkpoint(self, source: Path, name: str) -> None:
         """Keep a finished file of the cache as ``checkpoints/<name>``: linked where the disk can, else copied."""
         target = self.directory / "checkpoints" / name
-        target.parent.mkdir(exist_ok=True)
-        target.unlink(missing_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copy2(source, target)
+        with replacing(target) as temporary:
+            temporary.unlink()
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copy2(source, temporary)
 
 
 def _git_commit() -> str | None:

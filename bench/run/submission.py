@@ -71,7 +71,8 @@ def read_submission(path: Path, count: int, size: int) -> Submission:
     if path.is_dir():
         faces, digest, observed = _read_folder(path)
     elif path.suffix == ".npz":
-        faces, digest, observed = _read_file(path)
+        # Room for some more faces in double precision: then their number is what is wrong.
+        faces, digest, observed = _read_file(path, most=2**26 + 4 * count * 3 * size**2 * 8)
     else:
         raise UsageError(f"--recovered {path}: give a folder of pictures, or an .npz file")
     if len(faces) != count:
@@ -111,11 +112,17 @@ def _read_folder(folder: Path) -> tuple[Tensor, str, str | None]:
     return to_float(torch.stack(faces)), listed.hexdigest(), observed
 
 
-def _read_file(path: Path) -> tuple[Tensor, str, str | None]:
+def _read_file(path: Path, most: int) -> tuple[Tensor, str, str | None]:
+    """Its faces, digest, and the export that it names; of at most so many bytes, unpacked."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (size := sum(member.file_size for member in archive.infolist())) > most:
+                raise DataError(f"{path} unpacks to {size} bytes, the faces of the run need no more than {most}")
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in ("faces", "observed") if name in file}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive or array surfaces as nearly any exception type
         raise DataError(f"{path} is no .npz file of plain arrays: {' '.join(str(error).split())[:200]}") from None
     if "faces" not in held:
         raise DataError(f"{path} holds no array 'faces'")

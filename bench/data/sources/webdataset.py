@@ -11,7 +11,6 @@ Source: the WebDataset file format (T. Breuel), POSIX.1-2001 for tar.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tarfile
@@ -25,12 +24,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from bench.data.decode import SUFFIXES, by_threads, readable, shown, stranger, workers
+from bench.data.decode import SUFFIXES, by_threads, readable, shown, stranger, whole_number, workers
 from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
 from bench.data.loaders import Dataset
 from bench.data.ranges import read_ranges
 from bench.errors import DataError, MissingError
-from bench.files import decode_text
+from bench.files import decode_text, parse_json
 
 #: How the names of shards end, plain and compressed.
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -133,7 +132,8 @@ class WebDatasetSource(EncodedSource):
 
 
 def _natural(name: str) -> tuple[int, str]:
-    return (int(name), name) if name.isdecimal() else (2**63, name)
+    number = whole_number(name)
+    return (2**63 if number is None else number, name)
 
 
 #: Offset and size of each image in a shard, the identity as it is written, and whether names were cut at the last dot.
@@ -222,7 +222,7 @@ def _person(where: str, members: dict[str, tarfile.TarInfo], file: BinaryIO) -> 
         # Not through tarfile, whose position in the file the next member is found by.
         text = os.pread(file.fileno(), member.size, member.offset_data)
         try:
-            value = decode_text(text).strip() if suffix == "cls" else _labelled(json.loads(decode_text(text)))
+            value = decode_text(text).strip() if suffix == "cls" else _labelled(parse_json(decode_text(text)))
         except ValueError as error:
             raise DataError(f"{where}: its .{suffix} cannot be read: {error}") from error
         if value:

@@ -47,3 +47,15 @@ def test_a_run_that_failed_says_why(bench, tmp_path):
     write_run(tmp_path / "runs" / "failed", error="the disk is full", samples=False)
     code, out, _ = bench("show", tmp_path / "runs" / "failed")
     assert (code, "error: the disk is full" in " ".join(out.split())) == (0, True)
+
+
+def test_what_a_run_from_elsewhere_says_does_not_reach_the_terminal_as_commands(bench, tmp_path):
+    folder = write_run(tmp_path / "r", error="\x1b]0;owned\x07 \x1b[2J and more")
+    for command in (("show", folder), ("runs", tmp_path)):
+        code, out, err = bench(*command)
+        assert (code, "\x1b" in out + err, "\x07" in out + err) == (0, False, False)
+    assert r"\x1b[2J and more" in bench("show", folder)[1]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"config": {"seed": "\x1b[2J" + 9999 * "a"}}))
+    code, _, err = bench("show", folder)
+    assert (code, "\x1b" in err, len(err.splitlines())) == (5, False, 1)

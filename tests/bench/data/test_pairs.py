@@ -76,6 +76,8 @@ def test_names_with_blanks_need_tabs(tmp_path):
         ),
         (VIEW2.replace("Bob\t1\t3", "Bob\t0\t3"), "line 3: image numbers"),
         (VIEW2.replace("Bob\t1\t3", "Bob\t1\tx"), "line 3: image numbers"),
+        (VIEW2.replace("Bob\t1\t3", "Bob\t1\t" + 5000 * "9"), "line 3: image numbers"),
+        (5000 * "9" + "\n", "line 1: expected 'folds"),
         (VIEW2.replace("Bob\t1\t3", "Bob\t3\t3"), "line 3: an image is paired with itself"),
         (VIEW2.replace("Cy\t1\tBob\t3", "Bob\t1\tBob\t3"), "line 5: an impostor pair names the same person"),
     ],

@@ -219,7 +219,7 @@ def test_property(tmp_path):
     assert read_property(file) == (355, 112, 96)
     file.write_text("355,112,96\n")
     assert read_property(file) == (355, 112, 96)
-    for bad in ("355", "a,b,c", "1,2,3,4", "-1,2,3"):
+    for bad in ("355", "a,b,c", "1,2,3,4", "-1,2,3", f"{5000 * '9'},2,3"):
         file.write_text(bad)
         with pytest.raises(DataError, match="expected 'identities,height,width'"):
             read_property(file)

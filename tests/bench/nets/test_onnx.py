@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from onnx_models import entering_model, linear_model
@@ -44,6 +45,28 @@ def test_files_that_are_no_recogniser_are_refused(tmp_path):
         OnnxEncoder(tmp_path / "text.onnx", CPU)
     with pytest.raises(ValueError, match=r"must map \(N, 3, H, W\) or"):
         OnnxEncoder(linear_model(tmp_path / "grey.onnx", WEIGHTS, ("n", 1, 8, 24)), CPU)
+
+
+@pytest.mark.parametrize("place", ["../weights", "/etc/hostname", "nul\0", 300 * "a"])
+def test_weights_from_elsewhere_are_not_read(tmp_path, place):
+    model = onnx.load(linear_model(tmp_path / "r.onnx", WEIGHTS, FACES))
+    weights = next(tensor for tensor in model.graph.initializer if tensor.name == "w")
+    weights.ClearField("raw_data")
+    weights.data_location = weights.EXTERNAL
+    weights.external_data.add(key="location", value=place)
+    (tmp_path / "r.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match="only files beside it are read"):
+        files_of(tmp_path / "r.onnx")
+
+
+def test_an_input_larger_than_any_face_is_refused_and_nothing_is_printed(tmp_path, capfd):
+    huge = linear_model(tmp_path / "r.onnx", WEIGHTS[:9], ("n", 3, 2**15, 2**15), reshaped=(1, 9))
+    with pytest.raises(ValueError, match="values a run"):
+        OnnxEncoder(huge, CPU)
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(ValueError, match="no ONNX model"):
+        OnnxEncoder(tmp_path / "text.onnx", CPU)
+    assert capfd.readouterr().out == ""
 
 
 def test_weights_of_another_file_are_found_out(tmp_path):

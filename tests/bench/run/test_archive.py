@@ -38,20 +38,30 @@ def test_no_run_here(tmp_path, name):
     assert caught.value.exit_code == 5
 
 
+def _asking(**config):
+    """A manifest of a run that was asked for so."""
+    return json.dumps({"protocol": "2", "run_id": "r", "status": "success", "config": config})
+
+
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("metrics.json", "{", "metrics.json is not a file of this schema"),
         ("metrics.json", '{"schema": "1", "surprise": 2}', "metrics.json is not a file of this schema"),
         ("manifest.json", "[]", "manifest.json is not a file of this schema"),
+        ("manifest.json", 100_000 * "[", "manifest.json is not a file of this schema"),
+        ("manifest.json", _asking(attack_options=["a"]), r"manifest.json .*config: .*attack_options cannot be \['a'\]"),
+        ("manifest.json", _asking(seed="first"), "manifest.json .*seed cannot be 'first'"),
         ("per_image.parquet", "x", "per_image.parquet is not a readable Parquet file"),
         ("events.jsonl", "no json\n", "events.jsonl is damaged: line 1"),
+        ("events.jsonl", "{}\n\udc80\n", "events.jsonl is damaged: line 2"),
+        ("events.jsonl", 100_000 * "[", "events.jsonl is damaged: line 1"),
         ("samples/samples.json", "{}", "samples.json is not an index of samples"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, file, content, message):
     folder = write_run(tmp_path / "r")
-    (folder / file).write_text(content)
+    (folder / file).write_text(content, errors="surrogateescape")
     with pytest.raises(MissingError, match=message):
         load_run(folder)
 

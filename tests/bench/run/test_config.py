@@ -158,6 +158,13 @@ def test_a_file_with_a_byte_order_mark(tmp_path, encoding):
     assert resolve(BASE, {}, tmp_path / "run.toml").seed == 7
 
 
+@pytest.mark.parametrize("text", [f"seed = {5000 * '9'}", f"seed = {5000 * '['}", f"seed = {1000 * '{a='}"])
+def test_a_hostile_file(tmp_path, text):
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(UsageError, match=r"run\.toml is not valid TOML"):
+        resolve(BASE, {}, tmp_path / "run.toml")
+
+
 def test_a_missing_file_and_a_broken_one(tmp_path):
     with pytest.raises(UsageError, match="cannot be read: Is a directory"):
         resolve(BASE, {}, tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bench.files import sha256
 from bench.run import stage as cache_module
 from bench.run.stage import LISTING, StageCache, code_version, make_key
 
@@ -88,7 +89,8 @@ def test_a_finished_stage_that_is_not_what_was_written_is_made_anew(tmp_path, ca
         ("state.json", b'{"a": 1}', True),
         ("fit.ckpt", b"PK\x03\x04 and no more", False),
         ("queries", b"", False),
-        (".part.safetensors.x1.safetensors", b"half", True),
+        ("state.json", 100_000 * b"[", False),
+        (".part.safetensors.x1.beside.safetensors", b"half", True),
     ],
 )
 def test_what_a_killed_stage_left_is_used_where_it_can_be_read(tmp_path, caplog, name, content, kept):
@@ -99,7 +101,36 @@ def test_what_a_killed_stage_left_is_used_where_it_can_be_read(tmp_path, caplog,
     with StageCache(tmp_path).entry("stage", "k") as entry:
         assert (entry.partial / "epoch").exists() is kept
     assert bool(caplog.records) is not kept
+    assert not list(tmp_path.rglob(".*"))
     assert not [file for file in json.loads((entry.path / LISTING).read_text()) if file.startswith(".")]
+
+
+def test_the_name_of_no_file_in_the_listing(tmp_path):
+    path = make(StageCache(tmp_path)).path
+    (tmp_path / "other").write_text("x")
+    for name in ("../other", 300 * "a", "nul\0"):
+        (path / LISTING).write_text(json.dumps({name: sha256(tmp_path / "other")}))
+        assert not make(StageCache(tmp_path)).complete
+
+
+def test_a_stage_that_was_half_removed_is_not_taken_for_a_whole_one(tmp_path, monkeypatch):
+    """Killed while it removes a stage that is to be made anew: without its listing, the rest would look complete."""
+    path = make(StageCache(tmp_path), content="old").path
+    (path / "file").write_text("altered")
+
+    def killed_within(folder, **_):
+        if folder.is_dir():
+            (folder / LISTING).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module.shutil, "rmtree", killed_within)
+        with pytest.raises(KeyboardInterrupt):
+            make(StageCache(tmp_path))
+    entry = make(StageCache(tmp_path), content="new")
+    assert not entry.complete
+    assert (path / "file").read_text() == "new"
+    assert make(StageCache(tmp_path)).complete
 
 
 def test_no_resume_starts_anew_but_reuses_its_own(tmp_path):

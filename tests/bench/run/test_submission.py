@@ -1,8 +1,12 @@
 """Faces that an attack recovered elsewhere, from the exported file alone, are scored as the run's own are."""
 
 import hashlib
+import io
 import json
+import pickle
 import shutil
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -155,6 +159,31 @@ def test_pictures_in_a_folder(finished, observed, tmp_path):
     (mine / "set2-face_4.png").unlink()
     with pytest.raises(DataError, match="another size"):
         score(mine, folder)
+
+
+def _packed(header, body=b""):
+    """An ``.npz`` file of one array with this header."""
+    buffer, text = io.BytesIO(), header.encode() + b"\n"
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("faces.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text + body)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (_packed("(" * 9000), "no .npz file of plain arrays"),
+        (_packed("{'descr': '|u1', 'fortran_order': False, 'shape': (9000000, 3, 1000, 1000)}"), "no .npz file"),
+        (_packed("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", pickle.dumps([0])), "no .npz file"),
+        (_packed("{'descr': '|u1', 'fortran_order': False, 'shape': (80, 3, 624, 624)}", bytes(93 * 2**20)), "unpacks"),
+        (_packed("{'descr': '|u1', 'fortran_order': False, 'shape': (4,)}", bytes(4))[:-60], "no .npz file"),
+    ],
+    ids=["nested", "huge", "objects", "bomb", "cut"],
+)
+def test_hostile_arrays(tmp_path, content, message):
+    (tmp_path / "mine.npz").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_submission(tmp_path / "mine.npz", 4, 8)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,897 @@
+"""Files that were damaged or made to do harm, and what every reader of the suite may do with one.
+
+From the command line, for many more than a test has time for: ``python tests/support/hostile.py READER --count 5000``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import functools
+import io
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.errors import BenchError
+
+#: What one input may cost: seconds of a processor, and bytes beyond what the process holds anyway.
+SECONDS, MEMORY = 5.0, 512 * 2**20
+
+# -- damage --------------------------------------------------------------------------------------
+
+_WORDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64 - 1)
+_DEPTH = 100_000
+
+
+class _Payload:
+    """Unpickled, it leaves a file behind."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch owned",)
+
+
+def _archive(kind: str) -> bytes:
+    """An archive whose members lie outside the folder that it is unpacked in."""
+    buffer = io.BytesIO()
+    names = ("../owned", "/tmp/../../owned", "a/../../owned")
+    if kind == "zip":
+        with zipfile.ZipFile(buffer, "w") as file:
+            for name in names:
+                file.writestr(name, b"owned")
+    else:
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = 5
+                tar.addfile(member, io.BytesIO(b"owned"))
+            link = tarfile.TarInfo("out")
+            link.type, link.linkname = tarfile.SYMTYPE, ".."
+            tar.addfile(link)
+            through = tarfile.TarInfo("out/owned")
+            through.size = 5
+            tar.addfile(through, io.BytesIO(b"owned"))
+    return buffer.getvalue()
+
+
+def _arrays() -> bytes:
+    """An ``.npz`` of objects."""
+    buffer = io.BytesIO()
+    np.savez(buffer, faces=np.array([_Payload()], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+#: Whole files that are something else than the reader expects.
+STRANGERS: tuple[bytes, ...] = (
+    b"",
+    b"\0",
+    b"\0" * 4096,
+    b"\xff" * 4096,
+    b"\xef\xbb\xbf",
+    b"\xff\xfe[\0",
+    b"<!doctype html><html><body>404</body></html>",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+    b"[" * _DEPTH,
+    b'{"a":' * _DEPTH,
+    b"a = " + b"[" * _DEPTH,
+    b"a = " + b"{a = " * 5000,
+    b"null",
+    b"[]",
+    b"{}",
+    b"NaN",
+    b'"\\ud800"',
+    b"1" * 5000,
+    b"-" * 5000,
+    pickle.dumps(_Payload()),
+    pickle.dumps(([_Payload()], [True])),
+    b"\x80\x04" + b"(" * _DEPTH + b".",
+    b"\x80\x04" + b"]" * 2 + b"a" * 10 + b".",
+    _archive("zip"),
+    _archive("tar"),
+    _arrays(),
+    b"\x1f\x8b\x08\0" + b"\0" * 60,
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff\xe0",
+    struct.pack("<Q", 2**63) + b"{}",
+    struct.pack("<Q", 2**32) + b"{" * 100,
+)
+
+
+def truncate(data: bytes, rng: random.Random) -> bytes:
+    return data[: rng.randrange(len(data) + 1)]
+
+
+def flip_bits(data: bytes, rng: random.Random) -> bytes:
+    changed = bytearray(data)
+    # Half of the time near the start, where headers are.
+    end = min(len(data), 256) if rng.random() < 0.5 else len(data)
+    for _ in range(rng.choice((1, 1, 2, 8, 64))):
+        changed[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def set_word(data: bytes, rng: random.Random) -> bytes:
+    """A huge length, or another number that no field expects."""
+    order, size = rng.choice("<>"), rng.choice((1, 2, 4, 8))
+    word = struct.pack(f"{order}Q", rng.choice(_WORDS))
+    word = word[:size] if order == "<" else word[-size:]
+    end = min(len(data), 256) if rng.random() < 0.5 else len(data)
+    at = rng.randrange(end)
+    return data[:at] + word + data[at + size :]
+
+
+def _stretch(data: bytes, rng: random.Random) -> tuple[int, int]:
+    at = rng.randrange(len(data))
+    return at, min(len(data), at + rng.choice((1, 4, 8, 16, 64, 512, 4096)))
+
+
+def swap(data: bytes, rng: random.Random) -> bytes:
+    """Two fields in each other's place."""
+    a, b = sorted((_stretch(data, rng), _stretch(data, rng)))
+    if a[1] > b[0]:
+        return data[::-1]
+    return data[: a[0]] + data[slice(*b)] + data[a[1] : b[0]] + data[slice(*a)] + data[b[1] :]
+
+
+def repeat(data: bytes, rng: random.Random) -> bytes:
+    a, b = _stretch(data, rng)
+    return data[:b] + data[a:b] * rng.choice((1, 2, 50)) + data[b:]
+
+
+def drop(data: bytes, rng: random.Random) -> bytes:
+    a, b = _stretch(data, rng)
+    return data[:a] + data[b:]
+
+
+def fill(data: bytes, rng: random.Random) -> bytes:
+    a, b = _stretch(data, rng)
+    return data[:a] + rng.choice((b"\0", b"\xff", rng.randbytes(1))) * (b - a) + data[b:]
+
+
+def insert(data: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + rng.choice((rng.randbytes(rng.randrange(1, 64)), rng.choice(STRANGERS)[:4096])) + data[at:]
+
+
+def other(data: bytes, rng: random.Random) -> bytes:
+    return rng.choice((*STRANGERS, rng.randbytes(rng.randrange(1, 2048))))
+
+
+BYTES = (truncate, flip_bits, flip_bits, set_word, set_word, swap, repeat, drop, fill, insert, other)
+
+#: What a value of a document may become; texts are looked for as paths, too.
+_VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2**31, 2**64, 10**400, -(10**18), 0.5, 1e308, -1e-308),
+    *(float("nan"), float("inf"), float("-inf")),
+    *("", " ", "\0", "\ud800", "a" * 100_000, "../owned", "../../owned", "/etc/passwd", "a\nb\r\x1b[31m", "{{7*7}}"),
+    *("<script>alert(1)</script>", "=1+1", "nan", "1e999", "[bold]", "[/]", "‮"),
+    *([], {}, [[]], [None], {"": None}, {"a": {"b": 1}}),
+)
+
+
+def _places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, inner in items:
+        yield from _places(inner, (*path, key))
+
+
+def _at(node: Any, path: Sequence[Any]) -> Any:
+    for key in path:
+        node = node[key]
+    return node
+
+
+def change_document(document: Any, rng: random.Random) -> Any:
+    """Change one to three places: another value, another place's value, one more level, or nothing there."""
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        places = [place for place in _places(document) if place]
+        if not places:
+            return document
+        *parents, last = rng.choice(places)
+        parent, way = _at(document, parents), rng.random()
+        if way < 0.1:
+            del parent[last]
+        elif way < 0.3:
+            parent[last] = copy.deepcopy(_at(document, rng.choice(places)))
+        elif way < 0.35:
+            deep: Any = parent[last]
+            for _ in range(rng.choice((1, 50, 500))):
+                deep = [deep] if rng.random() < 0.5 else {"a": deep}
+            parent[last] = deep
+        elif way < 0.4 and isinstance(parent, dict):
+            parent[rng.choice(("", "../owned", "a" * 1000, "\0", "schema"))] = parent.pop(last)
+        else:
+            parent[last] = rng.choice(_VALUES)
+    return document
+
+
+def json_text(data: bytes, rng: random.Random) -> bytes:
+    """A JSON document with other values."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        return flip_bits(data, rng)
+    return json.dumps(change_document(document, rng)).encode("utf-8", "surrogatepass")
+
+
+def json_lines(data: bytes, rng: random.Random) -> bytes:
+    lines = data.splitlines()
+    number = rng.randrange(len(lines))
+    lines[number] = json_text(lines[number], rng)
+    return b"\n".join(lines) + b"\n"
+
+
+def toml_text(data: bytes, rng: random.Random) -> bytes:
+    """A TOML document with another value on one line."""
+    lines = data.decode().splitlines()
+    number = rng.choice([number for number, line in enumerate(lines) if "=" in line])
+    values = (
+        "nan",
+        "-inf",
+        "1e400",
+        "9" * 5000,
+        '""',
+        '"\\u0000"',
+        "[]",
+        "{}",
+        "[[[[]]]]",
+        "true",
+        "1979-05-27",
+        "'a'",
+    )
+    deep = ("[" * 2000 + "]" * 2000, "{a=" * 200 + "1" + "}" * 200, '"../owned"', '"' + "a" * 100_000 + '"', "-1", "0")
+    key = lines[number].partition("=")[0]
+    key = rng.choice((key, key, key, "a.b.c", '""', key + ".b ", "a" * 1000, ".".join("a" * 3000)))
+    lines[number] = f"{key}= {rng.choice((*values, *deep))}"
+    return "\n".join(lines).encode()
+
+
+def words_text(data: bytes, rng: random.Random) -> bytes:
+    """A list of words with other words."""
+    parts = data.split(b" ") if rng.random() < 0.3 else data.split(b"\t") if rng.random() < 0.5 else data.split(b"\n")
+    strange = (
+        b"",
+        b"-1",
+        b"0",
+        b"9" * 30,
+        b"9" * 5000,
+        "٣".encode(),
+        b"\xff",
+        b"\0",
+        b"../../owned",
+        b"1e5",
+        b"\x1b[31m",
+    )
+    at = rng.randrange(len(parts))
+    parts[at] = rng.choice((*strange, rng.choice(parts), parts[at] * 50))
+    return rng.choice((b" ", b"\t", b"\n")).join(parts) if rng.random() < 0.1 else b"\t".join(parts)
+
+
+def tensors_header(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with another header, as long as it says."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = change_document(json.loads(data[8 : 8 + length]), rng)
+    if rng.random() < 0.3:  # what is packed in a text within it
+        meta = header.get("__metadata__")
+        if isinstance(meta, dict) and isinstance(meta.get("details"), str):
+            meta["details"] = json_text(meta["details"].encode(), rng).decode("utf-8", "replace")
+    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+def array_header(data: bytes, rng: random.Random) -> bytes:
+    """An ``.npz`` whose array says that it is another."""
+    buffer = io.BytesIO()
+    header = rng.choice(
+        (
+            "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 3, 1000, 1000), }",
+            "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 3, 8, 8), }",
+            "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+            "{'descr': '<f4', 'fortran_order': True, 'shape': (4, 3, 8, 8), }",
+            "{'descr': [('a', '<f4', (9, 9))], 'fortran_order': False, 'shape': (4,), }",
+            "{'descr': '<f4', 'shape': (4, 3, 8, 8), }",
+            "{'descr': '<c16', 'fortran_order': False, 'shape': (4, 3, 8, 8), }",
+            "{'descr': '<f4', 'fortran_order': False, 'shape': ((((4,),),),), }",
+            "__import__('os').system('touch owned')",
+            "(" * 9000,
+        )
+    )
+    if rng.random() < 0.1:
+        return _bomb()
+    text = header.encode().ljust(118) + b"\n"
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("faces.npy", b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text + rng.randbytes(4096))
+    return buffer.getvalue()
+
+
+@functools.cache
+def _bomb() -> bytes:
+    """An ``.npz`` that is little packed and 300 MiB unpacked."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, faces=np.zeros((100, 3, 1024, 1024), dtype=np.uint8))
+    return buffer.getvalue()
+
+
+def onnx_field(data: bytes, rng: random.Random) -> bytes:
+    """A model with another field."""
+    import onnx
+
+    model = onnx.load_from_string(data)
+    graph, way = model.graph, rng.randrange(12)
+    tensor, node = rng.choice(graph.initializer), rng.choice(graph.node)
+    huge = rng.choice((0, -1, 7, 2**31, 2**62))
+    if way == 0:
+        tensor.dims[:] = [huge, *tensor.dims][: max(1, len(tensor.dims))]
+    elif way == 1:
+        tensor.data_location = tensor.EXTERNAL
+        tensor.ClearField("raw_data")
+        place = rng.choice(
+            ("../owned", "/etc/passwd", "", ".", "model.onnx", "\0", "a" * 5000, "/dev/zero", "/dev/stdin")
+        )
+        for key, value in (
+            ("location", place),
+            ("offset", str(rng.choice(_WORDS))),
+            ("length", str(rng.choice(_WORDS))),
+        ):
+            tensor.external_data.add(key=key, value=value)
+    elif way == 2:
+        tensor.data_type = rng.choice((0, 2, 7, 8, 10, 16, 99))
+    elif way == 3:
+        node.op_type = rng.choice(("Loop", "If", "Scan", "Nothing", "", "ConstantOfShape", "Expand", "Tile"))
+    elif way == 4:
+        node.input[rng.randrange(len(node.input))] = rng.choice((node.output[0], "", "nowhere"))
+    elif way == 5:
+        graph.input[0].type.tensor_type.shape.dim[rng.randrange(4)].dim_value = huge
+    elif way == 6:
+        graph.input[0].type.tensor_type.elem_type = rng.choice((0, 7, 8, 10, 11))
+    elif way == 7:
+        del graph.input[:]
+    elif way == 8:
+        del graph.output[:]
+    elif way == 9:
+        graph.node.add(op_type="Expand", input=[node.output[0], tensor.name], output=["more"])
+        graph.output[0].name = "more"
+    elif way == 10:
+        inner = graph
+        for _ in range(rng.choice((3, 40, 90))):
+            inner = inner.node.add(op_type="If", input=["x"], output=["y"]).attribute.add(name="then_branch", type=5).g
+    else:
+        model.opset_import[0].version = huge if huge > 0 else 10**6
+    return bytes(model.SerializeToString())
+
+
+# -- readers -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader of the suite.
+
+    Attributes:
+        make: writes whole files into a folder.
+        files: patterns of those that are damaged, one at a time.
+        read: reads them; it may write to the second folder, and nowhere else.
+        damage: what is done to them besides :data:`BYTES`, by the suffix of the file.
+        memory: bytes that one input may take.
+        alone: whether it reads one file at a time.
+    """
+
+    make: Callable[[Path], None]
+    files: tuple[str, ...]
+    read: Callable[[Path, Path], object]
+    damage: dict[str, Callable[[bytes, random.Random], bytes]]
+    memory: int = MEMORY
+    alone: bool = False
+
+
+def _decoded(opened: Any) -> None:
+    from bench.data.decode import decode_batch
+
+    for view in (opened.faces, opened.victims):
+        if view is None:
+            continue
+        encoded = view.source.encoded(np.arange(len(view.source))[:16])
+        decode_batch(encoded, 16)
+
+
+def _records(folder: Path) -> None:
+    from small_sets import people, write_records
+
+    write_records(folder, people(4, 2, 16), people(3, 2, 16, first=4))
+    (folder / "property").write_text("4,16,16\n")
+
+
+def _read_records(folder: Path, out: Path) -> None:
+    from bench.data.recordio import read_property
+    from bench.data.sources.insightface import InsightfaceOptions, open_insightface
+
+    read_property(folder / "property")
+    _decoded(open_insightface(folder, 16, InsightfaceOptions()))
+
+
+def _pack(folder: Path) -> None:
+    from small_sets import people, write_pairs
+
+    write_pairs(folder / "lfw.bin", people(3, 2, 16))
+
+
+def _read_pack(folder: Path, out: Path) -> None:
+    from bench.data.decode import decode_batch
+    from bench.data.sources.insightface import PackSource
+
+    source = PackSource(folder / "lfw.bin", 16)
+    source.once()
+    decode_batch(source.encoded(np.arange(len(source))), 16)
+
+
+def _images(folder: Path) -> None:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((24, 24))
+    for kind in ("jpg", "png", "bmp", "webp", "tif", "gif", "ppm", "pgm"):
+        (image.convert("L") if kind == "pgm" else image).save(folder / f"face.{kind}")
+    image.save(folder / "progressive.jpg", progressive=True)
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.convert("P").save(folder / "palette.png")
+    Image.fromarray(np.arange(576, dtype=np.uint16).reshape(24, 24)).save(folder / "deep.png")
+    image.save(folder / "packed.tif", compression="tiff_lzw")
+    exif = Image.Exif()
+    exif[274] = 6
+    image.save(folder / "turned.jpg", exif=exif)
+
+
+def _read_images(folder: Path, out: Path) -> None:
+    from bench.data.decode import decode_image, own_limits, read_image_file
+
+    (file,) = folder.iterdir()
+    with own_limits():
+        decode_image(read_image_file(file), 16)
+
+
+def _pairs(folder: Path) -> None:
+    from small_sets import PAIRS, PEOPLE, people, write_folder
+
+    everyone = people(len(PEOPLE), 3, 16)
+    write_folder(folder / "faces", everyone)
+    for number, (name, count) in enumerate(PEOPLE.items()):
+        (folder / "named" / name).mkdir(parents=True)
+        for image in range(count):
+            (folder / "named" / name / f"{name}_{image + 1:04d}.jpg").write_bytes(everyone[number][image])
+    (folder / "named" / "pairs.txt").write_text(PAIRS)
+
+
+def _read_pairs(folder: Path, out: Path) -> None:
+    from bench.data.sources.folder import FolderOptions, open_folder
+
+    _decoded(open_folder(folder / "named", 16, FolderOptions()))
+
+
+def _shards(folder: Path) -> None:
+    from small_sets import people, write_shards
+
+    write_shards(folder, people(4, 2, 16))
+
+
+def _read_shards(folder: Path, out: Path) -> None:
+    from bench.data.sources.webdataset import WebDatasetOptions, open_webdataset
+
+    _decoded(open_webdataset(folder, 16, WebDatasetOptions()))
+
+
+def _archived(folder: Path) -> None:
+    for kind in ("", "gz", "xz"):
+        with tarfile.open(folder / f"faces.tar{kind and '.'}{kind}", f"w:{kind}") as tar:
+            for name in ("a/1.jpg", "a/2.jpg", "b/1.jpg"):
+                member = tarfile.TarInfo(name)
+                member.size = 900
+                tar.addfile(member, io.BytesIO(bytes(900)))
+
+
+def _unpack(folder: Path, out: Path) -> None:
+    from bench.data.sources.lfw import unpack
+
+    (archive,) = folder.iterdir()
+    (out / "unpacked").mkdir()
+    unpack(archive, out / "unpacked")
+
+
+def _model(folder: Path) -> None:
+    from onnx_models import entering_model, linear_model
+
+    weights = np.random.default_rng(0).normal(size=(192, 4)).astype(np.float32) / 14
+    entering_model(folder / "model.onnx", weights, [("Sub", 127.5), ("Mul", 1 / 128)])
+    linear_model(folder / "split.onnx", weights, ("n", 3, 8, 8), external="split.onnx.data")
+
+
+def _read_model(folder: Path, out: Path) -> None:
+    import torch
+
+    from bench.metrics.evaluator import Evaluator
+
+    for file in sorted(folder.glob("*.onnx")):
+        Evaluator.from_onnx(file).embed(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def _checkpoint(folder: Path) -> None:
+    from bench.nets.recogniser import build_recogniser
+    from bench.recognition.state import save_recogniser
+
+    recogniser = build_recogniser("mobilefacenet", (3, 16, 16), 8, image_size=16)
+    save_recogniser(recogniser, folder / "recogniser.safetensors", {"losses": [1.0, 0.5]})
+
+
+def _read_checkpoint(folder: Path, out: Path) -> None:
+    import torch
+
+    from bench.recognition.state import load_recogniser
+
+    recogniser, _ = load_recogniser(folder / "recogniser.safetensors")
+    recogniser.embed(torch.zeros(1, *recogniser.spec.representation_shape))
+
+
+def _run(folder: Path) -> None:
+    from run_folders import write_run
+
+    write_run(folder / "runs" / "a", attack="unet,linear", strength=True, protocols={"calfw": (0.8, 0.9)})
+
+
+_RUN_FILES = (
+    "runs/a/*.json",
+    "runs/a/*.parquet",
+    "runs/a/events.jsonl",
+    "runs/a/samples/samples.json",
+    "runs/a/samples/*.png",
+)
+
+
+def _read_archive(folder: Path, out: Path) -> None:
+    """What every command on runs does first."""
+    bench(folder, "show", "runs/a")
+    bench(folder, "runs", "runs")
+
+
+def _read_report(folder: Path, out: Path) -> None:
+    bench(folder, "report", "runs/a", "--out", str(out / "report"))
+
+
+def _read_leaderboard(folder: Path, out: Path) -> None:
+    bench(folder, "leaderboard", "runs", "--out", str(out / "board"))
+
+
+def _gated(folder: Path) -> None:
+    from gate_world import make_run
+
+    for name, seed in (("a", 0), ("b", 1)):
+        make_run(folder / "runs" / name, seed=seed)
+    bench(folder, "baseline", "runs/a", "runs/b", "-o", "baseline.json")
+
+
+def _read_gate(folder: Path, out: Path) -> None:
+    bench(folder, "gate", "--baseline", "baseline.json", "runs", "--junit", str(out / "junit.xml"))
+    bench(folder, "compare", "runs/a", "runs/b")
+    bench(folder, "baseline", "runs", "-o", str(out / "baseline.json"))
+
+
+def _config(folder: Path) -> None:
+    from bench.run.config import resolve, write_config
+
+    given = {"defense": "partialface", "attack": "unet", "preset": "quick", "defense_options": {"views": 2}}
+    write_config(resolve(given, {}), folder / "run.toml")
+
+
+def _read_config(folder: Path, out: Path) -> None:
+    from bench.run.config import resolve
+
+    resolve({"device": "cpu"}, {}, folder / "run.toml")
+
+
+def _swept(folder: Path) -> None:
+    from sweep_at_work import light, sweep
+
+    sweep(folder, light).run()
+
+
+@functools.cache
+def _cells(folder: Path) -> Any:
+    from sweep_at_work import light, sweep
+
+    return sweep(folder, light).cells
+
+
+def _read_sweep(folder: Path, out: Path) -> None:
+    from bench.sweep.journal import survey
+
+    survey(_cells(folder))
+
+
+def _submitted(folder: Path) -> None:
+    faces = np.random.default_rng(0).random((4, 3, 8, 8), dtype=np.float32)
+    np.savez_compressed(folder / "faces.npz", faces=faces, observed=np.array("ab" * 32))
+
+
+def _read_submission(folder: Path, out: Path) -> None:
+    from bench.run.submission import read_submission
+
+    read_submission(folder / "faces.npz", 4, 8)
+
+
+def _cached(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from bench.run.stage import StageCache
+
+    cache = StageCache(folder)
+    with cache.entry("stage", "k") as entry:
+        save_file({"a": torch.ones(9)}, entry.partial / "a.safetensors")
+    partial = folder / "other-k.partial"
+    partial.mkdir()
+    save_file({"a": torch.ones(9)}, partial / "a.safetensors")
+    (partial / "state.json").write_text('{"step": 1}')
+    torch.save({"a": torch.ones(3)}, partial / "fit.ckpt")
+
+
+def _read_cached(folder: Path, out: Path) -> None:
+    from bench.run.stage import StageCache
+
+    cache = StageCache(folder)
+    for stage in ("stage", "other"):
+        with cache.entry(stage, "k"):
+            pass
+
+
+_JSON = {".json": json_text, ".jsonl": json_lines}
+
+READERS: dict[str, Reader] = {
+    "recordio": Reader(_records, ("*.rec", "*.idx", "property"), _read_records, {".idx": words_text, "": words_text}),
+    "pack": Reader(_pack, ("lfw.bin",), _read_pack, {}),
+    "images": Reader(_images, ("*",), _read_images, {}, memory=2**30, alone=True),
+    "pairs": Reader(_pairs, ("named/pairs.txt",), _read_pairs, {".txt": words_text}),
+    "webdataset": Reader(_shards, ("*.tar",), _read_shards, {}),
+    "archive": Reader(_archived, ("*",), _unpack, {}, alone=True),
+    "onnx": Reader(_model, ("*.onnx", "*.data"), _read_model, {".onnx": onnx_field}),
+    "checkpoint": Reader(_checkpoint, ("*",), _read_checkpoint, {".safetensors": tensors_header}),
+    "cache": Reader(_cached, ("*/*",), _read_cached, {".safetensors": tensors_header, **_JSON}),
+    "run": Reader(_run, _RUN_FILES, _read_archive, _JSON),
+    "report": Reader(_run, _RUN_FILES, _read_report, _JSON),
+    "leaderboard": Reader(_run, _RUN_FILES, _read_leaderboard, _JSON),
+    "gate": Reader(_gated, ("baseline.json", *_RUN_FILES), _read_gate, _JSON),
+    "toml": Reader(_config, ("*.toml",), _read_config, {".toml": toml_text}),
+    "sweep": Reader(_swept, ("sweeps/*/sweep.json",), _read_sweep, _JSON),
+    "submission": Reader(_submitted, ("*.npz",), _read_submission, {".npz": array_header}, memory=2**27),
+}  # fmt: skip
+
+
+def bench(folder: Path, *arguments: str) -> None:
+    """The command in ``folder``, without ``bench.cli``'s last resort for what nobody expected."""
+    import typer
+
+    with _within(folder), _silent():
+        try:
+            code = _command().main(list(arguments), "bench", standalone_mode=False)
+        except typer.Exit as ended:
+            code = ended.exit_code
+    if code not in (None, 0, 1, 4):
+        raise BenchError(f"exit code {code}")
+
+
+@functools.cache
+def _command() -> Any:
+    import typer
+
+    from bench.cli import app
+
+    return typer.main.get_command(app)
+
+
+@contextmanager
+def _within(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    from bench.commands import console
+
+    streams = sys.stdout, console.out.file
+    sys.stdout = console.out.file = io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdout, console.out.file = streams
+
+
+# -- trying --------------------------------------------------------------------------------------
+
+
+def _peak() -> int | None:
+    """Most bytes that this process held since :func:`_forget_peak`; None where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def _forget_peak() -> int | None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _peak()
+
+
+def _tree(folder: Path) -> set[str]:
+    return {f"{at}/{name}" for at, _, names in os.walk(folder) for name in names}
+
+
+class Trial:
+    """A reader in a folder of its own: ``<root>/box/in`` is read, ``box/out`` may be written to.
+
+    >>> import tempfile
+    >>> trial = Trial("toml", Path(tempfile.mkdtemp()))
+    >>> trial.fault(0) is None
+    True
+    """
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.name, self.reader, self.root = name, READERS[name], root
+        self._whole = root / "whole"
+        self._whole.mkdir()
+        self.reader.make(self._whole)
+        self.accepted = 0
+        self._box = root / "box"
+        for file in self.files() if self.reader.alone else [None]:  # what is whole is read
+            self._lay_out(file)
+            with _within(self._box):
+                self.reader.read(self._box / "in", self._box / "out")
+            shutil.rmtree(self._box)
+
+    def files(self) -> list[str]:
+        """The files that are damaged."""
+        found = (file for pattern in self.reader.files for file in sorted(self._whole.glob(pattern)))
+        return list(dict.fromkeys(str(file.relative_to(self._whole)) for file in found if file.is_file()))
+
+    def _lay_out(self, name: str | None, data: bytes | None = None) -> None:
+        """Whole files for the reader, but for the one that holds ``data``."""
+        inputs = self._box / "in"
+        (self._box / "out").mkdir(parents=True)
+        if name is not None and self.reader.alone:
+            inputs.mkdir()
+            shutil.copy(self._whole / name, inputs)
+        else:
+            shutil.copytree(self._whole, inputs)
+        if name is not None and data is not None:
+            (inputs / name).write_bytes(data)
+
+    def damaged(self, seed: int) -> tuple[str, bytes]:
+        """The name of the file that is damaged under this seed, and what it holds then."""
+        rng = random.Random(f"{self.name} {seed}")
+        name = rng.choice(self.files())
+        data = (self._whole / name).read_bytes()
+        special = self.reader.damage.get(Path(name).suffix)
+        ways = BYTES if special is None else (*BYTES, *([special] * len(BYTES)))
+        return name, rng.choice(ways)(data, rng)
+
+    def fault(self, seed: int) -> str | None:
+        """What went wrong with one damaged input; None if it was refused in one clear line, or read as it is."""
+        name, data = self.damaged(seed)
+        inputs, out = self._box / "in", self._box / "out"
+        self._lay_out(name, data)
+        before, held, began = _tree(self.root), _forget_peak(), time.process_time()
+        problem = None
+        try:
+            printed = io.StringIO()  # stdout belongs to the command line
+            with _within(self._box), contextlib.redirect_stdout(printed), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.reader.read(inputs, out)
+            self.accepted += 1
+            problem = f"prints {printed.getvalue()[:200]!r}" if printed.getvalue() else None
+        except BenchError as error:
+            problem = None if str(error).strip() else "an error without a word"
+            problem = f"prints {printed.getvalue()[:200]!r}" if printed.getvalue() else problem
+        except Exception:
+            problem = traceback.format_exc(limit=-5)
+        took, most = time.process_time() - began, _peak()
+        if problem is None and took > SECONDS:
+            problem = f"{took:.1f} s of work"
+        if problem is None and held is not None and most is not None and most - held > self.reader.memory:
+            problem = f"{(most - held) / 2**20:.0f} MiB"
+        strays = {file for file in _tree(self.root) - before if not Path(file).is_relative_to(out)}
+        allowed = inputs if self.name in ("cache", "sweep") else None
+        strays = {file for file in strays if allowed is None or not Path(file).is_relative_to(allowed)}
+        if problem is None and strays:
+            problem = f"wrote {', '.join(sorted(strays))}"
+        shutil.rmtree(self._box)
+        return None if problem is None else f"{self.name} seed {seed} ({name}): {problem}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("reader", choices=[*READERS, "all"])
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--most", type=int, default=10, help="faults after which a reader is left")
+    asked = parser.parse_args()
+    for name in READERS if asked.reader == "all" else (asked.reader,):
+        _try_out(name, range(asked.first, asked.first + asked.count), asked.most)
+
+
+def _try_out(name: str, seeds: range, most: int) -> None:
+    """Try seeds in child processes, since one that crashes takes its process with it."""
+    with tempfile.TemporaryDirectory() as root:
+        Trial(name, Path(root))  # raises here if what is whole is not read
+    at, found, began, accepted, kinds = seeds.start, 0, time.perf_counter(), 0, set[str]()
+    while at < seeds.stop and len(kinds) < most:
+        receiver, sender = os.pipe()
+        if not (child := os.fork()):
+            try:
+                os.close(receiver)
+                _tell(name, range(at, seeds.stop), sender)
+            finally:
+                os._exit(0)
+        os.close(sender)
+        with os.fdopen(receiver) as lines:
+            for line in lines:
+                at, fault, taken = json.loads(line)
+                at, accepted = at + 1, accepted + taken
+                if fault:
+                    found += 1
+                    if (kind := re.sub(r"[0-9]+", "", " ".join(fault.splitlines()[-3:]))[-300:]) not in kinds:
+                        print(fault, flush=True)
+                    kinds.add(kind)
+                    if len(kinds) >= most:
+                        break
+        if len(kinds) >= most:
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status) and at < seeds.stop and len(kinds) < most:
+            raise RuntimeError(f"{name} seed {at}: the trial itself failed")
+        if os.WIFSIGNALED(status) and len(kinds) < most:
+            kinds.add(f"{name} seed {at}: the process died of signal {os.WTERMSIG(status)}")
+            print(f"{name} seed {at}: the process died of signal {os.WTERMSIG(status)}", flush=True)
+            at, found = at + 1, found + 1
+    took = time.perf_counter() - began
+    told = f"{at - seeds.start} inputs, {accepted} read as they are, {found} faults of {len(kinds)} kinds, {took:.0f} s"
+    print(f"{name}: {told}", flush=True)
+
+
+def _tell(name: str, seeds: range, sender: int) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        trial = Trial(name, Path(root))
+        for seed in seeds:
+            before = trial.accepted
+            fault = trial.fault(seed)
+            os.write(sender, (json.dumps([seed, fault, trial.accepted - before]) + "\n").encode())
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    main()
