@@ -33,6 +33,7 @@ _WIDTH, _LARGEST = 0.3, 4.0
 #: Bytes that a file system allows in the name of a file.
 _LONGEST_NAME = 255
 
+
 def file_digest(path: Path) -> str:
     """SHA-256 of all bytes that a file stands for, in hexadecimal.
 
