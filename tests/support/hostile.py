@@ -333,6 +333,20 @@ def _bomb() -> bytes:
     return buffer.getvalue()
 
 
+def zip_member(data: bytes, rng: random.Random) -> bytes:
+    """A ZIP archive, one member of which is damaged; any other file is, as a whole."""
+    if not data.startswith(b"PK"):
+        return rng.choice(BYTES)(data, rng)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as whole, zipfile.ZipFile(buffer, "w") as file:
+        names = whole.namelist()
+        chosen = rng.choice((*[name for name in names if name.endswith(".pkl")] * len(names), *names))
+        for name in names:
+            content = whole.read(name)
+            file.writestr(name, rng.choice(BYTES)(content, rng) if name == chosen and content else content)
+    return buffer.getvalue()
+
+
 def onnx_field(data: bytes, rng: random.Random) -> bytes:
     """A model with another field."""
     import onnx
@@ -531,7 +545,7 @@ def _read_model(folder: Path, out: Path) -> None:
     from bench.metrics.evaluator import Evaluator
 
     for file in sorted(folder.glob("*.onnx")):
-        Evaluator.from_onnx(file).embed(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+        Evaluator.from_file(file).embed(torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
 
 
 def _checkpoint(folder: Path) -> None:
@@ -545,10 +559,38 @@ def _checkpoint(folder: Path) -> None:
 def _read_checkpoint(folder: Path, out: Path) -> None:
     import torch
 
-    from bench.recognition.state import load_recogniser
+    from bench.nets.checkpoints import load_recogniser
 
     recogniser, _ = load_recogniser(folder / "recogniser.safetensors")
     recogniser.embed(torch.zeros(1, *recogniser.spec.representation_shape))
+
+
+def _state_dict(folder: Path) -> None:
+    """TFace's IR-18, of which every layer holds one value many times: a file of a few kilobytes."""
+    import torch
+
+    from bench.nets.recogniser import build_recogniser
+
+    theirs = {"residual": "res_layer", "shortcut": "shortcut_layer", "stages": "body", "stem": "input_layer"}
+    theirs |= {"output.norm": "output_layer.0", "output.linear": "output_layer.3"}
+    weights = {}
+    for name, value in build_recogniser("ir-18", (3, 16, 16), 8).backbone.state_dict().items():
+        name = name.replace("output.embedding_norm", "output_layer.4")
+        for ours, called in theirs.items():
+            name = name.replace(ours, called)
+        weights[name] = value.flatten()[0].expand(value.shape)
+    torch.save(weights, folder / "theirs.pth")
+    torch.save({"state_dict": weights, "epoch": 3}, folder / "old.pth", _use_new_zipfile_serialization=False)
+
+
+def _read_state_dict(folder: Path, out: Path) -> None:
+    from bench.nets.checkpoints import read_checkpoint
+
+    (file,) = folder.iterdir()
+    try:
+        read_checkpoint(file)
+    except ValueError as error:  # which the harness gives the name of the option that it came by
+        raise BenchError(str(error)) from error
 
 
 def _run(folder: Path) -> None:
@@ -673,6 +715,7 @@ READERS: dict[str, Reader] = {
     "archive": Reader(_archived, ("*",), _unpack, {}, alone=True),
     "onnx": Reader(_model, ("*.onnx", "*.data"), _read_model, {".onnx": onnx_field}),
     "checkpoint": Reader(_checkpoint, ("*",), _read_checkpoint, {".safetensors": tensors_header}),
+    "state_dict": Reader(_state_dict, ("*.pth",), _read_state_dict, {".pth": zip_member}, alone=True),
     "cache": Reader(_cached, ("*/*",), _read_cached, {".safetensors": tensors_header, **_JSON}),
     "run": Reader(_run, _RUN_FILES, _read_archive, _JSON),
     "report": Reader(_run, _RUN_FILES, _read_report, _JSON),

@@ -55,7 +55,7 @@ def _asking(**config):
         ("per_image.parquet", "x", "per_image.parquet is not a readable Parquet file"),
         ("events.jsonl", "no json\n", "events.jsonl is damaged: line 1"),
         ("events.jsonl", "{}\n\udc80\n", "events.jsonl is damaged: line 2"),
-        ("events.jsonl", 100_000 * "[", "events.jsonl is damaged: line 1"),
+        ("events.jsonl", 100_000 * "[" + "\n", "events.jsonl is damaged: line 1"),
         ("samples/samples.json", "{}", "samples.json is not an index of samples"),
     ],
 )
