@@ -20,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Direction = Literal["utility", "leakage", "privacy", "cost"]
 
 
+#: No figure is larger, and its square is a number.
+LARGEST = 1e15
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """One figure as a metric computes it, or the reason why there is none.
@@ -62,6 +66,8 @@ class Measure(ResultModel):
     def _missing_has_reason(self) -> Self:
         if self.value is None and not self.reason:
             raise ValueError("a measure without a value needs a reason")
+        if any(LARGEST < abs(number) < math.inf for number in (self.value or 0.0, *(self.ci95 or ()))):
+            raise ValueError("no figure is so large")
         return self
 
     @classmethod

@@ -31,7 +31,7 @@ from bench.gate.scores import (
     first_problem,
     run_scores,
 )
-from bench.measures import Direction
+from bench.measures import LARGEST, Direction
 from bench.results import PROTOCOL_VERSION
 from bench.run.archive import Run
 
@@ -51,9 +51,13 @@ class Expected(StoredModel):
     paired_margin: float | None = Field(
         None, ge=0, description="the margin of a run whose seed is one of the baseline's; null: the same"
     )
-    seed_sd: float = Field(ge=0, description="standard deviation between seeds, beyond the choice of victims")
+    seed_sd: float = Field(
+        ge=0, le=LARGEST, description="standard deviation between seeds, beyond the choice of victims"
+    )
     seed_df: float = Field(gt=0, description="its degrees of freedom")
-    repeat_sd: float = Field(ge=0, description="standard deviation between runs of one seed that were trained anew")
+    repeat_sd: float = Field(
+        ge=0, le=LARGEST, description="standard deviation between runs of one seed that were trained anew"
+    )
     repeat_df: float = Field(gt=0, description="its degrees of freedom")
     limit: float | None = Field(None, description="the value at which everything is lost")
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bench.data.loaders import ROLES
 from bench.errors import DataError
-from bench.measures import KINDS, Direction, Guard, Measure
+from bench.measures import KINDS, LARGEST, Direction, Guard, Measure
 from bench.results import measures
 from bench.run.archive import Run
 
@@ -126,8 +126,10 @@ class CellKey(StoredModel):
 class Scores(StoredModel):
     """One figure of one run."""
 
-    value: float = Field(description="the figure")
-    se: float | None = Field(None, ge=0, description="standard error over people, where there are no raw values")
+    value: float = Field(ge=-LARGEST, le=LARGEST, description="the figure")
+    se: float | None = Field(
+        None, ge=0, le=LARGEST, description="standard error over people, where there are no raw values"
+    )
     sha256: str | None = Field(None, description="of the raw values per image (images, identities, float64)")
     means: list[float | None] | None = Field(None, description="mean of each person's images; null of those without")
     counts: list[int] | None = Field(None, description="how many images of each person that is")

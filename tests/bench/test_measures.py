@@ -45,3 +45,9 @@ def test_a_smaller_distance_leaks_more():
     assert leak("lpips", measure(0.1)) > leak("lpips", measure(0.5))
     assert leak("ssim", measure(0.1)) < leak("ssim", measure(0.5))
     assert set(KINDS) >= {"lpips", "ssim", "linkage", "d_sys", "accuracy"}
+
+
+def test_figures_whose_square_is_no_number_are_refused():
+    for figure in ({"value": 1e200}, {"value": 0.5, "ci95": (0.4, -1e308)}):
+        with pytest.raises(ValueError, match="no figure is so large"):
+            Measure(**figure, direction="leakage")
