@@ -96,6 +96,12 @@ def _fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
+_OUT_OF_MEMORY = (
+    "the accelerator's memory is full: give it fewer faces at once (--batch-size 16, --set training.batch_size=32, "
+    "-a batch_size=16), stop what else runs on it, or use --device cpu; finished stages are kept"
+)
+
+
 def _explain_os_error(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -132,6 +138,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("BENCH_DEBUG"):
             raise
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+            _fail(f"{_OUT_OF_MEMORY}: {error}", BenchError.exit_code)
         _fail(
             f"internal error: {type(error).__name__}: {error} (BENCH_DEBUG=1 shows the traceback; please report it)",
             BenchError.exit_code,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
 
@@ -374,6 +375,7 @@ class TestBadRuns:
         [
             (KeyboardInterrupt(), 130, "interrupted"),
             (RuntimeError("oops"), 3, "internal error: RuntimeError: oops"),  # a bug is one line, too
+            (torch.OutOfMemoryError("CUDA out of memory."), 3, "the accelerator's memory is full: give it fewer"),
         ],
     )
     def test_what_ends_a_run(self, bench, monkeypatch, raised, code, message):

@@ -1,4 +1,4 @@
-"""Runs that are killed, at random moments and in the middle of writing, and end as if they had not been.
+"""Runs that are killed, at random moments and in the middle of writing, or find no room, and end as if they had not.
 
 From the command line, for more kills than a test has time for: ``python tests/support/killing.py --kills 20``.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import signal
 import tempfile
 import time
@@ -19,6 +20,8 @@ from typing import Any
 
 import pandas as pd
 from tiny_runs import TINY, TINY_UNET, pipeline
+
+from bench.errors import BenchError
 
 #: What hangs on how fast or how often something was done.
 TIMINGS = ("seconds", "cached", "throughput", "peak_memory")
@@ -41,7 +44,7 @@ def start(out: Path, before: Callable[[], None] = lambda: None, **settings: Any)
     """The run in a child of this process, as ``bench`` ends: its exit code; the child's number."""
     if child := os.fork():
         return child
-    code = 3
+    code = 1
     try:
         before()
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -49,6 +52,8 @@ def start(out: Path, before: Callable[[], None] = lambda: None, **settings: Any)
         code = 0
     except KeyboardInterrupt:
         code = 130
+    except (BenchError, OSError):  # told in one line
+        code = 3
     except Exception:
         traceback.print_exc()
     finally:
@@ -142,6 +147,21 @@ def interrupted(out: Path, name: str, seconds: float, expected: dict[str, Any]) 
     return [code, result["status"], again, outcome(out) == expected and not left_over(out)]
 
 
+def room_for(size: int) -> Callable[[], None]:
+    """Have files end at so many bytes, as on a disk that is full."""
+
+    def before() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of the end
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return before
+
+
+def filled(out: Path, *sizes: int) -> list[int]:
+    """Exit codes of a run on disks that have room for files of so many bytes, the last of all with enough."""
+    return [*(end(start(out, room_for(size))) for size in sizes), end(start(out))]
+
+
 def together(*children: int) -> list[int]:
     """Their exit codes."""
     return [end(child) for child in children]
@@ -173,6 +193,9 @@ def main() -> None:
             told["killed"].append({"hit": hit, "same": outcome(out) == expected, "left": left_over(out)})
         for signalled in ("SIGTERM",) if asked.json else ("SIGINT", "SIGTERM"):
             told["interrupted"][signalled] = interrupted(root / signalled, signalled, seconds, expected)
+        out = root / "full"
+        codes = filled(out, 3_000, 100_000, 4_000_000)  # not the log, not the faces, not a recogniser
+        told["full"] = {"codes": codes, "same": outcome(out) == expected, "left": left_over(out)}
         out = root / "twice"
         codes = together(start(out), start(out))
         told["twice"] = {"codes": codes, "made": made(out), "same": outcome(out) == expected}

@@ -26,6 +26,8 @@ def test_a_run_that_was_disturbed_ends_as_if_it_had_not_been():
     assert [kill["left"] for kill in told["killed"]] == [[]]
     # What ends a job, or Ctrl-C, leaves a result that says so, and the code of an interruption.
     assert told["interrupted"] == {"SIGTERM": [130, "cancelled", 0, True]}
+    # A disk that fills up ends a run with its line, and with room it goes on.
+    assert told["full"] == {"codes": [3, 3, 3, 0], "same": True, "left": []}
     # Two at once: the later waits, computes nothing, and finds the same; two attacks at once train no network twice.
     assert told["twice"] == {"codes": [0, 0], "made": [], "same": True}
     assert told["beside"]["codes"] == [0, 0]
