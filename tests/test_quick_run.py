@@ -33,6 +33,7 @@ KEYS = {
     "seconds",
     "cached",
     "evaluators",
+    "recognisers",
     "failed",
     "worst_case_test",
     "peak_memory",
