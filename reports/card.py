@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from bench.data.loaders import MAIN, ROLES
 from bench.measures import KINDS, Measure, interval, shown
 from bench.run.archive import Run
 from bench.run.export import Exported
@@ -44,7 +45,8 @@ def _lines(run: Run, exported: Exported) -> Iterator[str]:
     if (data := result.dataset) is None:
         yield "The run left no figures, nor what it was trained on."
     else:
-        source = markdown_text(data.sources.get(role, data.name))
+        named = next(name for name, parts in ROLES.items() if role in parts)
+        source = markdown_text(data.sources.get(named) or data.sources.get(MAIN) or data.name)
         kind = "synthetic faces of people who do not exist" if data.synthetic else "photographs"
         images, people = (counted.get(role, 0) for counted in (data.images, data.identities))
         yield f"{source}: {images:,} images of {people:,} people, {data.image_size} px, {kind}."

@@ -48,6 +48,19 @@ def test_an_attacks_card_has_what_it_gives_back(tmp_path):
     assert "[" in line
 
 
+@pytest.mark.parametrize(("what", "trained_on"), [("recogniser", "webdataset"), ("attack", "folder")])
+def test_of_several_data_sets_it_names_the_one_that_was_trained_on(tmp_path, what, trained_on):
+    folder = make_run(tmp_path / "run")
+    document = json.loads((folder / "metrics.json").read_text())
+    document["dataset"] |= {
+        "name": "lfw",
+        "sources": {"victims": "lfw", "dataset": "webdataset", "attack_data": "folder"},
+    }
+    (folder / "metrics.json").write_text(json.dumps(document))
+    _, _, section = card_of(folder, what).partition("## Trained on\n\n")
+    assert section.startswith(f"{trained_on}: ")
+
+
 @pytest.mark.parametrize("what", ["recogniser", "attack"])
 def test_a_run_without_figures_says_so(tmp_path, what):
     card = card_of(make_run(tmp_path / "run", status="error"), what)
