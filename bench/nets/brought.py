@@ -11,7 +11,6 @@ import contextlib
 import copy
 import hashlib
 import inspect
-import json
 import os
 import re
 import warnings
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from bench import plugins
+from bench.files import parse_json
 from bench.nets.checkpoints import read_checkpoint
 from bench.nets.encoder import SIDE, FaceEncoder, Told
 from bench.nets.onnx import OnnxEncoder, file_digest
@@ -289,24 +289,25 @@ def _check_exported(path: Path) -> None:
         for name in names:
             if name.endswith(".json"):
                 try:
-                    document = json.loads(archive.read(name))
+                    document = parse_json(archive.read(name))
                 except (ValueError, RuntimeError, zipfile.BadZipFile) as error:
                     raise ValueError(f"{path} is damaged: its {name} cannot be read") from error
                 _check_document(path, document)
 
 
-def _check_document(path: Path, node: Any) -> None:
-    if isinstance(node, list):
-        for inner in node:
-            _check_document(path, inner)
-    elif isinstance(node, dict):
-        operation, expression = node.get("target"), node.get("expr_str")
-        if "inputs" in node and isinstance(operation, str) and not _OPERATIONS.match(operation):
-            raise ValueError(f"{path} calls {operation[:60]}, which is no operation of a network: it is not loaded")
-        if isinstance(expression, str) and not _is_arithmetic(expression):
-            raise ValueError(f"{path} has a size that is no arithmetic ({expression[:60]}): it is not loaded")
-        for inner in node.values():
-            _check_document(path, inner)
+def _check_document(path: Path, document: Any) -> None:
+    rest = [document]
+    while rest:
+        node = rest.pop()
+        if isinstance(node, list):
+            rest += reversed(node)
+        elif isinstance(node, dict):
+            operation, expression = node.get("target"), node.get("expr_str")
+            if "inputs" in node and isinstance(operation, str) and not _OPERATIONS.match(operation):
+                raise ValueError(f"{path} calls {operation[:60]}, which is no operation of a network: it is not loaded")
+            if isinstance(expression, str) and not _is_arithmetic(expression):
+                raise ValueError(f"{path} has a size that is no arithmetic ({expression[:60]}): it is not loaded")
+            rest += reversed(node.values())
 
 
 #: What a size may be written with. Calls are those of sympy's classes, whose names are capital.
