@@ -26,6 +26,16 @@ TINY = {
     "training": {"epochs": 1, "warmup_epochs": 0, "views": 1, "precision": "32-true", "embedding_size": 32},
 }
 TINY_UNET = {"widths": "4,8", "stem_stride": "2", "images": "256", "batch_size": "16"}
+#: A run on a small set in InsightFace's formats, of what recognition is measured on.
+PACKED = {
+    "defense": "pixelate",
+    "attack": "linear",
+    "dataset": "insightface",
+    "dataset_options": {},
+    "probes": 4,
+    "batch_size": 16,
+    "training": {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "embedding_size": 16, "precision": "32-true"},
+}
 
 
 def pipeline(out, **settings):

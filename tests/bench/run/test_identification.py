@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small_sets import people, picture, write_folder, write_janus, write_records
-from tiny_runs import made, pipeline, stages_of
+from tiny_runs import PACKED, made, pipeline, stages_of
 
 from bench.data.faces import FaceSet
 from bench.data.ijb import open_janus
@@ -17,15 +17,6 @@ from bench.results import measures
 from bench.run import identification
 from bench.run.identification import distracted_job, measure_templates, pooled_job, sought
 
-TINY = {
-    "defense": "pixelate",
-    "attack": "linear",
-    "dataset": "insightface",
-    "dataset_options": {},
-    "probes": 4,
-    "batch_size": 16,
-    "training": {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "embedding_size": 16, "precision": "32-true"},
-}
 SUBJECTS = 8
 
 
@@ -47,7 +38,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(out, root):
     distractors = f"folder:{root / 'more' / 'faces'}"
-    cell = pipeline(out, **TINY, data_root=root, verify="IJB-C", distractors=distractors)
+    cell = pipeline(out, **PACKED, data_root=root, verify="IJB-C", distractors=distractors)
     return cell.run(), cell
 
 
@@ -65,7 +56,7 @@ def nobody(images):
 @pytest.fixture(scope="module")
 def templates(run, root):
     """Defence -> template -> its unit row, by the definition; and the template's subject."""
-    stages, janus, rows = stages_of(run[1]), open_janus(root / "IJB-C", TINY.get("image_size", 32)), {}
+    stages, janus, rows = stages_of(run[1]), open_janus(root / "IJB-C", PACKED.get("image_size", 32)), {}
     images = janus.source.read(np.arange(len(janus.source))).images
     for of, name in (("protected", "pixelate"), ("unprotected", "none")):
         by = {}
@@ -172,14 +163,14 @@ def test_whom_a_recogniser_learns_from_is_left_out_with_all_templates(run, root)
 
 
 def test_the_plan_knows_of_them(run, root, out):
-    cell = pipeline(out, **TINY, data_root=root, verify="IJB-C", distractors=f"folder:{root / 'more' / 'faces'}")
+    cell = pipeline(out, **PACKED, data_root=root, verify="IJB-C", distractors=f"folder:{root / 'more' / 'faces'}")
     stages = {stage.name: stage.cached for stage in cell.plan().stages}
     further = {f"{what}-{of}" for what in ("pool-ijbc", "search") for of in ("pixelate", "none")}
     assert further <= stages.keys()
     assert all(stages.values())
     other = {
         stage.name: stage
-        for stage in pipeline(out, **TINY, data_root=root, verify="IJB-C", image_size=48).plan().stages
+        for stage in pipeline(out, **PACKED, data_root=root, verify="IJB-C", image_size=48).plan().stages
     }
     assert not other["pool-ijbc-none"].cached
     assert other["pool-ijbc-none"].seconds is None  # with distractors it was another run
@@ -209,7 +200,7 @@ def test_a_killed_run_embeds_only_what_is_missing(run, root, tmp_path, monkeypat
 @pytest.mark.parametrize("defense", ["biohash", "iom"])
 def test_under_keys_all_show_one(run, root, out, defense):
     """Pairs of one person and of two are then told apart by the face alone, and a search needs one key."""
-    stages = stages_of(pipeline(out, **TINY | {"defense": defense, "attack": "template"}, data_root=root))
+    stages = stages_of(pipeline(out, **PACKED | {"defense": defense, "attack": "template"}, data_root=root))
     target, folder = stages.defense(defense, {}), root / "IJB-C"
     system = identification._System(stages, target, "x")
     held = system._held(5)
@@ -227,17 +218,17 @@ def test_what_is_not_there_is_refused_before_anything_is_trained(out, root, tmp_
     with pytest.raises(
         MissingError, match=r"--verify: there is no ijbb: expected a folder with loose_crop and meta/ijbb_f"
     ):
-        pipeline(tmp_path, **TINY, data_root=root, verify="ijbb")
+        pipeline(tmp_path, **PACKED, data_root=root, verify="ijbb")
     with pytest.raises(MissingError, match=r"--distractors: .*nowhere does not exist"):
-        pipeline(tmp_path, **TINY, data_root=root, distractors=f"folder:{tmp_path / 'nowhere'}")
+        pipeline(tmp_path, **PACKED, data_root=root, distractors=f"folder:{tmp_path / 'nowhere'}")
     (tmp_path / "empty").mkdir()
-    cell = pipeline(tmp_path, **TINY, data_root=root, distractors=f"folder:{tmp_path / 'empty'}")
+    cell = pipeline(tmp_path, **PACKED, data_root=root, distractors=f"folder:{tmp_path / 'empty'}")
     with pytest.raises(DataError, match=r"empty holds no images where they are looked for"):
         cell.run()
     assert made(cell.directory) == []
     broken = write_janus(tmp_path / "broken", people(2, 6))
     (broken / "meta" / "ijbc_template_pair_label.txt").write_text("1 2 3\n")
-    cell = pipeline(tmp_path, **TINY, data_root=root, verify=broken)
+    cell = pipeline(tmp_path, **PACKED, data_root=root, verify=broken)
     with pytest.raises(DataError, match=r"pair_label\.txt line 1: a label is 0 or 1, got 3 \(--verify names"):
         cell.run()
     assert made(cell.directory) == []

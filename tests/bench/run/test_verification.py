@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from small_sets import people, write_pairs, write_records
-from tiny_runs import made, pipeline, stages_of
+from tiny_runs import PACKED, made, pipeline, stages_of
 
 from bench.data.faces import FaceSet
 from bench.errors import DataError, MissingError
@@ -16,16 +16,6 @@ from bench.measures import kind_at
 from bench.metrics.verification import lfw_accuracy, pair_scores
 from bench.recognition.embed import embed_faces
 from bench.results import Verification, measures
-
-TINY = {
-    "defense": "pixelate",
-    "attack": "linear",
-    "dataset": "insightface",
-    "dataset_options": {},
-    "probes": 4,
-    "batch_size": 16,
-    "training": {"epochs": 1, "warmup_epochs": 0, "batch_size": 16, "embedding_size": 16, "precision": "32-true"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +30,13 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(out, root):
-    cell = pipeline(out, **TINY, data_root=root, verify="none")
+    cell = pipeline(out, **PACKED, data_root=root, verify="none")
     return cell.run(), cell
 
 
 @pytest.fixture(scope="module")
 def run(alone, out, root):
-    cell = pipeline(out, **TINY, data_root=root)
+    cell = pipeline(out, **PACKED, data_root=root)
     return cell.run(), cell
 
 
@@ -101,14 +91,14 @@ def test_every_figure_of_a_pack_is_known(run):
 
 def test_of_faces_on_disk_the_same_people_are_left_out(run, root, out):
     memory = stages_of(run[1]).verification_set(root / "agedb_30.bin")
-    stages = stages_of(pipeline(out, **TINY, data_root=root, stream=True))
+    stages = stages_of(pipeline(out, **PACKED, data_root=root, stream=True))
     assert not isinstance(stages.splits.provider, FaceSet)
     disk = stages.verification_set(root / "agedb_30.bin")
     assert (disk.key, disk.notes) == (memory.key, memory.notes)
 
 
 def test_a_template_defence_enrols_and_matches_the_pairs_of_a_pack(run, out, root):
-    stages = stages_of(pipeline(out, **TINY | {"defense": "biohash", "attack": "template"}, data_root=root))
+    stages = stages_of(pipeline(out, **PACKED | {"defense": "biohash", "attack": "template"}, data_root=root))
     defense = stages.defense("biohash", {})
     pack = stages.verification_set(root / "cfp_fp.bin")
     scores = stages.do(stages.verification_job(defense, pack))
@@ -123,10 +113,10 @@ def test_a_template_defence_enrols_and_matches_the_pairs_of_a_pack(run, out, roo
 
 def test_what_cannot_be_verified_is_refused_before_anything_is_trained(out, root, tmp_path):
     with pytest.raises(MissingError, match=r"has no pack 'calfw\.bin' \(it has agedb_30\.bin, cfp_fp\.bin, lfw\.bin\)"):
-        pipeline(tmp_path, **TINY, data_root=root, verify="lfw,calfw")
+        pipeline(tmp_path, **PACKED, data_root=root, verify="lfw,calfw")
     damaged = tmp_path / "calfw.bin"
     damaged.write_bytes(b"no pack")
-    cell = pipeline(tmp_path, **TINY, data_root=root, verify=damaged)
+    cell = pipeline(tmp_path, **PACKED, data_root=root, verify=damaged)
     with pytest.raises(DataError, match=r"calfw\.bin is no verification pack"):
         cell.run()
     assert made(cell.directory) == []
@@ -134,7 +124,7 @@ def test_what_cannot_be_verified_is_refused_before_anything_is_trained(out, root
 
 def test_a_pack_without_a_pair_left_is_named(out, root, tmp_path):
     write_pairs(tmp_path / "calfw.bin", people(40, 2))
-    cell = pipeline(out, **TINY, data_root=root, verify=tmp_path / "calfw.bin")
+    cell = pipeline(out, **PACKED, data_root=root, verify=tmp_path / "calfw.bin")
     stages = stages_of(cell)
     names = stages.splits.provider.used_names
     everyone = people(40, 2)
