@@ -15,7 +15,9 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM python:${PYTHON}-slim
 # Build of torch, as PyTorch's index names it: cpu, or that of a CUDA release.
 ARG TORCH=cpu
-RUN pip install --no-cache-dir torch torchvision --index-url "https://download.pytorch.org/whl/${TORCH}"
+# Where pip finds torch and torchvision: of a mirror, or of PyPI (https://pypi.org/simple), which has the CUDA build alone.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/${TORCH}
+RUN pip install --no-cache-dir torch torchvision --index-url "${TORCH_INDEX}"
 COPY --from=build /wheels /wheels
 RUN pip install --no-cache-dir /wheels/*.whl
 # Also for whoever is named by docker run --user, so that runs belong to the caller.

@@ -265,12 +265,22 @@ def _trained(runs: Sequence[Run]) -> dict[Path, dict[str, str]]:
         for run in runs
         if run.result.utility is not None
     }
-    kept: dict[Path, dict[str, str]] = {}
+    groups: dict[str, list[dict[str, str]]] = {}
     for run in (run for run in runs if run.directory in ways):
-        others = [ways[o.directory] for o in runs if o.directory in ways and _defense(o) == _defense(run)]
-        way = ways[run.directory]
-        kept[run.directory] = {key: way[key] for key in way if len({other.get(key) for other in others}) > 1}
-    return kept
+        groups.setdefault(_defense(run), []).append(ways[run.directory])
+    varied = {name: _varied(group) for name, group in groups.items()}
+    return {
+        run.directory: {key: way for key, way in ways[run.directory].items() if key in varied[_defense(run)]}
+        for run in runs
+        if run.directory in ways
+    }
+
+
+def _varied(options: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys whose values are not the same in all of ``options``, in order."""
+    keys = dict.fromkeys(key for each in options for key in each)
+    # repr: JSON has no order for values of different kinds, and 1 is not "1".
+    return [key for key in keys if len({repr(each.get(key)) for each in options}) > 1]
 
 
 def _asked(run: Run) -> str:
@@ -290,13 +300,13 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def labels(named: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Names, followed by the options in which things of one name differ."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for name, options in named:
+        groups.setdefault(name, []).append(options)
+    varied = {name: _varied(group) for name, group in groups.items()}
     made = []
     for name, options in named:
-        others = [other for same, other in named if same == name]
-        keys = dict.fromkeys(key for other in others for key in other)
-        # repr: JSON has no order for values of different kinds, and 1 is not "1".
-        differing = [key for key in keys if len({repr(other.get(key)) for other in others}) > 1]
-        told = [f"{key}={options[key]}" for key in differing if options.get(key) not in (None, {})]
+        told = [f"{key}={options[key]}" for key in varied[name] if options.get(key) not in (None, {})]
         shown = told[:_SHOWN_OPTIONS] + ["…"] * (len(told) > _SHOWN_OPTIONS)
         made.append(_plain(f"{name} ({', '.join(shown)})" if told else name))
     return made

@@ -68,7 +68,7 @@ class Doing:
 
 
 class Shelf:
-    """The runs of a folder, each read again only when a file of it has changed.
+    """The runs of a folder without their raw values, each read again only when a file of it has changed.
 
     Attributes:
         folder: holds them, or is one.
@@ -102,7 +102,7 @@ class Shelf:
         if directory != root and directory.resolve().parent != root:
             return f"{name} leads out of {self.folder}: it is not shown"
         try:
-            run = load_run(directory)
+            run = load_run(directory, tables=False)
             if run.manifest.status == "started":
                 last_event(directory)
             [setting] = settings([run])
@@ -233,7 +233,7 @@ def _entries(cell: Cell, data: str) -> dict[str, Entry]:
         "attack": cell.attack,
         "knowledge": cell.knowledge,
         "status": status,
-        "data": f"{data} (synthetic)" if run.synthetic else data,
+        "data": f"{data} (synthetic)" if run.synthetic and "synthetic" not in data else data,
         "updated": run.manifest.updated or run.manifest.started or MISSING,
     }
     entries = {key: Entry(text) for key, text in texts.items()}
@@ -293,7 +293,7 @@ def _known(shelf: Shelf, name: str | None) -> Run:
         raise _Unknown(f"{shelf.folder} holds no run {name!r}")
     if isinstance(found, str):
         raise MissingError(found)
-    return found
+    return load_run(found.directory)
 
 
 def _one(shelf: Shelf, request: Request) -> str:

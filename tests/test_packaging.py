@@ -15,6 +15,7 @@ import zipfile
 from configparser import ConfigParser
 from email.message import Message
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -209,6 +210,8 @@ def test_the_image_runs_bench_as_nobody_special_on_a_python_that_is_supported() 
     assert arguments["PYTHON"] in SpecifierSet(PROJECT["requires-python"])
     assert f"Programming Language :: Python :: {arguments['PYTHON']}" in PROJECT["classifiers"]
     assert arguments["TORCH"] == "cpu"
+    index = urlsplit(arguments["TORCH_INDEX"].replace("${TORCH}", arguments["TORCH"]))
+    assert (index.scheme, index.netloc) == ("https", "download.pytorch.org")
     assert all("python:${PYTHON}-slim" in words for name, words in INSTRUCTIONS if name == "FROM")
     last = dict(INSTRUCTIONS)
     assert last["USER"] not in ("root", "0")

@@ -275,8 +275,13 @@ def read_manifest(directory: Path) -> Manifest:
     return read_model(directory / "manifest.json", Manifest)
 
 
-def load_run(directory: Path) -> Run:
+def load_run(directory: Path, *, tables: bool = True) -> Run:
     """One run directory.
+
+    Args:
+        directory: the folder.
+        tables: whether raw values are read, which most of the time goes into. Without, only those of files that are
+            not as the manifest recorded them are, so that damage is found.
 
     Raises:
         MissingError: a file of it is missing, damaged or of another schema; the message names it.
@@ -290,15 +295,21 @@ def load_run(directory: Path) -> Run:
         result = read_model(result_file, RunResult)
     recorded = {name: manifest.artefacts.get(name) for name in ("metrics.json", *(f"{t}.parquet" for t in _COLUMNS))}
     there = {name: sha256(directory / name) if (directory / name).is_file() else None for name in recorded}
+
+    def table(name: _TableName) -> pd.DataFrame | None:
+        file = f"{name}.parquet"
+        known = recorded[file] is not None and there[file] == recorded[file]
+        return None if known and not tables else _table(directory, name)
+
     return Run(
         directory=directory,
         manifest=manifest,
         result=result,
-        per_image=_table(directory, "per_image"),
-        scores=_table(directory, "scores"),
-        linkage=_table(directory, "linkage"),
-        states=_table(directory, "state_inference"),
-        inverted=_table(directory, "inverted"),
+        per_image=table("per_image"),
+        scores=table("scores"),
+        linkage=table("linkage"),
+        states=table("state_inference"),
+        inverted=table("inverted"),
         losses=tuple(_losses(directory / "events.jsonl")),
         samples=read_samples(directory / "samples"),
         altered=tuple(name for name, digest in recorded.items() if digest and there[name] != digest),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import parse_wheel_filename
+from packaging.version import Version
 
 import bench
 
@@ -33,6 +37,22 @@ def test_an_example_installs_this_version_from_a_repository(example):
     assert variables["PPFR_BENCH"] == SOURCE
     installed = [line for line in lines if "pip install" in line and "torch" not in line]
     assert installed == ['pip install "$PPFR_BENCH" -e .']
+
+
+@pytest.mark.parametrize(
+    "file", ["docs/ci/github-actions.yml", "docs/ci/gitlab-ci.yml", "bench/commands/plugin/test.yml.j2"]
+)
+def test_a_comment_says_what_to_put_in_place_of_the_address(file):
+    """Nobody has the placeholder's package: the lines above it name what to replace, and three forms that pip takes."""
+    text = (ROOT / file).read_text(encoding="utf-8").replace("{{ version }}", bench.__version__)
+    [(comment, source)] = re.findall(r"((?:^ *#.*\n)+) *PPFR_BENCH: (.+)", text, flags=re.MULTILINE)
+    said = " ".join(line.strip(" #") for line in comment.splitlines())
+    asked = Requirement(source)
+    address = urlsplit(str(asked.url))
+    assert f"Replace {address.netloc}{address.path.partition('@')[0]}:" in said
+    [wheel] = re.findall(r"\./(\S+\.whl)", said)
+    assert parse_wheel_filename(wheel)[:2] == (asked.name, Version(bench.__version__))
+    assert said.endswith(f"package index: {asked.name}")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
