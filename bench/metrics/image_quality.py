@@ -19,6 +19,9 @@ from bench.images import WINDOW, ssim_terms
 #: PSNR in dB given to images that differ by less than float32 can hold (MSE <= 1e-10), so that means stay finite.
 PSNR_CAP = 100.0
 
+#: Faces whose difference stays in a processor's cache between the two times that it is read.
+_CHUNK_CPU = 8
+
 #: Exponents of the five scales, Wang, Simoncelli and Bovik 2003 (Asilomar), section 3.2.
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
@@ -37,7 +40,10 @@ def psnr(recovered: Tensor, original: Tensor) -> Tensor:
         tensor([20.0000])
     """
     recovered, original = checked_faces(recovered, original)
-    return _decibel((recovered - original).square().flatten(1).mean(1))
+    size = _CHUNK_CPU if recovered.device.type == "cpu" else max(1, len(recovered))
+    chunks = zip(recovered.split(size), original.split(size), strict=True)
+    norms = torch.cat([torch.linalg.vector_norm((r - o).flatten(1), dim=1) for r, o in chunks])
+    return _decibel(norms.square() / recovered[:1].numel())
 
 
 def psnr_aligned(recovered: Tensor, original: Tensor) -> Tensor:
