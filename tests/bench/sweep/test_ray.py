@@ -14,7 +14,7 @@ import psutil
 import pytest
 import sweep_at_work
 from filelock import FileLock
-from sweep_at_work import calls, endless, every_end, grid, killed_once, light, sweep, until_a_loss
+from sweep_at_work import calls, endless, every_end, grid, light, sweep, until_a_loss
 
 from bench.errors import BenchError, UsageError
 from bench.sweep.cells import Cell, expand
@@ -94,25 +94,16 @@ def statuses(state):
     return [(cell.status, cell.attempts) for cell in state.cells]
 
 
-def test_a_killed_worker_is_replaced_and_finished_cells_are_not_run_twice(cluster, tmp_path):
-    handler = signal.getsignal(signal.SIGTERM)
-    state = over(cluster, tmp_path, killed_once).run()
-    assert statuses(state) == [("success", 1), ("success", 2), ("success", 1), ("success", 1)]
-    assert calls(tmp_path) == ["none 0", "none 1", "partialface 0", "partialface 1"]
-    assert calls(tmp_path, "killed") == ["partialface 0"]
-    assert not ray.is_initialized()  # the driver has left, the cluster stands
-    assert signal.getsignal(signal.SIGTERM) is handler
-    assert statuses(over(cluster, tmp_path, light).run()) == statuses(state)  # from the run store
-    assert len(calls(tmp_path)) == 4
-
-
 def test_every_way_to_end(cluster, tmp_path):
-    state = over(cluster, tmp_path, every_end, defenses="none", seeds="0,1,2,3", retries=1).run()
-    assert statuses(state) == [("success", 1), ("failed", 1), ("failed", 2), ("success", 1)]
+    handler = signal.getsignal(signal.SIGTERM)
+    state = over(cluster, tmp_path, every_end, defenses="none", seeds="0,1,2,3,4", retries=1).run()
+    assert statuses(state) == [("success", 1), ("failed", 1), ("failed", 2), ("success", 1), ("success", 2)]
     assert state.cells[1].error == "the loss is not finite"
     assert state.cells[2].error.startswith("the Ray worker was lost: ")
     assert state.cells[3].error is None
-    assert calls(tmp_path) == ["none 0", "none 3"]
+    assert calls(tmp_path) == ["none 0", "none 3", "none 4"]  # killed workers are replaced, nothing is run twice
+    assert not ray.is_initialized()  # the driver has left, the cluster stands
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_what_no_machine_has_and_machines_that_cannot_be_trusted(cluster, tmp_path, monkeypatch):
@@ -130,7 +121,8 @@ def test_no_cluster(tmp_path):
         sweep(tmp_path, light, engine="ray", address="127.0.0.1:1").run()
 
 
-def test_stopping_cancels_what_runs(cluster, tmp_path):
+def test_stopping_cancels_what_runs(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.sweep.ray.GRACE", 120.0)  # on a busy machine; it ends as soon as all are cancelled
     cells = [Cell(config) for config in expand(grid(tmp_path, defenses="none"))]
     with opened(cells) as journal:
         workers = RayWorkers(endless, journal.directory, address=cluster.address, cpus=1, gpus=0)
@@ -148,16 +140,15 @@ def test_a_machine_that_is_lost_in_the_middle(cluster, tmp_path):
     """Comes after the others: half of the cluster is gone then."""
     lost = threading.Thread(target=lose_a_machine, args=(cluster, tmp_path))
     lost.start()
-    state = over(cluster, tmp_path, until_a_loss).run()
+    state = over(cluster, tmp_path, until_a_loss, defenses="none").run()
     lost.join()
-    assert [cell.status for cell in state.cells] == ["success"] * 4
-    assert sorted(cell.attempts for cell in state.cells) == [1, 1, 1, 2]
-    assert calls(tmp_path) == ["none 0", "none 1", "partialface 0", "partialface 1"]
+    assert sorted(statuses(state)) == [("success", 1), ("success", 2)]
+    assert calls(tmp_path) == ["none 0", "none 1"]
 
 
 def lose_a_machine(cluster, out):
     """Kill the second machine, abruptly, when each runs a cell."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(calls(out, "began")) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     machine = cluster.worker_nodes.copy().pop()
