@@ -104,7 +104,7 @@ class Kind:
         direction: what a higher value means.
         meaning: one sentence for people who see it for the first time.
         unit: after the heading; empty for a figure without one.
-        span: the values that it can take.
+        ends: the lowest and the highest value that it can take.
         decimals: shown at most; fewer where the interval is wide.
         short: heading where there is little room; empty for ``heading``.
         headline: whether the summary of a report has a column of it.
@@ -118,7 +118,7 @@ class Kind:
     direction: Direction
     meaning: str
     unit: str = ""
-    span: str = ""
+    ends: tuple[float, float] = (-math.inf, math.inf)
     decimals: int = 3
     short: str = ""
     headline: bool = False
@@ -130,6 +130,16 @@ class Kind:
     def scale(self) -> float:
         """What a stored value is multiplied with to be shown: rates are stored as shares of 1."""
         return 100.0 if self.unit == "%" else 1.0
+
+    @property
+    def span(self) -> str:
+        """The values that it can take, in words, as they are shown."""
+        low, high = (self.scale * end for end in self.ends)
+        if math.isinf(high):
+            return "" if math.isinf(low) else f"{low:g} and above"
+        if math.isinf(low):
+            return f"at most {high:g} {self.unit}"
+        return f"{low:g}..{high:g}" + " %" * (self.unit == "%")
 
     @property
     def label(self) -> str:
@@ -172,7 +182,7 @@ _UNPROTECTED = {
 }
 
 
-_rate = partial(Kind, unit="%", span="0..100 %", decimals=1)
+_rate = partial(Kind, unit="%", ends=(0.0, 1.0), decimals=1)
 _LINKAGE = "linkage.protected_plain"
 #: Guards of rates: of what leaks of faces, of what links, and of recognition.
 _LEAKED = Guard(0.03, 0.03, 0.015, limit=1.0)
@@ -202,21 +212,21 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         "Probes found in a gallery at a given share of searches that raise a false alarm (open set)."),
     "ssim": Kind(
         "SSIM", "recovery.ssim", "leakage",
-        "Structural similarity of recovered and original face; 1 is the original.", span="-1..1", headline=True,
+        "Structural similarity of recovered and original face; 1 is the original.", ends=(-1.0, 1.0), headline=True,
         guard=Guard(0.01, 0.007, 0.004, limit=1.0), canary=Guard(0.03, 0.007, 0.004, limit=0.0)),
     "psnr": Kind(
         "PSNR", "recovery.psnr", "leakage",
         "Peak signal-to-noise ratio of the recovered face; punishes brightness shifts.",
-        unit="dB", span="at most 100 dB", decimals=2, headline=True),
+        unit="dB", ends=(-math.inf, 100.0), decimals=2, headline=True),
     "psnr_aligned": Kind(
         "PSNR aligned", "recovery.psnr_aligned", "leakage",
         "PSNR after the best affine fit of each colour: what a person would still see.",
-        unit="dB", span="at most 100 dB", decimals=2, short="aligned", headline=True, guard=Guard(0.25, 0.4, 0.15)),
+        unit="dB", ends=(-math.inf, 100.0), decimals=2, short="aligned", headline=True, guard=Guard(0.25, 0.4, 0.15)),
     "ms_ssim": Kind(
-        "MS-SSIM", "recovery.ms_ssim", "leakage", "Structural similarity over several scales.", span="0..1"),
+        "MS-SSIM", "recovery.ms_ssim", "leakage", "Structural similarity over several scales.", ends=(0.0, 1.0)),
     "lpips": Kind(
         "LPIPS", "recovery.lpips", "privacy",
-        "Perceptual distance to the original (v0.1, AlexNet); 0 is the original.", span="0 and above", headline=True,
+        "Perceptual distance to the original (v0.1, AlexNet); 0 is the original.", ends=(0.0, math.inf), headline=True,
         guard=Guard(0.01, 0.01, 0.004, limit=0.0)),
     "type1_tar": _rate(
         "type I", "recovery.identity.type1_tar", "leakage",
@@ -242,11 +252,11 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         "rank-20", "recovery.identity.rank20", "leakage", "As rank-1, among the twenty nearest (Success@20)."),
     "cosine": Kind(
         "cosine", "recovery.identity.cosine", "leakage",
-        "Cosine of the evaluator's embeddings of recovered and original face.", span="-1..1", headline=True,
+        "Cosine of the evaluator's embeddings of recovered and original face.", ends=(-1.0, 1.0), headline=True,
         guard=Guard(0.02, 0.02, 0.01, limit=1.0), canary=Guard(0.05, 0.02, 0.01)),
     "knn_distance": Kind(
         "distance", "recovery.identity.knn_distance", "privacy",
-        "Distance to the nearest plain face of the same person.", span="0..2"),
+        "Distance to the nearest plain face of the same person.", ends=(0.0, 2.0)),
     "linkage": _rate(
         "linkage", f"{_LINKAGE}.accuracy", "leakage",
         "Pairs of a protected and a plain face told apart right; 50 % is guessing.",
@@ -265,7 +275,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         "Representations whose nearest plain face is of the right person.", guard=_LEAKED),
     "d_sys": Kind(
         "D_sys", "linkage.d_sys.protected_plain", "leakage",
-        "Global unlinkability measure: 0 unlinkable, 1 fully linkable.", span="0..1", headline=True),
+        "Global unlinkability measure: 0 unlinkable, 1 fully linkable.", ends=(0.0, 1.0), headline=True),
     "state_faces": _rate(
         "states", "state_inference.faces", "leakage",
         "Interceptions of which the attack names all that was drawn.", guard=_LEAKED),
@@ -273,7 +283,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         "channels", "state_inference.channels", "leakage", "Channels that the attack puts in their place."),
     "embedding_cosine": Kind(
         "embedding cosine", "inversion.cosine", "leakage",
-        "Cosine of the embedding that is made of stolen templates and the true one.", span="-1..1", headline=True),
+        "Cosine of the embedding that is made of stolen templates and the true one.", ends=(-1.0, 1.0), headline=True),
     "pass_same": _rate(
         "pass", "inversion.same_far_1e2", "leakage",
         "Estimates that pass against the stolen template, where 1 % of impostors do.", headline=True),
@@ -287,13 +297,13 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
         "pass renewed @1e-3", "inversion.renewed_far_1e3", "leakage", "As pass renewed, where 0.1 % of impostors do."),
     "estimate_d_sys": Kind(
         "D_sys inverted", "inversion.d_sys", "leakage",
-        "Unlinkability of what is made of templates under two keys: 0 unlinkable, 1 fully linkable.", span="0..1"),
+        "Unlinkability of what is made of templates under two keys: 0 unlinkable, 1 fully linkable.", ends=(0.0, 1.0)),
     "estimate_maximal": Kind(
         "maximal linkability inverted", "inversion.maximal", "leakage",
-        "Maximal linkability of what is made of templates under two keys.", unit="bits", span="0..1", decimals=2),
+        "Maximal linkability of what is made of templates under two keys.", unit="bits", ends=(0.0, 1.0), decimals=2),
     "estimate_d_sys_plain": Kind(
         "D_sys inverted-plain", "inversion.d_sys_plain", "leakage",
-        "Unlinkability of what is made of a template and an unprotected embedding.", span="0..1"),
+        "Unlinkability of what is made of a template and an unprotected embedding.", ends=(0.0, 1.0)),
     "own_accuracy": _rate(
         "own key", "template.verification.own.accuracy", "utility",
         "Pairs told apart right where each person shows the own key."),
@@ -316,24 +326,25 @@ KINDS: Mapping[str, Kind] = MappingProxyType({
     "template_d_sys": Kind(
         "D_sys templates", "template.d_sys", "leakage",
         "Unlinkability of templates under two keys, as the system compares: 0 unlinkable, 1 fully linkable.",
-        span="0..1"),
+        ends=(0.0, 1.0)),
     "template_maximal": Kind(
         "maximal linkability", "template.maximal", "leakage",
-        "Maximal linkability of templates under two keys.", unit="bits", span="0..1", decimals=2),
+        "Maximal linkability of templates under two keys.", unit="bits", ends=(0.0, 1.0), decimals=2),
     # Declared, not measured: how much an attacker has to guess. Exact, so the slightest loss counts.
     "entropy_bits": Kind(
         "entropy", "defense.entropy_bits", "privacy",
         "Binary logarithm of the number of states that can be drawn, each alike.",
-        unit="bits", span="0 and above", decimals=2, guard=Guard(0.01, 0.0, 0.0, limit=0.0)),
+        unit="bits", ends=(0.0, math.inf), decimals=2, guard=Guard(0.01, 0.0, 0.0, limit=0.0)),
     "bytes": Kind(
         "sent", "defense.bytes_per_face", "cost",
-        "Bytes that leave the client per face.", unit="bytes", span="0 and above", decimals=0),
+        "Bytes that leave the client per face.", unit="bytes", ends=(0.0, math.inf), decimals=0),
     "protect": Kind(
         "protect", "throughput.protect", "utility",
-        "Faces that a client protects in a second, batched.", unit="faces/s", span="0 and above", decimals=0),
+        "Faces that a client protects in a second, batched.", unit="faces/s", ends=(0.0, math.inf), decimals=0),
     "recover": Kind(
         "attack", "throughput.recover", "utility",
-        "Faces that the fitted attack processes in a second, batched.", unit="faces/s", span="0 and above", decimals=0),
+        "Faces that the fitted attack processes in a second, batched.",
+        unit="faces/s", ends=(0.0, math.inf), decimals=0),
 })
 # fmt: on
 

@@ -407,8 +407,8 @@ def over_seeds(name: str, measures: Sequence[Measure]) -> Measure:
     ends = np.array([measure.ci95 or (measure.value, measure.value) for measure in measures], dtype=float)
     below, above = (values - ends[:, 0]).mean(), (ends[:, 1] - values).mean()
     low, high = mean - math.hypot(float(below), between), mean + math.hypot(float(above), between)
-    if KINDS[name].unit == "%":
-        low, high = max(0.0, low), min(1.0, high)
+    least, most = KINDS[name].ends
+    low, high = max(least, low), min(most, high)
     certain = low == high
     return Measure(
         value=mean,

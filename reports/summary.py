@@ -200,9 +200,10 @@ def worst_rows(setting: Setting) -> dict[tuple[str, str], Row]:
             for one in ranked:
                 if one.worst is not None:
                     cases[one.defense, knowledge][name] = one
-            leaders, judged = least(ranked), [one for one in ranked if not one.objection]
+            leaders = least([one for one in ranked if not one.unprotected])
+            judged = [one for one in ranked if not one.objection]
             # Where all are alike, or nothing does better than no defence, nobody is the best.
-            if len(leaders) < len(judged) and not any(one.unprotected for one in leaders):
+            if len(leaders) < len(judged) and not any(one.unprotected for one in least(ranked)):
                 best |= {(one.defense, knowledge, name) for one in leaders}
     return {
         (defense, knowledge): _worst_row(

@@ -56,6 +56,7 @@ def test_a_mean_over_seeds_has_an_interval_of_both_worked_out_by_hand():
     assert mean.ci95 == pytest.approx((0.6 - half, 0.6 + half), abs=1e-6)
     assert mean.n == 24
     assert over_seeds("ssim", [measure(0.5)]) == measure(0.5)
+    assert over_seeds("ssim", [measure(0.99), measure(0.6)]).ci95[1] == 1.0  # no face is more like than the face itself
     rates = over_seeds("type2_far_1e3", [measure(0.9, 0.05), measure(1.0, 0.0)])
     assert rates.ci95[1] == 1.0
 
@@ -118,6 +119,16 @@ def test_a_tie_is_said_as_one_and_nothing_is_bold(tmp_path):
     assert not any(row.entries["ssim"].best for row in rows.values()), "all are equal"
     rows = worst_rows(setting_of(*folders[:2]))
     assert not any(entry.best for row in rows.values() for entry in row.entries.values())
+
+
+def test_bold_are_those_of_whom_the_sentence_says_that_they_leak_least(tmp_path):
+    """What is measured beside all defences makes no comparison of two of them stricter."""
+    folders = [run(tmp_path, "a", 0.2), run(tmp_path, "b", 0.25), run(tmp_path, "none", 1.0, accuracy=0.97)]
+    all_three = least(standings(setting_of(*folders), "whitebox", "type2_far_1e3"))
+    assert [one.defense for one in all_three] == ["a", "b"]  # so near that it matters how many are compared
+    assert "a is worth it, and leaks least of the 2 that are" in verdict_of(*folders).sentence
+    rows = worst_rows(setting_of(*folders))
+    assert [rows[name, "whitebox"].entries["type2_far_1e3"].best for name in ("a", "b")] == [True, False]
 
 
 def test_nothing_is_bold_where_no_defence_does_better_than_none(tmp_path):
