@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from bench.commands.console import show_files
 from bench.commands.flags import AsJson
-from bench.errors import MissingError
+from bench.errors import MissingError, UsageError
 
 
 def rm(
@@ -22,7 +23,13 @@ def rm(
     for run in runs:
         if not (run / "manifest.json").is_file():
             raise MissingError(f"{run} is not a run directory: it has no manifest.json")
-    if not yes and not typer.confirm(f"delete {', '.join(map(str, runs))}?", err=True):
+    try:
+        agreed = yes or typer.confirm(f"delete {', '.join(map(str, runs))}?", err=True)
+    except typer.Abort:
+        if sys.stdin.isatty():  # Ctrl-C
+            raise
+        raise UsageError("nothing was deleted, as nobody answered: --yes deletes without asking") from None
+    if not agreed:
         raise typer.Exit
     for run in runs:
         shutil.rmtree(run)

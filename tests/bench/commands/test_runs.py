@@ -1,5 +1,6 @@
 """`bench runs`, `bench show` and `bench rm` on run folders as reports read them."""
 
+import io
 import json
 
 import pytest
@@ -35,6 +36,9 @@ def test_a_run_is_shown_as_when_it_ended(bench, store):
 def test_only_runs_are_deleted_and_only_with_consent(bench, store, monkeypatch):
     code, _, err = bench("rm", "--yes", store / "run-0", store / "cache")
     assert (code, "not a run directory" in err) == (5, True)
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, _, err = bench("rm", store / "run-0")
+    assert (code, "--yes" in err) == (2, True)  # nobody is there to be asked
     monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
     assert bench("rm", store / "run-0")[:2] == (0, "")
     assert (store / "run-0").is_dir()
