@@ -19,6 +19,14 @@ elif hasattr(os, "sched_getaffinity"):
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Each worker starts with tests that lie together, and so makes what a module shares once in all, not once each."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
+
+
 @pytest.fixture(scope="session")
 def real_faces_root() -> Path:
     """The folder with real faces, in InsightFace's layout; without one the test is skipped."""
@@ -26,6 +34,14 @@ def real_faces_root() -> Path:
     if not root:
         pytest.skip("BENCH_DATA_ROOT is not set")
     return Path(root)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _speed_in_passing():
+    """No test of a run asks how fast anything is."""
+    from runs_at_work import speed_in_passing
+
+    speed_in_passing()
 
 
 @pytest.fixture

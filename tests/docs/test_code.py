@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 import tomllib
@@ -22,7 +21,6 @@ from bench.errors import UsageError
 from bench.results import Quality, RunResult
 from bench.run.config import resolve
 from bench.run.pipeline import Pipeline
-from bench.run.speed import measure
 
 DOCS = Path(__file__).parents[2] / "docs"
 SIZE = 24
@@ -95,7 +93,7 @@ Run = Callable[..., RunResult]
 
 @pytest.fixture(scope="module")
 def run(installed, evaluator, tmp_path_factory):
-    """One cell through the whole pipeline, at a size of seconds; how fast anything is, is no question here."""
+    """One cell through the whole pipeline, at a size of seconds."""
     out = tmp_path_factory.mktemp("runs")
 
     def cell(defense: str, attack: str, knowledge: str = "whitebox", **options: Any) -> RunResult:
@@ -103,10 +101,8 @@ def run(installed, evaluator, tmp_path_factory):
         asked = {**WORLD, **names, "evaluator": evaluator, "out": out, **options}
         return Pipeline(resolve(asked, {}), console=Console(quiet=True)).run()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.run.speed.measure", functools.partial(measure, warmup=0, min_time=0.0))
-        cell.out = out
-        yield cell
+    cell.out = out
+    return cell
 
 
 def ssim(quality: Quality) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from contextlib import contextmanager
 
@@ -10,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from bench import plugins
-from bench.run import speed
 from bench.run.config import resolve
 from bench.run.pipeline import Pipeline
 from defenses.base import Defense
@@ -66,9 +64,8 @@ def made(directory):
 
 @contextmanager
 def registered(*named):
-    """Within, these attacks and defences can be named, and no time is spent on timing."""
+    """Within, these attacks and defences can be named."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "measure", functools.partial(speed.measure, min_time=0.01))
         for plugin in named:
             registry = plugins.defenses() if issubclass(plugin, Defense) else plugins.attacks()
             patch.setitem(registry._loaders, plugin.name, lambda: None)
