@@ -104,13 +104,14 @@ RUN = (
 )
 
 
-TORCHRUN_TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bench")
+TORCHRUN_TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def torchrun(folder: Path, *commands: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    """The commands of ``bench``, one after another in the same two processes."""
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return subprocess.run(
-        [sys.executable, *TORCHRUN_TWO, *arguments],
+        [sys.executable, *TORCHRUN_TWO, str(ROOT / "tests" / "support" / "runs_at_work.py"), json.dumps(commands)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
         capture_output=True,
@@ -120,12 +121,16 @@ def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_make_one_run(tmp_path: Path) -> None:
+def test_two_processes_make_one_run_and_end_together_where_one_fails(tmp_path: Path) -> None:
     weights = np.random.default_rng(0).normal(size=(3 * 8 * 8, 12)).astype(np.float32)
     teacher = linear_model(tmp_path / "teacher.onnx", weights, ("n", 3, 8, 8))
-    done = torchrun(tmp_path, *RUN, "--teacher", str(teacher), "--set", "training.classification=1")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)  # one document: one process printed
+    good = (*RUN, "--teacher", str(teacher), "--set", "training.classification=1")
+    diverging = (*RUN, "--set", "training.learning_rate=1e30", "--out", "broken")
+    done = torchrun(tmp_path, good, diverging)
+    assert done.returncode != 0
+    assert [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)] == [[0, 3]] * 2, done.stderr
+    result, end = json.JSONDecoder().raw_decode(done.stdout)
+    failed = json.loads(done.stdout[end:])  # a document each: one process printed
     assert result["status"] == "success"
     (directory,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "cache")
     assert json.loads((directory / "metrics.json").read_text())["run_id"] == result["run_id"]
@@ -139,16 +144,10 @@ def test_two_processes_make_one_run(tmp_path: Path) -> None:
     recogniser, details = load_recogniser(file)
     assert (details["processes"], recogniser.spec.embedding_size) == (2, 12)
     assert not list((tmp_path / "runs" / "cache").glob("*.partial"))
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_ends_in_all_processes_with_one_line(tmp_path: Path) -> None:
-    done = torchrun(tmp_path, *RUN, "--set", "training.learning_rate=1e30")
-    assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if line.startswith("bench: ")]
     assert len(said) == 1
     assert "training diverged" in said[0]
-    assert json.loads(done.stdout)["status"] == "error"
+    assert failed["status"] == "error"
 
 
 @pytest.mark.parametrize(
