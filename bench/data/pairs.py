@@ -137,7 +137,8 @@ def draw_pairs(labels: Tensor, generator: torch.Generator, *, folds: int = 10, p
     """
     draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     values = labels.numpy()
-    members = [np.flatnonzero(values == identity) for identity in np.unique(values)]
+    ends_of = np.unique(values, return_counts=True)[1].cumsum()
+    members = np.split(values.argsort(kind="stable"), ends_of[:-1])
     order = draws.permutation(len(members))
     several = [int(i) for i in order if len(members[i]) > 1]
     single = [int(i) for i in order if len(members[i]) == 1]

@@ -145,8 +145,8 @@ def drop_near_copies(faces: FaceSet) -> tuple[FaceSet, tuple[Skipped, ...]]:
     Returns the faces that remain, and one entry per image left out.
     """
     small, kept = _thumbnails(faces.images), np.ones(len(faces), dtype=bool)
-    for label in faces.labels.unique().tolist():
-        rows = torch.nonzero(faces.labels == label)[:, 0].tolist()
+    for of_person in faces.labels.argsort(stable=True).split(faces.labels.unique(return_counts=True)[1].tolist()):
+        rows = of_person.tolist()
         for place, row in enumerate(rows[1:], 1):
             earlier = [other for other in rows[:place] if kept[other]]
             kept[row] = not bool(_look_alike(small[row], small[earlier]).any())
@@ -212,8 +212,9 @@ def drop_twins(faces: F) -> tuple[F, tuple[Skipped, ...]]:
     component = components(links[:, 0], links[:, 1], faces.identities)
     counts = np.bincount(labels, minlength=faces.identities)
     reasons = {}
-    for group in np.unique(component[links[:, 0]]):
-        linked = np.flatnonzero(component == group)
+    twins = np.unique(links)
+    for group in np.unique(component[twins]):
+        linked = twins[component[twins] == group]
         stays = int(linked[np.argmax(counts[linked])])
         for identity in linked.tolist():
             if identity != stays:

@@ -527,7 +527,7 @@ def _row(name: str, machine: _Machine) -> SpeedRow:
     if machine.cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(machine.device)
-    fresh = _forget_peak()
+    fresh = forget_peak()
     try:
         figures = measured(machine)
     except _Skipped as skipped:
@@ -537,22 +537,22 @@ def _row(name: str, machine: _Machine) -> SpeedRow:
         line = " ".join(str(error).split())[:300]
         figures = {"status": "failed", "reason": f"{type(error).__name__}: {line}"}
     if fresh:
-        figures["process_bytes"] = _peak()
+        figures["process_bytes"] = peak_bytes()
     if machine.cuda:
         figures["device_bytes"] = torch.cuda.max_memory_allocated(machine.device)
     return SpeedRow(name=name, what=what, plain=plain, seconds=time.perf_counter() - started, **figures)
 
 
-def _forget_peak() -> bool:
+def forget_peak() -> bool:
     """Let the peak of resident memory start anew, as Linux can; whether it did."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
-    return _peak() is not None
+    return peak_bytes() is not None
 
 
-def _peak() -> int | None:
+def peak_bytes() -> int | None:
     """Peak resident bytes since then, or None where the system does not tell."""
     try:
         found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)

@@ -18,6 +18,7 @@ from pictures import smooth
 from attacks.base import Adversary, Knowledge, Observation
 from attacks.linear import Linear, LinearOptions
 from attacks.parts.gaussian_prior import NEIGHBOURS
+from bench.images import to_float
 from bench.metrics.image_quality import ssim
 from bench.plugins import make_defense
 
@@ -127,3 +128,44 @@ def test_linear_solves_many_faces_a_second_in_bounded_memory(benchmark, world):
         "target_faces_per_second": LEAST_FACES_PER_SECOND,
     }
     assert sparse_seconds * rate > 20  # a ratio within one process; the rate itself is a figure, not a gate
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("solver", "count"), [("factor", 64), ("cg", 16)])
+def test_faces_that_share_a_state_are_solved_for_together(benchmark, solver, count):
+    """One factorisation or one run of conjugate gradients with as many right-hand sides, against one face at a time."""
+    if benchmark.disabled:
+        pytest.skip("a timing; enable with --benchmark-enable")
+    size = 48
+    defense = make_defense("partialface", {"tables": "random", "n_permutations": 1}, "cpu", size)
+    public = smooth(300, size)
+    adversary = Adversary(
+        faces=public,
+        identities=torch.arange(len(public)) // 4,
+        knowledge=Knowledge.ORACLE,
+        mechanism=lambda generator: defense,
+        generator=torch.Generator().manual_seed(0),
+        fabric=Fabric(accelerator="cpu", devices=1),
+    )
+    attack = Linear(LinearOptions(rank=100, state_faces=32, solver=solver, iterations=10))
+    attack.learn(adversary)
+    state = defense.states()[:1].expand(count, -1)
+    sent = defense.protect(to_float(smooth(count, size, seed=9)), torch.Generator().manual_seed(1), state=state)
+    observation = Observation(sent.representation[:, None], state[:, None])
+    apart = [Observation(observation.representations[i, None], observation.states[i, None]) for i in range(count)]
+    alone = torch.cat([attack.recover(one) for one in apart])  # factors the state
+    torch.testing.assert_close(attack.recover(observation), alone, atol=1e-4, rtol=0)
+    times = {"together": [], "apart": []}
+    for _ in range(3):
+        for way, parts in (("together", [observation]), ("apart", apart)):
+            started = time.process_time()
+            for part in parts:
+                attack.recover(part)
+            times[way].append(time.process_time() - started)
+    benchmark.pedantic(attack.recover, (observation,), rounds=1)
+    ratio = min(times["apart"]) / min(times["together"])
+    each = 1e3 * min(times["together"]) / count
+    benchmark.extra_info |= {"milliseconds_per_face": each, "times_one_by_one": ratio}
+    print(f"\n{solver}: {each:.3g} ms a face together, {ratio:.2f} times as fast as one by one")
+    assert ratio > 1.5

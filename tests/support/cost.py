@@ -1,9 +1,13 @@
-"""What a backbone costs: parameters, floating-point operations, throughput."""
+"""What a backbone costs, parameters, floating-point operations, throughput; and what memory an operation needs."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.nets.recogniser import build_recogniser
+from bench.run.benchmarks import forget_peak, peak_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +63,18 @@ def images_per_second(module: nn.Module, batch: torch.Tensor, *, rounds: int = 5
         if number:
             rates.append(len(batch) / (time.perf_counter() - start))
     return statistics.median(rates)
+
+
+def added_bytes(operation: Callable[[], object]) -> int | None:
+    """Resident bytes at the peak of ``operation`` beyond those before it; None where the system does not tell (Linux).
+
+    Freed memory goes back to the system first: else what is taken from it again would not count.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc alone has it
+    if not forget_peak():
+        return None
+    before = peak_bytes() or 0
+    operation()
+    return (peak_bytes() or 0) - before

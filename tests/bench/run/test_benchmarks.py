@@ -71,14 +71,14 @@ def test_a_row_that_breaks_says_why_and_the_others_go_on(monkeypatch):
 
 def test_peak_memory_is_that_of_the_row():
     gc.collect()  # what other tests have left is not to be given back in between
-    if not benchmarks._forget_peak():
+    if not benchmarks.forget_peak():
         pytest.skip("the system keeps no peak that can be reset")
-    before = benchmarks._peak()
+    before = benchmarks.peak_bytes()
     held = torch.ones(50 * 2**20 // 4)
-    assert benchmarks._peak() - before > 40 * 2**20
+    assert benchmarks.peak_bytes() - before > 40 * 2**20
     del held
-    assert benchmarks._forget_peak()
-    assert benchmarks._peak() - before < 20 * 2**20
+    assert benchmarks.forget_peak()
+    assert benchmarks.peak_bytes() - before < 20 * 2**20
 
 
 def test_the_command_prints_writes_and_says_what_broke(tmp_path, monkeypatch):
