@@ -132,10 +132,13 @@ class Observation:
         own: dict[str, Any] = {name: value.clone() for name, value in held.items() if isinstance(value, Tensor)}
         return replace(self, **own)
 
-    def first(self, count: int) -> Observation:
-        """The observation of the first ``count`` faces; their numbers in score queries stay as they are."""
+    def rows(self, rows: slice) -> Observation:
+        """The observation of successive faces alone, who are numbered anew in score queries."""
         values = {name: getattr(self, name) for name in self.__slots__}
-        some: dict[str, Any] = {name: value[:count] for name, value in values.items() if isinstance(value, Tensor)}
+        some: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
+        score, before = self.score, rows.start or 0
+        if score is not None and before:
+            some["score"] = lambda faces, persons: score(faces, persons + before)
         return replace(self, **some)
 
 

@@ -525,7 +525,7 @@ class Linkage(LinkageAttack):
         self,
         trainer: Trainer,
         name: str,
-        module: nn.Module,
+        module: _Classifier | _Distiller,
         inputs: Callable[[Tensor, Tensor, int], tuple[Any, ...]],
         **more: Any,
     ) -> FitReport:
@@ -545,7 +545,8 @@ class Linkage(LinkageAttack):
             return value
 
         optimizer = partial(torch.optim.AdamW, weight_decay=options.weight_decay)
-        return trainer.train(Training(name=name, network=module, loss=loss, optimizer=optimizer, **more))
+        cut = (module.encoder, "stage_outputs")
+        return trainer.train(Training(name=name, network=module, loss=loss, optimizer=optimizer, cut=cut, **more))
 
     def _statistics(self, trainer: Trainer) -> Iterator[tuple[int, Tensor]]:
         """Numbered chunks of training faces, for the statistics of an encoder's input."""

@@ -5,7 +5,6 @@ Commands import torch and what needs it when they are called: ``--help`` is inst
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -39,7 +38,7 @@ from bench.commands.speed import speed
 from bench.commands.sweep import sweep
 from bench.commands.table import table
 from bench.commands.view import view
-from bench.errors import BenchError, UsageError, one_line
+from bench.errors import BenchError, UsageError, in_words, memory_is_full, one_line
 
 app = typer.Typer(
     name="bench",
@@ -96,21 +95,6 @@ def _fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-_OUT_OF_MEMORY = (
-    "the accelerator's memory is full: give it fewer faces at once (--batch-size 16, --set training.batch_size=32, "
-    "-a batch_size=16), stop what else runs on it, or use --device cpu; finished stages are kept"
-)
-
-
-def _explain_os_error(error: OSError) -> str:
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk{where}: free some or choose another folder with --out"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission{where}: choose another folder with --out, or change the file's permissions"
-    return f"{error.strerror or error}{where}"
-
-
 def _terminate(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -134,16 +118,14 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except OSError as error:
-        _fail(_explain_os_error(error), BenchError.exit_code)
+        _fail(in_words(error), BenchError.exit_code)
     except Exception as error:
         if os.environ.get("BENCH_DEBUG"):
             raise
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
-            _fail(f"{_OUT_OF_MEMORY}: {error}", BenchError.exit_code)
-        _fail(
-            f"internal error: {type(error).__name__}: {error} (BENCH_DEBUG=1 shows the traceback; please report it)",
-            BenchError.exit_code,
-        )
+        told = in_words(error)
+        if not memory_is_full(error):
+            told = f"internal error: {told} (BENCH_DEBUG=1 shows the traceback; please report it)"
+        _fail(told, BenchError.exit_code)
     if code == INTERRUPTED:  # the command-line library turns some interrupts into this code itself
         _fail("interrupted; the same command goes on where it stopped", INTERRUPTED)
     raise SystemExit(code if isinstance(code, int) else 0)

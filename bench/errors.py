@@ -6,6 +6,7 @@ The command line prints ``str(error)`` and exits with ``error.exit_code``. Code 
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 #: Characters of a message that are shown: a hostile file's text could fill a terminal.
@@ -58,3 +59,31 @@ class MissingError(BenchError):
     """Data or weights that are not there (exit code 5)."""
 
     exit_code: ClassVar[int] = 5
+
+
+def memory_is_full(error: BaseException) -> bool:
+    """Whether torch says that an accelerator's memory is full: by name and words, as torch is not imported here."""
+    # cuBLAS and cuDNN, and MPS, say so in an ordinary RuntimeError.
+    words = ("out of memory", "ALLOC_FAILED")
+    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return named or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
+def in_words(error: Exception) -> str:
+    """What went wrong and what to do, whoever raised it; the one place where foreign errors are put into words."""
+    if isinstance(error, BenchError):
+        return str(error)
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"no space left on the disk{where}: free some or choose another folder with --out"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"no permission{where}: choose another folder with --out, or change the file's permissions"
+        return f"{error.strerror or error}{where}"
+    if memory_is_full(error):
+        return (
+            "the accelerator's memory is full, of however few faces at once: stop what else runs on it, take smaller "
+            "networks or faces (--image-size, --backbone), give it fewer faces at once (--batch-size 16, "
+            f"--set training.batch_size=32, -a batch_size=16), or use --device cpu; finished stages are kept: {error}"
+        )
+    return f"{type(error).__name__}: {error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from bench.errors import DefenseError
+from bench.memory import Parts
 from defenses.base import Defense, DefenseTraining
 from defenses.draws import gaussian
 
@@ -67,7 +69,10 @@ def train_jointly(
         kept |= {f"{kind}{number}": part for number, part in enumerate(parts)}
     steps = training.steps(epochs, batch_size, kept)
     updates = [cast("Optimizer", training.fabric.setup_optimizers(optimiser)) for optimiser in optimisers]
-    for faces, labels, generator in islice(steps, limit):
+    cut = Parts(networks.values(), "the training of the defence")
+
+    def passes(faces: Tensor, labels: Tensor, generator: torch.Generator, drawn: Tensor) -> None:
+        generator.set_state(drawn)
         for optimiser in optimisers:
             optimiser.zero_grad()
         with training.fabric.autocast():
@@ -75,6 +80,10 @@ def train_jointly(
         if not math.isfinite(float(value.detach())):
             raise DefenseError("the loss of a defence in training is no longer finite: try a lower learning_rate (-o)")
         training.fabric.backward(value)
+
+    for faces, labels, generator in islice(steps, limit):
+        with cut:
+            cut.step(partial(passes, faces, labels, generator, generator.get_state()))
         for update in updates:
             update.step()
         for scheduler in schedulers:

@@ -279,7 +279,7 @@ def _heard(said: Any) -> str:
         when = datetime.fromisoformat(str(said)).astimezone()
     except ValueError:
         return "nobody knows when it was heard of last"
-    if datetime.now(UTC) - when < _SILENCE:
+    if abs(datetime.now(UTC) - when) < _SILENCE:  # clocks are set back
         return f"last heard of at {when:%H:%M:%S}"
     return f"silent since {when:%Y-%m-%d %H:%M}: killed, or at work on something that says nothing"
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attacks.base import Adversary, Knowledge
 from attacks.parts.plaintext import helps
+from bench.memory import in_halves
 from bench.randomness import derived
 from defenses.base import Defense, Protected
 from defenses.layout import ChannelLayout, probe
@@ -131,7 +132,7 @@ class Exposure:
 
 def in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, size: int = 64) -> Tensor:
     """``function`` of ``inputs`` (N, ...), so many at a time: outside training nothing is gained by the batch."""
-    return torch.cat([function(part) for part in inputs.split(size)])
+    return torch.cat(list(in_halves(lambda rows: function(inputs[rows]), len(inputs), size, "learning what is sent")))
 
 
 def split_identities(identities: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

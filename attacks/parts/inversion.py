@@ -18,6 +18,7 @@ from attacks.parts.inputs import AUTO, Example, InputOptions, Inputs, names_of
 from attacks.parts.losses import reconstruction
 from attacks.parts.training import Trainer, TrainingOptions
 from attacks.parts.unet_network import NetworkOptions
+from bench.memory import in_halves
 from bench.nets.augmentation import augment
 from bench.nets.options import AugmentationOptions
 from bench.randomness import derived, seeded
@@ -139,15 +140,16 @@ class InversionAttack(RecoveryAttack):
         images = max(options.images, options.passes * len(trainer.training))
         steps, countable = options.steps or math.ceil(images / trainer.batch_size), exposure.countable
         model = adversary.fabric.setup_module(self.network)
-        ahead: list[_Example] = []
+        ahead: dict[int, _Example] = {}
 
         def loss(step: int) -> Tensor:
-            if not ahead:
+            ahead.pop(step - 1, None)
+            if step not in ahead:
                 # Always the same steps together, so that a resumed training equals an unbroken one to the last bit.
                 start = step - step % self.lookahead
                 together = range(start, min(start + self.lookahead, steps))
-                ahead.extend(self._examples(trainer, together, exposure)[step - start :])
-            target, inputs, state = ahead.pop(0)
+                ahead.update(zip(together, self._examples(trainer, together, exposure), strict=True))
+            target, inputs, state = ahead[step]
             if countable:
                 trainer.note(state)
             recovered = self._predict(model, inputs)
@@ -218,11 +220,11 @@ class InversionAttack(RecoveryAttack):
             states = None if states is None else states[:, :1]
         count = representations.shape[:2]
         flat, drawn = representations.flatten(0, 1), None if states is None else states.flatten(0, 1)
-        faces = []
-        for number, part in enumerate(flat.split(_CHUNK)):
-            rows = slice(number * _CHUNK, number * _CHUNK + len(part))
-            faces.append(self._recover(part.to(self.device), None if drawn is None else drawn[rows]))
-        recovered = torch.cat(faces)
+
+        def recover(rows: slice) -> Tensor:
+            return self._recover(flat[rows].to(self.device), None if drawn is None else drawn[rows])
+
+        recovered = torch.cat(list(in_halves(recover, len(flat), _CHUNK, f"attack {self.name}")))
         return recovered.view(*count, *recovered.shape[1:]).mean(dim=1)
 
     def _recover(self, representations: Tensor, states: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import time
@@ -21,6 +22,7 @@ from attacks.base import Adversary, AttackOptions, FitReport
 from attacks.parts.exposure import split_identities
 from bench.files import parse_json, replacing
 from bench.images import to_float
+from bench.memory import Parts
 from bench.randomness import derived
 
 _FILE = "fit.safetensors"
@@ -160,6 +162,8 @@ class Training:
             which lag behind if averaged once more).
         stored: what a checkpoint holds in place of the network, where there is more to it.
         later: steps of trainings that follow, for the progress.
+        cut: the module, and its method, whose pass is cut into parts where an accelerator's memory is full
+            (:class:`bench.memory.Parts`); None for the network itself.
     """
 
     network: nn.Module
@@ -176,6 +180,7 @@ class Training:
     average_buffers: bool = True
     stored: nn.Module | None = None
     later: int = 0
+    cut: tuple[nn.Module, str] | None = None
 
 
 @dataclass
@@ -338,6 +343,20 @@ class Trainer:
                 )
             return value
 
+        cut, method = training.cut or (network, "forward")
+        what = f"the training of {self.attack} {training.name}".strip()
+        parts = Parts([cut, average] if cut is network else [cut], what, method)
+
+        def validated() -> float:
+            with parts:
+                return training.validate(average)
+
+        def passes(turn: Callable[[int], Tensor], step: int, stepper: torch.optim.Optimizer) -> Tensor:
+            loss = turn(step)
+            stepper.zero_grad()
+            self.fabric.backward(loss)
+            return loss.detach()
+
         while progress.step < schedule.end(progress.decay_start):
             step = progress.step
             network.train()
@@ -347,21 +366,20 @@ class Trainer:
                 if training.rival is not None:
                     for other, _ in turns:
                         other.requires_grad_(other is module)
-                loss = turn(step)
-                stepper.zero_grad()
-                self.fabric.backward(loss)
+                with parts:
+                    loss = parts.step(functools.partial(passes, turn, step, stepper))
                 stepper.step()
             progress.step = done = step + 1
             _update(average, network, done, training.average_buffers)
 
             if done % report_every == 0 or done == 1:
-                value = finite(float(loss.detach()), "loss")
+                value = finite(float(loss), "loss")
                 speed = (done - first) * batch_size / max(1e-9, time.monotonic() - started)
                 total = (schedule.end(progress.decay_start) + training.later) * batch_size
                 seen, total = self._done + done * batch_size, self._done + total
                 self.adversary.report(seen, total, loss=value, images_per_second=speed)
             if progress.decay_start is None and done in checks:
-                progress.curve.append((done * batch_size, training.validate(average)))
+                progress.curve.append((done * batch_size, validated()))
                 # The loss also rests at the floor before it starts to fall: never stop in the first quarter.
                 late = done >= max(training.least_steps, schedule.hold_end // 4)
                 plateaued = early_stop and late and rule.reached(progress.curve, training.floor)
@@ -374,7 +392,7 @@ class Trainer:
             checkpoint.save(progress)
 
         held = tuple(progress.curve)
-        final = finite(training.validate(average), "validation loss")
+        final = finite(validated(), "validation loss")
         network.load_state_dict(average.state_dict())
         network.eval()
         self._done += progress.step * batch_size

@@ -18,6 +18,7 @@ from bench import plugins
 from bench.data.faces import FaceSet, PairProtocol
 from bench.errors import DataError, MissingError, UsageError
 from bench.images import to_float
+from bench.memory import in_halves
 from bench.nets.brought import digest_of, is_plugin, open_recogniser
 from bench.nets.encoder import PICTURE, BroughtRecogniser, FaceEncoder, resized
 from bench.nets.onnx import files_of
@@ -111,7 +112,8 @@ class Evaluator:
             raise DataError(f"{self.name} expects faces (N, 3, H, W), N > 0, got {tuple(faces.shape)}")
         if faces.dtype != torch.uint8 and not faces.is_floating_point():
             raise DataError(f"{self.name} expects float faces in [0, 1] or uint8, got {faces.dtype}")
-        embeddings = torch.cat([self._embed(batch) for batch in torch.split(faces, self.batch_size)])
+        parts = in_halves(lambda rows: self._embed(faces[rows]), len(faces), self.batch_size, f"judging by {self.name}")
+        embeddings = torch.cat(list(parts))
         if embeddings.ndim != 2 or len(embeddings) != len(faces):
             raise DataError(f"{self.name} returned {tuple(embeddings.shape)} for {len(faces)} faces, expected (N, D)")
         if not torch.isfinite(embeddings).all():

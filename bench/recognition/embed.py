@@ -11,6 +11,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from bench.data.faces import FaceSet
+from bench.images import to_float
+from bench.memory import in_halves
 from bench.nets.recogniser import Recogniser
 from bench.progress import Report, no_report
 from defenses.base import Defense
@@ -40,7 +42,7 @@ def embed_faces(
         defense: of the faces' size.
         faces: N.
         generators: gives the CPU generator from which state and noise of the face with that number are drawn.
-        batch_size: faces at a time.
+        batch_size: faces at a time; fewer where an accelerator's memory is full.
         keys: int64 (N, k), of the faces' clients; None to draw them.
         flip: add the embedding of the mirror image.
         fabric: computes in its precision; None for float32.
@@ -54,20 +56,24 @@ def embed_faces(
     was_training = recogniser.training
     recogniser.eval()
     try:
-        parts = []
-        for start in range(0, len(faces), batch_size):
-            batch = faces.subset(torch.arange(start, min(start + batch_size, len(faces)))).to(device)
-            images = next(batch.batches(batch_size))
-            draws = [generators(number) for number in range(start, start + len(images))]
+
+        def embed(rows: slice) -> Tensor:
+            images = to_float(faces.images[rows].to(device))
+            # Made here, so that what did not fit is protected under the same draws again.
+            draws = [generators(number) for number in range(rows.start, rows.stop)]
             # The defence computes in float32 whatever the recogniser does: it is the client's.
-            held = None if keys is None else keys[start : start + len(images)]
-            protected = defense.protect_each(images, draws, keys=held)
+            protected = defense.protect_each(images, draws, keys=None if keys is None else keys[rows])
             embedding = _embed(recogniser, protected.representation, fabric)
             if flip:
                 mirrored = defense.protect_each(images.flip(-1), draws, state=protected.state, keys=protected.keys)
                 embedding = embedding + _embed(recogniser, mirrored.representation, fabric)
-            parts.append(F.normalize(embedding).cpu())
-            report(min(start + batch_size, len(faces)), len(faces))
+            return F.normalize(embedding).cpu()
+
+        parts, done = [], 0
+        for part in in_halves(embed, len(faces), batch_size, "embedding faces"):
+            parts.append(part)
+            done += len(part)
+            report(done, len(faces))
         return torch.cat(parts) if parts else torch.empty(0, recogniser.spec.embedding_size)
     finally:
         recogniser.train(was_training)

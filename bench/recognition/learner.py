@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from bench.memory import Parts
 from bench.nets.heads import MarginHead
 from bench.nets.recogniser import Recogniser
 from bench.recognition.options import TrainingOptions
 from bench.recognition.partial_fc import PartialFC, load_centres, save_centres
+
+T = TypeVar("T")
 
 
 class Learner(ABC):
@@ -25,6 +29,9 @@ class Learner(ABC):
         module: what is the same on every process.
         options: of the optimiser.
         fabric: precision and processes.
+
+    Attributes:
+        parts: what cuts the passes of the recogniser; None for passes of whole batches.
     """
 
     def __init__(self, module: nn.Module, options: TrainingOptions, fabric: Fabric) -> None:
@@ -40,6 +47,11 @@ class Learner(ABC):
             fused=fused or None,
         )
         self.model, self.stepper = fabric.setup(module, self.optimiser)
+        self.parts: Parts | None = None
+
+    def attempt(self, forward_and_backward: Callable[[], T]) -> T:
+        """A step's passes, in parts of the batch where memory is full and :attr:`parts` knows how to cut them."""
+        return forward_and_backward() if self.parts is None else self.parts.step(forward_and_backward)
 
     @abstractmethod
     def step(
@@ -123,18 +135,23 @@ class WholeLearner(Learner):
         self, representation: Tensor, labels: Tensor, targets: Tensor | None = None, *, rate: float, total: int
     ) -> tuple[Tensor, Tensor]:
         self.set_rate(rate)
-        loss, hits = self.model(representation, labels, targets)
-        self.stepper.zero_grad()
-        processes = self.fabric.world_size
-        # Gradients are averaged over the processes, whose parts of a batch may differ by one image.
-        self.fabric.backward(loss if processes == 1 else loss * (len(labels) * processes / total))
+
+        def passes() -> tuple[Tensor, Tensor]:
+            loss, hits = self.model(representation, labels, targets)
+            self.stepper.zero_grad()
+            processes = self.fabric.world_size
+            # Gradients are averaged over the processes, whose parts of a batch may differ by one image.
+            self.fabric.backward(loss if processes == 1 else loss * (len(labels) * processes / total))
+            return loss.detach(), hits
+
+        loss, hits = self.attempt(passes)
         if self.options.clip_gradient_norm is not None:
             # A gradient that is not finite is reported with its loss, at the next look.
             self.fabric.clip_gradients(
                 self.model, self.stepper, max_norm=self.options.clip_gradient_norm, error_if_nonfinite=False
             )
         self.stepper.step()
-        return loss.detach(), hits
+        return loss, hits
 
 
 class ShardedLearner(Learner):
@@ -149,21 +166,28 @@ class ShardedLearner(Learner):
     ) -> tuple[Tensor, Tensor]:
         self.set_rate(rate)
         options, processes = self.options, self.fabric.world_size
-        embeddings = self.model(representation)
-        if processes > 1:
-            # The head hands back the gradient of one loss over all processes, whose sum the wrapper turns to a mean.
-            embeddings.register_hook(lambda gradient: gradient * processes)
-        with self.fabric.autocast():
-            loss, hits = self.head(embeddings, labels)
-        loss = options.classification * loss
-        reported = loss.detach()
-        if targets is not None:
-            apart = options.distillation * disagreement(embeddings, targets)
-            # The head's loss is of the whole batch, and so is its gradient: this process's share of the other one's.
-            loss = loss + apart.sum() / total
-            reported = reported + apart.detach().mean()
-        self.stepper.zero_grad()
-        self.fabric.backward(loss)
+
+        def passes() -> tuple[Tensor, Tensor]:
+            embeddings = self.model(representation)
+            if processes > 1:
+                # The head hands back the gradient of one loss over all processes, whose sum the wrapper turns to a
+                # mean.
+                embeddings.register_hook(lambda gradient: gradient * processes)
+            with self.fabric.autocast():
+                loss, hits = self.head(embeddings, labels)
+            loss = options.classification * loss
+            reported = loss.detach()
+            if targets is not None:
+                apart = options.distillation * disagreement(embeddings, targets)
+                # The head's loss is of the whole batch, and so is its gradient: this process's share of the other
+                # one's.
+                loss = loss + apart.sum() / total
+                reported = reported + apart.detach().mean()
+            self.stepper.zero_grad()
+            self.fabric.backward(loss)
+            return reported, hits
+
+        reported, hits = self.attempt(passes)
         if options.clip_gradient_norm is not None:
             self._clip(options.clip_gradient_norm)
         self.stepper.step()

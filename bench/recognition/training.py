@@ -23,6 +23,7 @@ from bench.data.stream.loader import StreamLoader
 from bench.data.stream.sampler import EpochOrder
 from bench.errors import DataError, UsageError
 from bench.images import to_float
+from bench.memory import Parts
 from bench.nets.augmentation import augment
 from bench.nets.heads import MarginHead
 from bench.nets.recogniser import Recogniser
@@ -288,6 +289,9 @@ def train(
     training amplifies (in float32 to some per mille of the first epoch's loss over a dozen steps). What is drawn per
     image (augmentation, states, dropout) comes from each process's own stream: equal in distribution, not in value.
 
+    Where an accelerator's memory is full, a step goes on in parts of its batch (:class:`bench.memory.Parts`), in one
+    process alone.
+
     Under a ``teacher`` the recogniser learns to agree with the embedding that a strong recogniser has of the same plain
     face, as it was before it was flipped and augmented: ``distillation`` times the mean of 1 - cosine is added to
     ``classification`` times the margin head's loss, whose centres start where the teacher has each identity.
@@ -319,6 +323,7 @@ def train(
         shared_statistics(recogniser, processes if options.sync_batch_norm else Processes()),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),  # dropout's
         replayed(recogniser, device, processes.size),
+        Parts([recogniser], f"the training of the recogniser behind {defense.name}") as parts,
     ):
         labels = faces.labels if isinstance(faces, FaceSet) else torch.from_numpy(faces.labels.astype("int64"))
         identities = len(faces.names) if isinstance(faces, FaceSet) else faces.identities
@@ -358,6 +363,8 @@ def train(
         else:
             batches = StreamBatches(faces, views, options.batch_size, streams, processes, device)
         learner = make_learner(recogniser, head, options, fabric)
+        if processes.size == 1:  # of several, one would repeat what the others have exchanged with it already
+            learner.parts = parts
         history = History(per_epoch * options.epochs, report if fabric.is_global_zero else no_report, processes)
         state = None
         if checkpoint is not None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from safetensors.torch import load_file
@@ -35,6 +35,7 @@ from bench.data.faces import FaceSet
 from bench.data.splits import whole_identities
 from bench.files import write_text
 from bench.images import to_float
+from bench.memory import in_halves
 from bench.metrics.identity import Probes, content_ids, select_probes
 from bench.progress import Report, no_report
 from bench.recognition.state import write_tensors
@@ -46,6 +47,8 @@ from bench.run.stage import CODE, Job, make_key, plugin_code, tensor_job
 from defenses.base import Defense, noise_is_shared
 from defenses.layout import probe, row_numbers
 from defenses.template import TemplateDefense
+
+G = TypeVar("G")
 
 
 def layout_hits(inferred: Tensor, states: Tensor, defense: Defense) -> dict[str, Tensor]:
@@ -467,7 +470,7 @@ class AttackStages:
                 made, stored = [], []
                 for batch in self.observations(fitted, defense, images, attack_config.interceptions, stream=stream):
                     with failing_as(f"attack {fitted.name} on {defense.name}"), torch.no_grad():
-                        embeddings = fitted.infer_embeddings(batch.observation)
+                        embeddings = _some_at_once(fitted, fitted.infer_embeddings, batch.observation)
                     if embeddings is None:
                         return {name: torch.empty(0, 0) for name in Inverted._fields}
                     made.append(embeddings.float().cpu())
@@ -505,9 +508,9 @@ class AttackStages:
                     stream = f"linkage/{name}"
                     sent = self.interceptions(defense, everyone, attack_config.interceptions, stream=stream)
                     for _, representations, _ in sent:
-                        keep(name, fitted.embed_representations(representations))
+                        keep(name, _some_at_once(fitted, fitted.embed_representations, representations))
                 for faces in victims.batches(self.config.batch_size):
-                    keep("plain", fitted.embed_faces(faces.to(self.fabric.device)))
+                    keep("plain", _some_at_once(fitted, fitted.embed_faces, faces.to(self.fabric.device)))
             return {name: torch.cat(batches) for name, batches in columns.items()}
 
         stage, key = f"link-{attack_config.name}-{defense.name}", self._victims_key(attack_config, defense)
@@ -530,6 +533,20 @@ def _tallied(answers: Service | Client | None, tally: Path) -> Iterator[Callable
             write_text(tally, str(spent()))
 
 
+def _some_at_once(attack: Attack, work: Callable[[Any], G], given: Observation | Tensor) -> G:
+    """What ``work`` of an attack makes of all rows, tensors of as many, or None; of fewer at once where memory is full.
+
+    An attack that learns from what it sees together then sees fewer.
+    """
+
+    def part(rows: slice) -> G:
+        return work(given.rows(rows) if isinstance(given, Observation) else given[rows])
+
+    made = list(in_halves(part, len(given), len(given), f"attack {attack.name}"))
+    tensors: list[Tensor] = [each for each in made if isinstance(each, Tensor)]
+    return cast(G, torch.cat(tensors)) if tensors else made[0]
+
+
 def _recover(attack: RecoveryAttack, batch: Interception, defense: Defense, device: torch.device) -> dict[str, Tensor]:
     """One batch as it is stored: see :class:`Recovered`.
 
@@ -538,7 +555,7 @@ def _recover(attack: RecoveryAttack, batch: Interception, defense: Defense, devi
     """
     synchronise(device)
     started = time.perf_counter()
-    faces = attack.recover(batch.observation)
+    faces = _some_at_once(attack, attack.recover, batch.observation)
     synchronise(device)
     recovered = {
         "faces": faces,
@@ -549,8 +566,8 @@ def _recover(attack: RecoveryAttack, batch: Interception, defense: Defense, devi
         recovered["queries"] = torch.tensor([batch.service.queries])
     if batch.states is not None:
         with torch.no_grad():
-            inferred = attack.infer_layout(batch.observation)
-            rows = attack.infer_states(batch.observation) if inferred is None else None
+            inferred = _some_at_once(attack, attack.infer_layout, batch.observation)
+            rows = _some_at_once(attack, attack.infer_states, batch.observation) if inferred is None else None
         if inferred is not None:
             recovered |= layout_hits(inferred, batch.states, defense)
         elif rows is not None and (listed := defense.states()) is not None:

@@ -16,7 +16,8 @@ from rich.console import Console
 from attacks.base import LinkageAttack
 from bench import plugins
 from bench.data.loaders import DATASETS, MAIN, check_stream, check_there, parse_options
-from bench.errors import BenchError, UsageError
+from bench.errors import BenchError, UsageError, in_words, one_line
+from bench.memory import Memory, remembering
 from bench.metrics.evaluator import check_evaluators, check_no_judge
 from bench.nets.backbones import BACKBONES
 from bench.progress import Log, ProgressBars
@@ -63,6 +64,7 @@ class Pipeline:
         self.launch = Launch.here()
         self.fabric: Fabric = make_fabric(config.device, config.training.precision, self.launch)
         self.store: RunStore | None = None
+        self.memory = Memory()
 
     def _check(self) -> None:
         config = self.config
@@ -115,7 +117,7 @@ class Pipeline:
         A run that fails or is interrupted leaves a result that says so, and every finished stage for the next try. One
         that another process is at waits for it, and takes its stages out of the cache.
         """
-        with alone(self.config, self._tell_waiting):
+        with alone(self.config, self._tell_waiting), remembering() as self.memory:
             return self._run()
 
     def _tell_waiting(self) -> None:
@@ -141,7 +143,7 @@ class Pipeline:
                 processes.call(None)
         except BaseException as error:
             status = "cancelled" if isinstance(error, KeyboardInterrupt) else "error"
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = one_line(in_words(error) if isinstance(error, Exception) else str(error)) or type(error).__name__
             failure = RunResult(run_id=store.run_id, status=status, error=message)
             with contextlib.suppress(OSError):  # on a full disk: then what went wrong is told, and not written down
                 store.log(status, error=message, traceback=traceback.format_exc())
@@ -226,7 +228,10 @@ class Pipeline:
         return RunResult(
             run_id=store.run_id,
             status="success",
-            warnings=[*self.warnings(dataset, defense), *unknown, *stages.splits.notes, *notes, *findings.warnings],
+            warnings=[
+                *(*self.warnings(dataset, defense), *unknown, *stages.splits.notes, *notes, *findings.warnings),
+                *self.memory.notes.values(),
+            ],
             defense=DefenseInfo.of(described | channel_energy(described, stages.splits.public.images)),
             **findings.judges,
             teacher=stages.teacher_info() if recognised and config.teacher is not None else None,

@@ -58,8 +58,8 @@ def _nearest(attacks: AttackStages, defense: Defense) -> Tensor:
         return mechanism.protect(faces, generator).representation
 
     sent = attacks.interceptions(defense, attacks.selection.attacked, 1, batch_size=NEAREST_BATCH)
-    size = attacks.config.batch_size
-    return torch.cat([nearest(first[:, 0], public, protect, batch_size=size).cpu() for _, first, _ in sent])
+    # As many public faces at once as ever, whatever the configuration says: what they draw depends on it.
+    return torch.cat([nearest(first[:, 0], public, protect).cpu() for _, first, _ in sent])
 
 
 def run_recovery(

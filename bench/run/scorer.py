@@ -15,6 +15,7 @@ from bench.data.faces import FaceSet, PairProtocol
 from bench.errors import MissingError
 from bench.images import to_float
 from bench.measures import KINDS, Measure, leak
+from bench.memory import in_halves
 from bench.metrics.bootstrap import mean_estimate, verification_estimates
 from bench.metrics.evaluator import Evaluator
 from bench.metrics.identity import RANKS, Probes, content_ids, identity_leakage, knn_distance
@@ -196,17 +197,24 @@ class Scorer:
             metrics["lpips"] = self.lpips
         fit = [judge for judge in self.judges if judge.info.withheld is None]
         columns: dict[str, list[Tensor]] = {name: [] for name in metrics}
-        looked_at: dict[str, list[Tensor]] = {judge.info.name: [] for judge in fit if seen is None}
+        asked = {judge.info.name: judge.evaluator for judge in fit} if seen is None else {}
+        looked_at: dict[str, list[Tensor]] = {name: [] for name in asked}
         attacked, gallery = self.probes.attacked, self.probes.gallery
-        for index, batch in zip(attacked.split(self.batch_size), recovered.split(self.batch_size), strict=True):
+
+        def look(rows: slice) -> None:
+            batch = recovered[rows]
             faces = batch.to(self.device)
-            originals = to_float(self.victims.images[index].to(self.device))
-            for name, metric in metrics.items():
-                columns[name].append(metric(faces, originals).cpu())
+            originals = to_float(self.victims.images[attacked[rows]].to(self.device))
+            found = {name: metric(faces, originals).cpu() for name, metric in metrics.items()}
             # One face that was expanded to many (the floors that know nothing of the victims) is looked at once.
             looked = faces[:1] if batch.stride(0) == 0 else faces
-            for judge in fit if seen is None else ():
-                looked_at[judge.info.name].append(judge.evaluator.embed(looked).cpu().expand(len(batch), -1))
+            seen_as = {name: judge.embed(looked).cpu().expand(len(batch), -1) for name, judge in asked.items()}
+            for table, part in ((columns, found), (looked_at, seen_as)):
+                for name, values in part.items():
+                    table[name].append(values)
+
+        for _ in in_halves(look, len(attacked), self.batch_size, "measuring what came back"):
+            pass
         values = {name: torch.cat(column) for name, column in columns.items()}
         embeddings = {name: torch.cat(batches) for name, batches in looked_at.items()} if seen is None else dict(seen)
         labels = self.victims.labels

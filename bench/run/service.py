@@ -14,6 +14,7 @@ from attacks.base import ScoreQuery, Traffic
 from bench.data.faces import FaceSet
 from bench.errors import DataError
 from bench.images import to_float
+from bench.memory import in_halves
 from bench.metrics.identity import content_ids
 from bench.nets.recogniser import Recogniser
 from defenses.base import Defense
@@ -48,8 +49,13 @@ class Service:
     @torch.no_grad()
     def embed_representations(self, representations: Tensor) -> Tensor:
         """Unit embeddings float32 (N, D) of representations (N, C, h, w)."""
-        batches = representations.split(self._batch_size)
-        return torch.cat([self._recogniser.embed(batch.to(self._device)) for batch in batches])
+
+        def embed(rows: slice) -> Tensor:
+            return self._recogniser.embed(representations[rows].to(self._device))
+
+        parts = list(in_halves(embed, len(representations), self._batch_size, "the service"))
+        empty = representations.new_zeros(0, self._recogniser.spec.embedding_size)
+        return torch.cat(parts) if parts else empty.to(self._device)
 
     @torch.no_grad()
     def embed(
@@ -68,7 +74,7 @@ class Service:
             rows = slice(start, start + self._batch_size)
             batch, held = faces[rows].detach().to(self._device), None if keys is None else keys[rows]
             sent = self._defense.protect_each(batch, generators[rows], keys=held)
-            parts.append(self._recogniser.embed(sent.representation))
+            parts.append(self.embed_representations(sent.representation))
         return torch.cat(parts).to(faces.device) if parts else faces.new_zeros(0, self._recogniser.spec.embedding_size)
 
     def compare(self, first: Tensor, second: Tensor) -> Tensor:

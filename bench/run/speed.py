@@ -11,6 +11,7 @@ from torch import Tensor
 from attacks.base import LinkageAttack, RecoveryAttack
 from bench.errors import DataError
 from bench.images import to_float
+from bench.memory import in_halves
 from bench.results import Quartiles, Throughput
 from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages, Recovered
@@ -29,7 +30,7 @@ def measure(
     min_time: float = 1.0,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Throughput:
-    """Time ``operation`` on ``batch`` and on its first element alone.
+    """Time ``operation`` on ``batch`` and on its first element alone; on half of it where memory is full.
 
     Calls are repeated for at least ``min_time`` seconds and at least five times (at most a thousand), each timed by
     itself between two synchronisations, so that a kernel still running counts for the call that launched it.
@@ -52,12 +53,16 @@ def measure(
     """
     if not len(batch):
         raise DataError("throughput needs at least one face")
-    whole = _times(operation, batch, warmup, min_time, clock)
+
+    def timed(rows: slice) -> tuple[Tensor, int]:
+        return _times(operation, batch[rows], warmup, min_time, clock), len(batch[rows])
+
+    whole, size = next(in_halves(timed, len(batch), len(batch), "timing"))
     single = _times(operation, batch[:1], warmup, min_time, clock)
     return Throughput(
-        images_per_second=_quartiles(len(batch) / whole),
+        images_per_second=_quartiles(size / whole),
         latency_ms=_quartiles(single * 1e3),
-        batch=len(batch),
+        batch=size,
         repeats=len(whole),
         dtype=str(batch.dtype).removeprefix("torch."),
         device=str(batch.device),
@@ -113,11 +118,11 @@ def recovery_speed(
     observation = next(iter(observed)).observation
     seconds = recovered.batch_seconds
     if float(seconds.median()) < SLOW:
-        return measure(lambda batch: attack.recover(observation.first(len(batch))), observation.representations)
+        return measure(lambda batch: attack.recover(observation.rows(slice(len(batch)))), observation.representations)
     device = attacks.fabric.device
     synchronise(device)
     started = time.perf_counter()
-    attack.recover(observation.first(1))
+    attack.recover(observation.rows(slice(1)))
     synchronise(device)
     latency = 1e3 * (time.perf_counter() - started)
     return Throughput(

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.files import drop_beside, parse_json, sha256, write_text
+from bench.memory import current
 from bench.progress import ProgressBars, Report, no_report
 from bench.recognition.state import write_tensors
 
@@ -231,6 +232,9 @@ LISTING = "files.json"
 #: What a stage took, and under what circumstances: for plans, and no part of what was made.
 SECONDS = "seconds.json"
 
+#: What a result has to tell of how a stage was made, by topic; only where there is something.
+NOTES = "notes.json"
+
 
 def list_files(folder: Path) -> None:
     """Write the listing of a finished stage."""
@@ -375,11 +379,15 @@ class StageRunner:
                 if entry.complete:
                     self.cached.append(job.stage)
                     self.log("cached", stage=job.stage, key=job.key)
+                    if (entry.path / NOTES).is_file():
+                        current().notes.update(parse_json((entry.path / NOTES).read_bytes()))
                 else:
                     self.log("stage", stage=job.stage, key=job.key)
                     own = self._stopwatch()
-                    with self.bars.task(job.what, step=True) as report:
+                    with self.bars.task(job.what, step=True) as report, current().collecting() as notes:
                         job.make(entry.partial, report)
+                    if notes:
+                        write_text(entry.partial / NOTES, json.dumps(notes, indent=2))
                     if not entry.resumed:  # else it took longer than this
                         took = {"seconds": round(own(), 3), **self.circumstances()}
                         write_text(entry.partial / SECONDS, json.dumps(took, default=str))

@@ -60,6 +60,8 @@ def alone(config: RunConfig, waiting: Callable[[], None]) -> Iterator[None]:
     """
     try:
         (config.out / "cache").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=config.out / "cache"):  # else found out after the first training
+            pass
         lock = FileLock(config.out / "cache" / f"{run_id(config)}.lock")
         try:
             held = lock.acquire(timeout=0)
@@ -97,11 +99,16 @@ class RunStore:
         # A result of an earlier try must not stand beside the events of this one.
         (self.directory / "metrics.json").unlink(missing_ok=True)
         (self.directory / "events.jsonl").unlink(missing_ok=True)
-        self._started = datetime.now(UTC)
+        self._last = self._started = datetime.now(UTC)
+
+    def _now(self) -> datetime:
+        """The time, never before what was written last: a clock that is set back makes nothing end before it began."""
+        self._last = max(self._last, datetime.now(UTC))
+        return self._last
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to ``events.jsonl``."""
-        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields})
+        line = json.dumps({"time": self._now().isoformat(timespec="milliseconds"), "event": event, **fields})
         with (self.directory / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -118,7 +125,7 @@ class RunStore:
             "run_id": self.run_id,
             "status": status,
             "started": self._started.isoformat(timespec="seconds"),
-            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+            "updated": self._now().isoformat(timespec="seconds"),
             "version": __version__,
             "git_commit": _git_commit(),
             "config": self.config.model_dump(mode="json"),

@@ -26,7 +26,7 @@ import torch
 from pydantic import ValidationError
 from rich.console import Console
 
-from bench.errors import BenchError
+from bench.errors import in_words, one_line
 from bench.results import PROTOCOL_VERSION, RunResult, read_result
 from bench.run.config import RunConfig
 from bench.run.store import run_id
@@ -99,8 +99,7 @@ def run_cell(runner: Runner, config: RunConfig) -> CellEnd:
         result = runner(config)
     except Exception as raised:
         # The run's events.jsonl has the traceback.
-        bug = "" if isinstance(raised, BenchError) else f"{type(raised).__name__}: "
-        error = " ".join(f"{bug}{raised}".split())
+        error = one_line(in_words(raised))
     return CellEnd(result, error, seconds=round(time.monotonic() - began, 3))
 
 

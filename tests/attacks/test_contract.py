@@ -193,7 +193,7 @@ def test_a_victim_is_treated_alike_alone_and_among_others(world, name):
     adversary, observation = world(name)
     attack = make(name, **({"starts": 1} if name == "model-inversion" else {}))
     attack.learn(adversary)
-    few = replace(observation.first(2), score=observation.score)
+    few = replace(observation.rows(slice(2)), score=observation.score)
     together = outcome(attack, observation)
     alone = outcome(attack, few)
     torch.testing.assert_close(alone, together[: len(alone)], rtol=0, atol=2e-3)

@@ -133,7 +133,7 @@ def test_a_victim_is_recovered_alike_alone_and_among_others(make_adversary, plai
     search = attack(attack.Options(**SMALL | {"queries": 150, "chunk": chunk, **more}))
     search.learn(make_adversary(plain(image_size=SIZE)))
     together = search.recover(observation(Service(hidden).score))
-    few = search.recover(observation(Service(hidden).score).first(3))
+    few = search.recover(observation(Service(hidden).score).rows(slice(3)))
     torch.testing.assert_close(few, together[:3], rtol=0, atol=1e-3)
 
 

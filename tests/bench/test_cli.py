@@ -375,7 +375,11 @@ class TestBadRuns:
         [
             (KeyboardInterrupt(), 130, "interrupted"),
             (RuntimeError("oops"), 3, "internal error: RuntimeError: oops"),  # a bug is one line, too
-            (torch.OutOfMemoryError("CUDA out of memory."), 3, "the accelerator's memory is full: give it fewer"),
+            (
+                torch.OutOfMemoryError("CUDA out of memory."),
+                3,
+                "the accelerator's memory is full, of however few faces at once: ",
+            ),
         ],
     )
     def test_what_ends_a_run(self, bench, monkeypatch, raised, code, message):

@@ -186,8 +186,9 @@ def test_a_run_under_way_tells_how_far_it_is(store):
     assert "Training of the recognisers" in one.split("data-ends")[1].partition("Before you quote")[0]
 
 
-def test_a_run_that_has_long_been_silent_is_said_to_be(store):
-    under_way(store / "z", seconds_ago=3600, task="train attack", done=25, total=100)
+@pytest.mark.parametrize("seconds_ago", [3600, -3600], ids=["an hour ago", "the clock was set back"])
+def test_a_run_that_has_long_been_silent_is_said_to_be(store, seconds_ago):
+    under_way(store / "z", seconds_ago=seconds_ago, task="train attack", done=25, total=100)
     assert "silent since" in client(store).get(f"/{TOKEN}/").text
 
 

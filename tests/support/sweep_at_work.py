@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from bench.errors import BenchError
@@ -83,6 +84,11 @@ def buggy(config):
     raise ZeroDivisionError("of all things")
 
 
+def crowded(config):
+    """One face is too many for the accelerator."""
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 def interrupted(config):
     """Ctrl-C at seed 1."""
     if config.seed == 1:
@@ -147,7 +153,10 @@ if __name__ == "__main__":  # a sweep in a process of its own, to be interrupted
     import bench.sweep.workers
 
     bench.sweep.workers.START = sys.argv[2]
-    try:
+    import bench.cli
+
+    def command(**_):
         sweep(Path(sys.argv[1]), endless, jobs=2).run()
-    except KeyboardInterrupt:
-        sys.exit(130)
+
+    bench.cli.app = command  # what ends it is dealt with as in every command
+    bench.cli.main()

@@ -5,10 +5,11 @@ from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
+import torch
 from filelock import FileLock
-from sweep_at_work import QUIET, buggy, calls, failing, full, grid, interrupted, light, sweep
+from sweep_at_work import QUIET, buggy, calls, crowded, failing, full, grid, interrupted, light, sweep
 
-from bench.errors import BenchError, DataError, UsageError
+from bench.errors import BenchError, DataError, UsageError, in_words
 from bench.results import RunResult
 from bench.sweep.cells import Cell, SweepState, expand
 from bench.sweep.sweep import Sweep
@@ -80,6 +81,12 @@ def test_a_failed_cell_is_recorded_and_tried_again_by_the_next_call(tmp_path):
 def test_a_bug_is_one_line(tmp_path):
     state = sweep(tmp_path, buggy, seeds="0", defenses="none").run()
     assert state.cells[0].error == "ZeroDivisionError: of all things"
+
+
+def test_full_memory_is_told_as_by_a_run(tmp_path):
+    state = sweep(tmp_path, crowded, seeds="0", defenses="none").run()
+    assert state.cells[0].error == in_words(torch.OutOfMemoryError("CUDA out of memory."))
+    assert "--device cpu" in state.cells[0].error
 
 
 def test_refused_cells_stay_in_the_document(tmp_path):

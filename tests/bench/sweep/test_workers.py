@@ -76,12 +76,20 @@ def start_endless(tmp_path, method="forkserver"):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_every_worker_in_order(tmp_path):
-    process, children = start_endless(tmp_path, "spawn")
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of them
+@pytest.mark.parametrize(
+    ("method", "end"),
+    [
+        ("spawn", lambda pid: os.killpg(pid, signal.SIGINT)),  # as a terminal sends it: to all of them
+        ("forkserver", lambda pid: os.kill(pid, signal.SIGTERM)),  # as a scheduler may: to the first alone
+    ],
+    ids=["Ctrl-C", "SIGTERM"],
+)
+def test_what_ends_a_sweep_ends_every_worker_in_order(tmp_path, method, end):
+    process, children = start_endless(tmp_path, method)
+    end(process.pid)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr == b""
+    assert [line.partition(b";")[0] for line in stderr.splitlines()] == [b"bench: interrupted"]
     assert len(calls(tmp_path, "cancelled")) == 2  # each wrote down that it was
     assert not psutil.wait_procs(children, timeout=10)[1]
     (journal,) = tmp_path.glob("sweeps/*/sweep.json")
