@@ -378,7 +378,7 @@ class TestBadRuns:
             (
                 torch.OutOfMemoryError("CUDA out of memory."),
                 3,
-                "the accelerator's memory is full, of however few faces at once: ",
+                "the accelerator's memory is full, of however few",
             ),
         ],
     )

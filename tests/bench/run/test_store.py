@@ -62,7 +62,7 @@ def test_a_cache_that_cannot_be_written_is_refused_before_anything_is_computed(m
             (out / "cache" / f"{run_id(config(out))}.lock").touch(0o666)
             (out / "cache" / f"{run_id(config(out))}.lock").chmod(0o666)
         before = sorted(out.rglob("*"))
-        with without_rights(out / "cache"), pytest.raises(UsageError, match="cannot be written.*Permission"):
+        with without_rights(out / "cache"), pytest.raises(UsageError, match=r"cannot be written.*Permission"):
             Pipeline(config(out), console=Console(quiet=True)).run()
         assert sorted(out.rglob("*")) == before
         with alone(config(out), waiting=pytest.fail):
