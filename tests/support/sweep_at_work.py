@@ -6,7 +6,6 @@ import signal
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from bench.errors import BenchError
@@ -86,6 +85,8 @@ def buggy(config):
 
 def crowded(config):
     """One face is too many for the accelerator."""
+    import torch
+
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
