@@ -39,8 +39,13 @@ PROTOCOL = Path(__file__).parents[3] / "docs" / "protocol.md"
 
 def tolerances(column):
     """Kind of stage -> what docs/protocol.md allows, inf where it gives no figure."""
-    rows = re.findall(r"^\| (\w+) \| (\S+) \| (\S+) \| (\S+) \|$", PROTOCOL.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| ([\w-]+) \| (\S+) \| (\S+) \| (\S+) \|$", PROTOCOL.read_text(), re.MULTILINE)
     return {row[0]: math.inf if row[column] == "-" else float(row[column]) for row in rows if row[0] != "stage"}
+
+
+def kind_of(stage):
+    """The row of the table that a stage is held against."""
+    return "attack-linkage" if stage.startswith("attack-linkage") else stage.partition("-")[0]
 
 
 def content(folder):
@@ -110,7 +115,7 @@ def beside(reference, monkeypatch, tmp_path):
     def compared(self, job):
         if (job.stage, job.key) not in self._results:
             do(self, job)
-            kind = job.stage.partition("-")[0]
+            kind = kind_of(job.stage)
             differ = apart(content(folders[job.stage]), content(self.cache.path(job.stage, job.key)))
             found[kind] = max(found.get(kind, (0.0, "")), differ)
             self.assume(job, job.read(folders[job.stage]))
@@ -134,7 +139,7 @@ def held(found, column):
 def test_every_file_that_a_stage_keeps_is_watched_over(reference, tmp_path):
     """Cut or altered, whatever it is, it is found out."""
     folders, _ = reference
-    kinds = {(name.partition("-")[0], file.name): file for name, at in folders.items() for file in at.iterdir()}
+    kinds = {(kind_of(name), file.name): file for name, at in folders.items() for file in at.iterdir()}
     seen = set()
     for (kind, name), file in kinds.items():
         if name == SECONDS:  # is no result
