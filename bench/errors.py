@@ -24,6 +24,11 @@ def one_line(message: str) -> str:
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 1]}…"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another package says; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class BenchError(Exception):
     """A run that failed for a reason the person can act on (exit code 3)."""
 

@@ -11,10 +11,14 @@ import contextlib
 import copy
 import hashlib
 import inspect
+import logging
 import os
+import pickletools
 import re
 import warnings
 import zipfile
+import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 from torch.export.passes import move_to_device_pass
 
 from bench import plugins
+from bench.errors import first_line
 from bench.files import parse_json
 from bench.nets.checkpoints import read_checkpoint
 from bench.nets.encoder import SIDE, FaceEncoder, Told
@@ -34,6 +39,8 @@ from bench.nets.options import AS_READ, InputForm
 _SIZES = ((SIDE, SIDE), (160, 160), (128, 128), (224, 224), (112, 96), (96, 96), (64, 64))
 #: Where the operations of an exported graph come from; any other name of torch's could be one that runs programs.
 _OPERATIONS = re.compile(r"torch\.ops\.|torch\.sym_\w+$|torch\._sym_\w+$|_operator\.|math\.")
+#: Bytes that the packed members of an archive may become: torch packs code, never weights.
+_UNPACKED = 2**28
 #: Operations of TorchScript that touch files.
 _FILES = frozenset({"aten::save", "aten::from_file", "aten::load"})
 
@@ -170,9 +177,7 @@ def _opened(source: Path, device: torch.device, given: InputForm, pictures: bool
     if source.suffix == ".onnx":
         return OnnxEncoder(source, device, given, pictures=pictures)
     digest = file_digest(source)
-    if zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            names = archive.namelist()
+    if (names := _members(source)) is not None:
         if any(re.search(r"(^|/)(archive_format|serialized_exported_program\.json)$", name) for name in names):
             network, told = _exported(source, device)
             return TorchEncoder(source, network, told, device, "torch.export", given, digest)
@@ -199,6 +204,41 @@ def _opened(source: Path, device: torch.device, given: InputForm, pictures: bool
         architecture=found.architecture,
         values=found.values,
     )
+
+
+def _members(path: Path) -> list[str] | None:
+    """The names within a ZIP archive; None where it is none.
+
+    Raises:
+        ValueError: it is damaged, or would fill the memory.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
+    packed = sum(member.file_size for member in members if member.compress_type != zipfile.ZIP_STORED)
+    if packed > _UNPACKED:
+        raise ValueError(f"{path} unpacks to {packed // 2**20} MiB, where torch packs code alone: it is not loaded")
+    return [member.filename for member in members]
+
+
+def _read_members(path: Path, suffix: str, parse: Callable[[bytes], Any]) -> Iterator[Any]:
+    """What the members of an archive with that end to their names hold.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name.endswith(suffix):
+                try:
+                    document = parse(archive.read(name))
+                except (ValueError, RuntimeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                    raise ValueError(f"{path} is damaged: its {name} cannot be read") from error
+                yield document
 
 
 # -- plug-ins --------------------------------------------------------------------------------------
@@ -242,8 +282,9 @@ def _exported(path: Path, device: torch.device) -> tuple[nn.Module, Told]:
             guarded = "check_guards" in inspect.signature(program.module).parameters
             network = program.module(check_guards=False) if guarded else program.module()
         except Exception as error:  # as many kinds as there are ways to damage a file
-            lines = str(error).splitlines() or [type(error).__name__]
-            raise ValueError(f"{path} is no exported program that torch can load ({lines[0][:120]})") from error
+            raise ValueError(
+                f"{path} is no exported program that torch can load ({first_line(error)[:120]})"
+            ) from error
     (user,) = list(program.graph_signature.user_inputs)[:1] or [None]
     value = next((node.meta["val"] for node in program.graph.nodes if node.name == user), None)
     if not isinstance(value, Tensor) or value.ndim != 4:
@@ -265,11 +306,14 @@ def _weights_only() -> Iterator[None]:
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
+    logger = logging.getLogger("torch.export")  # it tells what goes wrong twice, the first time on many lines
+    silent, logger.disabled = logger.disabled, True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        logger.disabled = silent
         if before is None:
             del os.environ[name]
         else:
@@ -282,17 +326,10 @@ def _check_exported(path: Path) -> None:
     Raises:
         ValueError: compiled code, operations that are none of a graph's, or sizes that are no arithmetic.
     """
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        if any("/aotinductor/" in name for name in names):
-            raise ValueError(f"{path} holds compiled code, which is not run: save it by torch.export.save")
-        for name in names:
-            if name.endswith(".json"):
-                try:
-                    document = parse_json(archive.read(name))
-                except (ValueError, RuntimeError, zipfile.BadZipFile) as error:
-                    raise ValueError(f"{path} is damaged: its {name} cannot be read") from error
-                _check_document(path, document)
+    if any("/aotinductor/" in name for name in _members(path) or ()):
+        raise ValueError(f"{path} holds compiled code, which is not run: save it by torch.export.save")
+    for document in _read_members(path, ".json", parse_json):
+        _check_document(path, document)
 
 
 def _check_document(path: Path, document: Any) -> None:
@@ -342,12 +379,14 @@ def _is_arithmetic(text: str) -> bool:
 def _scripted(path: Path, device: torch.device) -> tuple[nn.Module, Told]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it is old
+        # Where a pickle ends too early torch goes on with what the memory held before.
+        for _ in _read_members(path, "pkl", lambda data: deque(pickletools.genops(data), maxlen=0)):
+            pass
         try:
             network = torch.jit.load(path, map_location=device)
             operations = set(torch.jit.export_opnames(network))
         except Exception as error:  # as many kinds as there are ways to damage a file
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ValueError(f"{path} is no TorchScript that torch can load ({lines[0][:120]})") from error
+            raise ValueError(f"{path} is no TorchScript that torch can load ({first_line(error)[:120]})") from error
     if touched := sorted(_FILES & {name.partition(".")[0] for name in operations}):
         raise ValueError(f"{path} reads or writes files ({', '.join(touched)}), which no recogniser has to")
     first = next((value for value in network.state_dict().values() if value.ndim == 4), None)

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bench.errors import BenchError, DataError, MissingError
+from bench.errors import BenchError, DataError, MissingError, first_line
 from bench.files import parse_json
 from bench.nets.backbones import BACKBONES, IRESNETS
 from bench.nets.encoder import Told
@@ -180,7 +180,7 @@ def read_checkpoint(path: Path, size: tuple[int, int] | None = None) -> Checkpoi
             ) from error
         raise ValueError(f"{path} is damaged, or no checkpoint of weights") from error
     except Exception as error:  # torch.load raises as many kinds as there are ways to damage a file
-        raise ValueError(f"{path} is damaged, or no checkpoint ({str(error).splitlines()[0][:120]})") from error
+        raise ValueError(f"{path} is damaged, or no checkpoint ({first_line(error)[:120]})") from error
     return _foreign(path, document, size)
 
 

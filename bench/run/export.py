@@ -19,7 +19,7 @@ from attacks.base import GRANTS, Adversary, Capability, Knowledge, Observation, 
 from bench import plugins
 from bench.data.faces import FaceSet
 from bench.data.synthetic import SyntheticOptions, load_synthetic
-from bench.errors import BenchError, DataError, MissingError, UsageError
+from bench.errors import BenchError, DataError, MissingError, UsageError, first_line
 from bench.files import replacing, sha256
 from bench.images import to_float
 from bench.nets.checkpoints import load_recogniser
@@ -159,7 +159,7 @@ def _attack(run: Path, config: RunConfig, defense: Defense) -> tuple[nn.Module, 
     try:
         attack.load_state_dict(load_file(weights))
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise DataError(f"{weights} does not hold the weights of this attack: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{weights} does not hold the weights of this attack: {first_line(error)}") from error
     network = attack.get_submodule("network")  # the stored views decide how wide it is
     seen: list[tuple[Any, ...]] = []
     handle = network.register_forward_pre_hook(lambda _, given: seen.append(given))
@@ -220,9 +220,7 @@ def _write(
                 dynamo=False,
             )
         except Exception as error:  # the exporter's exceptions have no base class of their own
-            raise BenchError(
-                f"the network cannot be expressed in ONNX: {str(error).strip().splitlines()[0]}"
-            ) from error
+            raise BenchError(f"the network cannot be expressed in ONNX: {first_line(error)}") from error
 
 
 def _difference(network: nn.Module, inputs: Sequence[Tensor], path: Path, names: list[str]) -> float:

@@ -30,8 +30,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from bench.errors import BenchError
 
@@ -262,7 +265,7 @@ def toml_text(data: bytes, rng: random.Random) -> bytes:
     )
     deep = ("[" * 2000 + "]" * 2000, "{a=" * 200 + "1" + "}" * 200, '"../owned"', '"' + "a" * 100_000 + '"', "-1", "0")
     key = lines[number].partition("=")[0]
-    key = rng.choice((key, key, key, "a.b.c", '""', key + ".b ", "a" * 1000, ".".join("a" * 3000)))
+    key = rng.choice((key, key, key, "a.b.c", '""', key + ".b ", "a" * 1000, ".".join("a" * 1200)))
     lines[number] = f"{key}= {rng.choice((*values, *deep))}"
     return "\n".join(lines).encode()
 
@@ -409,6 +412,8 @@ class Reader:
         damage: what is done to them besides :data:`BYTES`, by the suffix of the file.
         memory: bytes that one input may take.
         alone: whether it reads one file at a time.
+        drawn: that of so many inputs one has its figures drawn, which takes most of a second; of the others they are
+            made, and left at that.
     """
 
     make: Callable[[Path], None]
@@ -417,6 +422,7 @@ class Reader:
     damage: dict[str, Callable[[bytes, random.Random], bytes]]
     memory: int = MEMORY
     alone: bool = False
+    drawn: int = 1
 
 
 def _decoded(opened: Any) -> None:
@@ -552,7 +558,7 @@ def _checkpoint(folder: Path) -> None:
     from bench.nets.recogniser import build_recogniser
     from bench.recognition.state import save_recogniser
 
-    recogniser = build_recogniser("mobilefacenet", (3, 16, 16), 8, image_size=16)
+    recogniser = build_recogniser("ir-tiny", (3, 16, 16), 8, image_size=16)
     save_recogniser(recogniser, folder / "recogniser.safetensors", {"losses": [1.0, 0.5]})
 
 
@@ -578,7 +584,7 @@ def _state_dict(folder: Path) -> None:
         name = name.replace("output.embedding_norm", "output_layer.4")
         for ours, called in theirs.items():
             name = name.replace(ours, called)
-        weights[name] = value.flatten()[0].expand(value.shape)
+        weights[name] = value.flatten()[0].clone().expand(value.shape)  # else the file holds all of them
     torch.save(weights, folder / "theirs.pth")
     torch.save({"state_dict": weights, "epoch": 3}, folder / "old.pth", _use_new_zipfile_serialization=False)
 
@@ -589,6 +595,60 @@ def _read_state_dict(folder: Path, out: Path) -> None:
     (file,) = folder.iterdir()
     try:
         read_checkpoint(file)
+    except ValueError as error:  # which the harness gives the name of the option that it came by
+        raise BenchError(str(error)) from error
+
+
+class _Net(nn.Module):
+    """A network of a few weights, for pictures of 16 pixels a side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.PReLU(4), nn.Flatten(), nn.Linear(196, 8))
+
+    def forward(self, faces: Tensor) -> Tensor:
+        embeddings: Tensor = self.body(faces)
+        return embeddings
+
+
+@functools.cache
+def _net() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _Net().eval()
+
+
+@functools.cache  # names within depend on what was scripted before
+def _scripts() -> dict[str, bytes]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is old
+        made = {"scripted.pt": torch.jit.script(_net())}
+        made["traced.pt"] = torch.jit.trace(_net(), torch.zeros(1, 3, 16, 16))
+        buffers = {name: io.BytesIO() for name in made}
+        for name, buffer in buffers.items():
+            torch.jit.save(made[name], buffer)
+    return {name: buffer.getvalue() for name, buffer in buffers.items()}
+
+
+def _scripted(folder: Path) -> None:
+    for name, data in _scripts().items():
+        (folder / name).write_bytes(data)
+
+
+def _exported(folder: Path) -> None:
+    batch = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.export.export(_net(), (torch.zeros(2, 3, 16, 16),), dynamic_shapes=batch)
+    torch.export.save(program, folder / "net.pt2")
+
+
+def _read_recogniser(folder: Path, out: Path) -> None:
+    """As ``--recogniser FILE`` reads it."""
+    from bench.nets.brought import open_recogniser
+    from bench.nets.options import InputForm
+
+    (file,) = folder.iterdir()
+    try:
+        open_recogniser(file, "cpu", InputForm(size=(16, 16)))(torch.zeros(1, 3, 16, 16))
     except ValueError as error:  # which the harness gives the name of the option that it came by
         raise BenchError(str(error)) from error
 
@@ -620,6 +680,26 @@ def _read_report(folder: Path, out: Path) -> None:
 
 def _read_leaderboard(folder: Path, out: Path) -> None:
     bench(folder, "leaderboard", "runs", "--out", str(out / "board"))
+
+
+def _shown(folder: Path) -> None:
+    from run_folders import write_run
+
+    write_run(folder / "runs" / "a")
+
+
+def _read_view(folder: Path, out: Path) -> None:
+    """The page over all runs, which nothing in a folder takes down, and the one of a run."""
+    from starlette.testclient import TestClient
+
+    from reports.view import make_app
+
+    client = TestClient(make_app(folder / "runs", "token"), base_url="http://127.0.0.1")
+    overview = client.get("/token/")
+    assert overview.status_code == 200, overview.text[:300]
+    page = client.get("/token/run/a")
+    if page.status_code != 200:
+        raise BenchError(page.text)
 
 
 def _gated(folder: Path) -> None:
@@ -716,10 +796,13 @@ READERS: dict[str, Reader] = {
     "onnx": Reader(_model, ("*.onnx", "*.data"), _read_model, {".onnx": onnx_field}),
     "checkpoint": Reader(_checkpoint, ("*",), _read_checkpoint, {".safetensors": tensors_header}),
     "state_dict": Reader(_state_dict, ("*.pth",), _read_state_dict, {".pth": zip_member}, alone=True),
+    "torchscript": Reader(_scripted, ("*.pt",), _read_recogniser, {".pt": zip_member}, alone=True),
+    "exported": Reader(_exported, ("*.pt2",), _read_recogniser, {".pt2": zip_member}, alone=True),
     "cache": Reader(_cached, ("*/*",), _read_cached, {".safetensors": tensors_header, **_JSON}),
     "run": Reader(_run, _RUN_FILES, _read_archive, _JSON),
-    "report": Reader(_run, _RUN_FILES, _read_report, _JSON),
-    "leaderboard": Reader(_run, _RUN_FILES, _read_leaderboard, _JSON),
+    "report": Reader(_run, _RUN_FILES, _read_report, _JSON, drawn=6),
+    "leaderboard": Reader(_run, _RUN_FILES, _read_leaderboard, _JSON, drawn=6),
+    "view": Reader(_shown, _RUN_FILES, _read_view, _JSON, drawn=6),
     "gate": Reader(_gated, ("baseline.json", *_RUN_FILES), _read_gate, _JSON),
     "toml": Reader(_config, ("*.toml",), _read_config, {".toml": toml_text}),
     "sweep": Reader(_swept, ("sweeps/*/sweep.json",), _read_sweep, _JSON),
@@ -769,6 +852,18 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         sys.stdout, console.out.file = streams
+
+
+@contextmanager
+def _undrawn() -> Iterator[None]:
+    """Figures are made, with all that lies in them, but neither laid out nor drawn."""
+    from matplotlib.figure import Figure
+
+    def save(figure: Figure, file: Any, **options: Any) -> None:
+        file.write(b'<svg xmlns="http://www.w3.org/2000/svg" width="9pt" height="9pt" viewBox="0 0 9 9"></svg>')
+
+    with patch.object(Figure, "tight_layout"), patch.object(Figure, "savefig", save):
+        yield
 
 
 # -- trying --------------------------------------------------------------------------------------
@@ -852,7 +947,8 @@ class Trial:
         problem = None
         try:
             printed = io.StringIO()  # stdout belongs to the command line
-            with _within(self._box), contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            drawn = contextlib.nullcontext() if seed % self.reader.drawn == 0 else _undrawn()
+            with _within(self._box), contextlib.redirect_stdout(printed), warnings.catch_warnings(), drawn:
                 warnings.simplefilter("ignore")
                 self.reader.read(inputs, out)
             self.accepted += 1

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import json
+import logging
 import os
 import pickle
+import re
+import struct
 import warnings
 import zipfile
 from importlib.metadata import EntryPoint
@@ -301,6 +304,33 @@ def test_compiled_code_and_programs_that_touch_files_are_refused(tmp_path, good)
 
     with pytest.raises(ValueError, match=r"reads or writes files \(aten::save\)"):
         open_recogniser(scripted(tmp_path / "net.pt", Writing()))
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "constants.pkl"])
+def test_scripts_whose_pickles_end_too_early_are_not_loaded(tmp_path, good, name):
+    """Torch would read on, in what the memory held before."""
+    path = repacked(good[1], tmp_path / "net.pt", member(f"/{name}", lambda content: content[:-1]))
+    with pytest.raises(ValueError, match=rf"net\.pt is damaged: its .*/{name} cannot be read"):
+        open_recogniser(path)
+
+
+def test_archives_that_say_they_unpack_to_more_than_code_are_not_loaded(tmp_path, good):
+    """By their directory, which is what decides how much is taken for them."""
+    data = bytearray(good[1].read_bytes())
+    entries = [at.start() for at in re.finditer(re.escape(b"PK\1\2"), data)]
+    packed = [at for at in entries if struct.unpack_from("<H", data, at + 10)[0] == zipfile.ZIP_DEFLATED]
+    struct.pack_into("<I", data, packed[0] + 24, 2**31)
+    (tmp_path / "net.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"net\.pt unpacks to 2048 MiB"):
+        open_recogniser(tmp_path / "net.pt")
+
+
+def test_damaged_programs_are_told_of_once(tmp_path, good, caplog, capfd):
+    path = repacked(good[0], tmp_path / "net.pt2", member(FIRST_WEIGHTS, lambda content: content[:8]))
+    with pytest.raises(ValueError, match="no exported program that torch can load"):
+        open_recogniser(path)
+    assert (caplog.text, *capfd.readouterr()) == ("", "", "")
+    assert not logging.getLogger("torch.export").disabled
 
 
 def test_what_is_no_model_or_cut_short_is_refused_in_one_line(tmp_path, good):
