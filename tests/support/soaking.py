@@ -7,6 +7,7 @@ From the command line, for more cells than a test has time for: ``python tests/s
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -42,11 +43,17 @@ FLAGS = {
     "dataset_options": {"identities": 26, "images_per_identity": 4},
     "training": {**TINY["training"], "batch_size": 16, "embedding_size": 16},
 }  # fmt: skip
-OPTIONS = {"unet": {**TINY_UNET, "images": 64}, "template": {"width": 4, "images": 64, "views": 1, "steps": 10}}
+OPTIONS = {"unet": {**TINY_UNET, "images": 128}, "template": {"width": 4, "images": 64, "views": 1, "steps": 10}}
 #: Pictures, frequencies and templates, under five attacks: 24 pairs of them that go together, for each seed.
 GRID = {
     "defenses": "partialface,blur,noise,biohash", "attacks": "linear,unet,unmix,template", "queries": "1,2",
 }  # fmt: skip
+
+
+@functools.cache
+def _judge() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(write_pixel_judge(Path(folder) / "judge.onnx")).read_bytes()
 
 
 def soaked(config: RunConfig) -> RunResult:
@@ -76,7 +83,8 @@ class Soak(Sweep):
         given = {**GRID, **grid, "jobs": jobs, "cpus_per_cell": 1}
         swept = given["attacks"].split(",")
         options = [f"{name}.{key}={value}" for name in swept for key, value in OPTIONS.get(name, {}).items()]
-        flags = {**FLAGS, "out": root / "runs", "evaluator": str(write_pixel_judge(root / "judge.onnx"))}
+        flags = {**FLAGS, "out": root / "runs", "evaluator": str(root / "judge.onnx")}
+        (root / "judge.onnx").write_bytes(_judge())
         (root / "tmp").mkdir()
         seeds, found = 0, 0
         while found < cells:
