@@ -232,9 +232,10 @@ class InversionAttack(RecoveryAttack):
         return self._predict(self.network, self._inputs(self._view(representations), states))
 
     def _widen_range(self, views: Tensor) -> None:
-        energy = views.square().flatten(1).mean(dim=1)
-        usual = views[energy <= tamed(energy)]  # a face of a wild scale would let anything pass
-        low, high = usual.amin(dim=(0, 2, 3)), usual.amax(dim=(0, 2, 3))
+        energy = torch.linalg.vector_norm(views.flatten(1), dim=1).square()
+        wild = (energy > tamed(energy))[:, None]  # a face of a wild scale would let anything pass
+        low = views.amin(dim=(2, 3)).masked_fill(wild, torch.inf).amin(dim=0)
+        high = views.amax(dim=(2, 3)).masked_fill(wild, -torch.inf).amax(dim=0)
         self.low.copy_(torch.minimum(self.low, low))
         self.high.copy_(torch.maximum(self.high, high))
 

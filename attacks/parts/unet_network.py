@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -133,7 +134,8 @@ class UNetNetwork(nn.Module):
         mean, std = (self.mean, self.std) if layout is None else (self.mean[layout], self.std[layout])
         x = (x - mean[..., None, None]) / std[..., None, None]
         # A face of a wild scale would drown its batch.
-        size = x.float().square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+        norm: Tensor = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
+        size = norm / math.sqrt(x[0].numel())
         return x * (_MOST / size.clamp(min=_MOST)).to(x.dtype)
 
     def _fit_to_face(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from bench.commands.console import err, show
 from bench.commands.flags import AsJson, Assignments, AttackOptions, DefenseOptions, with_flags
 from bench.errors import MissingError, UsageError
 from bench.run.config import merge, nested, parse_assignments, resolve, settings, write_config
-from bench.run.launch import FreeCores, Launch
+from bench.run.launch import FreeCores, Launch, keep_freed_memory
 
 
 @with_flags(setting for setting in settings() if setting.flag)
@@ -72,5 +72,6 @@ def run(
             remembered = read_manifest(resolved.out / run_id(resolved)).threads
         if note := use_free_cores(free, remembered):
             err.print(note, markup=False, highlight=False, soft_wrap=True)
+        keep_freed_memory()
         result = pipeline.run()
         show(result.to_json(), as_json, lambda: render_result(result, pipeline.directory))

@@ -3,7 +3,7 @@
 Some defences send maps that are smaller than the face. A network that halved them as often as a face would look at a
 few places only, so it is told how much smaller they are and starts where it would have reduced a face to their size:
 
-* IResNets, ``ir-tiny`` and MobileFaceNet leave out as many of their first halvings (the layers stay, with stride 1);
+* IResNets, ``ir-tiny`` and MobileFaceNets leave out as many of their first halvings (the layers stay, with stride 1);
 * Transformers cut them into patches of any whole size, as many as of a face, one value each at least;
 * timm's networks, whose layers are theirs, get a learned sub-pixel stem that brings the maps near to a face's size.
 
@@ -97,6 +97,7 @@ BACKBONES.add("ir-tiny", target("bench.nets.iresnet:tiny_iresnet"))
 for _name, _layers in IRESNETS.items():
     BACKBONES.add(_name, _iresnet(_layers))
 BACKBONES.add("mobilefacenet", target("bench.nets.mobilefacenet:MobileFaceNet"))
+BACKBONES.add("mobilefacenet-tiny", lambda: partial(target("bench.nets.mobilefacenet:MobileFaceNet")(), tiny=True))
 for _family, _sizes in (("partialformer", ("tiny", "small")), ("vit", ("tiny", "tiny-equal", "small", "small-equal"))):
     for _size in _sizes:
         BACKBONES.add(f"{_family}-{_size}", _transformer(_family, _size))

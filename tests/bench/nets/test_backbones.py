@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from bench.nets.backbones import BACKBONES
 from bench.nets.recogniser import Recogniser, RecogniserSpec
 from bench.nets.vit import patch_size
 
-CONVOLUTIONAL = ("ir-tiny", "ir-18", "ir-34", "ir-50", "ir-100", "mobilefacenet")
+CONVOLUTIONAL = ("ir-tiny", "ir-18", "ir-34", "ir-50", "ir-100", "mobilefacenet", "mobilefacenet-tiny")
 PLAIN = ("vit-tiny", "vit-tiny-equal", "vit-small", "vit-small-equal")
 TRANSFORMERS = ("partialformer-tiny", "partialformer-small", *PLAIN)
 NAMES = CONVOLUTIONAL + TRANSFORMERS
@@ -55,7 +56,9 @@ def test_any_channels_and_size_give_one_embedding(name: str, size: tuple[int, in
         assert net(torch.empty(2, channels, *size)).shape == (2, 96)
 
 
-@pytest.mark.parametrize("name", ["ir-tiny", "ir-18", "mobilefacenet", "vit-tiny", "partialformer-tiny", *VARIANTS])
+@pytest.mark.parametrize(
+    "name", ["ir-tiny", "ir-18", "mobilefacenet", "mobilefacenet-tiny", "vit-tiny", "partialformer-tiny", *VARIANTS]
+)
 def test_values_and_gradients_are_finite(name: str) -> None:
     torch.manual_seed(0)
     net = build(name, 27, (33, 33), 64)
@@ -69,6 +72,32 @@ def test_values_and_gradients_are_finite(name: str) -> None:
             assert torch.isfinite(parameter.grad).all()
 
 
+@pytest.mark.parametrize("name", ["mobilefacenet", "ir-18"])
+def test_what_trains_fast_on_a_processor_trains_as_torchs_own_layers(name: str) -> None:
+    """Embedding and gradients in float64, of depthwise convolutions with a stride and over a whole map, and slopes."""
+    torch.manual_seed(0)
+    net = build(name, 3, (16, 19), 8).double()
+    for module in net.modules():
+        if isinstance(module, torch.nn.PReLU):
+            torch.nn.init.uniform_(module.weight, -0.2, 0.6)
+    plain = copy.deepcopy(net)
+    for module in plain.modules():
+        for own in (torch.nn.PReLU, torch.nn.Conv2d):
+            if isinstance(module, own):
+                module.__class__ = own
+    faces, weights = torch.randn(4, 3, 16, 19, dtype=torch.float64), torch.randn(4, 8, dtype=torch.float64)
+    found = []
+    for each in (net, plain):
+        shown = faces.clone().requires_grad_()
+        embedding = each(shown)
+        (embedding * weights).sum().backward()
+        gradients = [p.grad for p in each.parameters() if p.grad is not None]
+        found.append((embedding.detach(), shown.grad, *gradients))
+    assert len(found[0]) > 30
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
 # Published sizes at 112x112 RGB: the authors' IResNet with 512 dimensions, MobileFaceNet with 128.
 @pytest.mark.parametrize(
     ("name", "dimensions", "millions", "tolerance"),
@@ -78,6 +107,8 @@ def test_values_and_gradients_are_finite(name: str) -> None:
         ("ir-50", 512, 43.59, 0.01),
         ("ir-100", 512, 65.16, 0.01),
         ("mobilefacenet", 128, 0.99, 0.02),
+        # By hand from table 1 with every width halved.
+        ("mobilefacenet-tiny", 128, 0.284928, 1e-6),
     ],
 )
 def test_parameter_counts_are_the_published_ones(name: str, dimensions: int, millions: float, tolerance: float) -> None:

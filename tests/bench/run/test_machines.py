@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -18,7 +19,13 @@ import bench.run.machines as device_module
 from bench.errors import UsageError
 from bench.nets.checkpoints import load_recogniser
 from bench.run.launch import FreeCores, Launch
-from bench.run.machines import make_fabric, make_shared_fabric, native_bfloat16, resolve_precision, use_free_cores
+from bench.run.machines import (
+    make_fabric,
+    make_shared_fabric,
+    native_bfloat16,
+    resolve_precision,
+    use_free_cores,
+)
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 
@@ -253,3 +260,32 @@ def test_the_counters_of_this_machine_are_read():
     counted = free.count()
     # A tenth of a second of our own counts as free, whatever others do.
     assert counted is None or 0 < counted <= os.cpu_count()
+
+
+_TOUCH = """
+import ctypes, resource, sys
+from bench.run.launch import keep_freed_memory
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        pieces = [library.malloc(4 << 20) for _ in range(4)]
+        for piece in pieces:
+            library.memset(ctypes.c_void_p(piece), 1, 4 << 20)
+        for piece in pieces:
+            library.free(ctypes.c_void_p(piece))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults())
+keep_freed_memory()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own")
+def test_memory_that_is_freed_is_faulted_in_once() -> None:
+    """Twenty rounds of four pieces of 4 MiB, each a thousand pages, that are written and freed."""
+    told = subprocess.run([sys.executable, "-c", _TOUCH], capture_output=True, text=True, check=True).stdout
+    returned, kept = map(int, told.split())
+    assert kept < 100 < returned
