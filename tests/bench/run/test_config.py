@@ -131,6 +131,7 @@ def test_synthetic_sizes_are_only_for_the_synthetic_dataset():
         ({"training": {"epochs": 0}}, "training.epochs"),
         ({"shares": {"provider": 2}}, "shares.provider"),
         ({"evaluator_backbone": "ir-tiny"}, "must differ"),
+        ({"backbone": "mobilefacenet"}, "must differ"),  # from a judge that is the same network, half as wide
     ],
 )
 def test_bad_values_are_one_line(flags, message):
