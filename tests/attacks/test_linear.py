@@ -20,6 +20,13 @@ def fitted(make_adversary, defense, knowledge="oracle", **options):
     return attack, report
 
 
+@pytest.fixture(scope="module")
+def partialface(make_adversary):
+    """A defence of 18 states, and the attack of one who is told them."""
+    defense = defense_of("partialface")
+    return defense, fitted(make_adversary, defense)[0]
+
+
 def test_an_open_door_is_walked_through(make_adversary):
     attack, _ = fitted(make_adversary, defense_of("none"))
     faces, observation = observe(defense_of("none"))
@@ -89,9 +96,8 @@ def test_all_channels_are_a_picture(make_adversary):
     assert error(attack.recover(observation), faces) < 1e-4
 
 
-def test_what_is_recovered_would_have_been_sent(make_adversary):
-    defense = defense_of("partialface")
-    attack, _ = fitted(make_adversary, defense)
+def test_what_is_recovered_would_have_been_sent(partialface):
+    defense, attack = partialface
     _, observation = observe(defense, 6)
     recovered = attack.run(observation)
     for face, sent, state in zip(recovered, observation.representations[:, 0], observation.states[:, 0], strict=True):
@@ -132,9 +138,8 @@ def test_the_black_box_finds_nine_numbers_in_the_traffic(make_adversary, permuta
     assert torch.equal(*(operator.channels for operator in operators))
 
 
-def test_more_interceptions_leak_more(make_adversary):
-    defense = defense_of("partialface")
-    attack, _ = fitted(make_adversary, defense)
+def test_more_interceptions_leak_more(partialface):
+    defense, attack = partialface
     errors = []
     for k in (1, 2, 8):
         faces, observation = observe(defense, 12, k)
@@ -142,24 +147,21 @@ def test_more_interceptions_leak_more(make_adversary):
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_the_same_state_twice_is_no_news(make_adversary):
-    defense = defense_of("partialface")
-    attack, _ = fitted(make_adversary, defense)
+def test_the_same_state_twice_is_no_news(partialface):
+    defense, attack = partialface
     _, observation = observe(defense, 4)
     twice = Observation(observation.representations.repeat(1, 2, 1, 1, 1), observation.states.repeat(1, 2, 1))
     torch.testing.assert_close(attack.recover(twice), attack.recover(observation), rtol=0, atol=1e-6)
 
 
-def test_permutations_of_a_subset_share_a_factorisation(make_adversary):
-    attack, _ = fitted(make_adversary, defense_of("partialface"))
-    kinds = attack.kinds()
+def test_permutations_of_a_subset_share_a_factorisation(partialface):
+    kinds = partialface[1].kinds()
     assert len(kinds) == 18
     assert sorted(set(kinds)) == [0, 3, 6, 9, 12, 15]
 
 
-def test_a_small_memory_gives_the_same_faces(make_adversary):
-    defense = defense_of("partialface")
-    attack, _ = fitted(make_adversary, defense)
+def test_a_small_memory_gives_the_same_faces(partialface, make_adversary):
+    defense, attack = partialface
     _, observation = observe(defense)
     expected = attack.recover(observation)
     size = next(iter(attack._posteriors.values())).nbytes

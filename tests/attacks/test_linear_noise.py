@@ -193,7 +193,7 @@ def test_several_turns_show_the_shared_noise_better(make_adversary):
 
 def test_the_network_sees_faces_without_the_noise_they_share(make_adversary):
     defense = Shared(image_size=SIZE)
-    small = {"rank": 8, "widths": (8, 16), "steps": 40, "batch_size": 16, "learning_rate": 2e-3}
+    small = {"rank": 8, "widths": (4, 8), "steps": 12, "batch_size": 16, "learning_rate": 2e-3}
     attack = Unrolled(UnrolledOptions(**small))
     attack.learn(make_adversary(defense, faces=tinted(160, SIZE, 1)))
     victims = tinted(16, SIZE, 50)
@@ -219,8 +219,7 @@ def test_channels_that_are_linear_are_used(make_adversary, declared):
     assert report.details["linearity"].endswith(", in 2 of 4 channels")
     assert report.details["noise"] == pytest.approx(0.02, rel=0.05)
     assert attack.maps.channels.tolist() == [0, 3]
-    victims = tinted(12, SIZE, 50)
-    observation = observe(defense, victims)
+    observation = observe(defense, tinted(4, SIZE, 50))
     operator = type("Told", (Partly,), {"declares": True})(image_size=SIZE).linear_operator(None)
     kept = observation.representations[:, 0, [0, 3]]
     exact = IterativePosterior(attack.covariance, operator, float(attack.noise), 400)

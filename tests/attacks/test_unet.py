@@ -14,6 +14,7 @@ from defenses.noise import Noise, NoiseOptions
 
 SIZE = 16
 TINY = {"widths": (8, 8), "stem_stride": 2, "batch_size": 10, "images": 200}
+SMALL = {"widths": (8, 16), "stem_stride": 2, "batch_size": 15, "learning_rate": 3e-3}
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
@@ -54,7 +55,7 @@ def test_the_published_widths_have_the_size_of_the_published_network():
 
 @pytest.mark.parametrize("loss", ["l1", "l1+ssim"])
 def test_it_inverts_the_identity_on_faces_it_never_saw(make_adversary, plain, make_faces, loss):
-    attack = UNet(UNetOptions(widths=(8, 16), stem_stride=2, batch_size=15, images=3000, loss=loss))
+    attack = UNet(UNetOptions(**SMALL, images=2100, loss=loss))
     defense = plain(image_size=SIZE)
     report = attack.learn(make_adversary(defense))
     unseen = make_faces(20, seed=7)
@@ -105,7 +106,7 @@ def test_the_curve_ends_with_all_images_and_validates_on_other_identities(make_a
 
 
 def fitted(make_adversary, defense, knowledge, **options):
-    attack = UNet(UNetOptions(**TINY | {"images": 1200} | options))
+    attack = UNet(UNetOptions(**TINY | {"images": 750, "learning_rate": 2e-3} | options))
     return attack, attack.learn(make_adversary(defense, knowledge))
 
 
@@ -113,10 +114,15 @@ def error_of(attack, defense, faces, **how):
     return (attack.recover(observe(defense, faces, **how)) - faces / 255).abs().mean().item()
 
 
-def test_more_knowledge_recovers_more(make_adversary, pick, make_faces):
-    unseen, defense = make_faces(30, seed=7), pick()
+@pytest.fixture(scope="module")
+def on_pick(make_adversary, pick):
+    """A white box fitted behind the defence with states, and its report."""
+    return fitted(make_adversary, pick(), "whitebox")
+
+
+def test_more_knowledge_recovers_more(on_pick, make_adversary, pick, make_faces):
+    unseen, defense, (inferred, report) = make_faces(30, seed=7), pick(), on_pick
     oracle, _ = fitted(make_adversary, defense, "oracle")
-    inferred, report = fitted(make_adversary, defense, "whitebox")
     mixture, plain_report = fitted(make_adversary, defense, "whitebox", infer_state=False, input="raw")
     black, _ = fitted(make_adversary, defense, "blackbox", input="raw")
     errors = [
@@ -141,7 +147,7 @@ def test_a_black_box_trains_on_what_the_client_sends(make_adversary, pick, make_
 
     errors = {}
     for way, given in (("client", True), ("guesses", False)):
-        attack = UNet(UNetOptions(widths=(8, 16), stem_stride=2, batch_size=15, images=2000, client=given))
+        attack = UNet(UNetOptions(**SMALL, images=1200, client=given))
         report = attack.learn(make_adversary(defense, "blackbox", client=client))
         assert report.states_seen is None or not given
         errors[way] = error_of(attack, defense, make_faces(20, seed=7))
@@ -149,11 +155,10 @@ def test_a_black_box_trains_on_what_the_client_sends(make_adversary, pick, make_
 
 
 def test_a_black_box_with_traffic_infers_the_table_and_recovers_as_much_as_a_white_one(
-    make_adversary, pick, make_faces
+    on_pick, make_adversary, pick, make_faces
 ):
-    unseen, defense = make_faces(30, seed=7), pick()
+    unseen, defense, (known, _) = make_faces(30, seed=7), pick(), on_pick
     intercepted = observe(defense, make_faces(300, seed=8)).representations[:, 0]
-    known, _ = fitted(make_adversary, defense, "whitebox")
     adversary = replace(make_adversary(defense, "blackbox"), traffic=lambda count: iter(intercepted.split(64)))
     attack = UNet(known.options)
     report = attack.learn(adversary)
@@ -262,7 +267,7 @@ class Gathered(Defense):
 
 
 def test_small_maps_become_squares_of_pixels(make_adversary, make_faces):
-    attack = UNet(UNetOptions(widths=(8, 16), stem_stride=2, batch_size=15, images=2500, learning_rate=3e-3))
+    attack = UNet(UNetOptions(**SMALL, images=1500))
     defense = Gathered(image_size=SIZE)
     attack.learn(make_adversary(defense))
     assert attack.network.lift == 4
@@ -275,7 +280,7 @@ def test_small_maps_become_squares_of_pixels(make_adversary, make_faces):
 @pytest.mark.parametrize(("fresh", "chosen"), [(True, True), (False, None)])
 def test_fresh_noise_is_averaged_before_the_network(make_adversary, plain, make_faces, fresh, chosen):
     defense = Noise(NoiseOptions(scale=0.4), image_size=SIZE) if fresh else plain(image_size=SIZE)
-    attack = UNet(UNetOptions(widths=(8, 16), stem_stride=2, batch_size=15, images=2000))
+    attack = UNet(UNetOptions(widths=(8, 16), stem_stride=2, batch_size=15, images=2000 if fresh else 300))
     report = attack.learn(make_adversary(defense))
     assert report.details.get("averages_interceptions") is chosen
     faces = make_faces(30, seed=7)

@@ -11,7 +11,7 @@ TINY = {
     "widths": (4, 8),
     "stem_stride": 2,
     "batch_size": 16,
-    "images": 640,
+    "images": 320,
     "learning_rate": 3e-3,
     "rank": 12,
     "state_faces": 120,
