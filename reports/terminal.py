@@ -1,15 +1,13 @@
-"""What commands print for people: results, plans, verdicts of the gate, baselines, comparisons and sweeps as tables."""
+"""What commands print for people: results, verdicts of the gate, baselines, comparisons and sweeps as tables."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from bench.gate.baseline import Baseline
@@ -31,7 +29,6 @@ from bench.results import (
     Measure,
     Quality,
     Recovery,
-    RunPlan,
     RunResult,
     StrengthCurve,
     TemplateProtection,
@@ -43,35 +40,13 @@ from bench.results import (
 from bench.sweep.cells import KeyFigure, Status, SweepState
 from reports.cells import labels
 from reports.maps import frequency, reliances
+from reports.plan import titled
 from reports.summary import most_linked, stolen
 from reports.table import Table as Data
 
 _QUALITY = tuple(name for name, kind in KINDS.items() if kind.group == "recovery")
 #: A terminal has no room for more; metrics.json and the report hold ranks 5 and 20 and the distance, too.
 _IDENTITY = ("type1_tar", "type2_tar", "type1_far_1e3", "type2_far_1e3", "rank1", "cosine")
-
-
-def _table(
-    title: str | Text,
-    headings: Sequence[str],
-    rows: Iterable[Sequence[str | Text]],
-    *,
-    left: int = 1,
-    bold: Container[int] = (),
-) -> RenderableType:
-    """A table in which no name can act as markup.
-
-    The first ``left`` columns hold text, which may wrap, the others figures. Rows at the places ``bold`` stand out.
-    """
-    table = Table(box=None, pad_edge=False)
-    for place, heading in enumerate(headings):
-        text = place < left
-        table.add_column(escape(heading), overflow="fold", justify="left" if text else "right", no_wrap=not text)
-    for place, row in enumerate(rows):
-        shielded = (cell if isinstance(cell, Text) else escape(cell) for cell in row)
-        table.add_row(*shielded, style="bold" if place in bold else None)
-    # A title of the table would be wrapped to its width.
-    return Group(title if isinstance(title, Text) else Text(title, style="bold"), table)
 
 
 def render_table(tables: Iterable[Data]) -> RenderableType:
@@ -92,7 +67,7 @@ def render_table(tables: Iterable[Data]) -> RenderableType:
             ]
             rows.append(["" if shown[0] == above else shown[0], *shown[1:]])
             above = shown[0]
-        parts.append(_table(Text(table.caption), [c.heading for c in table.columns], rows, left=table.headers))
+        parts.append(titled(Text(table.caption), [c.heading for c in table.columns], rows, left=table.headers))
     return Group(*parts)
 
 
@@ -175,7 +150,7 @@ def _verifications(title: str, rows: Mapping[str, Verification]) -> RenderableTy
     for label, row in rows.items():
         figures = [figure(name, getattr(row, name)) for name in ("accuracy", "auc", "eer")]
         table.append([label, *figures, *(figure("tar_at_far", row.tar_at_far[far]) for far in fars)])
-    return _table(title, ["", "accuracy %", "AUC %", "EER %", *(f"TAR@{far} %" for far in fars)], table)
+    return titled(title, ["", "accuracy %", "AUC %", "EER %", *(f"TAR@{far} %" for far in fars)], table)
 
 
 def _searches(utility: Utility) -> Iterable[RenderableType]:
@@ -191,7 +166,7 @@ def _searches(utility: Utility) -> Iterable[RenderableType]:
         if places:
             columns = [p.rpartition(".")[2].replace("rank1", "all") for p in places]
             rows = [[f"{name}: {of}", *(figure(kind, f.get(p)) for p in places)] for name, of, f in found if f]
-            yield _table(title, ["", *columns], rows)
+            yield titled(title, ["", *columns], rows)
 
 
 def _template(template: TemplateProtection) -> Iterable[RenderableType]:
@@ -316,7 +291,7 @@ def _recovery(label: str, recovery: Recovery, result: RunResult) -> Iterable[Ren
 
     table = [row(heading, quality, _QUALITY, bounds=quality is recovery) for heading, quality in parts.items()]
     headings = ["", *(KINDS[name].column for name in _QUALITY)]
-    yield _table("Recovery (victims never seen in training)", headings, table, bold=(0,))
+    yield titled("Recovery (victims never seen in training)", headings, table, bold=(0,))
     # A column that is null in every row is said below, with the reason.
     known = [
         name for name in _IDENTITY if any(leak(name, quality.figure(name)) > -math.inf for quality in parts.values())
@@ -329,7 +304,7 @@ def _recovery(label: str, recovery: Recovery, result: RunResult) -> Iterable[Ren
             table.append(row(heading, quality, known, bounds=quality is recovery))
             if heading in (label, "ceiling"):  # what each judge makes of a floor stands in metrics.json
                 table += [row(f"  by {name}", found, known, bounds=False) for name, found in quality.judges.items()]
-        yield _table(title, ["", *(KINDS[name].column for name in known)], table, bold=(0,))
+        yield titled(title, ["", *(KINDS[name].column for name in known)], table, bold=(0,))
     for judge in result.judges.values():
         yield Text(_judge(judge), style="bold red" if _is_weak(judge) else "")
 
@@ -384,7 +359,7 @@ def _strength(curve: StrengthCurve) -> RenderableType:
     rows = [[f"{point.budget:,.10g}", *(figure(name, point.values[name]) for name in names)] for point in curve.points]
     title = f"Strength: what leaks against the attacker's budget of {curve.axis}"
     headings = [curve.axis, *(KINDS[name].column for name in names)]
-    return _table(title, headings, rows, left=0, bold=(len(rows) - 1,))
+    return titled(title, headings, rows, left=0, bold=(len(rows) - 1,))
 
 
 def _gain(curve: StrengthCurve) -> Text:
@@ -410,7 +385,7 @@ def _throughput(throughput: Mapping[str, Throughput], sent: int) -> RenderableTy
         rate = f"{speed.median:.0f}", f"{speed.q1:.0f}-{speed.q3:.0f}"
         rows.append([name, *rate, f"{latency.median:.2f}", f"{latency.q1:.2f}-{latency.q3:.2f}"])
     title = f"Throughput on {first.device}, batch {first.batch}; {sent:,} bytes sent per face"
-    return _table(title, ["", "images/s", "quartiles", "one face, ms", "quartiles"], rows)
+    return titled(title, ["", "images/s", "quartiles", "one face, ms", "quartiles"], rows)
 
 
 def _reasons(result: RunResult) -> Iterable[str]:
@@ -433,22 +408,6 @@ def _reasons(result: RunResult) -> Iterable[str]:
                 yield f"TAR@FAR={name}: {measure.reason}"
             elif measure.value is None and name in _QUALITY:
                 yield f"{KINDS[name].heading}: {(measure.reason or '').removeprefix('LPIPS: ')}"
-
-
-def render_plan(plan: RunPlan) -> RenderableType:
-    """The resolved plan of ``--dry-run``."""
-    words = {True: "yes", False: "no", None: "unknown"}
-    stages = []
-    for stage in plan.stages:
-        seconds = f"{stage.seconds:.0f} s" if stage.seconds is not None else MISSING if stage.cached else "unknown"
-        stages.append([stage.name, stage.what, words[stage.cached], seconds])
-    settings = [[key, str(value)] for key, value in plan.config.items()]
-    return Group(
-        _table("Settings", ["setting", "value"], settings, left=2),
-        _table(f"Plan of {plan.run_id}", ["stage", "what", "cached", "estimate"], stages, left=4),
-        Text(f"estimate: {plan.seconds:.0f} s in all, on {plan.device}, without measuring", style="bold"),
-        *(Text(f"note: {note}", style="yellow") for note in plan.notes),
-    )
 
 
 # -- the gate --------------------------------------------------------------------------------------
@@ -475,7 +434,7 @@ def _cell(cell: CellVerdict) -> Iterable[RenderableType]:
     rows: list[list[str | Text]] = [
         [_short(figure.figure), *cells(figure)[1:], _verdict(figure)] for figure in cell.figures
     ]
-    yield _table(title, [*COLUMNS, ""], rows) if rows else title
+    yield titled(title, [*COLUMNS, ""], rows) if rows else title
     told = [
         f"{figure.figure}: {figure.note}" for figure in cell.figures if figure.note and figure.victims != "identical"
     ]
@@ -501,7 +460,7 @@ def render_baseline(baseline: Baseline, path: str) -> RenderableType:
             ruled_out = f"{expected.excluded:.2g}" if expected.guarded else "nothing"
             rows.append([_short(name), f"{expected.value:.4g}", *(f"{value:.2g}" for value in spread), ruled_out])
         runs = f"{len(cell.runs)} {'run' if len(cell.runs) == 1 else 'runs'}"
-        parts.append(_table(f"{cell.key.label}: {runs}", headings, rows))
+        parts.append(titled(f"{cell.key.label}: {runs}", headings, rows))
     return Group(*parts, Text(f"written: {path}"))
 
 
@@ -510,7 +469,7 @@ def render_difference(difference: Difference) -> RenderableType:
     parts: list[RenderableType] = []
     if difference.settings:
         rows = [[s.kind, s.name, s.first or "-", s.second or "-"] for s in difference.settings]
-        parts.append(_table("What differs", ["", "setting", difference.first, difference.second], rows, left=4))
+        parts.append(titled("What differs", ["", "setting", difference.first, difference.second], rows, left=4))
     headings = ("figure", "first", "second", "change", "95 % interval", "victims")
     figures, changed = [], []
     for place, change in enumerate(difference.figures):
@@ -518,7 +477,7 @@ def render_difference(difference: Difference) -> RenderableType:
         figures.append([_short(change.figure), *values, change.victims or "-"])
         if change.ci95 and not change.ci95[0] <= 0 <= change.ci95[1]:
             changed.append(place)
-    parts.append(_table("Figures: second minus first, with its interval over people", headings, figures, bold=changed))
+    parts.append(titled("Figures: second minus first, with its interval over people", headings, figures, bold=changed))
     for run, warnings in difference.warnings.items():
         parts += [Text(f"{run}: {warning}", style="yellow") for warning in warnings]
     return Group(*parts)
@@ -549,7 +508,7 @@ def render_explanation(explanation: Explanation, file: Path) -> RenderableType:
             rows = [
                 [frequency(place), number(values[place]), f"{(values[place] or 0.0) / total:.1%}"] for place in most
             ]
-            parts.append(_table(title, ("frequency", "value", "share"), rows))
+            parts.append(titled(title, ("frequency", "value", "share"), rows))
     if (told := explanation.expression) is not None:
         rows = [
             ["behind the defence", *_figure("accuracy", told.protected)],
@@ -557,7 +516,7 @@ def render_explanation(explanation: Explanation, file: Path) -> RenderableType:
             ["chance", f"{100 * told.chance:.1f}", ""],
         ]
         title = f"Expressions told apart (synthetic faces: {', '.join(told.classes)}), %"
-        parts.append(_table(title, ("", "accuracy", "95 % interval"), rows))
+        parts.append(titled(title, ("", "accuracy", "95 % interval"), rows))
     parts.append(Text(str(file), overflow="fold"))
     return Group(*parts)
 
@@ -602,7 +561,7 @@ def _sweep_table(sweep: SweepState, title: str) -> RenderableType:
         figures = (_key_figure(name, cell.figures.get(name)) for name in names)
         rows.append([defense, cell.attack, cell.knowledge, str(cell.seed), status, *figures])
     headings = ("defence", "attack", "knowledge", "seed", "status", *(KINDS[name].column for name in names))
-    return _table(title, headings, rows, left=5)
+    return titled(title, headings, rows, left=5)
 
 
 def _key_figure(name: str, figure: KeyFigure | None) -> str:

@@ -50,7 +50,7 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Say what a recogniser is, what it is fed, and how well it tells apart people of the packs at hand."""
-    from bench.run.machines import make_fabric
+    from bench.run.machines import choose_machine
     from bench.run.recogniser import report_on
 
     try:
@@ -66,7 +66,7 @@ def info(
         defense_options=parse_assignments(defense_option or [], "-o"),
         data_root=data_root,
         packs=[Path(name) for name in listed(verify)] if verify else (),
-        device=make_fabric(device, "32-true").device,
+        device=choose_machine(device, "32-true").device,
         task=progress_bars().task,
     )
 

@@ -13,7 +13,7 @@ from bench.commands.console import err, show
 from bench.commands.flags import AsJson, Assignments, AttackOptions, DefenseOptions, with_flags
 from bench.errors import MissingError, UsageError
 from bench.run.config import merge, nested, parse_assignments, resolve, settings, write_config
-from bench.run.launch import FreeCores, Launch, keep_freed_memory
+from bench.run.launch import FreeCores, Launch, keep_freed_memory, uncollected
 
 
 @with_flags(setting for setting in settings() if setting.flag)
@@ -47,26 +47,28 @@ def run(
 
     free = FreeCores()  # watched while torch is imported
 
-    from bench.run.archive import read_manifest
-    from bench.run.machines import use_free_cores
-    from bench.run.pipeline import Pipeline
-    from bench.run.store import run_id
+    with uncollected(kept=True):
+        from bench.run.pipeline import Pipeline
 
-    pipeline = Pipeline(resolved, console=err)
+        pipeline = Pipeline(resolved, console=err)
     if not Launch.here().leads:
         if not dry_run:
             pipeline.help()
         return
 
-    from reports.terminal import render_plan, render_result
-
     if write_file is not None:
         write_config(resolved, write_file)
         err.print(f"settings written to {write_file}", markup=False, highlight=False, soft_wrap=True)
     if dry_run:
+        from reports.plan import render_plan
+
         plan = pipeline.plan(measure=measure)
         show(plan, as_json, lambda: render_plan(plan))
     else:
+        from bench.run.archive import read_manifest
+        from bench.run.machines import use_free_cores
+        from bench.run.store import run_id
+
         remembered = None
         with contextlib.suppress(MissingError):  # most runs are new
             remembered = read_manifest(resolved.out / run_id(resolved)).threads
@@ -74,4 +76,7 @@ def run(
             err.print(note, markup=False, highlight=False, soft_wrap=True)
         keep_freed_memory()
         result = pipeline.run()
+
+        from reports.terminal import render_result  # loads what draws figures
+
         show(result.to_json(), as_json, lambda: render_result(result, pipeline.directory))

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from bench.images import to_float
@@ -77,6 +75,9 @@ class Contents:
 
 def components(first: NDArray[np.integer], second: NDArray[np.integer], count: int) -> NDArray[np.int64]:
     """int64 (count,): the group of each of 0..count-1, where ``first[i]`` and ``second[i]`` are in one, by number."""
+    from scipy.sparse import coo_array  # here, as plans, which compare no faces, load this module, too
+    from scipy.sparse.csgraph import connected_components
+
     links = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(count, count))
     groups: NDArray[np.int64] = connected_components(links, directed=False)[1].astype(np.int64)
     return groups

@@ -14,10 +14,9 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,6 +24,9 @@ from PIL import Image
 from bench.data.decode import Encoded, ImageError, decode_image, read_image_file, readable, shown
 from bench.data.encoded import EncodedSource
 from bench.errors import DataError, MissingError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Numbers = NDArray[np.int64]
 
@@ -263,6 +265,8 @@ def aligned(data: bytes, landmarks: NDArray[np.float64]) -> bytes:
 
 def _read(path: Path, columns: dict[str, Any], *, heading: bool = False) -> pd.DataFrame:
     """The first columns of a list with commas below a heading, or all of one with blanks and without."""
+    import pandas as pd
+
     what = f"{shown(path)} is no list of {', '.join(columns)}"
     options: dict[str, Any] = {"sep": r"\s+", "header": None}
     if heading:

@@ -33,7 +33,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy import special, stats
 from torch import Tensor
 
 from bench.errors import DataError
@@ -340,8 +339,10 @@ class People:
         """
         if self.count < 2:
             return Estimate(value, None, n, _FEW)
+        from scipy import special  # here, as this module is loaded where nothing is measured, too
+
         error = math.sqrt(float(self.variance(influence)) + more)
-        quantile = float(stats.t.ppf(0.975, self.count - 1))
+        quantile = float(special.stdtrit(self.count - 1, 0.975))  # of Student's t
         if difference:
             if error <= _NOTHING:
                 return Estimate(value, None, n, ALIKE)

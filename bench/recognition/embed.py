@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from bench.data.faces import FaceSet
@@ -16,6 +16,9 @@ from bench.memory import in_halves
 from bench.nets.recogniser import Recogniser
 from bench.progress import Report, no_report
 from defenses.base import Defense
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # takes as long to import as torch
 
 
 @torch.inference_mode()

@@ -6,15 +6,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from bench.errors import BenchError
 from bench.nets.recogniser import InputNormalisation
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # takes as long to import as torch
 
 #: How the backends of torch.distributed say that somebody no longer answers.
 _LOST = re.compile(r"gloo|nccl|socket|connection (closed|reset|refused)|broken pipe|timed? ?out|store", re.IGNORECASE)

@@ -7,10 +7,9 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lightning_fabric import Fabric
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,8 +19,12 @@ from bench.files import replacing
 from bench.nets.checkpoints import FORMAT, load_tensors
 from bench.nets.recogniser import Recogniser
 from bench.progress import Report
-from bench.recognition.learner import Learner
 from bench.recognition.processes import Processes, processes_of
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric  # takes as long to import as torch
+
+    from bench.recognition.learner import Learner  # imports it
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:

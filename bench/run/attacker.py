@@ -159,7 +159,6 @@ class AttackStages:
     def __init__(self, stages: Stages) -> None:
         self.stages = stages
         self.config = stages.config
-        self.fabric = stages.fabric
         self.streams = stages.streams
         self._public: dict[float, FaceSet] = {}
 
@@ -221,7 +220,7 @@ class AttackStages:
             knowledge=Knowledge(self.config.knowledge),
             mechanism=self.mechanism(defense),
             generator=self.streams.generator("attack"),
-            fabric=self.fabric,
+            fabric=self.stages.machine.fabric,
             recogniser=copy.deepcopy(self.stages.recogniser(defense)) if Capability.RECOGNISER in given else None,
             embed=service.embed if service and Capability.EMBEDDINGS in given else None,
             traffic=self._traffic(defense) if Capability.TRAFFIC in given else None,
@@ -237,7 +236,7 @@ class AttackStages:
 
     def client(self, defense: Defense) -> Client:
         """The client as the attacker runs it, on streams of its own."""
-        return Client(defense, lambda name: self.streams.generator(f"client/{name}"), self.fabric.device)
+        return Client(defense, lambda name: self.streams.generator(f"client/{name}"), self.stages.device)
 
     def _traffic(self, defense: Defense) -> Traffic:
         return traffic_query(
@@ -246,7 +245,7 @@ class AttackStages:
             self.selection.attacked,
             self.streams.numbered("traffic"),
             batch_size=self.config.batch_size,
-            device=self.fabric.device,
+            device=self.stages.device,
             keys=self.stages.victim_keys(defense),
         )
 
@@ -342,7 +341,7 @@ class AttackStages:
         for number, index in (
             (number, part) for number, batch in enumerate(batches) for part in batch.split(batch_size)
         ):
-            faces = to_float(self.stages.splits.victims.images[index].to(self.fabric.device))
+            faces = to_float(self.stages.splits.victims.images[index].to(self.stages.device))
             sent = [
                 defense.protect_each(
                     faces,
@@ -421,7 +420,7 @@ class AttackStages:
                 file = resume / f"part-{number}.safetensors"
                 if not file.is_file():
                     with failing_as(f"attack {fitted.name} on {defense.name}"):
-                        write_tensors(file, _recover(fitted, batch, defense, self.fabric.device))
+                        write_tensors(file, _recover(fitted, batch, defense, self.stages.device))
                 parts.append(load_file(file))
                 report(sum(len(part["faces"]) for part in parts), len(probes))
             kept = set.intersection(*map(set, parts))
@@ -510,7 +509,7 @@ class AttackStages:
                     for _, representations, _ in sent:
                         keep(name, _some_at_once(fitted, fitted.embed_representations, representations))
                 for faces in victims.batches(self.config.batch_size):
-                    keep("plain", _some_at_once(fitted, fitted.embed_faces, faces.to(self.fabric.device)))
+                    keep("plain", _some_at_once(fitted, fitted.embed_faces, faces.to(self.stages.device)))
             return {name: torch.cat(batches) for name, batches in columns.items()}
 
         stage, key = f"link-{attack_config.name}-{defense.name}", self._victims_key(attack_config, defense)

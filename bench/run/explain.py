@@ -291,9 +291,11 @@ def told_apart(attacks: AttackStages, defense: Defense, people: int) -> Expressi
         head = build_head(_CLASSIFIER, len(EXPRESSIONS), seed=seed, processes=Processes())
         assert isinstance(head, MarginHead)
         with stages.bars.task(f"tell expressions apart {what}") as report:
-            train(network, known, behind, _CLASSIFIER, fabric=stages.fabric, seed=seed, head=head, report=report)
+            train(
+                network, known, behind, _CLASSIFIER, fabric=stages.machine.fabric, seed=seed, head=head, report=report
+            )
         drawn = attacks.streams.numbered("expression/others")
-        embedded = embed_faces(network, behind, others, generators=drawn, fabric=stages.fabric)
+        embedded = embed_faces(network, behind, others, generators=drawn, fabric=stages.machine.fabric)
         with torch.no_grad():
             right = head.cpu().cosines(embedded).argmax(dim=1) == others.labels
         estimate = mean_estimate(right, whose[whose >= learnt], attacks.streams.generator("expression/bootstrap"))

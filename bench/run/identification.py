@@ -89,7 +89,7 @@ class _System:
             generators=lambda number: stages.streams.generator(f"{self.stream}/{first + number}"),
             batch_size=stages.config.batch_size,
             keys=self._held(len(images)),
-            fabric=stages.fabric,
+            fabric=stages.machine.fabric,
         )
 
     def stored(self, rows: Tensor) -> Tensor:

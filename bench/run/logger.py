@@ -12,14 +12,15 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-from lightning_fabric.loggers.logger import Logger
+from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, MissingError
 from bench.files import DISTRIBUTION
 from bench.results import RunResult, measures
 from bench.run.config import RunConfig
+
+if TYPE_CHECKING:
+    from lightning_fabric.loggers.logger import Logger  # takes as long to import as torch
 
 #: Name of a logger -> packages that it needs, which the extra of its name installs.
 _NEEDS: Mapping[str, tuple[str, ...]] = {

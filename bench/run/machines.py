@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -9,17 +10,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor
 
 from bench.errors import UsageError
 from bench.recognition.processes import LostProcess, Processes, noticing_lost_processes, processes_of
 from bench.run.launch import FreeCores, Launch
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -88,8 +90,27 @@ def synchronise(device: torch.device) -> None:
 PATIENCE = timedelta(minutes=10)
 
 
-def make_fabric(device: str, precision: str, launch: Launch | None = None) -> Fabric:
-    """A single-device Fabric.
+@dataclass(frozen=True)
+class Machine:
+    """What one process computes on, and how.
+
+    Attributes:
+        device: CUDA's and MPS's are numbered.
+        precision: as Fabric calls it.
+    """
+
+    device: torch.device
+    precision: Precision
+
+    @functools.cached_property
+    def fabric(self) -> Fabric:
+        """Lightning Fabric for it. Its import takes longer than torch's: plans do without."""
+        devices: int | list[int] = 1 if self.device.index is None else [self.device.index]
+        return _make(accelerator=self.device.type, devices=devices, precision=self.precision)
+
+
+def choose_machine(device: str, precision: str, launch: Launch | None = None) -> Machine:
+    """The device and the precision that these settings stand for here.
 
     Args:
         device: ``auto`` (CUDA, then MPS, then CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
@@ -99,9 +120,13 @@ def make_fabric(device: str, precision: str, launch: Launch | None = None) -> Fa
     Raises:
         UsageError: an unknown device, or one that is not here.
     """
-    kind, number = _choose(device, launch or Launch())
-    devices: int | list[int] = 1 if number is None else [number]
-    return Fabric(accelerator=kind, devices=devices, precision=_precision(precision, kind, number))
+    chosen = _choose(device, launch or Launch())
+    return Machine(chosen, resolve_precision(precision, chosen))
+
+
+def make_fabric(device: str, precision: str) -> Fabric:
+    """A Fabric for a single device; device and precision as for :func:`choose_machine`."""
+    return choose_machine(device, precision).fabric
 
 
 def make_shared_fabric(device: str, precision: str, launch: Launch, patience: timedelta = PATIENCE) -> Fabric:
@@ -112,22 +137,31 @@ def make_shared_fabric(device: str, precision: str, launch: Launch, patience: ti
     Raises:
         UsageError: a device that several processes cannot share, or one that is not here.
     """
-    kind, number = _choose(device, launch)
-    if kind == "mps":
+    from lightning_fabric.strategies.ddp import DDPStrategy  # as long an import as Fabric
+
+    machine = choose_machine(device, precision, launch)
+    if machine.device.type == "mps":
         raise UsageError("several processes need --device cpu or cuda: MPS is one device")
-    fabric = Fabric(
-        accelerator=kind,
+    fabric = _make(
+        accelerator=machine.device.type,
         devices=launch.local_size,
         num_nodes=launch.size // launch.local_size,
         strategy=DDPStrategy(timeout=patience),
-        precision=_precision(precision, kind, number),
+        precision=machine.precision,
     )
     fabric.launch()
     return fabric
 
 
-def _choose(device: str, launch: Launch) -> tuple[str, int | None]:
-    """Kind of device, and the number of a CUDA one."""
+def _make(**settings: Any) -> Fabric:
+    from lightning_fabric import Fabric
+
+    # Fabric announces the precision on stderr; the manifest has it.
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    return Fabric(**settings)
+
+
+def _choose(device: str, launch: Launch) -> torch.device:
     match = re.fullmatch(r"(auto|cpu|mps|cuda)(?::(\d+))?", device)
     if match is None or (match[2] and match[1] != "cuda"):
         raise UsageError(f"unknown device {device!r}: use auto, cpu, cuda, cuda:N or mps")
@@ -139,7 +173,7 @@ def _choose(device: str, launch: Launch) -> tuple[str, int | None]:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UsageError("no MPS device here: use --device cpu or auto")
     if kind != "cuda":
-        return kind, None
+        return torch.device(kind, 0) if kind == "mps" else torch.device(kind)
     if match[2] and launch.size > 1:
         raise UsageError(
             f"--device {device} is one device: under torchrun use --device cuda, each process takes its own"
@@ -147,13 +181,7 @@ def _choose(device: str, launch: Launch) -> tuple[str, int | None]:
     number = int(match[2] or launch.local_rank)
     if number >= torch.cuda.device_count():
         raise UsageError(f"no device cuda:{number} here: there are {torch.cuda.device_count()}")
-    return kind, number
-
-
-def _precision(precision: str, kind: str, number: int | None) -> Precision:
-    # Fabric announces the precision on stderr; the manifest has it.
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    return resolve_precision(precision, torch.device(kind) if number is None else torch.device(kind, number))
+    return torch.device(kind, number)
 
 
 #: How long the others wait for the first to call them: it may run attacks for days between two trainings.

@@ -7,10 +7,9 @@ import resource
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_fabric import Fabric
 from rich.console import Console
 
 from attacks.base import LinkageAttack
@@ -26,22 +25,18 @@ from bench.results import DatasetInfo, DefenseInfo, RunPlan, RunResult
 from bench.run.attack_config import attack_configs, check_attack
 from bench.run.attacker import AttackStages
 from bench.run.config import SETS, RunConfig
-from bench.run.findings import Findings
-from bench.run.identification import open_distractors
 from bench.run.launch import Launch
-from bench.run.linkage import run_linkage
 from bench.run.logger import Tracker, check_logger
-from bench.run.machines import ConnectedProcesses, make_fabric
+from bench.run.machines import ConnectedProcesses, choose_machine
 from bench.run.protocols import check_packs, packs_of
 from bench.run.provider import Stages, channel_energy, check_brought, unknown_training
-from bench.run.recovery import run_recovery
-from bench.run.speed import provider_speed
 from bench.run.stage import Job, StageCache
 from bench.run.store import RunStore, alone
-from bench.run.templates import assess_protection
-from bench.run.verification import measure_utility
 from defenses.base import Defense, noise_is_shared
 from defenses.template import TemplateDefense
+
+if TYPE_CHECKING:
+    from bench.run.findings import Findings
 
 
 class Pipeline:
@@ -62,7 +57,7 @@ class Pipeline:
         self.console = console
         self._check()
         self.launch = Launch.here()
-        self.fabric: Fabric = make_fabric(config.device, config.training.precision, self.launch)
+        self.machine = choose_machine(config.device, config.training.precision, self.launch)
         self.store: RunStore | None = None
         self.memory = Memory()
 
@@ -126,7 +121,7 @@ class Pipeline:
     def _run(self) -> RunResult:
         config = self.config
         store = self.store = RunStore(config)
-        device, precision = str(self.fabric.device), str(self.fabric._precision.precision)
+        device, precision = str(self.machine.device), self.machine.precision
         store.write_manifest("started", device, precision)
         store.log("started", run_id=store.run_id)
         tracker = Tracker(config, self._logger_lost)
@@ -176,7 +171,12 @@ class Pipeline:
         cache = StageCache(self.config.out / "cache", resume=self.config.resume or not self.launch.leads)
         console = self.console if self.launch.leads else Console(quiet=True)
         return Stages(
-            self.config, fabric=self.fabric, cache=cache, bars=ProgressBars(console, log), log=log, processes=processes
+            self.config,
+            machine=self.machine,
+            cache=cache,
+            bars=ProgressBars(console, log),
+            log=log,
+            processes=processes,
         )
 
     def _logger_lost(self, error: str) -> None:
@@ -189,6 +189,13 @@ class Pipeline:
         config = self.config
         check_packs(self.packs.values())
         stages = self._stages(log, processes)
+        with stages.bars.task("load libraries"):  # takes as long as all that came before, and no plan needs them
+            from bench.run.identification import open_distractors
+            from bench.run.speed import provider_speed
+            from bench.run.templates import assess_protection
+            from bench.run.verification import measure_utility
+
+            _ = self.machine.fabric
         if config.utility and config.distractors is not None:
             open_distractors(stages)  # else what is wrong with them was found after all training
         attacks = AttackStages(stages)
@@ -246,7 +253,7 @@ class Pipeline:
             throughput=throughput | findings.throughput,
             seconds={stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},
             cached=list(dict.fromkeys(stages.cached)),
-            peak_memory=_peak_memory(self.fabric.device),
+            peak_memory=_peak_memory(self.machine.device),
         )
 
     def _steps(self, attacks: AttackStages) -> int:
@@ -258,6 +265,10 @@ class Pipeline:
 
     def _attack(self, attacks: AttackStages, defense: Defense, plain: Defense, store: RunStore) -> Findings:
         """Run the recovery attacks, then the linkage attacks."""
+        from bench.run.findings import Findings
+        from bench.run.linkage import run_linkage
+        from bench.run.recovery import run_recovery
+
         configs = self.attack_configs
         linkage = {name: configs[name] for name in configs if isinstance(configs[name][-1].make(), LinkageAttack)}
         recovery = {name: configs[name] for name in configs if name not in linkage}

@@ -119,8 +119,8 @@ def make_plan(
     }
     return RunPlan(
         run_id=run_id(config),
-        device=str(stages.fabric.device),
-        precision=str(stages.fabric._precision.precision),
+        device=str(stages.device),
+        precision=stages.machine.precision,
         config=config.model_dump(mode="json") | resolved,
         stages=planned,
         seconds=sum(stage.seconds or 0.0 for stage in planned),
@@ -266,7 +266,7 @@ def _pretend_trained(stages: Stages, target: Defense, role: str) -> None:
     taught, shape = stages.taught(role), stages.seen_by_recogniser(target).representation_shape
     size = config.training.embedding_size if taught is None else taught.shape[1]
     untrained = build_recogniser(config.backbone, shape, size, image_size=config.image_size, seed=0)
-    stages.assume(stages.recogniser_job(target, role), untrained.to(stages.fabric.device).eval())
+    stages.assume(stages.recogniser_job(target, role), untrained.to(stages.device).eval())
 
 
 def _on_victims(attack_config: AttackConfig, target: Defense, attacks: AttackStages) -> Step:

@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -51,16 +50,18 @@ from bench.randomness import Streams
 from bench.recognition.embed import embed_faces
 from bench.recognition.options import TrainingOptions
 from bench.recognition.state import save_recogniser
-from bench.recognition.training import TrainingReport, build_head, train
 from bench.results import RecogniserInfo, TeacherInfo
 from bench.run.config import RunConfig
 from bench.run.enrolment import TemplateSystem
-from bench.run.machines import ConnectedProcesses, TrainingOrder
+from bench.run.machines import ConnectedProcesses, Machine, TrainingOrder
 from bench.run.protocols import VerificationSet, load_pack
 from bench.run.sources import DataSet, digest
 from bench.run.stage import CODE, Job, Log, StageCache, StageRunner, make_key, plugin_code, tensor_job
 from defenses.base import Defense, DefenseTraining
 from defenses.template import TemplateDefense
+
+if TYPE_CHECKING:
+    from bench.recognition.training import TrainingReport
 
 _FACES = 256
 _BATCH = 16
@@ -159,7 +160,7 @@ class Stages(StageRunner):
 
     Args:
         config: the resolved configuration.
-        fabric: device and precision.
+        machine: device and precision.
         cache, bars, log: as for :class:`StageRunner`.
         processes: processes that help to train recognisers, if there are any.
     """
@@ -168,7 +169,7 @@ class Stages(StageRunner):
         self,
         config: RunConfig,
         *,
-        fabric: Fabric,
+        machine: Machine,
         cache: StageCache,
         bars: ProgressBars,
         log: Log,
@@ -177,7 +178,7 @@ class Stages(StageRunner):
         super().__init__(cache, bars, log)
         self.config = config
         self.processes = processes
-        self.fabric = fabric
+        self.machine, self.device = machine, machine.device
         self.streams = Streams(config.seed)
 
     # -- data ------------------------------------------------------------------------------------
@@ -290,9 +291,9 @@ class Stages(StageRunner):
 
     def circumstances(self) -> dict[str, Any]:
         """What the seconds of a stage depend on: the configuration, the machine, and the sizes of the parts."""
-        device = self.fabric.device
+        device = self.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        machine = [device.type, name, torch.get_num_threads(), str(self.fabric._precision.precision)]
+        machine = [device.type, name, torch.get_num_threads(), self.machine.precision]
         return {"machine": machine, "sizes": self.sizes(), "config": self.config.model_dump(mode="json")}
 
     @functools.cached_property
@@ -315,7 +316,7 @@ class Stages(StageRunner):
 
     def platform(self) -> dict[str, str]:
         """What else decides the figures of a stage that computes with torch."""
-        return {"torch": torch.__version__, "device": self.fabric.device.type}
+        return {"torch": torch.__version__, "device": self.device.type}
 
     def trained_under(self) -> dict[str, Any]:
         """What decides, beside its own options, what is trained on a part of the identities."""
@@ -334,7 +335,7 @@ class Stages(StageRunner):
         config = self.config
         seed = self.streams.seed_for("defense")
         defense = plugins.make_defense(name, dict(options), config.preset, config.image_size, seed=seed)
-        return defense.requires_grad_(False).to(self.fabric.device)
+        return defense.requires_grad_(False).to(self.device)
 
     def ready(self, defense: Defense) -> Defense:
         """Give an unfitted defence what it needs: a recogniser to protect the embeddings of, and its fit."""
@@ -343,14 +344,14 @@ class Stages(StageRunner):
                 behind.load_state_dict(fitted.state_dict())
             recogniser = self.recogniser(self.seen_by_recogniser(defense))
             defense.attach(recogniser.requires_grad_(False), recogniser.spec.embedding_size)
-            defense.requires_grad_(False).to(self.fabric.device)
+            defense.requires_grad_(False).to(self.device)
         return self.do(self.defense_job(defense)) if defense.trainable else defense
 
     def defense_job(self, defense: Defense) -> Job[Defense]:
         """The stage that fits a trainable defence, seeded, and stores what it learnt."""
 
         def compute(resume: Path, report: Report) -> dict[str, Tensor]:
-            device = self.fabric.device
+            device = self.device
             fitted = copy.deepcopy(defense).requires_grad_(True).train()
             with (
                 failing_as(f"defence {defense.name}"),
@@ -368,7 +369,7 @@ class Stages(StageRunner):
         return tensor_job(stage, key, f"fit {defense.name}", "defense.safetensors", compute, read)
 
     def _defense_training(self, folder: Path, report: Report) -> DefenseTraining:
-        faces, options, device = self._provider_in_memory(), self.config.labels_only, self.fabric.device
+        faces, options, device = self._provider_in_memory(), self.config.labels_only, self.device
         if options.head == "partial-fc":  # its centres have no gradients; the head that it samples has
             options = options.model_copy(update={"head": "combined"})
 
@@ -387,6 +388,8 @@ class Stages(StageRunner):
                 image_size=self.config.image_size,
                 seed=seed,
             )
+            from bench.recognition.training import build_head
+
             head = build_head(options, len(faces.names), seed=seed)
             assert isinstance(head, MarginHead)
             return recogniser.to(device), head.to(device)
@@ -396,7 +399,7 @@ class Stages(StageRunner):
             images=len(faces),
             identities=len(faces.names),
             generator=self.streams.generator("defense/fit"),
-            fabric=self.fabric,
+            fabric=self.machine.fabric,
             make_recogniser=make_recogniser,
             folder=folder,
             report=report,
@@ -505,7 +508,7 @@ class Stages(StageRunner):
             shutil.rmtree(folder / "resume", ignore_errors=True)
 
         def read(folder: Path) -> Recogniser:
-            return load_recogniser(folder / "recogniser.safetensors", self.fabric.device)[0]
+            return load_recogniser(folder / "recogniser.safetensors", self.device)[0]
 
         key = self.recogniser_key(defense, role)
         what = f"train {role} recogniser on {defense.name}"
@@ -514,7 +517,7 @@ class Stages(StageRunner):
     def _brought_job(self, defense: Defense, brought: Brought) -> Job[Recogniser]:
         @functools.cache
         def encoder() -> FaceEncoder:
-            return open_encoder(brought.source, self.fabric.device, brought.given, role=brought.setting)
+            return open_encoder(brought.source, self.device, brought.given, role=brought.setting)
 
         def compute(resume: Path, report: Report) -> dict[str, Tensor]:
             generator = self.streams.generator(f"{brought.setting}/input")
@@ -570,7 +573,9 @@ class Stages(StageRunner):
         )
         if self.processes is not None:
             self.processes.meet()
-        fabric = self.fabric if self.processes is None else self.processes.fabric
+        fabric = self.machine.fabric if self.processes is None else self.processes.fabric
+        from bench.recognition.training import train  # imports Fabric, which plans do without
+
         summary = train(
             recogniser,
             faces,
@@ -598,7 +603,7 @@ class Stages(StageRunner):
     def teacher(self) -> Evaluator:
         """The teacher, run as judges are."""
         assert self.config.teacher is not None
-        return Evaluator.from_file(self.config.teacher, self.fabric.device, role="teacher")
+        return Evaluator.from_file(self.config.teacher, self.device, role="teacher")
 
     @functools.cached_property
     def teacher_key(self) -> str:
@@ -648,7 +653,7 @@ class Stages(StageRunner):
         """An encoder's embeddings of plain faces: unit rows, float32 (N, D), on the processor."""
         embeddings: list[Tensor] = []
         for batch in faces.batches(self.config.batch_size):
-            embeddings.append(encoder.embed(batch.to(self.fabric.device)).cpu())
+            embeddings.append(encoder.embed(batch.to(self.device)).cpu())
             report(sum(len(e) for e in embeddings), len(faces))
         return torch.cat(embeddings)
 
@@ -693,7 +698,7 @@ class Stages(StageRunner):
                 generators=self.streams.numbered(stream),
                 batch_size=self.config.batch_size,
                 keys=keys,
-                fabric=self.fabric,
+                fabric=self.machine.fabric,
             )
 
         def compute(resume: Path, report: Report) -> dict[str, Tensor]:
@@ -758,7 +763,7 @@ class Stages(StageRunner):
 
     def system(self, defense: TemplateDefense) -> TemplateSystem:
         """The system that stores this defence's templates."""
-        return TemplateSystem(defense, self.streams, self.fabric.device, self.config.batch_size)
+        return TemplateSystem(defense, self.streams, self.device, self.config.batch_size)
 
     # -- evaluator -------------------------------------------------------------------------------
 
@@ -766,13 +771,13 @@ class Stages(StageRunner):
     def evaluators(self) -> tuple[Evaluator, ...]:
         """The recognisers that judge identity leakage, one at least; neither defence nor attack ever sees them."""
         if files := self.config.evaluator:
-            opened = tuple(Evaluator.from_file(file, self.fabric.device) for file in files)
+            opened = tuple(Evaluator.from_file(file, self.device) for file in files)
             for evaluator, name in zip(opened, judge_names(files), strict=True):
                 evaluator.name = name
             return opened
         recogniser = self.recogniser(self._plain(), "evaluator")
         size = (self.config.image_size, self.config.image_size)
-        return (Evaluator(recogniser, f"trained {self.config.evaluator_backbone}", size, self.fabric.device),)
+        return (Evaluator(recogniser, f"trained {self.config.evaluator_backbone}", size, self.device),)
 
     def victim_keys(self, defense: Defense, purpose: str = "victims") -> Tensor | None:
         """The key of each victim image's client, int64 (N, k); None for a defence without keys.

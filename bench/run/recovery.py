@@ -52,7 +52,7 @@ def _nearest(attacks: AttackStages, defense: Defense) -> Tensor:
     """The public face whose representation is nearest to the intercepted one, with the adversary's knowledge."""
     generator = attacks.streams.generator("floors")
     mechanism = attacks.mechanism(defense)(generator)
-    public = attacks.stages.splits.public.images.to(attacks.fabric.device)
+    public = attacks.stages.splits.public.images.to(attacks.stages.device)
 
     def protect(faces: Tensor) -> Tensor:
         return mechanism.protect(faces, generator).representation
@@ -244,7 +244,7 @@ def between(assessment: Assessment, floors: Mapping[str, Assessment], ceiling: Q
 
 def make_scorer(attacks: AttackStages) -> Scorer:
     """What scores the faces of a run, with LPIPS where its weights are there."""
-    stages, config, device = attacks.stages, attacks.config, attacks.fabric.device
+    stages, config, device = attacks.stages, attacks.config, attacks.stages.device
     lpips: Lpips | MissingError
     try:
         lpips = Lpips(find_alexnet(), device)

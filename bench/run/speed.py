@@ -119,7 +119,7 @@ def recovery_speed(
     seconds = recovered.batch_seconds
     if float(seconds.median()) < SLOW:
         return measure(lambda batch: attack.recover(observation.rows(slice(len(batch)))), observation.representations)
-    device = attacks.fabric.device
+    device = attacks.stages.device
     synchronise(device)
     started = time.perf_counter()
     attack.recover(observation.rows(slice(1)))
@@ -152,4 +152,4 @@ def _some(attacks: AttackStages) -> Tensor:
 
 def _some_faces(attacks: AttackStages) -> Tensor:
     images = attacks.stages.splits.victims.images[_some(attacks)]
-    return to_float(images.to(attacks.fabric.device))
+    return to_float(images.to(attacks.stages.device))

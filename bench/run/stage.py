@@ -26,6 +26,7 @@ from bench.files import drop_beside, parse_json, sha256, write_text
 from bench.memory import current
 from bench.progress import ProgressBars, Report, no_report
 from bench.recognition.state import write_tensors
+from bench.run.launch import uncollected
 
 KEY_LENGTH = 16
 
@@ -72,7 +73,7 @@ def code_version(module: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(origin.parent.rglob("*.py")) if is_package else [origin]:
         digest.update(f"{file.relative_to(origin.parent)}\0".encode())
-        digest.update(ast.dump(_Code().visit(ast.parse(file.read_bytes()))).encode())
+        digest.update(_read_code(file.read_bytes())[0])
     return digest.hexdigest()
 
 
@@ -87,15 +88,46 @@ def _source(module: str) -> tuple[Path, bool]:
     return Path(spec.origin), spec.submodule_search_locations is not None
 
 
-class _Code(ast.NodeTransformer):
-    """Takes away what a reader is told: docstrings, and the descriptions of options."""
+def _is_description(node: Any) -> bool:
+    """Whether it is an argument ``description=...`` of a call."""
+    return type(node) is ast.keyword and node.arg == "description"
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST:
-        told = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return ast.Pass() if told else self.generic_visit(node)
 
-    def visit_keyword(self, node: ast.keyword) -> ast.AST | None:
-        return None if node.arg == "description" else self.generic_visit(node)
+#: Nodes without fields, as :func:`ast.dump` writes them.
+_BARE = {
+    kind: f"{kind.__name__}()"
+    for base in (ast.expr_context, ast.boolop, ast.operator, ast.unaryop, ast.cmpop)
+    for kind in base.__subclasses__()
+}
+
+
+@functools.cache
+def _read_code(source: bytes) -> tuple[bytes, tuple[ast.AST, ...]]:
+    """What a file does, as :func:`ast.dump` writes it, and its import statements.
+
+    What a reader is told is left out: docstrings, and the descriptions of options. A plan reads some 80 files: one walk
+    of each takes a quarter of what a transformer, a dump and a search for imports do.
+    """
+    imports: list[ast.AST] = []
+
+    def dump(node: Any) -> str:
+        kind = type(node)
+        if kind in _BARE:
+            return _BARE[kind]
+        if kind is list:
+            return f"[{', '.join([dump(each) for each in node if not _is_description(each)])}]"
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            return "Pass()"
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imports.append(node)
+        fields = [(name, getattr(node, name, None)) for name in node._fields]
+        shown = [f"{name}={dump(value)}" for name, value in fields if value is not None or not hasattr(kind, name)]
+        return f"{kind.__name__}({', '.join(shown)})"
+
+    with uncollected():
+        return dump(ast.parse(source)).encode(), tuple(imports)
 
 
 @functools.cache
@@ -114,7 +146,7 @@ def plugin_code(module: str) -> tuple[str, ...]:
             continue
         seen.add(name)
         file, is_package = _source(name)
-        for node in ast.walk(ast.parse(file.read_bytes())):
+        for node in _read_code(file.read_bytes())[1]:
             waiting += _imported(node, name if is_package else name.rpartition(".")[0])
     return tuple(sorted(seen))
 

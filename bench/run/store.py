@@ -19,9 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 
@@ -31,6 +30,9 @@ from bench.files import drop_beside, replacing, sha256, write_text
 from bench.results import PROTOCOL_VERSION, SCHEMA_VERSION, RunResult
 from bench.run.config import RunConfig
 from bench.run.launch import Launch
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Packages whose versions may change a figure.
 PACKAGES = ("torch", "torchvision", "lightning-fabric", "numpy", "scipy", "lpips", "onnxruntime")

@@ -218,7 +218,7 @@ def score(recovered: Path, directory: Path, name: str | None = None) -> tuple[Ru
 
     interceptions = next(iter(pipeline.attack_configs.values()))[-1].interceptions
     own: dict[str, Any] = {"attack": method, "attack_options": {}, "budget": None, "queries": interceptions}
-    device, precision = str(pipeline.fabric.device), str(pipeline.fabric._precision.precision)
+    device, precision = str(pipeline.machine.device), pipeline.machine.precision
     store = RunStore(config.model_copy(update=own))
     store.write_manifest("started", device, precision, submission=details)
     result = RunResult(

@@ -36,6 +36,13 @@ def photo(tmp_path):
     return path
 
 
+#: What neither a plan nor a list needs. Some of it takes longer to import than torch.
+UNPLANNED = {
+    *("lightning_fabric", "torchmetrics", "torchvision", "torch._dynamo", "sympy", "scipy", "pandas", "pyarrow"),
+    *("sklearn", "skimage", "matplotlib", "lpips", "onnx", "onnxruntime", "timm"),
+}
+
+
 @pytest.mark.parametrize(
     ("words", "heavy"),
     [
@@ -45,6 +52,8 @@ def photo(tmp_path):
         ("list settings", {"torch", "pandas"}),
         ("list metrics", {"torch", "pandas"}),
         ("doctor", {"torch", "torchvision", "onnxruntime"}),
+        ("list backbones", UNPLANNED),
+        ("run --defense partialface --attack linear,unet,linkage --dry-run", UNPLANNED),
     ],
 )
 def test_what_only_prints_imports_nothing_heavy(words, heavy):

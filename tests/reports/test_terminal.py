@@ -8,7 +8,8 @@ from bench.gate.compare import Difference, FigureChange, Setting
 from bench.gate.verdict import CellVerdict, FigureVerdict, GateReport
 from bench.results import NO_BETTER, Measure, PlannedStage, RunPlan, RunResult, Verification, read_result
 from bench.sweep.cells import CellState, KeyFigure, SweepState
-from reports.terminal import figure, render_difference, render_gate, render_plan, render_result, render_sweep
+from reports.plan import render_plan
+from reports.terminal import figure, render_difference, render_gate, render_result, render_sweep
 
 
 def text(renderable):

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning_fabric import Fabric
 from onnx_models import linear_model
 
 from bench import plugins
@@ -13,11 +12,12 @@ from bench.run import stage
 from bench.run.attack_config import AttackConfig
 from bench.run.attacker import AttackStages
 from bench.run.config import RunConfig, resolve
+from bench.run.machines import choose_machine
 from bench.run.provider import Stages
 from bench.run.stage import CODE, code_version, plugin_code
 
 BASE = {"defense": "partialface", "attack": "unet", "preset": "quick"}
-FABRIC = Fabric(accelerator="cpu", devices=1)
+MACHINE = choose_machine("cpu", "32-true")
 
 #: Stages from the data to the victims; each depends on those that it is made of.
 DATA, DEFENSE, RECOGNISER, EVALUATOR = "data", "defense", "recogniser", "evaluator"
@@ -30,7 +30,7 @@ EVERYTHING = {DATA, *TRAINED, *ATTACKS}
 def keys(**changes):
     """Stage -> key, without rendering a face or training anything."""
     config = resolve({**BASE, **changes}, {})
-    stages = Stages(config, fabric=FABRIC, cache=None, bars=None, log=None)
+    stages = Stages(config, machine=MACHINE, cache=None, bars=None, log=None)
     attacks = AttackStages(stages)
     defense, plain = (
         plugins.make_defense(name, dict(options), config.preset, config.image_size)

@@ -15,11 +15,11 @@ import pytest
 import torch
 from onnx_models import linear_model
 
-import bench.run.machines as device_module
 from bench.errors import UsageError
 from bench.nets.checkpoints import load_recogniser
 from bench.run.launch import FreeCores, Launch
 from bench.run.machines import (
+    choose_machine,
     make_fabric,
     make_shared_fabric,
     native_bfloat16,
@@ -86,10 +86,12 @@ def four_gpus(monkeypatch):
 
 @pytest.mark.usefixtures("four_gpus")
 def test_each_process_takes_the_gpu_of_its_number():
-    choose = device_module._choose
-    assert choose("cuda", Launch.here(TORCHRUN)) == ("cuda", 1)
-    assert choose("auto", Launch()) == ("cuda", 0)
-    assert choose("cuda:2", Launch()) == ("cuda", 2)
+    def choose(device, launch):
+        return choose_machine(device, "32-true", launch).device
+
+    assert choose("cuda", Launch.here(TORCHRUN)) == torch.device("cuda", 1)
+    assert choose("auto", Launch()) == torch.device("cuda", 0)
+    assert choose("cuda:2", Launch()) == torch.device("cuda", 2)
     with pytest.raises(UsageError, match="cuda:2 is one device: under torchrun use --device cuda"):
         choose("cuda:2", Launch.here(TORCHRUN))
     with pytest.raises(UsageError, match="no device cuda:4 here: there are 4"):

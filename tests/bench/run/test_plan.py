@@ -9,6 +9,7 @@ import tiny_runs
 from small_sets import people, picture, write_folder
 
 from bench.errors import MissingError
+from bench.recognition import training
 from bench.run import plan as plan_module
 from bench.run import provider, sources
 from bench.run.plan import _estimate
@@ -29,7 +30,7 @@ def idle(monkeypatch):
     def work(*_, **__):
         raise AssertionError("a plan computes nothing")
 
-    for module, names in ((sources, "load scan digest"), (provider, "split train digest build_recogniser embed_faces")):
+    for module, names in ((sources, "load scan digest"), (provider, "split digest build_recogniser embed_faces"), (training, "train")):
         for name in names.split():
             monkeypatch.setattr(module, name, work)
     monkeypatch.setattr(StageRunner, "do", work)

@@ -96,7 +96,7 @@ def test_an_attack_from_the_file_alone_gets_what_the_run_got(finished, observed,
             knowledge=Knowledge(about["knowledge"]),
             mechanism=lambda generator: defense,
             generator=torch.Generator().manual_seed(1),
-            fabric=pipeline(folder.parent, defense="none", attack="linear").fabric,
+            fabric=pipeline(folder.parent, defense="none", attack="linear").machine.fabric,
             traffic=lambda count: iter(()),
         )
     )
