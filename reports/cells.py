@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -95,7 +97,7 @@ class Cell:
         return f"{self.attack} ({self.knowledge}) on {self.defense}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """Runs that may be compared, each attack a cell, by defence.
 
@@ -143,6 +145,24 @@ class Setting:
             groups.setdefault(cell.run.directory, []).append(cell)
         named = [(", ".join(cell.attack for cell in cells), cells[0]) for cells in groups.values()]
         return [(f"{attacks} ({cell.knowledge}) on {cell.defense}", cell) for attacks, cell in named]
+
+
+Asked = ParamSpec("Asked")
+Made = TypeVar("Made")
+
+
+def once(make: Callable[Concatenate[Setting, Asked], Made]) -> Callable[Concatenate[Setting, Asked], Made]:
+    """Make the same of a setting only once: pages, tables and figures all ask for it."""
+    known: WeakKeyDictionary[Setting, dict[Any, Made]] = WeakKeyDictionary()
+
+    @functools.wraps(make)
+    def ask(setting: Setting, /, *args: Asked.args, **kwargs: Asked.kwargs) -> Made:
+        made, asked = known.setdefault(setting, {}), (args, *kwargs.items())
+        if asked not in made:
+            made[asked] = make(setting, *args, **kwargs)
+        return made[asked]
+
+    return ask
 
 
 _LADDER = ("blackbox", "whitebox", "oracle")

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -54,6 +54,13 @@ _TEMPLATES = Path(__file__).parent / "templates"
 _PARETO = (HEADLINE, "ssim", "linkage")
 
 
+class Written(NamedTuple):
+    """What a report or a leaderboard wrote: its files, and what it opens with, a sentence for each setting and rung."""
+
+    files: list[Path]
+    verdicts: list[str]
+
+
 def write_report(
     runs: Sequence[Path],
     out: Path,
@@ -62,7 +69,7 @@ def write_report(
     embed_faces: bool = False,
     every: bool = False,
     benchmarks: Sequence[Path] = (),
-) -> list[Path]:
+) -> Written:
     """Write ``report.html``, ``report.md``, ``report.tex`` and ``measures.csv``.
 
     Args:
@@ -73,9 +80,6 @@ def write_report(
         every: whether to show killed and superseded attempts, too.
         benchmarks: files that pytest-benchmark wrote.
 
-    Returns:
-        The files.
-
     Raises:
         MissingError: a folder is no run directory, a file of one cannot be read or is not what it should be, or no run
             has ended.
@@ -85,6 +89,7 @@ def write_report(
     page = report_page(grouped, images=images, embed_faces=embed_faces, speed=speed, left_out=left_out)
     return _write(
         out,
+        grouped,
         {
             "report.html": page,
             "report.md": report_markdown(grouped, speed, left_out),
@@ -249,7 +254,7 @@ _LEAD = (
 
 def write_leaderboard(
     directory: Path, out: Path, *, images: bool = True, embed_faces: bool = False, every: bool = False
-) -> list[Path]:
+) -> Written:
     """Write ``leaderboard.html``, ``leaderboard.md``, ``leaderboard.csv`` and, as SVG, utility against leakage.
 
     ``utility-ssim-N.svg`` and the like are of setting N, for each leading figure that was measured beside recognition;
@@ -261,9 +266,6 @@ def write_leaderboard(
         images: whether the page shows faces.
         embed_faces: whether real ones, too; synthetic ones need no leave.
         every: whether to count killed and superseded attempts, too.
-
-    Returns:
-        The files.
 
     Raises:
         MissingError: it holds no run that has ended, or a file of one cannot be read.
@@ -293,6 +295,7 @@ def write_leaderboard(
     figures = {name: drawing.file(style) for name, drawing in drawings.items() if drawing is not None}
     return _write(
         out,
+        grouped,
         {
             "leaderboard.html": render_page(
                 "leaderboard.html.j2",
@@ -312,12 +315,6 @@ def write_leaderboard(
     )
 
 
-def verdict_sentences(runs: Sequence[Path], *, every: bool = False) -> list[str]:
-    """What a report or a leaderboard on these runs opens with: a sentence for each setting and rung."""
-    grouped, _ = _settings(load_runs(runs), every)
-    return [f"{subject(setting)}, {verdict.sentence}" for setting in grouped for verdict in verdicts(setting)]
-
-
 def _board(setting: Setting, number: int) -> Table:
     """One row for each defence of a setting; one of which nothing was measured says so."""
     # How fast an attack is belongs to no defence.
@@ -330,11 +327,12 @@ def _board(setting: Setting, number: int) -> Table:
     return Table(f"board-{number}", caption, columns, tuple(rows), tuple(floor_rows(setting))).without_empty_columns()
 
 
-def _write(out: Path, documents: Mapping[str, str]) -> list[Path]:
+def _write(out: Path, grouped: Sequence[Setting], documents: Mapping[str, str]) -> Written:
     """Write each document into ``out``; nothing is written unless all of them could be made."""
     for name, document in documents.items():
         write_text(out / name, document)
-    return [out / name for name in documents]
+    sentences = [f"{subject(setting)}, {verdict.sentence}" for setting in grouped for verdict in verdicts(setting)]
+    return Written([out / name for name in documents], sentences)
 
 
 def _counted(number: int, what: str) -> str:

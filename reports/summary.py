@@ -19,7 +19,7 @@ from bench.results import (
     Verification,
     measures,
 )
-from reports.cells import Cell, Setting, floors, over_seeds, recognition, worst_case, worst_floor
+from reports.cells import Cell, Setting, floors, once, over_seeds, recognition, worst_case, worst_floor
 from reports.published import matching
 from reports.table import Column, Entry, Row, Table, measured
 from reports.verdict import Standing, Verdict, figure, least, standings
@@ -188,6 +188,7 @@ def same_attacks(setting: Setting) -> bool:
     return all(attacks == tried[0] for attacks in tried)
 
 
+@once
 def worst_rows(setting: Setting) -> dict[tuple[str, str], Row]:
     """Defence and rung -> its worst case over the attacks on that rung; none where nothing was measured."""
     cases: dict[tuple[str, str], dict[str, Standing]] = {

@@ -18,7 +18,7 @@ import numpy as np
 
 from bench.gate.comparison import quantile, victims_variance
 from bench.measures import KINDS, Measure, interval, leak, shown
-from reports.cells import Cell, Recognition, Setting, Worst, recognition, seed_half, worst_case, worst_floor
+from reports.cells import Cell, Recognition, Setting, Worst, once, recognition, seed_half, worst_case, worst_floor
 
 #: A defence is worth it if it leaves at most this share of what the same attack gets without it, from floor to ceiling,
 LEAVES_AT_MOST = 0.5
@@ -158,6 +158,7 @@ def _ends(name: str, measure: Measure, people: int) -> tuple[float, float]:
     return wilson(value, max(1, people), quantile(0.975, math.inf))
 
 
+@once
 def standings(setting: Setting, knowledge: str, name: str) -> list[Standing]:
     """The defences that were attacked on a rung, from the one that leaks least, unmeasured ones last."""
     groups = {defense: cells for (defense, rung), cells in setting.rungs.items() if rung == knowledge}
@@ -242,6 +243,7 @@ class Verdict:
     unsettled: Mapping[str, str]
 
 
+@once
 def verdicts(setting: Setting) -> list[Verdict]:
     """A verdict for each rung on which there were attacks."""
     made = []

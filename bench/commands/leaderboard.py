@@ -21,9 +21,9 @@ def leaderboard(
     as_json: AsJson = False,
 ) -> None:
     """Rank defences by what leaks at worst, over all attacks; only comparable runs stand in one table."""
-    from reports.report import verdict_sentences, write_leaderboard
+    from reports.report import write_leaderboard
 
     if embed_faces and not images:
         raise UsageError("--embed-faces and --no-images contradict each other: give one of them")
-    files = write_leaderboard(directory, out_dir or directory, images=images, embed_faces=embed_faces, every=every)
-    show_files(files, as_json, verdicts=verdict_sentences([directory], every=every))
+    written = write_leaderboard(directory, out_dir or directory, images=images, embed_faces=embed_faces, every=every)
+    show_files(written.files, as_json, verdicts=written.verdicts)

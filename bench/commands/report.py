@@ -24,10 +24,11 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write what runs found as one HTML page without network, Markdown, LaTeX and CSV."""
-    from reports.report import verdict_sentences, write_report
+    from reports.report import write_report
 
     if embed_faces and not images:
         raise UsageError("--embed-faces and --no-images contradict each other: give one of them")
-    shown = {"images": images, "embed_faces": embed_faces, "every": every}
-    files = write_report(runs, out_dir, **shown, benchmarks=benchmarks or [])
-    show_files(files, as_json, verdicts=verdict_sentences(runs, every=every))
+    written = write_report(
+        runs, out_dir, images=images, embed_faces=embed_faces, every=every, benchmarks=benchmarks or []
+    )
+    show_files(written.files, as_json, verdicts=written.verdicts)

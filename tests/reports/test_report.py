@@ -65,7 +65,7 @@ class Elements(HTMLParser):
 
 
 def report(tmp_path, *folders, **options):
-    files = write_report(list(folders), tmp_path / "out", **options)
+    files = write_report(list(folders), tmp_path / "out", **options).files
     assert [file.name for file in files] == ["report.html", "report.md", "report.tex", "measures.csv"]
     return [file.read_text(encoding="utf-8") for file in files]
 
@@ -123,7 +123,7 @@ def test_template_defences_are_in_every_format(tmp_path):
 
 def test_the_leaderboard_has_what_inverted_templates_give_away(tmp_path):
     write_run(tmp_path / "runs" / "a", defense="biohash", template=template_protection(), inversion=inversion(0.6))
-    page, md, table = (file.read_text() for file in write_leaderboard(tmp_path / "runs", tmp_path / "board")[:3])
+    page, md, table = (file.read_text() for file in write_leaderboard(tmp_path / "runs", tmp_path / "board").files[:3])
     worst = {row["figure"]: row for row in csv.DictReader(io.StringIO(table))}
     assert [float(worst[name]["value"]) for name in ("pass_same", "pass_renewed")] == pytest.approx([0.6, 0.55])
     assert float(worst["embedding_cosine"]["floor"]) == 0.13
@@ -311,7 +311,7 @@ def test_leaderboard(tmp_path):
     write_run(runs / "b", attack="linear", ssim=(0.9,) * 8, cosine=0.1)
     write_run(runs / "c", protocol="1", defense="blur")
     write_run(runs / "d", defense="noise", error="broke")
-    files = write_leaderboard(runs, tmp_path / "board")
+    files = write_leaderboard(runs, tmp_path / "board").files
     tables, figures = files[:3], files[3:]
     assert [file.name for file in tables] == ["leaderboard.html", "leaderboard.md", "leaderboard.csv"]
     names = (f"utility-{figure}-{number}.svg" for figure in ("ssim", "type2-tar") for number in (1, 2))

@@ -157,7 +157,7 @@ def test_a_defence_that_no_attack_has_opened_is_not_the_best_and_its_rows_say_wh
     assert notes == {NO_BETTER, ""}
     told = {defense: " ".join(fact.context for fact in facts(cells)) for defense, cells in setting.defenses.items()}
     assert (NO_BETTER in told["partialface"], NO_BETTER in told["blur"]) == (True, False)
-    board = write_leaderboard(tmp_path, tmp_path / "out")
+    board = write_leaderboard(tmp_path, tmp_path / "out").files
     assert all(NO_BETTER in path.read_text() for path in board if path.suffix != ".svg")
     assert NO_BETTER in report_csv([setting])
 

@@ -233,7 +233,9 @@ def test_each_rung_has_its_worst_case_and_its_verdict(tmp_path):
     assert {rung: row.entries["type2_far_1e3"].number for (_, rung), row in rows.items()} == pytest.approx(
         {rung: 100 * share for rung, share in shares.items()}
     )
-    (board,) = (path for path in write_leaderboard(tmp_path / "oracle", tmp_path / "out") if path.suffix == ".csv")
+    (board,) = (
+        path for path in write_leaderboard(tmp_path / "oracle", tmp_path / "out").files if path.suffix == ".csv"
+    )
     lines = list(csv.DictReader(io.StringIO(board.read_text())))
     assert {line["knowledge"] for line in lines} == {"oracle"}
     assert {line["verdict"] for line in lines} == {"not worth it: leaves 89% of what leaks without it"}
@@ -257,7 +259,7 @@ def test_killed_and_superseded_attempts_are_left_out_unless_asked_for(tmp_path, 
     kept, killed, superseded = attempts(load_runs([runs]))
     names = [{run.directory.name for run in some} for some in (kept, killed, superseded)]
     assert names == [{"new", "other-options", "then-done", "fails"}, {"killed"}, {"old", "failed-first"}]
-    page, md, *_ = (path.read_text() for path in write_leaderboard(runs, tmp_path / "out"))
+    page, md, *_ = (path.read_text() for path in write_leaderboard(runs, tmp_path / "out").files)
     for document in (page, md):
         assert "1 killed or not finished (killed)" in document
         assert "it broke" in document
@@ -281,8 +283,9 @@ def test_nothing_but_killed_runs_is_one_line(tmp_path):
 def test_a_page_opens_with_the_verdict_and_shows_each_defence_as_a_card(tmp_path):
     folders = [run(tmp_path, "low", 0.1), run(tmp_path, "high", 0.9), run(tmp_path, "none", 1.0)]
     (sentence,) = (verdict.sentence for verdict in verdicts(setting_of(*folders)))
-    pages = [write_report(folders, tmp_path / "out")[0], write_leaderboard(tmp_path, tmp_path / "out")[0]]
-    for page in (path.read_text() for path in pages):
+    written = [write_report(folders, tmp_path / "out"), write_leaderboard(tmp_path, tmp_path / "out")]
+    assert all(one.verdicts[0].endswith(f", {sentence}") for one in written)
+    for page in (one.files[0].read_text() for one in written):
         main = page.partition("<main")[2]
         assert main.index(sentence) < main.index('class="warnings"') < main.index('class="ranking"')
         assert '<details class="warnings">' in main, "folded"

@@ -185,6 +185,12 @@ def test_the_command(make_run, bench):
     assert f"input batchx3x{SIZE}x{SIZE} -> embedding" in said
     assert said.endswith("can be an --evaluator\n")
     assert sha256(Path("r.onnx")) in Path("r.md").read_text()
-    code, document, _ = bench(*arguments, "--json")
+    Path("r.onnx").unlink()
+    Path("r.md").write_text("notes")  # of somebody, and no card
+    code, _, error = bench(*arguments)
+    assert (code, Path("r.md").read_text(), Path("r.onnx").exists()) == (2, "notes", False)
+    assert "r.md exists" in error
+    code, document, _ = bench(*arguments, "--overwrite", "--json")
     assert code == 0
     assert json.loads(document)["output"] == "embedding"
+    assert sha256(Path("r.onnx")) in Path("r.md").read_text()

@@ -30,7 +30,11 @@ def idle(monkeypatch):
     def work(*_, **__):
         raise AssertionError("a plan computes nothing")
 
-    for module, names in ((sources, "load scan digest"), (provider, "split digest build_recogniser embed_faces"), (training, "train")):
+    for module, names in (
+        (sources, "load scan digest"),
+        (provider, "split digest build_recogniser embed_faces"),
+        (training, "train"),
+    ):
         for name in names.split():
             monkeypatch.setattr(module, name, work)
     monkeypatch.setattr(StageRunner, "do", work)
