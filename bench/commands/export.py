@@ -16,7 +16,9 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     what: Annotated[str, typer.Option(help="recogniser | attack: which of the run's networks.")],
     out_file: Annotated[Path, typer.Option("--out", help="The .onnx file to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a network and a card that are there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a network and a card that are there.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's recogniser, or its attack's network, as ONNX, and its model card beside it.

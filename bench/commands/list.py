@@ -12,9 +12,10 @@ from rich.console import Group, RenderableType
 from bench.commands.console import show, table
 from bench.commands.flags import AsJson, default_text
 from bench.errors import UsageError
-from bench.plugins import Option, attacks, defenses, describe, make_defense
+from bench.plugins import Option, attacks, defenses, describe, make_defense, recognisers
 from bench.registry import pick
 from bench.run.config import DATA, INTERCEPTIONS, Setting, settings
+from bench.run.launch import uncollected
 
 if TYPE_CHECKING:
     from attacks.base import Attack
@@ -26,16 +27,20 @@ _SIZE = 64
 
 
 def list_(
-    kind: Annotated[str, typer.Argument(help="defenses, attacks, datasets, backbones, heads, metrics or settings.")],
+    kind: Annotated[
+        str, typer.Argument(help="defenses, attacks, datasets, recognisers, backbones, heads, metrics or settings.")
+    ],
     name: Annotated[str | None, typer.Argument(help="One of them, with all its options.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List what can be named on the command line; with a NAME its options, their types, defaults, ranges, meanings."""
     if name is not None and _plural(kind) == "defenses":  # a chain is none of those listed
-        defense = _defense(defenses().get(name))
+        with uncollected():
+            defense = _defense(defenses().get(name))
         show(defense, as_json, lambda: _entry(defense))
         return
-    entries = catalogue(kind)
+    with uncollected():
+        entries = catalogue(kind)
     if name is None:
         show(entries, as_json, lambda: _table(entries))
         return
@@ -44,7 +49,7 @@ def list_(
 
 
 def catalogue(kind: str) -> list[dict[str, Any]]:
-    """The entries of ``bench list KIND``; a kind may be written in the singular, and defences with a c.
+    """The entries of ``bench list KIND``; a kind may be in the singular, defences have a c, and recognisers a z.
 
     Raises:
         UsageError: there is no such list.
@@ -53,7 +58,7 @@ def catalogue(kind: str) -> list[dict[str, Any]]:
 
 
 def _plural(kind: str) -> str:
-    return kind.lower().replace("defence", "defense").removesuffix("s") + "s"
+    return kind.lower().replace("defence", "defense").replace("recognizer", "recogniser").removesuffix("s") + "s"
 
 
 def _dump(options: Iterable[Option]) -> list[dict[str, Any]]:
@@ -140,6 +145,23 @@ def _backbones() -> list[dict[str, Any]]:
     return [{"name": name, "parameters (RGB, 112 px, 512-d)": f"{n / 1e6:.2f} M"} for name, n in sizes.items()]
 
 
+def _recognisers() -> list[dict[str, Any]]:
+    from bench.nets.backbones import BACKBONES
+    from bench.nets.checkpoints import NAMES
+
+    kinds: dict[str, Iterable[str]] = {
+        "plug-in": recognisers(),
+        "checkpoint": NAMES,
+        "backbone, trained in a run": BACKBONES,
+    }
+    ways = ("--recogniser {}", "--recogniser FILE", "--backbone {}")
+    return [
+        {"name": name, "kind": kind, "given as": way.format(name)}
+        for (kind, names), way in zip(kinds.items(), ways, strict=True)
+        for name in names
+    ]
+
+
 def _heads() -> list[dict[str, Any]]:
     from bench.recognition.options import HEADS
 
@@ -160,6 +182,7 @@ _MAKERS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "defenses": _defenses,
     "attacks": _attacks,
     "datasets": _datasets,
+    "recognisers": _recognisers,
     "backbones": _backbones,
     "heads": _heads,
     "metrics": _metrics,

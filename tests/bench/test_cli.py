@@ -52,7 +52,7 @@ UNPLANNED = {
         ("list settings", {"torch", "pandas"}),
         ("list metrics", {"torch", "pandas"}),
         ("doctor", {"torch", "torchvision", "onnxruntime"}),
-        ("list backbones", UNPLANNED),
+        ("list defenses", UNPLANNED),
         ("run --defense partialface --attack linear,unet,linkage --dry-run", UNPLANNED),
     ],
 )
@@ -108,7 +108,9 @@ def test_no_arguments_is_help(bench):
     assert "Usage" in out + err
 
 
-@pytest.mark.parametrize("kind", ["defenses", "attacks", "datasets", "backbones", "heads", "metrics", "settings"])
+@pytest.mark.parametrize(
+    "kind", ["defenses", "attacks", "datasets", "recognisers", "backbones", "heads", "metrics", "settings"]
+)
 def test_list(bench, kind):
     code, out, _ = bench("list", kind, "--json")
     assert code == 0

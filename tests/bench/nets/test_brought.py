@@ -22,6 +22,7 @@ from onnx_models import entering_model, linear_model
 from torch import nn
 
 from bench import plugins
+from bench.commands.list import catalogue
 from bench.errors import UsageError
 from bench.nets.brought import digest_of, open_recogniser, plugin_module
 from bench.nets.encoder import BroughtRecogniser
@@ -385,6 +386,14 @@ def registered(monkeypatch):
 
 
 NAMES = {"my-net": "PluggedIn", "shapeless": "no_shape", "number": "no_network"}
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("kind", ["recognisers", "recognizer"])
+def test_what_can_be_named_or_brought_is_listed(kind):
+    listed = {entry["name"]: entry["given as"] for entry in catalogue(kind)}
+    assert {name: listed.get(name) for name in NAMES} == {name: f"--recogniser {name}" for name in NAMES}
+    assert (listed["TFace IR"], listed["ir-50"]) == ("--recogniser FILE", "--backbone ir-50")
 
 
 @pytest.mark.usefixtures("registered")
