@@ -8,7 +8,6 @@ import gc
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -16,7 +15,7 @@ import psutil
 from bench.errors import UsageError
 
 
-@contextmanager
+@contextlib.contextmanager
 def uncollected(*, kept: bool = False) -> Iterator[None]:
     """Within, Python does not look for garbage, which takes a fifth of the time of imports and half of that of parsing.
 
