@@ -102,13 +102,11 @@ def _parameter(name: str, option: Option) -> inspect.Parameter:
     notes = [" | ".join(kinds)] if len(kinds) > 1 and not boolean else []
     notes += [f"default: {default}"] if (default := default_text(option)) else []
     info = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if boolean else flag,
+        *((f"{flag}/--no-{flag[2:]}",) if boolean else spellings(flag)),
         metavar=None if boolean else option.metavar or _METAVARS.get(kinds[0], "NAME"),
         help=escape(option.meaning + (f" [{'; '.join(notes)}]" if notes else "")),
         autocompletion=completion(option.name, [kind for kind in kinds if kind not in _NO_NAMES]),
     )
-    if not boolean:
-        info.param_decls = spellings(flag)
     annotation = Annotated[bool | None, info] if boolean else Annotated[str | None, info]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 

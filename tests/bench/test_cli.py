@@ -102,6 +102,12 @@ def test_completion_is_installed_and_needs_no_torch(tmp_path):
     assert call(_BENCH_COMPLETE="complete_bash", **words) == "hill-climb\n"
 
 
+@pytest.mark.parametrize("command", sorted(typer.main.get_command(app).commands))
+def test_each_spelling_of_a_flag_is_told_once(command):
+    for option in typer.main.get_command(app).commands[command].params:
+        assert len(set(option.opts)) == len(option.opts)
+
+
 def test_no_arguments_is_help(bench):
     code, out, err = bench()
     assert code == 2
