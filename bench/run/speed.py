@@ -27,7 +27,7 @@ def measure(
     batch: Tensor,
     *,
     warmup: int = 2,
-    min_time: float = 1.0,
+    min_time: float = 0.5,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Throughput:
     """Time ``operation`` on ``batch`` and on its first element alone; on half of it where memory is full.
