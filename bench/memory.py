@@ -93,6 +93,8 @@ def _tried(work: Callable[[], T]) -> tuple[T] | RuntimeError:
 def in_halves(work: Callable[[slice], T], count: int, size: int, what: str) -> Iterator[T]:
     """``work(rows)`` for successive slices of ``count`` rows, ``size`` at once, fewer where memory is full.
 
+    Of no rows it is asked once, as ``torch.split`` gives one empty part: what it makes has a shape.
+
     What did not fit is done again with half of the rows, so ``work`` must give the same for the same rows however often
     it is asked, and for a row whatever stands beside it.
 
@@ -107,7 +109,7 @@ def in_halves(work: Callable[[slice], T], count: int, size: int, what: str) -> I
     """
     memory = current()
     start = 0
-    while start < count:
+    while True:
         fits = min(size, memory.rows.get(what, size))
         rows = slice(start, min(start + fits, count))
         done = _tried(lambda rows=rows: work(rows))  # type: ignore[misc]
@@ -116,7 +118,9 @@ def in_halves(work: Callable[[slice], T], count: int, size: int, what: str) -> I
                 memory.note(what, size, fits)
             yield done[0]
             start = rows.stop
-        elif (rows.stop - rows.start) == 1:
+            if start >= count:
+                return
+        elif rows.stop - rows.start <= 1:
             raise done
         else:
             memory.rows[what] = (rows.stop - rows.start) // 2

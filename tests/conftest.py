@@ -45,6 +45,16 @@ def _speed_in_passing():
 
 
 @pytest.fixture
+def set_threads():
+    """Sets torch's number of threads, for this test alone."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def bench(monkeypatch, capsys, tmp_path):
     """Run the command in this process, in an empty folder: (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)

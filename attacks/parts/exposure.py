@@ -133,7 +133,7 @@ class Exposure:
 def in_chunks(function: Callable[[Tensor], Tensor], inputs: Tensor, size: int = 64) -> Tensor:
     """``function`` of ``inputs`` (N, ...), so many at a time: outside training nothing is gained by the batch."""
     parts = in_halves(lambda rows: function(inputs[rows]), len(inputs), size, "learning what is sent")
-    return torch.cat(list(parts)) if len(inputs) else function(inputs)
+    return torch.cat(list(parts))
 
 
 def split_identities(identities: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from bench.data.decode import Encoded, ImageError, decode_image, read_image_file, readable, shown
 from bench.data.encoded import EncodedSource
-from bench.errors import DataError, MissingError
+from bench.errors import DataError, MissingError, first_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -282,7 +282,7 @@ def _read(path: Path, columns: dict[str, Any], *, heading: bool = False) -> pd.D
             options |= {"names": list(columns), "dtype": columns, "keep_default_na": False}
             table: pd.DataFrame = pd.read_csv(path, **options)
         except (ValueError, TypeError) as error:  # pandas' own are of these kinds
-            raise DataError(f"{what}: {shown(str(error).strip().splitlines()[0])}") from error
+            raise DataError(f"{what}: {shown(first_line(error))}") from error
     return table
 
 

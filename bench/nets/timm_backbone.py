@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from bench.errors import MissingError, UsageError
+from bench.errors import MissingError, UsageError, first_line
 from bench.nets.iresnet import EmbeddingOutput
 
 
@@ -79,7 +79,7 @@ class TimmBackbone(nn.Module):
         except (ValueError, RuntimeError, AssertionError, TypeError) as error:
             shape = (in_channels, *input_size)
             raise UsageError(
-                f"backbone timm:{name} cannot take representations {shape}: {_first_line(error)}"
+                f"backbone timm:{name} cannot take representations {shape}: {first_line(error)}"
             ) from error
         self.features.train()
         self.output = EmbeddingOutput((pooled.shape[1], 1, 1), embedding_size, dropout)
@@ -88,10 +88,6 @@ class TimmBackbone(nn.Module):
         """(N, C, h, w) to float32 embeddings (N, D), not normalised."""
         embedding: Tensor = self.output(self.features(self.stem(x))[..., None, None])
         return embedding
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def check_name(name: str) -> None:

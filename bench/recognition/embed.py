@@ -73,7 +73,8 @@ def embed_faces(
             return F.normalize(embedding).cpu()
 
         parts, done = [], 0
-        for part in in_halves(embed, len(faces), batch_size, "embedding faces"):
+        # Not every defence protects no faces.
+        for part in in_halves(embed, len(faces), batch_size, "embedding faces") if len(faces) else ():
             parts.append(part)
             done += len(part)
             report(done, len(faces))

@@ -25,7 +25,7 @@ from bench import plugins
 from bench.data.faces import FaceSet, PairProtocol, Source
 from bench.data.loaders import MAIN
 from bench.data.splits import Splits, parts_of, split, whole_identities
-from bench.errors import BenchError, DataError, MissingError, UsageError
+from bench.errors import BenchError, DataError, MissingError, UsageError, first_line
 from bench.files import parse_json, write_text
 from bench.images import to_float
 from bench.metrics.evaluator import (
@@ -868,5 +868,5 @@ def load_defense(run: Path, config: RunConfig) -> Defense:
         try:
             defense.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError, OSError) as error:
-            raise DataError(f"{path} does not hold this defence: {str(error).splitlines()[0]}") from error
+            raise DataError(f"{path} does not hold this defence: {first_line(error)}") from error
     return defense.requires_grad_(False)

@@ -53,9 +53,7 @@ class Service:
         def embed(rows: slice) -> Tensor:
             return self._recogniser.embed(representations[rows].to(self._device))
 
-        parts = list(in_halves(embed, len(representations), self._batch_size, "the service"))
-        empty = representations.new_zeros(0, self._recogniser.spec.embedding_size)
-        return torch.cat(parts) if parts else empty.to(self._device)
+        return torch.cat(list(in_halves(embed, len(representations), self._batch_size, "the service")))
 
     @torch.no_grad()
     def embed(

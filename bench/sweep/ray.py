@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from bench.errors import BenchError, MissingError, UsageError
+from bench.errors import BenchError, MissingError, UsageError, first_line
 from bench.run.config import OTHER_VARIABLES, RunConfig
 from bench.run.stage import code_version
 from bench.sweep.cells import Cell
@@ -123,7 +123,7 @@ class RayWorkers:
         try:
             problems = self._ray.get([ask.options(scheduling_strategy=node).remote(self._origin) for node in nodes])
         except self._ray.exceptions.RayError as error:
-            cause = _first_line(getattr(error, "cause", error))
+            cause = first_line(getattr(error, "cause", error))
             raise BenchError(f"a machine of the Ray cluster cannot run ppfr-bench: {cause}") from None
         for problem in filter(None, problems):
             raise BenchError(problem)
@@ -166,9 +166,9 @@ class RayWorkers:
             return cell, self._ray.get(reference)
         except errors.RayTaskError as error:
             # Not the cell's own error, which is how it ended: the worker could not even begin.
-            return cell, CellEnd(error=f"the Ray worker failed: {_first_line(error.cause)}")
+            return cell, CellEnd(error=f"the Ray worker failed: {first_line(error.cause)}")
         except errors.RayError as error:
-            return cell, CellEnd(error=f"the Ray worker was lost: {_first_line(error)}", lost=isinstance(error, lost))
+            return cell, CellEnd(error=f"the Ray worker was lost: {first_line(error)}", lost=isinstance(error, lost))
 
     def stop(self) -> None:
         """Cancel what still runs and leave the cluster."""
@@ -220,11 +220,7 @@ def _connect(ray: Any, address: str | None) -> None:
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **only_here)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise BenchError(f"no Ray cluster at {address or 'this machine'}: {_first_line(error)}") from None
+        raise BenchError(f"no Ray cluster at {address or 'this machine'}: {first_line(error)}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -5,7 +5,6 @@ Needs Playwright (extra ``browser``) and a Chromium, from ``BENCH_CHROMIUM`` or 
 """
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,8 @@ from run_folders import write_run
 
 from reports.report import write_leaderboard, write_report
 
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = os.environ.get("BENCH_CHROMIUM") or shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium, or set BENCH_CHROMIUM")
-
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 HOSTILE = '<script>document.title = "owned"</script>'
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,6 @@ from run_folders import write_run
 sync_api = pytest.importorskip("playwright.sync_api")
 uvicorn = pytest.importorskip("uvicorn")
 view = pytest.importorskip("reports.view")
-CHROMIUM = os.environ.get("BENCH_CHROMIUM") or shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium, or set BENCH_CHROMIUM")
 
 
 @pytest.fixture
@@ -30,14 +28,6 @@ def address(tmp_path):
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/token/"
     server.should_exit = True
     thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def goes_on(run, done):

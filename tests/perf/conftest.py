@@ -1,13 +1,9 @@
 """What several measurements have in common."""
 
 import pytest
-import torch
 
 
 @pytest.fixture
-def one_thread():
+def one_thread(set_threads):
     """Figures of one core, whatever the machine has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    set_threads(1)

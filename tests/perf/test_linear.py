@@ -28,11 +28,8 @@ MOST_BYTES = 4 * 2**30
 CHECKED = 4
 
 
-@pytest.fixture(scope="module")
-def world():
-    """All 36 ranks of random tables, each factored."""
-    defense = make_defense("partialface", {"tables": "random", "n_permutations": 6}, "cpu", SIZE)
-    public = smooth(600, SIZE)
+def learnt(defense, public, **options):
+    """The attack of an adversary who knows all, on these faces, four of a person."""
     adversary = Adversary(
         faces=public,
         identities=torch.arange(len(public)) // 4,
@@ -41,8 +38,16 @@ def world():
         generator=torch.Generator().manual_seed(0),
         fabric=Fabric(accelerator="cpu", devices=1),
     )
-    attack = Linear(LinearOptions(rank=RANK, state_faces=32))
+    attack = Linear(LinearOptions(state_faces=32, **options))
     attack.learn(adversary)
+    return attack
+
+
+@pytest.fixture(scope="module")
+def world():
+    """All 36 ranks of random tables, each factored."""
+    defense = make_defense("partialface", {"tables": "random", "n_permutations": 6}, "cpu", SIZE)
+    attack = learnt(defense, smooth(600, SIZE), rank=RANK)
     faces = smooth(BATCH, SIZE, seed=9).float() / 255
     state = defense.states()[torch.arange(BATCH) % len(defense.states())]
     sent = defense.protect(faces, torch.Generator().manual_seed(1), state=state)
@@ -139,17 +144,7 @@ def test_faces_that_share_a_state_are_solved_for_together(benchmark, solver, cou
         pytest.skip("a timing; enable with --benchmark-enable")
     size = 48
     defense = make_defense("partialface", {"tables": "random", "n_permutations": 1}, "cpu", size)
-    public = smooth(300, size)
-    adversary = Adversary(
-        faces=public,
-        identities=torch.arange(len(public)) // 4,
-        knowledge=Knowledge.ORACLE,
-        mechanism=lambda generator: defense,
-        generator=torch.Generator().manual_seed(0),
-        fabric=Fabric(accelerator="cpu", devices=1),
-    )
-    attack = Linear(LinearOptions(rank=100, state_faces=32, solver=solver, iterations=10))
-    attack.learn(adversary)
+    attack = learnt(defense, smooth(300, size), rank=100, solver=solver, iterations=10)
     state = defense.states()[:1].expand(count, -1)
     sent = defense.protect(to_float(smooth(count, size, seed=9)), torch.Generator().manual_seed(1), state=state)
     observation = Observation(sent.representation[:, None], state[:, None])

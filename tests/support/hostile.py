@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import BenchError
+from bench.run.benchmarks import forget_peak, peak_bytes
 
 #: What one input may cost: seconds of a processor, and bytes beyond what the process holds anyway.
 SECONDS, MEMORY = 5.0, 512 * 2**20
@@ -869,23 +870,6 @@ def _undrawn() -> Iterator[None]:
 # -- trying --------------------------------------------------------------------------------------
 
 
-def _peak() -> int | None:
-    """Most bytes that this process held since :func:`_forget_peak`; None where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def _forget_peak() -> int | None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _peak()
-
-
 def _tree(folder: Path) -> set[str]:
     return {f"{at}/{name}" for at, _, names in os.walk(folder) for name in names}
 
@@ -943,7 +927,8 @@ class Trial:
         name, data = self.damaged(seed)
         inputs, out = self._box / "in", self._box / "out"
         self._lay_out(name, data)
-        before, held, began = _tree(self.root), _forget_peak(), time.process_time()
+        before, began = _tree(self.root), time.process_time()
+        held = peak_bytes() if forget_peak() else None
         problem = None
         try:
             printed = io.StringIO()  # stdout belongs to the command line
@@ -958,7 +943,7 @@ class Trial:
             problem = f"prints {printed.getvalue()[:200]!r}" if printed.getvalue() else problem
         except Exception:
             problem = traceback.format_exc(limit=-5)
-        took, most = time.process_time() - began, _peak()
+        took, most = time.process_time() - began, peak_bytes()
         if problem is None and took > SECONDS:
             problem = f"{took:.1f} s of work"
         if problem is None and held is not None and most is not None and most - held > self.reader.memory:

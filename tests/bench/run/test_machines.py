@@ -240,18 +240,16 @@ def test_a_system_that_says_nothing_leaves_the_threads_alone(monkeypatch):
         (0.0, 1, True, 4),
     ],
 )
-def test_threads_are_those_that_are_free_remembered_or_pinned(monkeypatch, idle, remembered, pinned, threads):
+def test_threads_are_those_that_are_free_remembered_or_pinned(
+    monkeypatch, set_threads, idle, remembered, pinned, threads
+):
     if not pinned:
         monkeypatch.delenv("OMP_NUM_THREADS")
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        note = use_free_cores(Watched((0.0, 0.0, 0.0), (idle, 40.0, 0.0)), remembered)
-        assert torch.get_num_threads() == threads
-        assert (note is None) == (threads == 4)
-        assert note is None or f"{threads} of 4" in note
-    finally:
-        torch.set_num_threads(before)
+    set_threads(4)
+    note = use_free_cores(Watched((0.0, 0.0, 0.0), (idle, 40.0, 0.0)), remembered)
+    assert torch.get_num_threads() == threads
+    assert (note is None) == (threads == 4)
+    assert note is None or f"{threads} of 4" in note
 
 
 def test_the_counters_of_this_machine_are_read():

@@ -172,13 +172,9 @@ def test_another_process_of_a_sweep_makes_what_is_damaged_anew_with_the_same_bit
     assert figures(end.result) == figures(expected)
 
 
-def test_another_number_of_threads(beside):
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        found, _ = beside()
-    finally:
-        torch.set_num_threads(before)
+def test_another_number_of_threads(beside, set_threads):
+    set_threads(2)
+    found, _ = beside()
     held(found, 1)
 
 
