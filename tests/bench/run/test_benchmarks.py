@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import mmap
 import json
+import mmap
 import time
 
 import pytest
