@@ -5,6 +5,8 @@ Commands import torch and what needs it when they are called: ``--help`` is inst
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -102,6 +104,8 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point of ``bench`` and ``ppfr-bench``: every failure is one clear line and its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    # In the end Python looks for garbage among all that torch and its like have made: half a second, and of a run one.
+    atexit.register(gc.freeze)
     try:
         code = app(standalone_mode=False)
     except _CommandLineError as error:

@@ -39,7 +39,6 @@ from bench.results import (
 )
 from bench.sweep.cells import KeyFigure, Status, SweepState
 from reports.cells import labels
-from reports.maps import frequency, reliances
 from reports.plan import titled
 from reports.summary import most_linked, stolen
 from reports.table import Table as Data
@@ -496,6 +495,8 @@ _MOST = 8
 
 def render_explanation(explanation: Explanation, file: Path) -> RenderableType:
     """The frequencies on which each relies most, with their share of all, and how well expressions are told apart."""
+    from reports.maps import frequency, reliances  # here, as it draws: no other table needs matplotlib
+
     parts: list[RenderableType] = []
     for who, reliance in reliances(explanation):
         for what, values in (("occlusion", reliance.occlusion), ("gradient", reliance.gradient)):

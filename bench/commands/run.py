@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
 from bench.commands.console import err, show
 from bench.commands.flags import AsJson, Assignments, AttackOptions, DefenseOptions, with_flags
@@ -77,6 +78,9 @@ def run(
         keep_freed_memory()
         result = pipeline.run()
 
-        from reports.terminal import render_result  # loads what draws figures
+        def rendered() -> RenderableType:
+            from reports.terminal import render_result  # loads what judges results
 
-        show(result.to_json(), as_json, lambda: render_result(result, pipeline.directory))
+            return render_result(result, pipeline.directory)
+
+        show(result.to_json(), as_json, rendered)

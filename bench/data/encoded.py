@@ -41,6 +41,11 @@ class Batch(NamedTuple):
     skipped: tuple[Skipped, ...] = ()
 
 
+def in_tensor(data: bytes) -> Tensor:
+    """An encoded image, uint8 (bytes,). ``torch.tensor`` would look at each byte, which takes longer than decoding."""
+    return torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8))
+
+
 class EncodedSource(ABC):
     """Images on disk, of which memory holds the index only; a subclass, one a format, says where their bytes lie.
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bench.data.decode import Encoded, ImageError, decode_image, read_image_file, readable, shown
-from bench.data.encoded import EncodedSource
+from bench.data.encoded import EncodedSource, in_tensor
 from bench.errors import DataError, MissingError, first_line
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class JanusImages(EncodedSource):
                 data = read_image_file(self.path / self._files[row])
                 if self._landmarks is not None:
                     data = aligned(data, self._landmarks[row])
-                encoded.append(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+                encoded.append(in_tensor(data))
             except ImageError as error:
                 encoded.append(error)
         return encoded

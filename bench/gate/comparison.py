@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from bench.gate.scores import RunScores
 from bench.metrics.bootstrap import draw_identities
@@ -92,7 +92,8 @@ class Change:
         if self.se == 0:
             # Exact figures, and the very same scores: sizes decide, not chance.
             return 0.0 if excess > NOTHING else 1.0
-        return float(stats.t.sf(excess / self.se, self.df))
+        score = -excess / self.se
+        return float(special.stdtr(self.df, score) if math.isfinite(self.df) else special.ndtr(score))
 
 
 def pool(parts: Iterable[Variance]) -> Variance:
@@ -246,4 +247,4 @@ def _pairing(now: RunScores, runs: Sequence[RunScores]) -> Pairing:
 
 def quantile(probability: float, df: float) -> float:
     """Of Student's t distribution; of the normal one where the degrees of freedom are infinite."""
-    return float(stats.t.ppf(probability, df) if math.isfinite(df) else stats.norm.ppf(probability))
+    return float(special.stdtrit(df, probability) if math.isfinite(df) else special.ndtri(probability))

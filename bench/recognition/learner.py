@@ -6,11 +6,10 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from bench.memory import Parts
@@ -18,6 +17,9 @@ from bench.nets.heads import MarginHead
 from bench.nets.recogniser import Recogniser
 from bench.recognition.options import TrainingOptions
 from bench.recognition.partial_fc import PartialFC, load_centres, save_centres
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 T = TypeVar("T")
 

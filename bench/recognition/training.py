@@ -9,11 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor
 
 from bench.data.decode import workers
@@ -36,6 +35,9 @@ from bench.recognition.partial_fc import PartialFC
 from bench.recognition.processes import Processes, noticing_lost_processes, processes_of, shared_statistics
 from bench.recognition.state import History, TrainingState
 from defenses.base import Defense
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 class Batches(ABC):

@@ -6,7 +6,9 @@ import functools
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -137,7 +139,8 @@ def make_shared_fabric(device: str, precision: str, launch: Launch, patience: ti
     Raises:
         UsageError: a device that several processes cannot share, or one that is not here.
     """
-    from lightning_fabric.strategies.ddp import DDPStrategy  # as long an import as Fabric
+    with _without_torchmetrics():
+        from lightning_fabric.strategies.ddp import DDPStrategy  # as long an import as Fabric
 
     machine = choose_machine(device, precision, launch)
     if machine.device.type == "mps":
@@ -153,8 +156,27 @@ def make_shared_fabric(device: str, precision: str, launch: Launch, patience: ti
     return fabric
 
 
+@contextmanager
+def _without_torchmetrics() -> Iterator[None]:
+    """Within, torchmetrics cannot be imported, unless it is already.
+
+    Fabric asks for its version by importing it, if it is installed, and with it matplotlib, torchvision and half of
+    scipy: as long as torch, for a callback that nobody here uses.
+    """
+    if "torchmetrics" in sys.modules:
+        yield
+        return
+    modules: dict[str, Any] = sys.modules  # None stands for what is not installed
+    modules["torchmetrics"] = None
+    try:
+        yield
+    finally:
+        del modules["torchmetrics"]
+
+
 def _make(**settings: Any) -> Fabric:
-    from lightning_fabric import Fabric
+    with _without_torchmetrics():
+        from lightning_fabric import Fabric
 
     # Fabric announces the precision on stderr; the manifest has it.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)

@@ -25,7 +25,7 @@ from bench.results import DatasetInfo, DefenseInfo, RunPlan, RunResult
 from bench.run.attack_config import attack_configs, check_attack
 from bench.run.attacker import AttackStages
 from bench.run.config import SETS, RunConfig
-from bench.run.launch import Launch
+from bench.run.launch import Launch, uncollected
 from bench.run.logger import Tracker, check_logger
 from bench.run.machines import ConnectedProcesses, choose_machine
 from bench.run.protocols import check_packs, packs_of
@@ -189,7 +189,7 @@ class Pipeline:
         config = self.config
         check_packs(self.packs.values())
         stages = self._stages(log, processes)
-        with stages.bars.task("load libraries"):  # takes as long as all that came before, and no plan needs them
+        with stages.bars.task("load libraries"), uncollected():  # no plan needs them
             from bench.run.identification import open_distractors
             from bench.run.speed import provider_speed
             from bench.run.templates import assess_protection

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,25 +23,30 @@ from defenses.base import Defense
 _MIN_REPEATS = 5
 _MAX_REPEATS = 1000
 
+#: Seconds below which no calls are enough, and how far apart the ends of a quartile's interval may be where they are.
+_MIN_SECONDS = 0.1
+_KNOWN = 0.05
+
 
 def measure(
     operation: Callable[[Tensor], object],
     batch: Tensor,
     *,
     warmup: int = 2,
-    min_time: float = 0.5,
+    max_time: float = 0.5,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Throughput:
     """Time ``operation`` on ``batch`` and on its first element alone; on half of it where memory is full.
 
-    Calls are repeated for at least ``min_time`` seconds and at least five times (at most a thousand), each timed by
-    itself between two synchronisations, so that a kernel still running counts for the call that launched it.
+    Calls are repeated until the quartiles of their times are known to 5 %, for a tenth of a second at least and
+    ``max_time`` at most, and at least five times (at most a thousand). Each is timed by itself between two
+    synchronisations, so that a kernel still running counts for the call that launched it.
 
     Args:
         operation: what is measured; it runs without gradients.
         batch: (N, ...), N > 0, on the device to measure.
-        warmup: calls that are not timed, for each of the two sizes.
-        min_time: seconds for each of the two sizes.
+        warmup: calls that are not timed, for each of the two sizes; one is enough that takes a tenth of a second.
+        max_time: seconds for each of the two sizes where calls differ.
         clock: monotonic time in nanoseconds.
 
     Raises:
@@ -47,7 +54,7 @@ def measure(
 
     Example:
         >>> import torch
-        >>> result = measure(lambda x: x.square(), torch.zeros(8, 3), min_time=0.01)
+        >>> result = measure(lambda x: x.square(), torch.zeros(8, 3))
         >>> result.batch, result.dtype, result.device
         (8, 'float32', 'cpu')
     """
@@ -55,10 +62,10 @@ def measure(
         raise DataError("throughput needs at least one face")
 
     def timed(rows: slice) -> tuple[Tensor, int]:
-        return _times(operation, batch[rows], warmup, min_time, clock), len(batch[rows])
+        return _times(operation, batch[rows], warmup, max_time, clock), len(batch[rows])
 
     whole, size = next(in_halves(timed, len(batch), len(batch), "timing"))
-    single = _times(operation, batch[:1], warmup, min_time, clock)
+    single = _times(operation, batch[:1], warmup, max_time, clock)
     return Throughput(
         images_per_second=_quartiles(size / whole),
         latency_ms=_quartiles(single * 1e3),
@@ -71,20 +78,43 @@ def measure(
 
 @torch.no_grad()
 def _times(
-    operation: Callable[[Tensor], object], batch: Tensor, warmup: int, min_time: float, clock: Callable[[], int]
+    operation: Callable[[Tensor], object], batch: Tensor, warmup: int, max_time: float, clock: Callable[[], int]
 ) -> Tensor:
-    """Seconds of each timed call, float64 (repeats,)."""
-    for _ in range(warmup):
-        operation(batch)
-    synchronise(batch.device)
-    times: list[int] = []
-    while len(times) < _MIN_REPEATS or (sum(times) < min_time * 1e9 and len(times) < _MAX_REPEATS):
+    """Seconds of each timed call, float64 (repeats,), ascending."""
+
+    def call() -> int:
         start = clock()
         operation(batch)
         synchronise(batch.device)
-        times.append(clock() - start)
+        return clock() - start
+
+    synchronise(batch.device)
+    for _ in range(warmup):
+        if call() >= _MIN_SECONDS * 1e9:
+            break
+    times: list[int] = []
+    taken = 0.0
+    while len(times) < _MIN_REPEATS or (taken < max_time and len(times) < _MAX_REPEATS):
+        if taken >= _MIN_SECONDS and _known(times):
+            break
+        bisect.insort(times, call())
+        taken = sum(times) / 1e9
     # A clock that did not tick between two readings would make the rate infinite.
     return torch.tensor(times, dtype=torch.float64).clamp_min(1) / 1e9
+
+
+def _known(times: Sequence[int]) -> bool:
+    """Whether the 95 % interval of each quartile of ascending times, between two of them, is narrow enough.
+
+    How many of n times are below a quantile is binomial, whatever their distribution (David and Nagaraja, Order
+    Statistics, section 7.1).
+    """
+    for share in (0.25, 0.5, 0.75):
+        expected, half = share * len(times), 1.96 * math.sqrt(share * (1 - share) * len(times))
+        low, high = math.floor(expected - half), math.ceil(expected + half)
+        if low < 0 or high >= len(times) or times[high] - times[low] > _KNOWN * times[low]:
+            return False
+    return True
 
 
 def _quartiles(samples: Tensor) -> Quartiles:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -164,6 +165,7 @@ class RunStore:
                 shutil.copy2(source, temporary)
 
 
+@functools.cache
 def _git_commit() -> str | None:
     """Commit of the checkout that the code runs from, '+' if it was changed; None outside one."""
     try:

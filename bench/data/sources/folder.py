@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from bench.data.decode import SUFFIXES, Encoded, ImageError, open_image, read_image_file, shown
-from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
+from bench.data.encoded import EncodedSource, IdentityView, OpenedSet, in_tensor
 from bench.data.faces import PairProtocol, Skipped
 from bench.data.loaders import Dataset
 from bench.data.pairs import NamedPair, PairList, read_pairs
@@ -133,7 +133,7 @@ class FolderSource(EncodedSource):
         encoded: list[Encoded] = []
         for row in rows.tolist():
             try:
-                encoded.append(torch.tensor(bytearray(read_image_file(self.file(row))), dtype=torch.uint8))
+                encoded.append(in_tensor(read_image_file(self.file(row))))
             except ImageError as error:
                 encoded.append(error)
         return encoded

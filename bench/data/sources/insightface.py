@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from bench.data.decode import shown
-from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
+from bench.data.encoded import EncodedSource, IdentityView, OpenedSet, in_tensor
 from bench.data.faces import GUESSED, PairProtocol, components
 from bench.data.loaders import Dataset
 from bench.data.pairs import PairList, even_folds, read_pairs
@@ -286,7 +286,7 @@ class PackSource(EncodedSource):
         return f"{shown(self.path.name)} image {row}"
 
     def encoded(self, rows: NDArray[np.int64]) -> list[Tensor]:
-        return [torch.tensor(bytearray(self._images[row]), dtype=torch.uint8) for row in rows.tolist()]
+        return [in_tensor(self._images[row]) for row in rows.tolist()]
 
     def once(self) -> tuple[IdentityView, PairProtocol]:
         """The images, every one once, and the pairs over them.

@@ -53,6 +53,28 @@ def test_absent():
         make_fabric("cuda", "auto")
 
 
+def test_neither_fabric_nor_what_a_run_prints_brings_what_draws(tmp_path):
+    (tmp_path / "torchmetrics.py").write_text("import matplotlib\n__version__ = '1.0'")
+    code = (
+        "import sys, reports.terminal\n"
+        "from bench.run.machines import make_fabric\n"
+        "make_fabric('cpu', '32-true')\n"
+        "heavy = {'torchmetrics', 'matplotlib', 'torchvision', 'scipy.stats', 'scipy.signal'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import torchmetrics\n"
+        "assert 'matplotlib' in sys.modules"
+    )
+    found = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": found},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_torchrun_there_is_one_process():
     assert Launch.here({}) == Launch.here({"WORLD_SIZE": "4", "RANK": "1"}) == Launch(0, 1, 0, 1)  # another launcher's
     assert Launch.here({}).leads
