@@ -420,8 +420,7 @@ class Trainer:
 def _update(average: nn.Module, network: nn.Module, step: int, buffers: bool) -> None:
     """Move ``average`` towards ``network``; the window grows with training, a fixed share of it."""
     weight = min(1.0, _AVERAGING / (step + _AVERAGING - 1))
-    for mean, value in zip(average.parameters(), network.parameters(), strict=True):
-        mean.lerp_(value, weight)
+    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
     for kept, latest in zip(average.buffers(), network.buffers(), strict=True):
         if buffers and kept.is_floating_point():
             kept.lerp_(latest, weight)

@@ -34,6 +34,32 @@ class NetworkOptions(AttackOptions):
     norm: Literal["batch", "none"] = Field("batch", description="Normalisation after each convolution.")
 
 
+def gathered(maps: Tensor, side: int) -> Tensor:
+    """Maps (N, C, H, W) to (N, side^2 C, H/side, W/side): squares of pixels gathered, as pixel_unshuffle does.
+
+    Channels run within the places of a square, (dy, dx, c), and not places within channels: of maps in channels-last
+    layout whole runs of values stay together, which on a CPU takes a quarter of the time.
+    """
+    n, channels, height, width = maps.shape
+    runs = maps.permute(0, 2, 3, 1).reshape(n, height // side, side, width // side, side * channels)
+    squares = runs.transpose(2, 3).reshape(n, height // side, width // side, side * side * channels)
+    return squares.permute(0, 3, 1, 2)
+
+
+def spread(maps: Tensor, side: int) -> Tensor:
+    """The inverse of :func:`gathered`."""
+    n, channels, height, width = maps.shape
+    squares = maps.permute(0, 2, 3, 1).reshape(n, height, width, side, channels // side)
+    runs = squares.transpose(2, 3).reshape(n, height * side, width * side, channels // side**2)
+    return runs.permute(0, 3, 1, 2)
+
+
+def _places_first(weights: Tensor, side: int) -> Tensor:
+    """Weights along channels (c, dy, dx), as pixel_unshuffle has them, in the order (dy, dx, c) of :func:`gathered`."""
+    squares = weights.unflatten(0, (-1, side * side))
+    return squares.transpose(0, 1).flatten(0, 1)
+
+
 def zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
     """The convolution with zero weights and bias, so that what it is added to is untouched before training."""
     for parameter in convolution.parameters():
@@ -53,6 +79,12 @@ class _DoubleConvolution(nn.Sequential):
             layers.append(nn.ReLU(inplace=True))
         super().__init__(*layers)
 
+    def behind_first(self, x: Tensor) -> Tensor:
+        """What is left to do where the first convolution is done."""
+        for layer in itertools.islice(self, 1, None):
+            x = layer(x)
+        return x
+
 
 class _Projection(nn.Module):
     """A 1x1 convolution whose weights, of ``width`` canonical channels, follow the layout of each sample."""
@@ -69,8 +101,19 @@ class _Projection(nn.Module):
         weight = self.weight.expand(n, -1, -1) if layout is None else self.weight[layout]
         flat = x.flatten(2).transpose(1, 2)
         out = torch.bmm(flat, weight)
-        out = out + self.bias.to(out.dtype)
+        # Added to a row of pixels at once: a few channels at a time would be no work for vectors.
+        out = out.view(n, height, -1) + self.bias.to(out.dtype).repeat(width)
         return out.view(n, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _spread_convolution(convolution: nn.Conv2d, x: Tensor, side: int) -> Tensor:
+    """A 1x1 convolution and its pixel shuffle, (N, inputs, h, w) to (N, outputs, side h, side w).
+
+    It is a transposed convolution without overlaps, and faster on a CPU.
+    """
+    assert convolution.bias is not None
+    weight, bias = (_places_first(values, side) for values in (convolution.weight, convolution.bias))
+    return spread(functional.conv2d(x, weight, bias), side)
 
 
 #: Root mean square of a whole face, in standard deviations of its channels, above which it is scaled down.
@@ -122,11 +165,7 @@ class UNetNetwork(nn.Module):
         self.down = nn.ModuleList(
             _DoubleConvolution(a, b, options.norm) for a, b in zip((first, *widths), widths, strict=False)
         )
-        # A 1x1 convolution to four channels a pixel and a shuffle is a 2x2 transposed convolution, and
-        # faster on a CPU.
-        self.up = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2)) for a, b in itertools.pairwise(widths)
-        )
+        self.up = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in itertools.pairwise(widths))
         self.merge = nn.ModuleList(_DoubleConvolution(2 * a, a, options.norm) for a in widths[:-1])
         self.head = zeroed(nn.Conv2d(widths[0], 3 * self.stride**2, 1))
 
@@ -147,6 +186,22 @@ class UNetNetwork(nn.Module):
         extra = -size % (self.stride * 2 ** (len(self.down) - 1))
         return functional.pad(x, (0, extra, 0, extra), mode="replicate") if extra else x
 
+    def _enter(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
+        """The first convolution, of maps (N, C, H, W) and two ramps, all gathered in squares.
+
+        The ramps are the same in all faces: their share is worked out once.
+        """
+        ramp = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
+        ramps = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"))[None]
+        of_maps, of_ramps = convolution.weight.tensor_split((x.shape[1] * self.stride**2,), dim=1)
+
+        def convolved(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            weight = _places_first(weight.transpose(0, 1), self.stride).transpose(0, 1)
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            return functional.conv2d(gathered(maps, self.stride), weight, bias, padding=convolution.padding)
+
+        return convolved(x, of_maps) + convolved(ramps, of_ramps, convolution.bias)
+
     def forward(self, representation: Tensor, layout: Tensor | None = None) -> Tensor:
         """float (N, C, h, w), and int64 (N, C) where layouts vary, to float32 (N, 3, H, W), not clipped."""
         x = self._standardise(representation, layout)
@@ -159,17 +214,12 @@ class UNetNetwork(nn.Module):
         size = self.image_size
         linear = 0.0 if self.bypass is None else self.bypass(x)[..., :size, :size].float()
 
-        ramp = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
-        ramps = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij")).expand(x.shape[0], -1, -1, -1)
-        x = torch.cat((x, ramps), dim=1)
-        x = functional.pixel_unshuffle(x, self.stride) if self.stride > 1 else x
         skips: list[Tensor] = []
         for level, block in enumerate(self.down):
-            x = block(functional.max_pool2d(x, 2) if level else x)
+            x = block(functional.max_pool2d(x, 2)) if level else block.behind_first(self._enter(block[0], x))
             skips.append(x)
         skips.pop()
         for up, merge, skip in zip(reversed(self.up), reversed(self.merge), reversed(skips), strict=True):
-            x = merge(torch.cat((skip, up(x)), dim=1))
-        x = self.head(x)
-        x = functional.pixel_shuffle(x, self.stride) if self.stride > 1 else x
+            x = merge(torch.cat((skip, _spread_convolution(up, x, 2)), dim=1))
+        x = _spread_convolution(self.head, x, self.stride)
         return self.mean_face + linear + x[..., :size, :size].float()
