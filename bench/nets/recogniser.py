@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from bench.nets.backbones import BACKBONES
 
 
+#: Channels up to which torch reorders a picture fast.
+_FEW_CHANNELS = 4
+
+
 class InputNormalisation(nn.Module):
     """Brings representations of any scale to one: channels to mean 0 and variance 1, then maps to mean square 1.
 
@@ -61,11 +65,12 @@ class InputNormalisation(nn.Module):
             if self._seen < self.measured:
                 self._measure(x)
         floor = self.epsilon * (self.variance + self.mean.square())
-        x = F.batch_norm(x, self.mean, self.variance + floor, eps=1e-12)  # torch before 2.12 refuses 0
-        if x.shape[2] * x.shape[3] < self.smallest_map:
+        # Three passes over what is the largest thing in training: batch_norm alone takes as long on a CPU.
+        x = (x - self.mean[:, None, None]).mul_(torch.rsqrt(self.variance + floor + 1e-12)[:, None, None])
+        if (places := x.shape[2] * x.shape[3]) < self.smallest_map:
             return x
-        power = x.square().mean((2, 3), keepdim=True)
-        return x * torch.rsqrt(power.clamp_min(self.faintest**2))
+        size = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True) / math.sqrt(places)
+        return x / size.clamp_min(self.faintest)
 
     @torch.no_grad()
     def _measure(self, x: Tensor) -> None:
@@ -176,11 +181,21 @@ class Recogniser(nn.Module):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         # Narrow first, reorder second: reordering moves half the bytes that way.
-        return x.contiguous(memory_format=torch.channels_last)
+        return _channels_last(x)
 
     def embed(self, representation: Tensor) -> Tensor:
         """Unit embeddings, float32 (N, D), whose dot products are cosines."""
         return F.normalize(self(representation).float())
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """Finite x (N, C, h, w) with its channels innermost."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or x.shape[1] <= _FEW_CHANNELS:
+        return x.contiguous(memory_format=torch.channels_last)
+    # The same bits: a product with the identity is three times as fast as torch's copy, which goes value by value.
+    count, channels, height, width = x.shape
+    same = torch.eye(channels, dtype=x.dtype).expand(count, -1, -1)
+    return torch.bmm(x.flatten(2).transpose(1, 2), same).view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 class TemplateReader(Recogniser):
