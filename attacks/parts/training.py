@@ -331,6 +331,7 @@ class Trainer:
         checkpoint = _Checkpoint(self, training, average, [module for module, _ in turns], optimizers)
         progress = checkpoint.resume()
         steppers = [cast("torch.optim.Optimizer", self.fabric.setup_optimizers(each)) for each in optimizers]
+        averaging = _Average(average, network, buffers=training.average_buffers)
         report_every = 1 if self.device.type == "cpu" else 25
         first, saved, started = progress.step, time.monotonic(), time.monotonic()
 
@@ -370,7 +371,7 @@ class Trainer:
                     loss = parts.step(functools.partial(passes, turn, step, stepper))
                 stepper.step()
             progress.step = done = step + 1
-            _update(average, network, done, training.average_buffers)
+            averaging.update(done)
 
             if done % report_every == 0 or done == 1:
                 value = finite(float(loss), "loss")
@@ -416,15 +417,27 @@ class Trainer:
         )
 
 
-@torch.no_grad()
-def _update(average: nn.Module, network: nn.Module, step: int, buffers: bool) -> None:
-    """Move ``average`` towards ``network``; the window grows with training, a fixed share of it."""
-    weight = min(1.0, _AVERAGING / (step + _AVERAGING - 1))
-    torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
-    for kept, latest in zip(average.buffers(), network.buffers(), strict=True):
-        if buffers and kept.is_floating_point():
+class _Average:
+    """Moves ``average`` towards ``network``; the window grows with training, a fixed share of it.
+
+    Both are walked through once: on small networks that takes longer than a step's arithmetic here. Who trains changes
+    values in place.
+    """
+
+    def __init__(self, average: nn.Module, network: nn.Module, *, buffers: bool) -> None:
+        self._means, self._values = (list[Tensor](module.parameters()) for module in (average, network))
+        pairs = list(zip(average.buffers(), network.buffers(), strict=True))
+        self._averaged = [pair for pair in pairs if buffers and pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not (buffers and pair[0].is_floating_point())]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After so many steps."""
+        weight = min(1.0, _AVERAGING / (step + _AVERAGING - 1))
+        torch._foreach_lerp_(self._means, self._values, weight)
+        for kept, latest in self._averaged:
             kept.lerp_(latest, weight)
-        else:
+        for kept, latest in self._copied:
             kept.copy_(latest)
 
 

@@ -56,8 +56,7 @@ def spread(maps: Tensor, side: int) -> Tensor:
 
 def _places_first(weights: Tensor, side: int) -> Tensor:
     """Weights along channels (c, dy, dx), as pixel_unshuffle has them, in the order (dy, dx, c) of :func:`gathered`."""
-    squares = weights.unflatten(0, (-1, side * side))
-    return squares.transpose(0, 1).flatten(0, 1)
+    return weights.view(-1, side * side, *weights.shape[1:]).transpose(0, 1).flatten(0, 1)
 
 
 def zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
@@ -186,11 +185,12 @@ class UNetNetwork(nn.Module):
         extra = -size % (self.stride * 2 ** (len(self.down) - 1))
         return functional.pad(x, (0, extra, 0, extra), mode="replicate") if extra else x
 
-    def _enter(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    def _enter(self, convolution: nn.Module, x: Tensor) -> Tensor:
         """The first convolution, of maps (N, C, H, W) and two ramps, all gathered in squares.
 
         The ramps are the same in all faces: their share is worked out once.
         """
+        assert isinstance(convolution, nn.Conv2d)
         ramp = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
         ramps = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"))[None]
         of_maps, of_ramps = convolution.weight.tensor_split((x.shape[1] * self.stride**2,), dim=1)
@@ -215,11 +215,13 @@ class UNetNetwork(nn.Module):
         linear = 0.0 if self.bypass is None else self.bypass(x)[..., :size, :size].float()
 
         skips: list[Tensor] = []
-        for level, block in enumerate(self.down):
-            x = block(functional.max_pool2d(x, 2)) if level else block.behind_first(self._enter(block[0], x))
+        for block in self.down:
+            assert isinstance(block, _DoubleConvolution)
+            x = block(functional.max_pool2d(x, 2)) if skips else block.behind_first(self._enter(block[0], x))
             skips.append(x)
         skips.pop()
         for up, merge, skip in zip(reversed(self.up), reversed(self.merge), reversed(skips), strict=True):
+            assert isinstance(up, nn.Conv2d)
             x = merge(torch.cat((skip, _spread_convolution(up, x, 2)), dim=1))
         x = _spread_convolution(self.head, x, self.stride)
         return self.mean_face + linear + x[..., :size, :size].float()

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from bench.nets.backbones import BACKBONES
 
-
 #: Channels up to which torch reorders a picture fast.
 _FEW_CHANNELS = 4
 
@@ -70,7 +69,7 @@ class InputNormalisation(nn.Module):
         if (places := x.shape[2] * x.shape[3]) < self.smallest_map:
             return x
         size = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True) / math.sqrt(places)
-        return x / size.clamp_min(self.faintest)
+        return x.div(size.clamp_min(self.faintest))
 
     @torch.no_grad()
     def _measure(self, x: Tensor) -> None:

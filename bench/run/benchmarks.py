@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ from bench.recognition.options import TrainingOptions
 from bench.recognition.training import build_head
 from bench.registry import pick
 from bench.run.machines import make_fabric, synchronise
-from bench.run.textbook import textbook_spectrum
+from bench.run.textbook import textbook_spectrum, textbook_unet
 from defenses.frequency import CHANNELS, block_dct
 
 #: Faces of a batch, and sides in pixels of faces to protect or read, and of those that networks are trained on here.
@@ -219,7 +219,10 @@ def _protect(machine: _Machine, count: int, *, whole: bool) -> dict[str, Any]:
     return figures
 
 
-def _plain_copy(module: nn.Module) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def _plain_copy(module: M) -> M:
     """A copy in the order (N, C, H, W) from one convolution to the next."""
     plain = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
     for layer in plain.modules():
@@ -290,7 +293,7 @@ def _train_unet(machine: _Machine) -> dict[str, Any]:
                 target = to_float(faces[torch.randint(len(faces), (batch,), generator=generator).to(machine.device)])
                 with torch.no_grad():
                     sent = defense.protect(target, generator).representation
-                recovered = plain(sent)
+                recovered = textbook_unet(plain, sent)
                 loss = (recovered - target).abs().mean()
                 if weight:
                     loss = loss + weight * (1 - ssim(recovered, target).mean())

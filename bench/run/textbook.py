@@ -1,4 +1,4 @@
-"""The PartialFace transform the long way round, step by step as published: the fast one is held against it."""
+"""PartialFace's transform and the U-Net the long way round, as published: the fast ones are held against them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from attacks.parts.unet_network import UNetNetwork
 
 
 def _dct(dtype: torch.dtype) -> Tensor:
@@ -43,3 +45,24 @@ def textbook(faces: Tensor, channels: Tensor, factor: int = 8) -> Tensor:
     spectrum = textbook_spectrum(faces, factor)
     index = channels[:, None, :, None, None].expand(-1, 3, -1, *spectrum.shape[3:])
     return spectrum.gather(2, index).flatten(1, 2)
+
+
+def textbook_unet(network: UNetNetwork, sent: Tensor) -> Tensor:
+    """What ``network`` makes of maps as large as the face, (N, C, H, H), whose layouts do not vary: (N, 3, H, H).
+
+    H is what its levels divide, and no face of a scale that would be tamed.
+    """
+    x = (sent - network.mean[:, None, None]) / network.std[:, None, None]
+    if network.project is not None:
+        x = F.conv2d(x, network.project.weight.T[:, :, None, None], network.project.bias)
+    face = network.mean_face if network.bypass is None else network.mean_face + network.bypass(x)
+    ramp = torch.linspace(-1, 1, x.shape[-1], device=x.device)
+    ramps = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij")).expand(len(x), -1, -1, -1)
+    x = F.pixel_unshuffle(torch.cat((x, ramps), dim=1), network.stride)
+    skips: list[Tensor] = []
+    for block in network.down:
+        x = block(F.max_pool2d(x, 2) if skips else x)
+        skips.append(x)
+    for up, merge, skip in zip(reversed(network.up), reversed(network.merge), reversed(skips[:-1]), strict=True):
+        x = merge(torch.cat((skip, F.pixel_shuffle(up(x), 2)), dim=1))
+    return face + F.pixel_shuffle(network.head(x), network.stride)

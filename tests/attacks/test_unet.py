@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from interception import observe
 from attacks.base import Observation
 from attacks.parts.unet_network import UNetNetwork
 from attacks.unet import UNet, UNetOptions
+from bench.run.textbook import textbook_unet
 from defenses.base import Defense
 from defenses.noise import Noise, NoiseOptions
 
@@ -28,6 +30,28 @@ def test_any_representation_becomes_a_face(stride, channels, height, width, size
     faces = network(torch.rand(2, channels, height, width))
     assert faces.shape == (2, 3, size, size)
     assert faces.dtype == torch.float32
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize(("channels", "stride"), [(3, 1), (3, 2), (12, 2), (5, 4)])
+def test_it_is_the_textbook_network_and_so_are_its_gradients(channels, stride, norm):
+    torch.manual_seed(0)
+    options = UNetOptions(widths=(8, 12, 16), stem_stride=stride, norm=norm)
+    network = UNetNetwork(channels, 16, options).train()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    network.mean.normal_()
+    network.std.uniform_(0.5, 2)
+    plain = copy.deepcopy(network)
+    sent = torch.randn(3, channels, 16, 16)
+    ours, expected = network.to(memory_format=torch.channels_last)(sent), textbook_unet(plain, sent)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * float(expected.detach().abs().max()))
+    direction = torch.randn_like(expected)
+    expected.backward(direction)
+    ours.backward(direction)
+    for parameter, of_plain in zip(network.parameters(), plain.parameters(), strict=True):
+        largest = max(1.0, float(of_plain.grad.abs().max()))
+        torch.testing.assert_close(parameter.grad, of_plain.grad, rtol=1e-4, atol=1e-4 * largest)
 
 
 def test_an_untrained_network_returns_the_mean_face():
