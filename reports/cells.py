@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -25,7 +24,7 @@ from bench.run.archive import Run
 _SHOWN_OPTIONS = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One attack (``name``) of a run.
 
@@ -147,20 +146,21 @@ class Setting:
         return [(f"{attacks} ({cell.knowledge}) on {cell.defense}", cell) for attacks, cell in named]
 
 
+Of = TypeVar("Of", Setting, Cell)
 Asked = ParamSpec("Asked")
 Made = TypeVar("Made")
 
 
-def once(make: Callable[Concatenate[Setting, Asked], Made]) -> Callable[Concatenate[Setting, Asked], Made]:
-    """Make the same of a setting only once: pages, tables and figures all ask for it."""
-    known: WeakKeyDictionary[Setting, dict[Any, Made]] = WeakKeyDictionary()
+def once(make: Callable[Concatenate[Of, Asked], Made]) -> Callable[Concatenate[Of, Asked], Made]:
+    """Make the same of a setting or a cell only once: pages, tables and figures all ask for it, and it goes with it."""
 
     @functools.wraps(make)
-    def ask(setting: Setting, /, *args: Asked.args, **kwargs: Asked.kwargs) -> Made:
-        made, asked = known.setdefault(setting, {}), (args, *kwargs.items())
+    def ask(of: Of, /, *args: Asked.args, **kwargs: Asked.kwargs) -> Made:
+        made, asked = vars(of).setdefault("_made", {}), (make, args, *kwargs.items())
         if asked not in made:
-            made[asked] = make(setting, *args, **kwargs)
-        return made[asked]
+            made[asked] = make(of, *args, **kwargs)
+        found: Made = made[asked]
+        return found
 
     return ask
 
@@ -364,6 +364,11 @@ def worst_case(cells: Sequence[Cell], name: str) -> Worst | None:
     seed the one that leaks most counts. What that gives is averaged over the seeds that met the same attacks
     (:func:`over_seeds`); of seeds that met others, those count of which most leaks.
     """
+    return _worst(cells[0], tuple(cells), name) if cells else None
+
+
+@once
+def _worst(first: Cell, cells: tuple[Cell, ...], name: str) -> Worst | None:
     measures = [(cell, cell.result.figure(name)) for cell in cells if cell.result is not None]
     known = [(cell, measure) for cell, measure in measures if measure is not None and measure.value is not None]
     seeds: dict[int, list[tuple[Cell, Measure]]] = {}

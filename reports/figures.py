@@ -240,7 +240,10 @@ def distributions(setting: Setting, number: int) -> list[Drawing]:
         slug = f"scores-{name.replace('_', '-')}-{number}-{len(drawings)}"
         labels = ("score", "density")
         with draw(slug, f"Scores: {label}", labels, synthetic=setting.synthetic) as drawing:
-            edges = np.histogram_bin_edges(scores, bins=_BINS)
+            ends = float(scores.min()), float(scores.max())
+            size = max(1.0, *map(abs, ends))
+            alike = ends[1] - ends[0] < 1e-9 * size  # too close for so many bins
+            edges = np.linspace(*((ends[0] - size / 2, ends[1] + size / 2) if alike else ends), _BINS + 1)
             for place, (who, values) in enumerate((("same person", scores[same]), ("two people", scores[~same]))):
                 heights, _ = np.histogram(values, bins=edges, density=True)
                 style: Any = {"color": SERIES[place], "linestyle": LINES[place]}

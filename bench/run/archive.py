@@ -6,14 +6,18 @@ import base64
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from bench.errors import MissingError
 from bench.files import parse_json, sha256
+from bench.measures import LARGEST
 from bench.results import AttackResult, Explanation, RunResult
 
 #: In a run's folder, what `bench explain` found.
@@ -95,6 +99,8 @@ _COLUMNS = {
     "linkage": {"same", "protected_plain", "protected_protected", "plain"},
     "inverted": {"attack", "image", "identity", "first", "second"},
 }
+#: Columns of names, and of embeddings; all others hold numbers.
+_NAMES, _EMBEDDINGS = ("identity", "method", "attack"), ("first", "second")
 
 
 _M = TypeVar("_M", bound=BaseModel)
@@ -215,13 +221,15 @@ class Run:
 
     def rows(self, method: str) -> pd.DataFrame | None:
         """The raw values per victim image of an attack or a floor; ``"NAME ceiling"`` of unprotected faces."""
-        if self.per_image is None:
-            return None
-        known = self.per_image["method"]
-        if method.endswith(" ceiling") and not (known == method).any():
+        known = self._methods
+        if method.endswith(" ceiling") and method not in known:
             method = "ceiling"  # of the only attack that recovers faces
-        rows = self.per_image[known == method]
-        return rows if len(rows) else None
+        return known.get(method)
+
+    @cached_property
+    def _methods(self) -> dict[str, pd.DataFrame]:
+        table = self.per_image
+        return {} if table is None else dict(iter(table.groupby(table["method"].astype(str), sort=False)))
 
     @property
     def synthetic(self) -> bool:
@@ -346,7 +354,42 @@ def _table(directory: Path, name: _TableName) -> pd.DataFrame | None:
         raise MissingError(f"{path} is not a readable Parquet file: {error}") from None
     if missing := _COLUMNS[name] - set(table.columns):
         raise MissingError(f"{path} lacks the columns {', '.join(sorted(missing))}")
+    if problem := _problem(table, _COLUMNS[name]):
+        raise MissingError(f"{path} is no table that a run wrote: {problem}")
+    for column in table.columns.difference([*_EMBEDDINGS]):
+        if column in _NAMES:
+            table[column] = table[column].astype(str)
+        elif table[column].isna().all():
+            table[column] = np.nan
     return table
+
+
+def _problem(table: pd.DataFrame, needed: set[str]) -> str | None:
+    """What no run writes; the needed columns are there."""
+    if not table.columns.is_unique:
+        return "two columns have one name"
+    if table.empty:
+        return "it has no rows"
+    for column in map(str, table.columns.difference([*_NAMES])):
+        values = table[column]
+        if column in _EMBEDDINGS:
+            try:
+                numbers = np.stack([np.asarray(row, dtype="float64") for row in values])
+            except (TypeError, ValueError):
+                return f"{column} does not hold embeddings of one size"
+        elif values.isna().all():
+            numbers = np.full(len(values), np.nan)
+        elif is_numeric_dtype(values.dtype):
+            numbers = values.to_numpy(dtype="float64", na_value=np.nan)
+        else:
+            return f"{column:.60} does not hold numbers"
+        if (np.abs(numbers) > LARGEST).any() or (column in needed and np.isnan(numbers).any()):
+            return f"{column:.60} holds values that are no figures"
+    if "same" in needed:
+        groups = table["attack"].astype(str) if "attack" in table else np.zeros(len(table))
+        if not table["same"].isin((0, 1)).all() or (table.groupby(groups)["same"].nunique() < 2).any():
+            return "it does not hold pairs of one person, and of two"
+    return None
 
 
 def _losses(path: Path) -> Iterable[Losses]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import datetime
 import functools
 import io
 import json
@@ -28,6 +29,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -292,6 +294,69 @@ def words_text(data: bytes, rng: random.Random) -> bytes:
     return rng.choice((b" ", b"\t", b"\n")).join(parts) if rng.random() < 0.1 else b"\t".join(parts)
 
 
+def table_values(data: bytes, rng: random.Random) -> bytes:
+    """A Parquet file of other values, columns or rows."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = parquet.read_table(pa.BufferReader(data))
+    at, count = rng.randrange(table.num_columns), table.num_rows
+    name, column = table.column_names[at], table.column(at)
+    values = column.to_pylist()
+    strange = rng.choice(
+        (
+            *(
+                None,
+                True,
+                -1,
+                2**62,
+                0.5,
+                1e308,
+                -1e308,
+                float("nan"),
+                float("inf"),
+                "",
+                "a" * 10_000,
+                "<b>",
+                "\0",
+                "1",
+            ),
+            *(
+                b"\xff",
+                [],
+                [1.0, 2.0],
+                {"a": 1},
+                datetime.datetime(1, 1, 1),
+                datetime.date(9999, 12, 31),
+                Decimal("1e30"),
+            ),
+        )
+    )
+    way = rng.randrange(9)
+    if way < 3:  # all of a column, or (where the type allows it) some of it
+        some = pa.array([strange] * count) if way < 2 else None
+        with contextlib.suppress(pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            some = some or pa.array([strange if rng.random() < 0.1 else value for value in values], column.type)
+        table = table.set_column(at, name, some or pa.nulls(count))
+    elif way == 3:
+        table = table.remove_column(at)
+    elif way == 4:
+        other = rng.choice((*table.column_names, "", "../owned", "<b>", "a" * 1000))
+        table = table.rename_columns([other if place == at else each for place, each in enumerate(table.column_names)])
+    elif way == 5:
+        table = table.slice(0, rng.choice((0, 0, 1, 2)))
+    elif way == 6:
+        table = table.take([rng.randrange(count) for _ in range(rng.choice((count, 50 * count)))])
+    elif way == 7:
+        table = table.set_column(at, name, column.dictionary_encode())
+    else:
+        meta = {**(table.schema.metadata or {})}
+        table = table.replace_schema_metadata({**meta, b"pandas": json_text(meta.get(b"pandas", b"{}"), rng)})
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer)
+    return buffer.getvalue()
+
+
 def tensors_header(data: bytes, rng: random.Random) -> bytes:
     """A safetensors file with another header, as long as it says."""
     (length,) = struct.unpack("<Q", data[:8])
@@ -413,8 +478,7 @@ class Reader:
         damage: what is done to them besides :data:`BYTES`, by the suffix of the file.
         memory: bytes that one input may take.
         alone: whether it reads one file at a time.
-        drawn: that of so many inputs one has its figures drawn, which takes most of a second; of the others they are
-            made, and left at that.
+        drawn: that of so many figures one is drawn, which takes longer than all the rest.
     """
 
     make: Callable[[Path], None]
@@ -695,10 +759,10 @@ def _read_view(folder: Path, out: Path) -> None:
 
     from reports.view import make_app
 
-    client = TestClient(make_app(folder / "runs", "token"), base_url="http://127.0.0.1")
-    overview = client.get("/token/")
-    assert overview.status_code == 200, overview.text[:300]
-    page = client.get("/token/run/a")
+    with TestClient(make_app(folder / "runs", "token"), base_url="http://127.0.0.1") as client:
+        overview = client.get("/token/")
+        assert overview.status_code == 200, overview.text[:300]
+        page = client.get("/token/run/a")
     if page.status_code != 200:
         raise BenchError(page.text)
 
@@ -786,6 +850,7 @@ def _read_cached(folder: Path, out: Path) -> None:
 
 
 _JSON = {".json": json_text, ".jsonl": json_lines}
+_RUN = {**_JSON, ".parquet": table_values}
 
 READERS: dict[str, Reader] = {
     "recordio": Reader(_records, ("*.rec", "*.idx", "property"), _read_records, {".idx": words_text, "": words_text}),
@@ -800,11 +865,11 @@ READERS: dict[str, Reader] = {
     "torchscript": Reader(_scripted, ("*.pt",), _read_recogniser, {".pt": zip_member}, alone=True),
     "exported": Reader(_exported, ("*.pt2",), _read_recogniser, {".pt2": zip_member}, alone=True),
     "cache": Reader(_cached, ("*/*",), _read_cached, {".safetensors": tensors_header, **_JSON}),
-    "run": Reader(_run, _RUN_FILES, _read_archive, _JSON),
-    "report": Reader(_run, _RUN_FILES, _read_report, _JSON, drawn=6),
-    "leaderboard": Reader(_run, _RUN_FILES, _read_leaderboard, _JSON, drawn=6),
-    "view": Reader(_shown, _RUN_FILES, _read_view, _JSON, drawn=6),
-    "gate": Reader(_gated, ("baseline.json", *_RUN_FILES), _read_gate, _JSON),
+    "run": Reader(_run, _RUN_FILES, _read_archive, _RUN),
+    "report": Reader(_run, _RUN_FILES, _read_report, _RUN, drawn=40),
+    "leaderboard": Reader(_run, _RUN_FILES, _read_leaderboard, _RUN, drawn=40),
+    "view": Reader(_shown, _RUN_FILES, _read_view, _RUN, drawn=40),
+    "gate": Reader(_gated, ("baseline.json", *_RUN_FILES), _read_gate, _RUN),
     "toml": Reader(_config, ("*.toml",), _read_config, {".toml": toml_text}),
     "sweep": Reader(_swept, ("sweeps/*/sweep.json",), _read_sweep, _JSON),
     "submission": Reader(_submitted, ("*.npz",), _read_submission, {".npz": array_header}, memory=2**27),
@@ -855,15 +920,36 @@ def _silent() -> Iterator[None]:
         sys.stdout, console.out.file = streams
 
 
-@contextmanager
-def _undrawn() -> Iterator[None]:
-    """Figures are made, with all that lies in them, but neither laid out nor drawn."""
-    from matplotlib.figure import Figure
+class _Sheet:
+    """In the place of a figure and of its axes: whatever is painted is taken, and nothing is laid out or drawn."""
 
-    def save(figure: Figure, file: Any, **options: Any) -> None:
+    def __call__(self, *given: Any, **options: Any) -> _Sheet:
+        return self
+
+    def __getattr__(self, name: str) -> _Sheet:
+        return self
+
+    def get_legend_handles_labels(self) -> tuple[list[Any], list[str]]:
+        return [], []
+
+    def savefig(self, file: Any, **options: Any) -> None:
         file.write(b'<svg xmlns="http://www.w3.org/2000/svg" width="9pt" height="9pt" viewBox="0 0 9 9"></svg>')
 
-    with patch.object(Figure, "tight_layout"), patch.object(Figure, "savefig", save):
+
+@contextmanager
+def _drawing(one_in: int, seed: int) -> Iterator[None]:
+    """One figure in so many is drawn, others with other seeds; of the rest all that lies in them is worked out."""
+    from reports import svg
+
+    figure, canvas, rng = svg.Figure, svg.FigureCanvasSVG, random.Random(seed)
+
+    def made(**options: Any) -> Any:
+        return _Sheet() if rng.randrange(one_in) else figure(**options)
+
+    def canvas_of(made: Any) -> Any:
+        return made if isinstance(made, _Sheet) else canvas(made)
+
+    with patch.object(svg, "Figure", made), patch.object(svg, "FigureCanvasSVG", canvas_of):
         yield
 
 
@@ -932,7 +1018,7 @@ class Trial:
         problem = None
         try:
             printed = io.StringIO()  # stdout belongs to the command line
-            drawn = contextlib.nullcontext() if seed % self.reader.drawn == 0 else _undrawn()
+            drawn = contextlib.nullcontext() if self.reader.drawn == 1 else _drawing(self.reader.drawn, seed)
             with _within(self._box), contextlib.redirect_stdout(printed), warnings.catch_warnings(), drawn:
                 warnings.simplefilter("ignore")
                 self.reader.read(inputs, out)

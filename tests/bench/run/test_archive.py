@@ -2,6 +2,8 @@
 
 import json
 
+import numpy as np
+import pandas as pd
 import pytest
 from run_folders import write_run
 
@@ -64,6 +66,37 @@ def test_damaged_files_are_named(tmp_path, file, content, message):
     (folder / file).write_text(content, errors="surrogateescape")
     with pytest.raises(MissingError, match=message):
         load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("per_image", lambda table: table.drop(columns="identity"), "lacks the columns identity"),
+        ("per_image", lambda table: table.iloc[:0], "it has no rows"),
+        ("per_image", lambda table: table.assign(ssim="0.5"), "ssim does not hold numbers"),
+        ("per_image", lambda table: table.assign(ssim=-np.inf), "ssim holds values that are no figures"),
+        ("per_image", lambda table: table.assign(image=np.nan), "image holds values that are no figures"),
+        ("scores", lambda table: table.assign(protected=pd.Timestamp(0)), "protected does not hold numbers"),
+        ("scores", lambda table: table.assign(same=False), "pairs of one person, and of two"),
+        ("scores", lambda table: table.assign(same=2), "pairs of one person, and of two"),
+    ],
+)
+def test_tables_that_no_run_writes_are_refused(tmp_path, name, change, message):
+    folder = write_run(tmp_path / "r")
+    file = folder / f"{name}.parquet"
+    change(pd.read_parquet(file)).to_parquet(file)
+    with pytest.raises(MissingError, match=rf"{name}\.parquet .*{message}"):
+        load_run(folder)
+
+
+def test_a_figure_that_nothing_was_measured_of_is_missing(tmp_path):
+    folder = write_run(tmp_path / "r")
+    file = folder / "per_image.parquet"
+    pd.read_parquet(file).assign(lpips=None).to_parquet(file)
+    table = load_run(folder).per_image
+    assert table is not None
+    assert table["lpips"].dtype == float
+    assert table["lpips"].isna().all()
 
 
 def test_a_lost_result_is_named(tmp_path):
