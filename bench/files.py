@@ -1,4 +1,4 @@
-"""Writes files beside their place and renames them, so that nobody ever sees half a file; where downloads are kept.
+"""Writes files beside their place and renames them, so that nobody ever sees half a file; where a cache is kept.
 
 What people wrote is read in the encodings that their editors choose.
 """
@@ -104,7 +104,7 @@ def sha256(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: ``BENCH_CACHE``, else the user's cache folder."""
+    """Where downloads and lists are kept: ``BENCH_CACHE``, else the user's cache folder."""
     import platformdirs  # `bench doctor` has to start where it is missing
 
     named = os.environ.get("BENCH_CACHE")

@@ -44,6 +44,14 @@ def _speed_in_passing():
     speed_in_passing()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What a person keeps in the cache folder is neither read nor written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def set_threads():
     """Sets torch's number of threads, for this test alone."""

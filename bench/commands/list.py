@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
+import json
+import sys
 from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +18,8 @@ from rich.console import Group, RenderableType
 from bench.commands.console import show, table
 from bench.commands.flags import AsJson, default_text
 from bench.errors import UsageError
-from bench.plugins import Option, attacks, defenses, describe, make_defense, recognisers
+from bench.files import cache_folder, parse_json, write_text
+from bench.plugins import CHAIN, Option, attacks, defenses, describe, make_defense, recognisers
 from bench.registry import pick
 from bench.run.config import DATA, INTERCEPTIONS, Setting, settings
 from bench.run.launch import uncollected
@@ -34,13 +41,13 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List what can be named on the command line; with a NAME its options, their types, defaults, ranges, meanings."""
-    if name is not None and _plural(kind) == "defenses":  # a chain is none of those listed
+    if name is not None and CHAIN in name and _plural(kind) == "defenses":  # a chain is none of those listed
         with uncollected():
             defense = _defense(defenses().get(name))
         show(defense, as_json, lambda: _entry(defense))
         return
     with uncollected():
-        entries = catalogue(kind)
+        entries = _remembered(kind)
     if name is None:
         show(entries, as_json, lambda: _table(entries))
         return
@@ -55,6 +62,43 @@ def catalogue(kind: str) -> list[dict[str, Any]]:
         UsageError: there is no such list.
     """
     return pick("list", _plural(kind), _MAKERS)()
+
+
+#: What lists are made of, beside installed packages.
+_PACKAGES = ("attacks", "bench", "defenses", "reports")
+
+
+def _remembered(kind: str) -> list[dict[str, Any]]:
+    """:func:`catalogue`, made once for these files of the project and these installed packages.
+
+    What a plug-in is stands in its module and nowhere else, and its module needs torch, which takes four times as long
+    to import as all that a list needs otherwise. What other packages registered is looked up anew each time: nothing
+    tells which of their files it depends on.
+    """
+    make = pick("list", _plural(kind), _MAKERS)
+    if entry_points(group=f"bench.{_plural(kind)}"):
+        return make()
+    path, key = cache_folder() / "lists" / f"{_plural(kind)}.json", _version(Path(__file__).parents[2])
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none is there, or a damaged one
+        stored = parse_json(path.read_bytes())
+        if stored["key"] == key:
+            return list(stored["entries"])
+    entries = make()
+    with contextlib.suppress(OSError):  # a folder that cannot be written: made again the next time
+        write_text(path, json.dumps({"key": key, "entries": entries}))
+    return entries
+
+
+def _version(root: Path) -> str:
+    """SHA-256 over the project's files in ``root``, and the names and versions of all installed packages."""
+    digest = hashlib.sha256(sys.version.encode())
+    for file in sorted(file for package in _PACKAGES for file in (root / package).rglob("*")):
+        if file.is_file() and file.suffix != ".pyc":
+            digest.update(f"{file.relative_to(root)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    folders = [Path(folder) for folder in sys.path if Path(folder).is_dir()]
+    installed = sorted(entry.name for folder in folders for entry in folder.glob("*.dist-info"))
+    digest.update("\0".join(installed).encode())
+    return digest.hexdigest()
 
 
 def _plural(kind: str) -> str:

@@ -418,7 +418,7 @@ PREFIX = "BENCH_"
 #: Variables that are no settings of a run, and what they say.
 OTHER_VARIABLES: Mapping[str, str] = {
     "BENCH_LPIPS_WEIGHTS": "file with AlexNet's weights",
-    "BENCH_CACHE": "folder for downloads",
+    "BENCH_CACHE": "folder for downloads, and for lists that were made once",
     "BENCH_DEBUG": "show the traceback of an internal error",
 }
 

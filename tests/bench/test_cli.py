@@ -17,6 +17,7 @@ import typer
 from PIL import Image
 
 from bench.cli import app
+from bench.commands.list import _version as version
 from bench.results import RunPlan
 
 
@@ -125,6 +126,40 @@ def test_list(bench, kind):
     code, out, _ = bench("list", kind)
     assert code == 0
     assert rows[0]["name"] in out
+
+
+def test_a_list_is_made_once_and_needs_no_torch_then(monkeypatch, tmp_path):
+    monkeypatch.setenv("BENCH_CACHE", str(tmp_path))
+    code = "import sys, bench.cli\nsys.argv = ['bench', 'list', 'attacks', '--json']\n"
+    code += "try: bench.cli.main()\nexcept SystemExit: print('torch' in sys.modules, file=sys.stderr)"
+
+    def listed() -> tuple[str, str]:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return done.stdout, done.stderr.strip()
+
+    first, heavy = listed()
+    assert heavy == "True"
+    assert listed() == (first, "False")
+    (stored,) = tmp_path.rglob("*.json")
+    stored.write_text(stored.read_text()[:-20])  # damaged: made anew
+    assert listed() == (first, "True")
+
+
+def test_a_list_is_made_anew_for_other_code_or_other_packages(monkeypatch, tmp_path):
+    versions = {version(tmp_path)}
+    for change in (
+        lambda: (tmp_path / "attacks").mkdir(),
+        lambda: (tmp_path / "attacks/mine.py").write_text("summary = 'a'"),
+        lambda: (tmp_path / "attacks/mine.py").write_text("summary = 'b'"),
+        lambda: (tmp_path / "attacks/mine.py").rename(tmp_path / "attacks/other.py"),
+        lambda: monkeypatch.syspath_prepend(tmp_path),
+        lambda: (tmp_path / "torch-9.dist-info").mkdir(),
+        lambda: (tmp_path / "torch-9.dist-info").rename(tmp_path / "torch-10.dist-info"),
+    ):
+        change()
+        versions.add(version(tmp_path))
+        assert version(tmp_path) in versions
+    assert len(versions) == 1 + 5  # an empty folder is no code, and a folder on the path no package
 
 
 @pytest.mark.parametrize("kind", ["attack", "attacks"])
