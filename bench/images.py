@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import itertools
 import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -21,8 +25,12 @@ C2 = 0.03**2
 # Planes (of one colour) come at once in multiples of the values in a processor's vector, up to so many pixels that what
 # is made of them stays in its caches; an accelerator is only busy with many.
 _VECTOR = 16
-_PIXELS_CPU = 200_000
+_PIXELS_CPU = 210_000
 _PIXELS_ACCELERATOR = 10_000_000
+# Shares of a thread: one that is held up by a neighbour leaves the rest to others.
+_SHARES = 3
+# Faces whose difference stays in a processor's cache between the two times that it is read.
+_FACES_CPU = 8
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -57,23 +65,128 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
 def ssim_terms(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`ssim` and its contrast-structure factor, each averaged over windows and channels: two (N,)."""
+    similarity, contrast_structure, *_ = _averages(first, second)
+    return similarity, contrast_structure
+
+
+def ssim_and_error(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`ssim` and :func:`squared_error`, (N,) each, which cost less together."""
+    similarity, _, *error = _averages(first, second)
+    return similarity, error[0] if error else squared_error(first, second)
+
+
+def squared_error(first: Tensor, second: Tensor) -> Tensor:
+    """Mean squared difference of each pair, float (N, C, H, W) at least float32, over channels and pixels: (N,)."""
+    size = _FACES_CPU if first.device.type == "cpu" else max(1, len(first))
+    chunks = zip(first.split(size), second.split(size), strict=True)
+    norms = torch.cat([torch.linalg.vector_norm((x - y).flatten(1), dim=1) for x, y in chunks])
+    return norms.square() / first[:1].numel()
+
+
+def _averages(first: Tensor, second: Tensor) -> Sequence[Tensor]:
+    """SSIM and its contrast-structure factor of each pair, (N,), and the squared error where that comes by the way."""
     if first.shape != second.shape or first.ndim != 4:
         raise ValueError(f"ssim takes two (N, C, H, W) of one shape, got {tuple(first.shape)}, {tuple(second.shape)}")
     dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
     pixels = _PIXELS_CPU if first.device.type == "cpu" else _PIXELS_ACCELERATOR
     size = _VECTOR * max(1, pixels // (_VECTOR * max(1, math.prod(first.shape[-2:]))))
     with torch.autocast(first.device.type, enabled=False):  # variances are differences: bfloat16 would lose them
-        chunks = zip(*(faces.to(dtype).flatten(0, 1).split(size) for faces in (first, second)), strict=True)
-        similarity, contrast_structure = zip(*(_ssim_terms(x, y) for x, y in chunks), strict=True)
-    return _of_faces(similarity, first.shape), _of_faces(contrast_structure, first.shape)
+        x, y = (faces.to(dtype).flatten(0, 1) for faces in (first, second))
+        learnt = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+        if _by_onednn(x) and _window(x) == WINDOW and not learnt:
+            parts = _side_by_side(x, y, size)
+        else:
+            parts = [_ssim_terms(*some) for some in zip(x.split(size), y.split(size), strict=True)]
+    return [torch.cat(planes).view(first.shape[:2]).mean(1) for planes in zip(*parts, strict=True)]
 
 
-def _of_faces(planes: tuple[Tensor, ...], shape: torch.Size) -> Tensor:
-    return torch.cat(planes).view(shape[:2]).mean(1)
+def _side_by_side(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, ...]]:
+    """:func:`_measured_terms` of so many planes at a time, by as many threads as torch uses here.
+
+    Threads that share an operation wait for each other at its end, for longer than what they do to few planes takes.
+    So each of these has planes of its own.
+    """
+
+    @torch.no_grad()  # which each thread has to be told
+    def several(x: Tensor, y: Tensor) -> list[tuple[Tensor, ...]]:
+        memory = x.new_empty(4 * x[:size].numel())
+        return [_measured_terms(*some, memory) for some in zip(x.split(size), y.split(size), strict=True)]
+
+    chunks = -(-len(x) // size)
+    threads = min(torch.get_num_threads(), chunks)
+    if threads == 1 or not hasattr(_program(), "omp_set_num_threads"):
+        return several(x, y)
+    shares = (planes.split(size * -(-chunks // (_SHARES * threads))) for planes in (x, y))
+    with ThreadPoolExecutor(threads, initializer=_alone) as pool:
+        return list(itertools.chain.from_iterable(pool.map(several, *shares)))
 
 
-def _ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Of planes (P, H, W): two (P,)."""
+@functools.cache
+def _program() -> ctypes.CDLL:
+    """What this process has loaded."""
+    return ctypes.CDLL(None)
+
+
+def _alone() -> None:
+    """Let torch share no operation of this thread.
+
+    Other threads, and those that start later, keep their number, which torch.set_num_threads would change.
+    """
+    torch.get_num_threads()  # sets the number where nothing has yet
+    _program().omp_set_num_threads(1)
+
+
+def _by_onednn(maps: Tensor) -> bool:
+    on_processor = maps.device.type == "cpu" and maps.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return on_processor and maps.numel() > 0
+
+
+@functools.cache
+def _constants() -> tuple[Tensor, ...]:
+    """1, 2 (K1 L)^2 and 2 (K2 L)^2."""
+    return tuple(torch.tensor(value, dtype=torch.float32) for value in (1.0, 2 * C1, 2 * C2))
+
+
+def _measured_terms(x: Tensor, y: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
+    """:func:`_ssim_terms` in float32 on a processor, without a gradient, and the mean squared difference: three (P,).
+
+    Most of the time goes into reading and writing maps, which are too large for the second cache. So there are few,
+    those of what comes next take the place of those that nobody needs any longer, and the first ones lie in
+    ``memory``, at least 4 P H W numbers: what is asked for and freed each time may go back to the system.
+    """
+    planes, height, width = x.shape
+    one, c1, c2 = _constants()
+    maps = memory[: 4 * x.numel()].view(4, planes, height, width)
+    torch.add(x, y, out=maps[0]).sub_(1)
+    torch.sub(x, y, out=maps[1])
+    torch.addcmul(c2, maps[0], maps[0], out=maps[2])
+    torch.square(maps[1], out=maps[3])
+    error = maps[3].mean((1, 2))
+    # Down the columns vectors run over a row, and along the rows over planes, so that no tap is out of step with them.
+    maps = maps.view(-1, 1, height, width).permute(0, 3, 1, 2)
+    maps = F.conv2d(maps, _kernel(WINDOW, width)[:, :, None], groups=width).permute(0, 2, 3, 1).contiguous()
+    height, vector = maps.shape[2], planes if planes % _VECTOR else _VECTOR
+    values = vector * height * width
+    # Shuffled are numbers that stand in one pixel: a transpose by vectors, seven times as fast as a copy.
+    maps = maps.as_strided((maps.numel() // values, values, 1, 1), (values, 1, values, values))
+    maps = F.channel_shuffle(maps, vector).view(-1, height, width, vector).permute(0, 3, 1, 2)
+    maps = F.conv2d(maps, _kernel(WINDOW, vector)[:, :, None], groups=vector).permute(0, 2, 3, 1).contiguous()
+    mean, apart, variance, difference = maps.view(4, planes // vector, -1, vector)
+    variance.addcmul_(mean, mean, value=-1)
+    difference.addcmul_(apart, apart, value=-1)
+    total = variance.add_(difference)
+    contrast_structure = torch.addcdiv(one, difference, total, value=-2, out=total)
+    contrast = contrast_structure.mean(1).flatten()
+    mean.add_(1)
+    darker = apart.square_()
+    total = torch.addcmul(c1, mean, mean, out=mean).add_(darker)
+    # Luminance falls short of 1 by twice this quotient.
+    similarity = contrast - 2 * darker.mul_(contrast_structure).div_(total).mean(1).flatten()
+    return similarity, contrast, error
+
+
+def _ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """SSIM and its contrast-structure factor of planes (P, H, W): two (P,)."""
     # Variances do not change with the origin; taken about mid-grey they lose fewer bits.
     terms: tuple[Tensor, Tensor] = _Terms.apply(*_moments((x + y).sub_(1)), *_moments(x - y))
     return terms
@@ -141,15 +254,19 @@ class _WindowMeans(torch.autograd.Function):
 
 def _window_means(maps: Tensor) -> Tensor:
     """Gaussian-weighted means over all whole windows: (M, P, H, W) to (M, P, H-10, W-10)."""
-    shorter = min(maps.shape[-2:])
-    means: Tensor = _WindowMeans.apply(maps, min(WINDOW, shorter - 1 + shorter % 2), 0)
+    means: Tensor = _WindowMeans.apply(maps, _window(maps), 0)
     return means
+
+
+def _window(maps: Tensor) -> int:
+    """Taps of the largest window that fits."""
+    shorter = min(maps.shape[-2:])
+    return min(WINDOW, shorter - 1 + shorter % 2)
 
 
 def _blurred(maps: Tensor, window: int, margin: int) -> Tensor:
     """(M, P, H, W), with ``margin`` zeros around, to (M, P, H+2*margin-window+1, W+2*margin-window+1)."""
-    on_processor = maps.device.type == "cpu" and maps.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if on_processor and maps.numel():
+    if _by_onednn(maps):
         # oneDNN's depthwise convolution, with the planes innermost: vectors run over planes, so that no tap is out of
         # step with them. Sums of shifted slices take four times as long, products with a banded matrix five times.
         planes = maps.shape[1]

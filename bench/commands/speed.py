@@ -32,7 +32,9 @@ def speed(
     """Time what runs are made of on this machine, against the plain way of doing the same in the same process."""
     from bench.files import write_text
     from bench.run.benchmarks import measure_rows
+    from bench.run.launch import keep_freed_memory
 
+    keep_freed_memory()  # as in a run
     names = None if only is None else [name.strip() for name in only.split(",") if name.strip()]
     with progress_bars().task("rows") as report:
         measured = measure_rows(device, seconds=seconds, names=names, report=report)

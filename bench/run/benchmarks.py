@@ -36,7 +36,7 @@ from bench.data.decode import AT_ONCE, by_threads, decode_batch, decode_image, w
 from bench.data.faces import FaceSet
 from bench.data.synthetic import SyntheticOptions, load_synthetic
 from bench.images import ssim, to_float
-from bench.metrics.image_quality import psnr
+from bench.metrics.image_quality import ssim_and_psnr
 from bench.nets.recogniser import InputNormalisation, build_recogniser
 from bench.plugins import make_attack, make_defense
 from bench.progress import Report, no_report
@@ -368,9 +368,7 @@ def _image_quality(machine: _Machine) -> dict[str, Any]:
             structural_similarity(first, second, use_sample_covariance=False, **settings)
             peak_signal_noise_ratio(second, first, data_range=1.0)
 
-    return machine.compare(
-        lambda: (ssim(recovered, originals), psnr(recovered, originals)), len(originals), theirs, len(pairs)
-    )
+    return machine.compare(lambda: ssim_and_psnr(recovered, originals), len(originals), theirs, len(pairs))
 
 
 @torch.no_grad()

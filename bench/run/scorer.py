@@ -19,7 +19,7 @@ from bench.memory import in_halves
 from bench.metrics.bootstrap import mean_estimate, verification_estimates
 from bench.metrics.evaluator import Evaluator
 from bench.metrics.identity import RANKS, Probes, content_ids, identity_leakage, knn_distance
-from bench.metrics.image_quality import ms_ssim, psnr, psnr_aligned, ssim
+from bench.metrics.image_quality import ms_ssim, psnr_aligned, ssim_and_psnr
 from bench.metrics.perceptual import Lpips
 from bench.metrics.verification import far_not_measurable, lfw_accuracy, pair_scores, roc
 from bench.results import LEAST_ACCURACY, EvaluatorInfo, Identity, Quality, StateInference
@@ -41,7 +41,7 @@ IDENTITY = (*_LEAKAGE, "knn_distance")
 #: False acceptance rate of the stricter of a judge's two thresholds.
 STRICT_FAR = 1e-3
 
-_QUALITY = {"ssim": ssim, "psnr": psnr, "psnr_aligned": psnr_aligned, "ms_ssim": ms_ssim}
+_QUALITY = ("ssim", "psnr", "psnr_aligned", "ms_ssim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +192,11 @@ class Scorer:
 
         ``seen`` are the judges' embeddings of them, where these are known (:attr:`Assessment.embeddings`).
         """
-        metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = dict(_QUALITY)
+        metrics: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr_aligned": psnr_aligned, "ms_ssim": ms_ssim}
         if isinstance(self.lpips, Lpips):
             metrics["lpips"] = self.lpips
         fit = [judge for judge in self.judges if judge.info.withheld is None]
-        columns: dict[str, list[Tensor]] = {name: [] for name in metrics}
+        columns: dict[str, list[Tensor]] = {name: [] for name in ("ssim", "psnr", *metrics)}
         asked = {judge.info.name: judge.evaluator for judge in fit} if seen is None else {}
         looked_at: dict[str, list[Tensor]] = {name: [] for name in asked}
         attacked, gallery = self.probes.attacked, self.probes.gallery
@@ -205,13 +205,14 @@ class Scorer:
             batch = recovered[rows]
             faces = batch.to(self.device)
             originals = to_float(self.victims.images[attacked[rows]].to(self.device))
-            found = {name: metric(faces, originals).cpu() for name, metric in metrics.items()}
+            found = dict(zip(("ssim", "psnr"), ssim_and_psnr(faces, originals), strict=True))
+            found |= {name: metric(faces, originals) for name, metric in metrics.items()}
             # One face that was expanded to many (the floors that know nothing of the victims) is looked at once.
             looked = faces[:1] if batch.stride(0) == 0 else faces
             seen_as = {name: judge.embed(looked).cpu().expand(len(batch), -1) for name, judge in asked.items()}
             for table, part in ((columns, found), (looked_at, seen_as)):
                 for name, values in part.items():
-                    table[name].append(values)
+                    table[name].append(values.cpu())
 
         for _ in in_halves(look, len(attacked), self.batch_size, "measuring what came back"):
             pass

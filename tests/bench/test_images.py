@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from skimage.metrics import structural_similarity
@@ -30,7 +32,8 @@ def test_equals_scikit_image(noise, count, size):
     second[0] = 1 - first[0]
     expected = [reference(a, b) for a, b in zip(first, second, strict=True)]
     assert expected[0] < 0
-    torch.testing.assert_close(ssim(first, second), torch.tensor(expected).float(), atol=1e-6, rtol=0)
+    for found in (ssim(first, second), ssim(first.clone().requires_grad_(), second).detach()):
+        torch.testing.assert_close(found, torch.tensor(expected).float(), atol=1e-6, rtol=0)
 
 
 def test_bfloat16_is_computed_in_float32_under_autocast_too():
@@ -81,5 +84,27 @@ def test_single_precision_is_enough_for_values_and_gradients_of_flat_bright_pict
         guess = first.to(dtype).requires_grad_()
         values.append(ssim(guess, second.to(dtype)))
         gradients.append(torch.autograd.grad(values[-1].sum(), guess)[0])
-    torch.testing.assert_close(values[0].double(), values[1], atol=3e-7, rtol=0)
+    for value in (values[0].detach(), ssim(first, second)):
+        torch.testing.assert_close(value.double(), values[1].detach(), atol=3e-7, rtol=0)
     torch.testing.assert_close(gradients[0].double(), gradients[1], atol=1e-4 * float(gradients[1].abs().max()), rtol=0)
+
+
+def test_faces_are_shared_among_threads_which_leave_no_trace(set_threads):
+    """The same bits, of the pictures and of a product that is computed afterwards; who starts later has as many."""
+    generator = torch.Generator().manual_seed(5)
+    first, second = torch.rand(2, 40, 3, 64, 64, generator=generator)
+    first[7, 1, 20, 30] = torch.nan  # stays with its face
+    matrix, asked = torch.rand(300, 300, generator=generator), []
+    set_threads(1)
+    alone = ssim(first, second)
+    set_threads(2)
+    product = matrix @ matrix
+    together = ssim(first, second)
+    asked.append(torch.get_num_threads())
+    later = threading.Thread(target=lambda: asked.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert asked == [2, 2]
+    assert torch.equal(matrix @ matrix, product)
+    assert together.isnan().nonzero().flatten().tolist() == [7]
+    torch.testing.assert_close(together, alone, rtol=0, atol=0, equal_nan=True)

@@ -11,7 +11,7 @@ from skimage.measure import block_reduce
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from bench.errors import DataError
-from bench.metrics.image_quality import PSNR_CAP, ms_ssim, psnr, psnr_aligned, ssim
+from bench.metrics.image_quality import PSNR_CAP, ms_ssim, psnr, psnr_aligned, ssim, ssim_and_psnr
 
 Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -68,12 +68,15 @@ def reference_ms_ssim(recovered: torch.Tensor, original: torch.Tensor, weights: 
     return value
 
 
-def test_psnr_equals_scikit_image_below_the_cap() -> None:
+@pytest.mark.parametrize("learnt", [False, True])
+def test_psnr_equals_scikit_image_below_the_cap_also_beside_ssim(learnt: bool) -> None:
     recovered, original = pairs(64)
-    values = psnr(recovered, original)
-    assert values[0] == PSNR_CAP  # identical
-    for value, r, o in zip(values[1:], recovered[1:], original[1:], strict=True):
-        assert float(value) == pytest.approx(peak_signal_noise_ratio(o.numpy(), r.numpy(), data_range=1), abs=1e-3)
+    similarity, beside = ssim_and_psnr(recovered.clone().requires_grad_(learnt), original)
+    torch.testing.assert_close(similarity.detach(), ssim(recovered, original))
+    for values in (psnr(recovered, original), beside.detach()):
+        assert values[0] == PSNR_CAP  # identical
+        for value, r, o in zip(values[1:], recovered[1:], original[1:], strict=True):
+            assert float(value) == pytest.approx(peak_signal_noise_ratio(o.numpy(), r.numpy(), data_range=1), abs=1e-3)
 
 
 def test_aligned_psnr_is_the_least_squares_fit_of_each_channel() -> None:
