@@ -52,11 +52,11 @@ def _behind(p: Identities, c: Conditions, camera: Camera, px: Tensor, py: Tensor
     dx, dy = px - cx, py - cy
     x = (r00 * dx - r01 * -dy) / norm
     y = (r00 * dy + r01 * dx) / norm + 0.2
-    strand = sample(
-        bank(px.device)[:, [STRAND, MOTTLE]],
+    mottle, strand = sample(
+        bank(px.device)[:, MOTTLE : STRAND + 1 : STRAND - MOTTLE],
         x * 1.5 * TEXELS_PER_UNIT + p["hair_u"],
         y * 0.6 * TEXELS_PER_UNIT + p["hair_v"],
-    )
+    ).unbind(1)
     coat = Coat(back, torch.zeros_like(x), torch.ones_like(x))
     width = p["cheek_width"]
     neck = cover(0.60 * width + 0.10 * (y - 0.9) + 0.5 * (y - 1.15).clamp(min=0) - x.abs(), pixel) * cover(
@@ -64,7 +64,7 @@ def _behind(p: Identities, c: Conditions, camera: Camera, px: Tensor, py: Tensor
     )
     shadow = 0.30 + 0.35 * ((y - p["chin_y"]) / 0.5).clamp(0, 1) + 0.15 * (x.abs() / 0.6).clamp(0, 1)
     coat.over(neck, rgb(p, "skin") * light * shadow[:, None])
-    wide = width + p["hair_volume"] + 0.012 * strand[:, 0]
+    wide = width + p["hair_volume"] + 0.012 * strand
     rise = ((-0.1 - y) / 1.35).clamp(0, 1)
     # Short hair lies close to the head where it ends; long hair keeps its volume.
     wide = wide - p["hair_volume"] * ((y - p["hair_length"]) / 0.5 + 1).clamp(0, 1) * (p["hair_length"] < 0.1)
@@ -72,9 +72,9 @@ def _behind(p: Identities, c: Conditions, camera: Camera, px: Tensor, py: Tensor
         wide * (1 - rise.square() * rise.sqrt()).clamp(min=0).sqrt()
         + 0.25 * p["hair_volume"] * y.clamp(0, 0.6)
         - x.abs(),
-        p["hair_length"] - y + 0.03 * strand[:, 0],
+        p["hair_length"] - y + 0.03 * strand,
     )
-    tone = hair_tone(p, strand[:, 0], strand[:, 1])
+    tone = hair_tone(p, strand, mottle)
     deep = 0.35 + 0.45 * ((x.abs() - 0.45 * width) / (0.55 * width)).clamp(0, 1)
     coat.over(cover(falls, pixel + 0.01), tone * light * deep[:, None])
     # Ears stand beside the middle plane and come forward or hide with yaw; long hair covers them.

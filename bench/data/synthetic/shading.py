@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.data.synthetic.paint import Coat, swatch
+from bench.data.synthetic.paint import Coat, points, swatch
 from bench.data.synthetic.parameters import Conditions
 
 _SHADOW_STEPS = 6
@@ -59,7 +59,7 @@ def _cast_shadow(depth: Tensor, light: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     shadow = torch.zeros_like(coarse[:, 0])
     for k in range(1, _SHADOW_STEPS + 1):
         reach = _SHADOW_REACH * (k / _SHADOW_STEPS) ** 1.4
-        towards = torch.stack((x + lx * reach, y + ly * reach), -1)
+        towards = points(x + lx * reach, y + ly * reach)
         there = F.grid_sample(coarse, towards, mode="bilinear", padding_mode="border", align_corners=False)
         above = (there - coarse)[:, 0] - lz.clamp(min=0.1) * reach
         shadow = torch.maximum(shadow, (above / (0.02 + 0.13 * reach)).clamp(0, 1))

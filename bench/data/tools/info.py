@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel
 
-from bench.data.decode import MIN_SIDE, open_image, own_limits, readable, shown
+from bench.data.decode import AT_ONCE, MIN_SIDE, Encoded, ImageError, open_image, own_limits, readable, shown
 from bench.data.encoded import EncodedSource
 from bench.data.sources.folder import FolderSource, pairs_in
 from bench.data.sources.insightface import PackSource, RecordIOSource
@@ -128,20 +128,38 @@ def info(path: Path, *, report: Report = no_report) -> DatasetInfo:
     return DatasetInfo(path=str(path), kind=kind, parts=tuple(parts))
 
 
+def _alone(source: EncodedSource, row: np.int64) -> Encoded:
+    try:
+        return source.encoded(np.array([row]))[0]
+    except DataError as error:
+        return ImageError(str(error))
+
+
+def _size(encoded: Encoded) -> str:
+    """Size and mode by the header."""
+    if isinstance(encoded, ImageError):
+        return "unreadable"
+    try:
+        image = open_image(encoded.numpy().tobytes())
+    except ImageError:
+        return "unreadable"
+    return f"{image.width}x{image.height} {image.mode}"
+
+
 def _describe(source: EncodedSource, report: Report) -> PartInfo:
     pairs, name = source.pairs, source.pairs_file
     counts = np.bincount(source.labels)
     counts = counts[counts > 0]
     rows = np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLE)).astype(np.int64))
     sizes: Counter[str] = Counter()
-    for done, row in enumerate(rows.tolist(), 1):
+    for start in range(0, len(rows), AT_ONCE):
+        some = rows[start : start + AT_ONCE]
         try:
-            image = open_image(source.encoded_image(row))
-            sizes[f"{image.width}x{image.height} {image.mode}"] += 1
-        except DataError:
-            sizes["unreadable"] += 1
-        if done % 500 == 0 or done == len(rows):
-            report(done, len(rows))
+            encoded = source.encoded(some)
+        except DataError:  # one of them is damaged
+            encoded = [_alone(source, row) for row in some]
+        sizes.update(map(_size, encoded))
+        report(start + len(some), len(rows))
     listed = None
     if pairs is not None and name is not None:
         folds = len(pairs.fold.unique())

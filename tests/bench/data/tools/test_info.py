@@ -39,6 +39,18 @@ def test_insightface_and_its_files(paired, tmp_path):
     assert described.model_validate_json(described.model_dump_json()) == described
 
 
+def test_a_damaged_record_among_others_is_unreadable_alone(make_tree, tmp_path):
+    pack(make_tree({"Ann": 3, "Bob": 2}), out := tmp_path / "out")
+    (before,) = info(out).parts
+    offsets = dict(map(int, line.split()) for line in (out / "train.idx").read_text().splitlines())
+    with (out / "train.rec").open("r+b") as file:
+        file.seek(offsets[2])
+        file.write(bytes(4))  # where the magic number of Ann's second image stands
+    (part,) = info(out).parts
+    assert (part.images, part.headers_read) == (before.images, before.headers_read) == (5, 5)
+    assert part.sizes == {"112x112 RGB": 4, "unreadable": 1}
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(MissingError, match="does not exist"):
         info(tmp_path / "none")
