@@ -68,6 +68,8 @@ class Measure(ResultModel):
             raise ValueError("a measure without a value needs a reason")
         if any(LARGEST < abs(number) < math.inf for number in (self.value or 0.0, *(self.ci95 or ()))):
             raise ValueError("no figure is so large")
+        if self.ci95 is not None and self.ci95[0] > self.ci95[1]:
+            raise ValueError("an interval begins at its lower end")
         return self
 
     @classmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -146,6 +146,7 @@ class Parts:
         self._memory = current()
         self._rows = 0
         self._most: int | None = None
+        self._count: int | None = None
         # Batch norm has no statistics of one row.
         modules = (module for network in self._networks for module in network.modules())
         self._least = 2 if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules) else 1
@@ -180,6 +181,39 @@ class Parts:
             self._memory.note(self._what, self._rows, self._most)
         return done[0]
 
+    def settle(self, attempt: Callable[[], object], rows: int, largest: Callable[[int], int]) -> None:
+        """Cut every training pass from here on into one number of parts: of several processes, what the neediest takes.
+
+        What they exchange within a pass they exchange part by part, so none may have more parts than another, and none
+        can find out by itself amid the exchange. Buffers are afterwards as they were.
+
+        Args:
+            attempt: makes a pass of as many rows as one can have, and its gradients, and exchanges nothing.
+            rows: the fewest that a pass has, in any process.
+            largest: of a number of each process the largest one, told to all.
+
+        Raises:
+            RuntimeError: torch's own, in every process, where in one of them the smallest parts do not fit.
+        """
+        full: RuntimeError | None = None
+        with ExitStack() as kept:
+            for network in self._networks:
+                kept.enter_context(_at(network, _buffers(network)))
+            try:
+                self.step(attempt)
+            except RuntimeError as error:
+                if not memory_is_full(error):
+                    raise
+                full = error
+        # One part more than there can be says that memory is full of however few.
+        most = rows // self._least
+        needed = 1 if self._most is None else min(most, -(-self._rows // self._most))
+        self._count = largest(needed if full is None else most + 1)
+        if self._count > most:
+            raise full or torch.OutOfMemoryError("out of memory in another process of this training")
+        if self._count > 1:
+            self._memory.note(self._what, self._rows, -(-self._rows // self._count))
+
     def _cutting(self, network: nn.Module, before: Callable[..., Any] | None) -> Callable[..., Any]:
         """What stands in front of a network's method."""
         own: Callable[..., Any] = getattr(type(network), self._method).__get__(network)
@@ -194,9 +228,8 @@ class Parts:
             if not torch.is_grad_enabled():
                 what = f"{self._what}, where it only looks,"
                 made = list(in_halves(lambda part: _call(whole, rows, part, inputs, named), rows, rows, what))
-            elif network.training and self._most is not None and rows > self._most:
+            elif network.training and (count := self._parts_of(rows)) > 1:
                 # Its own: a pass that is replayed from one place in memory cannot be kept for two parts.
-                count = min(-(-rows // self._most), rows // self._least)
                 made = list(_in_parts(network, own, count, inputs, named))
             else:
                 made = []
@@ -208,6 +241,12 @@ class Parts:
             return whole(*inputs, **named) if joined is None else joined
 
         return call
+
+    def _parts_of(self, rows: int) -> int:
+        """Into how many parts a training pass of so many rows is cut."""
+        if self._count is not None:
+            return self._count
+        return 1 if self._most is None or rows <= self._most else min(-(-rows // self._most), rows // self._least)
 
 
 def _call(call: Callable[..., Any], count: int, rows: slice, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:

@@ -123,7 +123,7 @@ def _side_by_side(defense: str, cells: Sequence[Cell]) -> Iterable[Sheet]:
         first = [victim for victim in samples.victims if _FIRST in victim.roles]
         # Of several attacks each has a column under its name.
         column = cell.name if cell.name in samples.columns else "recovered"
-        if first and column in samples.columns:
+        if first and column in samples.columns and all("original" in victim.files for victim in first):
             originals = tuple((samples.folder / victim.files["original"]).read_bytes() for victim in first)
             groups.setdefault(originals, []).append((cell, column, first))
     for group in groups.values():

@@ -139,8 +139,8 @@ class Scores(StoredModel):
         if (self.means is None) != (self.counts is None) or (self.means is None) == (self.se is None):
             raise ValueError("either means with counts or a standard error")
         if self.means is not None and self.counts is not None:
-            if len(self.means) != len(self.counts) or min(self.counts, default=0) < 0:
-                raise ValueError("means and counts must match, and no count is negative")
+            if len(self.means) != len(self.counts) or not all(0 <= count <= LARGEST for count in self.counts):
+                raise ValueError("means and counts must match, and no count is negative or so large")
             if [mean is None for mean in self.means] != [count == 0 for count in self.counts]:
                 raise ValueError("a mean is null exactly where its count is 0")
             if not any(self.counts):

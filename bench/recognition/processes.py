@@ -209,6 +209,22 @@ def shared_statistics(module: nn.Module, processes: Processes) -> Iterator[None]
             del layer.processes, layer.process_group
 
 
+@contextmanager
+def alone(module: nn.Module) -> Iterator[None]:
+    """Within the block, layers under :func:`shared_statistics` measure this process's batches, and exchange nothing."""
+    layers = [layer for layer in module.modules() if isinstance(getattr(layer, "processes", None), Processes)]
+    before: list[tuple[nn.Module, type[nn.Module], Any]] = [(layer, type(layer), layer.processes) for layer in layers]
+    try:
+        for layer in layers:
+            if isinstance(layer, nn.SyncBatchNorm):
+                layer.__class__ = _SharedBatchNorm  # type: ignore[assignment]
+            layer.processes = Processes()  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, kind, processes in before:
+            layer.__class__, layer.processes = kind, processes
+
+
 def processes_of(fabric: Fabric) -> Processes:
     """The processes among which a launched Fabric trains."""
     return Processes(fabric.global_rank, fabric.world_size)

@@ -32,7 +32,7 @@ from bench.recognition.graphs import replayed
 from bench.recognition.learner import make_learner
 from bench.recognition.options import HEADS, TrainingOptions
 from bench.recognition.partial_fc import PartialFC
-from bench.recognition.processes import Processes, noticing_lost_processes, processes_of, shared_statistics
+from bench.recognition.processes import Processes, alone, noticing_lost_processes, processes_of, shared_statistics
 from bench.recognition.state import History, TrainingState
 from defenses.base import Defense
 
@@ -291,8 +291,8 @@ def train(
     training amplifies (in float32 to some per mille of the first epoch's loss over a dozen steps). What is drawn per
     image (augmentation, states, dropout) comes from each process's own stream: equal in distribution, not in value.
 
-    Where an accelerator's memory is full, a step goes on in parts of its batch (:class:`bench.memory.Parts`), in one
-    process alone.
+    Where an accelerator's memory is full, a step goes on in parts of its batch (:class:`bench.memory.Parts`). Several
+    processes find out before the first step how many parts all of them need; what fills up later ends the training.
 
     Under a ``teacher`` the recogniser learns to agree with the embedding that a strong recogniser has of the same plain
     face, as it was before it was flipped and augmented: ``distillation`` times the mean of 1 - cosine is added to
@@ -364,6 +364,9 @@ def train(
             batches = MemoryBatches(faces, views, steps, streams, processes)
         else:
             batches = StreamBatches(faces, views, options.batch_size, streams, processes, device)
+        if processes.size > 1:
+            shared = per_epoch // steps  # by the smallest batch; the largest has one image more
+            _rehearse(recogniser, head, (shared // processes.size, shared // processes.size + 1), parts, fabric)
         learner = make_learner(recogniser, head, options, fabric)
         if processes.size == 1:  # of several, one would repeat what the others have exchanged with it already
             learner.parts = parts
@@ -422,6 +425,35 @@ def train(
             flipped_labels=int((targets != labels).sum()),
             overfull_steps=head.overfull_everywhere() if isinstance(head, PartialFC) else 0,
         )
+
+
+def _rehearse(
+    recogniser: Recogniser, head: MarginHead | PartialFC, rows: tuple[int, int], parts: Parts, fabric: Fabric
+) -> None:
+    """Let several processes find out into how many parts each has to cut its passes, of ``rows`` at least and at most.
+
+    With what a step takes besides the pass set aside: momentum and the buckets that gradients are exchanged in, and
+    of the head its centres, their gradient and momentum, and scores, their softmax and gradient.
+    """
+    processes, device = processes_of(fabric), fabric.device
+    recogniser.to(device).train()
+    of_head = 3 * head.weight.numel() + 3 * rows[1] * len(head.weight)
+    kept = torch.empty(2 * recogniser.parameter_count + of_head, device=device)
+    faces = torch.rand(rows[1], *recogniser.spec.representation_shape, device=device)
+
+    def attempt() -> None:
+        recogniser.zero_grad()
+        with fabric.autocast():
+            embeddings = recogniser(faces)
+        embeddings.float().square().mean().backward()
+
+    def largest(count: int) -> int:
+        return int(processes.maximum(torch.tensor(count, device=device)))
+
+    with alone(recogniser):
+        parts.settle(attempt, rows[0], largest)
+    recogniser.zero_grad()
+    del kept
 
 
 def _identity(

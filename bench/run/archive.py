@@ -366,11 +366,11 @@ def _table(directory: Path, name: _TableName) -> pd.DataFrame | None:
 
 def _problem(table: pd.DataFrame, needed: set[str]) -> str | None:
     """What no run writes; the needed columns are there."""
-    if not table.columns.is_unique:
-        return "two columns have one name"
-    if table.empty:
-        return "it has no rows"
-    for column in map(str, table.columns.difference([*_NAMES])):
+    if not table.columns.is_unique or not all(isinstance(column, str) for column in table.columns):
+        return "a column has no name, or that of another"
+    if table.empty or table[table.columns.intersection([*_NAMES])].isna().any(axis=None):
+        return "it has no rows, or rows without a name"
+    for column in table.columns.difference([*_NAMES]):
         values = table[column]
         if column in _EMBEDDINGS:
             try:

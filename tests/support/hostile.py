@@ -222,7 +222,7 @@ def change_document(document: Any, rng: random.Random) -> Any:
             parent[last] = copy.deepcopy(_at(document, rng.choice(places)))
         elif way < 0.35:
             deep: Any = parent[last]
-            for _ in range(rng.choice((1, 50, 500))):
+            for _ in range(rng.choice((1, 50, 250))):
                 deep = [deep] if rng.random() < 0.5 else {"a": deep}
             parent[last] = deep
         elif way < 0.4 and isinstance(parent, dict):

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from lightning_fabric.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.data.faces import FaceSet
 from bench.errors import BenchError
 from bench.nets.options import AugmentationOptions
-from bench.nets.recogniser import build_recogniser
+from bench.nets.recogniser import InputNormalisation, Recogniser, build_recogniser
 from bench.randomness import Streams
 from bench.recognition.options import TrainingOptions
 from bench.recognition.processes import Processes
@@ -92,7 +92,8 @@ def learn(
 ) -> list[dict[str, Any]]:
     """Losses, accuracies and weights for each change of the options; or the error of a loss that became infinite.
 
-    With ``taught`` among the changes there is a teacher, whose embeddings of the faces are random.
+    With ``taught`` among the changes there is a teacher, whose embeddings of the faces are random. With ``most`` the
+    last process has memory for so many rows at once; with ``normed=False`` no network takes statistics over rows.
 
     Args:
         exact: in float64.
@@ -120,7 +121,7 @@ def _learn(
     processes: Processes, change: dict[str, Any], checkpoint: Path | None, poisoned_epoch: int | None
 ) -> dict[str, Any]:
     change = dict(change)
-    taught = change.pop("taught", False)
+    taught, most, normed = change.pop("taught", False), change.pop("most", None), change.pop("normed", True)
     options = TrainingOptions.model_validate(OPTIONS.model_dump() | change)
     defense = Unprotected(image_size=SIZE)
     recogniser = build_recogniser("ir-tiny", defense.representation_shape, 16, seed=1)
@@ -130,10 +131,15 @@ def _learn(
         nonlocal calls
         calls += 1
         last = processes.rank == processes.size - 1
-        return (inputs[0] * torch.nan,) if last and calls == (poisoned_epoch or 0) * 4 + 2 else None
+        rehearsed = processes.size > 1  # which is a pass of its own
+        return (inputs[0] * torch.nan,) if last and calls == (poisoned_epoch or 0) * 4 + 2 + rehearsed else None
 
     if poisoned_epoch is not None:
         recogniser.backbone.register_forward_pre_hook(poison)
+    if not normed:
+        _take_no_statistics(recogniser)
+    if most is not None and processes.rank == processes.size - 1:
+        _cramp(recogniser, most)
     streams = Streams(0)
     head = build_head(options, 5, seed=streams.seed_for("training/head"), processes=processes)
     try:
@@ -148,7 +154,7 @@ def _learn(
             teacher=taught_embeddings() if taught else None,
             checkpoint=checkpoint,
         )
-    except BenchError as error:
+    except (BenchError, torch.OutOfMemoryError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {
         "losses": report.losses,
@@ -158,3 +164,24 @@ def _learn(
         "head": head.weight.detach().clone(),
         "kinds": sorted({type(layer).__name__ for layer in recogniser.modules()}),
     }
+
+
+def _take_no_statistics(recogniser: Recogniser) -> None:
+    """Replace what computes over rows, so that parts of a batch give what the whole gives."""
+    for module in list(recogniser.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+                setattr(module, name, nn.GroupNorm(1, layer.num_features))
+            elif isinstance(layer, InputNormalisation):
+                layer.batches.fill_(layer.measured)
+
+
+def _cramp(recogniser: Recogniser, most: int) -> None:
+    """Memory is full where a convolution is given more than ``most`` rows."""
+
+    def look(module: nn.Module, rows: Any, *_: Any) -> None:
+        if module.training and len(rows[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    *_, last = (module for module in recogniser.modules() if isinstance(module, nn.Conv2d))
+    last.register_forward_pre_hook(look)

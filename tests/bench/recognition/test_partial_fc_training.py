@@ -144,3 +144,21 @@ def test_a_batch_too_small_for_the_processes_is_refused(tmp_path: Path) -> None:
         assert process["error"] == (
             "UsageError: 2 processes cannot share batches of 3: start fewer, or raise training.batch_size to 4 or more"
         )
+
+
+def test_memory_that_is_full_in_one_process_cuts_the_batches_of_all(tmp_path: Path) -> None:
+    """Into as many parts, for the gradients that one process has of whole batches."""
+    unnormed = {"normed": False, "epochs": 2}  # statistics are over parts
+    heads: list[dict[str, Any]] = [{"head": "arcface", "taught": True, **unnormed}, {**WHOLE, **unnormed}]
+    expected = work.learn(Processes(), heads, None, None, True)
+    changes = [*({**head, "most": 2} for head in heads), {"batch_size": 9, "most": 3}, {"most": 0}]
+    first, second = in_processes(2, tmp_path, work.learn, changes, None, None, True)
+    for process in (first, second):
+        for learnt, whole in zip(process, expected, strict=False):
+            assert learnt["losses"] == curve(whole["losses"])
+            for name, weight in whole["weights"].items():
+                torch.testing.assert_close(learnt["weights"][name], weight, rtol=EXACT, atol=EXACT)
+        assert re.match("OutOfMemoryError|LostProcess", process[3]["error"])  # at once: nobody waits for another
+    # With the statistics of parts, over both processes, it is another training; one of both all the same.
+    assert all(torch.equal(value, second[2]["weights"][name]) for name, value in first[2]["weights"].items())
+    assert first[2]["accuracies"][-1] > first[2]["accuracies"][0]

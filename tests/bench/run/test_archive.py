@@ -73,6 +73,7 @@ def test_damaged_files_are_named(tmp_path, file, content, message):
     [
         ("per_image", lambda table: table.drop(columns="identity"), "lacks the columns identity"),
         ("per_image", lambda table: table.iloc[:0], "it has no rows"),
+        ("per_image", lambda table: table.assign(identity=None), "rows without a name"),
         ("per_image", lambda table: table.assign(ssim="0.5"), "ssim does not hold numbers"),
         ("per_image", lambda table: table.assign(ssim=-np.inf), "ssim holds values that are no figures"),
         ("per_image", lambda table: table.assign(image=np.nan), "image holds values that are no figures"),
