@@ -287,23 +287,25 @@ def _native_decoder() -> Callable[[Tensor, int, bool], Tensor] | None:
     return None
 
 
-def is_plain_jpeg(data: memoryview | bytes, size: int) -> bool:
-    """Whether this is an 8-bit JPEG of ``size`` x ``size`` pixels in three colours, with nothing special about it.
+def plain_header(data: memoryview | bytes, size: int) -> bytes:
+    """How an 8-bit JPEG of ``size`` x ``size`` pixels in three colours begins that is nothing special; else empty.
 
-    Only the header is walked: markers of two bytes, each followed by a segment that begins with its length.
+    Only the header is walked: markers of two bytes, each followed by a segment that begins with its length. Whatever
+    begins with the same bytes is such a file, too.
     """
     if len(data) < 4 or data[0] != 0xFF or data[1] != 0xD8:
-        return False
+        return b""
     at = 2
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker in _FRAMES:
             height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-            return height == width == size and data[at + 4] == 8 and data[at + 9] == 3
+            plain = height == width == size and data[at + 4] == 8 and data[at + 9] == 3
+            return bytes(data[: at + 10]) if plain else b""
         if marker in _SPECIAL:
-            return False
+            return b""
         at += 2 + (data[at + 2] << 8 | data[at + 3])
-    return False
+    return b""
 
 
 def decode_batch(
@@ -321,12 +323,15 @@ def decode_batch(
     images = torch.empty(len(encoded), 3, size, size, dtype=torch.uint8)
     target, failed = images.numpy(), {}
     native = None if exact or crop != 1 else _native_decoder()
+    header = b""  # as files of one set mostly begin alike, and the interpreter lock is held while one is walked
     for i, data in enumerate(encoded):
         try:
             if isinstance(data, ImageError):
                 raise data
             view = data.numpy().data
-            if native is not None and len(view) <= limits.max_bytes and is_plain_jpeg(view, size):
+            if not header or bytes(view[: len(header)]) != header:
+                header = plain_header(view, size)
+            if header and native is not None and len(view) <= limits.max_bytes:
                 # What this cannot decode goes the long way, which says why, or makes do with it as everywhere else.
                 with contextlib.suppress(RuntimeError):
                     target[i] = native(data, _RGB, False).numpy()

@@ -39,10 +39,27 @@ def kinds(make_image, make_encoded):
 
 
 def test_which_are_plain(kinds):
-    plain = [name for name, data in kinds.items() if decode.is_plain_jpeg(data, 112)]
+    plain = [name for name, data in kinds.items() if decode.plain_header(data, 112)]
     assert plain == ["plain", "progressive", "444", "comment"]
-    assert not decode.is_plain_jpeg(kinds["plain"], 96)
-    assert not any(decode.is_plain_jpeg(kinds["plain"][:n], 112) for n in range(100))
+    assert not decode.plain_header(kinds["plain"], 96)
+    assert not any(decode.plain_header(kinds["plain"][:n], 112) for n in range(100))
+
+
+def test_headers_are_told_apart_however_files_follow_each_other(kinds, make_image, make_encoded):
+    """Of another size, turned, and cut off within the header: each after one that is plain, and before another."""
+    others = [
+        kinds["larger"],
+        kinds["turned"],
+        kinds["444"],
+        kinds["plain"][:60],
+        make_encoded(make_image(9, (96, 96))),
+    ]
+    files = [file for other in others for file in (kinds["plain"], other)]
+    images, failed = decode_batch([tensor(data) for data in files], 112)
+    assert set(failed) == {7}
+    for place, data in enumerate(files):
+        if place not in failed:
+            assert (images[place].int() - decode_image(data, 112).int()).abs().max() <= 2, place
 
 
 @pytest.mark.parametrize("native", [True, False])
