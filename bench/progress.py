@@ -58,6 +58,29 @@ class ProgressBars:
         """Count steps from now on: there are so many."""
         self._steps, self._begun = steps, 0
 
+    def pass_step(self) -> None:
+        """Count a step that somebody else has done."""
+        self._begun += 1
+
+    @contextmanager
+    def beside(self) -> Iterator[Callable[[str, int, int | None], None]]:
+        """A bar below the others for what somebody else does: ``show(description, done, total)``, from any thread.
+
+        It is hidden while there is no description.
+        """
+        with self._live():
+            bar = self._progress.add_task("", total=None, figures="", visible=False)
+
+            def show(description: str, done: int, total: int | None) -> None:
+                self._progress.update(
+                    bar, description=escape(description), completed=done, total=total, visible=bool(description)
+                )
+
+            try:
+                yield show
+            finally:
+                self._progress.remove_task(bar)
+
     @contextmanager
     def task(self, description: str, *, step: bool = False) -> Iterator[Report]:
         """A bar for the duration of the block, which may be the next ``step`` of those that are counted."""

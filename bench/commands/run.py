@@ -67,6 +67,7 @@ def run(
         show(plan, as_json, lambda: render_plan(plan))
     else:
         from bench.run.archive import read_manifest
+        from bench.run.beside import is_worth_it
         from bench.run.machines import use_free_cores
         from bench.run.store import run_id
 
@@ -76,7 +77,7 @@ def run(
         if note := use_free_cores(free, remembered):
             err.print(note, markup=False, highlight=False, soft_wrap=True)
         keep_freed_memory()
-        result = pipeline.run()
+        result = pipeline.run(beside=is_worth_it(resolved, pipeline.machine.device))
 
         def rendered() -> RenderableType:
             from reports.terminal import render_result  # loads what judges results

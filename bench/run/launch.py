@@ -1,14 +1,20 @@
-"""How a process starts, and what is around it: torchrun, and neighbours. Imports nothing heavy: torch comes later."""
+"""How a process starts and ends, and what is around it: torchrun, neighbours. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from types import FrameType
 
 import psutil
 
@@ -114,3 +120,49 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         for parameter, value in _MALLOC:
             library.mallopt(parameter, value)
+
+
+# -- processes that this one starts ----------------------------------------------------------------
+
+
+def obey_parent() -> None:
+    """Let a process that was spawned end with the one that started it, however that ended, and when it says so.
+
+    A later call must not find this one still at work. A terminal sends Ctrl-C to every process: this one leaves it to
+    the first, which ends the others with SIGTERM, raised here as KeyboardInterrupt. Two interruptions would break what
+    is written down at the first.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _interrupt)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def end_process(process: BaseProcess, grace: float) -> None:
+    """Wait for a process that should be ending; kill it after ``grace`` seconds."""
+    process.join(grace)
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Keep Ctrl-C from processes that are started here, which could not deal with it yet; here it only comes later."""
+    resource_tracker.ensure_running()  # started with the first process, it would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

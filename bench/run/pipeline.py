@@ -6,6 +6,7 @@ import contextlib
 import resource
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from bench.recognition.options import HEADS
 from bench.results import DatasetInfo, DefenseInfo, RunPlan, RunResult
 from bench.run.attack_config import attack_configs, check_attack
 from bench.run.attacker import AttackStages
+from bench.run.beside import Beside, StageKey, half_of_the_threads
 from bench.run.config import SETS, RunConfig
 from bench.run.launch import Launch, uncollected
 from bench.run.logger import Tracker, check_logger
@@ -60,6 +62,7 @@ class Pipeline:
         self.machine = choose_machine(config.device, config.training.precision, self.launch)
         self.store: RunStore | None = None
         self.memory = Memory()
+        self._two_at_once = False
 
     def _check(self) -> None:
         config = self.config
@@ -106,13 +109,14 @@ class Pipeline:
             raise RuntimeError("the run has not started")
         return self.store.directory
 
-    def run(self) -> RunResult:
-        """Compute everything and write the run's folder.
+    def run(self, *, beside: bool = False) -> RunResult:
+        """Compute everything and write the run's folder; two trainings at a time if one may be made ``beside``.
 
         A run that fails or is interrupted leaves a result that says so, and every finished stage for the next try. One
         that another process is at waits for it, and takes its stages out of the cache.
         """
         with alone(self.config, self._tell_waiting), remembering() as self.memory:
+            self._two_at_once = beside
             return self._run()
 
     def _tell_waiting(self) -> None:
@@ -202,14 +206,15 @@ class Pipeline:
         stages.bars.expect(self._steps(attacks))
         defense = stages.defense(config.defense, config.defense_options)
         plain = stages.defense("none", {})
-        utility, notes = None, list[str]()
-        if config.utility:
-            utility, notes = measure_utility(stages, defense, plain, store, self.packs.values())
-        template = None
-        if config.utility and isinstance(defense, TemplateDefense):
-            with stages.timed("measure", "measure the protection of templates"):
-                template = assess_protection(stages, defense)
-        findings = self._attack(attacks, defense, plain, store)
+        utility, template, notes = None, None, list[str]()
+        with stages.together:
+            self._share(attacks, defense, plain)
+            if config.utility:
+                utility, notes = measure_utility(stages, defense, plain, store, self.packs.values())
+            if config.utility and isinstance(defense, TemplateDefense):
+                with stages.timed("measure", "measure the protection of templates"):
+                    template = assess_protection(stages, defense)
+            findings = self._attack(attacks, defense, plain, store)
         if not findings.results:
             raise BenchError("; ".join(findings.failed.values()))
         last = {name: configs[-1] for name, configs in self.attack_configs.items() if name in findings.results}
@@ -256,6 +261,44 @@ class Pipeline:
             peak_memory=_peak_memory(self.machine.device),
         )
 
+    def _share(self, attacks: AttackStages, defense: Defense, plain: Defense) -> None:
+        """Let a second process make trainings, where that may be, with half of the threads."""
+        from bench.run.plan import trainings
+
+        if not self._two_at_once:
+            return
+        stages = attacks.stages
+        _ = stages.splits  # rendered or decoded with all threads
+        # Fewer threads in any case: how many are left to train must not change how one is.
+        stages.together.enter_context(half_of_the_threads())
+        jobs = trainings(self.config, self.attack_configs, attacks, defense, plain)
+        stages.beside = {key: job for key, job in jobs.items() if stages.cache.wanting(*key)}
+        if len(stages.beside) > 1:
+
+            def fail(stage: str, error: str) -> None:
+                stages.log("beside", stage=stage, error=error)
+
+            tell = stages.together.enter_context(stages.bars.beside())
+            stages.together.enter_context(Beside(self.config, list(stages.beside), tell=tell, fail=fail))
+
+    def make_beside(
+        self, wanted: Sequence[StageKey], bars: ProgressBars, fail: Callable[[str, Exception], None]
+    ) -> None:
+        """Make those of the ``wanted`` trainings that are not there and that nobody is at, the last first."""
+        from bench.run.plan import trainings
+
+        attacks = self.attack_stages(bars)
+        stages, config = attacks.stages, self.config
+        defense = stages.defense(config.defense, config.defense_options)
+        jobs = trainings(config, self.attack_configs, attacks, defense, stages.defense("none", {}))
+        for key in reversed(wanted):
+            if key in jobs and stages.cache.wanting(*key):
+                try:
+                    with remembering():
+                        stages.do(jobs[key])
+                except Exception as error:
+                    fail(key[0], error)
+
     def _steps(self, attacks: AttackStages) -> int:
         """How many steps the progress counts: the stages that are not cached, and measuring."""
         from bench.run.plan import count_missing
@@ -275,6 +318,7 @@ class Pipeline:
         findings = Findings(several=len(configs) > 1)
         if recovery:
             run_recovery(attacks, recovery, defense, plain, store, findings)
+        attacks.stages.alone()
         if linkage:
             run_linkage(attacks, linkage, defense, store, findings, sheet=not recovery)
         return findings
@@ -339,9 +383,11 @@ class Pipeline:
 
         return make_plan(self.config, self.attack_configs, self.attack_stages(), measure=measure)
 
-    def attack_stages(self) -> AttackStages:
+    def attack_stages(self, bars: ProgressBars | None = None) -> AttackStages:
         """What the run is made of, computed or out of the cache as it is asked for; nothing is logged."""
-        return AttackStages(self._stages(lambda *_, **__: None))
+        stages = self._stages(lambda *_, **__: None)
+        stages.bars = stages.bars if bars is None else bars
+        return AttackStages(stages)
 
 
 def _peak_memory(device: torch.device) -> dict[str, int]:

@@ -137,6 +137,24 @@ def count_missing(
     return sum(not stages.cache.holds(step.job.stage, step.job.key) for step in steps)
 
 
+def trainings(
+    config: RunConfig,
+    attack_configs: Mapping[str, Sequence[AttackConfig]],
+    attacks: AttackStages,
+    defense: Defense,
+    plain: Defense,
+) -> dict[tuple[str, str], Job[Any]]:
+    """The trainings of recognisers and recovery attacks in the order in which a run makes them, by stage and key."""
+    steps = _steps(config, attack_configs, attacks, defense, plain)
+    return {
+        (step.job.stage, step.job.key): step.job
+        for step in steps
+        if step.timed
+        and step.kind.startswith(("recogniser-", "attack-"))
+        and (step.attack is None or not _links(step.attack))
+    }
+
+
 def _unfitted(config: RunConfig, stages: Stages) -> tuple[Defense, Defense]:
     """The defence, and the one that does nothing."""
     return stages.unfitted(config.defense, config.defense_options), stages.unfitted("none", {})

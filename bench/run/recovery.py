@@ -102,6 +102,7 @@ def run_recovery(
     if not recovered:
         return
     scorer = make_scorer(attacks)
+    stages.alone()  # nothing is trained any longer
     with stages.timed("measure", "measure what comes back", step=True) as report:
         floor_faces = floor_recoveries(attacks, defense)
         total = len(floor_faces) + sum(map(len, recovered.values())) + len(unprotected) * (defense.name != plain.name)

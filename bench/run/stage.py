@@ -12,12 +12,12 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -209,6 +209,20 @@ class StageCache:
         path = self.path(stage, key)
         return path.is_dir() and (self.resume or path in self._made)
 
+    def _lock(self, stage: str, key: str) -> FileLock:
+        return FileLock(self.root / f"{stage}-{key}.lock")
+
+    def wanting(self, stage: str, key: str) -> bool:
+        """Whether a stage is not there, and nobody is at it."""
+        if self.holds(stage, key):
+            return False
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._lock(stage, key).acquire(blocking=False):
+                return True
+        except Timeout:
+            return False
+
     @contextmanager
     def entry(self, stage: str, key: str) -> Iterator[Entry]:
         """Work on a stage. If the block ends well, ``partial`` becomes ``path``.
@@ -218,7 +232,7 @@ class StageCache:
         self.root.mkdir(parents=True, exist_ok=True)
         path = self.path(stage, key)
         partial = self.root / f"{stage}-{key}.partial"
-        with FileLock(self.root / f"{stage}-{key}.lock"):
+        with self._lock(stage, key):
             if self.holds(stage, key) and self._keeps(path, damage):
                 yield Entry(path, partial, complete=True)
                 return
@@ -364,8 +378,11 @@ class StageRunner:
         log: called as ``log(event, **fields)``.
 
     Attributes:
-        seconds: stage -> what it took, without the stages that it asked for.
+        seconds: stage -> what it took, without the stages that it asked for; what it was waited for, if another process
+            made it.
         cached: the stages that were reused.
+        beside: the trainings that a second process of the run makes as well (:mod:`bench.run.beside`).
+        together: closed when the second process is not needed any longer.
     """
 
     def __init__(self, cache: StageCache, bars: ProgressBars, log: Log) -> None:
@@ -374,7 +391,13 @@ class StageRunner:
         self.log = log
         self.seconds: dict[str, float] = {}
         self.cached: list[str] = []
+        self.beside: Mapping[tuple[str, str], Job[Any]] = {}
+        self.together = ExitStack()
         self._results: dict[tuple[str, str], Any] = {}
+
+    def alone(self) -> None:
+        """Go on without a second process, with all threads."""
+        self.together.close()
 
     @contextmanager
     def timed(self, stage: str, what: str | None = None, *, step: bool = False) -> Iterator[Report]:
@@ -407,10 +430,15 @@ class StageRunner:
         same run, it is the same object: not read twice, and not counted as reused.
         """
         if (job.stage, job.key) not in self._results:
+            self._make_others(job)
             with self.timed(job.stage), self.cache.entry(job.stage, job.key) as entry:
                 if entry.complete:
-                    self.cached.append(job.stage)
-                    self.log("cached", stage=job.stage, key=job.key)
+                    if (job.stage, job.key) in self.beside:
+                        self.log("stage", stage=job.stage, key=job.key, beside=True)
+                        self.bars.pass_step()
+                    else:
+                        self.cached.append(job.stage)
+                        self.log("cached", stage=job.stage, key=job.key)
                     if (entry.path / NOTES).is_file():
                         current().notes.update(parse_json((entry.path / NOTES).read_bytes()))
                 else:
@@ -426,3 +454,12 @@ class StageRunner:
             self._results[job.stage, job.key] = job.read(entry.path)
         result: T = self._results[job.stage, job.key]
         return result
+
+    def _make_others(self, job: Job[Any]) -> None:
+        """Make the next trainings while the second process is at this one."""
+        if (job.stage, job.key) in self.beside:
+            for key, other in self.beside.items():
+                if self.cache.holds(job.stage, job.key) or self.cache.wanting(job.stage, job.key):
+                    return
+                if self.cache.wanting(*key):
+                    self.do(other)

@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import Literal, Protocol
 
 import torch
@@ -29,6 +24,7 @@ from rich.console import Console
 from bench.errors import in_words, one_line
 from bench.results import PROTOCOL_VERSION, RunResult, read_result
 from bench.run.config import RunConfig
+from bench.run.launch import end_process, obey_parent, without_interrupts
 from bench.run.store import run_id
 from bench.sweep.cells import Cell
 
@@ -139,32 +135,13 @@ class ThisProcess:
 
 
 def work(runner: Runner, config: RunConfig, sender: Connection, threads: int) -> None:
-    """Run the cell with so many processor threads, and send its end.
-
-    A terminal sends Ctrl-C to every process: this one leaves it to the first, which ends the others with SIGTERM. Two
-    interruptions would break what the run writes down at the first.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _interrupt)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    """Run the cell with so many processor threads, and send its end."""
+    obey_parent()
     torch.set_num_threads(threads)
     try:
         sender.send(run_cell(runner, config))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-def _follow_parent() -> None:
-    """End with the sweep, however it ended: a later call must not find its cells still running."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Pool:
@@ -181,7 +158,7 @@ class Pool:
         context = multiprocessing.get_context(START)
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=work, args=(self._runner, cell.config, sender, self._threads))
-        with _without_interrupts():
+        with without_interrupts():
             process.start()
         sender.close()
         self._workers[receiver] = (cell, process)
@@ -195,7 +172,7 @@ class Pool:
             end = None
             with contextlib.suppress(EOFError, OSError):
                 end = receiver.recv()
-            _end(process)
+            end_process(process, GRACE)
             del self._workers[receiver]
             receiver.close()
             ended.append((cell, end or CellEnd(error=_obituary(process.exitcode), lost=True)))
@@ -206,17 +183,9 @@ class Pool:
         for _, process in self._workers.values():
             process.terminate()
         for receiver, (_, process) in self._workers.items():
-            _end(process)
+            end_process(process, GRACE)
             receiver.close()
         self._workers.clear()
-
-
-def _end(process: BaseProcess) -> None:
-    """Wait for a process that should be ending."""
-    process.join(GRACE)
-    if process.is_alive():
-        process.kill()
-        process.join()
 
 
 def _obituary(exitcode: int | None) -> str:
@@ -225,14 +194,3 @@ def _obituary(exitcode: int | None) -> str:
     if exitcode is not None and exitcode < 0:
         return f"the worker process died of {signal.Signals(-exitcode).name}"
     return f"the worker process ended with exit code {exitcode} and without a result"
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Keep Ctrl-C from processes that are started here, which could not deal with it yet; here it only comes later."""
-    resource_tracker.ensure_running()  # started with the first process, it would lift the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,155 @@
+"""Trainings of a run that a second process makes while the first makes others.
+
+Threads that share the operations of a small network wait for each other, and for Python, a third of the time; two
+trainings with half of the threads each do not. The second process starts with what comes last and leaves what it makes
+in the stage cache, where the first finds it: which of them made a stage changes nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+import psutil
+import torch
+from rich.console import Console
+
+from bench.errors import in_words, one_line
+from bench.progress import ProgressBars, Report
+from bench.run.config import RunConfig
+from bench.run.launch import end_process, keep_freed_memory, obey_parent, without_interrupts
+
+#: A stage in the cache: its name and its key.
+StageKey = tuple[str, str]
+
+#: Seconds that the second process gets to end by itself.
+_GRACE = 15.0
+
+#: Free memory, in bytes, below which there is no room for a second process.
+_ROOM = 3 * 2**30
+
+#: Seconds between two things that it tells of its progress.
+_TELL_EVERY = 0.25
+
+
+def is_worth_it(config: RunConfig, device: torch.device) -> bool:
+    """Whether a run makes two trainings at a time.
+
+    It does not on an accelerator, with one thread or with a number that ``OMP_NUM_THREADS`` sets, without use of what
+    is cached, under the preset ``quick``, whose trainings are over before a process has started, and where memory is
+    short.
+    """
+    return (
+        device.type == "cpu"
+        and torch.get_num_threads() > 1
+        and "OMP_NUM_THREADS" not in os.environ
+        and config.resume
+        and config.preset != "quick"
+        and os.name == "posix"
+        and psutil.virtual_memory().available >= _ROOM
+    )
+
+
+@contextmanager
+def half_of_the_threads() -> Iterator[None]:
+    """Within, torch uses half of its threads, one at least."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Beside:
+    """The second process, while this is entered.
+
+    Args:
+        config: of the run.
+        wanted: the trainings that are not in the cache, in the order in which the first process makes them.
+        tell: called from another thread with what is being made, and with how much of it is done, of how much; with
+            nothing in words when the process has ended.
+        fail: called from another thread with the name of a stage and what went wrong with it. The first process will
+            meet that, too, where it lies in the stage itself.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        wanted: Sequence[StageKey],
+        *,
+        tell: Callable[[str, int, int | None], None],
+        fail: Callable[[str, str], None],
+    ) -> None:
+        self._tell, self._fail = tell, fail
+        context = multiprocessing.get_context("spawn")
+        self._receiver, self._sender = context.Pipe(duplex=False)
+        self._process = context.Process(
+            target=_make, args=(config, tuple(wanted), torch.get_num_threads(), self._sender), name="beside"
+        )
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> Beside:
+        with without_interrupts():
+            self._process.start()
+        self._sender.close()
+        self._listener.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.is_alive():
+            self._process.terminate()
+        end_process(self._process, _GRACE)
+        self._listener.join()
+        self._receiver.close()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(EOFError, OSError):  # it has ended, well or not: what it leaves is done here
+            while True:
+                kind, *rest = self._receiver.recv()
+                (self._fail if kind == "failed" else self._tell)(*rest)
+        self._tell("", 0, None)
+
+
+class _Told(ProgressBars):
+    """Bars of which a process at the other end of a pipe is told."""
+
+    def __init__(self, sender: Connection) -> None:
+        super().__init__(Console(quiet=True), lambda *_, **__: None)
+        self._sender = sender
+
+    @contextmanager
+    def task(self, description: str, *, step: bool = False) -> Iterator[Report]:
+        told = 0.0
+
+        def report(done: int, total: int | None, **_: float) -> None:
+            nonlocal told
+            if (now := time.monotonic()) - told >= _TELL_EVERY:
+                told = now
+                self._sender.send(("progress", description, done, total))
+
+        report(0, None)
+        yield report
+
+
+def _make(config: RunConfig, wanted: Sequence[StageKey], threads: int, sender: Connection) -> None:
+    """What the second process does."""
+    obey_parent()
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    from bench.run.pipeline import Pipeline
+
+    def fail(stage: str, error: Exception) -> None:
+        sender.send(("failed", stage, one_line(in_words(error))))
+
+    try:
+        Pipeline(config, console=Console(quiet=True)).make_beside(wanted, _Told(sender), fail)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(0)  # nobody waits for the rest
