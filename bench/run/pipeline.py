@@ -258,7 +258,7 @@ class Pipeline:
             throughput=throughput | findings.throughput,
             seconds={stage: round(seconds, 3) for stage, seconds in stages.seconds.items()},
             cached=list(dict.fromkeys(stages.cached)),
-            peak_memory=_peak_memory(self.machine.device),
+            peak_memory=_peak_memory(self.machine.device, beside=len(stages.beside) > 1),
         )
 
     def _share(self, attacks: AttackStages, defense: Defense, plain: Defense) -> None:
@@ -390,10 +390,12 @@ class Pipeline:
         return AttackStages(stages)
 
 
-def _peak_memory(device: torch.device) -> dict[str, int]:
-    """Peak bytes of the process, and of the accelerator."""
+def _peak_memory(device: torch.device, *, beside: bool) -> dict[str, int]:
+    """Peak bytes of the process, of the one ``beside`` it if there was one, and of the accelerator."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"process_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if beside:
+        peak["beside_bytes"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     if device.type == "cuda":
         peak["device_bytes"] = torch.cuda.max_memory_allocated(device)
     return peak

@@ -3,14 +3,17 @@
 import json
 import logging
 import sys
+import threading
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from bench.files import sha256
+from bench.progress import ProgressBars
 from bench.run import stage as cache_module
-from bench.run.stage import LISTING, StageCache, code_version, make_key
+from bench.run.stage import LISTING, Job, StageCache, StageRunner, code_version, make_key
 
 
 def make(cache, key="k", content="x"):
@@ -180,3 +183,37 @@ def test_code_version_sees_every_file_of_a_package(tmp_path, monkeypatch):
 def test_code_version_of_nothing():
     with pytest.raises(ModuleNotFoundError):
         code_version("no_such_module_here")
+
+
+def test_a_stage_that_another_is_at_waits_while_others_are_made(tmp_path):
+    cache, order = StageCache(tmp_path), []
+    started, ended = threading.Event(), threading.Event()
+
+    def elsewhere():
+        with StageCache(tmp_path).entry("first", "k") as entry:
+            started.set()
+            assert ended.wait(60)
+            (entry.partial / "file").write_text("theirs")
+
+    def job(name):
+        def make(folder, report):
+            order.append(name)
+            (folder / "file").write_text("ours")
+            if name == "third":
+                ended.set()
+
+        return Job(name, "k", name, make, lambda folder: (folder / "file").read_text())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    assert started.wait(60)
+    runner = StageRunner(cache, ProgressBars(Console(quiet=True), lambda *_, **__: None), lambda *_, **__: None)
+    runner.beside = {(name, "k"): job(name) for name in ("first", "second", "third", "fourth")}
+    assert not cache.wanting("first", "k")
+    assert cache.wanting("second", "k")
+    assert runner.do(runner.beside["first", "k"]) == "theirs"
+    thread.join()
+    assert order[:2] == ["second", "third"]  # the fourth, where the other has not quite ended yet
+    assert not cache.wanting("second", "k")
+    assert "first" not in runner.cached
+    assert runner.do(job("fourth")) == "ours"
