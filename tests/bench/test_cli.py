@@ -145,6 +145,14 @@ def test_a_list_is_made_once_and_needs_no_torch_then(monkeypatch, tmp_path):
     assert listed() == (first, "True")
 
 
+def test_a_list_does_without_a_cache_folder(bench, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BENCH_CACHE", str(tmp_path / "file"))
+    code, out, err = bench("list", "heads", "--json")
+    assert (code, err) == (0, "")
+    assert "arcface" in {entry["name"] for entry in json.loads(out)}
+
+
 def test_a_list_is_made_anew_for_other_code_or_other_packages(monkeypatch, tmp_path):
     versions = {version(tmp_path)}
     for change in (
