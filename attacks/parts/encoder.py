@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from attacks.parts.exposure import tamed
+from bench.images import channels_last
 from bench.nets.iresnet import TinyUnit, halved
 
 #: Maps of at least this side are halved by the first convolution: what a face needs, at a quarter of the cost.
@@ -175,7 +176,7 @@ class Encoder(nn.Module):
             both = None if layout is None else layout.expand(2, -1)
             return [output[:1] for output in self.stage_outputs(representation.expand(2, -1, -1, -1), both)]
         x = self.normalisation(representation, layout)
-        x = self.first(x.contiguous(memory_format=torch.channels_last)) if layout is None else self.first(x, layout)
+        x = self.first(channels_last(x)) if layout is None else self.first(x, layout)
         outputs = [self.stem(x.contiguous(memory_format=torch.channels_last))]
         for stage in self.stages:
             outputs.append(stage(outputs[-1]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from bench.images import ssim
+from bench.images import channels_last, ssim
 
 
 def reference(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -108,3 +108,15 @@ def test_faces_are_shared_among_threads_which_leave_no_trace(set_threads):
     assert torch.equal(matrix @ matrix, product)
     assert together.isnan().nonzero().flatten().tolist() == [7]
     torch.testing.assert_close(together, alone, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 27, 8, 5), (1, 4, 3, 3), (2, 1, 4, 4), (5, 7, 1, 1), (0, 3, 4, 4)])
+def test_channels_last_changes_the_order_in_memory_and_no_value(shape, dtype):
+    maps = torch.randn(shape).to(dtype)
+    maps[maps > 2] = torch.nan
+    for given in (maps, maps.flip(-1).transpose(2, 3)[..., ::2], maps.clone().requires_grad_()):
+        reordered = channels_last(given)
+        assert reordered.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(reordered, given, rtol=0, atol=0, equal_nan=True)
+        assert reordered.requires_grad == given.requires_grad
