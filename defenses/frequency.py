@@ -59,9 +59,9 @@ RGB = (
 #: Coefficient (0, 0) of a block that is -128 everywhere: what the level shift does to luma. Chroma gets +128 - 128 = 0.
 LUMA_DC_OFFSET = -128.0 * BLOCK
 
-# Output elements worked on at once on a CPU: scratch and output of a chunk share the last-level cache, while each
-# operation stays large enough for threads to be worth their synchronisation.
-_CPU_CHUNK_ELEMENTS = 5_500_000
+# Elements that a pass works on at once on a CPU: scratch and output of a chunk share the last-level cache, also where
+# two processes do, while each operation stays large enough for threads to be worth their synchronisation.
+_CPU_CHUNK_ELEMENTS = 1_200_000
 # Faces from which on an accelerator is busy with a pass over the maps of a single frequency.
 _LEAST_SHARED = 16
 
@@ -289,11 +289,12 @@ def _forward(faces: Tensor, channels: Tensor, band: _Band, height: int, with_off
     planes = faces.new_empty(faces.shape)
     _apply_colour(faces, colour_matrix().tolist(), planes)
     out = faces.new_empty(count, COLOURS, length, height, height)
-    chunks = _chunks(count, COLOURS * length, size, faces.device)
     runs = _runs(rows[0]) if len(rows) == 1 else []
     # Neighbours of one vertical frequency, as in a whole spectrum, share the vertical pass: half the work, in eight
     # times as many operations, whose launches would take longer than the work on few faces of an accelerator.
     shared = 0 < 2 * len(runs) <= length and (faces.device.type == "cpu" or count >= _LEAST_SHARED)
+    maps = COLOURS * (max(run.stop - run.start for run in runs) if shared else length)
+    chunks = _chunks(count, maps, size, faces.device)
     scratch = faces.new_empty(chunks[0].stop if chunks else 0, COLOURS, 1 if shared else length, height, size)
     for chunk in chunks:
         mine = chunk if len(rows) > 1 else slice(None)
