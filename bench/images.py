@@ -28,7 +28,7 @@ _VECTOR = 16
 _PIXELS_CPU = 210_000
 _PIXELS_ACCELERATOR = 10_000_000
 # Shares of a thread: one that is held up by a neighbour leaves the rest to others.
-_SHARES = 3
+_SHARES = 2
 # Faces whose difference stays in a processor's cache between the two times that it is read.
 _FACES_CPU = 8
 
