@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from attacks.base import Adversary, AttackOptions, FitReport
 from attacks.parts.exposure import split_identities
+from bench.errors import first_line
 from bench.files import parse_json, replacing
 from bench.images import to_float
 from bench.memory import Parts
@@ -475,8 +476,16 @@ class _Checkpoint:
         if stored is None:
             return _Progress()
         tensors, meta = stored
-        if meta["fit"] != self._trainer.fit:
+        if meta.get("fit") != self._trainer.fit:
             raise ValueError(f"{self._folder} holds the checkpoint of another fit: delete it, or name another folder")
+        try:
+            return self._restored(tensors, meta["progress"])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self._folder} holds a damaged checkpoint ({first_line(error)}): delete it to start the fit again"
+            ) from error
+
+    def _restored(self, tensors: Mapping[str, Tensor], progress: Mapping[str, Any]) -> _Progress:
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -486,9 +495,9 @@ class _Checkpoint:
         for number, optimizer in enumerate(self._optimizers):
             restore_optimizer(optimizer, under(f"optimizer{number}/"))
         self._trainer.states_seen = tensors.get("seen")
-        progress = meta["progress"]
         curve = [(int(images), float(loss)) for images, loss in progress["curve"]]
-        return _Progress(progress["step"], progress["decay_start"], curve)
+        start = progress["decay_start"]
+        return _Progress(int(progress["step"]), None if start is None else int(start), curve)
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -514,9 +523,9 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            meta = parse_json((file.metadata() or {})["fit"])
+            meta = dict(parse_json((file.metadata() or {})["fit"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no readable checkpoint ({error}): delete it to start the fit again") from error
     return tensors, meta
 

@@ -280,7 +280,7 @@ def _read(path: Path, columns: dict[str, Any], *, heading: bool = False) -> pd.D
                 raise DataError(f"{what}: it starts with '{shown(first[:60])}'")
             options |= {"names": list(columns), "dtype": columns, "keep_default_na": False}
             table: pd.DataFrame = pd.read_csv(path, **options)
-        except (ValueError, TypeError) as error:  # pandas' own are of these kinds
+        except (ValueError, TypeError, OverflowError) as error:  # pandas' own are of these kinds
             raise DataError(f"{what}: {shown(first_line(error))}") from error
     return table
 

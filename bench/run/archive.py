@@ -73,9 +73,10 @@ def read_samples(folder: Path) -> Samples | None:
     if not path.is_file():
         return Samples(columns=(), victims=(), folder=folder, sheet=sheet) if sheet.is_file() else None
     index = read_model(path, Samples, "an index of samples")
+    there = {file.name for file in folder.iterdir() if file.is_file() and not file.is_symlink()}
     for name in (name for victim in index.victims for name in victim.files.values()):
-        if Path(name).name != name or not (folder / name).is_file() or (folder / name).is_symlink():
-            raise MissingError(f"{path} names {name!r}, which is no file of this folder")
+        if name not in there:
+            raise MissingError(f"{path} names {name!r:.80}, which is no file of this folder")
     return index.model_copy(update=place)
 
 

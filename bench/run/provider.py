@@ -263,7 +263,7 @@ class Stages(StageRunner):
         Good enough for a plan. Without such a run they are taken for data that nothing was computed of.
         """
         try:
-            self.found = dict(parse_json(self._note().read_bytes()))
+            self.found = {"sets": {}, "excluded": None} | dict(parse_json(self._note().read_bytes()))
         except (OSError, ValueError, TypeError):
             self.found = {"sets": {}, "excluded": None}
         return self.found["excluded"] is not None

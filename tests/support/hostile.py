@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -573,6 +574,20 @@ def _read_pairs(folder: Path, out: Path) -> None:
     _decoded(open_folder(folder / "named", 16, FolderOptions()))
 
 
+def _janus(folder: Path) -> None:
+    from small_sets import people, write_janus
+
+    write_janus(folder / "ijbc", people(2, 6, 112))
+
+
+def _read_janus(folder: Path, out: Path) -> None:
+    from bench.data.decode import decode_batch
+    from bench.data.ijb import open_janus
+
+    images = open_janus(folder / "ijbc", 16).source
+    decode_batch(images.encoded(np.arange(len(images))[:2]), 16)
+
+
 def _shards(folder: Path) -> None:
     from small_sets import people, write_shards
 
@@ -767,6 +782,23 @@ def _read_view(folder: Path, out: Path) -> None:
         raise BenchError(page.text)
 
 
+def _timed(folder: Path) -> None:
+    call = {"name": "test_a", "stats": {"median": 0.1, "q1": 0.09, "q3": 0.2, "rounds": 5}, "extra_info": {"n": 1.5}}
+    (folder / "timed.json").write_text(json.dumps({"machine_info": {"node": "here"}, "benchmarks": [call, call]}))
+
+
+def _read_timed(folder: Path, out: Path) -> None:
+    """As ``bench report --benchmarks`` does."""
+    from reports.benchmarks import benchmark_table
+    from reports.terminal import render_table
+
+    table = benchmark_table([folder / "timed.json"])
+    with _silent():
+        from bench.commands import console
+
+        console.show([], False, lambda: render_table([table] if table else []))
+
+
 def _gated(folder: Path) -> None:
     from gate_world import make_run
 
@@ -813,6 +845,51 @@ def _read_sweep(folder: Path, out: Path) -> None:
     survey(_cells(folder))
 
 
+_TRAINED = {"epochs": 1, "batch_size": 12, "head": "partial-fc", "sample_rate": 1.0}
+
+
+def _trained(folder: Path) -> None:
+    """A recogniser's training after its only epoch, and an attack's after one step."""
+    from training_at_work import learn
+
+    from bench.recognition.processes import Processes
+
+    learn(Processes(), [_TRAINED], folder / "training")
+    step, network = _fit(folder)
+    network(torch.ones(1, 3)).sum().backward()
+    step._optimizers[0].step()
+    from attacks.parts.training import _Progress
+
+    step.save(_Progress(1, None, [(4, 0.5)]))
+
+
+def _fit(folder: Path) -> tuple[Any, nn.Module]:
+    """What keeps an attack's training in a folder, and the network that is trained."""
+    from attacks.parts.training import _Checkpoint
+
+    network = nn.Linear(3, 2)
+    trainer: Any = SimpleNamespace(adversary=SimpleNamespace(checkpoint=folder), fit={"seed": 0}, states_seen=None)
+    training: Any = SimpleNamespace(name="fit", stored=None, network=network)
+    (folder / "fit").mkdir(exist_ok=True)
+    average, optimizer = nn.Linear(3, 2), torch.optim.AdamW(network.parameters())
+    return _Checkpoint(trainer, training, average, [network], [optimizer]), network
+
+
+def _read_trained(folder: Path, out: Path) -> None:
+    """As a training that was killed goes on."""
+    from training_at_work import learn
+
+    from bench.recognition.processes import Processes
+
+    try:
+        _fit(folder)[0].resume()
+    except ValueError as error:  # which the attack's failure is told with
+        raise BenchError(str(error)) from error
+    (learnt,) = learn(Processes(), [_TRAINED], folder / "training")
+    if "error" in learnt:
+        raise BenchError(learnt["error"])
+
+
 def _submitted(folder: Path) -> None:
     faces = np.random.default_rng(0).random((4, 3, 8, 8), dtype=np.float32)
     np.savez_compressed(folder / "faces.npz", faces=faces, observed=np.array("ab" * 32))
@@ -857,6 +934,7 @@ READERS: dict[str, Reader] = {
     "pack": Reader(_pack, ("lfw.bin",), _read_pack, {}),
     "images": Reader(_images, ("*",), _read_images, {}, memory=2**30, alone=True),
     "pairs": Reader(_pairs, ("named/pairs.txt",), _read_pairs, {".txt": words_text}),
+    "ijb": Reader(_janus, ("ijbc/meta/*",), _read_janus, {".txt": words_text, ".csv": words_text}),
     "webdataset": Reader(_shards, ("*.tar",), _read_shards, {}),
     "archive": Reader(_archived, ("*",), _unpack, {}, alone=True),
     "onnx": Reader(_model, ("*.onnx", "*.data"), _read_model, {".onnx": onnx_field}),
@@ -864,12 +942,14 @@ READERS: dict[str, Reader] = {
     "state_dict": Reader(_state_dict, ("*.pth",), _read_state_dict, {".pth": zip_member}, alone=True),
     "torchscript": Reader(_scripted, ("*.pt",), _read_recogniser, {".pt": zip_member}, alone=True),
     "exported": Reader(_exported, ("*.pt2",), _read_recogniser, {".pt2": zip_member}, alone=True),
+    "resumed": Reader(_trained, ("*/*.safetensors", "*/*/*"), _read_trained, {".safetensors": tensors_header}),
     "cache": Reader(_cached, ("*/*",), _read_cached, {".safetensors": tensors_header, **_JSON}),
     "run": Reader(_run, _RUN_FILES, _read_archive, _RUN),
     "report": Reader(_run, _RUN_FILES, _read_report, _RUN, drawn=40),
     "leaderboard": Reader(_run, _RUN_FILES, _read_leaderboard, _RUN, drawn=40),
     "view": Reader(_shown, _RUN_FILES, _read_view, _RUN, drawn=40),
     "gate": Reader(_gated, ("baseline.json", *_RUN_FILES), _read_gate, _RUN),
+    "timed": Reader(_timed, ("*.json",), _read_timed, _JSON),
     "toml": Reader(_config, ("*.toml",), _read_config, {".toml": toml_text}),
     "sweep": Reader(_swept, ("sweeps/*/sweep.json",), _read_sweep, _JSON),
     "submission": Reader(_submitted, ("*.npz",), _read_submission, {".npz": array_header}, memory=2**27),

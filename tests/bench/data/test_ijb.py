@@ -52,6 +52,7 @@ def test_subjects(tmp_path):
         (read_template_images, "1.jpg 1 2\n1.jpg 1 2 3\n", r"list is no list of image, template, medium: "),
         (read_template_images, "1.jpg 1 2\n1.jpg 1\n", r"list is no list of image, template, medium: "),
         (read_template_pairs, "1 2 1\n1 3 2\n", r"list line 2: a label is 0 or 1, got 2$"),
+        (read_template_pairs, f"1 2 1\n1 {'9' * 30} 1\n", r"list is no list of first, second, label: "),
         (read_template_pairs, "1 2.5 1\n", r"list is no list of first, second, label: "),
         (read_template_subjects, "T,S\n1,2\n1,3\n", r"list: template 1 is of two subjects$"),
         (read_template_subjects, "1,2,a.jpg\n3,4,b.jpg\n", r"list has no heading: it starts with 1,2,a\.jpg$"),
