@@ -178,6 +178,21 @@ def test_another_number_of_threads(beside, set_threads):
     held(found, 1)
 
 
+def test_linkage_trained_by_another_number_of_threads(reference, tmp_path, set_threads):
+    """What it tells apart stays as far as is promised, with weights of its own from the same recogniser."""
+    folders, expected = reference
+    for name, folder in folders.items():
+        if "linkage" not in name:
+            shutil.copytree(folder, tmp_path / "cache" / folder.name)
+    set_threads(2)
+    found = run_tiny(pipeline(tmp_path, **RUN).config)
+    promised = float(re.search(r"area under its curve by less than ([\d.]+)", PROTOCOL.read_text()).group(1))
+    for kind in ("protected_plain", "protected_protected"):
+        one, other = (getattr(result.attacks["linkage"].linkage, kind).auc.value for result in (expected, found))
+        assert other == pytest.approx(one, abs=promised, rel=0)
+    assert one != pytest.approx(0.5, abs=promised, rel=0)  # something that can be lost
+
+
 def test_fewer_faces_at_once(beside):
     found, _ = beside(batch_size=5)
     held(found, 2)
