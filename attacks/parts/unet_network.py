@@ -54,11 +54,6 @@ def spread(maps: Tensor, side: int) -> Tensor:
     return runs.permute(0, 3, 1, 2)
 
 
-def _places_first(weights: Tensor, side: int) -> Tensor:
-    """Weights along channels (c, dy, dx), as pixel_unshuffle has them, in the order (dy, dx, c) of :func:`gathered`."""
-    return weights.view(-1, side * side, *weights.shape[1:]).transpose(0, 1).flatten(0, 1)
-
-
 def zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
     """The convolution with zero weights and bias, so that what it is added to is untouched before training."""
     for parameter in convolution.parameters():
@@ -111,7 +106,9 @@ def _spread_convolution(convolution: nn.Conv2d, x: Tensor, side: int) -> Tensor:
     It is a transposed convolution without overlaps, and faster on a CPU.
     """
     assert convolution.bias is not None
-    weight, bias = (_places_first(values, side) for values in (convolution.weight, convolution.bias))
+    shape = (convolution.out_channels // side**2, side**2, convolution.in_channels, 1, 1)  # channels (c, dy, dx)
+    weight = convolution.weight.reshape(shape).transpose(0, 1).flatten(0, 1)
+    bias = convolution.bias.reshape(shape[:2]).transpose(0, 1).flatten()
     return spread(functional.conv2d(x, weight, bias), side)
 
 
@@ -193,14 +190,15 @@ class UNetNetwork(nn.Module):
         assert isinstance(convolution, nn.Conv2d)
         ramp = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
         ramps = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"))[None]
-        of_maps, of_ramps = convolution.weight.tensor_split((x.shape[1] * self.stride**2,), dim=1)
+        places = self.stride**2
+        shape = (convolution.out_channels, -1, places, *convolution.kernel_size)  # channels (c, dy, dx)
+        weight = convolution.weight.reshape(shape).transpose(1, 2)
 
         def convolved(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            weight = _places_first(weight.transpose(0, 1), self.stride).transpose(0, 1)
-            weight = weight.contiguous(memory_format=torch.channels_last)
+            weight = weight.flatten(1, 2).contiguous(memory_format=torch.channels_last)
             return functional.conv2d(gathered(maps, self.stride), weight, bias, padding=convolution.padding)
 
-        return convolved(x, of_maps) + convolved(ramps, of_ramps, convolution.bias)
+        return convolved(x, weight[:, :, :-2]) + convolved(ramps, weight[:, :, -2:], convolution.bias)
 
     def forward(self, representation: Tensor, layout: Tensor | None = None) -> Tensor:
         """float (N, C, h, w), and int64 (N, C) where layouts vary, to float32 (N, 3, H, W), not clipped."""
