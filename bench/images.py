@@ -40,7 +40,7 @@ def to_float(images: Tensor) -> Tensor:
 
 def channels_last(maps: Tensor) -> Tensor:
     """Maps (N, C, H, W) with their channels innermost, torch.channels_last, each value as it was."""
-    learnt = maps.requires_grad or torch.jit.is_tracing()
+    learnt = maps.requires_grad or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if maps.device.type != "cpu" or learnt or not maps.is_contiguous() or not maps.numel():
         return maps.contiguous(memory_format=torch.channels_last)
     # Shuffled are numbers that stand in one pixel: a transpose by vectors, four to seven times as fast as a copy.
