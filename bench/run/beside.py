@@ -12,17 +12,16 @@ import multiprocessing
 import os
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import Any
 
 import psutil
 import torch
 from rich.console import Console
 
-from bench.errors import in_words, one_line
-from bench.progress import ProgressBars, Report
+from bench.progress import Log
 from bench.run.config import RunConfig
 from bench.run.launch import end_process, keep_freed_memory, obey_parent, without_interrupts
 
@@ -34,9 +33,6 @@ _GRACE = 15.0
 
 #: Free memory, in bytes, below which there is no room for a second process.
 _ROOM = 3 * 2**30
-
-#: Seconds between two things that it tells of its progress.
-_TELL_EVERY = 0.25
 
 
 def is_worth_it(config: RunConfig, device: torch.device) -> bool:
@@ -74,21 +70,13 @@ class Beside:
     Args:
         config: of the run.
         wanted: the trainings that are not in the cache, in the order in which the first process makes them.
-        tell: called from another thread with what is being made, and with how much of it is done, of how much; with
-            nothing in words when the process has ended.
-        fail: called from another thread with the name of a stage and what went wrong with it. The first process will
-            meet that, too, where it lies in the stage itself.
+        tell: called from another thread with the events of that process, and their fields: the ``progress`` of what it
+            makes (:class:`~bench.progress.ProgressBars`), ``beside`` where a ``stage`` failed (the first process will
+            meet its ``error``, too, where that lies in the stage itself), and without fields when it has ended.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        wanted: Sequence[StageKey],
-        *,
-        tell: Callable[[str, int, int | None], None],
-        fail: Callable[[str, str], None],
-    ) -> None:
-        self._tell, self._fail = tell, fail
+    def __init__(self, config: RunConfig, wanted: Sequence[StageKey], tell: Log) -> None:
+        self._tell = tell
         context = multiprocessing.get_context("spawn")
         self._receiver, self._sender = context.Pipe(duplex=False)
         self._process = context.Process(
@@ -111,32 +99,14 @@ class Beside:
         self._receiver.close()
 
     def _listen(self) -> None:
-        with contextlib.suppress(EOFError, OSError):  # it has ended, well or not: what it leaves is done here
-            while True:
-                kind, *rest = self._receiver.recv()
-                (self._fail if kind == "failed" else self._tell)(*rest)
-        self._tell("", 0, None)
-
-
-class _Told(ProgressBars):
-    """Bars of which a process at the other end of a pipe is told."""
-
-    def __init__(self, sender: Connection) -> None:
-        super().__init__(Console(quiet=True), lambda *_, **__: None)
-        self._sender = sender
-
-    @contextmanager
-    def task(self, description: str, *, step: bool = False) -> Iterator[Report]:
-        told = 0.0
-
-        def report(done: int, total: int | None, **_: float) -> None:
-            nonlocal told
-            if (now := time.monotonic()) - told >= _TELL_EVERY:
-                told = now
-                self._sender.send(("progress", description, done, total))
-
-        report(0, None)
-        yield report
+        event, fields = "", dict[str, Any]()
+        while event != "beside" or fields:
+            try:
+                event, fields = self._receiver.recv()
+            except (EOFError, OSError):  # it has ended, well or not: what it leaves is done here
+                event, fields = "beside", {}
+            with contextlib.suppress(OSError):  # a full disk, which the first process meets as well
+                self._tell(event, **fields)
 
 
 def _make(config: RunConfig, wanted: Sequence[StageKey], threads: int, sender: Connection) -> None:
@@ -146,10 +116,10 @@ def _make(config: RunConfig, wanted: Sequence[StageKey], threads: int, sender: C
     torch.set_num_threads(threads)
     from bench.run.pipeline import Pipeline
 
-    def fail(stage: str, error: Exception) -> None:
-        sender.send(("failed", stage, one_line(in_words(error))))
+    def tell(event: str, **fields: Any) -> None:
+        sender.send((event, fields))
 
     try:
-        Pipeline(config, console=Console(quiet=True)).make_beside(wanted, _Told(sender), fail)
+        Pipeline(config, console=Console(quiet=True)).make_beside(wanted, tell)
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(0)  # nobody waits for the rest

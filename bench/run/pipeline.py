@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,21 +274,21 @@ class Pipeline:
         jobs = trainings(self.config, self.attack_configs, attacks, defense, plain)
         stages.beside = {key: job for key, job in jobs.items() if stages.cache.wanting(*key)}
         if len(stages.beside) > 1:
+            show = stages.together.enter_context(stages.bars.beside())
 
-            def fail(stage: str, error: str) -> None:
-                stages.log("beside", stage=stage, error=error)
+            def tell(event: str, **fields: Any) -> None:
+                stages.log(event, **fields)
+                show(*((fields["task"], fields["done"], fields["total"]) if event == "progress" else ("", 0, None)))
 
-            tell = stages.together.enter_context(stages.bars.beside())
-            stages.together.enter_context(Beside(self.config, list(stages.beside), tell=tell, fail=fail))
+            stages.together.enter_context(Beside(self.config, list(stages.beside), tell))
 
-    def make_beside(
-        self, wanted: Sequence[StageKey], bars: ProgressBars, fail: Callable[[str, Exception], None]
-    ) -> None:
+    def make_beside(self, wanted: Sequence[StageKey], tell: Log) -> None:
         """Make those of the ``wanted`` trainings that are not there and that nobody is at, the last first."""
         from bench.run.plan import trainings
 
-        attacks = self.attack_stages(bars)
-        stages, config = attacks.stages, self.config
+        config, stages = self.config, self._stages(lambda *_, **__: None)
+        stages.bars = ProgressBars(Console(quiet=True), tell)
+        attacks = AttackStages(stages)
         defense = stages.defense(config.defense, config.defense_options)
         jobs = trainings(config, self.attack_configs, attacks, defense, stages.defense("none", {}))
         for key in reversed(wanted):
@@ -297,7 +297,7 @@ class Pipeline:
                     with remembering():
                         stages.do(jobs[key])
                 except Exception as error:
-                    fail(key[0], error)
+                    tell("beside", stage=key[0], error=one_line(in_words(error)))
 
     def _steps(self, attacks: AttackStages) -> int:
         """How many steps the progress counts: the stages that are not cached, and measuring."""
@@ -383,11 +383,9 @@ class Pipeline:
 
         return make_plan(self.config, self.attack_configs, self.attack_stages(), measure=measure)
 
-    def attack_stages(self, bars: ProgressBars | None = None) -> AttackStages:
+    def attack_stages(self) -> AttackStages:
         """What the run is made of, computed or out of the cache as it is asked for; nothing is logged."""
-        stages = self._stages(lambda *_, **__: None)
-        stages.bars = stages.bars if bars is None else bars
-        return AttackStages(stages)
+        return AttackStages(self._stages(lambda *_, **__: None))
 
 
 def _peak_memory(device: torch.device, *, beside: bool) -> dict[str, int]:

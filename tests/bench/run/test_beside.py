@@ -31,6 +31,11 @@ def figures(result):
     return {name: value for name, value in json.loads(result.to_json()).items() if name not in UNTOLD}
 
 
+def curves(directory):
+    """What a curve is written down of."""
+    return {event["task"] for event in events(directory, "progress") if "loss" in event}
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     """What the run gives in one process, with one thread."""
@@ -39,7 +44,7 @@ def expected(tmp_path_factory):
     cell = pipeline(tmp_path_factory.mktemp("alone"), **RUN)
     result = cell.run()
     torch.set_num_threads(threads)
-    return result, sorted(made(cell.directory))
+    return result, sorted(made(cell.directory)), curves(cell.directory)
 
 
 @pytest.fixture
@@ -79,13 +84,14 @@ def test_what_the_second_process_makes_is_taken_and_the_same(tmp_path, monkeypat
     cell = pipeline(tmp_path, **RUN)
     result = cell.run(beside=True)
     assert (torch.get_num_threads(), threads) == (2, {1})
-    alone, stages = expected
+    alone, stages, seen = expected
     assert figures(result) == figures(alone)
     assert sorted(made(cell.directory)) == stages
     assert result.cached == []
     assert result.peak_memory["beside_bytes"] > 2**27
     assert "attack-unet-none" in {e["stage"] for e in events(cell.directory, "stage") if e.get("beside")}
-    assert events(cell.directory, "beside") == []
+    assert [e for e in events(cell.directory, "beside") if "error" in e] == []
+    assert curves(cell.directory) == seen
     assert not processes[0].is_running()
 
 
@@ -100,7 +106,7 @@ def test_a_second_process_that_is_killed_is_no_loss(tmp_path, monkeypatch, set_t
     monkeypatch.setattr(pipeline_module.Beside, "__enter__", killed)
     set_threads(2)
     cell = pipeline(tmp_path, **RUN)
-    alone, stages = expected
+    alone, stages, _ = expected
     assert figures(cell.run(beside=True)) == figures(alone)
     assert sorted(made(cell.directory)) == stages
 
