@@ -445,7 +445,7 @@ class TestBadRuns:
     def test_what_ends_a_run(self, bench, monkeypatch, raised, code, message):
         from bench.run.pipeline import Pipeline
 
-        def end(self):
+        def end(self, **_):
             raise raised
 
         monkeypatch.setattr(Pipeline, "run", end)
