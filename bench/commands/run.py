@@ -60,14 +60,15 @@ def run(
     if write_file is not None:
         write_config(resolved, write_file)
         err.print(f"settings written to {write_file}", markup=False, highlight=False, soft_wrap=True)
+    from bench.run.beside import is_worth_it
+
     if dry_run:
         from reports.plan import render_plan
 
-        plan = pipeline.plan(measure=measure)
+        plan = pipeline.plan(measure=measure, beside=is_worth_it(resolved, pipeline.machine.device))
         show(plan, as_json, lambda: render_plan(plan))
     else:
         from bench.run.archive import read_manifest
-        from bench.run.beside import is_worth_it
         from bench.run.machines import use_free_cores
         from bench.run.store import run_id
 

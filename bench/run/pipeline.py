@@ -374,14 +374,15 @@ class Pipeline:
 
     # -- dry run ---------------------------------------------------------------------------------
 
-    def plan(self, *, measure: bool = False) -> RunPlan:
+    def plan(self, *, measure: bool = False, beside: bool = False) -> RunPlan:
         """What a run would do, what of it lies in the cache, and about how long the rest takes.
 
-        Nothing is computed, unless it is to ``measure`` how long what is not cached takes: a minute at most.
+        Two trainings are made at a time if one may be made ``beside``. Nothing is computed, unless it is to ``measure``
+        how long what is not cached takes: a minute at most.
         """
         from bench.run.plan import make_plan
 
-        return make_plan(self.config, self.attack_configs, self.attack_stages(), measure=measure)
+        return make_plan(self.config, self.attack_configs, self.attack_stages(), measure=measure, beside=beside)
 
     def attack_stages(self) -> AttackStages:
         """What the run is made of, computed or out of the cache as it is asked for; nothing is logged."""

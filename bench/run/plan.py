@@ -32,6 +32,7 @@ from bench.nets.recogniser import build_recogniser
 from bench.results import PlannedStage, RunPlan
 from bench.run.attack_config import AttackConfig, attack_configs
 from bench.run.attacker import AttackStages
+from bench.run.beside import half_of_the_threads
 from bench.run.config import RunConfig
 from bench.run.identification import distracted_job, pooled_job
 from bench.run.protocols import packs_of
@@ -77,8 +78,9 @@ def make_plan(
     attacks: AttackStages,
     *,
     measure: bool = False,
+    beside: bool = False,
 ) -> RunPlan:
-    """The plan of a run; trains nothing to its end and writes nothing.
+    """The plan of a run, which makes two trainings at a time or not; trains nothing to its end and writes nothing.
 
     To ``measure`` takes :data:`MEASURE_SECONDS` at most, else nothing is computed.
 
@@ -95,7 +97,7 @@ def make_plan(
     if measure:
         estimates = _measured(steps, cached, attacks, defense)
     else:
-        timings = Timings(stages)
+        timings = Timings(stages, beside=beside)
         estimates = [None if here else timings.estimate(step) for step, here in zip(steps, cached, strict=True)]
     planned = [
         PlannedStage(
@@ -123,9 +125,16 @@ def make_plan(
         precision=stages.machine.precision,
         config=config.model_dump(mode="json") | resolved,
         stages=planned,
-        seconds=sum(stage.seconds or 0.0 for stage in planned),
+        seconds=_in_all(steps, estimates, beside=beside and not measure),
         notes=tuple(notes),
     )
+
+
+def _in_all(steps: Sequence[Step], estimates: Sequence[float | None], *, beside: bool) -> float:
+    """Seconds of those that are known; of trainings that are made two at a time half, or the longest of them."""
+    seconds = [seconds or 0.0 for seconds in estimates]
+    trained = [taken for step, taken in zip(steps, seconds, strict=True) if beside and _trains(step)]
+    return sum(seconds) - sum(trained) + max(sum(trained) / 2, *trained, 0.0)
 
 
 def count_missing(
@@ -146,13 +155,13 @@ def trainings(
 ) -> dict[tuple[str, str], Job[Any]]:
     """The trainings of recognisers and recovery attacks in the order in which a run makes them, by stage and key."""
     steps = _steps(config, attack_configs, attacks, defense, plain)
-    return {
-        (step.job.stage, step.job.key): step.job
-        for step in steps
-        if step.timed
-        and step.kind.startswith(("recogniser-", "attack-"))
-        and (step.attack is None or not _links(step.attack))
-    }
+    return {(step.job.stage, step.job.key): step.job for step in steps if _trains(step)}
+
+
+def _trains(step: Step) -> bool:
+    """Whether it may be made beside another (:mod:`bench.run.beside`)."""
+    of_kind = step.timed and step.kind.startswith(("recogniser-", "attack-"))
+    return of_kind and (step.attack is None or not _links(step.attack))
 
 
 def _unfitted(config: RunConfig, stages: Stages) -> tuple[Defense, Defense]:
@@ -379,11 +388,18 @@ def _work(stage: str, attack: str | None, config: RunConfig, sizes: Mapping[str,
 
 
 class Timings:
-    """What the finished stages in a run's cache took."""
+    """What the finished stages in a run's cache took.
 
-    def __init__(self, stages: Stages) -> None:
+    Where trainings are made ``beside`` others, those with half of the threads count, too.
+    """
+
+    def __init__(self, stages: Stages, *, beside: bool = False) -> None:
         self.stages = stages
         self.here = stages.circumstances()
+        machines = [self.here["machine"]]
+        if beside:
+            with half_of_the_threads():
+                machines.append(stages.circumstances()["machine"])
         self._defenses = set(plugins.defenses())
         self._taken: list[tuple[str, dict[str, Any]]] = []
         for file in sorted(stages.cache.root.glob(f"*/{SECONDS}")):
@@ -391,7 +407,7 @@ class Timings:
                 taken = dict(parse_json(file.read_bytes()))
             except (OSError, ValueError, TypeError):
                 continue  # a plan can do without
-            if taken.get("machine") == self.here["machine"]:
+            if taken.get("machine") in machines:
                 self._taken.append((file.parent.name.rpartition("-")[0], taken))
 
     def estimate(self, step: Step) -> float | None:

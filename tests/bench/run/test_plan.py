@@ -6,6 +6,7 @@ import time
 
 import pytest
 import tiny_runs
+import torch
 from small_sets import people, picture, write_folder
 
 from bench.errors import MissingError
@@ -110,6 +111,16 @@ class TestEstimate:
         assert {stage.cached for stage in plan.stages} == {False}
         assert estimates(plan) == pytest.approx(taken(out / "cache"))
         assert plan.seconds == pytest.approx(sum(taken(out / "cache").values()))
+
+    def test_two_at_a_time_go_by_trainings_with_half_of_the_threads(self, run, out, idle, set_threads):
+        set_threads(2 * torch.get_num_threads())
+        assert set(estimates(pipeline(out, seed=1).plan()).values()) == {None}
+        plan, before = pipeline(out, seed=1).plan(beside=True), taken(out / "cache")
+        assert estimates(plan) == pytest.approx(before)
+        trained = [seconds for stage, seconds in before.items() if stage.startswith(("recogniser-", "attack-"))]
+        assert len(trained) > 2
+        rest = sum(before.values()) - sum(trained)
+        assert plan.seconds == pytest.approx(rest + max(sum(trained) / 2, *trained))
 
     def test_it_grows_with_the_work(self, run, out, idle):
         more = {**tiny_runs.TINY["training"], "epochs": 3}
