@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Annotated, Literal
@@ -61,23 +62,51 @@ def zeroed(convolution: nn.Conv2d) -> nn.Conv2d:
     return convolution
 
 
-class _DoubleConvolution(nn.Sequential):
-    """Two 3x3 convolutions, each with normalisation and ReLU (Ronneberger et al. 2015, padded)."""
+class _Entrance(nn.Conv2d):
+    """A 3x3 convolution of maps (N, C, H, W) and two ramps, gathered in squares, to (N, outputs, H/side, W/side).
 
-    def __init__(self, inputs: int, outputs: int, norm: str) -> None:
-        layers: list[nn.Module] = []
-        for channels in (inputs, outputs):
-            layers.append(nn.Conv2d(channels, outputs, 3, padding=1, bias=norm == "none"))
-            if norm == "batch":
-                layers.append(nn.BatchNorm2d(outputs))
-            layers.append(nn.ReLU(inplace=True))
-        super().__init__(*layers)
+    The ramps are the same in all faces: their share is worked out once.
+    """
 
-    def behind_first(self, x: Tensor) -> Tensor:
-        """What is left to do where the first convolution is done."""
-        for layer in itertools.islice(self, 1, None):
-            x = layer(x)
-        return x
+    def __init__(self, channels: int, outputs: int, side: int, *, bias: bool) -> None:
+        super().__init__((channels + 2) * side**2, outputs, 3, padding=1, bias=bias)
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        ramp = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
+        ramps = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"))[None]
+        by_places = self.weight.unflatten(1, (-1, self.side**2)).transpose(1, 2)  # channels (c, dy, dx)
+
+        def convolved(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            weight = weight.flatten(1, 2).contiguous(memory_format=torch.channels_last)
+            return functional.conv2d(gathered(maps, self.side), weight, bias, padding=1)
+
+        return convolved(x, by_places[:, :, :-2]) + convolved(ramps, by_places[:, :, -2:], self.bias)
+
+
+class _SpreadConvolution(nn.Conv2d):
+    """A 1x1 convolution and its pixel shuffle, (N, inputs, h, w) to (N, outputs, side h, side w).
+
+    It is a transposed convolution without overlaps, and faster on a CPU.
+    """
+
+    def __init__(self, inputs: int, outputs: int, side: int) -> None:
+        super().__init__(inputs, outputs * side**2, 1)
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = (-1, self.side**2)  # channels (c, dy, dx)
+        weight, bias = (p.unflatten(0, rows).transpose(0, 1).flatten(0, 1) for p in self.parameters())
+        return spread(functional.conv2d(x, weight, bias), self.side)
+
+
+def _double_convolution(first: nn.Conv2d) -> nn.Sequential:
+    """It and another 3x3 one, with ReLU, and normalisation for want of a bias (Ronneberger et al. 2015, padded)."""
+    width, bias = first.out_channels, first.bias is not None
+    layers: list[nn.Module] = []
+    for convolution in (first, nn.Conv2d(width, width, 3, padding=1, bias=bias)):
+        layers += [convolution, *([] if bias else [nn.BatchNorm2d(width)]), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
 
 
 class _Projection(nn.Module):
@@ -98,18 +127,6 @@ class _Projection(nn.Module):
         # Added to a row of pixels at once: a few channels at a time would be no work for vectors.
         out = out.view(n, height, -1) + self.bias.to(out.dtype).repeat(width)
         return out.view(n, height, width, -1).permute(0, 3, 1, 2)
-
-
-def _spread_convolution(convolution: nn.Conv2d, x: Tensor, side: int) -> Tensor:
-    """A 1x1 convolution and its pixel shuffle, (N, inputs, h, w) to (N, outputs, side h, side w).
-
-    It is a transposed convolution without overlaps, and faster on a CPU.
-    """
-    assert convolution.bias is not None
-    shape = (convolution.out_channels // side**2, side**2, convolution.in_channels, 1, 1)  # channels (c, dy, dx)
-    weight = convolution.weight.reshape(shape).transpose(0, 1).flatten(0, 1)
-    bias = convolution.bias.reshape(shape[:2]).transpose(0, 1).flatten()
-    return spread(functional.conv2d(x, weight, bias), side)
 
 
 #: Root mean square of a whole face, in standard deviations of its channels, above which it is scaled down.
@@ -157,13 +174,13 @@ class UNetNetwork(nn.Module):
         self.bypass: nn.Module | None = None
         if options.bypass:
             self.bypass = zeroed(nn.Conv2d(channels, 3, options.bypass, padding=options.bypass // 2))
-        first = (channels + 2) * self.stride**2
-        self.down = nn.ModuleList(
-            _DoubleConvolution(a, b, options.norm) for a, b in zip((first, *widths), widths, strict=False)
-        )
-        self.up = nn.ModuleList(nn.Conv2d(b, 4 * a, 1) for a, b in itertools.pairwise(widths))
-        self.merge = nn.ModuleList(_DoubleConvolution(2 * a, a, options.norm) for a in widths[:-1])
-        self.head = zeroed(nn.Conv2d(widths[0], 3 * self.stride**2, 1))
+        bias = options.norm == "none"
+        convolution = functools.partial(nn.Conv2d, kernel_size=3, padding=1, bias=bias)
+        self.down = nn.ModuleList([_double_convolution(_Entrance(channels, widths[0], self.stride, bias=bias))])
+        self.down.extend(_double_convolution(convolution(a, b)) for a, b in itertools.pairwise(widths))
+        self.up = nn.ModuleList(_SpreadConvolution(b, a, 2) for a, b in itertools.pairwise(widths))
+        self.merge = nn.ModuleList(_double_convolution(convolution(2 * a, a)) for a in widths[:-1])
+        self.head = zeroed(_SpreadConvolution(widths[0], 3, self.stride))
 
     def _standardise(self, x: Tensor, layout: Tensor | None) -> Tensor:
         mean, std = (self.mean, self.std) if layout is None else (self.mean[layout], self.std[layout])
@@ -182,24 +199,6 @@ class UNetNetwork(nn.Module):
         extra = -size % (self.stride * 2 ** (len(self.down) - 1))
         return functional.pad(x, (0, extra, 0, extra), mode="replicate") if extra else x
 
-    def _enter(self, convolution: nn.Module, x: Tensor) -> Tensor:
-        """The first convolution, of maps (N, C, H, W) and two ramps, all gathered in squares.
-
-        The ramps are the same in all faces: their share is worked out once.
-        """
-        assert isinstance(convolution, nn.Conv2d)
-        ramp = torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype, device=x.device)
-        ramps = torch.stack(torch.meshgrid(ramp, ramp, indexing="ij"))[None]
-        places = self.stride**2
-        shape = (convolution.out_channels, -1, places, *convolution.kernel_size)  # channels (c, dy, dx)
-        weight = convolution.weight.reshape(shape).transpose(1, 2)
-
-        def convolved(maps: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            weight = weight.flatten(1, 2).contiguous(memory_format=torch.channels_last)
-            return functional.conv2d(gathered(maps, self.stride), weight, bias, padding=convolution.padding)
-
-        return convolved(x, weight[:, :, :-2]) + convolved(ramps, weight[:, :, -2:], convolution.bias)
-
     def forward(self, representation: Tensor, layout: Tensor | None = None) -> Tensor:
         """float (N, C, h, w), and int64 (N, C) where layouts vary, to float32 (N, 3, H, W), not clipped."""
         x = self._standardise(representation, layout)
@@ -214,12 +213,10 @@ class UNetNetwork(nn.Module):
 
         skips: list[Tensor] = []
         for block in self.down:
-            assert isinstance(block, _DoubleConvolution)
-            x = block(functional.max_pool2d(x, 2)) if skips else block.behind_first(self._enter(block[0], x))
+            x = block(functional.max_pool2d(x, 2) if skips else x)
             skips.append(x)
         skips.pop()
         for up, merge, skip in zip(reversed(self.up), reversed(self.merge), reversed(skips), strict=True):
-            assert isinstance(up, nn.Conv2d)
-            x = merge(torch.cat((skip, _spread_convolution(up, x, 2)), dim=1))
-        x = _spread_convolution(self.head, x, self.stride)
-        return self.mean_face + linear + x[..., :size, :size].float()
+            x = merge(torch.cat((skip, up(x)), dim=1))
+        rest: Tensor = self.head(x)[..., :size, :size].float()
+        return self.mean_face + linear + rest

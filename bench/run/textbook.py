@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attacks.parts.unet_network import UNetNetwork
 
@@ -47,6 +47,12 @@ def textbook(faces: Tensor, channels: Tensor, factor: int = 8) -> Tensor:
     return spectrum.gather(2, index).flatten(1, 2)
 
 
+def _convolved(layer: nn.Module, x: Tensor) -> Tensor:
+    """By its weights alone: ``layer`` may have a forward of its own."""
+    assert isinstance(layer, nn.Conv2d)
+    return F.conv2d(x, layer.weight, layer.bias, padding=layer.padding)
+
+
 def textbook_unet(network: UNetNetwork, sent: Tensor) -> Tensor:
     """What ``network`` makes of maps as large as the face, (N, C, H, H), whose layouts do not vary: (N, 3, H, H).
 
@@ -61,8 +67,11 @@ def textbook_unet(network: UNetNetwork, sent: Tensor) -> Tensor:
     x = F.pixel_unshuffle(torch.cat((x, ramps), dim=1), network.stride)
     skips: list[Tensor] = []
     for block in network.down:
-        x = block(F.max_pool2d(x, 2) if skips else x)
+        first, *rest = block.children()
+        x = _convolved(first, F.max_pool2d(x, 2) if skips else x)
+        for layer in rest:
+            x = layer(x)
         skips.append(x)
     for up, merge, skip in zip(reversed(network.up), reversed(network.merge), reversed(skips[:-1]), strict=True):
-        x = merge(torch.cat((skip, F.pixel_shuffle(up(x), 2)), dim=1))
-    return face + F.pixel_shuffle(network.head(x), network.stride)
+        x = merge(torch.cat((skip, F.pixel_shuffle(_convolved(up, x), 2)), dim=1))
+    return face + F.pixel_shuffle(_convolved(network.head, x), network.stride)
