@@ -45,6 +45,7 @@ from bench.recognition.learner import make_learner
 from bench.recognition.options import TrainingOptions
 from bench.recognition.training import build_head
 from bench.registry import pick
+from bench.run.launch import forget_peak, peak_bytes
 from bench.run.machines import make_fabric, synchronise
 from bench.run.textbook import textbook_spectrum, textbook_unet
 from defenses.frequency import CHANNELS, block_dct
@@ -547,24 +548,6 @@ def _row(name: str, machine: _Machine) -> SpeedRow:
     if machine.cuda:
         figures["device_bytes"] = torch.cuda.max_memory_allocated(machine.device)
     return SpeedRow(name=name, what=what, plain=plain, seconds=time.perf_counter() - started, **figures)
-
-
-def forget_peak() -> bool:
-    """Let the peak of resident memory start anew, as Linux can; whether it did."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return peak_bytes() is not None
-
-
-def peak_bytes() -> int | None:
-    """Peak resident bytes since then, or None where the system does not tell."""
-    try:
-        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return None if found is None else 1024 * int(found[1])
 
 
 def _processor() -> str:

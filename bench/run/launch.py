@@ -7,6 +7,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -120,6 +122,24 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         for parameter, value in _MALLOC:
             library.mallopt(parameter, value)
+
+
+def forget_peak() -> bool:
+    """Let the peak of resident memory start anew, as Linux can; whether it did."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return peak_bytes() is not None
+
+
+def peak_bytes() -> int | None:
+    """Peak resident bytes since then, or None where the system does not tell."""
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else 1024 * int(found[1])
 
 
 # -- processes that this one starts ----------------------------------------------------------------

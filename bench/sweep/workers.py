@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -24,7 +23,7 @@ from rich.console import Console
 from bench.errors import in_words, one_line
 from bench.results import PROTOCOL_VERSION, RunResult, read_result
 from bench.run.config import RunConfig
-from bench.run.launch import end_process, obey_parent, without_interrupts
+from bench.run.launch import end_process, forget_peak, obey_parent, without_interrupts
 from bench.run.store import run_id
 from bench.sweep.cells import Cell
 
@@ -86,8 +85,7 @@ def run_cell(runner: Runner, config: RunConfig) -> CellEnd:
     """Run a cell; whatever it raises but an interruption is how it ended."""
     # A result's peak memory is that of its own cell, also where several run in one process. Where the peak cannot be
     # reset (macOS, some containers) the figure is an upper bound.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_bytes(b"5")
+    forget_peak()
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     result, error, began = None, None, time.monotonic()

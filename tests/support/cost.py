@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.nets.recogniser import build_recogniser
-from bench.run.benchmarks import forget_peak, peak_bytes
+from bench.run.launch import forget_peak, peak_bytes
 
 
 @dataclass(frozen=True, slots=True)

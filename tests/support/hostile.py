@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import BenchError
-from bench.run.benchmarks import forget_peak, peak_bytes
+from bench.run.launch import forget_peak, peak_bytes
 
 #: What one input may cost: seconds of a processor, and bytes beyond what the process holds anyway.
 SECONDS, MEMORY = 5.0, 512 * 2**20

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import mmap
 import time
 
 import pytest
@@ -68,20 +66,6 @@ def test_a_row_that_breaks_says_why_and_the_others_go_on(monkeypatch):
     assert 0 < third.images_per_second <= 8000
     assert third.plain_images_per_second <= 1000
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
-
-
-def test_peak_memory_is_that_of_the_row():
-    gc.collect()  # what other tests have left is not to be given back in between
-    if not benchmarks.forget_peak():
-        pytest.skip("the system keeps no peak that can be reset")
-    before = benchmarks.peak_bytes()
-    # Straight from the system: an allocator may have kept what other tests freed, which is resident as it is.
-    with mmap.mmap(-1, 50 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
-        for page in range(0, len(held), mmap.PAGESIZE):
-            held[page] = 1
-        assert benchmarks.peak_bytes() - before > 40 * 2**20
-    assert benchmarks.forget_peak()
-    assert benchmarks.peak_bytes() - before < 20 * 2**20
 
 
 def test_the_command_prints_writes_and_says_what_broke(tmp_path, monkeypatch):

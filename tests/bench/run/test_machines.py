@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import mmap
 import os
 import platform
 import subprocess
@@ -17,7 +19,7 @@ from onnx_models import linear_model
 
 from bench.errors import UsageError
 from bench.nets.checkpoints import load_recogniser
-from bench.run.launch import FreeCores, Launch
+from bench.run.launch import FreeCores, Launch, forget_peak, peak_bytes
 from bench.run.machines import (
     choose_machine,
     make_fabric,
@@ -311,3 +313,17 @@ def test_memory_that_is_freed_is_faulted_in_once() -> None:
     told = subprocess.run([sys.executable, "-c", _TOUCH], capture_output=True, text=True, check=True).stdout
     returned, kept = map(int, told.split())
     assert kept < 100 < returned
+
+
+def test_the_peak_of_memory_starts_anew():
+    gc.collect()  # what other tests have left is not to be given back in between
+    if not forget_peak():
+        pytest.skip("the system keeps no peak that can be reset")
+    before = peak_bytes()
+    # Straight from the system: an allocator may have kept what other tests freed, which is resident as it is.
+    with mmap.mmap(-1, 50 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
+        for page in range(0, len(held), mmap.PAGESIZE):
+            held[page] = 1
+        assert peak_bytes() - before > 40 * 2**20
+    assert forget_peak()
+    assert peak_bytes() - before < 20 * 2**20
