@@ -39,6 +39,7 @@ from defenses.template import TemplateDefense
 
 if TYPE_CHECKING:
     from bench.run.findings import Findings
+    from bench.run.plan import Step
 
 
 class Pipeline:
@@ -203,12 +204,13 @@ class Pipeline:
         if config.utility and config.distractors is not None:
             open_distractors(stages)  # else what is wrong with them was found after all training
         attacks = AttackStages(stages)
-        stages.bars.expect(self._steps(attacks))
-        defense = stages.defense(config.defense, config.defense_options)
-        plain = stages.defense("none", {})
+        defense, plain, missing = self._ahead(attacks)
+        links = [isinstance(configs[-1].make(), LinkageAttack) for configs in self.attack_configs.values()]
+        stages.bars.expect(len(missing) + sum(links) + (not all(links)))  # and measuring
+        stages.ready(defense)
         utility, template, notes = None, None, list[str]()
         with stages.together:
-            self._share(attacks, defense, plain)
+            self._share(stages, missing)
             if config.utility:
                 utility, notes = measure_utility(stages, defense, plain, store, self.packs.values())
             if config.utility and isinstance(defense, TemplateDefense):
@@ -261,17 +263,22 @@ class Pipeline:
             peak_memory=_peak_memory(self.machine.device, beside=len(stages.beside) > 1),
         )
 
-    def _share(self, attacks: AttackStages, defense: Defense, plain: Defense) -> None:
-        """Let a second process make trainings, where that may be, with half of the threads."""
-        from bench.run.plan import trainings
+    def _ahead(self, attacks: AttackStages) -> tuple[Defense, Defense, list[Step]]:
+        """The defence, not ready yet, the one that does nothing, and the stages that are to be made with them."""
+        from bench.run.plan import missing_steps
 
+        config, stages = self.config, attacks.stages
+        defense, plain = stages.unfitted(config.defense, config.defense_options), stages.defense("none", {})
+        return defense, plain, missing_steps(config, self.attack_configs, attacks, defense, plain)
+
+    def _share(self, stages: Stages, missing: Sequence[Step]) -> None:
+        """Let a second process make trainings, where that may be, with half of the threads."""
         if not self._two_at_once:
             return
-        stages = attacks.stages
         _ = stages.splits  # rendered or decoded with all threads
         # Fewer threads in any case: how many are left to train must not change how one is.
         stages.together.enter_context(half_of_the_threads())
-        jobs = trainings(self.config, self.attack_configs, attacks, defense, plain)
+        jobs = {(step.job.stage, step.job.key): step.job for step in missing if step.trains}
         stages.beside = {key: job for key, job in jobs.items() if stages.cache.wanting(*key)}
         if len(stages.beside) > 1:
             show = stages.together.enter_context(stages.bars.beside())
@@ -284,13 +291,11 @@ class Pipeline:
 
     def make_beside(self, wanted: Sequence[StageKey], tell: Log) -> None:
         """Make those of the ``wanted`` trainings that are not there and that nobody is at, the last first."""
-        from bench.run.plan import trainings
-
-        config, stages = self.config, self._stages(lambda *_, **__: None)
+        stages = self._stages(lambda *_, **__: None)
         stages.bars = ProgressBars(Console(quiet=True), tell)
-        attacks = AttackStages(stages)
-        defense = stages.defense(config.defense, config.defense_options)
-        jobs = trainings(config, self.attack_configs, attacks, defense, stages.defense("none", {}))
+        defense, _, missing = self._ahead(AttackStages(stages))
+        stages.ready(defense)
+        jobs = {(step.job.stage, step.job.key): step.job for step in missing}
         for key in reversed(wanted):
             if key in jobs and stages.cache.wanting(*key):
                 try:
@@ -298,13 +303,6 @@ class Pipeline:
                         stages.do(jobs[key])
                 except Exception as error:
                     tell("beside", stage=key[0], error=one_line(in_words(error)))
-
-    def _steps(self, attacks: AttackStages) -> int:
-        """How many steps the progress counts: the stages that are not cached, and measuring."""
-        from bench.run.plan import count_missing
-
-        links = [isinstance(configs[-1].make(), LinkageAttack) for configs in self.attack_configs.values()]
-        return count_missing(self.config, self.attack_configs, attacks) + sum(links) + (not all(links))
 
     def _attack(self, attacks: AttackStages, defense: Defense, plain: Defense, store: RunStore) -> Findings:
         """Run the recovery attacks, then the linkage attacks."""

@@ -71,6 +71,12 @@ class Step:
     timed: bool = True
     pretend: Callable[[], None] = lambda: None
 
+    @property
+    def trains(self) -> bool:
+        """Whether it may be made beside another (:mod:`bench.run.beside`)."""
+        of_kind = self.timed and self.kind.startswith(("recogniser-", "attack-"))
+        return of_kind and (self.attack is None or not _links(self.attack))
+
 
 def make_plan(
     config: RunConfig,
@@ -91,7 +97,7 @@ def make_plan(
     recalled = stages.all_made or _recalled(stages)
     if not recalled:
         notes.append("no run has read these faces yet: what the cache holds of them is not known")
-    defense, plain = _unfitted(config, stages)
+    defense, plain = stages.unfitted(config.defense, config.defense_options), stages.unfitted("none", {})
     steps = _steps(config, attack_configs, attacks, defense, plain)
     cached = [stages.cache.holds(step.job.stage, step.job.key) for step in steps]
     if measure:
@@ -133,40 +139,23 @@ def make_plan(
 def _in_all(steps: Sequence[Step], estimates: Sequence[float | None], *, beside: bool) -> float:
     """Seconds of those that are known; of trainings that are made two at a time half, or the longest of them."""
     seconds = [seconds or 0.0 for seconds in estimates]
-    trained = [taken for step, taken in zip(steps, seconds, strict=True) if beside and _trains(step)]
+    trained = [taken for step, taken in zip(steps, seconds, strict=True) if beside and step.trains]
     return sum(seconds) - sum(trained) + max(sum(trained) / 2, *trained, 0.0)
 
 
-def count_missing(
-    config: RunConfig, attack_configs: Mapping[str, Sequence[AttackConfig]], attacks: AttackStages
-) -> int:
-    """How many stages of a run are not in the cache."""
-    stages = attacks.stages
-    steps = _steps(config, attack_configs, attacks, *_unfitted(config, stages))
-    return sum(not stages.cache.holds(step.job.stage, step.job.key) for step in steps)
-
-
-def trainings(
+def missing_steps(
     config: RunConfig,
     attack_configs: Mapping[str, Sequence[AttackConfig]],
     attacks: AttackStages,
     defense: Defense,
     plain: Defense,
-) -> dict[tuple[str, str], Job[Any]]:
-    """The trainings of recognisers and recovery attacks in the order in which a run makes them, by stage and key."""
-    steps = _steps(config, attack_configs, attacks, defense, plain)
-    return {(step.job.stage, step.job.key): step.job for step in steps if _trains(step)}
+) -> list[Step]:
+    """The stages of a run that it has to make, in order: those that it needs and that are not in the cache.
 
-
-def _trains(step: Step) -> bool:
-    """Whether it may be made beside another (:mod:`bench.run.beside`)."""
-    of_kind = step.timed and step.kind.startswith(("recogniser-", "attack-"))
-    return of_kind and (step.attack is None or not _links(step.attack))
-
-
-def _unfitted(config: RunConfig, stages: Stages) -> tuple[Defense, Defense]:
-    """The defence, and the one that does nothing."""
-    return stages.unfitted(config.defense, config.defense_options), stages.unfitted("none", {})
+    Their jobs hold ``defense`` and ``plain``, which have to be ready (:meth:`Stages.ready`) when one is done.
+    """
+    cache, steps = attacks.stages.cache, _steps(config, attack_configs, attacks, defense, plain)
+    return [step for step in steps if not cache.holds(step.job.stage, step.job.key)]
 
 
 def _recalled(stages: Stages) -> bool:
@@ -187,16 +176,20 @@ def _steps(
     defense: Defense,
     plain: Defense,
 ) -> list[Step]:
-    """All stages of a run, each once, in order. Their keys are computed, and nothing else."""
+    """All stages that a run needs, each once, in order. Their keys are computed, and nothing else."""
     stages = attacks.stages
     # A linkage attack is its own ceiling: it links plain faces as well. The others are run on unprotected ones.
     targets = [(attack_config, defense) for configs in attack_configs.values() for attack_config in configs]
     targets += [(configs[-1], plain) for configs in attack_configs.values() if not _links(configs[-1])]
     steps = [*_of_data(config, stages), *_of_provider(config, stages, targets, attacks, defense, plain)]
-    for attack_config, target in targets:
-        fit, what = attacks.fit_job(attack_config, target), _fitting(attack_config, stages)
-        steps.append(Step(fit, what, f"attack-{attack_config.name}-", attack_config))
-    steps += [_on_victims(attack_config, target, attacks) for attack_config, target in targets]
+    ends = [_on_victims(attack_config, target, attacks) for attack_config, target in targets]
+    own = [(configs[-1], defense) for configs in attack_configs.values()]
+    for (attack_config, target), end in zip(targets, ends, strict=True):
+        # A result tells of the run's own fits; the others are there for what they get of the victims.
+        if (attack_config, target) in own or not stages.cache.holds(end.job.stage, end.job.key):
+            fit, what = attacks.fit_job(attack_config, target), _fitting(attack_config, stages)
+            steps.append(Step(fit, what, f"attack-{attack_config.name}-", attack_config))
+    steps += ends
     if isinstance(defense, TemplateDefense):
         for name, configs in attack_configs.items():
             if not _links(configs[-1]):

@@ -338,14 +338,16 @@ class Stages(StageRunner):
         return defense.requires_grad_(False).to(self.device)
 
     def ready(self, defense: Defense) -> Defense:
-        """Give an unfitted defence what it needs: a recogniser to protect the embeddings of, and its fit."""
+        """Give an unfitted defence what it needs, a recogniser to protect the embeddings of and its fit; the same."""
         if isinstance(defense, TemplateDefense):
-            if (behind := defense.behind) is not None and (fitted := self.ready(behind)) is not behind:
-                behind.load_state_dict(fitted.state_dict())
+            if defense.behind is not None:
+                self.ready(defense.behind)
             recogniser = self.recogniser(self.seen_by_recogniser(defense))
             defense.attach(recogniser.requires_grad_(False), recogniser.spec.embedding_size)
             defense.requires_grad_(False).to(self.device)
-        return self.do(self.defense_job(defense)) if defense.trainable else defense
+        if defense.trainable and (fitted := self.do(self.defense_job(defense))) is not defense:
+            defense.load_state_dict(fitted.state_dict())
+        return defense
 
     def defense_job(self, defense: Defense) -> Job[Defense]:
         """The stage that fits a trainable defence, seeded, and stores what it learnt."""
