@@ -50,6 +50,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     (tree / "dist").mkdir()
     done = subprocess.run([sys.executable, "-c", build], cwd=tree, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Warning:" not in done.stderr
     [path] = (tree / "dist").glob("*.whl")
     return zipfile.ZipFile(path)
 
