@@ -6,7 +6,7 @@ import ctypes
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,12 +23,15 @@ C1 = 0.01**2
 C2 = 0.03**2
 
 # Planes (of one colour) come at once in multiples of the values in a processor's vector, up to so many pixels that what
-# is made of them stays in its caches; an accelerator is only busy with many.
-_VECTOR = 16
+# is made of them stays in its caches, beside those of other threads as well; an accelerator is only busy with many.
+_VECTOR = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 _PIXELS_CPU = 210_000
+_PIXELS_SIDE_BY_SIDE = 105_000
 _PIXELS_ACCELERATOR = 10_000_000
 # Shares of a thread: one that is held up by a neighbour leaves the rest to others.
 _SHARES = 2
+# Times that planes come for which starting a thread takes less time than it saves.
+_LEAST = 4
 # Faces whose difference stays in a processor's cache between the two times that it is read.
 _FACES_CPU = 8
 
@@ -43,11 +46,17 @@ def channels_last(maps: Tensor) -> Tensor:
     learnt = maps.requires_grad or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if maps.device.type != "cpu" or learnt or not maps.is_contiguous() or not maps.numel():
         return maps.contiguous(memory_format=torch.channels_last)
-    # Shuffled are numbers that stand in one pixel: a transpose by vectors, four to seven times as fast as a copy.
     count, channels, height, width = maps.shape
-    values = channels * height * width
-    pixels = maps.as_strided((count, values, 1, 1), (values, 1, values, values))
-    return F.channel_shuffle(pixels, channels).view(count, height, width, channels).permute(0, 3, 1, 2)
+    return _shuffled(maps, count, channels).view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _shuffled(maps: Tensor, count: int, channels: int) -> Tensor:
+    """The numbers of contiguous maps (N, C, H, W) in the order of (N, H, W, C): (N, H W C, 1, 1).
+
+    Shuffled are numbers that stand in one pixel: a transpose by vectors, four to seven times as fast as a copy.
+    """
+    values = maps.numel() // count
+    return F.channel_shuffle(maps.as_strided((count, values, 1, 1), (values, 1, values, values)), channels)
 
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
@@ -100,20 +109,24 @@ def _averages(first: Tensor, second: Tensor) -> Sequence[Tensor]:
     if first.shape != second.shape or first.ndim != 4:
         raise ValueError(f"ssim takes two (N, C, H, W) of one shape, got {tuple(first.shape)}, {tuple(second.shape)}")
     dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
-    pixels = _PIXELS_CPU if first.device.type == "cpu" else _PIXELS_ACCELERATOR
-    size = _VECTOR * max(1, pixels // (_VECTOR * max(1, math.prod(first.shape[-2:]))))
     with torch.autocast(first.device.type, enabled=False):  # variances are differences: bfloat16 would lose them
         x, y = (faces.to(dtype).flatten(0, 1) for faces in (first, second))
         learnt = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
         if _by_onednn(x) and _window(x) == WINDOW and not learnt:
-            parts = _side_by_side(x, y, size)
+            parts = [_side_by_side(x.contiguous(), y.contiguous())]
         else:
+            size = _at_once(x, _PIXELS_CPU if x.device.type == "cpu" else _PIXELS_ACCELERATOR)
             parts = [_ssim_terms(*some) for some in zip(x.split(size), y.split(size), strict=True)]
     return [torch.cat(planes).view(first.shape[:2]).mean(1) for planes in zip(*parts, strict=True)]
 
 
-def _side_by_side(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, ...]]:
-    """:func:`_measured_terms` of so many planes at a time, by as many threads as torch uses here.
+def _at_once(planes: Tensor, pixels: int) -> int:
+    """How many of these planes (P, H, W) make about so many pixels."""
+    return _VECTOR * max(1, pixels // (_VECTOR * max(1, planes[:1].numel())))
+
+
+def _side_by_side(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """SSIM, its contrast-structure factor and the mean squared difference, (P,) each, by as many threads as torch uses.
 
     Threads that share an operation wait for each other at its end, for longer than what they do to few planes takes.
     So each of these has planes of its own.
@@ -121,16 +134,21 @@ def _side_by_side(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, ...]]:
 
     @torch.no_grad()  # which each thread has to be told
     def several(x: Tensor, y: Tensor) -> list[tuple[Tensor, ...]]:
-        memory = x.new_empty(4 * x[:size].numel())
-        return [_measured_terms(*some, memory) for some in zip(x.split(size), y.split(size), strict=True)]
+        measuring = functools.cache(_measuring)  # the last planes may be fewer
+        return [measuring(*a.shape)(a, b) for a, b in zip(x.split(size), y.split(size), strict=True)]
 
+    size = _at_once(x, _PIXELS_SIDE_BY_SIDE)
     chunks = -(-len(x) // size)
-    threads = min(torch.get_num_threads(), chunks)
-    if threads == 1 or not hasattr(_program(), "omp_set_num_threads"):
-        return several(x, y)
-    shares = (planes.split(size * -(-chunks // (_SHARES * threads))) for planes in (x, y))
-    with ThreadPoolExecutor(threads, initializer=_alone) as pool:
-        return list(itertools.chain.from_iterable(pool.map(several, *shares)))
+    threads = min(torch.get_num_threads(), chunks // _LEAST)
+    if threads < 2 or not hasattr(_program(), "omp_set_num_threads"):
+        parts = several(x, y)
+    else:
+        shares = (planes.split(size * -(-chunks // (_SHARES * threads))) for planes in (x, y))
+        with ThreadPoolExecutor(threads, initializer=_alone) as pool:
+            parts = list(itertools.chain.from_iterable(pool.map(several, *shares)))
+    luminance, contrast, error = (torch.cat(planes) for planes in zip(*parts, strict=True))
+    contrast_structure = 1 - 2 * contrast
+    return contrast_structure - 2 * luminance, contrast_structure, error
 
 
 @functools.cache
@@ -154,44 +172,49 @@ def _by_onednn(maps: Tensor) -> bool:
 
 
 @functools.cache
-def _constants() -> tuple[Tensor, ...]:
-    """1, 2 (K1 L)^2 and 2 (K2 L)^2."""
-    return tuple(torch.tensor(value, dtype=torch.float32) for value in (1.0, 2 * C1, 2 * C2))
+def _constants() -> Tensor:
+    """For the sum and for the difference: 1 and -1, 2 (K1 L)^2 and 0, 2 (K2 L)^2 and 0; float32 (3, 2, 1, 1, 1, 1)."""
+    pairs = [[1.0, -1.0], [2 * C1, 0.0], [2 * C2, 0.0]]
+    return torch.tensor(pairs, dtype=torch.float32)[..., None, None, None, None]
 
 
-def _measured_terms(x: Tensor, y: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
-    """:func:`_ssim_terms` in float32 on a processor, without a gradient, and the mean squared difference: three (P,).
+def _measuring(planes: int, height: int, width: int) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """A function of contiguous x and y, float32 (P, H, W) of this shape on a processor, without a gradient.
 
-    Most of the time goes into reading and writing maps, which are too large for the second cache. So there are few,
-    those of what comes next take the place of those that nobody needs any longer, and the first ones lie in
-    ``memory``, at least 4 P H W numbers: what is asked for and freed each time may go back to the system.
+    It returns halves of what luminance times contrast-structure falls short of contrast-structure, and that of 1, and
+    the mean squared difference: three (P,).
+
+    Most of the time goes into reading and writing maps, which are too large for the second cache, and threads wait for
+    each other at every call to torch, as it takes the interpreter. So there are few of both: one call serves the sum
+    and the difference, results take the place of what nobody needs any longer, and what is the same for other pictures
+    is made once. Planes come innermost, so that vectors run over them and no tap is out of step.
     """
-    planes, height, width = x.shape
-    one, c1, c2 = _constants()
-    maps = memory[: 4 * x.numel()].view(4, planes, height, width)
-    torch.add(x, y, out=maps[0]).sub_(1)
-    torch.sub(x, y, out=maps[1])
-    torch.addcmul(c2, maps[0], maps[0], out=maps[2])
-    torch.square(maps[1], out=maps[3])
-    error = maps[3].mean((1, 2))
-    # Down the columns vectors run over a row, and along the rows over planes, so that no tap is out of step with them.
-    maps = maps.view(-1, 1, height, width).permute(0, 3, 1, 2)
-    maps = F.conv2d(maps, _kernel(WINDOW, width)[:, :, None], groups=width).permute(0, 2, 3, 1).contiguous()
-    height, vector = maps.shape[2], planes if planes % _VECTOR else _VECTOR
-    maps = channels_last(maps.view(-1, vector, height, width))
-    maps = F.conv2d(maps, _kernel(WINDOW, vector)[:, :, None], groups=vector).permute(0, 2, 3, 1).contiguous()
-    mean, apart, variance, difference = maps.view(4, planes // vector, -1, vector)
-    variance.addcmul_(mean, mean, value=-1)
-    difference.addcmul_(apart, apart, value=-1)
-    total = variance.add_(difference)
-    contrast_structure = torch.addcdiv(one, difference, total, value=-2, out=total)
-    contrast = contrast_structure.mean(1).flatten()
-    mean.add_(1)
-    darker = apart.square_()
-    total = torch.addcmul(c1, mean, mean, out=mean).add_(darker)
-    # Luminance falls short of 1 by twice this quotient.
-    similarity = contrast - 2 * darker.mul_(contrast_structure).div_(total).mean(1).flatten()
-    return similarity, contrast, error
+    vector = planes if planes % _VECTOR else _VECTOR
+    count = planes // vector
+    signs, c1, c2 = _constants()
+    kernel = _kernel(WINDOW, vector)
+    down, along = kernel[:, :, :, None], kernel[:, :, None]
+    moments = torch.empty(4, count, height * width * vector, 1, 1, dtype=torch.float32)
+    first, second, total = moments[:2], moments[2:], moments[0]
+    square = moments[3].view(count, -1, vector)
+    images = moments.view(-1, height, width, vector).permute(0, 3, 1, 2)
+
+    def measured(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        torch.addcmul(_shuffled(x, count, vector), _shuffled(y, count, vector), signs, out=first)
+        total.sub_(1)
+        torch.addcmul(c2, first, first, out=second)
+        error = square.mean(1).flatten()
+        maps = F.conv2d(F.conv2d(images, down, groups=vector), along, groups=vector)
+        maps = maps.view(2, 2, count, vector, -1, 1)
+        (means, variances), (totals, apart) = maps.unbind(), maps.unbind(1)
+        variances.addcmul_(means, means, value=-1)
+        means[0].add_(1)
+        torch.addcmul(c1, means, means, out=means)
+        luminance, contrast = apart.div_(totals.add_(apart)).unbind()
+        luminance.addcmul_(luminance, contrast, value=-2)
+        return (*apart.mean((3, 4)).flatten(1).unbind(), error)
+
+    return measured
 
 
 def _ssim_terms(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:

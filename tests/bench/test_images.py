@@ -36,6 +36,13 @@ def test_equals_scikit_image(noise, count, size):
         torch.testing.assert_close(found, torch.tensor(expected).float(), atol=1e-6, rtol=0)
 
 
+def test_crops_and_turned_pictures_are_compared_like_copies_of_them():
+    faces = torch.rand(2, 9, 3, 20, 26, generator=torch.Generator().manual_seed(2))
+    for first, second in (faces[..., 2:, 5:], faces.mT, faces[:, :, :1].expand_as(faces)):
+        copies = ssim(first.contiguous(), second.contiguous())
+        torch.testing.assert_close(ssim(first, second), copies, rtol=0, atol=0)
+
+
 def test_bfloat16_is_computed_in_float32_under_autocast_too():
     first, second = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -92,7 +99,7 @@ def test_single_precision_is_enough_for_values_and_gradients_of_flat_bright_pict
 def test_faces_are_shared_among_threads_which_leave_no_trace(set_threads):
     """The same bits, of the pictures and of a product that is computed afterwards; who starts later has as many."""
     generator = torch.Generator().manual_seed(5)
-    first, second = torch.rand(2, 40, 3, 64, 64, generator=generator)
+    first, second = torch.rand(2, 70, 3, 64, 64, generator=generator)
     first[7, 1, 20, 30] = torch.nan  # stays with its face
     matrix, asked = torch.rand(300, 300, generator=generator), []
     set_threads(1)
