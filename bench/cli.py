@@ -18,7 +18,7 @@ import typer
 from bench import __version__
 from bench.commands.baseline import baseline
 from bench.commands.compare import compare
-from bench.commands.console import err, print_json
+from bench.commands.console import Command, err, print_json
 from bench.commands.data import data
 from bench.commands.doctor import doctor
 from bench.commands.explain import explain
@@ -54,7 +54,7 @@ COMMANDS = (
     *(explain, observe, score, new, speed, doctor),
 )
 for command in COMMANDS:
-    app.command(command.__name__.rstrip("_"))(command)
+    app.command(command.__name__.rstrip("_"), cls=Command)(command)
 app.add_typer(data)
 app.add_typer(recogniser)
 
@@ -122,6 +122,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except OSError as error:
+        _fail(in_words(error), BenchError.exit_code)
+    except SystemExit as error:  # of a plug-in or library: nothing of the suite ends the process within a command
         _fail(in_words(error), BenchError.exit_code)
     except Exception as error:
         if os.environ.get("BENCH_DEBUG"):

@@ -7,6 +7,8 @@ The command line prints ``str(error)`` and exits with ``error.exit_code``. Code 
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 #: Characters of a message that are shown: a hostile file's text could fill a terminal.
@@ -74,10 +76,12 @@ def memory_is_full(error: BaseException) -> bool:
     return named or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
-def in_words(error: Exception) -> str:
+def in_words(error: BaseException) -> str:
     """What went wrong and what to do, whoever raised it; the one place where foreign errors are put into words."""
     if isinstance(error, BenchError):
         return str(error)
+    if isinstance(error, SystemExit):  # the suite's own commands end with it, and nothing within them
+        return f"a plug-in or a library wanted to end the process (SystemExit: {error.code})"
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -92,3 +96,25 @@ def in_words(error: Exception) -> str:
             f"--set training.batch_size=32, -a batch_size=16), or use --device cpu; finished stages are kept: {error}"
         )
     return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def failing_as(what: str, kind: type[BenchError] = BenchError, *more: type[Exception]) -> Iterator[None]:
+    """Name the plug-in in the one line that the person sees when it gives up, or wants to end the process.
+
+    Plug-ins know nothing of the harness: they say what is wrong with ``ValueError`` (input, options) and
+    ``ArithmeticError`` (a loss that is not finite). A defence that is to blame is named already.
+
+    Raises:
+        BenchError: of this ``kind``, in place of these errors and of ``more``.
+    """
+    try:
+        yield
+    except BenchError:
+        raise
+    except (ValueError, ArithmeticError) as error:
+        raise kind(f"{what}: {error}") from error
+    except BaseException as error:
+        if memory_is_full(error) or not isinstance(error, (SystemExit, *more)):
+            raise
+        raise kind(f"{what}: {in_words(error)}") from error

@@ -97,6 +97,26 @@ def parse_json(document: bytes | str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def keep(path: Path, content: Any) -> Any:
+    """Write a JSON value, what it is no type for as text, for :func:`kept`; the value as it will be read."""
+    content = json.loads(json.dumps(content, default=str))
+    write_text(path, json.dumps({"sha256": _seal(content), "content": content}, indent=2))
+    return content
+
+
+def kept(path: Path) -> Any:
+    """What :func:`keep` wrote, of which everything can be done without; None where it is not there, or not whole."""
+    try:
+        stored = parse_json(path.read_bytes())
+        return stored["content"] if stored["sha256"] == _seal(stored["content"]) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _seal(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

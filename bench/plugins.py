@@ -12,15 +12,16 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 
-from bench.errors import UsageError
+from bench.errors import UsageError, failing_as
 from bench.registry import Registry, target
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from defenses.base import Defense
 
 C = TypeVar("C")
+T = TypeVar("T")
 
 
 def _from_module(module_name: str, name: str, load_base: Callable[[], type[C]]) -> type[C]:
@@ -42,14 +44,50 @@ def _from_module(module_name: str, name: str, load_base: Callable[[], type[C]]) 
 
 
 def _from_entry_point(entry: EntryPoint, load_base: Callable[[], type[C]]) -> type[C]:
-    base = load_base()
-    try:
+    base, what = load_base(), f"plug-in {entry.name!r} ({entry.value})"
+    with failing_as(f"{what} cannot be imported", UsageError, Exception):
         loaded = entry.load()
-    except Exception as error:
-        raise UsageError(f"plug-in {entry.name!r} ({entry.value}) cannot be imported: {error}") from error
     if not (inspect.isclass(loaded) and issubclass(loaded, base)):
-        raise UsageError(f"plug-in {entry.name!r} ({entry.value}) is not a {base.__name__}")
+        raise UsageError(f"{what} is not a {base.__name__}")
+    if missing := sorted(getattr(loaded, "__abstractmethods__", ())):
+        raise UsageError(f"{what} does not define {', '.join(missing)}")
+    for name, declared in get_type_hints(base).items():
+        of_class = get_origin(declared) is ClassVar
+        if of_class or (name in vars(base) and not isinstance(getattr(loaded, name), property)):
+            kind = get_args(declared)[0] if of_class else declared
+            try:
+                TypeAdapter(kind).validate_python(getattr(loaded, name, None))
+            except ValidationError as error:
+                raise UsageError(explain(error, f"{what}: its {name}")) from error
+    _check_name(getattr(loaded, "name"), what)  # noqa: B009 - which nothing but a plug-in's base declares
     return loaded
+
+
+#: Names of plug-ins, which name folders, too.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _check_name(name: str, what: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{what} cannot be called {name!r:.80}: letters, digits, dots, dashes and underscores make a name"
+        )
+
+
+def _add_entry_points(registry: Registry[T], group: str, load: Callable[[EntryPoint], T]) -> None:
+    """Add what other packages registered.
+
+    Raises:
+        UsageError: what an installed package declares cannot be read, or a name cannot be one or is taken.
+    """
+    with failing_as("the entry points of an installed package cannot be read (pip check)", UsageError, Exception):
+        entries = entry_points(group=group)
+    for entry in entries:
+        what = f"{registry.kind} {entry.name!r} ({entry.value}, of an installed package)"
+        _check_name(entry.name, what)
+        if entry.name in registry:
+            raise UsageError(f"{what}: another {registry.kind} has this name, uninstall one of them")
+        registry.add(entry.name, functools.partial(load, entry))
 
 
 def _registry(kind: str, package_name: str, base: str, registry: Registry[type[Any]] | None = None) -> Registry[Any]:
@@ -61,8 +99,7 @@ def _registry(kind: str, package_name: str, base: str, registry: Registry[type[A
         if module.name not in package.SUPPORT_MODULES:
             name = module.name.replace("_", "-")
             registry.add(name, functools.partial(_from_module, f"{package_name}.{module.name}", name, load_base))
-    for entry in entry_points(group=f"bench.{package_name}"):
-        registry.add(entry.name, functools.partial(_from_entry_point, entry, load_base))
+    _add_entry_points(registry, f"bench.{package_name}", lambda entry: _from_entry_point(entry, load_base))
     return registry
 
 
@@ -107,21 +144,19 @@ def attacks() -> Registry[type[Attack]]:
 def _made_by_entry_point(entry: EntryPoint) -> nn.Module:
     from torch import nn
 
-    try:
+    what = f"recogniser {entry.name!r} ({entry.value})"
+    with failing_as(f"{what} cannot be made", UsageError, Exception):
         made = entry.load()()
-    except Exception as error:
-        raise UsageError(f"recogniser {entry.name!r} ({entry.value}) cannot be made: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise UsageError(f"recogniser {entry.name!r} ({entry.value}) is no torch.nn.Module but {type(made).__name__}")
-    return made.eval()
+        if not isinstance(made, nn.Module):
+            raise UsageError(f"{what} is no torch.nn.Module but {type(made).__name__}")
+        return made.eval()
 
 
 @functools.cache
 def recognisers() -> Registry[nn.Module]:
     """The recognisers of other packages by name: each made once, by what its entry point names, without arguments."""
     registry: Registry[nn.Module] = Registry("recogniser")
-    for entry in entry_points(group="bench.recognisers"):
-        registry.add(entry.name, functools.partial(_made_by_entry_point, entry))
+    _add_entry_points(registry, "bench.recognisers", _made_by_entry_point)
     return registry
 
 
@@ -233,7 +268,8 @@ def explain(error: ValidationError, what: str) -> str:
             parts.append(f"{key}: {problem['msg']}".removeprefix(": ").replace("Value error, ", "", 1))
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            parts.append(f"{key}: {message[0].lower() + message[1:]} (got {_BRIEF.repr(problem['input'])})")
+            told = f"{key}: {message[0].lower() + message[1:]} (got {_BRIEF.repr(problem['input'])})"
+            parts.append(told.removeprefix(": "))
     return f"{what}: {'; '.join(parts)}"
 
 
@@ -262,11 +298,8 @@ def make_defense(name: str, values: dict[str, Any], preset: str, image_size: int
 
     plugin = defenses().get(name)
     options = make_options(plugin, values, preset, "-o")
-    try:
-        with seeded(seed, "weights"):
-            return plugin(options, image_size=image_size).eval()
-    except ValueError as error:
-        raise UsageError(f"-o of {name}: {error}") from error
+    with failing_as(f"-o of {name}", UsageError, Exception), seeded(seed, "weights"):
+        return plugin(options, image_size=image_size).eval()
 
 
 def make_attack(name: str, values: dict[str, Any], preset: str) -> Attack:
@@ -276,4 +309,6 @@ def make_attack(name: str, values: dict[str, Any], preset: str) -> Attack:
         UsageError: unknown name, or options that are unknown or invalid.
     """
     plugin = attacks().get(name)
-    return plugin(make_options(plugin, values, preset, "-a"))
+    options = make_options(plugin, values, preset, "-a")
+    with failing_as(f"-a of {name}", UsageError, Exception):
+        return plugin(options)

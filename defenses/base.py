@@ -368,6 +368,8 @@ class Defense(nn.Module, ABC):
 
     def _check(self, sent: Tensor, count: int) -> None:
         """Refuse what the defence may not send of ``count`` faces."""
+        if not isinstance(sent, Tensor):
+            raise DefenseError(f"defence {self.name} made representations that are no tensor: {type(sent).__name__}")
         if tuple(sent.shape) != (declared := (count, *self.representation_shape)):
             raise DefenseError(f"defence {self.name} made representations {tuple(sent.shape)}, it declares {declared}")
         if not sent.is_floating_point():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperCommand
 
 from bench.errors import shown
 
@@ -47,13 +49,25 @@ for console in (out, err):
     console.push_render_hook(_Harmlessly())
 
 
+class Command(TyperCommand):
+    """A command whose stdout carries what is printed here alone: what plug-ins and libraries print goes to stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        before, out.file = out._file, sys.stdout
+        try:
+            with redirect_stdout(sys.stderr):
+                return super().invoke(ctx)
+        finally:
+            out._file = before
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document: a model, its text, or what :mod:`json` can write."""
     if isinstance(document, BaseModel):
         document = document.model_dump_json(indent=2)
     elif not isinstance(document, str):
         document = json.dumps(document, indent=2)
-    sys.stdout.write(document.rstrip("\n") + "\n")
+    out.file.write(document.rstrip("\n") + "\n")
 
 
 def show(document: Any, as_json: bool, render: Callable[[], RenderableType]) -> None:

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.text import Text
 
-from bench.commands.console import err, progress_bars, show, show_line, table
+from bench.commands.console import Command, err, progress_bars, show, show_line, table
 from bench.commands.flags import AsJson
 from bench.errors import BenchError
 
@@ -21,7 +21,7 @@ Dataset = Annotated[
 ]
 
 
-@data.command()
+@data.command(cls=Command)
 def info(path: Dataset, as_json: AsJson = False) -> None:
     """Describe a dataset from its headers."""
     from bench.data.tools.info import info as describe
@@ -54,7 +54,7 @@ def info(path: Dataset, as_json: AsJson = False) -> None:
     show(dataset, as_json, render)
 
 
-@data.command()
+@data.command(cls=Command)
 def verify(path: Dataset, as_json: AsJson = False) -> None:
     """Decode every image and list what is damaged or suspicious; exit code 3 if anything is damaged."""
     from bench.data.tools.verify import verify as check
@@ -72,7 +72,7 @@ def verify(path: Dataset, as_json: AsJson = False) -> None:
         raise typer.Exit(BenchError.exit_code)
 
 
-@data.command()
+@data.command(cls=Command)
 def pack(
     folder: Annotated[Path, typer.Argument(help="Folder of identities: folder/identity/image.*")],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for train.rec, train.idx, property (and a .bin).")],

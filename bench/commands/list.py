@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
@@ -17,8 +16,8 @@ from rich.console import Group, RenderableType
 
 from bench.commands.console import show, table
 from bench.commands.flags import AsJson, default_text
-from bench.errors import UsageError
-from bench.files import cache_folder, parse_json, write_text
+from bench.errors import UsageError, failing_as
+from bench.files import cache_folder, keep, kept
 from bench.plugins import CHAIN, Option, attacks, defenses, describe, make_defense, recognisers
 from bench.registry import pick
 from bench.run.config import DATA, INTERCEPTIONS, Setting, settings
@@ -79,13 +78,11 @@ def _remembered(kind: str) -> list[dict[str, Any]]:
     if entry_points(group=f"bench.{_plural(kind)}"):
         return make()
     path, key = cache_folder() / "lists" / f"{_plural(kind)}.json", _version(Path(__file__).parents[2])
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none is there, or a damaged one
-        stored = parse_json(path.read_bytes())
-        if stored["key"] == key:
-            return list(stored["entries"])
+    if (stored := kept(path)) is not None and stored["key"] == key:
+        return list(stored["entries"])
     entries = make()
     with contextlib.suppress(OSError):  # a folder that cannot be written: made again the next time
-        write_text(path, json.dumps({"key": key, "entries": entries}))
+        keep(path, {"key": key, "entries": entries})
     return entries
 
 
@@ -140,11 +137,10 @@ def _defense(defense: type[Defense]) -> dict[str, Any]:
 
 
 def _bytes(name: str) -> int | None:
-    """What a defence sends of a face; None of one that has no default options."""
-    try:
+    """What a defence sends of a face; None of one that has no default options, or is broken."""
+    with contextlib.suppress(UsageError), failing_as(f"defence {name}", UsageError, Exception):
         return make_defense(name, {}, "cpu", _SIZE).bytes_per_face()
-    except UsageError:
-        return None
+    return None
 
 
 def _attacks() -> list[dict[str, Any]]:

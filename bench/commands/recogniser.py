@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rich.console import Group
 from rich.text import Text
 
-from bench.commands.console import progress_bars, show, table
+from bench.commands.console import Command, progress_bars, show, table
 from bench.commands.flags import AsJson, DefenseOptions, completion, spellings, with_flags
 from bench.errors import UsageError
 from bench.measures import interval, shown
@@ -27,7 +27,7 @@ def _group() -> None:
     pass
 
 
-@recogniser.command()
+@recogniser.command(cls=Command)
 @with_flags(describe(InputForm))
 def info(
     *,

@@ -33,6 +33,7 @@ from attacks.base import (
 )
 from bench.data.faces import FaceSet
 from bench.data.splits import whole_identities
+from bench.errors import failing_as
 from bench.files import write_text
 from bench.images import to_float
 from bench.memory import in_halves
@@ -41,7 +42,7 @@ from bench.progress import Report, no_report
 from bench.recognition.state import write_tensors
 from bench.run.attack_config import AttackConfig, option_files
 from bench.run.machines import synchronise
-from bench.run.provider import Stages, failing_as
+from bench.run.provider import Stages
 from bench.run.service import Client, Service, class_centres, other_images, score_query, traffic_query
 from bench.run.stage import CODE, Job, make_key, plugin_code, tensor_job
 from defenses.base import Defense, noise_is_shared

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -150,8 +151,9 @@ def obey_parent() -> None:
 
     A later call must not find this one still at work. A terminal sends Ctrl-C to every process: this one leaves it to
     the first, which ends the others with SIGTERM, raised here as KeyboardInterrupt. Two interruptions would break what
-    is written down at the first.
+    is written down at the first. What it prints goes to stderr: stdout belongs to the first one's result.
     """
+    sys.stdout = sys.stderr
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _interrupt)
     threading.Thread(target=_follow_parent, daemon=True).start()

@@ -141,7 +141,8 @@ class Pipeline:
             result = self._compute(store, processes, log)
             if processes is not None:
                 processes.call(None)
-        except BaseException as error:
+        except BaseException as raised:
+            error = BenchError(in_words(raised)) if isinstance(raised, SystemExit) else raised
             status = "cancelled" if isinstance(error, KeyboardInterrupt) else "error"
             message = one_line(in_words(error) if isinstance(error, Exception) else str(error)) or type(error).__name__
             failure = RunResult(run_id=store.run_id, status=status, error=message)
@@ -150,6 +151,8 @@ class Pipeline:
                 store.write_result(failure)
                 store.write_manifest(status, device, precision)
             tracker.finish(failure)
+            if error is not raised:
+                raise error from raised
             raise
         tracker.finish(result)
         store.write_result(result)

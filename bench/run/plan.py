@@ -27,7 +27,7 @@ from bench.data.faces import FaceSet, Source
 from bench.data.loaders import MAIN, check_root, check_there
 from bench.data.stream.scan import Scan
 from bench.errors import BenchError
-from bench.files import parse_json
+from bench.files import kept
 from bench.nets.recogniser import build_recogniser
 from bench.results import PlannedStage, RunPlan
 from bench.run.attack_config import AttackConfig, attack_configs
@@ -396,11 +396,8 @@ class Timings:
         self._defenses = set(plugins.defenses())
         self._taken: list[tuple[str, dict[str, Any]]] = []
         for file in sorted(stages.cache.root.glob(f"*/{SECONDS}")):
-            try:
-                taken = dict(parse_json(file.read_bytes()))
-            except (OSError, ValueError, TypeError):
-                continue  # a plan can do without
-            if taken.get("machine") in machines:
+            taken = kept(file)
+            if taken is not None and taken.get("machine") in machines:
                 self._taken.append((file.parent.name.rpartition("-")[0], taken))
 
     def estimate(self, step: Step) -> float | None:

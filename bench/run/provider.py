@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import operator
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +23,8 @@ from bench import plugins
 from bench.data.faces import FaceSet, PairProtocol, Source
 from bench.data.loaders import MAIN
 from bench.data.splits import Splits, parts_of, split, whole_identities
-from bench.errors import BenchError, DataError, MissingError, UsageError, first_line
-from bench.files import parse_json, write_text
+from bench.errors import DataError, MissingError, UsageError, failing_as, first_line
+from bench.files import keep, kept
 from bench.images import to_float
 from bench.metrics.evaluator import (
     Evaluator,
@@ -254,18 +252,14 @@ class Stages(StageRunner):
             "sets": {role: {} if data.made else data.found() for role, data in self.data.items()},
             "excluded": self.splits.excluded if apart else (),
         }
-        write_text(self._note(), json.dumps(found))
-        return dict(json.loads(json.dumps(found)))
+        return dict(keep(self._note(), found))
 
     def recall(self) -> bool:
         """Take data on disk for what a run last found in files of these names, sizes and times; whether one did.
 
         Good enough for a plan. Without such a run they are taken for data that nothing was computed of.
         """
-        try:
-            self.found = {"sets": {}, "excluded": None} | dict(parse_json(self._note().read_bytes()))
-        except (OSError, ValueError, TypeError):
-            self.found = {"sets": {}, "excluded": None}
+        self.found = kept(self._note()) or {"sets": {}, "excluded": None}
         return self.found["excluded"] is not None
 
     def _note(self) -> Path:
@@ -826,21 +820,6 @@ class Stages(StageRunner):
         )
         what = "embed the victims for the evaluator"
         return tensor_job("evaluate", key, what, "embeddings.safetensors", compute, read)
-
-
-@contextmanager
-def failing_as(what: str) -> Iterator[None]:
-    """Name the plug-in in the one line that the person sees when it gives up.
-
-    Plug-ins know nothing of the harness: they say what is wrong with ``ValueError`` (input, options) and
-    ``ArithmeticError`` (a loss that is not finite). A defence that is to blame is named already.
-    """
-    try:
-        yield
-    except BenchError:
-        raise
-    except (ValueError, ArithmeticError) as error:
-        raise BenchError(f"{what}: {error}") from error
 
 
 def load_defense(run: Path, config: RunConfig) -> Defense:

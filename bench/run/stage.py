@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bench.files import drop_beside, parse_json, sha256, write_text
+from bench.files import drop_beside, keep, parse_json, sha256, write_text
 from bench.memory import current
 from bench.progress import ProgressBars, Report, no_report
 from bench.recognition.state import write_tensors
@@ -450,7 +450,7 @@ class StageRunner:
                         write_text(entry.partial / NOTES, json.dumps(notes, indent=2))
                     if not entry.resumed:  # else it took longer than this
                         took = {"seconds": round(own(), 3), **self.circumstances()}
-                        write_text(entry.partial / SECONDS, json.dumps(took, default=str))
+                        keep(entry.partial / SECONDS, took)
             self._results[job.stage, job.key] = job.read(entry.path)
         result: T = self._results[job.stage, job.key]
         return result

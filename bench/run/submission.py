@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from attacks.base import Knowledge
-from bench.data.decode import SUFFIXES, decode_image
+from bench.data.decode import SUFFIXES, decode_image, read_image_file
 from bench.errors import DataError, MissingError, UsageError
 from bench.files import sha256
 from bench.images import to_float
@@ -69,21 +69,33 @@ def read_submission(path: Path, count: int, size: int) -> Submission:
     if not path.exists():
         raise MissingError(f"--recovered {path} does not exist")
     if path.is_dir():
-        faces, digest, observed = _read_folder(path)
+        faces, digest, observed = _read_folder(path, count, size)
     elif path.suffix == ".npz":
         # Room for some more faces in double precision: then their number is what is wrong.
         faces, digest, observed = _read_file(path, most=2**26 + 4 * count * 3 * size**2 * 8)
     else:
         raise UsageError(f"--recovered {path}: give a folder of pictures, or an .npz file")
-    if len(faces) != count:
-        raise DataError(f"{path} holds {len(faces)} faces, the run has {count} victims: one for each, in their order")
-    if faces.shape[2:] != (size, size):
-        height, width = faces.shape[2:]
-        raise DataError(f"the faces of {path} are {height} x {width}, the run's {size} x {size}: resize them yourself")
+    _check_count(path, len(faces), count)
+    _check_size(path, faces, size)
     return Submission(faces, digest, observed)
 
 
-def _read_folder(folder: Path) -> tuple[Tensor, str, str | None]:
+def _check_count(path: Path, held: int, count: int) -> None:
+    if held != count:
+        raise DataError(f"{path} holds {held} faces, the run has {count} victims: one for each, in their order")
+
+
+def _check_size(path: Path, faces: Tensor, size: int) -> None:
+    height, width = faces.shape[-2:]
+    if (height, width) != (size, size):
+        raise DataError(f"the faces of {path} are {height} x {width}, the run's {size} x {size}: resize them yourself")
+
+
+#: Bytes of a note that are read: a digest, and what somebody's editor adds.
+_NOTE = 200
+
+
+def _read_folder(folder: Path, count: int, size: int) -> tuple[Tensor, str, str | None]:
     numbered: dict[int, Path] = {}
     for path in sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES):
         numbers = re.findall(r"\d+", path.stem)
@@ -98,17 +110,20 @@ def _read_folder(folder: Path) -> tuple[Tensor, str, str | None]:
     gaps = (number for number in range(min(*numbered, 1), max(numbered)) if number not in numbered)
     if (gap := next(gaps, None)) is not None:
         raise DataError(f"{folder} has no picture {gap}: numbers run on from 0 or 1, without gaps")
+    _check_count(folder, len(numbered), count)  # before so many are decoded
     faces, listed = [], hashlib.sha256()
     for _, path in sorted(numbered.items()):
         try:
-            faces.append(decode_image(path.read_bytes()))
+            encoded = read_image_file(path)
+            faces.append(decode_image(encoded))
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
-        if faces[-1].shape != faces[0].shape:
-            raise DataError(f"{path} is of another size than the pictures before it")
-        listed.update(f"{sha256(path)}  {path.name}\n".encode())
-    note = folder / "observed.txt"
-    observed = note.read_text(encoding="utf-8", errors="replace").strip() if note.is_file() else None
+        _check_size(path, faces[-1], size)
+        listed.update(f"{hashlib.sha256(encoded).hexdigest()}  {path.name}\n".encode(errors="surrogateescape"))
+    note, observed = folder / "observed.txt", None
+    if note.is_file():
+        with note.open("rb") as file:
+            observed = file.read(_NOTE).decode("utf-8", "replace").strip()
     return to_float(torch.stack(faces)), listed.hexdigest(), observed
 
 

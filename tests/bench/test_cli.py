@@ -15,10 +15,12 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from tiny_runs import registered
 
 from bench.cli import app
 from bench.commands.list import _version as version
 from bench.results import RunPlan
+from defenses.base import Defense
 
 
 def one_line(stderr):
@@ -502,3 +504,33 @@ def _pack(path):
     buffer = io.BytesIO()
     Image.new("RGB", (112, 112)).save(buffer, "JPEG")
     path.write_bytes(pickle.dumps(([buffer.getvalue()] * 4, [True, False])))
+
+
+class _Loud(Defense):
+    name, summary = "loud", "says what it does"
+
+    def __init__(self, options=None, *, image_size):
+        super().__init__(options, image_size=image_size)
+        print("loud is made")
+
+    representation_shape = property(lambda self: (3, self.image_size, self.image_size))
+
+    def transform(self, faces, state, generator):
+        return faces
+
+
+def test_what_a_plugin_prints_is_no_part_of_the_result(bench, photo):
+    with registered(_Loud):
+        code, out, told = bench("protect", photo, "--defense", "loud", "--out", "faces.npz", "--json")
+    assert (code, json.loads(out)["shape"]) == (0, [1, 3, 112, 112])
+    assert "loud is made" in told
+
+
+def test_a_plugin_cannot_end_the_process_as_if_all_were_well(bench, monkeypatch):
+    def leave(kind):
+        raise SystemExit(0)
+
+    monkeypatch.setattr("bench.commands.list._remembered", leave)
+    code, out, told = bench("list", "defenses")
+    assert (code, out) == (3, "")
+    assert "wanted to end the process (SystemExit: 0)" in told

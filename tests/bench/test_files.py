@@ -1,10 +1,11 @@
 """Files appear whole or not at all."""
 
 import hashlib
+import json
 
 import pytest
 
-from bench.files import new_folder, replacing, sha256, write_text
+from bench.files import keep, kept, new_folder, replacing, sha256, write_text
 
 
 def test_writes_and_replaces(tmp_path):
@@ -50,3 +51,22 @@ def test_sha256(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"abc" * 1000)
     assert sha256(path) == hashlib.sha256(b"abc" * 1000).hexdigest()
+
+
+def test_what_is_kept_is_had_back_whole_or_not_at_all(tmp_path):
+    path, content = tmp_path / "kept.json", {"seconds": 0.1, "names": ["ä", None], "deep": {"a": [1, float("inf")]}}
+    assert kept(path) is None
+    assert keep(path, content | {"place": tmp_path}) == kept(path) == content | {"place": str(tmp_path)}
+    whole = json.loads(path.read_text())
+    for damaged in (
+        whole | {"content": content | {"seconds": 0.2}},
+        whole | {"sha256": 5},
+        whole["content"],
+        [whole],
+        {"content": {}},
+    ):
+        path.write_text(json.dumps(damaged))
+        assert kept(path) is None
+    for text in ("", "cut sh", "[" * 10**5, '{"content": 1' + "0" * 5000):
+        path.write_text(text)
+        assert kept(path) is None

@@ -65,6 +65,42 @@ def test_a_broken_entry_point_is_one_line(monkeypatch, value, message):
         registry.get("third-party")
 
 
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("raise SystemExit(0)", r"cannot be imported: .*wanted to end the process \(SystemExit: 0\)"),
+        ("Mine.summary = 5", r"its summary: input should be a valid string \(got 5\)"),
+        ("Mine.name = '../outside'", r"cannot be called '../outside'"),
+        ("Mine.presets = [1]", "its presets: input should be a valid dictionary"),
+        ("Mine.Options = dict", "its Options: input should be a subclass of DefenseOptions"),
+        ("Mine.trainable = 'perhaps'", "its trainable: input should be a valid boolean"),
+        ("class Mine(Defense): pass", "does not define transform"),
+    ],
+)
+def test_a_plugin_that_is_none_is_named_with_what_it_lacks(monkeypatch, tmp_path, statement, message):
+    (tmp_path / "broken_plugin.py").write_text(
+        f"from defenses.base import Defense\nfrom defenses.none import Unprotected as Mine\n{statement}\n"
+        if statement.startswith(("raise", "class"))
+        else f"from defenses.none import Unprotected\nclass Mine(Unprotected): pass\n{statement}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint("third", "broken_plugin:Mine", group)])
+    try:
+        with pytest.raises(UsageError, match=message):
+            plugins._registry("defence", "defenses", "Defense").get("third")
+    finally:
+        sys.modules.pop("broken_plugin", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("none", "another defence has this name"), ("../x", "cannot be called '../x'")]
+)
+def test_a_name_that_cannot_be_one_is_refused(monkeypatch, name, message):
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint(name, "theirs:Mine", group)])
+    with pytest.raises(UsageError, match=message):
+        plugins._registry("defence", "defenses", "Defense")
+
+
 class Inner(BaseModel):
     depth: int = Field(2, ge=1, lt=9, description="How deep.")
 

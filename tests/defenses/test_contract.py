@@ -316,6 +316,7 @@ def test_too_small_an_image_is_refused(defense):
         (lambda faces: faces / 0, "careless made representations that are not finite"),
         (lambda faces: faces[:, :1], r"careless made representations \(2, 1, 24, 24\), it declares \(2, 3, 24, 24\)"),
         (lambda faces: faces[:1], r"careless made representations \(1, 3, 24, 24\)"),
+        (lambda faces: None, "careless made representations that are no tensor: NoneType"),
     ],
 )
 def test_a_careless_defence_is_named_and_harms_nobody(change, message):

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import BenchError
+from bench.files import keep
 from bench.run.launch import forget_peak, peak_bytes
 
 #: What one input may cost: seconds of a processor, and bytes beyond what the process holds anyway.
@@ -368,6 +369,28 @@ def tensors_header(data: bytes, rng: random.Random) -> bytes:
             meta["details"] = json_text(meta["details"].encode(), rng).decode("utf-8", "replace")
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+#: What a module of somebody else may do while it is imported, or while what it defines is used.
+_STATEMENTS = (
+    *("raise SystemExit(0)", "raise SystemExit", "raise KeyError", "raise ValueError", "raise RuntimeError('a\\nb')"),
+    *("print('printed')", "import sys; sys.stdout.write('written')", "import no_such_module", "1 / 0", "def f(:", "\0"),
+    *("name = None", "name = '../../owned'", "name = ''", "summary = 5", "reference = None", "level = 'x'"),
+    *("Options = dict", "Options = 3", "presets = [1]", "presets = {'cpu': 2}", "budgets = 1", "needs = 'all'"),
+    *("weakened = 1", "trainable = 'no'", "del Defense", "Defense = object", "Mine = 3", "Network = None"),
+    *("def transform(self): pass", "def __init__(self): pass", "representation_shape = None", "return", "yield 1"),
+    *("f = lambda: f()\nf()", "import sys; sys.exit('bye')", "class Mine: pass", "raise NotImplementedError"),
+)
+
+
+def python_text(data: bytes, rng: random.Random) -> bytes:
+    """A module with one more line, or without one."""
+    lines = data.decode().splitlines()
+    number = rng.randrange(len(lines))
+    indent = lines[number][: len(lines[number]) - len(lines[number].lstrip())]
+    more = [indent + line for line in rng.choice(_STATEMENTS).splitlines()]
+    lines[number : number + (rng.random() < 0.3)] = more
+    return "\n".join(lines).encode()
 
 
 def array_header(data: bytes, rng: random.Random) -> bytes:
@@ -754,6 +777,41 @@ def _read_archive(folder: Path, out: Path) -> None:
     bench(folder, "runs", "runs")
 
 
+def _read_table(folder: Path, out: Path) -> None:
+    bench(folder, "table", "paper-partialface-recovery", "runs", "--format", "csv", "--out", str(out / "table.csv"))
+
+
+def _resolved(folder: Path) -> None:
+    """A run that `bench explain`, `observe`, `score` and `export` open: its configuration is one of today's."""
+    from run_folders import write_run
+
+    from bench.run.config import resolve
+    from bench.run.observe import Exports
+
+    run = write_run(folder / "runs" / "a", samples=False)
+    for table in run.glob("*.parquet"):  # of which others see to the damage
+        table.unlink()
+    given = {"defense": "partialface", "attack": "unet", "preset": "quick", "device": "cpu", "image_size": 64}
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"] = resolve(given, {}).model_dump(mode="json")
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "observed.json").write_text(Exports(observed=("ab" * 32,)).model_dump_json())
+
+
+class _Opened(Exception):
+    """All that lies in a run's folder was read."""
+
+
+def _read_opened(folder: Path, out: Path) -> None:
+    """As `bench explain`, `observe` and `score` do, up to where the stages of the run are made again."""
+    from bench.run.observe import Exports, opened
+    from bench.run.pipeline import Pipeline
+
+    Exports.of(folder / "runs" / "a")
+    with patch.object(Pipeline, "attack_stages", side_effect=_Opened), contextlib.suppress(_Opened):
+        opened(folder / "runs" / "a")
+
+
 def _read_report(folder: Path, out: Path) -> None:
     bench(folder, "report", "runs/a", "--out", str(out / "report"))
 
@@ -890,9 +948,128 @@ def _read_trained(folder: Path, out: Path) -> None:
         raise BenchError(learnt["error"])
 
 
+_PLUGIN = """
+import torch
+from pydantic import Field
+from torch import nn
+from attacks.base import RecoveryAttack, FitReport
+from defenses.base import Defense, DefenseOptions
+
+class Options(DefenseOptions):
+    amount: int = Field(3, ge=1, description="How much.")
+
+class Mine(Defense):
+    name = "mine"
+    summary = "mine alone"
+    Options = Options
+    presets = {"cpu": {"amount": 2}}
+
+    def __init__(self, options, *, image_size):
+        super().__init__(options, image_size=image_size)
+        self.amount = options.amount
+
+    @property
+    def representation_shape(self):
+        return (3, self.image_size, self.image_size)
+
+    def transform(self, faces, state, generator):
+        return faces / self.amount
+
+class Theirs(RecoveryAttack):
+    name = "theirs"
+    summary = "theirs alone"
+
+    def build(self, adversary):
+        pass
+
+    def fit(self, adversary):
+        return FitReport()
+
+    def run(self, observation):
+        return observation.representations[:, 0]
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, faces):
+        return self.layer(faces.mean(dim=(2, 3)))
+"""
+
+
+def _plugged(folder: Path) -> None:
+    about = folder / "mine-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    kinds = {"defenses": ("mine", "Mine"), "attacks": ("theirs", "Theirs"), "recognisers": ("net", "Network")}
+    groups = (f"[bench.{kind}]\n{name} = hostile_plugin:{what}\n" for kind, (name, what) in kinds.items())
+    (about / "entry_points.txt").write_text("\n".join(groups))
+    (folder / "hostile_plugin.py").write_text(_PLUGIN)
+
+
+def _read_plugins(folder: Path, out: Path) -> None:
+    """As lists and runs do, of the package in this folder alone."""
+    from importlib import metadata
+
+    from bench import plugins
+    from bench.commands import console, list
+
+    def entry_points(group: str) -> Any:
+        found = (dist.entry_points.select(group=group) for dist in metadata.distributions(path=[str(folder)]))
+        return [entry for entries in found for entry in entries]
+
+    kinds = (plugins.defenses, plugins.attacks, plugins.recognisers)
+    with patch.object(plugins, "entry_points", entry_points), patch.object(sys, "path", [str(folder), *sys.path]):
+        try:
+            for kind in kinds:
+                kind.cache_clear()
+            console.Command("list", callback=lambda: _use_plugins(list)).main([], standalone_mode=False)
+        finally:
+            sys.modules.pop("hostile_plugin", None)
+            for kind in kinds:
+                kind.cache_clear()
+
+
+def _use_plugins(listing: Any) -> None:
+    from bench import plugins
+
+    for name in sorted({*plugins.defenses()} - _builtin("defenses")):
+        listing._entry(listing._defense(plugins.defenses().get(name)))
+        plugins.make_defense(name, {}, "cpu", 16)
+    for name in sorted({*plugins.attacks()} - _builtin("attacks")):
+        listing._entry(listing._plugin(plugins.attacks().get(name)))
+        plugins.make_attack(name, {}, "cpu")
+    for name in plugins.recognisers():
+        plugins.recognisers().get(name)
+
+
+@functools.cache
+def _builtin(package: str) -> set[str]:
+    import importlib
+    import pkgutil
+
+    modules = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    return {module.name.replace("_", "-") for module in modules}
+
+
 def _submitted(folder: Path) -> None:
     faces = np.random.default_rng(0).random((4, 3, 8, 8), dtype=np.float32)
     np.savez_compressed(folder / "faces.npz", faces=faces, observed=np.array("ab" * 32))
+
+
+def _pictured(folder: Path) -> None:
+    from small_sets import picture
+
+    for number in range(4):
+        (folder / f"face_{number}.jpg").write_bytes(picture(0, number, 16))
+    (folder / "observed.txt").write_text("ab" * 32)
+
+
+def _read_pictures(folder: Path, out: Path) -> None:
+    from bench.run.submission import read_submission
+
+    read_submission(folder, 4, 16)
 
 
 def _read_submission(folder: Path, out: Path) -> None:
@@ -926,6 +1103,62 @@ def _read_cached(folder: Path, out: Path) -> None:
             pass
 
 
+@functools.cache
+def _planned(folder: Path) -> Any:
+    """A run of faces on disk, which stand for any."""
+    from rich.console import Console
+
+    from bench.run.config import resolve
+    from bench.run.pipeline import Pipeline
+
+    given = {"defense": "blur", "attack": "unet", "preset": "quick", "device": "cpu", "utility": False}
+    given |= {"dataset": "folder", "data_root": str(folder / "faces"), "out": str(folder), "image_size": 32}
+    return Pipeline(resolve(given, {}), console=Console(quiet=True))
+
+
+#: Of the parts of these faces.
+_SIZES = {"provider": 19, "public": 5, "evaluator": 4, "victims": 4}
+
+
+def _noted(folder: Path) -> None:
+    """What plans and lists go by: what was found in data, what stages took, and a list."""
+    from small_sets import people, write_folder
+
+    from bench.commands import list
+    from bench.run.provider import Stages
+
+    write_folder(folder / "faces", people(16, 2, 32))
+    stages = _planned(folder).attack_stages().stages
+    with patch.object(Stages, "_note", lambda stages: folder / "cache" / "found-k.json"):
+        assert stages.found["excluded"] is not None
+    assert stages.sizes() == _SIZES
+    (folder / "cache" / "attack-unet-blur-k").mkdir()
+    keep(folder / "cache" / "attack-unet-blur-k" / "seconds.json", {"seconds": 2.0, **stages.circumstances()})
+    with patch.object(list, "_version", lambda root: "k"), patch.dict(os.environ, BENCH_CACHE=str(folder)):
+        list._remembered("heads")
+
+
+def _read_notes(folder: Path, out: Path) -> None:
+    """What is damaged is as if it were not there."""
+    from bench.commands import list
+    from bench.run.plan import Timings
+    from bench.run.provider import Stages
+
+    stages = _planned(folder).attack_stages().stages
+    with patch.object(Stages, "_note", lambda stages: folder / "cache" / "found-k.json"):
+        recalled = stages.recall()
+    assert stages.sizes() == (_SIZES if recalled else {})
+    job = SimpleNamespace(stage="attack-unet-blur")
+    step: Any = SimpleNamespace(job=job, kind="attack-unet-", attack=SimpleNamespace(name="unet"))
+    assert Timings(stages).estimate(step) in ((2.0, None) if recalled else (None,))
+    with (
+        patch.object(list, "_version", lambda root: "k"),
+        patch.object(list, "entry_points", lambda group: ()),
+        patch.dict(os.environ, BENCH_CACHE=str(folder)),
+    ):
+        assert list._remembered("heads") == list.catalogue("heads")
+
+
 _JSON = {".json": json_text, ".jsonl": json_lines}
 _RUN = {**_JSON, ".parquet": table_values}
 
@@ -944,7 +1177,10 @@ READERS: dict[str, Reader] = {
     "exported": Reader(_exported, ("*.pt2",), _read_recogniser, {".pt2": zip_member}, alone=True),
     "resumed": Reader(_trained, ("*/*.safetensors", "*/*/*"), _read_trained, {".safetensors": tensors_header}),
     "cache": Reader(_cached, ("*/*",), _read_cached, {".safetensors": tensors_header, **_JSON}),
+    "notes": Reader(_noted, ("cache/*.json", "cache/*/*", "lists/*"), _read_notes, _JSON),
     "run": Reader(_run, _RUN_FILES, _read_archive, _RUN),
+    "table": Reader(_shown, ("runs/a/*.json", "runs/a/*.parquet"), _read_table, _RUN),
+    "opened": Reader(_resolved, ("runs/a/*.json",), _read_opened, _JSON),
     "report": Reader(_run, _RUN_FILES, _read_report, _RUN, drawn=40),
     "leaderboard": Reader(_run, _RUN_FILES, _read_leaderboard, _RUN, drawn=40),
     "view": Reader(_shown, _RUN_FILES, _read_view, _RUN, drawn=40),
@@ -952,6 +1188,8 @@ READERS: dict[str, Reader] = {
     "timed": Reader(_timed, ("*.json",), _read_timed, _JSON),
     "toml": Reader(_config, ("*.toml",), _read_config, {".toml": toml_text}),
     "sweep": Reader(_swept, ("sweeps/*/sweep.json",), _read_sweep, _JSON),
+    "plugin": Reader(_plugged, ("*.py", "*/*"), _read_plugins, {".py": python_text, ".txt": words_text}),
+    "recovered": Reader(_pictured, ("*",), _read_pictures, {}, memory=2**27),
     "submission": Reader(_submitted, ("*.npz",), _read_submission, {".npz": array_header}, memory=2**27),
 }  # fmt: skip
 
@@ -1115,7 +1353,7 @@ class Trial:
         if problem is None and held is not None and most is not None and most - held > self.reader.memory:
             problem = f"{(most - held) / 2**20:.0f} MiB"
         strays = {file for file in _tree(self.root) - before if not Path(file).is_relative_to(out)}
-        allowed = inputs if self.name in ("cache", "sweep") else None
+        allowed = inputs if self.name in ("cache", "notes", "sweep") else None
         strays = {file for file in strays if allowed is None or not Path(file).is_relative_to(allowed)}
         if problem is None and strays:
             problem = f"wrote {', '.join(sorted(strays))}"

@@ -12,12 +12,11 @@ from tiny_runs import TINY_UNET
 
 from attacks.base import Adversary, Capability, FitReport, Observation
 from bench import plugins
-from bench.errors import BenchError, UsageError
+from bench.errors import BenchError, UsageError, failing_as
 from bench.files import sha256
 from bench.results import read_result
 from bench.run.attack_config import check_attack, check_coverage
 from bench.run.attacker import AttackStages
-from bench.run.provider import failing_as
 from bench.run.sources import DataSet
 
 TINY = {"defense": "partialface", "attack": "unet", "attack_options": TINY_UNET}
@@ -144,6 +143,7 @@ def test_a_limited_run_works_and_says_so(tmp_path):
     [
         (BenchError("the loss is not finite"), "error", "the loss is not finite"),
         (KeyboardInterrupt(), "cancelled", "KeyboardInterrupt"),
+        (SystemExit(0), "error", "a plug-in or a library wanted to end the process (SystemExit: 0)"),
     ],
 )
 def test_a_run_that_does_not_end_leaves_a_result_that_says_so(tmp_path, monkeypatch, error, status, message):
@@ -152,7 +152,7 @@ def test_a_run_that_does_not_end_leaves_a_result_that_says_so(tmp_path, monkeypa
 
     monkeypatch.setattr(DataSet, "load", explode)
     cell = pipeline(tmp_path)
-    with pytest.raises(type(error)):
+    with pytest.raises(BenchError if isinstance(error, SystemExit) else type(error)):
         cell.run()
     result = read_result(cell.directory)
     assert (result.status, result.error) == (status, message)
@@ -164,6 +164,8 @@ def test_a_plugin_that_gives_up_is_named():
         raise FloatingPointError("the loss became nan at step 3")
     with pytest.raises(TypeError), failing_as("attack x"):  # a bug stays a bug
         raise TypeError
+    with pytest.raises(BenchError, match=r"attack x: .*wanted to end the process"), failing_as("attack x"):
+        raise SystemExit(0)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from small_sets import people, picture, write_folder
 
 from bench.errors import MissingError
+from bench.files import kept
 from bench.recognition import training
 from bench.run import plan as plan_module
 from bench.run import provider, sources
@@ -56,7 +57,7 @@ def run(out):
 def taken(cache):
     """Stage -> the seconds that were stored with it."""
     files = cache.glob(f"*/{SECONDS}")
-    return {file.parent.name.rpartition("-")[0]: json.loads(file.read_bytes())["seconds"] for file in files}
+    return {file.parent.name.rpartition("-")[0]: kept(file)["seconds"] for file in files}
 
 
 def estimates(plan):

@@ -157,7 +157,7 @@ def test_pictures_in_a_folder(finished, observed, tmp_path):
     Image.fromarray(pixels[:16]).save(mine / "nameless.png")
     (mine / "nameless.png").rename(mine / "4.png")
     (mine / "set2-face_4.png").unlink()
-    with pytest.raises(DataError, match="another size"):
+    with pytest.raises(DataError, match=r"4\.png are 16 x 32, the run's 32 x 32"):
         score(mine, folder)
 
 
@@ -245,3 +245,18 @@ def test_other_judges_than_the_runs_are_noticed(finished, submitted):
             score(submitted(faces=faces.numpy()), folder)
     finally:
         file.write_text(before)
+
+
+def test_a_folder_of_pictures_is_read_no_further_than_what_the_run_needs(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
+    (tmp_path / "observed.txt").write_text("ab" * 32 + "\n" + " " * 10**6 + "c")
+    with pytest.raises(DataError, match="holds 4 faces, the run has 3 victims"):
+        read_submission(tmp_path, 3, 8)  # and no word of what cannot be decoded
+    for number in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    assert read_submission(tmp_path, 4, 8).observed == "ab" * 32
+    (tmp_path / "3.png").unlink()
+    (tmp_path / "3.png").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(DataError, match=r"3\.png: not a regular file"):
+        read_submission(tmp_path, 4, 8)
