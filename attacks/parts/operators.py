@@ -9,6 +9,7 @@ occurred once (Good, *The Population Frequencies of Species*, Biometrika 40, 195
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -435,39 +436,25 @@ class _Matrix:
 
 
 @dataclass(frozen=True, eq=False)
-class _Cleaned:
-    """An operator without the directions of a nuisance."""
+class _Mapped:
+    """An operator whose values go through a map that is its own adjoint."""
 
     inner: LinearOperator
-    nuisance: Tensor
+    through: Callable[[Tensor], Tensor]
 
     @property
     def offset(self) -> Tensor:
-        return _without(self.nuisance, self.inner.offset[None])[0]
+        return self.through(self.inner.offset[None])[0]
 
     def __call__(self, faces: Tensor) -> Tensor:
-        return _without(self.nuisance, self.inner(faces))
+        return self.through(self.inner(faces))
 
     def adjoint(self, representation: Tensor) -> Tensor:
-        return self.inner.adjoint(_without(self.nuisance, representation))
+        return self.inner.adjoint(self.through(representation))
 
 
-@dataclass(frozen=True, eq=False)
-class Whitened:
+class Whitened(_Mapped):
     """An operator whose values go through a whitening."""
-
-    inner: LinearOperator
-    whitening: Whitening
-
-    @property
-    def offset(self) -> Tensor:
-        return self.whitening(self.inner.offset[None])[0]
-
-    def __call__(self, faces: Tensor) -> Tensor:
-        return self.whitening(self.inner(faces))
-
-    def adjoint(self, representation: Tensor) -> Tensor:
-        return self.inner.adjoint(self.whitening(representation))
 
 
 @dataclass(frozen=True, eq=False)
@@ -541,7 +528,7 @@ def _found(mechanism: Defense) -> LinearMaps:
     graphs: OrderedDict[Any, tuple[Tensor, ...]] = OrderedDict()
     operators = [_operator(pins, draw, mean, graphs) for draw, mean in zip(draws, means, strict=True)]
     if nuisance is not None:
-        operators = [_Cleaned(operator, nuisance) for operator in operators]
+        operators = [_Mapped(operator, functools.partial(_without, nuisance)) for operator in operators]
         details["offset_directions"] = len(nuisance)
 
     def anew(generator: torch.Generator) -> tuple[int, torch.Generator]:
