@@ -27,19 +27,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import psutil
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from bench.errors import DataError, MissingError
 from bench.errors import shown as shown
 from bench.files import decode_text
 from bench.progress import Report, no_report
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -94,7 +95,12 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 #: An encoded image, uint8 (bytes,), or why its bytes cannot be had.
-Encoded = Tensor | ImageError
+Encoded = NDArray[np.uint8] | ImageError
+
+
+def in_array(data: bytes) -> NDArray[np.uint8]:
+    """An encoded image, uint8 (bytes,), that may be written to: torch warns of one that may not."""
+    return np.frombuffer(bytearray(data), dtype=np.uint8)
 
 
 def whole_number(text: str) -> int | None:
@@ -231,6 +237,8 @@ def decode_image(
     Raises:
         ImageError: damaged, unknown format, or beyond the limits.
     """
+    import torch  # here and below: whoever reads headers alone does without
+
     return torch.from_numpy(_pixels(data, image_size, crop, limits).transpose(2, 0, 1).copy())
 
 
@@ -279,6 +287,7 @@ def _native_decoder() -> Callable[[Tensor, int, bool], Tensor] | None:
     Looked for when the first image is decoded: torchvision takes as long to import as torch.
     """
     with contextlib.suppress(ImportError, AttributeError, RuntimeError):
+        import torch
         import torchvision.io  # noqa: F401 - registers the operator
 
         # The operator itself: the function around it costs a tenth of the decoding and warns at each call.
@@ -320,6 +329,8 @@ def decode_batch(
     Returns:
         uint8 (N, 3, size, size), and why images could not be decoded, by their number; those are left black.
     """
+    import torch
+
     images = torch.empty(len(encoded), 3, size, size, dtype=torch.uint8)
     target, failed = images.numpy(), {}
     native = None if exact or crop != 1 else _native_decoder()
@@ -328,13 +339,13 @@ def decode_batch(
         try:
             if isinstance(data, ImageError):
                 raise data
-            view = data.numpy().data
+            view = data.data
             if not header or bytes(view[: len(header)]) != header:
                 header = plain_header(view, size)
             if header and native is not None and len(view) <= limits.max_bytes:
                 # What this cannot decode goes the long way, which says why, or makes do with it as everywhere else.
                 with contextlib.suppress(RuntimeError):
-                    target[i] = native(data, _RGB, False).numpy()
+                    target[i] = native(torch.from_numpy(data), _RGB, False).numpy()
                     continue
             target[i] = _pixels(bytes(view), size, crop, limits).transpose(2, 0, 1)
         except ImageError as error:
@@ -362,6 +373,8 @@ def decode_all(
     Raises:
         DataError: the set does not fit into memory, or cannot be read.
     """
+    import torch
+
     count, available = len(rows), psutil.virtual_memory().available
     if (needed := count * 3 * size * size) > 0.9 * available:
         raise DataError(

@@ -10,17 +10,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from bench.data.base import Contents, Faces, Skipped
 from bench.data.decode import Encoded, ImageError, decode_all, decode_batch, shown
-from bench.data.faces import Contents, Faces, FaceSet, PairProtocol, Skipped, Source
+from bench.data.pairs import PairRows
 from bench.errors import DataError
 from bench.progress import Report, no_report
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bench.data.faces import FaceSet, Source
 
 OnError = Literal["refuse", "skip"]
 
@@ -41,9 +45,10 @@ class Batch(NamedTuple):
     skipped: tuple[Skipped, ...] = ()
 
 
-def in_tensor(data: bytes) -> Tensor:
-    """An encoded image, uint8 (bytes,). ``torch.tensor`` would look at each byte, which takes longer than decoding."""
-    return torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8))
+def _batch(images: Tensor, labels: NDArray[np.int32], rows: NDArray[np.int64], skipped: tuple[Skipped, ...]) -> Batch:
+    import torch  # here: whoever looks at an index alone does without
+
+    return Batch(images, torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(rows), skipped)
 
 
 class EncodedSource(ABC):
@@ -60,7 +65,7 @@ class EncodedSource(ABC):
 
     notes: tuple[str, ...] = ()
     guessed: str | None = None
-    pairs: PairProtocol | None = None
+    pairs: PairRows | None = None
     pairs_file: Path | None = None
 
     def __init__(
@@ -125,7 +130,7 @@ class EncodedSource(ABC):
         (data,) = self.encoded(np.array([row]))
         if isinstance(data, ImageError):
             raise data
-        return data.numpy().tobytes()
+        return data.tobytes()
 
     def read(self, rows: NDArray[np.int64]) -> Batch:
         """Read and decode the images ``rows`` (N,).
@@ -136,8 +141,7 @@ class EncodedSource(ABC):
         images, failed = decode_batch(self.encoded(rows), self.image_size, crop=self.crop, exact=self.exact)
         skipped = self.skip(rows, failed)
         kept = np.delete(np.arange(len(rows)), list(failed)) if failed else slice(None)
-        labels = torch.from_numpy(self.labels[rows][kept].astype(np.int64))
-        return Batch(images[kept], labels, torch.from_numpy(rows[kept]), skipped)
+        return _batch(images[kept], self.labels[rows][kept], rows[kept], skipped)
 
     def skip(self, rows: NDArray[np.int64], failed: dict[int, str]) -> tuple[Skipped, ...]:
         """List what could not be decoded, by its place in ``rows``.
@@ -195,21 +199,19 @@ class IdentityView(Faces):
         """As the source does, with the labels of the view."""
         read = self.source.read(self.rows[rows])
         back = np.searchsorted(self.rows, read.rows.numpy())
-        labels = torch.from_numpy(self.labels[back].astype(np.int64))
-        return Batch(read.images, labels, torch.from_numpy(back), read.skipped)
+        return _batch(read.images, self.labels[back], back, read.skipped)
 
-    def of_identities(self, identities: Tensor) -> Self:
-        wanted = identities.numpy()
-        if len(np.unique(wanted)) < len(wanted):
+    def of_identities(self, identities: NDArray[np.integer]) -> Self:
+        if len(np.unique(identities)) < len(identities):
             raise ValueError("an identity is chosen twice")
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < self.identities:
+        if len(identities) and not 0 <= identities.min() <= identities.max() < self.identities:
             raise ValueError(f"identities must be labels of this set, 0 to {self.identities - 1}")
         lookup = np.full(self.identities, -1, dtype=np.int32)
-        lookup[wanted] = np.arange(len(wanted), dtype=np.int32)
+        lookup[identities] = np.arange(len(identities), dtype=np.int32)
         labels = lookup[self.labels]
         kept = labels >= 0
         contents = None if self.contents is None else self.contents.where_true(kept)
-        return type(self)(self.source, self.chosen[wanted], self.rows[kept], labels[kept], contents)
+        return type(self)(self.source, self.chosen[identities], self.rows[kept], labels[kept], contents)
 
     def where_true(self, kept: NDArray[np.bool_]) -> Self:
         contents = None if self.contents is None else self.contents.where_true(kept)
@@ -246,6 +248,10 @@ class IdentityView(Faces):
         return self._in_memory(*self.decode(report))
 
     def _in_memory(self, images: Tensor, failed: dict[int, str]) -> FaceSet:
+        import torch
+
+        from bench.data.faces import FaceSet
+
         skipped = self.skipped + self.source.skip(self.rows, failed)
         labels = torch.from_numpy(np.delete(self.labels, list(failed)).astype(np.int64))
         return FaceSet(images, labels, tuple(map(self.name, range(self.identities))), skipped)
@@ -265,7 +271,7 @@ class OpenedSet:
 
     faces: IdentityView
     victims: IdentityView | None = None
-    pairs: PairProtocol | None = None
+    pairs: PairRows | None = None
     details: dict[str, str | int | float] = field(default_factory=dict)
 
     def decoded(
@@ -282,14 +288,17 @@ class OpenedSet:
             DataError: a damaged file, what does not fit into memory, an image that a pair needs and that cannot be
                 decoded, or too few people left.
         """
+        from bench.data.faces import PairProtocol, Source
+
         if part == "faces":
             return replace(self, victims=None, pairs=None).decoded(name, stream=stream, report=report)
         stream = (stream and part == "everything") or (part == "victims" and self.victims is not None)
         before = 0 if self.victims is None else len(self.victims)
         total = before + (0 if stream else len(self.faces))
-        victims, pairs = self._verification(lambda done, _: report(done, total))
+        victims, rows = self._verification(lambda done, _: report(done, total))
         faces = self.faces if stream else self._people(lambda done, _: report(before + done, total))
         notes = (*self.faces.source.notes, *(self.victims.source.notes if self.victims is not None else ()))
+        pairs = None if rows is None else PairProtocol.of(rows)
         return Source(name, faces, victims, pairs, details=self.details, notes=tuple(dict.fromkeys(notes)))
 
     def _people(self, report: Report) -> FaceSet:
@@ -311,21 +320,21 @@ class OpenedSet:
                 f"{path} leaves {len(faces)} usable images of {len(present)} identities ({len(faces.skipped)} images "
                 "skipped), at least 2 identities are needed to learn from"
             )
-        return replace(faces.of_identities(torch.from_numpy(present)), skipped=faces.skipped)
+        return replace(faces.of_identities(present), skipped=faces.skipped)
 
-    def _verification(self, report: Report) -> tuple[FaceSet | None, PairProtocol | None]:
+    def _verification(self, report: Report) -> tuple[FaceSet | None, PairRows | None]:
         if self.victims is None or self.pairs is None:
             return None, None
         view = replace(self.victims, source=self.victims.source.reading("skip"))
         images, failed = view.decode(report)
         position = np.full(len(view), -1, dtype=np.int64)
         position[np.delete(np.arange(len(view)), list(failed))] = np.arange(len(images))
-        ends = torch.stack((self.pairs.first, self.pairs.second), dim=1).numpy()
+        ends = np.stack((self.pairs.first, self.pairs.second), axis=1)
         lost = np.argwhere(position[ends] < 0)
         if len(lost):
             number, row = int(lost[0, 0]), int(ends[tuple(lost[0])])
             raise DataError(
                 f"{view.source.where_pair(number)} needs {view.where(row)}, which cannot be used: {failed[row]}"
             )
-        first, second = torch.from_numpy(position[ends].T.copy())
+        first, second = position[ends].T
         return view._in_memory(images, failed), replace(self.pairs, first=first, second=second)

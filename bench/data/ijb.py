@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from bench.data.decode import Encoded, ImageError, decode_image, read_image_file, readable, shown
-from bench.data.encoded import EncodedSource, in_tensor
+from bench.data.decode import Encoded, ImageError, decode_image, in_array, read_image_file, readable, shown
+from bench.data.encoded import EncodedSource
 from bench.errors import DataError, MissingError, first_line
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class JanusImages(EncodedSource):
                 data = read_image_file(self.path / self._files[row])
                 if self._landmarks is not None:
                     data = aligned(data, self._landmarks[row])
-                encoded.append(in_tensor(data))
+                encoded.append(in_array(data))
             except ImageError as error:
                 encoded.append(error)
         return encoded

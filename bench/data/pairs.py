@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bench.data.decode import read_text, shown, whole_number
-from bench.data.faces import PairProtocol
 from bench.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from bench.data.faces import PairProtocol
+
+
+@dataclass(frozen=True, slots=True)
+class PairRows:
+    """Verification pairs of images on disk: ``first[i]`` against ``second[i]``, rows of a source, int64 (P,).
+
+    ``same`` says where both are of one person, bool (P,); ``fold`` int64 (P,) counts 0..F-1.
+    """
+
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
+    same: NDArray[np.bool_]
+    fold: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +152,10 @@ def draw_pairs(labels: Tensor, generator: torch.Generator, *, folds: int = 10, p
     Raises:
         DataError: not even two folds can be filled.
     """
+    import torch
+
+    from bench.data.faces import PairProtocol
+
     draws = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
     values = labels.numpy()
     ends_of = np.unique(values, return_counts=True)[1].cumsum()
@@ -158,8 +179,8 @@ def draw_pairs(labels: Tensor, generator: torch.Generator, *, folds: int = 10, p
         ends += [genuine, impostor]
         same.append(np.repeat([True, False], len(impostor)))
         fold.append(np.full(2 * len(impostor), number))
-    first, second = torch.from_numpy(np.concatenate(ends).T.copy())
-    return PairProtocol(first, second, torch.from_numpy(np.concatenate(same)), torch.from_numpy(np.concatenate(fold)))
+    first, second = np.concatenate(ends).T
+    return PairProtocol.of(PairRows(first, second, np.concatenate(same), np.concatenate(fold)))
 
 
 def _genuine(people: list[NDArray[np.int64]], quota: int, draws: np.random.Generator) -> NDArray[np.int64]:

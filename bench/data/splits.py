@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from bench.data.base import Contents, Faces, Skipped, components
 from bench.data.encoded import IdentityView
-from bench.data.faces import Contents, Faces, FaceSet, PairProtocol, Skipped, Source, components
+from bench.data.faces import FaceSet, PairProtocol, Source
 from bench.data.loaders import MAIN, ROLES
 from bench.data.pairs import draw_pairs
 from bench.errors import DataError, UsageError
@@ -61,7 +62,7 @@ def whole_identities(faces: F, budget: float, generator: torch.Generator) -> F:
     count = max(int((costs <= limit + 1e-6).sum()), min(_LEAST_IDENTITIES, len(people)))
     if count == len(people):
         return faces
-    return faces.of_identities(order[:count].sort().values)
+    return faces.of_identities(order[:count].sort().values.numpy())
 
 
 def telling_name(name: str) -> str | None:
@@ -420,7 +421,7 @@ def _place(
             + _WAY_OUT.get(role, "")
         )
     for name, identities in _deal(images_of, counts, generator).items():
-        placed.parts[name], placed.origins[name] = faces.of_identities(identities), role
+        placed.parts[name], placed.origins[name] = faces.of_identities(identities.numpy()), role
 
 
 #: How the parts are called where somebody is in two of them, and why a person of another data set is then left out.
@@ -452,7 +453,7 @@ def _victims(placed: _Placed, source: Source, generator: torch.Generator) -> Pai
     victims = placed.parts["victims"]
     assert isinstance(victims, FaceSet)
     if source.victims is not None:
-        victims = victims.of_identities(torch.unique(victims.labels))  # same order, hence same pairs
+        victims = victims.of_identities(np.unique(victims.labels))  # same order, hence same pairs
     if source.pairs is not None:
         victims, pairs, copies, said = _official(victims, source.pairs)
         placed.notes += said

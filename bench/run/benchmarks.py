@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from attacks.base import Adversary, Knowledge, Observation, RecoveryAttack
 from bench import __version__
-from bench.data.decode import AT_ONCE, by_threads, decode_batch, decode_image, workers
+from bench.data.decode import AT_ONCE, by_threads, decode_batch, decode_image, in_array, workers
 from bench.data.faces import FaceSet
 from bench.data.synthetic import SyntheticOptions, load_synthetic
 from bench.images import ssim, to_float
@@ -406,7 +406,7 @@ def _decode(machine: _Machine) -> dict[str, Any]:
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
         whole.append(buffer.getvalue())
     # A set is many times what a thread takes at once; of a batch, starting threads is a part.
-    encoded = _DECODED // len(whole) * [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in whole]
+    encoded = _DECODED // len(whole) * [in_array(data) for data in whole]
     parts = [encoded[start : start + AT_ONCE] for start in range(0, len(encoded), AT_ONCE)]
     return machine.compare(
         lambda: list(by_threads(lambda part: decode_batch(part, _SIZE), parts, workers())),

@@ -15,7 +15,8 @@ import numpy as np
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
-from bench.data.faces import Faces, FaceSet, PairProtocol, Source
+from bench.data.base import Faces
+from bench.data.faces import FaceSet, PairProtocol, Source
 from bench.data.loaders import DATASETS, MAIN, load, parse_options
 from bench.data.sources.webdataset import find_shards
 from bench.data.stream.scan import Scan, scan

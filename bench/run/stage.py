@@ -41,7 +41,7 @@ CODE: Mapping[str, tuple[str, ...]] = {
         "bench.data.sources",
         "bench.data.verification_pack",
     ),
-    "split": ("bench.data.splits", "bench.data.faces", "bench.data.pairs"),
+    "split": ("bench.data.splits", "bench.data.base", "bench.data.faces", "bench.data.pairs"),
     "recogniser": (
         "bench.nets",
         "bench.recognition.graphs",

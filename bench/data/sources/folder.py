@@ -14,15 +14,14 @@ from difflib import get_close_matches
 from pathlib import Path, PurePath
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
-from bench.data.decode import SUFFIXES, Encoded, ImageError, open_image, read_image_file, shown
-from bench.data.encoded import EncodedSource, IdentityView, OpenedSet, in_tensor
-from bench.data.faces import PairProtocol, Skipped
+from bench.data.base import Skipped
+from bench.data.decode import SUFFIXES, Encoded, ImageError, in_array, open_image, read_image_file, shown
+from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
 from bench.data.loaders import Dataset
-from bench.data.pairs import NamedPair, PairList, read_pairs
+from bench.data.pairs import NamedPair, PairList, PairRows, read_pairs
 from bench.errors import DataError, MissingError
 
 PAIRS = "pairs.txt"
@@ -109,9 +108,8 @@ class FolderSource(EncodedSource):
         self.pairs_file = pairs_file
         self.listed = None if pairs_file is None else read_pairs(pairs_file)
         if self.listed is not None:
-            first, second = torch.from_numpy(self._locate(self.listed).T.copy())
-            same, fold = torch.from_numpy(self.listed.same), torch.from_numpy(self.listed.fold)
-            self.pairs = PairProtocol(first, second, same, fold)
+            first, second = self._locate(self.listed).T
+            self.pairs = PairRows(first, second, self.listed.same, self.listed.fold)
 
     def name(self, label: int) -> str:
         return shown(self._names[label])
@@ -133,7 +131,7 @@ class FolderSource(EncodedSource):
         encoded: list[Encoded] = []
         for row in rows.tolist():
             try:
-                encoded.append(in_tensor(read_image_file(self.file(row))))
+                encoded.append(in_array(read_image_file(self.file(row))))
             except ImageError as error:
                 encoded.append(error)
         return encoded
@@ -188,15 +186,15 @@ class FolderSource(EncodedSource):
         everyone = IdentityView.everything(self)
         if self.pairs is None:
             return OpenedSet(everyone)
-        ends = torch.stack((self.pairs.first, self.pairs.second)).numpy()
+        ends = np.stack((self.pairs.first, self.pairs.second))
         wanted = np.unique(self.labels[ends])
         if (others := self.identities - len(wanted)) < 2:
             raise DataError(
                 f"{shown(self.pairs_file)} names all but {others} of the people in {shown(self.path)}: at least 2 "
                 "others are needed to learn from (use_pairs=false splits everyone by seed instead)"
             )
-        victims = everyone.of_identities(torch.from_numpy(wanted))
-        first, second = torch.from_numpy(np.searchsorted(victims.rows, ends))
+        victims = everyone.of_identities(wanted)
+        first, second = np.searchsorted(victims.rows, ends)
         return OpenedSet(
             everyone.where_true(~np.isin(self.labels, wanted)), victims, replace(self.pairs, first=first, second=second)
         )

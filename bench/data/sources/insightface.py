@@ -10,16 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
-from torch import Tensor
 
-from bench.data.decode import shown
-from bench.data.encoded import EncodedSource, IdentityView, OpenedSet, in_tensor
-from bench.data.faces import GUESSED, PairProtocol, components
+from bench.data.base import GUESSED, components
+from bench.data.decode import in_array, shown
+from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
 from bench.data.loaders import Dataset
-from bench.data.pairs import PairList, even_folds, read_pairs
+from bench.data.pairs import PairList, PairRows, even_folds, read_pairs
 from bench.data.recordio import HEAD, RecordFile, scan
 from bench.data.verification_pack import VerificationPack, read_pack
 from bench.errors import DataError, MissingError
@@ -151,7 +149,7 @@ class RecordIOSource(EncodedSource):
             raise DataError(f"{self.where(row)} has the identity {labels[bad[0]]}, which is no whole number")
         return labels.astype(np.int64)
 
-    def encoded(self, rows: NDArray[np.int64]) -> list[Tensor]:
+    def encoded(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """The images, of which each is the identity's that it is listed under.
 
         Raises:
@@ -165,8 +163,7 @@ class RecordIOSource(EncodedSource):
                 f"{self.where(int(rows[i]))} is of identity {labels[i]}, "
                 f"but the file's list of identities says {known[i]}"
             )
-        data = torch.from_numpy(buffer)
-        return [data[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
+        return [buffer[a:b] for a, b in zip(begin.tolist(), end.tolist(), strict=True)]
 
 
 def _images(records: RecordFile) -> tuple[RecordFile, NDArray[np.int64] | None]:
@@ -278,23 +275,22 @@ class PackSource(EncodedSource):
             )
             self.notes = (self.guessed,)
         self._images, self.pairs_file = pack.images, path
-        first, second = torch.arange(len(self)).view(-1, 2).unbind(1)
-        same, fold = torch.from_numpy(pack.same), torch.from_numpy(even_folds(len(pack.same)))
-        self.pairs: PairProtocol = PairProtocol(first, second, same, fold)
+        slots = np.arange(len(self))
+        self.pairs: PairRows = PairRows(slots[0::2], slots[1::2], pack.same, even_folds(len(pack.same)))
 
     def where(self, row: int) -> str:
         return f"{shown(self.path.name)} image {row}"
 
-    def encoded(self, rows: NDArray[np.int64]) -> list[Tensor]:
-        return [in_tensor(self._images[row]) for row in rows.tolist()]
+    def encoded(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return [in_array(self._images[row]) for row in rows.tolist()]
 
-    def once(self) -> tuple[IdentityView, PairProtocol]:
+    def once(self) -> tuple[IdentityView, PairRows]:
         """The images, every one once, and the pairs over them.
 
         Identical bytes under two names stay two images, so that each keeps its label.
         """
         ids: dict[tuple[int, bytes], int] = {}
-        image_of = torch.tensor(
+        image_of = np.array(
             [ids.setdefault(key, len(ids)) for key in zip(self.labels.tolist(), self._images, strict=True)]
         )
         new = np.zeros(len(self), dtype=bool)

@@ -19,10 +19,8 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel
-from torch import Tensor
 
 from bench.data.decode import SUFFIXES, by_threads, readable, shown, stranger, whole_number, workers
 from bench.data.encoded import EncodedSource, IdentityView, OpenedSet
@@ -119,7 +117,7 @@ class WebDatasetSource(EncodedSource):
     def where(self, row: int) -> str:
         return f"{shown(self.shards[self.file[row]].name)} image at offset {self.offsets[row]}"
 
-    def encoded(self, rows: NDArray[np.int64]) -> list[Tensor]:
+    def encoded(self, rows: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         """The images as they lie in their shards.
 
         Raises:
@@ -127,8 +125,7 @@ class WebDatasetSource(EncodedSource):
         """
         sizes = self.sizes[rows]
         buffer, begin = read_ranges(self.shards, self.file[rows].astype(np.int64), self.offsets[rows], sizes)
-        data = torch.from_numpy(buffer)
-        return [data[a:b] for a, b in zip(begin.tolist(), (begin + sizes).tolist(), strict=True)]
+        return [buffer[a:b] for a, b in zip(begin.tolist(), (begin + sizes).tolist(), strict=True)]
 
 
 def _natural(name: str) -> tuple[int, str]:

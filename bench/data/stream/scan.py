@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from bench.data.base import Contents, Skipped
 from bench.data.decode import AT_ONCE, by_threads, own_limits, workers
 from bench.data.encoded import IdentityView, OnError
-from bench.data.faces import Contents, Skipped
 from bench.errors import DataError
 from bench.files import write_text
 from bench.progress import Report, no_report
@@ -35,7 +34,7 @@ class Scan:
         kept[list(self.reasons)] = False
         usable = replace(view, contents=self.contents).where_true(kept)
         skipped = tuple(Skipped(view.where(row), reason) for row, reason in sorted(self.reasons.items()))
-        present = torch.from_numpy(np.unique(usable.labels))
+        present = np.unique(usable.labels)
         return replace(usable.of_identities(present), contents=usable.contents, skipped=view.skipped + skipped)
 
     def save(self, folder: Path) -> None:

@@ -140,7 +140,7 @@ def _size(encoded: Encoded) -> str:
     if isinstance(encoded, ImageError):
         return "unreadable"
     try:
-        image = open_image(encoded.numpy().tobytes())
+        image = open_image(encoded.tobytes())
     except ImageError:
         return "unreadable"
     return f"{image.width}x{image.height} {image.mode}"
@@ -162,8 +162,8 @@ def _describe(source: EncodedSource, report: Report) -> PartInfo:
         report(start + len(some), len(rows))
     listed = None
     if pairs is not None and name is not None:
-        folds = len(pairs.fold.unique())
-        listed = PairInfo(file=shown(name.name), pairs=len(pairs), genuine=int(pairs.same.sum()), folds=folds)
+        folds, genuine = len(np.unique(pairs.fold)), int(pairs.same.sum())
+        listed = PairInfo(file=shown(name.name), pairs=len(pairs.same), genuine=genuine, folds=folds)
     quantiles = np.quantile(counts, [0, 0.25, 0.5, 0.75, 1])
     return PartInfo(
         name=part_name(source),

@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from pydantic import BaseModel
 
+from bench.data.base import Skipped
 from bench.data.decode import ImageError, decode_image, open_image, shown
-from bench.data.faces import Skipped
 from bench.data.pairs import PairList
 from bench.data.recordio import RecordWriter
 from bench.data.sources.folder import PAIRS, FolderSource, pairs_in
@@ -77,7 +76,7 @@ def pack(
         raise UsageError(f"{shown(name)!r} is no name for a verification pack")
     source = FolderSource(folder, image_size, pairs_file=pairs_in(folder))
     listed, pairs = source.listed, source.pairs
-    slots = [] if pairs is None else torch.stack((pairs.first, pairs.second), dim=1).flatten().tolist()
+    slots = [] if pairs is None else np.stack((pairs.first, pairs.second), axis=1).flatten().tolist()
     files = ["train.rec", "train.idx", "property", *([f"{name}.bin", PAIRS] if listed is not None else [])]
     present = [file for file in files if (out / file).exists()]
     if present and not overwrite:

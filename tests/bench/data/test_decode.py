@@ -13,12 +13,18 @@ import torch
 from PIL import Image
 
 from bench.data import decode
-from bench.data.decode import AT_ONCE, ImageError, Limits, decode_all, decode_batch, decode_image, open_image, shown
+from bench.data.decode import (
+    AT_ONCE,
+    ImageError,
+    Limits,
+    decode_all,
+    decode_batch,
+    decode_image,
+    in_array,
+    open_image,
+    shown,
+)
 from bench.errors import DataError
-
-
-def tensor(data):
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 @pytest.fixture
@@ -55,7 +61,7 @@ def test_headers_are_told_apart_however_files_follow_each_other(kinds, make_imag
         make_encoded(make_image(9, (96, 96))),
     ]
     files = [file for other in others for file in (kinds["plain"], other)]
-    images, failed = decode_batch([tensor(data) for data in files], 112)
+    images, failed = decode_batch([in_array(data) for data in files], 112)
     assert set(failed) == {7}
     for place, data in enumerate(files):
         if place not in failed:
@@ -66,7 +72,7 @@ def test_headers_are_told_apart_however_files_follow_each_other(kinds, make_imag
 def test_pixels_are_those_of_the_long_way(kinds, native, monkeypatch):
     if not native:
         monkeypatch.setattr(decode, "_native_decoder", lambda: None)
-    images, failed = decode_batch([tensor(data) for data in kinds.values()], 112)
+    images, failed = decode_batch([in_array(data) for data in kinds.values()], 112)
     assert failed == {}
     for image, (name, data) in zip(images, kinds.items(), strict=True):
         difference = (image.int() - decode_image(data, 112).int()).abs().max()
@@ -77,27 +83,27 @@ def test_the_native_decoder_is_used(kinds, monkeypatch):
     if decode._native_decoder() is None:
         pytest.skip("torchvision here has no JPEG decoder")
     monkeypatch.setattr(decode, "_pixels", None)
-    assert decode_batch([tensor(kinds["plain"])], 112)[1] == {}
+    assert decode_batch([in_array(kinds["plain"])], 112)[1] == {}
 
 
 def test_what_cannot_be_decoded_is_named_and_black(kinds):
     good = kinds["plain"]
-    images, failed = decode_batch([tensor(d) for d in (good[:2000], good, b"", b"nonsense" * 9)], 112)
+    images, failed = decode_batch([in_array(d) for d in (good[:2000], good, b"", b"nonsense" * 9)], 112)
     assert set(failed) == {0, 2, 3}
     assert "truncated" in failed[0]
     assert failed[2] == "empty"
     assert not images[[0, 2, 3]].any()
-    assert torch.equal(images[1], decode_batch([tensor(good)], 112)[0][0])
+    assert torch.equal(images[1], decode_batch([in_array(good)], 112)[0][0])
 
 
 def test_limits_hold_for_plain_ones_too(kinds):
-    _, failed = decode_batch([tensor(kinds["plain"])], 112, Limits(max_bytes=100))
+    _, failed = decode_batch([in_array(kinds["plain"])], 112, Limits(max_bytes=100))
     assert "limit is 100" in failed[0]
 
 
 @pytest.mark.parametrize("crop", [1.0, 0.5])
 def test_exactly_and_cropped_they_are_those_of_the_long_way_to_the_bit(kinds, crop):
-    images, _ = decode_batch([tensor(data) for data in kinds.values()], 112, crop=crop, exact=crop == 1)
+    images, _ = decode_batch([in_array(data) for data in kinds.values()], 112, crop=crop, exact=crop == 1)
     expected = [decode_image(data, 112, crop=crop) for data in kinds.values()]
     assert torch.equal(images, torch.stack(expected))
 
@@ -152,7 +158,7 @@ def test_an_odd_header_of_an_image_that_is_read_says_nothing(make_image, make_en
         decode_image(data)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        images, failed = decode_all(np.arange(1), lambda rows: [tensor(data)], 32)
+        images, failed = decode_all(np.arange(1), lambda rows: [in_array(data)], 32)
     assert (len(images), failed) == (1, {})
 
 
@@ -270,7 +276,7 @@ def test_decompression_bombs_are_refused_on_the_header(side, monkeypatch):
     bomb = _huge_png(side)
     with decode.own_limits(), pytest.raises(ImageError, match="limit"):
         open_image(bomb)
-    images, failed = decode_all(np.arange(1), lambda _: [tensor(bomb)], 16)
+    images, failed = decode_all(np.arange(1), lambda _: [in_array(bomb)], 16)
     assert len(images) == 0
     assert "limit" in failed[0]
 
@@ -303,7 +309,7 @@ def test_decode_all_keeps_order_counts_and_reports(make_jpeg):
     rows = np.arange(1, count + 1)
 
     def read(some):
-        return [tensor(blobs[row][: 50 if row - 1 in broken else None]) for row in some.tolist()]
+        return [in_array(blobs[row][: 50 if row - 1 in broken else None]) for row in some.tolist()]
 
     images, failed = decode_all(rows, read, 24, report=lambda *args: reports.append(args))
     assert set(failed) == broken

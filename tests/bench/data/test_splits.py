@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.data.base import Skipped
 from bench.data.decode import decode_image
-from bench.data.faces import FaceSet, PairProtocol, Skipped, Source
+from bench.data.faces import FaceSet, PairProtocol, Source
 from bench.data.splits import (
     Splits,
     drop_copies,

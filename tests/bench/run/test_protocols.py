@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_sets import people, write_pairs, write_records
 
-from bench.data.decode import decode_batch
+from bench.data.decode import decode_batch, in_array
 from bench.errors import DataError, MissingError, UsageError
 from bench.run.protocols import check_packs, find_packs, load_pack
 
@@ -86,9 +86,7 @@ def nobody(faces):
 def test_a_pack_of_another_size_is_resized(root):
     pack = load_pack(root / "cfp_fp.bin", SIZE, nobody)
     assert (pack.name, pack.faces.size, len(pack.faces), len(pack.pairs), pack.notes) == ("cfp_fp", SIZE, 10, 10, ())
-    encoded = [
-        torch.frombuffer(bytearray(image), dtype=torch.uint8) for person in people(5, 2, 48, 600) for image in person
-    ]
+    encoded = [in_array(image) for person in people(5, 2, 48, 600) for image in person]
     expected, _ = decode_batch(encoded, SIZE, exact=True)
     # The first genuine pair is of the first person's two images.
     ends = torch.stack((pack.pairs.first[0], pack.pairs.second[0]))

@@ -147,7 +147,7 @@ class TestTrainingImages:
 
     def test_some_identities_only(self, pack):
         everyone = IdentityView.everything(source_of(pack()))
-        view = everyone.of_identities(torch.tensor([2, 0]))
+        view = everyone.of_identities(np.array([2, 0]))
         assert view.labels.tolist() == [1, 1, 1, 0, 0, 0, 0]
         assert (len(view), view.identities, view.name(0), view.name(1)) == (7, 2, "train:000002", "train:000000")
         batch = view.read(np.array([6, 1]))
@@ -156,7 +156,7 @@ class TestTrainingImages:
         assert torch.equal(batch.images, everyone.read(np.array([8, 1])).images)
         for wrong, message in (([3], "0 to 2"), ([1, 1], "twice")):
             with pytest.raises(ValueError, match=message):
-                everyone.of_identities(torch.tensor(wrong))
+                everyone.of_identities(np.array(wrong))
 
     def test_a_source_can_be_sent_to_a_process(self, pack):
         source = pickle.loads(pickle.dumps(source_of(pack())))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench.data.base import Skipped
 from bench.data.encoded import Batch
-from bench.data.faces import Skipped
 from bench.data.stream.loader import StreamLoader
 from bench.data.stream.sampler import EpochOrder
 from bench.errors import BenchError, DataError, UsageError

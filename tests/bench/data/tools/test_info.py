@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
-from small_sets import PAIRS, PEOPLE
+from small_sets import PAIRS, PEOPLE, people, write_folder, write_records, write_shards
 
 from bench.data.tools.info import info
 from bench.data.tools.pack import pack
@@ -59,3 +63,22 @@ def test_nothing_there(tmp_path):
     (tmp_path / "x.zip").touch()
     with pytest.raises(DataError, match=r"neither a folder nor a \.rec or \.bin"):
         info(tmp_path / "x.zip")
+
+
+@pytest.mark.parametrize(
+    ("write", "held"),
+    [
+        (lambda root: write_folder(root, people(3, 2), people(2, 2, first=9)), [(10, 4)]),
+        (lambda root: write_records(root, people(3, 2), people(2, 2, first=9)), [(6, None), (8, 4)]),
+        (lambda root: write_shards(root, people(3, 2)), [(6, None)]),
+    ],
+    ids=["folder", "insightface", "shards"],
+)
+def test_headers_are_read_without_torch(tmp_path, write, held):
+    words = ["bench", "data", "info", str(write(tmp_path / "set")), "--json"]
+    code = f"import sys, bench.cli; sys.argv = {words}\n"
+    code += "try: bench.cli.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'heavy import'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(done.stdout)["parts"]
+    assert [(part["images"], part["pairs"] and part["pairs"]["pairs"]) for part in parts] == held
