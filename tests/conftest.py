@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import bench as _  # noqa: F401  (sets what torch reads from the environment when it is imported)
@@ -17,6 +18,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 elif hasattr(os, "sched_getaffinity"):
     # The number that it would be, so that no command takes fewer beside busy neighbours: runs are compared bit for bit.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+# A test that waits for busy neighbours has found nothing.
+hypothesis.settings.register_profile("suite", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

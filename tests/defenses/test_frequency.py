@@ -220,7 +220,7 @@ def _problem(problem):
     return noise(count, size, seed), channels if own else channels[0], generator(seed)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems, st.floats(-3, 3), st.floats(-3, 3))
 def test_linearity(problem, a, b):
     x, channels, drawn = _problem(problem)
@@ -230,7 +230,7 @@ def test_linearity(problem, a, b):
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems, any_factor)
 def test_adjoint_identity(problem, factor):
     x, channels, drawn = _problem(problem)

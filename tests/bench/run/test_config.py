@@ -254,6 +254,7 @@ def test_values_are_read_and_empty_ones_are_absent():
         (Path("a.onnx"), ["a.onnx"]),
         (None, []),
         ("here,there.onnx", ["here,there.onnx"]),  # it is there
+        (",".join("abc" * 100), [*("abc" * 100)]),  # too long for the name of a file
     ],
 )
 def test_judges_are_listed_in_a_text_or_a_list(tmp_path, monkeypatch, given, files):
