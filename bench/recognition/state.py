@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -49,6 +52,34 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str
         BenchError: the file cannot be written.
     """
     write_tensors(path, tensors, {"format": FORMAT, "details": json.dumps(details)})
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over named tensors: names, types, shapes and values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def resumed(path: Path, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """What ``make`` gives, kept in a file for a run that goes on where one was killed.
+
+    It is made anew where the file is not what was written, with a warning.
+
+    Raises:
+        BenchError: the file cannot be written.
+    """
+    if path.is_file():
+        with contextlib.suppress(DataError):
+            tensors, details = load_tensors(path)
+            if details.get("sha256") == digest(tensors):
+                return tensors
+        logging.getLogger("bench").warning("bench: %s is not what was written: made anew", path)
+    made = make()
+    save_tensors(path, made, {"sha256": digest(made)})
+    return load_tensors(path)[0]
 
 
 def save_recogniser(recogniser: Recogniser, path: Path, details: Mapping[str, Any] | None = None) -> None:

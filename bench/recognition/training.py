@@ -33,7 +33,7 @@ from bench.recognition.learner import make_learner
 from bench.recognition.options import HEADS, TrainingOptions
 from bench.recognition.partial_fc import PartialFC
 from bench.recognition.processes import Processes, alone, noticing_lost_processes, processes_of, shared_statistics
-from bench.recognition.state import History, TrainingState
+from bench.recognition.state import History, TrainingState, digest
 from defenses.base import Defense
 
 if TYPE_CHECKING:
@@ -476,16 +476,8 @@ def _identity(
         "images": shape,
         "pixels": pixels,
         "defense": defense.describe(),
-        "defense_state": _digest(defense.state_dict()),
+        "defense_state": digest(defense.state_dict()),
         "recogniser": recogniser.spec.model_dump(mode="json"),
-        "teacher": None if teacher is None else _digest({"embeddings": teacher}),
+        "teacher": None if teacher is None else digest({"embeddings": teacher}),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -39,7 +39,7 @@ from bench.images import to_float
 from bench.memory import in_halves
 from bench.metrics.identity import Probes, content_ids, select_probes
 from bench.progress import Report, no_report
-from bench.recognition.state import write_tensors
+from bench.recognition.state import resumed, write_tensors
 from bench.run.attack_config import AttackConfig, option_files
 from bench.run.machines import synchronise
 from bench.run.provider import Stages
@@ -418,11 +418,9 @@ class AttackStages:
                 raise TypeError(f"{fitted.name} recovers no faces")
             parts: list[dict[str, Tensor]] = []
             for number, batch in enumerate(self.observations(fitted, defense, probes, attack_config.interceptions)):
-                file = resume / f"part-{number}.safetensors"
-                if not file.is_file():
-                    with failing_as(f"attack {fitted.name} on {defense.name}"):
-                        write_tensors(file, _recover(fitted, batch, defense, self.stages.device))
-                parts.append(load_file(file))
+                recover = functools.partial(_recover, fitted, batch, defense, self.stages.device)
+                with failing_as(f"attack {fitted.name} on {defense.name}"):
+                    parts.append(resumed(resume / f"part-{number}.safetensors", recover))
                 report(sum(len(part["faces"]) for part in parts), len(probes))
             kept = set.intersection(*map(set, parts))
             return {name: torch.cat([part[name] for part in parts]) for name in kept}

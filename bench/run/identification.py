@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.data.decode import by_threads, workers
@@ -42,7 +41,7 @@ from bench.metrics.identification import (
 from bench.metrics.identity import content_ids, select_probes
 from bench.progress import Report
 from bench.recognition.embed import embed_faces
-from bench.recognition.state import write_tensors
+from bench.recognition.state import resumed
 from bench.results import (
     Distractors,
     Identification,
@@ -136,9 +135,7 @@ def _in_parts(
     """``work(images, rows)`` of all images, a part after the other, each kept in ``resume``."""
     for rows in torch.arange(len(faces)).split(PART):
         file = resume / f"{int(rows[0])}.safetensors"
-        if not file.exists():
-            write_tensors(file, {name: t.contiguous() for name, t in work(*_read(faces, rows)).items()})
-        yield load_file(file)
+        yield resumed(file, lambda rows=rows: work(*_read(faces, rows)))  # type: ignore[misc]
         report(int(rows[-1]) + 1, len(faces))
 
 

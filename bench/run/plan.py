@@ -176,7 +176,7 @@ def _steps(
     defense: Defense,
     plain: Defense,
 ) -> list[Step]:
-    """All stages that a run needs, each once, in order. Their keys are computed, and nothing else."""
+    """All stages of a run that are there or needed, each once, in order. Their keys are computed, and nothing else."""
     stages = attacks.stages
     # A linkage attack is its own ceiling: it links plain faces as well. The others are run on unprotected ones.
     targets = [(attack_config, defense) for configs in attack_configs.values() for attack_config in configs]
@@ -185,9 +185,10 @@ def _steps(
     ends = [_on_victims(attack_config, target, attacks) for attack_config, target in targets]
     own = [(configs[-1], defense) for configs in attack_configs.values()]
     for (attack_config, target), end in zip(targets, ends, strict=True):
+        fit, what = attacks.fit_job(attack_config, target), _fitting(attack_config, stages)
         # A result tells of the run's own fits; the others are there for what they get of the victims.
-        if (attack_config, target) in own or not stages.cache.holds(end.job.stage, end.job.key):
-            fit, what = attacks.fit_job(attack_config, target), _fitting(attack_config, stages)
+        done = stages.cache.holds(end.job.stage, end.job.key) and (attack_config, target) not in own
+        if not done or stages.cache.holds(fit.stage, fit.key):
             steps.append(Step(fit, what, f"attack-{attack_config.name}-", attack_config))
     steps += ends
     if isinstance(defense, TemplateDefense):

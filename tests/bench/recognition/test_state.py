@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from bench.errors import BenchError, DataError, MissingError
 from bench.nets.checkpoints import FORMAT, load_recogniser, load_tensors
 from bench.nets.recogniser import build_recogniser
-from bench.recognition.state import save_recogniser, save_tensors, write_tensors
+from bench.recognition.state import resumed, save_recogniser, save_tensors, write_tensors
 
 SHAPE = (3, 16, 16)
 
@@ -104,3 +104,32 @@ def test_weights_that_do_not_fit_their_spec_are_refused(tmp_path: Path, spec: di
     save_tensors(tmp_path / "r", weights, {"spec": spec, "details": {}})
     with pytest.raises(DataError, match="holds no usable recogniser"):
         load_recogniser(tmp_path / "r")
+
+
+class TestResumed:
+    def test_what_was_made_is_read_again_and_not_made_again(self, tmp_path: Path) -> None:
+        made = {"rows": torch.arange(6.0).view(2, 3).T, "known": torch.tensor([True, False]), "number": torch.tensor(7)}
+        first = resumed(tmp_path / "part", lambda: made)
+        again = resumed(tmp_path / "part", lambda: pytest.fail("it is there"))
+        for tensors in (first, again):
+            assert tensors.keys() == made.keys()
+            assert all(torch.equal(tensors[name], value) for name, value in made.items())
+
+    @pytest.mark.parametrize("damage", ["bit", "half", "name", "unmarked"])
+    def test_what_is_not_what_was_written_is_made_anew_with_a_warning(
+        self, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path, made = tmp_path / "part", {"rows": torch.ones(4)}
+        resumed(path, lambda: made)
+        content = path.read_bytes()
+        if damage == "bit":
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        elif damage == "half":
+            path.write_bytes(content[: len(content) // 2])
+        elif damage == "name":
+            path.write_bytes(content.replace(b'"rows"', b'"worn"'))
+        else:
+            save_file(made, path)
+        assert torch.equal(resumed(path, lambda: made)["rows"], made["rows"])
+        assert "made anew" in caplog.text
+        assert torch.equal(resumed(path, lambda: pytest.fail("it is there"))["rows"], made["rows"])
