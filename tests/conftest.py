@@ -11,17 +11,20 @@ import pytest
 
 import bench as _  # noqa: F401  (sets what torch reads from the environment when it is imported)
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # One worker a core: more threads would only get in each other's way. This runs before a test imports torch, and
-    # child processes inherit it.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-elif hasattr(os, "sched_getaffinity"):
-    # The number that it would be, so that no command takes fewer beside busy neighbours: runs are compared bit for bit.
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-
 # A test that waits for busy neighbours has found nothing.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config):
+    """How many threads there are is settled before a test imports torch, and child processes inherit it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # One worker a core: more threads would only get in each other's way.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    elif not config.getoption("numprocesses", default=None) and hasattr(os, "sched_getaffinity"):
+        # The number that it would be, so that no command takes fewer beside busy neighbours: runs are compared bit for
+        # bit. Workers would inherit it.
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
