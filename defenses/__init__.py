@@ -3,5 +3,5 @@
 
 #: Modules of this package that are not defences; every other file is one, named after its file.
 SUPPORT_MODULES = frozenset(
-    {"base", "client", "compose", "draws", "frequency", "layout", "linear", "ranks", "template"}
+    {"base", "client", "compose", "draws", "frequency", "fused", "layout", "linear", "ranks", "template"}
 )

@@ -17,7 +17,8 @@ with U the interpolation matrix (repeated rows included) and D8 the DCT matrix. 
 8 i / f: **every A_u is banded**, along the line of that slope. At f = 8 block i covers the source positions
 i - 7i/(8H-1) .. i - 7i/(8H-1) + 7(H-1)/(8H-1), between pixels i-1 and i+1: A_u is tridiagonal, and a channel is
 six fused multiply-adds a pixel (three vertical, three horizontal taps), in plain element-wise operations that keep full
-precision under autocast and TF32 and let every face of a batch have channels of its own.
+precision under autocast and TF32 and let every face of a batch have channels of its own. On a GPU all of it is one
+kernel (:mod:`defenses.fused`).
 
 The way back at the published factor (inverse DCT, then bilinear down-sampling with aligned corners) is pointwise:
 output pixel i of H lies at 8i + 7i/(H-1) of the 8H, so it reads block i alone, at a phase that grows from 0 to 7 over
@@ -28,6 +29,7 @@ same for every face.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,6 +38,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bench.errors import memory_is_full
 
 BLOCK = 8
 #: The published up-sampling factor: a block for each pixel.
@@ -64,6 +68,8 @@ LUMA_DC_OFFSET = -128.0 * BLOCK
 _CPU_CHUNK_ELEMENTS = 1_200_000
 # Faces from which on an accelerator is busy with a pass over the maps of a single frequency.
 _LEAST_SHARED = 16
+#: Kinds of devices whose float32 faces one kernel transforms; none once it turned out that it cannot be compiled here.
+_fused_on = {"cuda"}
 
 
 def dct_matrix() -> Tensor:
@@ -182,6 +188,11 @@ class _Band:
     backward: tuple[int, ...]
     written: tuple[int, int]
 
+    @property
+    def tridiagonal(self) -> bool:
+        """Whether there is a block for each pixel, which looks at the one before it, itself and the one behind it."""
+        return self.period == self.stride and [diagonal.column for diagonal in self.diagonals] == [-1, 0, 1]
+
     def apply(self, x: Tensor, taps: Tensor, *, dim: int, out: Tensor) -> None:
         """``out = A x`` along ``dim`` (3 or 4) of (n, 3, K or 1, ., .); ``taps`` (n or 1, K, D, ceil(h / period))."""
         self._add_up(self.forward, self.written[0], x, taps, dim, out, backward=False)
@@ -255,11 +266,15 @@ def _band(size: int, upsampling: int, dtype: torch.dtype, device: torch.device) 
         )
 
 
-def _taps_of(channels: Tensor, band: _Band) -> tuple[Tensor, Tensor, Tensor]:
-    """The channels of each face (n or 1, K), and their vertical and horizontal taps (n or 1, K, D, slots)."""
-    rows = channels if channels.ndim == 2 else channels[None]
+def _rows(channels: Tensor) -> Tensor:
+    """The channels of each face (n or 1, K)."""
+    return channels if channels.ndim == 2 else channels[None]
+
+
+def _taps_of(rows: Tensor, band: _Band) -> tuple[Tensor, Tensor]:
+    """The vertical and horizontal taps (n or 1, K, D, slots) of channels (n or 1, K)."""
     on_device = rows.to(band.taps.device)
-    return rows, band.taps[on_device // BLOCK], band.taps[on_device % BLOCK]
+    return band.taps[on_device // BLOCK], band.taps[on_device % BLOCK]
 
 
 def _apply_colour(x: Tensor, matrix: list[list[float]], out: Tensor) -> None:
@@ -282,9 +297,29 @@ def _runs(channels: Tensor) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
+def _fused(faces: Tensor, rows: Tensor, band: _Band, with_offset: bool) -> Tensor | None:
+    """What :func:`_forward` gives, by one kernel; None where there is none for these faces or this machine."""
+    if faces.device.type not in _fused_on or faces.dtype != torch.float32 or not band.tridiagonal:
+        return None
+    try:
+        from defenses.fused import fused_block_dct
+
+        return fused_block_dct(faces, rows, band.taps, with_offset)
+    except Exception as error:  # Triton, a compiler or a driver may raise anything
+        if memory_is_full(error):
+            raise
+        _fused_on.clear()
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        logging.getLogger("bench").warning("bench: the block DCT takes some 30 times as long without a kernel: %s", why)
+        return None
+
+
 def _forward(faces: Tensor, channels: Tensor, band: _Band, height: int, with_offset: bool) -> Tensor:
+    rows = _rows(channels)
+    if (fused := _fused(faces, rows, band, with_offset)) is not None:
+        return fused
     count, _, size, _ = faces.shape
-    rows, vertical, horizontal = _taps_of(channels, band)
+    vertical, horizontal = _taps_of(rows, band)
     length = rows.shape[1]
     planes = faces.new_empty(faces.shape)
     _apply_colour(faces, colour_matrix().tolist(), planes)
@@ -318,7 +353,8 @@ def _adjoint(representation: Tensor, channels: Tensor, band: _Band) -> Tensor:
     """``M^T sum_k A_u^T z_k A_v``: (N, 3K, h, h) to RGB planes (N, 3, H, H)."""
     count, _, height, _ = representation.shape
     size = band.size
-    rows, vertical, horizontal = _taps_of(channels, band)
+    rows = _rows(channels)
+    vertical, horizontal = _taps_of(rows, band)
     z = representation.reshape(count, COLOURS, rows.shape[1], height, height)
     planes = z.new_empty(count, COLOURS, size, size)
     for chunk in _chunks(count, COLOURS * rows.shape[1], size, z.device):

@@ -47,7 +47,7 @@ def speed(
 
 def render(measured: SpeedTable) -> RenderableType:
     """The table, a line for each row."""
-    columns = ("row", "ms", "images/s", "x plain", "GB/s", "x writing", "peak MB", "device MB", "what")
+    columns = ("row", "batch", "ms", "images/s", "x plain", "GB/s", "x writing", "peak MB", "device MB", "what")
     head = (
         f"{measured.device_name} ({measured.device}), {measured.precision}, {measured.threads} threads, "
         f"torch {measured.torch}"
@@ -63,6 +63,7 @@ def _cells(row: SpeedRow) -> Iterable[str]:
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
     yield row.name
+    yield number(row.batch)
     yield number(row.milliseconds)
     yield number(row.images_per_second)
     yield number(row.ratio)

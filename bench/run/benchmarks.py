@@ -204,22 +204,48 @@ def _copy(machine: _Machine) -> dict[str, Any]:
     return {"gigabytes_per_second": machine.copied_bytes_per_second / 1e9}
 
 
+def _faces_at_once(machine: _Machine, written: int) -> int:
+    """Faces of a batch, of each of which so many bytes are ``written``.
+
+    On a GPU so many that launches are no part of the time, and their results a quarter of the free memory.
+    """
+    if not machine.cuda:
+        return _BATCH
+    free, _ = torch.cuda.mem_get_info(machine.device)
+    return next((n for n in (8 * _BATCH, 4 * _BATCH, 2 * _BATCH) if 4 * n * written <= free), _BATCH)
+
+
 @torch.no_grad()
-def _protect(machine: _Machine, count: int, *, whole: bool) -> dict[str, Any]:
-    faces = to_float(machine.faces(_SIZE)[0][:count].to(machine.device))
-    some, channels = faces[:_PLAIN_BATCH], torch.arange(CHANNELS)
-    defense = make_defense("partialface", {}, "cpu", _SIZE).to(machine.device)
-    generator = torch.Generator().manual_seed(0)
-
-    def ours() -> Tensor:
-        return block_dct(faces, channels) if whole else defense.protect(faces, generator).representation
-
+def _protect(
+    machine: _Machine, way: Callable[[Tensor], Callable[[], Tensor]], maps: int, count: int | None = None
+) -> dict[str, Any]:
+    count = count or _faces_at_once(machine, 4 * maps * _SIZE * _SIZE)
+    faces = to_float(machine.faces(_SIZE)[0].to(machine.device))
+    ours, some = way(faces[torch.arange(count) % len(faces)]), faces[: min(count, _PLAIN_BATCH)]
     figures = machine.compare(ours, count, lambda: textbook_spectrum(some), len(some))
     written = ours().nbytes
     figures["gigabytes_per_second"] = written / figures["milliseconds"] / 1e6
     if machine.cuda:
         figures["times_writing"] = figures["milliseconds"] / 1e3 * machine.copied_bytes_per_second / written
     return figures
+
+
+def _all_channels(faces: Tensor) -> Callable[[], Tensor]:
+    channels = torch.arange(CHANNELS)
+    return lambda: block_dct(faces, channels)
+
+
+def _nine_channels(faces: Tensor) -> Callable[[], Tensor]:
+    channels = torch.rand(len(faces), CHANNELS, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :9]
+    return lambda: block_dct(faces, channels)
+
+
+def _partialface(faces: Tensor) -> Callable[[], Tensor]:
+    defense, generator = (
+        make_defense("partialface", {}, "cpu", _SIZE).to(faces.device),
+        torch.Generator().manual_seed(0),
+    )
+    return lambda: defense.protect(faces, generator).representation
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -437,24 +463,29 @@ _TEXTBOOK, _LOOP = "up-sample, convert, cut and transform blocks", "loop in floa
 ROWS: dict[str, tuple[str, str | None, Callable[[_Machine], dict[str, Any]]]] = {
     "copy": ("copy memory of the device", None, _copy),
     "protect-192": (
-        f"all 192 channels of {_BATCH} faces of {_SIZE} px",
+        f"all 192 channels of faces of {_SIZE} px",
         _TEXTBOOK,
-        functools.partial(_protect, count=_BATCH, whole=True),
+        functools.partial(_protect, way=_all_channels, maps=192),
     ),
     "protect-192-one": (
         f"all 192 channels of one face of {_SIZE} px",
         _TEXTBOOK,
-        functools.partial(_protect, count=1, whole=True),
+        functools.partial(_protect, way=_all_channels, maps=192, count=1),
     ),
     "protect-27": (
-        f"partialface, {_BATCH} faces of {_SIZE} px",
+        f"partialface, faces of {_SIZE} px",
         f"{_TEXTBOOK}, then choose",
-        functools.partial(_protect, count=_BATCH, whole=False),
+        functools.partial(_protect, way=_partialface, maps=27),
+    ),
+    "protect-27-dct": (
+        "the same transform, without draws, checks and copies",
+        f"{_TEXTBOOK}, then choose",
+        functools.partial(_protect, way=_nine_channels, maps=27),
     ),
     "protect-27-one": (
         f"partialface, one face of {_SIZE} px",
         f"{_TEXTBOOK}, then choose",
-        functools.partial(_protect, count=1, whole=False),
+        functools.partial(_protect, way=_partialface, maps=27, count=1),
     ),
     **{
         f"train-{backbone}-{channels}": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,15 @@ def test_a_row_that_breaks_says_why_and_the_others_go_on(monkeypatch):
     assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
+@pytest.mark.parametrize(
+    ("free", "maps", "faces"), [(80e9, 192, 2048), (50e9, 192, 1024), (50e9, 27, 2048), (1e9, 27, 256)]
+)
+def test_a_gpu_gets_as_many_faces_as_fit(free, maps, faces, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(80e9)))
+    machine = benchmarks._Machine(SimpleNamespace(device=torch.device("cuda")), 1.0)
+    assert benchmarks._faces_at_once(machine, maps * 112 * 112 * 4) == faces
+
+
 def test_the_command_prints_writes_and_says_what_broke(tmp_path, monkeypatch):
     file = tmp_path / "speed.json"
     asked = ["speed", "--device", "cpu", "--seconds", "0.01", "--only", "protect-27-one"]
@@ -76,6 +86,7 @@ def test_the_command_prints_writes_and_says_what_broke(tmp_path, monkeypatch):
     table = json.loads(file.read_text())
     assert table == json.loads(result.stdout)
     [row] = table["rows"]
+    assert row["batch"] == 1
     assert row["gigabytes_per_second"] * row["milliseconds"] * 1e6 == pytest.approx(27 * 112 * 112 * 4)
 
     def broken(machine):
