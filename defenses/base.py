@@ -351,7 +351,7 @@ class Defense(nn.Module, ABC):
         if not faces.is_floating_point():
             raise ValueError(f"{self.name} expects float faces in [0, 1], got {faces.dtype}")
         if count:
-            low, high = (float(v) for v in faces.detach().aminmax())
+            low, high = _extremes(faces)
             if not (low >= -1e-4 and high <= 1 + 1e-4):  # also catches NaN
                 raise ValueError(f"{self.name} expects faces in [0, 1], got values from {low:.4g} to {high:.4g}")
         if state is None:
@@ -376,7 +376,7 @@ class Defense(nn.Module, ABC):
             raise DefenseError(
                 f"defence {self.name} made representations of {sent.dtype}, which has to be a float type"
             )
-        if sent.numel() and not all(map(math.isfinite, map(float, sent.detach().aminmax()))):
+        if sent.numel() and not all(map(math.isfinite, _extremes(sent))):
             wrong = int((~sent.detach().isfinite()).flatten(1).any(dim=1).sum())
             raise DefenseError(
                 f"defence {self.name} made representations that are not finite, of {wrong} of {count} faces: "
@@ -512,6 +512,12 @@ def _twice(drawn: Tensor | None) -> Tensor | None:
 
 def _copy(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
+
+
+def _extremes(values: Tensor) -> list[float]:
+    """The least and the largest of at least one value, for which a device is waited for once; NaN where there is one."""
+    least_and_largest: list[float] = torch.stack(values.detach().aminmax()).tolist()
+    return least_and_largest
 
 
 def _repeated(maps: Tensor, dim: int, size: int) -> Tensor:
