@@ -260,7 +260,7 @@ class _Distiller(nn.Module):
         super().__init__()
         self.encoder, self.hints = encoder, hints
 
-    def forward(self, target: Tensor, maps: Sequence[Tensor], representations: Tensor, layout: Tensor | None) -> Tensor:
+    def forward(self, representations: Tensor, layout: Tensor | None, target: Tensor, *maps: Tensor) -> Tensor:
         """The loss against embeddings (N, D) and, where ``maps`` are given, those of the teacher's stages."""
         outputs = self.encoder.stage_outputs(representations, layout)
         loss = 1 - functional.cosine_similarity(self.encoder.read_out(outputs[-1]), target).mean()
@@ -526,7 +526,7 @@ class Linkage(LinkageAttack):
         trainer: Trainer,
         name: str,
         module: _Classifier | _Distiller,
-        inputs: Callable[[Tensor, Tensor, int], tuple[Any, ...]],
+        inputs: Callable[[Tensor, Tensor, int], tuple[Tensor | None, ...]],
         **more: Any,
     ) -> FitReport:
         """Train ``module``, called ``name``, whose output is the loss, on varied faces.
@@ -537,16 +537,17 @@ class Linkage(LinkageAttack):
         options = self.options
         model = trainer.fabric.setup_module(module)
 
-        def loss(step: int) -> Tensor:
+        def drawn(step: int) -> tuple[Tensor | None, ...]:
             index = trainer.batch(step, name).to(trainer.device)
             draws = derived(self.seed, name, "vary", step)
             faces = augment(trainer.floats(index), variation(options.augmentation), draws)
-            value: Tensor = model(*inputs(faces, index, step))
-            return value
+            return inputs(faces, index, step)
 
         optimizer = partial(torch.optim.AdamW, weight_decay=options.weight_decay)
         cut = (module.encoder, "stage_outputs")
-        return trainer.train(Training(name=name, network=module, loss=loss, optimizer=optimizer, cut=cut, **more))
+        return trainer.train(
+            Training(name=name, network=module, loss=model, inputs=drawn, optimizer=optimizer, cut=cut, **more)
+        )
 
     def _statistics(self, trainer: Trainer) -> Iterator[tuple[int, Tensor]]:
         """Numbered chunks of training faces, for the statistics of an encoder's input."""
@@ -601,11 +602,11 @@ class Linkage(LinkageAttack):
         target_of = self._targets(trainer)
         countable = exposure.countable
 
-        def inputs(faces: Tensor, index: Tensor, step: int) -> tuple[Any, ...]:
+        def inputs(faces: Tensor, index: Tensor, step: int) -> tuple[Tensor | None, ...]:
             target, maps = target_of(faces, index)
             representations, layout, states = seen(faces, "protect", step)
             trainer.note(states if countable else None)
-            return target, maps, representations, layout
+            return representations, layout, target, *maps
 
         def validate(module: nn.Module) -> float:
             assert isinstance(module, _Distiller)

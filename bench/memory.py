@@ -151,6 +151,11 @@ class Parts:
         modules = (module for network in self._networks for module in network.modules())
         self._least = 2 if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules) else 1
 
+    @property
+    def cuts(self) -> bool:
+        """Whether training passes are cut now."""
+        return self._most is not None or self._count is not None
+
     def __enter__(self) -> Parts:
         self._before = [network.__dict__.get(self._method) for network in self._networks]
         for network, before in zip(self._networks, self._before, strict=True):

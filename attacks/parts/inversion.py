@@ -108,7 +108,7 @@ class InversionAttack(RecoveryAttack):
         """What the network takes, each (N, ...), for views (N, C', h, w) of representations of states (N, D)."""
 
     def _predict(self, network: nn.Module, inputs: tuple[Tensor | None, ...]) -> Tensor:
-        """Faces (N, 3, H, W), by ``network`` or its average, from what :meth:`_inputs` made."""
+        """Faces (N, 3, H, W), by ``network`` or its average, from what :meth:`_inputs` made, and nothing else."""
         faces: Tensor = network(*inputs)
         return faces
 
@@ -142,17 +142,20 @@ class InversionAttack(RecoveryAttack):
         model = adversary.fabric.setup_module(self.network)
         ahead: dict[int, _Example] = {}
 
-        def loss(step: int) -> Tensor:
+        def inputs(step: int) -> tuple[Tensor | None, ...]:
             ahead.pop(step - 1, None)
             if step not in ahead:
                 # Always the same steps together, so that a resumed training equals an unbroken one to the last bit.
                 start = step - step % self.lookahead
                 together = range(start, min(start + self.lookahead, steps))
                 ahead.update(zip(together, self._examples(trainer, together, exposure), strict=True))
-            target, inputs, state = ahead[step]
+            target, shown, state = ahead[step]
             if countable:
                 trainer.note(state)
-            recovered = self._predict(model, inputs)
+            return target, *shown
+
+        def loss(target: Tensor, *shown: Tensor | None) -> Tensor:
+            recovered = self._predict(model, shown)
             return reconstruction(recovered, target, options.ssim_weight if options.loss == "l1+ssim" else 0)
 
         def recover(network: nn.Module, index: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -163,7 +166,9 @@ class InversionAttack(RecoveryAttack):
                     network, self._inputs(self._view(protected.representation), protected.state)
                 ), target
 
-        report = trainer.train_on_faces(self.network, loss, recover, images=images, steps=steps, stored=self)
+        report = trainer.train_on_faces(
+            self.network, loss, recover, inputs=inputs, images=images, steps=steps, stored=self
+        )
         details |= {
             "epochs": report.details["steps"] * trainer.batch_size / len(trainer.training),
             "stopped_early": report.details["steps"] < steps,

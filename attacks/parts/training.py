@@ -22,6 +22,7 @@ from attacks.base import Adversary, AttackOptions, FitReport
 from attacks.parts.exposure import split_identities
 from bench.errors import first_line
 from bench.files import parse_json, replacing
+from bench.graphs import Replayed
 from bench.images import to_float
 from bench.memory import Parts
 from bench.randomness import derived
@@ -149,7 +150,10 @@ class Training:
 
     Attributes:
         network: is trained in place, and ends with its averaged weights, in evaluation mode.
-        loss: ``loss(step)`` is what it minimises in that step.
+        loss: ``loss(*inputs(step))`` is what it minimises in that step.
+        inputs: what a loss is made of that differs from step to step. Where these are tensors on a CUDA device, passes
+            are replayed (:class:`bench.graphs.Replayed`): a loss may depend on nothing else then but what is the same
+            in every step. By default the number of the step alone, of which nothing can be replayed.
         validate: the loss of a module like ``network`` on held-out identities.
         floor: what ``validate`` returns of one that has learnt nothing.
         steps: to train for.
@@ -168,10 +172,11 @@ class Training:
     """
 
     network: nn.Module
-    loss: Callable[[int], Tensor]
+    loss: Callable[..., Tensor]
     validate: Callable[[nn.Module], float]
     floor: float
     steps: int
+    inputs: Callable[[int], tuple[Any, ...]] = lambda step: (step,)
     name: str = ""
     learning_rate: float | None = None
     early_stop: bool | None = None
@@ -285,7 +290,7 @@ class Trainer:
     def train_on_faces(
         self,
         network: nn.Module,
-        loss: Callable[[int], Tensor],
+        loss: Callable[..., Tensor],
         recover: Callable[[nn.Module, Tensor, int], tuple[Tensor, Tensor]],
         *,
         images: int,
@@ -325,11 +330,11 @@ class Trainer:
         peak = options.learning_rate if training.learning_rate is None else training.learning_rate
         early_stop = options.early_stop if training.early_stop is None else training.early_stop
         average = copy.deepcopy(network).requires_grad_(False).eval()
-        turns = [(network, training.loss)] if training.rival is None else [training.rival, (network, training.loss)]
+        modules = [network] if training.rival is None else [training.rival[0], network]
         # Fused: one kernel instead of a loop over parameters, on CPU and GPU alike.
         fused = self.device.type in ("cpu", "cuda")
-        optimizers = [training.optimizer(module.parameters(), lr=peak, fused=fused) for module, _ in turns]
-        checkpoint = _Checkpoint(self, training, average, [module for module, _ in turns], optimizers)
+        optimizers = [training.optimizer(module.parameters(), lr=peak, fused=fused) for module in modules]
+        checkpoint = _Checkpoint(self, training, average, modules, optimizers)
         progress = checkpoint.resume()
         steppers = [cast("torch.optim.Optimizer", self.fabric.setup_optimizers(each)) for each in optimizers]
         averaging = _Average(average, network, buffers=training.average_buffers)
@@ -353,23 +358,33 @@ class Trainer:
             with parts:
                 return training.validate(average)
 
-        def passes(turn: Callable[[int], Tensor], step: int, stepper: torch.optim.Optimizer) -> Tensor:
-            loss = turn(step)
+        def passes(stepper: torch.optim.Optimizer, turn: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor]:
+            loss = turn(*inputs)
             stepper.zero_grad()
             self.fabric.backward(loss)
-            return loss.detach()
+            return (loss.detach(),)
+
+        own = Replayed(
+            functools.partial(passes, steppers[-1], training.loss),
+            network.parameters(),
+            self.device,
+            whole=lambda: not parts.cuts,
+        )
+        turns: list[Callable[[int], tuple[Tensor, ...]]] = [lambda step: own(*training.inputs(step))]
+        if training.rival is not None:
+            turns.insert(0, functools.partial(passes, steppers[0], training.rival[1]))
 
         while progress.step < schedule.end(progress.decay_start):
             step = progress.step
             network.train()
-            for (module, turn), optimizer, stepper in zip(turns, optimizers, steppers, strict=True):
+            for module, turn, optimizer, stepper in zip(modules, turns, optimizers, steppers, strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = peak * schedule.factor(step, progress.decay_start)
                 if training.rival is not None:
-                    for other, _ in turns:
+                    for other in modules:
                         other.requires_grad_(other is module)
                 with parts:
-                    loss = parts.step(functools.partial(passes, turn, step, stepper))
+                    (loss,) = parts.step(functools.partial(turn, step))
                 stepper.step()
             progress.step = done = step + 1
             averaging.update(done)

@@ -59,6 +59,11 @@ class MarginHead(nn.Module, ABC):
         self.weight = nn.Parameter(torch.empty(classes, embedding_size))
         nn.init.normal_(self.weight, std=0.01)
 
+    @property
+    def constants(self) -> tuple[float, ...]:
+        """What the loss depends on beside weights, embeddings and labels."""
+        return self.scale, self.margin, self.label_smoothing
+
     @abstractmethod
     def target(self, cosine: Tensor) -> Tensor:
         """psi(t) from cos t, both (N,), float32: non-increasing in t over [0, pi]."""
@@ -101,8 +106,9 @@ class MarginHead(nn.Module, ABC):
     def _check(self, embeddings: Tensor, labels: Tensor) -> None:
         if labels.dtype != torch.int64 or labels.shape != embeddings.shape[:1]:
             raise ValueError(f"labels must be int64 ({len(embeddings)},), got {labels.dtype} {tuple(labels.shape)}")
-        # Synchronises a GPU once a step; a wrong label would kill the whole CUDA context instead.
-        if len(labels):
+        # Synchronises a GPU once a step; a wrong label would kill the whole CUDA context instead. A step that is
+        # captured, and replayed with other labels, cannot look at them.
+        if len(labels) and not (labels.is_cuda and torch.cuda.is_current_stream_capturing()):
             low, high = torch.stack(labels.aminmax()).tolist()
             if low < 0 or high >= len(self.weight):
                 raise ValueError(f"labels must lie in [0, {len(self.weight)}), got {low} to {high}")
@@ -137,6 +143,10 @@ class ArcFace(MarginHead):
     ) -> None:
         super().__init__(embedding_size, classes, scale=scale, margin=margin, label_smoothing=label_smoothing)
         self.angle_factor, self.cosine_margin = angle_factor, cosine_margin
+
+    @property
+    def constants(self) -> tuple[float, ...]:
+        return *super().constants, self.angle_factor, self.cosine_margin
 
     def target(self, cosine: Tensor) -> Tensor:
         return margin_target(cosine, self.angle_factor, self.margin, self.cosine_margin)

@@ -6,12 +6,13 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.graphs import Replayed
 from bench.memory import Parts
 from bench.nets.heads import MarginHead
 from bench.nets.recogniser import Recogniser
@@ -128,25 +129,42 @@ class Classifier(nn.Module):
 
 
 class WholeLearner(Learner):
-    """Every process has the whole head."""
+    """Every process has the whole head.
+
+    Attributes:
+        replayed: forward and backward passes, replayed on a CUDA device; of several processes, which exchange gradients
+            amid a pass, never.
+    """
 
     def __init__(self, recogniser: Recogniser, head: MarginHead, options: TrainingOptions, fabric: Fabric) -> None:
         super().__init__(Classifier(recogniser.train(), head.train(), options), options, fabric)
+        self.head = head
+        self.replayed = Replayed(
+            self.passes,
+            self.module.parameters(),
+            fabric.device if fabric.world_size == 1 else torch.device("cpu"),
+            whole=lambda: self.parts is None or not self.parts.cuts,
+            compiled=recogniser if options.compile else None,
+        )
+
+    def passes(
+        self, representation: Tensor, labels: Tensor, targets: Tensor | None, weight: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward: loss and hits, as of :meth:`step`, and gradients of ``weight`` times the loss."""
+        loss, hits = self.model(representation, labels, targets)
+        self.stepper.zero_grad()
+        self.fabric.backward(loss if weight == 1 else loss * weight)
+        return loss.detach(), hits
 
     def step(
         self, representation: Tensor, labels: Tensor, targets: Tensor | None = None, *, rate: float, total: int
     ) -> tuple[Tensor, Tensor]:
         self.set_rate(rate)
-
-        def passes() -> tuple[Tensor, Tensor]:
-            loss, hits = self.model(representation, labels, targets)
-            self.stepper.zero_grad()
-            processes = self.fabric.world_size
+        inputs: tuple[Any, ...] = (representation, labels, targets)
+        if (processes := self.fabric.world_size) > 1:
             # Gradients are averaged over the processes, whose parts of a batch may differ by one image.
-            self.fabric.backward(loss if processes == 1 else loss * (len(labels) * processes / total))
-            return loss.detach(), hits
-
-        loss, hits = self.attempt(passes)
+            inputs += (len(labels) * processes / total,)
+        loss, hits = self.attempt(lambda: self.replayed(*inputs, constants=self.head.constants))
         if self.options.clip_gradient_norm is not None:
             # A gradient that is not finite is reported with its loss, at the next look.
             self.fabric.clip_gradients(

@@ -28,7 +28,6 @@ from bench.nets.heads import MarginHead
 from bench.nets.recogniser import Recogniser
 from bench.progress import Report, no_report
 from bench.randomness import Streams
-from bench.recognition.graphs import replayed
 from bench.recognition.learner import make_learner
 from bench.recognition.options import HEADS, TrainingOptions
 from bench.recognition.partial_fc import PartialFC
@@ -324,7 +323,6 @@ def train(
         noticing_lost_processes(processes),
         shared_statistics(recogniser, processes if options.sync_batch_norm else Processes()),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),  # dropout's
-        replayed(recogniser, device, processes.size),
         Parts([recogniser], f"the training of the recogniser behind {defense.name}") as parts,
     ):
         labels = faces.labels if isinstance(faces, FaceSet) else torch.from_numpy(faces.labels.astype("int64"))

@@ -35,12 +35,12 @@ from bench import __version__
 from bench.data.decode import AT_ONCE, by_threads, decode_batch, decode_image, in_array, workers
 from bench.data.faces import FaceSet
 from bench.data.synthetic import SyntheticOptions, load_synthetic
+from bench.graphs import BEFORE_CAPTURE
 from bench.images import ssim, to_float
 from bench.metrics.image_quality import ssim_and_psnr
 from bench.nets.recogniser import InputNormalisation, build_recogniser
 from bench.plugins import make_attack, make_defense
 from bench.progress import Report, no_report
-from bench.recognition.graphs import replayed
 from bench.recognition.learner import make_learner
 from bench.recognition.options import TrainingOptions
 from bench.recognition.training import build_head
@@ -262,7 +262,7 @@ def _plain_copy(module: M) -> M:
 
 def _train_recogniser(machine: _Machine, backbone: str, size: int, channels: int) -> dict[str, Any]:
     batch, steps = (128, 10) if machine.cuda else (32 if size <= _SMALL else 8, 1)
-    options = TrainingOptions()
+    options = TrainingOptions(compile=size > _SMALL)
     recogniser = build_recogniser(backbone, (channels, size, size), options.embedding_size).to(machine.device)
     head = build_head(options, _IDENTITIES).to(machine.device)
     generator = torch.Generator().manual_seed(0)
@@ -295,8 +295,10 @@ def _train_recogniser(machine: _Machine, backbone: str, size: int, channels: int
             optimiser.step()
             loss.item()
 
-    with replayed(recogniser, machine.device, before=1):
-        return machine.compare(ours, batch, theirs, calls=steps)
+    if machine.cuda:  # what is captured is timed
+        for _ in range(BEFORE_CAPTURE // steps + 1):
+            ours()
+    return machine.compare(ours, batch, theirs, calls=steps)
 
 
 class _Enough(Exception):
@@ -346,6 +348,8 @@ def _train_unet(machine: _Machine) -> dict[str, Any]:
         # Steps of the attack's own training lie between two reports, and those of the plain loop within each.
         nonlocal reached, resumed, theirs, end
         now = clocks()
+        if machine.cuda and done <= (BEFORE_CAPTURE + 1) * batch:
+            return  # not captured yet
         if theirs is None:
             theirs, end = plain_steps(), time.monotonic() + machine.seconds
             theirs()

@@ -148,7 +148,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "image_size": 112,
         "backbone": "ir-50",
         "probes": 1000,
-        "training": PUBLISHED.model_dump(exclude_unset=True),
+        "training": {**PUBLISHED.model_dump(exclude_unset=True), "compile": True},
     },
 }
 

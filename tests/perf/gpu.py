@@ -13,19 +13,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from attacks.base import Adversary, Knowledge  # noqa: E402
 from bench.commands.console import out  # noqa: E402
 from bench.commands.speed import render  # noqa: E402
+from bench.data.synthetic import SyntheticOptions, load_synthetic  # noqa: E402
+from bench.graphs import CudaCapture, Replayed  # noqa: E402
 from bench.images import ssim  # noqa: E402
 from bench.metrics.image_quality import psnr  # noqa: E402
 from bench.nets.recogniser import InputNormalisation, build_recogniser  # noqa: E402
-from bench.plugins import make_defense  # noqa: E402
-from bench.recognition.graphs import replayed  # noqa: E402
+from bench.plugins import make_attack, make_defense  # noqa: E402
 from bench.recognition.learner import make_learner  # noqa: E402
 from bench.recognition.options import TrainingOptions  # noqa: E402
 from bench.recognition.training import build_head  # noqa: E402
@@ -69,7 +72,7 @@ def image_quality(device):
     return max(float((a - b).abs().max()) for a, b in zip(there, here, strict=True)), 1e-3
 
 
-def losses(device, precision, *, graphs, dropout):
+def losses(device, precision, *, graphs, dropout=0.0, compiled=False):
     """Of STEPS training steps behind settled normalisation, whose batches have two sizes: the loss of each."""
     options = TrainingOptions(precision=precision, dropout=dropout)
     fabric = make_fabric(str(device), precision)
@@ -81,22 +84,28 @@ def losses(device, precision, *, graphs, dropout):
     for _ in range(InputNormalisation.measured):
         recogniser.normalisation(data[:BATCH])
     learner = make_learner(recogniser, build_head(options, IDENTITIES), options, fabric)
+    learner.replayed = Replayed(
+        learner.passes,
+        learner.module.parameters(),
+        device if graphs else torch.device("cpu"),
+        compiled=recogniser if compiled else None,
+        before=1,
+    )
     torch.manual_seed(0)
     found = []
-    with replayed(recogniser, device if graphs else torch.device("cpu"), before=1):
-        for step in range(STEPS):
-            rows = slice(step * BATCH, (step + 1) * BATCH - step % 2)
-            loss, _ = learner.step(data[rows], labels[rows], rate=0.01, total=BATCH - step % 2)
-            found.append(loss)
-        captured = len(recogniser.__dict__["forward"].captured) if graphs else 0
+    for step in range(STEPS):
+        rows = slice(step * BATCH, (step + 1) * BATCH - step % 2)
+        loss, _ = learner.step(data[rows], labels[rows], rate=0.01, total=BATCH - step % 2)
+        found.append(loss)
+    captured = len(learner.replayed.captured)
     assert captured == (2 if graphs else 0), f"{captured} batch sizes were captured"
     return torch.stack(found).cpu()
 
 
-def graphs(device, precision):
+def graphs(device, precision, *, compiled=False):
     """Largest relative difference of a loss over the steps, eager and replayed; what eager differs from itself by."""
-    eager, again = (losses(device, precision, graphs=False, dropout=0.0) for _ in range(2))
-    graphed = losses(device, precision, graphs=True, dropout=0.0)
+    eager, again = (losses(device, precision, graphs=False) for _ in range(2))
+    graphed = losses(device, precision, graphs=True, compiled=compiled)
     noise = float(((again - eager).abs() / eager).max())
     return float(((graphed - eager).abs() / eager).max()), max(0.02, 3 * noise)
 
@@ -107,12 +116,52 @@ def dropped(device):
     return float((means[1] - means[0]).abs() / means[0]), 0.05
 
 
+def attacking(device, name, **options):
+    """Relative difference of the validation loss of an attack's training, eager and replayed; eager and eager."""
+    faces = load_synthetic(SyntheticOptions(identities=24, images_per_identity=8, image_size=32)).faces
+    defense = make_defense("partialface", {}, "gpu", 32).to(device)
+    found, captured = [], []
+
+    class Counted(CudaCapture):
+        def __call__(self, passes, inputs):
+            captured.append(len(inputs))
+            return super().__call__(passes, inputs)
+
+    for before in (10**9, 10**9, 4):
+
+        def noted(passes, parameters, device, *, before=before, **more):
+            parameters = list(parameters)
+            return Replayed(passes, parameters, device, capture=Counted(parameters), before=before, **more)
+
+        with mock.patch("attacks.parts.training.Replayed", noted):
+            attack = make_attack(name, options, "gpu")
+            report = attack.learn(
+                Adversary(
+                    faces=faces.images.to(device),
+                    identities=faces.labels,
+                    knowledge=Knowledge.WHITEBOX,
+                    mechanism=lambda _: defense,
+                    generator=torch.Generator().manual_seed(0),
+                    fabric=make_fabric(str(device), "auto"),
+                )
+            )
+        found.append(report.details["validation_loss"])
+    assert captured, "nothing was captured"
+    eager, again, graphed = found
+    return abs(graphed - eager) / eager, max(0.05, 3 * abs(again - eager) / eager)
+
+
 CHECKS = {
     "protect": protecting,
     "image-quality": image_quality,
     "graphs-32": lambda device: graphs(device, "32-true"),
     "graphs-bf16": lambda device: graphs(device, "bf16-mixed"),
     "graphs-dropout": dropped,
+    "graphs-compiled": lambda device: graphs(device, "32-true", compiled=True),
+    "graphs-unet": lambda device: attacking(device, "unet", steps=200, widths=(16, 32, 64), batch_size=32),
+    "graphs-unet-mixture": lambda device: attacking(
+        device, "unet", steps=200, widths=(16, 32, 64), batch_size=32, infer_state=False, input="raw"
+    ),
 }
 
 
