@@ -1,4 +1,4 @@
-"""Training passes replayed as CUDA graphs, where launching their kernels takes longer than running them."""
+"""What keeps a GPU busy in training: passes replayed as CUDA graphs, and batches made beside them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,32 @@ MOST_CAPTURED = 2
 Passes = Callable[..., tuple[Tensor, ...]]
 #: From passes and their inputs to a function that does with inputs of these shapes what the passes do.
 Capture = Callable[[Passes, tuple[Any, ...]], Passes]
+
+
+class Beside:
+    """Makes batches on a stream of its own of a CUDA device, if ``device`` is one.
+
+    Who makes them may wait for the device (checks of what a defence sends do), and need not wait for training steps
+    that were launched before. What they are made of must not change in those steps.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def __call__(self, make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What ``make`` returns, for the current stream; tensors in it may be used there as any others."""
+        if self._stream is None:
+            return make()
+        with torch.cuda.stream(self._stream):
+            made = make()
+        current = torch.cuda.current_stream(self._stream.device)
+        current.wait_stream(self._stream)
+        for value in made:
+            if isinstance(value, Tensor) and value.is_cuda:
+                value.record_stream(current)  # or its memory would be given to the next batch while it is read
+        return made
 
 
 class CudaCapture:

@@ -22,7 +22,7 @@ from attacks.base import Adversary, AttackOptions, FitReport
 from attacks.parts.exposure import split_identities
 from bench.errors import first_line
 from bench.files import parse_json, replacing
-from bench.graphs import Replayed
+from bench.graphs import Beside, Replayed
 from bench.images import to_float
 from bench.memory import Parts
 from bench.randomness import derived
@@ -151,9 +151,10 @@ class Training:
     Attributes:
         network: is trained in place, and ends with its averaged weights, in evaluation mode.
         loss: ``loss(*inputs(step))`` is what it minimises in that step.
-        inputs: what a loss is made of that differs from step to step. Where these are tensors on a CUDA device, passes
-            are replayed (:class:`bench.graphs.Replayed`): a loss may depend on nothing else then but what is the same
-            in every step. By default the number of the step alone, of which nothing can be replayed.
+        inputs: what a loss is made of that differs from step to step, whatever the network has learnt. Where these are
+            tensors on a CUDA device, passes are replayed (:class:`bench.graphs.Replayed`): a loss may then depend on
+            nothing else but what is the same in every step. By default the number of the step alone, of which nothing
+            can be replayed.
         validate: the loss of a module like ``network`` on held-out identities.
         floor: what ``validate`` returns of one that has learnt nothing.
         steps: to train for.
@@ -370,7 +371,8 @@ class Trainer:
             self.device,
             whole=lambda: not parts.cuts,
         )
-        turns: list[Callable[[int], tuple[Tensor, ...]]] = [lambda step: own(*training.inputs(step))]
+        beside = Beside(self.device)
+        turns: list[Callable[[int], tuple[Tensor, ...]]] = [lambda step: own(*beside(lambda: training.inputs(step)))]
         if training.rival is not None:
             turns.insert(0, functools.partial(passes, steppers[0], training.rival[1]))
 

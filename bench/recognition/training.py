@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ from bench.data.faces import FaceSet
 from bench.data.stream.loader import StreamLoader
 from bench.data.stream.sampler import EpochOrder
 from bench.errors import DataError, UsageError
+from bench.graphs import Beside
 from bench.images import to_float
 from bench.memory import Parts
 from bench.nets.augmentation import augment
@@ -376,7 +378,7 @@ def train(
             if (reached := state.resume(history)) is not None:
                 batches.resume(reached)
 
-        generator = torch.Generator()
+        generator, beside = torch.Generator(), Beside(device)
 
         def reseed(when: str) -> None:
             generator.manual_seed(streams.seed_for(f"training/faces/{when}/{processes.rank}"))
@@ -384,22 +386,28 @@ def train(
             if isinstance(head, PartialFC):
                 head.reseed(streams.seed_for(f"training/centres/{when}"))
 
-        for epoch in range(len(history.losses), options.epochs):
-            history.start_epoch(epoch)
-            reseed(f"{epoch}")
+        @torch.no_grad()
+        def examples(epoch: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor | None]]:
+            """Of each step its number, the size of the whole batch, and what is learnt from."""
             for step, chosen, pixels, total in batches.epoch(epoch):
                 if batches.resumable:
                     reseed(f"{epoch}/{step}")
+                given = targets[chosen]
+                seen = augment(to_float(pixels), options.augmentation, generator)
+                protected = defense.protect(seen, generator, labels=given).representation
+                aims = None if teacher is None else teacher[chosen.to(device)]
+                yield step, total, protected, given.to(device), aims
+
+        for epoch in range(len(history.losses), options.epochs):
+            history.start_epoch(epoch)
+            reseed(f"{epoch}")
+            shown: Iterator[tuple[Any, ...]] = examples(epoch)
+            while example := beside(functools.partial(next, shown, ())):
+                step, total, *batch = example
                 rate = learning_rate(options, epoch + (step + 1) / steps)
                 for name, value in margins(options, epoch + step / steps).items():
                     setattr(head, name, value)
-                given = targets[chosen]
-                with torch.no_grad():
-                    seen = augment(to_float(pixels), options.augmentation, generator)
-                    protected = defense.protect(seen, generator, labels=given).representation
-
-                aims = None if teacher is None else teacher[chosen.to(device)]
-                loss, hits = learner.step(protected, given.to(device), aims, rate=rate, total=total)
+                loss, hits = learner.step(*batch, rate=rate, total=total)
                 history.add(loss, hits, total)
                 last = step + 1 == steps
                 if (step + 1) % LOOK_EVERY == 0 or last:
