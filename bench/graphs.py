@@ -148,7 +148,7 @@ class Replayed:
         return self._passes(*inputs)
 
     def _can_hold(self, value: object) -> bool:
-        return isinstance(value, Tensor) and value.device == self._device and not value.requires_grad
+        return isinstance(value, Tensor) and value.device.type == self._device.type and not value.requires_grad
 
     def _captured(self, alike: Hashable, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         assert self._capture is not None

@@ -32,6 +32,7 @@ _PIXELS_ACCELERATOR = 10_000_000
 _SHARES = 2
 # Times that planes come for which starting a thread takes less time than it saves.
 _LEAST = 4
+_CPU = torch.device("cpu")
 # Faces whose difference stays in a processor's cache between the two times that it is read.
 _FACES_CPU = 8
 
@@ -298,11 +299,14 @@ def _window(maps: Tensor) -> int:
 
 def _blurred(maps: Tensor, window: int, margin: int) -> Tensor:
     """(M, P, H, W), with ``margin`` zeros around, to (M, P, H+2*margin-window+1, W+2*margin-window+1)."""
-    if _by_onednn(maps):
-        # oneDNN's depthwise convolution, with the planes innermost: vectors run over planes, so that no tap is out of
-        # step with them. Sums of shifted slices take four times as long, products with a banded matrix five times.
-        planes = maps.shape[1]
-        maps, kernel = maps.contiguous(memory_format=torch.channels_last), _kernel(window, planes)
+    planes = maps.shape[1]
+    # Of a single plane CUDA's convolution would be a common one, in TF32.
+    if _by_onednn(maps) or (maps.is_cuda and maps.dtype == torch.float32 and planes > 1):
+        kernel = _kernel(window, planes, maps.device)
+        # Depthwise. oneDNN wants the planes innermost: vectors run over planes, so that no tap is out of step with
+        # them. Sums of shifted slices take four times as long there, products with a banded matrix five times.
+        order = torch.contiguous_format if maps.is_cuda else torch.channels_last
+        maps = maps.contiguous(memory_format=order)
         maps = F.conv2d(maps, kernel[:, :, :, None], padding=(margin, 0), groups=planes)
         return F.conv2d(maps, kernel[:, :, None], padding=(0, margin), groups=planes)
     maps = F.pad(maps, (margin, margin, margin, margin)) if margin else maps
@@ -324,6 +328,6 @@ def _taps(window: int) -> list[float]:
 
 
 @functools.cache
-def _kernel(window: int, planes: int) -> Tensor:
+def _kernel(window: int, planes: int, device: torch.device = _CPU) -> Tensor:
     """The taps for each plane, float32 (planes, 1, window)."""
-    return torch.tensor(_taps(window)).repeat(planes, 1, 1)
+    return torch.tensor(_taps(window)).repeat(planes, 1, 1).to(device)

@@ -443,20 +443,25 @@ class _Average:
     """
 
     def __init__(self, average: nn.Module, network: nn.Module, *, buffers: bool) -> None:
-        self._means, self._values = (list[Tensor](module.parameters()) for module in (average, network))
-        pairs = list(zip(average.buffers(), network.buffers(), strict=True))
-        self._averaged = [pair for pair in pairs if buffers and pair[0].is_floating_point()]
-        self._copied = [pair for pair in pairs if not (buffers and pair[0].is_floating_point())]
+        means, values = (list[Tensor](module.parameters()) for module in (average, network))
+        self._kept: list[Tensor] = []
+        self._latest: list[Tensor] = []
+        for mean, latest in zip(average.buffers(), network.buffers(), strict=True):
+            if buffers and mean.is_floating_point():
+                means.append(mean)
+                values.append(latest)
+            else:
+                self._kept.append(mean)
+                self._latest.append(latest)
+        self._means, self._values = means, values
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After so many steps."""
         weight = min(1.0, _AVERAGING / (step + _AVERAGING - 1))
         torch._foreach_lerp_(self._means, self._values, weight)
-        for kept, latest in self._averaged:
-            kept.lerp_(latest, weight)
-        for kept, latest in self._copied:
-            kept.copy_(latest)
+        if self._kept:
+            torch._foreach_copy_(self._kept, self._latest)
 
 
 class _Checkpoint:
