@@ -77,8 +77,8 @@ class BioHash(TemplateDefense):
         return torch.where(heights > 0, 1.0, -1.0).to(unit) / math.sqrt(self.template_size)
 
     def _heights(self, projections: Tensor) -> Tensor:
-        """How far projections (N, bits) lie above the threshold."""
-        return projections - projections.mean(dim=1, keepdim=True) if self.options.threshold == "mean" else projections
+        """How far projections (..., bits) lie above the threshold."""
+        return projections - projections.mean(dim=-1, keepdim=True) if self.options.threshold == "mean" else projections
 
     def compare(self, first: Tensor, second: Tensor) -> Tensor:
         """Share of equal bits (N,), in [0, 1]."""
@@ -87,12 +87,12 @@ class BioHash(TemplateDefense):
 
     def misfit(self, templates: Tensor, keys: Tensor) -> Misfit:
         """Mean over the bits of how far a projection lies on the wrong side, in standard deviations."""
-        directions, signs = self.secrets(keys, templates), templates.sign()
+        directions, signs = self.secrets(keys, templates), templates.sign()[:, None]
 
         def misfit(embeddings: Tensor) -> Tensor:
             # A projection of a unit vector has variance 1 / D.
-            heights = self._heights((embeddings[:, None] @ directions)[:, 0]) * math.sqrt(embeddings.shape[1])
-            return functional.relu(_MARGIN - signs * heights).mean(dim=1)
+            heights = self._heights(embeddings @ directions) * math.sqrt(embeddings.shape[2])
+            return functional.relu(_MARGIN - signs * heights).mean(dim=2)
 
         return misfit
 

@@ -121,12 +121,13 @@ class IoM(TemplateDefense):
 
     def misfit(self, templates: Tensor, keys: Tensor) -> Misfit:
         """Mean over the codes of how far the largest other value is ahead of the chosen one, in standard deviations."""
-        secrets, chosen = self.secrets(keys, templates), templates.long()[..., None]
+        secrets, chosen = self.secrets(keys, templates), templates.long()[:, None, :, None]
 
         def misfit(embeddings: Tensor) -> Tensor:
-            values = self._values(embeddings[:, None], secrets)[:, 0]
-            ahead = values.scatter(2, chosen, -torch.inf).amax(dim=2) - values.gather(2, chosen)[..., 0]
-            return functional.relu(_MARGIN + ahead).mean(dim=1)
+            values = self._values(embeddings, secrets)
+            own = chosen.expand(-1, embeddings.shape[1], -1, -1)
+            ahead = values.scatter(3, own, -torch.inf).amax(dim=3) - values.gather(3, own)[..., 0]
+            return functional.relu(_MARGIN + ahead).mean(dim=2)
 
         return misfit
 

@@ -91,12 +91,12 @@ class MLPHash(TemplateDefense):
 
     def misfit(self, templates: Tensor, keys: Tensor) -> Misfit:
         """Mean over the bits of how far an output lies on the wrong side of the mean, in standard deviations."""
-        weights, signs = self.secrets(keys, templates), templates.sign()
+        weights, signs = self.secrets(keys, templates), templates.sign()[:, None]
 
         def misfit(embeddings: Tensor) -> Tensor:
-            outputs = self._outputs(embeddings[:, None], weights)[:, 0]
+            outputs = self._outputs(embeddings, weights)
             # With its gradient: without it, outputs that all shrink would seem to fit better.
-            spread = (outputs.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()
-            return functional.relu(_MARGIN - signs * outputs / spread).mean(dim=1)
+            spread = (outputs.square().mean(dim=2, keepdim=True) + 1e-12).sqrt()
+            return functional.relu(_MARGIN - signs * outputs / spread).mean(dim=2)
 
         return misfit

@@ -104,14 +104,14 @@ class PolyProtect(TemplateDefense):
     def enrol(self, embeddings: Tensor, keys: Tensor | None, generator: torch.Generator) -> Tensor:
         """Polynomials (N, T) of embeddings (N, D); differentiable."""
         unit = self.checked(embeddings)
-        return self._polynomials(unit, self.secrets(keys, unit))
+        return self._polynomials(unit[:, None], self.secrets(keys, unit))[:, 0]
 
     def _polynomials(self, embeddings: Tensor, secrets: Tensor) -> Tensor:
-        """(N, T) of embeddings (N, D) under coefficients and exponents (N, 2, m)."""
-        coefficients, exponents = secrets.view(len(embeddings), 2, 1, self.options.m).unbind(1)
+        """(N, S, T) of embeddings (N, S, D) under coefficients and exponents (N, 2, m)."""
+        coefficients, exponents = secrets.view(len(embeddings), 2, 1, 1, self.options.m).unbind(1)
         length = (self.template_size - 1) * self._step + self.options.m
-        windows = functional.pad(embeddings, (0, length - embeddings.shape[1])).unfold(1, self.options.m, self._step)
-        return (coefficients * windows.pow(exponents)).sum(dim=2)
+        windows = functional.pad(embeddings, (0, length - embeddings.shape[2])).unfold(2, self.options.m, self._step)
+        return (coefficients * windows.pow(exponents)).sum(dim=3)
 
     def compare(self, first: Tensor, second: Tensor) -> Tensor:
         """Cosine (N,), in [-1, 1]."""
@@ -120,10 +120,11 @@ class PolyProtect(TemplateDefense):
 
     def misfit(self, templates: Tensor, keys: Tensor) -> Misfit:
         """Squared distance of the templates, relative to the square of the stored one."""
-        secrets, scale = self.secrets(keys, templates), templates.square().sum(dim=1).clamp(min=1e-12)
+        secrets, stored = self.secrets(keys, templates), templates[:, None]
+        scale = stored.square().sum(dim=2).clamp(min=1e-12)
 
         def misfit(embeddings: Tensor) -> Tensor:
-            return (self._polynomials(embeddings, secrets) - templates).square().sum(dim=1) / scale
+            return (self._polynomials(embeddings, secrets) - stored).square().sum(dim=2) / scale
 
         return misfit
 

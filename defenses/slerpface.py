@@ -284,12 +284,12 @@ class SlerpFace(TemplateDefense):
         return (attention * functional.normalize(turned * kept, dim=2)).flatten(1)
 
     def _cut(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Directions (N, G, group) and attention (N, G, 1), of sum 1, of rows (N, D) of any length."""
-        groups = functional.pad(rows, (0, self.template_size - rows.shape[1])).unflatten(
-            1, (self.groups, self.options.group)
+        """Directions (..., G, group) and attention (..., G, 1), of sum 1, of rows (..., D) of any length."""
+        groups = functional.pad(rows, (0, self.template_size - rows.shape[-1])).unflatten(
+            -1, (self.groups, self.options.group)
         )
-        lengths = groups.norm(dim=2, keepdim=True)
-        return functional.normalize(groups, dim=2), lengths / lengths.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        lengths = groups.norm(dim=-1, keepdim=True)
+        return functional.normalize(groups, dim=-1), lengths / lengths.sum(dim=-2, keepdim=True).clamp(min=1e-30)
 
     def _share(self, attention: Tensor) -> Tensor:
         """How much of the arc groups of this attention are turned by: alpha_i."""
@@ -323,14 +323,14 @@ class SlerpFace(TemplateDefense):
         The squared distance, relative to the template's square.
         """
         self.same_system(templates, templates)
-        stored, attention = self._cut(templates)
-        target, (directions, _) = attention * stored, self._expanded(keys, templates)
+        stored, attention = self._cut(templates[:, None])
+        target, directions = attention * stored, self._expanded(keys, templates)[0][:, None]
 
         def misfit(embeddings: Tensor) -> Tensor:
-            units, own = self._cut(self.checked(embeddings))
+            units, own = self._cut(embeddings)
             turned = slerp(units, directions, self._share(own)) * (stored != 0)
-            missed = own * functional.normalize(turned, dim=2) - target
-            return missed.square().sum(dim=(1, 2)) / target.square().sum(dim=(1, 2))
+            missed = own * functional.normalize(turned, dim=3) - target
+            return missed.square().sum(dim=(2, 3)) / target.square().sum(dim=(2, 3))
 
         return misfit
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from defenses.base import Defense, DefenseOptions, Shape
 
-#: How far embeddings, float (N, D) and unit rows, are from making some templates: (N,), 0 where they make them.
+#: How far embeddings, float (N, S, D) and unit rows, S for each of N templates, are from making it: (N, S), from 0 on.
 Misfit = Callable[[Tensor], Tensor]
 
 #: D of the field's recognisers, until one is attached.

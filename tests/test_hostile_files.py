@@ -10,6 +10,7 @@ from hostile import READERS, Trial
 COUNT = 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*READERS])
 def test_no_input_does_harm(name, tmp_path):
     trial = Trial(name, tmp_path)

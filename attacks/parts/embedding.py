@@ -13,7 +13,7 @@ does (AAAI 2026): a perceptron or a Kolmogorov-Arnold network.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +25,8 @@ from defenses.template import Misfit, TemplateDefense
 
 #: Public embeddings at most that the prior is measured on, and those from which a search may start.
 _PRIOR_FACES, _STARTS = 4096, 64
+#: How many of these are held against the templates at once.
+_STARTS_AT_ONCE = 8
 #: People on whom an attacker tries out weights of the prior and measures how near estimates come.
 _TRIED = 48
 #: Weights of the prior, of which the best on public faces is taken; an infinite one leaves the closed form as it is.
@@ -189,15 +191,15 @@ class EmbeddingEstimator(nn.Module):
     def _try(self, embeddings: Tensor) -> None:
         """Choose the weight of the prior on public faces, and note how near estimates come."""
         templates, keys = self._enrolled(embeddings, "try")
-        best = -2.0
-        for prior in _PRIORS if self.map is None else _PRIORS[:1]:
-            self.prior.fill_(prior)
-            found = self(templates[:, None], keys[:, None] if self.with_keys else None)
-            near = float(functional.cosine_similarity(found, embeddings).mean())
-            if near > best:
-                best, chosen = near, prior
-        self.prior.fill_(chosen)
-        self.near.fill_(best)
+        if self.map is None:
+            # All weights at once: what keys stand for is expanded once.
+            found = self._solve(templates[:, None], keys[:, None], _PRIORS)
+        else:
+            found = self(templates[:, None], keys[:, None] if self.with_keys else None)[None]
+        near = functional.cosine_similarity(found, embeddings, dim=2).mean(dim=1)
+        best = int(near.argmax())
+        self.prior.fill_(_PRIORS[best])
+        self.near.copy_(near[best])
 
     # -- what it gives ---------------------------------------------------------------------------
 
@@ -209,9 +211,10 @@ class EmbeddingEstimator(nn.Module):
             return functional.normalize(functional.normalize(made, dim=2).mean(dim=1), dim=1)
         if keys is None:
             raise ValueError(f"{self.mechanism.name} is inverted under its keys, and none were stolen")
-        return self._solve(templates, keys)
+        return self._solve(templates, keys, [float(self.prior)])[0]
 
-    def _solve(self, templates: Tensor, keys: Tensor) -> Tensor:
+    def _solve(self, templates: Tensor, keys: Tensor, priors: Sequence[float]) -> Tensor:
+        """The embeddings under each of P weights of the prior, (P, N, D)."""
         misfits: list[Misfit] = []
         closed: list[Tensor] = []
         for turn in range(templates.shape[1]):
@@ -225,37 +228,35 @@ class EmbeddingEstimator(nn.Module):
         def misfit_of(embeddings: Tensor) -> Tensor:
             return torch.stack([misfit(embeddings) for misfit in misfits]).mean(dim=0)
 
-        count = len(templates)
         with torch.no_grad():
-            public = torch.stack([misfit_of(start.expand(count, -1)) for start in self.bank])
-            starts = [self.bank[public.argmin(dim=0)]]
+            several = self.bank.expand(len(templates), -1, -1).split(_STARTS_AT_ONCE, dim=1)
+            public = torch.cat([misfit_of(candidates) for candidates in several], dim=1)
+            starts = [self.bank[public.argmin(dim=1)]]
             if closed:
                 # A closed form may leave the sign open.
                 pooled = _pooled(torch.stack(closed))
-                turned = misfit_of(-pooled) < misfit_of(pooled)
-                starts.append(torch.where(turned[:, None], -pooled, pooled))
-            if math.isinf(float(self.prior)):
-                return starts[-1]
-        found = [self._descend(start, misfit_of) for start in starts]
-        objective = torch.stack([value for _, value in found])
-        candidates = torch.stack([embedding for embedding, _ in found])
-        return candidates[objective.argmin(dim=0), torch.arange(count, device=candidates.device)]
+                here, there = misfit_of(torch.stack((pooled, -pooled), dim=1)).unbind(1)
+                starts.append(torch.where((there < here)[:, None], -pooled, pooled))
+        weights = [prior for prior in priors if math.isfinite(prior)]
+        found = iter(self._descend(torch.stack(starts, dim=1), weights, misfit_of) if weights else ())
+        return torch.stack([next(found) if math.isfinite(prior) else starts[-1] for prior in priors])
 
-    def _descend(self, start: Tensor, misfit: Misfit) -> tuple[Tensor, Tensor]:
-        """Adam on the coordinates of the prior: embeddings (N, D) and what they come to, (N,)."""
+    def _descend(self, starts: Tensor, priors: Sequence[float], misfit: Misfit) -> Tensor:
+        """Adam on the coordinates of the prior, from S starts (N, S, D): under each weight the best, (P, N, D)."""
         # Coordinates in which public embeddings have unit variance; what the prior leaves out starts at the mean.
         scales = self.spread.norm(dim=0)
         directions = self.spread / scales.clamp(min=1e-12)
         kept = scales > 0
-        offset = start - self.mean
+        offset = starts - self.mean
 
         def embedding(codes: Tensor) -> Tensor:
-            return functional.normalize(self.mean + codes @ self.spread.T, dim=1)
+            return functional.normalize(self.mean + codes @ self.spread.T, dim=2)
 
-        codes = ((offset @ directions) / scales.clamp(min=1e-12) * kept).clamp(-4, 4).clone()
+        codes = ((offset @ directions) / scales.clamp(min=1e-12) * kept).clamp(-4, 4).repeat(1, len(priors), 1)
+        weights = codes.new_tensor(priors).repeat_interleave(starts.shape[1])
 
         def objective(codes: Tensor) -> Tensor:
-            return misfit(embedding(codes)) + self.prior * codes.square().mean(dim=1)
+            return misfit(embedding(codes)) + weights * codes.square().mean(dim=2)
 
         with torch.enable_grad():
             codes.requires_grad_(True)
@@ -268,7 +269,10 @@ class EmbeddingEstimator(nn.Module):
                 optimiser.step()
                 schedule.step()
         with torch.no_grad():
-            return embedding(codes), objective(codes)
+            best = objective(codes).unflatten(1, (len(priors), -1)).argmin(dim=2)
+            made = embedding(codes).unflatten(1, (len(priors), -1))
+            chosen: Tensor = made.take_along_dim(best[..., None, None], dim=2)[:, :, 0].transpose(0, 1)
+            return chosen
 
 
 def _pooled(estimates: Tensor) -> Tensor:

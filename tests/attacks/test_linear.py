@@ -299,6 +299,7 @@ def test_a_silent_defence_gives_as_much_as_one_that_declares_itself(make_adversa
     assert len(set(attack.kinds())) == 6  # permutations of a subset say the same, declared or not
 
 
+@pytest.mark.slow
 def test_colours_in_any_order_and_inverted_come_back(make_adversary):
     attack, report, faces, observation = in_the_dark(make_adversary, Swapped(image_size=24), rank=40)
     assert report.details["states_found"] == 96

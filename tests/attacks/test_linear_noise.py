@@ -191,6 +191,7 @@ def test_several_turns_show_the_shared_noise_better(make_adversary):
     assert errors[1] < 0.8 * errors[0]
 
 
+@pytest.mark.slow
 def test_the_network_sees_faces_without_the_noise_they_share(make_adversary):
     defense = Shared(image_size=SIZE)
     small = {"rank": 8, "widths": (4, 8), "steps": 12, "batch_size": 16, "learning_rate": 2e-3}

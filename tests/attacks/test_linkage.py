@@ -319,6 +319,7 @@ def test_recovered_faces_link_where_a_student_of_few_people_does_not(on_subset):
     assert auc["recover"] > auc["distil"] + 0.03
 
 
+@pytest.mark.slow
 def test_auto_keeps_what_tells_held_out_people_apart_best(on_subset, make_adversary, plain):
     attack, report = on_subset(method="auto", room=-1)
     methods = report.details["methods"]

@@ -107,6 +107,7 @@ def test_a_few_steps_are_flagged_unsaturated_even_where_the_loss_is_flat(make_ad
     assert report.details["steps"] == 6
 
 
+@pytest.mark.slow
 def test_what_learns_nothing_stops_early_and_is_not_called_saturated(make_adversary, plain):
     class Nothing(plain):
         def transform(self, faces, state, generator):

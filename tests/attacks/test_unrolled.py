@@ -93,6 +93,7 @@ def test_another_scale_of_input_is_refused(partialface):
         attack.recover(Observation(100 * observation.representations, observation.states))
 
 
+@pytest.mark.slow
 def test_it_starts_from_maps_that_nobody_declared(make_adversary):
     defense = Silent(image_size=24)
     attack, report = fitted(make_adversary, defense, "whitebox")

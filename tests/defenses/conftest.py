@@ -77,7 +77,7 @@ def descended() -> Callable[..., Tensor]:
         optimiser = torch.optim.Adam([found], lr=0.03)
         for _ in range(steps):
             optimiser.zero_grad()
-            misfit(functional.normalize(found, dim=1)).sum().backward()
+            misfit(functional.normalize(found, dim=1)[:, None]).sum().backward()
             assert found.grad is not None
             assert torch.isfinite(found.grad).all()
             optimiser.step()

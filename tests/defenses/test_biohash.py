@@ -74,8 +74,8 @@ def test_misfit_is_zero_where_the_template_is_made_and_leads_there(make, units, 
     keys = defense.draw_keys(12, generator(1))
     templates = defense.enrol(embeddings, keys, generator())
     misfit = defense.misfit(templates, keys)
-    assert float(misfit(embeddings).max()) < 1e-3
-    assert float(misfit(units(12, seed=1)).min()) > 0.1
+    assert float(misfit(embeddings[:, None]).max()) < 1e-3
+    assert float(misfit(units(12, seed=1)[:, None]).min()) > 0.1
     found = descended(misfit, units(12, seed=2))
     assert float(functional.cosine_similarity(found, embeddings).mean()) > 0.9
     assert float(defense.compare(templates, defense.enrol(found, keys, generator())).mean()) > 0.99

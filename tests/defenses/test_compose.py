@@ -282,7 +282,7 @@ def test_a_template_is_of_the_embedding_of_what_is_sent_before_it():
     assert torch.equal(protected.representation[..., 0, 0], plain.enrol(embeddings, keys, generator()))
     templates = protected.representation[..., 0, 0]
     torch.testing.assert_close(defense.match(templates, embeddings, keys, generator()), torch.ones(5))
-    assert float(defense.misfit(templates, keys)(embeddings).max()) < 1e-3
+    assert float(defense.misfit(templates, keys)(embeddings[:, None]).max()) < 1e-3
     assert torch.equal(defense.estimate(templates, keys), plain.estimate(templates, keys))
     with pytest.raises(ValueError, match="another system"):
         defense.compare(templates, templates[:, 1:])

@@ -343,3 +343,17 @@ def test_each_face_can_have_a_generator_of_its_own(defense):
         again = defense.protect_each(_faces(), [generator(9)] * 5, keys=together.keys)
         assert again.keys is together.keys
         assert torch.equal(again.representation, together.representation)
+
+
+def test_embeddings_that_may_be_behind_a_template_are_judged_one_by_one(defense):
+    if not isinstance(defense, TemplateDefense):
+        pytest.skip("stores no template")
+    drawn = torch.randn(3, 5, defense.embedding_size, generator=generator(1))
+    embeddings = torch.nn.functional.normalize(drawn, dim=2)
+    keys = defense.draw_keys(3, generator(2))
+    misfit = defense.misfit(defense.enrol(embeddings[:, 0], keys, generator(3)), keys)
+    together = misfit(embeddings)
+    assert together.shape == (3, 5)
+    assert together.argmin(dim=1).tolist() == [0, 0, 0]  # which made it
+    for number in range(5):
+        torch.testing.assert_close(together[:, [number]], misfit(embeddings[:, [number]]))

@@ -83,8 +83,8 @@ def test_misfit_is_zero_where_the_template_is_made_and_leads_there(make, units, 
     keys = defense.draw_keys(12, generator(1))
     templates = defense.enrol(embeddings, keys, generator())
     misfit = defense.misfit(templates, keys)
-    assert float(misfit(embeddings).max()) < 1e-3
-    assert float(misfit(units(12, seed=1)).min()) > 0.5
+    assert float(misfit(embeddings[:, None]).max()) < 1e-3
+    assert float(misfit(units(12, seed=1)[:, None]).min()) > 0.5
     found = descended(misfit, units(12, seed=2), 100)
     assert float(functional.cosine_similarity(found, embeddings).mean()) > 0.95
     assert float(functional.cosine_similarity(defense.estimate(templates, keys), embeddings).mean()) > 0.95
@@ -97,8 +97,8 @@ def test_two_factors_are_inverted_up_to_the_sign(make, units, descended):
     keys = defense.draw_keys(12, generator(1))
     templates = defense.enrol(embeddings, keys, generator())
     misfit, start = defense.misfit(templates, keys), defense.estimate(templates, keys)
-    assert float(misfit(embeddings).max()) < 2e-3
-    assert float(misfit(units(12, seed=1)).min()) > 0.5
+    assert float(misfit(embeddings[:, None]).max()) < 2e-3
+    assert float(misfit(units(12, seed=1)[:, None]).min()) > 0.5
     near = functional.cosine_similarity(start, embeddings).abs().mean()
     assert near > 0.6
     assert functional.cosine_similarity(descended(misfit, start), embeddings).abs().mean() > near + 0.05

@@ -72,8 +72,8 @@ def test_misfit_is_zero_where_the_template_is_made_and_leads_there(make, units, 
     keys = defense.draw_keys(12, generator(1))
     templates = defense.enrol(embeddings, keys, generator())
     misfit, start = defense.misfit(templates, keys), units(12, seed=2)
-    assert float(misfit(embeddings).max()) < 1e-3
-    assert float(misfit(start).min()) > 0.02
+    assert float(misfit(embeddings[:, None]).max()) < 1e-3
+    assert float(misfit(start[:, None]).min()) > 0.02
     found = descended(misfit, start, 300)
     before, after = (float(functional.cosine_similarity(side, embeddings).mean()) for side in (start, found))
     assert after > before + near

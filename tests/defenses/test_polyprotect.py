@@ -107,9 +107,9 @@ def test_misfit_is_zero_where_the_template_is_made_and_leads_there(make, units, 
     keys = defense.draw_keys(24, generator(1))
     templates = defense.enrol(embeddings, keys, generator())
     misfit = defense.misfit(templates, keys)
-    assert float(misfit(embeddings).max()) < 1e-8
+    assert float(misfit(embeddings[:, None]).max()) < 1e-8
     start = units(24, seed=2)
-    assert float(misfit(start).min()) > 0.1
+    assert float(misfit(start[:, None]).min()) > 0.1
     found = descended(misfit, start, 300)
     assert float(functional.cosine_similarity(found, embeddings).mean()) > near
     assert float(defense.compare(templates, defense.enrol(found, keys, generator())).mean()) > 0.97

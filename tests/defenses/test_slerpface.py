@@ -190,7 +190,7 @@ def test_the_length_of_templates_does_not_count():
     for told in (
         lambda rows: defense.match(rows, near, keys, generator()),
         lambda rows: functional.normalize(defense.estimate(rows, keys), dim=1),
-        lambda rows: defense.misfit(rows, keys)(near),
+        lambda rows: defense.misfit(rows, keys)(near[:, None]),
     ):
         torch.testing.assert_close(told(stored), told(unit))
 
@@ -273,18 +273,18 @@ def test_the_misfit_is_none_at_the_embedding_and_leads_there():
     keys = defense.draw_keys(20, generator(1))
     templates = defense.enrol(embeddings, keys, generator())
     misfit = defense.misfit(templates, keys)
-    assert float(misfit(embeddings).max()) < 1e-12
-    torch.testing.assert_close(misfit(3 * embeddings), misfit(embeddings))
-    assert float(misfit(embeddings.roll(1, 0)).min()) > 0.01
+    assert float(misfit(embeddings[:, None]).max()) < 1e-12
+    torch.testing.assert_close(misfit((3 * embeddings)[:, None]), misfit(embeddings[:, None]))
+    assert float(misfit(embeddings.roll(1, 0)[:, None]).min()) > 0.01
     start = defense.estimate(templates, keys)
     found = start.clone().requires_grad_()
     optimiser = torch.optim.Adam([found], lr=3e-4)
     for _ in range(60):
         optimiser.zero_grad()
-        misfit(found).sum().backward()
+        misfit(found[:, None]).sum().backward()
         optimiser.step()
     assert torch.isfinite(found).all()
-    assert float(misfit(found.detach()).mean()) < 0.5 * float(misfit(start).mean())
+    assert float(misfit(found.detach()[:, None]).mean()) < 0.5 * float(misfit(start[:, None]).mean())
 
 
 # -- the head ----------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_without_a_head_the_embedding_is_cut_into_groups(ready):
     assert templates.shape == (3, 32)
     torch.testing.assert_close(defense.match(templates, embeddings, keys, generator()), torch.ones(3))
     assert defense.estimate(templates, keys).shape == (3, 24)
-    assert float(defense.misfit(templates, keys)(embeddings).max()) < 1e-9
+    assert float(defense.misfit(templates, keys)(embeddings[:, None]).max()) < 1e-9
 
 
 class Halved(Defense):

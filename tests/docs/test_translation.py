@@ -171,6 +171,7 @@ def test_the_learning_rate_rises_and_falls():
     assert [demo.inverse_square_root(step, 4) for step in (1, 2, 4, 16, 64)] == [0.25, 0.5, 1, 0.5, 0.25]
 
 
+@pytest.mark.slow
 def test_a_small_model_learns_to_translate():
     """A generated corpus; word by word, even a perfect dictionary is wrong everywhere."""
     pytest.importorskip("sacrebleu")

@@ -278,6 +278,7 @@ class TestRates:
                 outcomes[worst(v.outcome for v in decide(changes, figures, alpha=0.002, alpha_pass=0.05))] += 1
         return outcomes
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("seeds", [1, 4, 8])
     def test_no_false_alarm_in_two_hundred_runs_of_other_seeds(self, seeds):
         """At a rate of 0.002, more than 3 of 200 happen once in a thousand times; and few are undecided."""

@@ -236,6 +236,7 @@ def coverage(structure: Callable[[], torch.Tensor], far_apart: float, runs: int)
 STUDY = [(lfw_like, 2.5), (lfw_like, 4.0), (all_pairs, 2.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("structure", "far_apart"), STUDY)
 def test_intervals_of_pairs_hold_the_truth_as_often_as_they_say(structure: Any, far_apart: float) -> None:
     """Product weights would hold it in 97.5 to 100 %."""

@@ -146,6 +146,7 @@ def test_a_batch_too_small_for_the_processes_is_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_memory_that_is_full_in_one_process_cuts_the_batches_of_all(tmp_path: Path) -> None:
     """Into as many parts, for the gradients that one process has of whole batches."""
     unnormed = {"normed": False, "epochs": 2}  # statistics are over parts

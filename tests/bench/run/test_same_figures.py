@@ -172,6 +172,7 @@ def test_another_process_of_a_sweep_makes_what_is_damaged_anew_with_the_same_bit
     assert figures(end.result) == figures(expected)
 
 
+@pytest.mark.slow
 def test_another_number_of_threads(beside, set_threads):
     set_threads(2)
     found, _ = beside()

@@ -37,6 +37,7 @@ def chain(out, **changes):
     return pipeline(out, defense="fixed-subset+biohash", **{**ATTACK, "defense_options": {"bits": 64}, **changes})
 
 
+@pytest.mark.slow
 def test_a_template_behind_a_defence_protects_the_embeddings_of_the_recogniser_trained_behind_it(run, out):
     result, directory = run
     assert result.defense.name == "fixed-subset+biohash"

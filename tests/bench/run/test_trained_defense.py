@@ -151,6 +151,7 @@ def templates(out):
     return cell, cell.run()
 
 
+@pytest.mark.slow
 def test_templates_run_from_end_to_end(templates, photo, tmp_path):
     cell, result = templates
     assert result.status == "success"
