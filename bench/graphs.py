@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import first_line, memory_is_full
-from bench.nets.recogniser import InputNormalisation
 
-#: Calls alike after which a pass is captured: the input normalisation has measured its batches by then and does the
-#: same in every step, and a training of fewer steps would not win back what a capture costs.
-BEFORE_CAPTURE = InputNormalisation.measured
+#: Calls alike after which a pass is captured: a recogniser's input normalisation has measured its batches by then and
+#: does the same in every step, and a training of fewer steps would not win back what a capture costs.
+BEFORE_CAPTURE = 64
 #: Passes captured at most: an epoch that is split evenly has batches of two sizes. A rarer one runs as ever.
 MOST_CAPTURED = 2
 

@@ -515,7 +515,7 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
 
 
 def _extremes(values: Tensor) -> list[float]:
-    """The least and the largest of at least one value, for which a device is waited for once; NaN where there is one."""
+    """The least and the largest of at least one value, in one wait for the device; NaN where there is one."""
     least_and_largest: list[float] = torch.stack(values.detach().aminmax()).tolist()
     return least_and_largest
 

@@ -256,7 +256,8 @@ class EmbeddingEstimator(nn.Module):
         weights = codes.new_tensor(priors).repeat_interleave(starts.shape[1])
 
         def objective(codes: Tensor) -> Tensor:
-            return misfit(embedding(codes)) + weights * codes.square().mean(dim=2)
+            total: Tensor = misfit(embedding(codes)) + weights * codes.square().mean(dim=2)
+            return total
 
         with torch.enable_grad():
             codes.requires_grad_(True)

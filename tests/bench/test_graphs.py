@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from bench.graphs import MOST_CAPTURED, Replayed
+from bench.graphs import BEFORE_CAPTURE, MOST_CAPTURED, Replayed
+from bench.nets.recogniser import InputNormalisation
 
 CPU = torch.device("cpu")
 SIZES = [8, 7, 8, 7, 8, 7, 3, 8, 7, 3, 3, 3, 3, 8, 7]
@@ -82,6 +83,10 @@ def test_what_comes_often_is_captured_and_training_is_the_same():
     assert torch.equal(found, expected)
     for name, value in eager.net.state_dict().items():
         assert torch.equal(training.net.state_dict()[name], value), name
+
+
+def test_input_normalisation_has_come_to_rest_before_anything_is_captured():
+    assert InputNormalisation.measured <= BEFORE_CAPTURE
 
 
 def test_other_constants_are_other_passes():
