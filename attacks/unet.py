@@ -86,6 +86,7 @@ class UNet(ViewingAttack):
         "paper": {
             "images": 2_000_000,
             "early_stop": True,
+            "compile": True,
             "bypass": 0,
             "infer_state": False,
             "guesses": 1,

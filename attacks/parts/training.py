@@ -48,6 +48,11 @@ class TrainingOptions(AttackOptions):
     warmup: float = Field(0.03, ge=0, le=0.5, description="Share of a training over which the rate rises.")
     decay: float = Field(0.3, ge=0, le=0.9, description="Share of a training, at its end, over which it falls.")
     early_stop: bool = Field(False, description="Start the decay as soon as the validation loss has plateaued.")
+    compile: bool = Field(
+        False,
+        description="On a CUDA device, compile the network (torch.compile) where its steps are replayed: half a minute "
+        "at first, which some twenty thousand steps win back.",
+    )
     validation: float = Field(
         default=0.1, gt=0, lt=1, description="Share of the public identities held out for the loss curve."
     )
@@ -370,6 +375,7 @@ class Trainer:
             network.parameters(),
             self.device,
             whole=lambda: not parts.cuts,
+            compiled=network if options.compile else None,
         )
         beside = Beside(self.device)
         turns: list[Callable[[int], tuple[Tensor, ...]]] = [lambda step: own(*beside(lambda: training.inputs(step)))]

@@ -408,6 +408,7 @@ def train(
                 for name, value in margins(options, epoch + step / steps).items():
                     setattr(head, name, value)
                 loss, hits = learner.step(*batch, rate=rate, total=total)
+                del example, batch  # or there would be two batches while the next one is made
                 history.add(loss, hits, total)
                 last = step + 1 == steps
                 if (step + 1) % LOOK_EVERY == 0 or last:

@@ -310,7 +310,8 @@ def _train_unet(machine: _Machine) -> dict[str, Any]:
     images, labels = machine.faces(_SMALL)
     defense = make_defense("partialface", {}, preset, _SMALL)
     # States are neither read nor views tried: what is timed is the training, not what comes before.
-    attack: Any = make_attack("unet", {"infer_state": False, "input": "raw", "steps": 10**6}, preset)
+    options = {"infer_state": False, "input": "raw", "steps": 10**6, "compile": machine.cuda}
+    attack: Any = make_attack("unet", options, preset)
     batch, steps = attack.options.batch_size, 10 if machine.cuda else 1
     faces, generator = images.to(machine.device), torch.Generator().manual_seed(0)
 
@@ -348,7 +349,7 @@ def _train_unet(machine: _Machine) -> dict[str, Any]:
         # Steps of the attack's own training lie between two reports, and those of the plain loop within each.
         nonlocal reached, resumed, theirs, end
         now = clocks()
-        if machine.cuda and done <= (BEFORE_CAPTURE + 1) * batch:
+        if machine.cuda and done <= (BEFORE_CAPTURE + 2) * batch:
             return  # not captured yet
         if theirs is None:
             theirs, end = plain_steps(), time.monotonic() + machine.seconds

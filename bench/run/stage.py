@@ -44,7 +44,7 @@ CODE: Mapping[str, tuple[str, ...]] = {
     "split": ("bench.data.splits", "bench.data.base", "bench.data.faces", "bench.data.pairs"),
     "recogniser": (
         "bench.nets",
-        "bench.recognition.graphs",
+        "bench.graphs",
         "bench.recognition.learner",
         "bench.recognition.partial_fc",
         "bench.recognition.training",
@@ -59,7 +59,7 @@ CODE: Mapping[str, tuple[str, ...]] = {
 }
 
 #: Where the code of plug-ins lives, and what theirs may be built of.
-_PLUGIN_PACKAGES = ("attacks", "defenses", "bench.nets", "bench.images", "bench.randomness")
+_PLUGIN_PACKAGES = ("attacks", "defenses", "bench.nets", "bench.graphs", "bench.images", "bench.randomness")
 
 
 @functools.cache

@@ -163,6 +163,9 @@ CHECKS = {
     "graphs-unet-mixture": lambda device: attacking(
         device, "unet", steps=200, widths=(16, 32, 64), batch_size=32, infer_state=False, input="raw"
     ),
+    "graphs-unet-compiled": lambda device: attacking(
+        device, "unet", steps=200, widths=(16, 32, 64), batch_size=32, compile=True
+    ),
 }
 
 
