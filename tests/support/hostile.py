@@ -851,7 +851,7 @@ def _read_timed(folder: Path, out: Path) -> None:
     from reports.terminal import render_table
 
     table = benchmark_table([folder / "timed.json"])
-    with _silent():
+    with contextlib.redirect_stdout(io.StringIO()):
         from bench.commands import console
 
         console.show([], False, lambda: render_table([table] if table else []))
@@ -1198,7 +1198,7 @@ def bench(folder: Path, *arguments: str) -> None:
     """The command in ``folder``, without ``bench.cli``'s last resort for what nobody expected."""
     import typer
 
-    with _within(folder), _silent():
+    with _within(folder), contextlib.redirect_stdout(io.StringIO()):
         try:
             code = _command().main(list(arguments), "bench", standalone_mode=False)
         except typer.Exit as ended:
@@ -1224,18 +1224,6 @@ def _within(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    from bench.commands import console
-
-    streams = sys.stdout, console.out.file
-    sys.stdout = console.out.file = io.StringIO()
-    try:
-        yield
-    finally:
-        sys.stdout, console.out.file = streams
 
 
 class _Sheet:
