@@ -89,7 +89,7 @@ class TrainingOptions(BaseModel):
     compile: bool = Field(
         False,
         description="On a CUDA device, compile the network (torch.compile): a minute at first, a third of the time of "
-        "each step of large maps saved. Worth it from some ten thousand steps on.",
+        "each step of large maps saved. Worth it from some ten thousand steps on; not with head partial-fc.",
     )
     sync_batch_norm: bool = Field(
         True, description="Normalise by the batch of all processes, not by each one's part of it."
