@@ -157,16 +157,13 @@ class Parts:
         return self._most is not None or self._count is not None
 
     def __enter__(self) -> Parts:
-        self._before = [network.__dict__.get(self._method) for network in self._networks]
-        for network, before in zip(self._networks, self._before, strict=True):
-            network.__dict__[self._method] = self._cutting(network, before)
+        for network in self._networks:
+            network.__dict__[self._method] = self._cutting(network)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for network, before in zip(self._networks, self._before, strict=True):
+        for network in self._networks:
             del network.__dict__[self._method]
-            if before is not None:
-                network.__dict__[self._method] = before
 
     def step(self, attempt: Callable[[], T]) -> T:
         """The result of a forward and backward pass, which is attempted with ever smaller parts until it fits.
@@ -219,14 +216,13 @@ class Parts:
         if self._count > 1:
             self._memory.note(self._what, self._rows, -(-self._rows // self._count))
 
-    def _cutting(self, network: nn.Module, before: Callable[..., Any] | None) -> Callable[..., Any]:
+    def _cutting(self, network: nn.Module) -> Callable[..., Any]:
         """What stands in front of a network's method."""
-        own: Callable[..., Any] = getattr(type(network), self._method).__get__(network)
+        whole: Callable[..., Any] = getattr(network, self._method)
         cut = True
 
         def call(*inputs: Any, **named: Any) -> Any:
             nonlocal cut
-            whole = before or own
             if not cut or not inputs or not isinstance(inputs[0], Tensor):
                 return whole(*inputs, **named)
             rows = len(inputs[0])
@@ -234,8 +230,7 @@ class Parts:
                 what = f"{self._what}, where it only looks,"
                 made = list(in_halves(lambda part: _call(whole, rows, part, inputs, named), rows, rows, what))
             elif network.training and (count := self._parts_of(rows)) > 1:
-                # Its own: a pass that is replayed from one place in memory cannot be kept for two parts.
-                made = list(_in_parts(network, own, count, inputs, named))
+                made = list(_in_parts(network, whole, count, inputs, named))
             else:
                 made = []
             self._rows = max(self._rows, rows if torch.is_grad_enabled() else 0)
