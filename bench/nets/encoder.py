@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -167,6 +168,16 @@ class FaceEncoder(nn.Module):
     def is_open(self) -> bool:
         """Whether it is still to be found out what the network is fed."""
         return len(self._ranges) * len(self._colours) > 1
+
+    def feed(self, form: Tensor) -> None:
+        """Settle what the network is fed, as :attr:`form` of it was found before.
+
+        Raises:
+            ValueError: its file, or who brings it, says otherwise.
+        """
+        if form.tolist() not in [[*each] for each in itertools.product(self._ranges, self._colours)]:
+            raise ValueError(f"{self.path} is not fed in this form")
+        self.form = form.to(self.form)
 
     def _try(self) -> int:
         """Embed a face, and two; those of a network that fails on two, or mixes them up, are run one by one.

@@ -7,10 +7,10 @@ import functools
 import operator
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -61,6 +61,8 @@ from defenses.template import TemplateDefense
 if TYPE_CHECKING:
     from bench.recognition.training import TrainingReport
 
+T = TypeVar("T")
+
 _FACES = 256
 _BATCH = 16
 
@@ -104,8 +106,9 @@ class Brought:
 
         Raises:
             UsageError: it takes other representations than the defence sends.
+            ValueError: it is never fed so.
         """
-        encoder.form = form.to(encoder.form.device)
+        encoder.feed(form)
         return brought_recogniser(encoder, sender.representation_shape, sender.name, self.setting)
 
 
@@ -827,7 +830,7 @@ def load_defense(run: Path, config: RunConfig) -> Defense:
 
     Raises:
         MissingError: the run keeps no such checkpoint.
-        DataError: a checkpoint is damaged or of another defence.
+        DataError: a checkpoint is damaged, or of other settings.
     """
     defense = plugins.make_defense(config.defense, config.defense_options, config.preset, config.image_size)
     folder = run / "checkpoints"
@@ -838,16 +841,20 @@ def load_defense(run: Path, config: RunConfig) -> Defense:
             brought = Brought("recogniser", config.recogniser, config.recogniser_input)
             encoder = open_encoder(brought.source, given=brought.given, role=brought.setting)
             sender = defense.behind or plugins.make_defense("none", {}, config.preset, config.image_size)
-            recogniser = brought.fitted(encoder, load_file(checkpoint)["form"], sender)
+            recogniser = _kept(checkpoint, lambda tensors: brought.fitted(encoder, tensors["form"], sender))
         else:
             recogniser, _ = load_recogniser(checkpoint)
         defense.attach(recogniser, recogniser.spec.embedding_size)
     if defense.trainable:
-        path = folder / "defense.safetensors"
-        if not path.is_file():
-            raise MissingError(f"{run} keeps no fitted defence ({path} does not exist): run it again")
-        try:
-            defense.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise DataError(f"{path} does not hold this defence: {first_line(error)}") from error
+        _kept(folder / "defense.safetensors", defense.load_state_dict)
     return defense.requires_grad_(False)
+
+
+def _kept(checkpoint: Path, use: Callable[[dict[str, Tensor]], T]) -> T:
+    """What ``use`` makes of the tensors that a finished run keeps in a file."""
+    if not checkpoint.is_file():
+        raise MissingError(f"there is no {checkpoint}: make the run again")
+    try:
+        return use(load_file(checkpoint))
+    except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+        raise DataError(f"{checkpoint} does not hold what the run's settings ask for: {first_line(error)}") from error

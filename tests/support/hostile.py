@@ -812,6 +812,35 @@ def _read_opened(folder: Path, out: Path) -> None:
         opened(folder / "runs" / "a")
 
 
+def _kept(folder: Path) -> None:
+    """What finished runs keep of a defence that was fitted, and of a recogniser that was brought along."""
+    import torch
+    from onnx_models import linear_model
+    from safetensors.torch import save_file
+
+    from bench import plugins
+
+    weights = np.random.default_rng(0).normal(size=(768, 8)).astype(np.float32)
+    linear_model(folder / "brought.onnx", weights, ("n", 3, 16, 16))
+    for run in ("fitted", "brought"):
+        (folder / run / "checkpoints").mkdir(parents=True)
+    save_file({"form": torch.tensor([0, 0])}, folder / "brought" / "checkpoints" / "recogniser.safetensors")
+    fitted = plugins.make_defense("ppfr-fd", {}, "quick", 16)
+    save_file(fitted.state_dict(), folder / "fitted" / "checkpoints" / "defense.safetensors")
+
+
+def _read_kept(folder: Path, out: Path) -> None:
+    """As `bench protect` and `bench export` do."""
+    from bench.run.config import resolve
+    from bench.run.provider import load_defense
+
+    given = {"preset": "quick", "device": "cpu", "image_size": 16}
+    fitted = {**given, "attack": "unet", "defense": "ppfr-fd"}
+    brought = {**given, "attack": "template", "defense": "biohash", "recogniser": folder / "brought.onnx"}
+    for run, settings in {"fitted": fitted, "brought": brought}.items():
+        load_defense(folder / run, resolve(settings, {}))
+
+
 def _read_report(folder: Path, out: Path) -> None:
     bench(folder, "report", "runs/a", "--out", str(out / "report"))
 
@@ -1181,6 +1210,7 @@ READERS: dict[str, Reader] = {
     "run": Reader(_run, _RUN_FILES, _read_archive, _RUN),
     "table": Reader(_shown, ("runs/a/*.json", "runs/a/*.parquet"), _read_table, _RUN),
     "opened": Reader(_resolved, ("runs/a/*.json",), _read_opened, _JSON),
+    "kept": Reader(_kept, ("*/checkpoints/*",), _read_kept, {".safetensors": tensors_header}),
     "report": Reader(_run, _RUN_FILES, _read_report, _RUN, drawn=40),
     "leaderboard": Reader(_run, _RUN_FILES, _read_leaderboard, _RUN, drawn=40),
     "view": Reader(_shown, _RUN_FILES, _read_view, _RUN, drawn=40),
