@@ -20,7 +20,6 @@ from bench.run.attacker import AttackStages, Recovered
 from bench.run.machines import synchronise
 from defenses.base import Defense
 
-_MIN_REPEATS = 5
 _MAX_REPEATS = 1000
 
 #: Seconds below which no calls are enough, and how far apart the ends of a quartile's interval may be where they are.
@@ -34,12 +33,13 @@ def measure(
     *,
     warmup: int = 2,
     max_time: float = 0.5,
+    least: int = 5,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Throughput:
     """Time ``operation`` on ``batch`` and on its first element alone; on half of it where memory is full.
 
     Calls are repeated until the quartiles of their times are known to 5 %, for a tenth of a second at least and
-    ``max_time`` at most, and at least five times (at most a thousand). Each is timed by itself between two
+    ``max_time`` at most, and at least ``least`` times (at most a thousand). Each is timed by itself between two
     synchronisations, so that a kernel still running counts for the call that launched it.
 
     Args:
@@ -47,6 +47,7 @@ def measure(
         batch: (N, ...), N > 0, on the device to measure.
         warmup: calls that are not timed, for each of the two sizes; one is enough that takes a tenth of a second.
         max_time: seconds for each of the two sizes where calls differ.
+        least: calls that are timed however long they take.
         clock: monotonic time in nanoseconds.
 
     Raises:
@@ -62,10 +63,10 @@ def measure(
         raise DataError("throughput needs at least one face")
 
     def timed(rows: slice) -> tuple[Tensor, int]:
-        return _times(operation, batch[rows], warmup, max_time, clock), len(batch[rows])
+        return _times(operation, batch[rows], warmup, max_time, least, clock), len(batch[rows])
 
     whole, size = next(in_halves(timed, len(batch), len(batch), "timing"))
-    single = _times(operation, batch[:1], warmup, max_time, clock)
+    single = _times(operation, batch[:1], warmup, max_time, least, clock)
     return Throughput(
         images_per_second=_quartiles(size / whole),
         latency_ms=_quartiles(single * 1e3),
@@ -78,7 +79,12 @@ def measure(
 
 @torch.no_grad()
 def _times(
-    operation: Callable[[Tensor], object], batch: Tensor, warmup: int, max_time: float, clock: Callable[[], int]
+    operation: Callable[[Tensor], object],
+    batch: Tensor,
+    warmup: int,
+    max_time: float,
+    least: int,
+    clock: Callable[[], int],
 ) -> Tensor:
     """Seconds of each timed call, float64 (repeats,), ascending."""
 
@@ -94,7 +100,7 @@ def _times(
             break
     times: list[int] = []
     taken = 0.0
-    while len(times) < _MIN_REPEATS or (taken < max_time and len(times) < _MAX_REPEATS):
+    while len(times) < least or (taken < max_time and len(times) < _MAX_REPEATS):
         if taken >= _MIN_SECONDS and _known(times):
             break
         bisect.insort(times, call())

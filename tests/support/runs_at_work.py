@@ -14,10 +14,10 @@ from pathlib import Path
 
 
 def speed_in_passing() -> None:
-    """Let runs of this process time each operation by five calls, instead of for seconds."""
+    """Let runs of this process time each operation by a call, instead of for seconds."""
     from bench.run import speed
 
-    speed.measure = functools.partial(speed.measure, warmup=0, max_time=0.0)
+    speed.measure = functools.partial(speed.measure, warmup=0, max_time=0.0, least=1)
 
 
 def run_all(commands: list[list[str]]) -> list[int]:

@@ -30,7 +30,7 @@ def origin(tmp_path):
 def test_whoever_is_kept_out_by_the_lock_is_trusted(origin):
     with FileLock(origin.journal / LOCK):
         assert origin.problem() is None
-        assert "runs other code" in dataclasses.replace(origin, code=("another",)).problem()
+        assert "runs other code" in dataclasses.replace(origin, code="another").problem()
 
 
 def test_locks_that_keep_nobody_out(origin):
@@ -109,7 +109,7 @@ def test_every_way_to_end(cluster, tmp_path):
 def test_what_no_machine_has_and_machines_that_cannot_be_trusted(cluster, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no machine of the Ray cluster has 2 CPUs"):
         over(cluster, tmp_path, light, cpus_per_cell=2).run()
-    monkeypatch.setattr(Origin, "here", lambda journal: Origin(Path.cwd(), journal / "elsewhere", ()))
+    monkeypatch.setattr(Origin, "here", lambda journal: Origin(Path.cwd(), journal / "elsewhere", ""))
     with pytest.raises(BenchError, match="does not see"):
         over(cluster, tmp_path, light).run()
     assert not ray.is_initialized()
