@@ -15,6 +15,8 @@ RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 FROM python:${PYTHON}-slim
 # Build of torch, as PyTorch's index names it: cpu, or that of a CUDA release.
 ARG TORCH=cpu
+# Triton compiles what launches its kernels.
+RUN test "${TORCH}" = cpu || { apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; }
 # Where pip finds torch and torchvision: of a mirror, or of PyPI (https://pypi.org/simple), which has the CUDA build alone.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/${TORCH}
 RUN pip install --no-cache-dir torch torchvision --index-url "${TORCH_INDEX}"

@@ -232,6 +232,16 @@ def check_devices(probed: Mapping[str, Any], driver: bool) -> Check:
     )
 
 
+def check_compiler(probed: Mapping[str, Any], compiler: str | None) -> list[Check]:
+    """The C compiler that Triton calls, by name, where a GPU is there to compile for."""
+    if not probed.get("devices"):
+        return []
+    if compiler:
+        return [Check("C compiler", "ok", compiler)]
+    without = "none: block DCTs run as plain operations, more slowly, and torch.compile compiles nothing"
+    return [Check("C compiler", "warn", without, "install gcc, or name a compiler by CC")]
+
+
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, cut by a cgroup quota (version 2) where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -397,6 +407,7 @@ def diagnose() -> list[Check]:
     """Look at everything a run depends on; ``fail`` stands for something without which a run ends in an error."""
     torch, onnx = probe(TORCH_PROBE, _ROOT), probe_evaluators()
     driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     python = f"{platform.python_version()} ({platform.system()} {platform.machine()})"
     out = Path(os.environ.get("BENCH_OUT") or "runs")
     checks: dict[str, Callable[[], Check | list[Check]]] = {
@@ -404,6 +415,7 @@ def diagnose() -> list[Check]:
         "torch": lambda: check_torch(torch),
         "dependencies": check_dependencies,
         "devices": lambda: check_devices(torch, driver),
+        "C compiler": lambda: check_compiler(torch, compiler),
         "CPU": lambda: check_threads(torch.get("threads"), usable_cores()),
         "memory": check_memory,
         "run folder": lambda: check_folder("run folder", out, "--out"),

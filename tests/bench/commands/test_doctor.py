@@ -133,6 +133,14 @@ def test_devices(probed, driver, status, words):
     assert words in check.detail
 
 
+def test_a_gpu_without_a_compiler_is_warned_of():
+    there = {**GPU, "devices": [{"name": "H200", "memory": 150e9}]}
+    assert doctor.check_compiler(CPU, None) == []
+    assert [check.status for check in doctor.check_compiler(there, "/usr/bin/gcc")] == ["ok"]
+    (check,) = doctor.check_compiler(there, None)
+    assert (check.status, check.remedy) == ("warn", "install gcc, or name a compiler by CC")
+
+
 def test_threads_beyond_the_cores_are_warned_of():
     assert doctor.check_threads(2, 2).status == "ok"
     check = doctor.check_threads(8, 2)
