@@ -125,10 +125,20 @@ def third_party(paths: list[Path]) -> dict[str, list[str]]:
                 names = [str(node.module)]
             else:
                 continue
-            for top in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - set(PACKAGES):
-                for owner in set(owners.get(top, [top])):
-                    found.setdefault(canonicalize_name(owner), []).append(str(path))
+            for name in names:
+                top = name.partition(".")[0]
+                if top in sys.stdlib_module_names or top in PACKAGES:
+                    continue
+                sharing = set(owners.get(top, [top]))
+                for owner in sharing:
+                    if len(sharing) == 1 or _holds(owner, name):  # google, say, is of several
+                        found.setdefault(canonicalize_name(owner), []).append(str(path))
     return found
+
+
+def _holds(distribution: str, module: str) -> bool:
+    files = importlib.metadata.files(distribution) or []
+    return any(file.as_posix().startswith(module.replace(".", "/")) for file in files)
 
 
 def test_every_import_is_declared() -> None:

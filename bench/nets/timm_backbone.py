@@ -66,9 +66,10 @@ class TimmBackbone(nn.Module):
         sizes = {"img_size": input_size} if config is not None and config.fixed_input_size else {}
         # Some networks keep tables (of relative positions, say) that no checkpoint holds, so that they cannot start on
         # the meta device and get their values later. Only there is the generator restored: the weights are thrown away.
-        meta = torch.get_default_device().type == "meta"
+        here = torch.empty(0).device  # torch 2.6 tells of a default device, but not of one that a context sets
+        meta = here.type == "meta"
         try:
-            with torch.device("cpu" if meta else torch.get_default_device()), torch.random.fork_rng([], enabled=meta):
+            with torch.device("cpu" if meta else here), torch.random.fork_rng([], enabled=meta):
                 self.features = timm.create_model(
                     name, pretrained=False, in_chans=in_channels, num_classes=0, **sizes
                 ).eval()

@@ -41,7 +41,7 @@ def photo(tmp_path):
 
 #: What neither a plan nor a list needs. Some of it takes longer to import than torch.
 UNPLANNED = {
-    *("lightning_fabric", "torchmetrics", "torchvision", "torch._dynamo", "sympy", "scipy", "pandas", "pyarrow"),
+    *("lightning_fabric", "torchmetrics", "torchvision", "torch._dynamo", "scipy", "pandas", "pyarrow"),
     *("sklearn", "skimage", "matplotlib", "lpips", "onnx", "onnxruntime", "timm"),
 }
 

@@ -103,9 +103,9 @@ def test_groups_that_stand_apart_are_found():
 def test_the_regulariser_draws_an_identity_together(make_training):
     """Under it, features vary less within an identity, relative to all, than under the recogniser's loss alone."""
 
-    def share_within(weight):
+    def share_within(weight, seed):
         training = make_training(size=16)
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         defense = CEM(CEMOptions(weight=weight, width=4, epochs=6, batch_size=8), image_size=16)
         defense.fit(training)
         defense.eval().requires_grad_(False)
@@ -114,7 +114,9 @@ def test_the_regulariser_draws_an_identity_together(make_training):
         within = torch.stack([features[labels == label].var(dim=0).mean() for label in labels.unique()]).mean()
         return float(within / features.var(dim=0).mean())
 
-    assert share_within(16.0) < 0.5 * share_within(0.0)
+    # So short a training depends on its start, and on how its sums are rounded.
+    shares = sorted(share_within(16.0, seed) / share_within(0.0, seed) for seed in range(3))
+    assert shares[1] < 0.5
 
 
 def test_a_training_that_diverges_is_named(make_training):
