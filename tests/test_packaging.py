@@ -130,9 +130,10 @@ def third_party(paths: list[Path]) -> dict[str, list[str]]:
                 if top in sys.stdlib_module_names or top in PACKAGES:
                     continue
                 sharing = set(owners.get(top, [top]))
+                if len(sharing) > 1:  # as google is
+                    sharing = {owner for owner in sharing if _holds(owner, name)} or sharing
                 for owner in sharing:
-                    if len(sharing) == 1 or _holds(owner, name):  # google, say, is of several
-                        found.setdefault(canonicalize_name(owner), []).append(str(path))
+                    found.setdefault(canonicalize_name(owner), []).append(str(path))
     return found
 
 

@@ -841,16 +841,16 @@ def load_defense(run: Path, config: RunConfig) -> Defense:
             brought = Brought("recogniser", config.recogniser, config.recogniser_input)
             encoder = open_encoder(brought.source, given=brought.given, role=brought.setting)
             sender = defense.behind or plugins.make_defense("none", {}, config.preset, config.image_size)
-            recogniser = _kept(checkpoint, lambda tensors: brought.fitted(encoder, tensors["form"], sender))
+            recogniser = _from_checkpoint(checkpoint, lambda tensors: brought.fitted(encoder, tensors["form"], sender))
         else:
             recogniser, _ = load_recogniser(checkpoint)
         defense.attach(recogniser, recogniser.spec.embedding_size)
     if defense.trainable:
-        _kept(folder / "defense.safetensors", defense.load_state_dict)
+        _from_checkpoint(folder / "defense.safetensors", defense.load_state_dict)
     return defense.requires_grad_(False)
 
 
-def _kept(checkpoint: Path, use: Callable[[dict[str, Tensor]], T]) -> T:
+def _from_checkpoint(checkpoint: Path, use: Callable[[dict[str, Tensor]], T]) -> T:
     """What ``use`` makes of the tensors that a finished run keeps in a file."""
     if not checkpoint.is_file():
         raise MissingError(f"there is no {checkpoint}: make the run again")
