@@ -46,7 +46,7 @@ from bench.recognition.options import TrainingOptions
 from bench.recognition.training import build_head
 from bench.registry import pick
 from bench.run.launch import forget_peak, peak_bytes
-from bench.run.machines import make_fabric, synchronise
+from bench.run.machines import choose_machine, synchronise
 from bench.run.textbook import textbook_spectrum, textbook_unet
 from defenses.frequency import CHANNELS, block_dct
 
@@ -535,7 +535,7 @@ def measure_rows(
     A row that cannot be measured says why, and the others go on.
 
     Args:
-        device: as for :func:`bench.run.machines.make_fabric`.
+        device: as for :func:`bench.run.machines.choose_machine`.
         seconds: about how long calls are timed for in each row, > 0; what has to be made first comes on top.
         names: rows, or beginnings of them (:func:`chosen`); None for all.
         report: called with (rows done, rows in all).
@@ -543,7 +543,7 @@ def measure_rows(
     Raises:
         UsageError: no such device, or no such row.
     """
-    rows, machine = chosen(names), _Machine(make_fabric(device, "auto"), seconds)
+    rows, machine = chosen(names), _Machine(choose_machine(device, "auto").fabric, seconds)
     table = []
     for number, name in enumerate(rows):
         report(number, len(rows))

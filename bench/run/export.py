@@ -25,7 +25,7 @@ from bench.images import to_float
 from bench.nets.checkpoints import load_recogniser
 from bench.randomness import Streams
 from bench.run.config import RunConfig, run_config
-from bench.run.machines import make_fabric
+from bench.run.machines import choose_machine
 from bench.run.provider import load_defense
 from defenses.base import Defense
 from defenses.template import TemplateDefense
@@ -189,7 +189,7 @@ def _adversary(config: RunConfig, defense: Defense, faces: FaceSet) -> Adversary
         knowledge=knowledge,
         mechanism=defense.guess if knowledge is Knowledge.BLACKBOX else lambda generator: defense,
         generator=Streams(config.seed).generator("attack"),
-        fabric=make_fabric("cpu", "32-true"),
+        fabric=choose_machine("cpu", "32-true").fabric,
         traffic=(lambda count: iter(())) if Capability.TRAFFIC in GRANTS[knowledge] else None,
     )
 

@@ -126,11 +126,6 @@ def choose_machine(device: str, precision: str, launch: Launch | None = None) ->
     return Machine(chosen, resolve_precision(precision, chosen))
 
 
-def make_fabric(device: str, precision: str) -> Fabric:
-    """A Fabric for a single device; device and precision as for :func:`choose_machine`."""
-    return choose_machine(device, precision).fabric
-
-
 def make_shared_fabric(device: str, precision: str, launch: Launch, patience: timedelta = PATIENCE) -> Fabric:
     """A Fabric for data-parallel training in the processes of ``launch``, launched: gloo on the CPU, NCCL on CUDA.
 
@@ -231,7 +226,7 @@ class TrainingOrder:
 class ConnectedProcesses:
     """The processes of ``launch``, connected. A process that ends is noticed by all others, whatever they wait for.
 
-    Each of them makes one, with ``device`` and ``precision`` as for :func:`make_fabric`.
+    Each of them makes one, with ``device`` and ``precision`` as for :func:`choose_machine`.
     """
 
     def __init__(self, device: str, precision: str, launch: Launch) -> None:

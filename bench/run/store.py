@@ -22,7 +22,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from bench import __version__
@@ -117,6 +116,8 @@ class RunStore:
 
     def write_manifest(self, status: str, device: str, precision: str, **more: Any) -> None:
         """Write ``manifest.json``; once at the start, once at the end with the artefacts' hashes, and ``more``."""
+        import torch  # who only looks for runs does without
+
         artefacts = {
             str(path.relative_to(self.directory)): sha256(path)
             for path in sorted(self.directory.rglob("*"))

@@ -21,7 +21,6 @@ from bench.sweep.cells import Cell, CellState, SweepState, measured
 from bench.sweep.workers import CellEnd, finished
 
 ID_LENGTH = 8
-LOCK = "lock"
 
 
 def sweep_directory(cells: Sequence[Cell]) -> Path:
@@ -59,9 +58,10 @@ def survey(cells: Sequence[Cell], *, again: bool = False) -> SweepState:
 
 
 class Journal:
-    """Keeps the state of a sweep and writes it down after every change. Made by :func:`opened`."""
+    """Keeps the state of a sweep and writes it down after every change. Made by :func:`opened`, under ``lock``."""
 
-    def __init__(self, state: SweepState) -> None:
+    def __init__(self, state: SweepState, lock: Path) -> None:
+        self.lock = lock
         self._head = state
         self._cells = {cell.run_id: cell for cell in state.cells}
         self.directory = Path(state.directory)
@@ -110,9 +110,10 @@ def opened(cells: Sequence[Cell], *, again: bool = False) -> Iterator[Journal]:
     """
     directory = sweep_directory(cells)
     directory.mkdir(parents=True, exist_ok=True)
+    lock = directory / "lock"
     try:
-        held = FileLock(directory / LOCK).acquire(timeout=0)
+        held = FileLock(lock).acquire(timeout=0)
     except Timeout:
         raise BenchError(f"this sweep is running already ({directory}): wait for it, or stop it first") from None
     with held:
-        yield Journal(survey(cells, again=again))
+        yield Journal(survey(cells, again=again), lock)

@@ -13,15 +13,16 @@ from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from bench.errors import BenchError, MissingError, UsageError, first_line
 from bench.run.config import OTHER_VARIABLES, RunConfig
-from bench.sweep.cells import Cell
-from bench.sweep.journal import LOCK
-from bench.sweep.workers import GRACE, CellEnd, Runner, run_cell
+from bench.sweep.workers import GRACE, CellEnd, Runner, run_cell, use_threads
+
+if TYPE_CHECKING:
+    from bench.sweep.cells import Cell
 
 #: What decides a cell's figures and cache keys.
 _CODE = ("attacks", "bench", "defenses")
@@ -37,17 +38,17 @@ def _code() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a sweep was started: its current folder, to which paths on the command line are relative, the sweep's
-    directory (absolute), whose lock is held there, and the SHA-256 of its code."""
+    """Where a sweep was started: its current folder, to which paths on the command line are relative, the lock in the
+    sweep's directory (absolute), which is held there, and the SHA-256 of its code."""
 
     folder: Path
-    journal: Path
+    lock: Path
     code: str
 
     @classmethod
-    def here(cls, journal: Path) -> Origin:
-        """This machine, which holds the lock of the sweep in ``journal``."""
-        return cls(Path.cwd(), journal.resolve(), _code())
+    def here(cls, lock: Path) -> Origin:
+        """This machine, which holds the ``lock`` of the sweep."""
+        return cls(Path.cwd(), lock.resolve(), _code())
 
     def problem(self) -> str | None:
         """Why the process that calls this must not run a cell, in one line; None where it may.
@@ -55,11 +56,11 @@ class Origin:
         It has to see the sweep's files, and its lock: without locks across machines two cells would make the same
         stage in the same folder.
         """
-        host, lock = platform.node(), self.journal / LOCK
+        host, lock = platform.node(), self.lock
         if not self.folder.is_dir():
             return f"{host} has no folder {self.folder}: start the sweep in a folder that all machines share"
         if not lock.exists():
-            return f"{host} does not see {self.journal}: --out must lie on a file system that all machines share"
+            return f"{host} does not see {lock.parent}: --out must lie on a file system that all machines share"
         # Whoever started the sweep holds the lock.
         with suppress(Timeout), FileLock(lock, timeout=0):
             return f"{host} is not kept out by the lock on {lock}: --out needs a file system with locks (NFS 4, say)"
@@ -79,7 +80,7 @@ LOOK = 2.0
 
 
 class RayWorkers:
-    """The machines of a Ray cluster, each of which sees the ``directory`` of the sweep and its lock, which is held.
+    """The machines of a Ray cluster, each of which sees the sweep's ``lock``, which is held.
 
     Without the ``address`` of a cluster, one is started on this machine for the time of the sweep. A cell needs so many
     ``cpus`` and ``gpus``.
@@ -90,10 +91,10 @@ class RayWorkers:
         UsageError: no machine has what a cell needs.
     """
 
-    def __init__(self, runner: Runner, directory: Path, *, address: str | None, cpus: int, gpus: float) -> None:
+    def __init__(self, runner: Runner, lock: Path, *, address: str | None, cpus: int, gpus: float) -> None:
         self._ray = _import_ray()
         self._cpus, self._gpus = cpus, gpus
-        self._origin = Origin.here(directory)
+        self._origin = Origin.here(lock)
         self._tasks: dict[Any, Cell] = {}
         environment = {name: value for name, value in os.environ.items() if name in OTHER_VARIABLES}
         self._leave = ExitStack()
@@ -189,14 +190,12 @@ class RayWorkers:
 
 def _work(runner: Runner, origin: Origin, environment: Mapping[str, str], threads: int, config: RunConfig) -> CellEnd:
     """The Ray task: run one cell."""
-    import torch
-
     problem = origin.problem()
     if problem is not None:
         return CellEnd(error=problem, lost=True)
     origin.enter()
     os.environ.update(environment)
-    torch.set_num_threads(threads)
+    use_threads(threads)
     return run_cell(runner, config)
 
 

@@ -121,7 +121,7 @@ class Sweep:
         options, runner = self.options, self._runner or run_pipeline
         threads = options.cpus_per_cell
         if options.engine == "ray":
-            return RayWorkers(runner, journal.directory, address=options.address, cpus=threads or 1, gpus=self._gpus)
+            return RayWorkers(runner, journal.lock, address=options.address, cpus=threads or 1, gpus=self._gpus)
         if jobs > 1:
             return Pool(runner, jobs, threads or max(1, torch.get_num_threads() // jobs))
         if threads:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -14,9 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -25,7 +25,9 @@ from bench.results import PROTOCOL_VERSION, RunResult, read_result
 from bench.run.config import RunConfig
 from bench.run.launch import end_process, forget_peak, obey_parent, without_interrupts
 from bench.run.store import run_id
-from bench.sweep.cells import Cell
+
+if TYPE_CHECKING:
+    from bench.sweep.cells import Cell
 
 #: Runs a cell, leaves it in the run store and returns its result. Must be importable by name: workers pickle it.
 Runner = Callable[[RunConfig], RunResult]
@@ -76,18 +78,20 @@ class Workers(Protocol):
 
 def run_pipeline(config: RunConfig, console: Console | None = None) -> RunResult:
     """The :data:`Runner` of real sweeps; progress goes to ``console``."""
+    import torch
+
     from bench.run.pipeline import Pipeline
 
-    return Pipeline(config, console=console or Console(quiet=True)).run()
-
-
-def run_cell(runner: Runner, config: RunConfig) -> CellEnd:
-    """Run a cell; whatever it raises but an interruption is how it ended."""
     # A result's peak memory is that of its own cell, also where several run in one process. Where the peak cannot be
     # reset (macOS, some containers) the figure is an upper bound.
     forget_peak()
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
+    return Pipeline(config, console=console or Console(quiet=True)).run()
+
+
+def run_cell(runner: Runner, config: RunConfig) -> CellEnd:
+    """Run a cell; whatever it raises but an interruption is how it ended."""
     result, error, began = None, None, time.monotonic()
     try:
         result = runner(config)
@@ -95,6 +99,13 @@ def run_cell(runner: Runner, config: RunConfig) -> CellEnd:
         # The run's events.jsonl has the traceback.
         error = one_line(in_words(raised))
     return CellEnd(result, error, seconds=round(time.monotonic() - began, 3))
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute with so many in this process, which for this need not import it."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(count)
 
 
 def finished(config: RunConfig) -> RunResult | None:
@@ -135,7 +146,7 @@ class ThisProcess:
 def work(runner: Runner, config: RunConfig, sender: Connection, threads: int) -> None:
     """Run the cell with so many processor threads, and send its end."""
     obey_parent()
-    torch.set_num_threads(threads)
+    use_threads(threads)
     try:
         sender.send(run_cell(runner, config))
     except KeyboardInterrupt:

@@ -33,7 +33,7 @@ from bench.recognition.learner import make_learner  # noqa: E402
 from bench.recognition.options import TrainingOptions  # noqa: E402
 from bench.recognition.training import build_head  # noqa: E402
 from bench.run.benchmarks import measure_rows  # noqa: E402
-from bench.run.machines import make_fabric  # noqa: E402
+from bench.run.machines import choose_machine  # noqa: E402
 from defenses import frequency  # noqa: E402
 from defenses.frequency import CHANNELS, block_dct  # noqa: E402
 
@@ -75,7 +75,7 @@ def image_quality(device):
 def losses(device, precision, *, graphs, dropout=0.0, compiled=False):
     """Of STEPS training steps behind settled normalisation, whose batches have two sizes: the loss of each."""
     options = TrainingOptions(precision=precision, dropout=dropout)
-    fabric = make_fabric(str(device), precision)
+    fabric = choose_machine(str(device), precision).fabric
     shape = (27, 32, 32)
     recogniser = build_recogniser("ir-tiny", shape, options.embedding_size, dropout=dropout).to(device).train()
     generator = torch.Generator().manual_seed(0)
@@ -143,7 +143,7 @@ def attacking(device, name, *, allowed=0.05, **options):
                     knowledge=Knowledge.WHITEBOX,
                     mechanism=lambda _: defense,
                     generator=torch.Generator().manual_seed(0),
-                    fabric=make_fabric(str(device), "auto"),
+                    fabric=choose_machine(str(device), "auto").fabric,
                 )
             )
         found.append(report.details["validation_loss"])
@@ -185,7 +185,7 @@ def main():
     parser.add_argument("--run", nargs=argparse.REMAINDER, help="then: bench run with these flags")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    device = make_fabric(given.device, "auto").device
+    device = choose_machine(given.device, "auto").device
 
     checks = {}
     for name, check in CHECKS.items():

@@ -17,7 +17,7 @@ from bench.nets.recogniser import build_recogniser
 from bench.recognition.learner import make_learner
 from bench.recognition.options import TrainingOptions
 from bench.recognition.training import build_head
-from bench.run.machines import make_fabric
+from bench.run.machines import choose_machine
 
 SHAPE, BATCH, PEOPLE, ROUNDS = (3, 64, 64), 64, 50, 8
 TORCHS = "mobilefacenet of torch's layers"
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_a_training_step_takes_less_than_with_torchs_layers(benchmark):
     if benchmark.disabled:
         pytest.skip("a timing; enable with --benchmark-enable")
-    options, fabric = TrainingOptions(embedding_size=256), make_fabric("cpu", "auto")
+    options, fabric = TrainingOptions(embedding_size=256), choose_machine("cpu", "auto").fabric
     learners = {}
     for name in (TORCHS, "mobilefacenet", "mobilefacenet-tiny", "ir-tiny"):
         network = build_recogniser(name.partition(" ")[0], SHAPE, 256, image_size=64)

@@ -26,7 +26,7 @@ import sys, time
 from bench.run.launch import FreeCores
 free = FreeCores()
 import torch
-from bench.run.machines import make_fabric, use_free_cores
+from bench.run.machines import choose_machine, use_free_cores
 from bench.data.synthetic import SyntheticOptions, load_synthetic
 from bench.plugins import make_defense
 from bench.nets.recogniser import build_recogniser
@@ -42,7 +42,7 @@ else:
     defense = make_defense("partialface", {}, "quick", 64)
     recogniser = build_recogniser("ir-tiny", defense.representation_shape, 64)
     options = TrainingOptions(epochs=1, batch_size=32, views=4, embedding_size=64)
-    train(recogniser, faces, defense, options, fabric=make_fabric("cpu", "auto"), seed=0)
+    train(recogniser, faces, defense, options, fabric=choose_machine("cpu", "auto").fabric, seed=0)
 print(time.perf_counter() - started)
 """
 

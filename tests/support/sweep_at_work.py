@@ -10,7 +10,6 @@ from rich.console import Console
 
 from bench.errors import BenchError
 from bench.results import RunResult, read_result
-from bench.run.stage import StageCache
 from bench.run.store import run_id
 from bench.sweep.options import read_request
 
@@ -138,6 +137,11 @@ def until_a_loss(config):
 
 def sharing(config):
     """All cells need one stage, which takes a while to make; each reads what was made."""
+    import torch
+
+    from bench.run.stage import StageCache
+
+    note(config, f"{torch.get_num_threads()} threads")
     with StageCache(config.out / "cache").entry("stage", "shared") as entry:
         if not entry.complete:
             note(config, "made")

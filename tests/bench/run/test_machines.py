@@ -22,7 +22,6 @@ from bench.nets.checkpoints import load_recogniser
 from bench.run.launch import FreeCores, Launch, forget_peak, peak_bytes
 from bench.run.machines import (
     choose_machine,
-    make_fabric,
     make_shared_fabric,
     native_bfloat16,
     resolve_precision,
@@ -33,34 +32,34 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_R
 
 
 def test_cpu():
-    fabric = make_fabric("cpu", "32-true")
+    fabric = choose_machine("cpu", "32-true").fabric
     assert fabric.device == torch.device("cpu")
     assert fabric._precision.precision == "32-true"
 
 
 def test_auto_takes_what_is_there():
-    kind = make_fabric("auto", "auto").device.type
+    kind = choose_machine("auto", "auto").device.type
     assert kind == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("name", ["tpu", "cpu:1", "cuda:x", "", "mps:0"])
 def test_unknown(name):
     with pytest.raises(UsageError, match="unknown device"):
-        make_fabric(name, "auto")
+        choose_machine(name, "auto")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_absent():
     with pytest.raises(UsageError, match="no CUDA device here"):
-        make_fabric("cuda", "auto")
+        choose_machine("cuda", "auto")
 
 
 def test_neither_fabric_nor_what_a_run_prints_brings_what_draws(tmp_path):
     (tmp_path / "torchmetrics.py").write_text("import matplotlib\n__version__ = '1.0'")
     code = (
         "import sys, reports.terminal\n"
-        "from bench.run.machines import make_fabric\n"
-        "make_fabric('cpu', '32-true')\n"
+        "from bench.run.machines import choose_machine\n"
+        "choose_machine('cpu', '32-true').fabric\n"
         "heavy = {'torchmetrics', 'matplotlib', 'torchvision', 'scipy.stats', 'scipy.signal'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "import torchmetrics\n"

@@ -5,6 +5,8 @@ import dataclasses
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -18,23 +20,23 @@ from sweep_at_work import calls, endless, every_end, grid, light, sweep, until_a
 
 from bench.errors import BenchError, UsageError
 from bench.sweep.cells import Cell, expand
-from bench.sweep.journal import LOCK, opened
+from bench.sweep.journal import opened
 from bench.sweep.ray import Origin, RayWorkers
 
 
 @pytest.fixture
 def origin(tmp_path):
-    return Origin.here(tmp_path)
+    return Origin.here(tmp_path / "lock")
 
 
 def test_whoever_is_kept_out_by_the_lock_is_trusted(origin):
-    with FileLock(origin.journal / LOCK):
+    with FileLock(origin.lock):
         assert origin.problem() is None
         assert "runs other code" in dataclasses.replace(origin, code="another").problem()
 
 
 def test_locks_that_keep_nobody_out(origin):
-    (origin.journal / LOCK).touch()  # nobody holds it: as if locks did not reach from one machine to another
+    origin.lock.touch()  # nobody holds it: as if locks did not reach from one machine to another
     assert "not kept out by the lock" in origin.problem()
 
 
@@ -45,11 +47,16 @@ def test_files_that_are_not_there(origin, tmp_path):
 
 def test_entering(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    origin = Origin.here(Path("runs"))
-    assert origin.journal == tmp_path / "runs"
+    origin = Origin.here(Path("runs/lock"))
+    assert origin.lock == tmp_path / "runs" / "lock"
     monkeypatch.chdir("/")
     origin.enter()
     assert Path.cwd() == tmp_path
+
+
+def test_a_machine_is_asked_without_an_import_of_torch():
+    code = "import sys, bench.sweep.ray; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 ray = pytest.importorskip("ray")
@@ -109,7 +116,7 @@ def test_every_way_to_end(cluster, tmp_path):
 def test_what_no_machine_has_and_machines_that_cannot_be_trusted(cluster, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no machine of the Ray cluster has 2 CPUs"):
         over(cluster, tmp_path, light, cpus_per_cell=2).run()
-    monkeypatch.setattr(Origin, "here", lambda journal: Origin(Path.cwd(), journal / "elsewhere", ""))
+    monkeypatch.setattr(Origin, "here", lambda lock: Origin(Path.cwd(), lock.parent / "elsewhere" / "lock", ""))
     with pytest.raises(BenchError, match="does not see"):
         over(cluster, tmp_path, light).run()
     assert not ray.is_initialized()
@@ -125,7 +132,7 @@ def test_stopping_cancels_what_runs(cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("bench.sweep.ray.GRACE", 120.0)  # on a busy machine; it ends as soon as all are cancelled
     cells = [Cell(config) for config in expand(grid(tmp_path, defenses="none"))]
     with opened(cells) as journal:
-        workers = RayWorkers(endless, journal.directory, address=cluster.address, cpus=1, gpus=0)
+        workers = RayWorkers(endless, journal.lock, address=cluster.address, cpus=1, gpus=0)
         assert workers.slots == 2
         for cell in cells:
             workers.start(cell)

@@ -48,10 +48,11 @@ def test_every_way_to_end(tmp_path):
 
 @pytest.mark.slow
 def test_two_cells_that_need_one_stage_at_the_same_time(tmp_path):
-    """The first makes it, the other waits and finds it whole."""
-    state = sweep(tmp_path, sharing, defenses="none", jobs=2).run()
+    """The first makes it, the other waits and finds it whole. Each has as many threads as it may."""
+    state = sweep(tmp_path, sharing, defenses="none", jobs=2, cpus_per_cell=2).run()
     assert statuses(state) == [("success", 1)] * 2
     assert len(calls(tmp_path, "made")) == 1
+    assert calls(tmp_path, f"{min(2, os.cpu_count())} threads") == ["none 0", "none 1"]
     assert sorted(path.name for path in (tmp_path / "cache").glob("stage-shared*")) == [
         "stage-shared",
         "stage-shared.lock",
