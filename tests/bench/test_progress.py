@@ -77,9 +77,9 @@ def test_a_run_counts_its_steps_to_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr(ProgressBars, "expect", lambda self, steps: (expected.append(steps), expect(self, steps)))
     monkeypatch.setattr(ProgressBars, "task", noted)
     with tiny_runs.registered():
-        for attack in ("linear", "linear,unet"):
+        for attack in ("linear", "linear,linkage"):
             begun.clear()
-            options = {"unet": tiny_runs.TINY_UNET} if "unet" in attack else {}
+            options = {"linkage": {"steps": 8, "teacher_steps": 8}} if "linkage" in attack else {}
             tiny_runs.pipeline(tmp_path, defense="pixelate", attack=attack, attack_options=options, probes=4).run()
             assert len(begun) == expected[-1]
     assert expected[0] > expected[1]

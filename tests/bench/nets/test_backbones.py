@@ -46,7 +46,7 @@ def test_the_registry_holds_these_names() -> None:
 
 @pytest.mark.parametrize(
     ("size", "channels"),
-    [((112, 112), 192), ((57, 57), 27), ((40, 23), 3), ((1, 1), 1)],
+    [((112, 112), 192), ((57, 57), 27), ((40, 23), 3), ((7, 7), 16), ((1, 1), 1)],
 )
 @pytest.mark.parametrize("name", NAMES + VARIANTS)
 def test_any_channels_and_size_give_one_embedding(name: str, size: tuple[int, int], channels: int) -> None:
