@@ -1049,7 +1049,11 @@ def _read_plugins(folder: Path, out: Path) -> None:
         return [entry for entries in found for entry in entries]
 
     kinds = (plugins.defenses, plugins.attacks, plugins.recognisers)
-    with patch.object(plugins, "entry_points", entry_points), patch.object(sys, "path", [str(folder), *sys.path]):
+    with (
+        patch.object(plugins, "entry_points", entry_points),
+        patch.object(sys, "path", [str(folder), *sys.path]),
+        patch.object(sys, "dont_write_bytecode", True),  # the bytecode that Python keeps is no harm that a plugin does
+    ):
         try:
             for kind in kinds:
                 kind.cache_clear()
