@@ -16,6 +16,7 @@ from bench.graphs import Replayed
 from bench.memory import Parts
 from bench.nets.heads import MarginHead
 from bench.nets.recogniser import Recogniser
+from bench.recognition.muon import Muon
 from bench.recognition.options import TrainingOptions
 from bench.recognition.partial_fc import PartialFC, load_centres, save_centres
 
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 class Learner(ABC):
-    """A recogniser and a head in training: a module trained by SGD, the same on every process, and perhaps more.
+    """A recogniser and a head in training: a module and its optimiser, the same on every process, and perhaps more.
 
     Args:
         module: what is the same on every process.
@@ -39,16 +40,16 @@ class Learner(ABC):
 
     def __init__(self, module: nn.Module, options: TrainingOptions, fabric: Fabric) -> None:
         self.module, self.options, self.fabric = module, options, fabric
-        # Fused: one kernel for all parameters. Not on a CPU, where it rounds differently, and not with scaled
-        # gradients, which it unscales by itself, too late for clipping.
-        fused = fabric.device.type == "cuda" and options.precision != "16-mixed"
-        self.optimiser = torch.optim.SGD(
-            [p for p in module.parameters() if p.requires_grad],
-            lr=options.learning_rate,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            fused=fused or None,
-        )
+        rates: dict[str, Any] = {"momentum": options.momentum, "weight_decay": options.weight_decay}
+        self.optimiser: torch.optim.Optimizer
+        if options.optimiser == "muon":
+            self.optimiser = Muon(module, lr=options.learning_rate, **rates)
+        else:
+            # Fused: one kernel for all parameters. Not on a CPU, where it rounds differently, and not with scaled
+            # gradients, which it unscales by itself, too late for clipping.
+            fused = fabric.device.type == "cuda" and options.precision != "16-mixed"
+            learned = [p for p in module.parameters() if p.requires_grad]
+            self.optimiser = torch.optim.SGD(learned, lr=options.learning_rate, fused=fused or None, **rates)
         self.model, self.stepper = fabric.setup(module, self.optimiser)
         self.parts: Parts | None = None
 
@@ -85,7 +86,7 @@ class Learner(ABC):
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         self.module.load_state_dict(below("model/"))
-        parameters, momentum = self.optimiser.param_groups[0]["params"], {}
+        parameters, momentum = [p for group in self.optimiser.param_groups for p in group["params"]], {}
         for index, tensor in below("momentum/").items():
             # In the order of the parameter in memory (channels last), which a fused optimiser insists on.
             like = torch.empty_like(parameters[int(index)], requires_grad=False)

@@ -250,7 +250,7 @@ def learning_rate(options: TrainingOptions, epochs_done: float) -> float:
         return peak * 0.1 ** sum(epochs_done >= milestone for milestone in options.milestones)
     decaying = options.epochs - options.warmup_epochs
     progress = (epochs_done - options.warmup_epochs) / decaying if decaying else 1.0
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (1 - progress if options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def margins(options: TrainingOptions, epochs_done: float) -> dict[str, float]:

@@ -46,6 +46,7 @@ CODE: Mapping[str, tuple[str, ...]] = {
         "bench.nets",
         "bench.graphs",
         "bench.recognition.learner",
+        "bench.recognition.muon",
         "bench.recognition.partial_fc",
         "bench.recognition.training",
         "bench.data.stream.sampler",

@@ -12,6 +12,7 @@ from bench.recognition.options import PUBLISHED, TrainingOptions
     [
         ({"schedule": "step"}, "needs milestones"),
         ({"milestones": (3,)}, "belong to schedule 'step'"),
+        ({"schedule": "linear", "milestones": (3,)}, "belong to schedule 'step'"),
         ({"schedule": "step", "milestones": (5, 3)}, "ascending"),
         ({"schedule": "step", "milestones": (0, 3)}, "positive"),
         ({"epochs": 2, "warmup_epochs": 3}, "cannot exceed"),
@@ -47,6 +48,7 @@ def test_the_published_options_are_those_of_the_paper() -> None:
         "epochs": 24,
         "batch_size": 64,
         "learning_rate": 0.1,
+        "optimiser": "sgd",
         "momentum": 0.9,
         "weight_decay": 5e-4,
         "schedule": "step",

@@ -72,21 +72,25 @@ def run(
     return weights(recogniser), report
 
 
-def test_it_overfits_a_tiny_set_behind_a_random_defence(faces: FaceSet, make_defense: Any, fabric: Fabric) -> None:
+@pytest.mark.parametrize(("optimiser", "epochs"), [("sgd", 12), ("muon", 8)])
+def test_it_overfits_a_tiny_set_behind_a_random_defence(
+    faces: FaceSet, make_defense: Any, fabric: Fabric, optimiser: str, epochs: int
+) -> None:
     # Pixel noise has no shape for a network to hold on to under shifts and flips: the set is learnt by heart.
     plain = AugmentationOptions(flip=0.0)
-    options = OPTIONS.model_copy(update={"epochs": 12, "dropout": 0.0, "augmentation": plain})
+    changes = {"optimiser": optimiser, "epochs": epochs, "dropout": 0.0, "augmentation": plain}
+    options = OPTIONS.model_copy(update=changes)
     defense = make_defense(views=3)
     recogniser = build(defense, 0.0)
     report = train(recogniser, faces, defense, options, fabric=fabric, seed=0)
     assert report.accuracy > 0.95
     assert report.losses[-1] < 0.3 * report.losses[0]
-    assert len(report.losses) == len(report.accuracies) == 12
+    assert len(report.losses) == len(report.accuracies) == epochs
     assert report.views == 3
     assert report.identities == 4
     assert report.parameters == recogniser.parameter_count
     assert report.seconds > 0
-    assert report.images_per_second == pytest.approx(12 * 3 * len(faces) / report.seconds)
+    assert report.images_per_second == pytest.approx(epochs * 3 * len(faces) / report.seconds)
     assert not recogniser.training
 
     # It learnt the faces, not its training's noise: fresh states, no augmentation.
@@ -116,19 +120,20 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("killed_at", [1, 2])
+@pytest.mark.parametrize(("killed_at", "optimiser"), [(1, "sgd"), (2, "sgd"), (2, "muon")])
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(
-    faces: FaceSet, make_defense: Any, tmp_path: Path, killed_at: int, precision: Any
+    faces: FaceSet, make_defense: Any, tmp_path: Path, killed_at: int, optimiser: str, precision: Any
 ) -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
-    whole, expected = run(faces, make_defense(views=2), fabric)
+    options = OPTIONS.model_copy(update={"optimiser": optimiser})
+    whole, expected = run(faces, make_defense(views=2), fabric, options)
 
     def kill(done: int, total: int, *, epoch: int, **_: float) -> None:
         if epoch == killed_at + 1:
             raise Killed
 
     with pytest.raises(Killed):
-        run(faces, make_defense(views=2), fabric, checkpoint=tmp_path, report=kill)
+        run(faces, make_defense(views=2), fabric, options, checkpoint=tmp_path, report=kill)
     assert len(load_tensors(tmp_path / "training.safetensors")[1]["losses"]) == killed_at
 
     epochs: list[float] = []
@@ -136,6 +141,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(
         faces,
         make_defense(views=2),
         fabric,
+        options,
         checkpoint=tmp_path,
         report=lambda done, total, *, epoch, **_: epochs.append(epoch),
     )
@@ -292,9 +298,12 @@ def test_step_schedule_is_the_published_one() -> None:
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.0001, 0.0001])
 
 
-def test_cosine_schedule_warms_up_then_falls_to_zero() -> None:
+def test_rates_warm_up_then_fall_to_zero_along_a_cosine_or_a_line() -> None:
     options = TrainingOptions(epochs=12, learning_rate=0.2, warmup_epochs=2)
     assert [learning_rate(options, epoch) for epoch in (0, 1, 2, 7, 12)] == pytest.approx([0, 0.1, 0.2, 0.1, 0])
+    assert learning_rate(options, 4.5) > 0.15
+    line = options.model_copy(update={"schedule": "linear"})
+    assert [learning_rate(line, epoch) for epoch in (1, 2, 4.5, 12)] == pytest.approx([0.1, 0.2, 0.15, 0])
     only = TrainingOptions(epochs=2, learning_rate=0.2, warmup_epochs=2)
     assert learning_rate(only, 1.5) == pytest.approx(0.15)
     assert learning_rate(only, 2) == pytest.approx(0)

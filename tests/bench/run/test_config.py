@@ -223,6 +223,15 @@ def test_a_written_configuration_is_read_as_it_was(change):
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
 
+@pytest.mark.parametrize("preset", ["quick", "cpu", "gpu"])
+def test_under_a_teacher_a_preset_trains_alike_on_all_data(preset):
+    rendered, read = (
+        RunConfig(**BASE, preset=preset, teacher="t.onnx", dataset=dataset, data_root="faces").training
+        for dataset in ("synthetic", "folder")
+    )
+    assert rendered == read
+
+
 def test_every_setting_says_what_it_means_and_those_of_one_value_have_a_flag():
     for setting in settings():
         assert setting.meaning, setting.name
