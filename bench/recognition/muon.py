@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 #: Of the Newton-Schulz iteration s -> a s + b s^3 + c s^5 on singular values: steep at zero, and near one afterwards.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
-#: Rounds of it, and momentum of matrices: more of either trains no better (synthetic faces, ``ir-tiny``).
+#: Rounds of it, and momentum of matrices: two rounds, or a momentum of .9, train no better (rendered faces).
 _ROUNDS, _MOMENTUM = 3, 0.6
 
 
