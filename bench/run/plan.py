@@ -8,25 +8,26 @@ its own progress says how fast it goes.
 from __future__ import annotations
 
 import functools
-import signal
-import threading
+import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
+from rich.console import Console
 
 from attacks.base import LinkageAttack
 from bench import plugins
 from bench.data.faces import FaceSet, Source
 from bench.data.loaders import MAIN, check_root, check_there
 from bench.data.stream.scan import Scan
-from bench.errors import BenchError
+from bench.errors import BenchError, in_words, one_line
 from bench.files import kept
 from bench.nets.recogniser import build_recogniser
 from bench.results import PlannedStage, RunPlan
@@ -35,6 +36,7 @@ from bench.run.attacker import AttackStages
 from bench.run.beside import half_of_the_threads
 from bench.run.config import RunConfig
 from bench.run.identification import distracted_job, pooled_job
+from bench.run.launch import keep_freed_memory, obey_parent, without_interrupts
 from bench.run.protocols import packs_of
 from bench.run.provider import Stages
 from bench.run.sources import DataSet
@@ -42,6 +44,9 @@ from bench.run.stage import SECONDS, Job
 from bench.run.store import run_id
 from defenses.base import Defense
 from defenses.template import TemplateDefense
+
+if TYPE_CHECKING:
+    from bench.run.pipeline import Pipeline
 
 #: Seconds after which a started stage has shown its pace, and those that measuring may take in all.
 ENOUGH_SECONDS = 3.0
@@ -93,15 +98,12 @@ def make_plan(
     Raises:
         MissingError: the data are not there.
     """
-    stages, notes = attacks.stages, list[str]()
-    recalled = stages.all_made or _recalled(stages)
-    if not recalled:
+    stages, notes, ahead = attacks.stages, list[str](), _Ahead(config, attack_configs, attacks)
+    steps, cached = ahead.steps, ahead.cached
+    if not ahead.recalled:
         notes.append("no run has read these faces yet: what the cache holds of them is not known")
-    defense, plain = stages.unfitted(config.defense, config.defense_options), stages.unfitted("none", {})
-    steps = _steps(config, attack_configs, attacks, defense, plain)
-    cached = [stages.cache.holds(step.job.stage, step.job.key) for step in steps]
     if measure:
-        estimates = _measured(steps, cached, attacks, defense)
+        estimates = _measured(config, len(steps))
     else:
         timings = Timings(stages, beside=beside)
         estimates = [None if here else timings.estimate(step) for step, here in zip(steps, cached, strict=True)]
@@ -109,7 +111,7 @@ def make_plan(
         PlannedStage(
             name=step.job.stage,
             what=step.what,
-            cached=here if recalled or here or step.kind == "scan" else None,
+            cached=here if ahead.recalled or here or step.kind == "scan" else None,
             seconds=seconds,
         )
         for step, here, seconds in zip(steps, cached, estimates, strict=True)
@@ -120,7 +122,7 @@ def make_plan(
             why = f"not to be measured yet, or not in {MEASURE_SECONDS:.0f} s"
         notes.append(f"how long {left} of {len(planned)} stages take is unknown ({why})")
     resolved = {
-        "defense_options": defense.describe()["options"],
+        "defense_options": ahead.defense.describe()["options"],
         "attack_options": {
             name: configs[-1].make().options.model_dump(mode="json") for name, configs in attack_configs.items()
         },
@@ -156,6 +158,26 @@ def missing_steps(
     """
     cache, steps = attacks.stages.cache, _steps(config, attack_configs, attacks, defense, plain)
     return [step for step in steps if not cache.holds(step.job.stage, step.job.key)]
+
+
+class _Ahead:
+    """What a run has to do.
+
+    Attributes:
+        recalled: whether it is known what its data are, so that what was made of them is.
+        defense: its defence, not fitted.
+        steps: its stages, in order.
+        cached: which of these are there.
+    """
+
+    def __init__(
+        self, config: RunConfig, attack_configs: Mapping[str, Sequence[AttackConfig]], attacks: AttackStages
+    ) -> None:
+        stages = attacks.stages
+        self.recalled = stages.all_made or _recalled(stages)
+        self.defense = stages.unfitted(config.defense, config.defense_options)
+        self.steps = _steps(config, attack_configs, attacks, self.defense, stages.unfitted("none", {}))
+        self.cached = [stages.cache.holds(step.job.stage, step.job.key) for step in self.steps]
 
 
 def _recalled(stages: Stages) -> bool:
@@ -434,32 +456,99 @@ class Timings:
 
 # -- measuring -------------------------------------------------------------------------------------
 
+#: A stage by its place in the plan, and the seconds that it will take, where they are known.
+Told = tuple[int, float | None]
+
 
 class _Enough(BaseException):
     """Stops a stage whose pace is known or whose time is up; plug-ins that catch their own errors do not catch it."""
 
 
-@contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    """Stop the block after so many seconds, wherever it is; only at reports where there is no timer to do so."""
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _measured(config: RunConfig, count: int) -> list[float | None]:
+    """Seconds of every stage that is not cached, of ``count``; None where time was up before they were known.
 
-    def stop(*_: object) -> None:
-        raise _Enough
+    A stage that says nothing of its progress can be stopped nowhere but in the middle of something, and whatever that
+    was (gradients switched off, a lock held) would stay so. So all this is done in a process that is killed then.
+    """
+    estimates: list[float | None] = [None] * count
+    context, until = multiprocessing.get_context("spawn"), None
+    receiver, sender = context.Pipe(duplex=False)
+    with TemporaryDirectory() as folder:
+        limits = torch.get_num_threads(), ENOUGH_SECONDS, MEASURE_SECONDS
+        process = context.Process(target=_measure_apart, args=(config, folder, *limits, sender), name="measure")
+        with without_interrupts():
+            process.start()
+        sender.close()
+        try:
+            while receiver.poll(None if until is None else max(0.0, until - time.perf_counter())):
+                match receiver.recv():
+                    case BenchError() as error:
+                        raise error
+                    case number, seconds:
+                        estimates[number] = seconds
+                    case None:  # it has started: only now does time run
+                        until = time.perf_counter() + MEASURE_SECONDS
+        except EOFError:
+            pass  # it has ended
+        finally:
+            process.kill()
+            process.join()
+            receiver.close()
+    return estimates
 
-    before = signal.signal(signal.SIGALRM, stop)
-    others = signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+
+def _measure_apart(
+    config: RunConfig, folder: str, threads: int, enough: float, limit: float, sender: Connection
+) -> None:
+    """What that process does."""
+    obey_parent()
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    from bench.run.pipeline import Pipeline
+
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        signal.setitimer(signal.ITIMER_REAL, *others)
+        pipeline = Pipeline(config, console=Console(quiet=True))
+        sender.send(None)
+        for told in measure_stages(pipeline, Path(folder), enough, limit):
+            sender.send(told)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(0)  # nobody waits for it
+    except Exception as error:
+        sender.send(BenchError(one_line(in_words(error))))
 
 
-def _estimate(start: Callable[[Callable[..., None]], object], limit: float = MEASURE_SECONDS) -> float | None:
+def measure_stages(pipeline: Pipeline, folder: Path, enough: float, limit: float) -> Iterator[Told]:
+    """Seconds of every stage that is not cached and can be timed, each measured on its share of ``limit`` seconds.
+
+    Each is started in a folder within ``folder`` and stopped when it reports, once it has shown its pace for ``enough``
+    seconds or its time is up.
+    """
+    attacks = pipeline.attack_stages()
+    ahead = _Ahead(pipeline.config, pipeline.attack_configs, attacks)
+    stages, until, smaller, ready = attacks.stages, time.perf_counter() + limit, 1.0, False
+    waiting = sum(step.timed and not here for step, here in zip(ahead.steps, ahead.cached, strict=True))
+    for number, (step, here) in enumerate(zip(ahead.steps, ahead.cached, strict=True)):
+        if here or time.perf_counter() >= until:
+            continue
+        if step.attack is not None and not ready:
+            ready = True
+            stages.ready(ahead.defense)
+        if step.timed:
+
+            def start(report: Callable[..., None], job: Job[Any] = step.job) -> None:
+                with TemporaryDirectory(dir=folder) as own:
+                    job.make(Path(own), report)
+
+            seconds = time_to_end(start, enough, (until - time.perf_counter()) / waiting)
+            waiting -= 1
+            yield number, None if seconds is None else seconds / (smaller if step.attack is None else 1.0)
+        step.pretend()
+        if step.kind == "data":
+            given = stages.config.options_of(stages.data_for("provider").role)
+            smaller = _stand_ins(stages.config, given)[0] / int(given["identities"]) if "identities" in given else 1.0
+
+
+def time_to_end(start: Callable[[Callable[..., None]], object], enough: float, limit: float) -> float | None:
     """Seconds that ``start(report)`` would take to its end; None where ``limit`` seconds do not tell.
 
     The first report starts the clock: what comes before it (building, warming up) happens once.
@@ -469,57 +558,19 @@ def _estimate(start: Callable[[Callable[..., None]], object], limit: float = MEA
     def pace(done: int, total: int, **fields: float) -> None:
         now = time.perf_counter()
         reports.append((now, done, total))
-        if (done > reports[0][1] and now - reports[0][0] >= ENOUGH_SECONDS) or now - began >= limit:
+        if (done > reports[0][1] and now - reports[0][0] >= enough) or now - began >= limit:
             raise _Enough
 
     try:
-        with _at_most(limit):
-            start(pace)
+        start(pace)
     except _Enough:
         pass
     else:
         return time.perf_counter() - began
-    if not reports or reports[-1][1] <= reports[0][1]:
+    if reports[-1][1] <= reports[0][1]:
         return None
     (first, before, _), (last, done, total) = reports[0], reports[-1]
     return (last - first) / (done - before) * total
-
-
-def _measured(
-    steps: Sequence[Step], cached: Sequence[bool], attacks: AttackStages, defense: Defense
-) -> list[float | None]:
-    """Seconds of every stage that is not cached, each measured on its share of the time; None where that was short."""
-    stages, until = attacks.stages, time.perf_counter() + MEASURE_SECONDS
-    estimates, smaller, ready = list[float | None](), 1.0, False
-    waiting = sum(step.timed and not here for step, here in zip(steps, cached, strict=True))
-    for step, here in zip(steps, cached, strict=True):
-        seconds = None
-        try:
-            if step.attack is not None and not ready:
-                ready = True
-                with _at_most(until - time.perf_counter()):
-                    stages.ready(defense)
-            if not here and step.timed:
-
-                def start(report: Callable[..., None], job: Job[Any] = step.job) -> None:
-                    with TemporaryDirectory() as folder:
-                        job.make(Path(folder), report)
-
-                left = until - time.perf_counter()
-                seconds = _estimate(start, left / waiting) if left > 0 else None
-                waiting -= 1
-            if not here:
-                with _at_most(until - time.perf_counter()):
-                    step.pretend()
-        except _Enough:
-            pass  # out of time: what follows is not measured
-        if seconds is not None and step.attack is None:
-            seconds /= smaller
-        if step.kind == "data" and not here:
-            given = stages.config.options_of(stages.data_for("provider").role)
-            smaller = _stand_ins(stages.config, given)[0] / int(given["identities"]) if "identities" in given else 1.0
-        estimates.append(seconds)
-    return estimates
 
 
 def _stand_ins(config: RunConfig, given: Mapping[str, Any]) -> tuple[int, int]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from bench import plugins
 from bench.run.config import resolve
 from bench.run.pipeline import Pipeline
+from bench.run.plan import measure_stages
 from defenses.base import Defense
 
 TINY = {
@@ -50,6 +54,23 @@ def run_tiny(config):
     """Run a configuration without spending time on timing, also in a worker of a sweep."""
     with registered():
         return Pipeline(config, console=Console(quiet=True)).run()
+
+
+def measured(cell, folder):
+    """Stage -> the seconds that it would take, measured in this process and in an empty folder; None where unknown."""
+    told = dict(measure_stages(cell, folder, 0.1, 60))
+    assert not list(folder.iterdir())
+    return {stage.name: told.get(number) for number, stage in enumerate(cell.plan().stages)}
+
+
+def silent(config, folder, threads, enough, limit, sender):
+    """In place of what measures stages: of the second it tells, then it says nothing, half way through something."""
+    Path(folder, "half").write_text("")
+    (config / "was there").write_text("")
+    sender.send(None)
+    sender.send((1, 1.5))
+    with torch.no_grad():
+        time.sleep(600)
 
 
 def stages_of(cell, log=lambda *_, **__: None):

@@ -2,19 +2,22 @@
 
 import json
 import os
+import tempfile
 import time
 
+import psutil
 import pytest
 import tiny_runs
 import torch
 from small_sets import people, picture, write_folder
+from tiny_runs import measured
 
-from bench.errors import MissingError
+from bench.errors import BenchError, MissingError
 from bench.files import kept
 from bench.recognition import training
 from bench.run import plan as plan_module
 from bench.run import provider, sources
-from bench.run.plan import _estimate
+from bench.run.plan import time_to_end
 from bench.run.stage import LISTING, SECONDS, Job, StageRunner
 
 TINY = {"defense": "pixelate", "attack": "linear", "probes": 4}
@@ -40,7 +43,7 @@ def idle(monkeypatch):
         for name in names.split():
             monkeypatch.setattr(module, name, work)
     monkeypatch.setattr(StageRunner, "do", work)
-    monkeypatch.setattr(plan_module, "_estimate", work)
+    monkeypatch.setattr(plan_module, "_measured", work)
 
 
 @pytest.fixture(scope="module")
@@ -214,24 +217,28 @@ class TestOnDisk:
 
 
 class TestMeasured:
-    def test_the_pace_of_the_reports_gives_the_whole(self, monkeypatch):
-        monkeypatch.setattr(plan_module, "ENOUGH_SECONDS", 0.1)
-
+    def test_the_pace_of_the_reports_gives_the_whole(self):
         def start(report):
             time.sleep(0.2)  # warming up
             for done in range(1000):
                 report(done, 1000)
                 time.sleep(0.01)
 
-        assert 9 < _estimate(start) < 90  # 10 on an idle machine
+        assert 9 < time_to_end(start, 0.1, 60) < 90  # 10 on an idle machine
 
-    def test_a_stage_without_a_word_is_stopped(self):
-        began = time.perf_counter()
-        assert _estimate(lambda report: [sum(range(10**5)) for _ in range(10**6)], 0.2) is None
-        assert time.perf_counter() - began < 60
+    def test_what_shows_no_pace_in_its_time_is_not_known(self):
+        assert time_to_end(lambda report: [report(0, 10) for _ in range(10**9)], 0.1, 0.2) is None
+        assert time_to_end(lambda report: time.sleep(0.1), 0.01, 0.02) == pytest.approx(0.1, abs=5)
 
     @pytest.mark.slow
-    def test_every_stage_gets_its_share_and_what_is_left_is_told(self, tmp_path, monkeypatch):
+    def test_all_but_what_comes_after_the_fits_is_measured(self, tmp_path):
+        told = measured(pipeline(tmp_path / "out"), tmp_path)
+        unknown = {name.partition("-")[0] for name, seconds in told.items() if seconds is None}
+        assert unknown == {"verify", "evaluate", "recover"}
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.slow
+    def test_what_is_left_is_told_and_nothing_is_left_behind(self, tmp_path, monkeypatch):
         monkeypatch.setattr(plan_module, "MEASURE_SECONDS", 0.5)
         plan = pipeline(tmp_path).plan(measure=True)
         left = [stage.name for stage in plan.stages if stage.seconds is None]
@@ -241,12 +248,21 @@ class TestMeasured:
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.slow
-    def test_all_but_what_comes_after_the_fits_is_measured(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(plan_module, "ENOUGH_SECONDS", 0.1)
-        plan = pipeline(tmp_path).plan(measure=True)
-        unknown = {stage.name.partition("-")[0] for stage in plan.stages if stage.seconds is None}
-        assert unknown == {"verify", "evaluate", "recover"}
-        assert not list(tmp_path.iterdir())
+    def test_what_says_nothing_is_ended_with_its_process(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(plan_module, "MEASURE_SECONDS", 1.0)
+        monkeypatch.setattr(plan_module, "_measure_apart", tiny_runs.silent)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        before, told = psutil.Process().children(), plan_module._measured(tmp_path, 3)
+        assert told == [None, 1.5, None]
+        assert psutil.Process().children() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["was there"]
+
+    @pytest.mark.slow
+    def test_what_goes_wrong_there_is_told_here(self, tmp_path):
+        damaged = write_folder(tmp_path / "faces", people(40, 3))
+        sorted(damaged.rglob("*.*"))[5].write_bytes(b"no picture")
+        with pytest.raises(BenchError, match=r"cannot be decoded|cannot identify"):
+            pipeline(tmp_path / "out", **FOLDER, data_root=damaged, stream=True).plan(measure=True)
 
 
 def test_measuring_is_for_plans(bench):

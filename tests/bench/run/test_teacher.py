@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from onnx_models import linear_model
-from tiny_runs import TINY, finished, made, pipeline, stages_of
+from tiny_runs import TINY, finished, made, measured, pipeline, stages_of
 
 from bench import plugins
 from bench.errors import DataError, MissingError, UsageError
@@ -61,12 +61,10 @@ def test_recognisers_take_the_teachers_size_and_the_judge_none_of_it(run, out, t
     assert stages.recogniser(plain, "evaluator").spec.embedding_size == TINY["training"]["embedding_size"]
 
 
-def test_the_plan_lists_the_teacher(out, teacher):
-    plan = pipeline(out / "new", defense="blur", attack="linear", teacher=teacher).plan(measure=True)
-    (stage,) = (stage for stage in plan.stages if stage.name == "teacher")
-    assert not stage.cached
-    assert stage.seconds is not None
-    assert [stage.name for stage in plan.stages].index("teacher") < len(plan.stages) - 1
+def test_the_plan_lists_the_teacher(out, teacher, tmp_path):
+    seconds = measured(pipeline(out / "new", defense="blur", attack="linear", teacher=teacher), tmp_path)
+    assert seconds["teacher"] is not None
+    assert [*seconds].index("teacher") < len(seconds) - 1
 
 
 def test_the_roles_are_different_files(tmp_path, teacher):

@@ -5,7 +5,7 @@ import pytest
 import tiny_runs
 import torch
 from PIL import Image
-from tiny_runs import TINY_UNET, stages_of
+from tiny_runs import TINY_UNET, measured, stages_of
 
 from bench.commands.protect import protect
 from bench.errors import MissingError, UsageError
@@ -43,8 +43,8 @@ def fitted(out, log=lambda *_, **__: None, **changes):
 
 
 @pytest.fixture(scope="module")
-def planned(out):
-    return pipeline(out).plan(measure=True)
+def planned(out, tmp_path_factory):
+    return measured(pipeline(out), tmp_path_factory.mktemp("measured"))
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,7 @@ def equal(first, second):
 
 
 def test_the_plan_lists_the_fit(planned):
-    (stage,) = [stage for stage in planned.stages if stage.name == "defense-split"]
-    assert not stage.cached
-    assert stage.seconds > 0
+    assert planned["defense-split"] > 0
 
 
 def test_the_fit_is_kept_with_the_run_and_reused(run, out):
