@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections import Counter
@@ -15,6 +16,11 @@ import bench as _  # noqa: F401  (sets what torch reads from the environment whe
 # A test that waits for busy neighbours has found nothing.
 hypothesis.settings.register_profile("suite", deadline=None)
 hypothesis.settings.load_profile("suite")
+
+# Imported once a worker, by the server from which tests fork processes: that takes longer than what these do.
+multiprocessing.set_forkserver_preload(
+    ["torch._dynamo", "bench.recognition.training", "defenses.none", "sweep_at_work", "bench.sweep.workers"]
+)
 
 
 def pytest_configure(config):

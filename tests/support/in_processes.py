@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,9 +12,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from bench.recognition.processes import Processes
-
-# Imported once, by the server that all processes are forked from: these take longer to import than a test to run.
-multiprocessing.set_forkserver_preload(["torch._dynamo", "bench.recognition.training", "defenses.none"])
 
 
 def in_processes(

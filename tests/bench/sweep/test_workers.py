@@ -1,6 +1,5 @@
 """Cells in processes of their own: killed ones are tried again, shared stages are made once, Ctrl-C leaves nobody."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,9 +18,6 @@ from bench.sweep.sweep import _next
 from bench.sweep.workers import Pool
 
 SUPPORT = Path(sweep_at_work.__file__)
-
-# Imported once, by the server that processes are forked from: that takes longer than a test. One test does without.
-multiprocessing.set_forkserver_preload(["sweep_at_work", "bench.sweep.workers"])
 
 
 @pytest.fixture(autouse=True)
