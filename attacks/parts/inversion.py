@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,7 @@ from attacks.parts.losses import reconstruction
 from attacks.parts.training import Trainer, TrainingOptions
 from attacks.parts.unet_network import NetworkOptions
 from bench.memory import in_halves
+from bench.muon import Muon
 from bench.nets.augmentation import augment
 from bench.nets.options import AugmentationOptions
 from bench.randomness import derived, seeded
@@ -38,6 +40,9 @@ _OUTSIDE_FACES = 0.25
 _LEAST_SPREAD = 0.01
 _SPREAD_FACES = 8
 
+#: What a learning rate of Adam is as a share of a matrix's norm: .05 for .002.
+_MUON_SHARE = 25.0
+
 #: Of a preset for two cores, where a few hundred or thousand steps are all one can afford: small batches and a higher
 #: rate use them best, the first level at half resolution halves the cost of each, and SSIM in the loss recovers more by
 #: every measure, L1 included.
@@ -51,6 +56,11 @@ class InversionOptions(TrainingOptions, NetworkOptions):
         default="l1", description="l1 as published, or l1+ssim: L1 + ssim_weight (1 - SSIM)."
     )
     ssim_weight: float = Field(default=0.2, gt=0, le=10, description="Weight of 1 - SSIM, where loss has it.")
+    optimiser: Literal["adam", "muon"] = Field(
+        "adam",
+        description="adam, or muon: steps of convolutions are orthogonal matrices, whose share of a weight's norm is "
+        f"{_MUON_SHARE:g} times the learning rate, and those of the rest Adam's.",
+    )
     images: int = Field(1_000_000, ge=1, description="Faces to train on in all, repeats counted.")
     passes: int = Field(
         0,
@@ -166,8 +176,21 @@ class InversionAttack(RecoveryAttack):
                     network, self._inputs(self._view(protected.representation), protected.state)
                 ), target
 
+        def optimizer(parameters: Iterator[nn.Parameter], **rates: Any) -> torch.optim.Optimizer:
+            if options.optimiser == "adam":
+                return torch.optim.Adam(parameters, **rates)
+            adam = functools.partial(torch.optim.Adam, fused=rates.pop("fused"))
+            return Muon(self.network, adam, share=_MUON_SHARE, **rates)
+
         report = trainer.train_on_faces(
-            self.network, loss, recover, inputs=inputs, images=images, steps=steps, stored=self
+            self.network,
+            loss,
+            recover,
+            inputs=inputs,
+            optimizer=optimizer,
+            images=images,
+            steps=steps,
+            stored=self,
         )
         details |= {
             "epochs": report.details["steps"] * trainer.batch_size / len(trainer.training),

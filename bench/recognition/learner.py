@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 
 from bench.graphs import Replayed
 from bench.memory import Parts
+from bench.muon import Muon
 from bench.nets.heads import MarginHead
 from bench.nets.recogniser import Recogniser
-from bench.recognition.muon import Muon
 from bench.recognition.options import TrainingOptions
 from bench.recognition.partial_fc import PartialFC, load_centres, save_centres
 
@@ -40,16 +41,16 @@ class Learner(ABC):
 
     def __init__(self, module: nn.Module, options: TrainingOptions, fabric: Fabric) -> None:
         self.module, self.options, self.fabric = module, options, fabric
-        rates: dict[str, Any] = {"momentum": options.momentum, "weight_decay": options.weight_decay}
+        # Fused: one kernel for all parameters. Not on a CPU, where it rounds differently, and not with scaled
+        # gradients, which it unscales by itself, too late for clipping.
+        fused = fabric.device.type == "cuda" and options.precision != "16-mixed"
+        rates: Any = {"momentum": options.momentum, "weight_decay": options.weight_decay}
+        sgd = functools.partial(torch.optim.SGD, fused=fused or None, **rates)
         self.optimiser: torch.optim.Optimizer
         if options.optimiser == "muon":
-            self.optimiser = Muon(module, lr=options.learning_rate, **rates)
+            self.optimiser = Muon(module, sgd, lr=options.learning_rate)
         else:
-            # Fused: one kernel for all parameters. Not on a CPU, where it rounds differently, and not with scaled
-            # gradients, which it unscales by itself, too late for clipping.
-            fused = fabric.device.type == "cuda" and options.precision != "16-mixed"
-            learned = [p for p in module.parameters() if p.requires_grad]
-            self.optimiser = torch.optim.SGD(learned, lr=options.learning_rate, fused=fused or None, **rates)
+            self.optimiser = sgd([p for p in module.parameters() if p.requires_grad], lr=options.learning_rate)
         self.model, self.stepper = fabric.setup(module, self.optimiser)
         self.parts: Parts | None = None
 

@@ -45,8 +45,8 @@ CODE: Mapping[str, tuple[str, ...]] = {
     "recogniser": (
         "bench.nets",
         "bench.graphs",
+        "bench.muon",
         "bench.recognition.learner",
-        "bench.recognition.muon",
         "bench.recognition.partial_fc",
         "bench.recognition.training",
         "bench.data.stream.sampler",
@@ -60,7 +60,15 @@ CODE: Mapping[str, tuple[str, ...]] = {
 }
 
 #: Where the code of plug-ins lives, and what theirs may be built of.
-_PLUGIN_PACKAGES = ("attacks", "defenses", "bench.nets", "bench.graphs", "bench.images", "bench.randomness")
+_PLUGIN_PACKAGES = (
+    "attacks",
+    "defenses",
+    "bench.nets",
+    "bench.graphs",
+    "bench.muon",
+    "bench.images",
+    "bench.randomness",
+)
 
 
 @functools.cache

@@ -82,7 +82,12 @@ CASES = {
 }
 TRAINED = [name for name, case in CASES.items() if case.steps]
 #: Ways of training that a checkpoint has to hold more for.
-WAYS = [*((name, {}) for name in TRAINED), ("model-inversion", {"adversarial": 0.01}), ("unet", {"early_stop": True})]
+WAYS = [
+    *((name, {}) for name in TRAINED),
+    ("model-inversion", {"adversarial": 0.01}),
+    ("unet", {"early_stop": True}),
+    ("unet", {"optimiser": "muon"}),
+]
 IMAGES = 10
 
 

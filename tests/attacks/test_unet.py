@@ -10,6 +10,7 @@ from interception import observe
 from attacks.base import Observation
 from attacks.parts.unet_network import UNetNetwork
 from attacks.unet import UNet, UNetOptions
+from bench.muon import matrices
 from bench.run.textbook import textbook_unet
 from defenses.base import Defense
 from defenses.noise import Noise, NoiseOptions
@@ -77,9 +78,9 @@ def test_the_published_widths_have_the_size_of_the_published_network():
     assert 30e6 < parameters < 32e6  # 31.0 M for the original with 64 to 1024 channels
 
 
-@pytest.mark.parametrize("loss", ["l1", "l1+ssim"])
-def test_it_inverts_the_identity_on_faces_it_never_saw(make_adversary, plain, make_faces, loss):
-    attack = UNet(UNetOptions(**SMALL, images=2100, loss=loss))
+@pytest.mark.parametrize(("loss", "optimiser"), [("l1", "adam"), ("l1+ssim", "adam"), ("l1+ssim", "muon")])
+def test_it_inverts_the_identity_on_faces_it_never_saw(make_adversary, plain, make_faces, loss, optimiser):
+    attack = UNet(UNetOptions(**SMALL, images=2100, loss=loss, optimiser=optimiser))
     defense = plain(image_size=SIZE)
     report = attack.learn(make_adversary(defense))
     unseen = make_faces(20, seed=7)
@@ -88,6 +89,21 @@ def test_it_inverts_the_identity_on_faces_it_never_saw(make_adversary, plain, ma
     assert error < report.details["floor_loss"] / 5
     assert report.details["validation_loss"] == report.curve[-1][1] < 0.03
     assert report.states_seen is None
+
+
+def test_muon_turns_convolutions_and_keeps_their_norms(make_adversary, plain):
+    adversary, grown = make_adversary(plain(image_size=SIZE)), {}
+    for optimiser in ("muon", "adam"):
+        attack = UNet(UNetOptions(**SMALL, images=2100, optimiser=optimiser))
+        attack.prepare(adversary)
+        chosen = {id(weight) for weight in matrices(attack.network)}
+        names = [name for name, weight in attack.network.named_parameters() if id(weight) in chosen]
+        before = copy.deepcopy(attack.network)
+        attack.fit(adversary)
+        first, last = (torch.stack([net.get_parameter(n).norm() for n in names]) for net in (before, attack.network))
+        grown[optimiser] = last / first
+    assert grown["muon"].tolist() == pytest.approx([1.0] * 7, abs=5e-3)  # averaging weights shortens them
+    assert (grown["adam"] > 1.1).all()
 
 
 def test_only_the_states_drawn_are_recorded(make_adversary, pick):

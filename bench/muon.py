@@ -47,58 +47,52 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Trains the matrices of a module by Muon, and everything else by SGD with momentum and weight decay.
+    """Trains the matrices of a module by Muon, and everything else by another optimiser.
 
-    A matrix moves by the learning rate times its own Frobenius norm, and keeps that norm: what batch norm divides by
-    anyway neither grows nor says how far a step goes, so that it needs no decay. Its momentum is Nesterov's.
+    A matrix moves by the learning rate times ``share`` times its own Frobenius norm, and keeps that norm: what batch
+    norm divides by anyway neither grows nor says how far a step goes, so that it needs no decay. Its momentum is
+    Nesterov's.
 
     Args:
         module: whose learned parameters are trained.
-        lr: the learning rate, above 0.
-        momentum: of everything else, in [0, 1).
-        weight_decay: of everything else.
+        rest: makes the optimiser of the parameters that are no matrices, of which there is one at least.
+        lr: the learning rate, above 0, of both.
+        share: what a learning rate of one makes of a matrix's norm.
     """
 
-    def __init__(self, module: nn.Module, *, lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        rest: Callable[..., torch.optim.Optimizer],
+        *,
+        lr: float,
+        share: float = 1.0,
+    ) -> None:
         weights = matrices(module)
-        chosen = set(weights)
-        rest = [p for p in module.parameters() if p.requires_grad and p not in chosen]
-        groups = ({"params": rest, "orthogonal": False}, {"params": weights, "orthogonal": True})
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__([group for group in groups if group["params"]], defaults)
+        chosen = set(map(id, weights))
+        self.rest = rest([p for p in module.parameters() if p.requires_grad and id(p) not in chosen], lr=lr)
+        super().__init__([{"params": weights}], {"lr": lr, "share": share})
+        self.param_groups, self.state = [*self.rest.param_groups, *self.param_groups], self.rest.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of every optimiser."""
+        super().load_state_dict(state_dict)
+        self.rest.param_groups, self.rest.state = self.param_groups[:-1], self.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            learned = [p for p in group["params"] if p.grad is not None]
-            for p in learned:
-                if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            momenta = [self.state[p]["momentum_buffer"] for p in learned]
-            move = self._move_matrices if group["orthogonal"] else self._move_rest
-            if learned:
-                move(group, learned, momenta)
-        return loss
-
-    @staticmethod
-    def _move_matrices(group: dict[str, Any], weights: list[nn.Parameter], momenta: list[Tensor]) -> None:
-        for weight, momentum in zip(weights, momenta, strict=True):
-            assert weight.grad is not None
-            momentum.mul_(_MOMENTUM).add_(weight.grad)
+        loss = self.rest.step(closure)
+        *_, group = self.param_groups
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            momentum = self.state[weight]["momentum_buffer"].mul_(_MOMENTUM).add_(weight.grad)
             step = orthogonal(weight.grad.add(momentum, alpha=_MOMENTUM).flatten(1)).view(weight.shape)
             norm = torch.linalg.vector_norm(weight)
-            weight.sub_(step * (group["lr"] * norm / torch.linalg.vector_norm(step).clamp(min=1e-12)))
+            length = group["lr"] * group["share"] * norm
+            weight.sub_(step * (length / torch.linalg.vector_norm(step).clamp(min=1e-12)))
             weight.mul_(norm / torch.linalg.vector_norm(weight))
-
-    @staticmethod
-    def _move_rest(group: dict[str, Any], parameters: list[nn.Parameter], momenta: list[Tensor]) -> None:
-        values = list[Tensor](parameters)
-        torch._foreach_mul_(momenta, group["momentum"])
-        torch._foreach_add_(momenta, [p.grad for p in parameters if p.grad is not None])
-        torch._foreach_add_(momenta, values, alpha=group["weight_decay"])
-        torch._foreach_add_(values, momenta, alpha=-group["lr"])
+        return loss

@@ -1,13 +1,15 @@
 import copy
+import functools
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bench.recognition.muon import Muon, matrices, orthogonal
+from bench.muon import Muon, matrices, orthogonal
 
-RATE, REST = 0.05, {"momentum": 0.9, "weight_decay": 5e-4}
+RATE = 0.05
+SGD = functools.partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
 
 
 def network() -> nn.Sequential:
@@ -65,7 +67,7 @@ def test_matrices_are_layers_that_mix_all_their_inputs():
 
 def test_a_matrix_turns_by_its_rate_along_nesterovs_momentum_made_orthogonal():
     net = network()
-    optimiser = Muon(net, lr=RATE, **REST)
+    optimiser = Muon(net, SGD, lr=RATE)
     chosen = (net[0].weight, net[5].weight)
     momenta = [np.zeros(weight.shape) for weight in chosen]
     for seed in range(3):
@@ -87,8 +89,8 @@ def test_everything_else_is_trained_as_by_sgd():
     chosen = {id(weight) for weight in matrices(net)}
     rest = [name for name, parameter in net.named_parameters() if id(parameter) not in chosen]
     assert len(rest) == 7
-    ours = Muon(net, lr=RATE, **REST)
-    theirs = torch.optim.SGD([twin.get_parameter(name) for name in rest], lr=RATE, **REST)
+    ours = Muon(net, SGD, lr=RATE)
+    theirs = SGD([twin.get_parameter(name) for name in rest], lr=RATE)
     for seed in range(4):
         gradients(net, seed)
         gradients(twin, seed)
@@ -102,7 +104,7 @@ def test_everything_else_is_trained_as_by_sgd():
 
 def test_each_parameter_is_moved_once_and_none_without_a_gradient():
     net = network()
-    optimiser = Muon(net, lr=RATE, **REST)
+    optimiser = Muon(net, SGD, lr=RATE)
     moved = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     assert sorted(map(id, moved)) == sorted(map(id, net.parameters()))
     before = copy.deepcopy(net.state_dict())
@@ -110,4 +112,26 @@ def test_each_parameter_is_moved_once_and_none_without_a_gradient():
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     plain = nn.Linear(2, 2)
     nn.init.zeros_(plain.weight)
-    assert [group["orthogonal"] for group in Muon(plain, lr=RATE, **REST).param_groups] == [False]
+    *_, group = Muon(plain, SGD, lr=RATE).param_groups
+    assert not group["params"]
+
+
+@pytest.mark.parametrize("rest", [SGD, torch.optim.Adam])
+def test_it_goes_on_from_its_state_as_if_nothing_had_happened(rest):
+    whole = network()
+    optimiser = Muon(whole, rest, lr=RATE, share=2.0)
+    for seed in range(2):
+        gradients(whole, seed)
+        optimiser.step()
+    resumed = network()
+    other = Muon(resumed, rest, lr=RATE, share=2.0)
+    resumed.load_state_dict(whole.state_dict())
+    other.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    for seed in range(2, 4):
+        for net, each in ((whole, optimiser), (resumed, other)):
+            gradients(net, seed)
+            for group in each.param_groups:
+                group["lr"] = RATE / seed
+            each.step()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
