@@ -45,7 +45,7 @@ class Learner(ABC):
         # gradients, which it unscales by itself, too late for clipping.
         fused = fabric.device.type == "cuda" and options.precision != "16-mixed"
         rates: Any = {"momentum": options.momentum, "weight_decay": options.weight_decay}
-        sgd = functools.partial(torch.optim.SGD, fused=fused or None, **rates)
+        sgd: Callable[..., torch.optim.Optimizer] = functools.partial(torch.optim.SGD, fused=fused or None, **rates)
         self.optimiser: torch.optim.Optimizer
         if options.optimiser == "muon":
             self.optimiser = Muon(module, sgd, lr=options.learning_rate)
