@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import time
+from multiprocessing import resource_tracker
 
 import psutil
 import pytest
@@ -228,7 +229,9 @@ class TestMeasured:
 
     def test_what_shows_no_pace_in_its_time_is_not_known(self):
         assert time_to_end(lambda report: [report(0, 10) for _ in range(10**9)], 0.1, 0.2) is None
-        assert time_to_end(lambda report: time.sleep(0.1), 0.01, 0.02) == pytest.approx(0.1, abs=5)
+
+    def test_what_ends_without_a_word_took_what_it_took(self):
+        assert 0.2 <= time_to_end(lambda report: time.sleep(0.2), 0.01, 0.02) < 60
 
     @pytest.mark.slow
     def test_all_but_what_comes_after_the_fits_is_measured(self, tmp_path):
@@ -252,6 +255,7 @@ class TestMeasured:
         monkeypatch.setattr(plan_module, "MEASURE_SECONDS", 1.0)
         monkeypatch.setattr(plan_module, "_measure_apart", tiny_runs.silent)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        resource_tracker.ensure_running()  # which outlives it
         before, told = psutil.Process().children(), plan_module._measured(tmp_path, 3)
         assert told == [None, 1.5, None]
         assert psutil.Process().children() == before
