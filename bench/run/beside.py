@@ -8,7 +8,6 @@ in the stage cache, where the first finds it: which of them made a stage changes
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import sys
 import threading
@@ -23,7 +22,7 @@ from rich.console import Console
 
 from bench.progress import Log
 from bench.run.config import RunConfig
-from bench.run.launch import end_process, keep_freed_memory, obey_parent, without_interrupts
+from bench.run.launch import end_process, keep_freed_memory, obey_parent, start_process
 
 #: A stage in the cache: its name and its key.
 StageKey = tuple[str, str]
@@ -77,17 +76,11 @@ class Beside:
 
     def __init__(self, config: RunConfig, wanted: Sequence[StageKey], tell: Log) -> None:
         self._tell = tell
-        context = multiprocessing.get_context("spawn")
-        self._receiver, self._sender = context.Pipe(duplex=False)
-        self._process = context.Process(
-            target=_make, args=(config, tuple(wanted), torch.get_num_threads(), self._sender), name="beside"
-        )
+        self._arguments = config, tuple(wanted), torch.get_num_threads()
         self._listener = threading.Thread(target=self._listen, daemon=True)
 
     def __enter__(self) -> Beside:
-        with without_interrupts():
-            self._process.start()
-        self._sender.close()
+        self._process, self._receiver = start_process(_make, *self._arguments)
         self._listener.start()
         return self
 

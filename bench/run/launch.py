@@ -12,12 +12,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any, Literal
 
 import psutil
 
@@ -144,6 +146,26 @@ def peak_bytes() -> int | None:
 
 
 # -- processes that this one starts ----------------------------------------------------------------
+
+
+def start_process(
+    target: Callable[..., None], *arguments: Any, method: Literal["spawn"] = "spawn"
+) -> tuple[BaseProcess, Connection]:
+    """A process that has been started with ``target(*arguments, sender)``, and where what it sends is received.
+
+    It is made anew, since neither threads nor accelerators survive a fork.
+
+    Args:
+        target: importable by name; the arguments are pickled.
+        method: how :mod:`multiprocessing` makes it.
+    """
+    context = multiprocessing.get_context(method)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=target, args=(*arguments, sender))
+    with without_interrupts():
+        process.start()
+    sender.close()
+    return process, receiver
 
 
 def obey_parent() -> None:

@@ -8,7 +8,6 @@ its own progress says how fast it goes.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ from bench.run.attacker import AttackStages
 from bench.run.beside import half_of_the_threads
 from bench.run.config import RunConfig
 from bench.run.identification import distracted_job, pooled_job
-from bench.run.launch import keep_freed_memory, obey_parent, without_interrupts
+from bench.run.launch import end_process, keep_freed_memory, obey_parent, start_process
 from bench.run.protocols import packs_of
 from bench.run.provider import Stages
 from bench.run.sources import DataSet
@@ -471,14 +470,10 @@ def _measured(config: RunConfig, count: int) -> list[float | None]:
     was (gradients switched off, a lock held) would stay so. So all this is done in a process that is killed then.
     """
     estimates: list[float | None] = [None] * count
-    context, until = multiprocessing.get_context("spawn"), None
-    receiver, sender = context.Pipe(duplex=False)
+    until = None
     with TemporaryDirectory() as folder:
         limits = torch.get_num_threads(), ENOUGH_SECONDS, MEASURE_SECONDS
-        process = context.Process(target=_measure_apart, args=(config, folder, *limits, sender), name="measure")
-        with without_interrupts():
-            process.start()
-        sender.close()
+        process, receiver = start_process(_measure_apart, config, folder, *limits)
         try:
             while receiver.poll(None if until is None else max(0.0, until - time.perf_counter())):
                 match receiver.recv():
@@ -491,8 +486,7 @@ def _measured(config: RunConfig, count: int) -> list[float | None]:
         except EOFError:
             pass  # it has ended
         finally:
-            process.kill()
-            process.join()
+            end_process(process, 0)
             receiver.close()
     return estimates
 
@@ -514,7 +508,7 @@ def _measure_apart(
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(0)  # nobody waits for it
     except Exception as error:
-        sender.send(BenchError(one_line(in_words(error))))
+        sender.send(error if isinstance(error, BenchError) else BenchError(one_line(in_words(error))))
 
 
 def measure_stages(pipeline: Pipeline, folder: Path, enough: float, limit: float) -> Iterator[Told]:

@@ -6,7 +6,6 @@ No executor of :mod:`concurrent.futures`: its pool is broken as a whole by one w
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ from rich.console import Console
 from bench.errors import in_words, one_line
 from bench.results import PROTOCOL_VERSION, RunResult, read_result
 from bench.run.config import RunConfig
-from bench.run.launch import end_process, forget_peak, obey_parent, without_interrupts
+from bench.run.launch import end_process, forget_peak, obey_parent, start_process
 from bench.run.store import run_id
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 #: Runs a cell, leaves it in the run store and returns its result. Must be importable by name: workers pickle it.
 Runner = Callable[[RunConfig], RunResult]
 
-#: How processes are made: anew, since neither threads nor accelerators survive a fork.
+#: How processes are made; :func:`~bench.run.launch.start_process`.
 START: Literal["spawn"] = "spawn"
 
 #: Seconds that a worker gets to end by itself: to write down that it was cancelled, or to exit after its work.
@@ -143,7 +142,7 @@ class ThisProcess:
         """Nothing runs beside."""
 
 
-def work(runner: Runner, config: RunConfig, sender: Connection, threads: int) -> None:
+def work(runner: Runner, config: RunConfig, threads: int, sender: Connection) -> None:
     """Run the cell with so many processor threads, and send its end."""
     obey_parent()
     use_threads(threads)
@@ -164,12 +163,7 @@ class Pool:
 
     def start(self, cell: Cell) -> None:
         """Spawn a process for the cell."""
-        context = multiprocessing.get_context(START)
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(self._runner, cell.config, sender, self._threads))
-        with without_interrupts():
-            process.start()
-        sender.close()
+        process, receiver = start_process(work, self._runner, cell.config, self._threads, method=START)
         self._workers[receiver] = (cell, process)
 
     def wait(self) -> list[tuple[Cell, CellEnd]]:

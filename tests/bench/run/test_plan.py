@@ -13,7 +13,7 @@ import torch
 from small_sets import people, picture, write_folder
 from tiny_runs import measured
 
-from bench.errors import BenchError, MissingError
+from bench.errors import DataError, MissingError
 from bench.files import kept
 from bench.recognition import training
 from bench.run import plan as plan_module
@@ -265,7 +265,7 @@ class TestMeasured:
     def test_what_goes_wrong_there_is_told_here(self, tmp_path):
         damaged = write_folder(tmp_path / "faces", people(40, 3))
         sorted(damaged.rglob("*.*"))[5].write_bytes(b"no picture")
-        with pytest.raises(BenchError, match=r"cannot be decoded|cannot identify"):
+        with pytest.raises(DataError, match=r"cannot be decoded|cannot identify"):
             pipeline(tmp_path / "out", **FOLDER, data_root=damaged, stream=True).plan(measure=True)
 
 
