@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from defenses.base import Defense, DefenseOptions
+from defenses.base import Defense, DefenseOptions, pure
 from defenses.frequency import CHANNELS, COLOURS, FrequencyOperator, block_dct, map_size
 from defenses.ranks import UPSAMPLING_MEANS, Upsampling
 
@@ -34,6 +34,7 @@ class ArcFaceFD(Defense):
         side = map_size(self.image_size, self.options.upsampling)
         return (COLOURS * CHANNELS, side, side)
 
+    @pure
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
         return block_dct(faces, torch.arange(CHANNELS), upsampling=self.options.upsampling)
 

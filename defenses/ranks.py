@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from bench.randomness import drawn_seed
-from defenses.base import Defense, DefenseOptions, Shape
+from defenses.base import Defense, DefenseOptions, Shape, pure
 from defenses.frequency import CHANNELS, COLOURS, FrequencyOperator, block_dct, map_size, zigzag
 
 Tables = Literal["official", "random"]
@@ -167,6 +167,7 @@ class FrequencySubset(Defense):
         side = map_size(self.image_size, self.options.upsampling)
         return (COLOURS * self.options.subset_size, side, side)
 
+    @pure
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
         channels = self.kept_channels[self.sent(state, len(faces))]
         return block_dct(faces, channels, upsampling=self.options.upsampling)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bench.errors import DefenseError
-from defenses.base import Defense
+from defenses.base import Defense, pure
+from defenses.fixed_subset import FixedSubset
 
 SIZE = 8
 
@@ -85,6 +86,28 @@ def test_gradients_reach_the_faces_through_a_defence_that_works_in_place():
     given = faces().requires_grad_()
     Vandal().protect(given, generator()).representation.sum().backward()
     assert given.grad.abs().sum() > 0
+
+
+def test_who_is_not_of_the_package_cannot_lift_the_shield():
+    class Careless(Defense):
+        name = "careless"
+        summary = "for tests"
+
+        @pure
+        def transform(self, faces, state, generator):
+            return faces.mul_(0.5)
+
+    class Overriding(FixedSubset):
+        def transform(self, faces, state, generator):
+            return super().transform(faces.mul_(0.5), state, generator) / faces.amin()
+
+    given = faces()
+    given[0] = 0
+    before = given.clone()
+    Careless(image_size=SIZE).protect(given, generator())
+    with pytest.raises(DefenseError, match="not finite"):
+        Overriding(image_size=SIZE).protect(given, generator())
+    assert torch.equal(given, before)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -93,6 +93,26 @@ def test_representation(defense):
     assert tuple(defense.protect(_faces(0), generator()).representation.shape) == (0, *defense.representation_shape)
 
 
+def test_what_is_called_pure_is(defense):
+    if not getattr(defense.transform, "pure", False):
+        pytest.skip("is shielded")
+    kept = [*defense.buffers(), *defense.parameters()]
+    state = defense.draw(5, generator())
+    for faces in (_faces(), torch.zeros(5, 3, SIZE, SIZE), torch.ones(5, 3, SIZE, SIZE)):
+        given = [faces, *kept, *([] if state is None else [state])]
+        before = [tensor.clone() for tensor in given]
+        first = defense.transform(faces, state, generator())
+        value = first.clone()
+        second = defense.transform(faces, state, generator())
+        assert torch.isfinite(first).all()
+        assert all(torch.equal(was, now) for was, now in zip(before, given, strict=True))
+        memory = [tensor.untyped_storage().data_ptr() for tensor in (first, second, *given)]
+        assert memory.count(memory[0]) == memory.count(memory[1]) == 1
+        second.zero_()
+        assert torch.equal(first, value)
+        assert torch.equal(defense.transform(faces, state, generator()), value)
+
+
 def test_parts(defense):
     representation = defense.protect(_faces(), generator()).representation
     parts = defense.unpack(representation)
