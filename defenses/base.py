@@ -364,26 +364,30 @@ class Defense(nn.Module, ABC):
             raise ValueError(f"{self.name} expects faces (N, 3, {size}, {size}), got {tuple(faces.shape)}")
         if not faces.is_floating_point():
             raise ValueError(f"{self.name} expects float faces in [0, 1], got {faces.dtype}")
-        if count:
-            low, high = _extremes(faces)
-            if not (low >= -1e-4 and high <= 1 + 1e-4):  # also catches NaN
-                raise ValueError(f"{self.name} expects faces in [0, 1], got values from {low:.4g} to {high:.4g}")
+        extremes = _extremes(faces)
         if state is None:
             state = self.draw(count, generator, _copy(labels))
         if keys is None:
             keys = self.draw_keys(count, generator)
         state, keys = _copy(state), _copy(keys)
-        is_pure = keys is None and getattr(self.transform, "pure", False)
-        given = faces if is_pure else faces.clone()
-        if keys is None:
-            sent = self.transform(given, _copy(state), generator)
-        else:
-            sent = self.keyed_transform(given, _copy(state), keys.to(faces.device, copy=True), generator)
-        self._check_type(sent, count)
-        if is_pure:
+        if keys is None and getattr(self.transform, "pure", False):
+            sent = self.transform(faces, _copy(state), generator)
+            self._check_type(sent, count)
+            self._check_faces(extremes)  # last, so that an accelerator is at work while it is waited for
             return Protected(sent, state, keys)
+        self._check_faces(extremes)
+        if keys is None:
+            sent = self.transform(faces.clone(), _copy(state), generator)
+        else:
+            sent = self.keyed_transform(faces.clone(), _copy(state), keys.to(faces.device, copy=True), generator)
+        self._check_type(sent, count)
         self._check_finite(sent, count)
         return Protected(sent.clone(), state, keys)
+
+    def _check_faces(self, extremes: Tensor | None) -> None:
+        low, high = (0.0, 1.0) if extremes is None else extremes.tolist()
+        if not (low >= -1e-4 and high <= 1 + 1e-4):  # also catches NaN
+            raise ValueError(f"{self.name} expects faces in [0, 1], got values from {low:.4g} to {high:.4g}")
 
     def _check_type(self, sent: Tensor, count: int) -> None:
         """Refuse what the defence may not send of ``count`` faces."""
@@ -397,7 +401,8 @@ class Defense(nn.Module, ABC):
             )
 
     def _check_finite(self, sent: Tensor, count: int) -> None:
-        if sent.numel() and not all(map(math.isfinite, _extremes(sent))):
+        extremes = _extremes(sent)
+        if extremes is not None and not all(map(math.isfinite, extremes.tolist())):
             wrong = int((~sent.detach().isfinite()).flatten(1).any(dim=1).sum())
             raise DefenseError(
                 f"defence {self.name} made representations that are not finite, of {wrong} of {count} faces: "
@@ -535,10 +540,9 @@ def _copy(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def _extremes(values: Tensor) -> list[float]:
-    """The least and the largest of at least one value, in one wait for the device; NaN where there is one."""
-    least_and_largest: list[float] = torch.stack(values.detach().aminmax()).tolist()
-    return least_and_largest
+def _extremes(values: Tensor) -> Tensor | None:
+    """The least and the largest value, (2,), NaN where there is one; None of no values. Nothing is waited for."""
+    return torch.stack(values.detach().aminmax()) if values.numel() else None
 
 
 def _repeated(maps: Tensor, dim: int, size: int) -> Tensor:

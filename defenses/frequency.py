@@ -398,9 +398,16 @@ def _checked_channels(channels: Tensor, count: int) -> Tensor:
     if channels.ndim == 2 and len(channels) != count:
         raise ValueError(f"got channels for {len(channels)} faces, but {count} faces")
     channels = channels.detach().cpu()
-    if channels.numel() and not 0 <= int(channels.min()) <= int(channels.max()) < CHANNELS:
-        raise ValueError(f"channels must lie in 0..{CHANNELS - 1}, got {int(channels.min())}..{int(channels.max())}")
-    if channels.ndim == 2 and len(channels) and bool((channels == channels[0]).all()):
+    if not channels.numel():
+        return channels
+    least, largest = map(int, channels.aminmax())
+    if not 0 <= least <= largest < CHANNELS:
+        raise ValueError(f"channels must lie in 0..{CHANNELS - 1}, got {least}..{largest}")
+    if (
+        channels.ndim == 2
+        and torch.equal(channels[0], channels[-1])
+        and torch.equal(channels, channels[:1].expand_as(channels))
+    ):
         return channels[0]  # one list for all: one set of taps
     return channels
 
