@@ -420,13 +420,20 @@ def _checked_images(images: Tensor, colours: int, what: str, least: int = 2) -> 
     return images if images.dtype in (torch.float32, torch.float64) else images.to(torch.float32)
 
 
-def block_dct(faces: Tensor, channels: Tensor, *, with_offset: bool = True, upsampling: int = UPSAMPLING) -> Tensor:
+def block_dct(
+    faces: Tensor,
+    channels: Tensor,
+    *,
+    with_offset: bool = True,
+    upsampling: int = UPSAMPLING,
+    known: bool = False,
+) -> Tensor:
     """Requested block-DCT channels of the up-sampled faces, differentiable (twice and more) in ``faces``.
 
     Faces are float (N, 3, H, H), RGB in [0, 1]; half types are computed in float32. ``channels`` are int64 indices
     8u + v in 0..63 in output order: (K,) for the whole batch, or (N, K), a list of its own for every face (a subset and
     its permutation in one). Without ``with_offset``, the level shift of -128, the map is linear, not affine.
-    ``upsampling`` is the factor, 1..8.
+    ``upsampling`` is the factor, 1..8. Channels on a GPU that are ``known`` to be such indices are not waited for.
 
     Returns:
         (N, 3K, h, h) with h = ceil(upsampling H / 8), which is H at the published factor of 8; colour-major (K of Y, K
@@ -438,7 +445,8 @@ def block_dct(faces: Tensor, channels: Tensor, *, with_offset: bool = True, upsa
         ValueError: wrong shape or type, a channel outside 0..63, or a factor outside 1..8.
     """
     faces = _checked_images(faces, COLOURS, "faces")
-    channels = _checked_channels(channels, len(faces))
+    if not (known and channels.is_cuda):
+        channels = _checked_channels(channels, len(faces))
     result: Tensor = _Transform.apply(faces, channels, False, with_offset, faces.shape[-1], upsampling)
     return result
 

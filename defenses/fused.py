@@ -48,8 +48,8 @@ def _weighted(x00, x01, x02, x10, x11, x12, x20, x21, x22, a0, a1, a2, b0, b1, b
 def _kernel(faces, matrix, taps, channels, out, K, own, H: tl.constexpr, OFFSET: tl.constexpr, TILE: tl.constexpr):
     """All maps of a tile of a face.
 
-    ``faces`` (N, 3, H, H), ``matrix`` (3, 3), ``taps`` (8, 3, H), ``out`` (N, 3, K, H, H); ``channels`` int32 (K,), of
-    which ``own`` is 0, or (N, K), of which it is K. ``OFFSET`` is added to channel 0 of luma.
+    ``faces`` (N, 3, H, H), ``matrix`` (3, 3), ``taps`` (8, 3, H), ``out`` (N, 3, K, H, H); ``channels`` whole numbers
+    (K,), of which ``own`` is 0, or (N, K), of which it is K. ``OFFSET`` is added to channel 0 of luma.
     """
     tiles: tl.constexpr = (H * H + TILE - 1) // TILE
     plane = tl.cast(H * H, tl.int64)  # a batch has more pixels than 32 bits count
@@ -71,7 +71,7 @@ def _kernel(faces, matrix, taps, channels, out, K, own, H: tl.constexpr, OFFSET:
     y22, u22, v22 = _mixed(at + H + 1, plane, matrix, down & right)
 
     for k in range(K):
-        channel = tl.load(channels + own * face + k)
+        channel = tl.load(channels + own * face + k).to(tl.int32)
         a0, a1, a2 = _three(taps + channel // 8 * (3 * H) + row, H, inside)
         b0, b1, b2 = _three(taps + channel % 8 * (3 * H) + column, H, inside)
         y = _weighted(y00, y01, y02, y10, y11, y12, y20, y21, y22, a0, a1, a2, b0, b1, b2)
@@ -85,6 +85,11 @@ def _kernel(faces, matrix, taps, channels, out, K, own, H: tl.constexpr, OFFSET:
 @lru_cache(maxsize=16)
 def _matrix(device: torch.device) -> Tensor:
     return colour_matrix().to(device=device, dtype=torch.float32)
+
+
+def _on(device: torch.device, channels: Tensor) -> Tensor:
+    """They are bytes where they have to be brought there."""
+    return channels if channels.device == device else channels.to(torch.uint8).to(device, non_blocking=True)
 
 
 def fused_block_dct(faces: Tensor, channels: Tensor, taps: Tensor, with_offset: bool) -> Tensor:
@@ -108,7 +113,7 @@ def fused_block_dct(faces: Tensor, channels: Tensor, taps: Tensor, with_offset: 
                 faces.contiguous(),
                 _matrix(faces.device),
                 taps,
-                channels.to(device=faces.device, dtype=torch.int32, non_blocking=True),
+                _on(faces.device, channels).contiguous(),
                 out,
                 length,
                 length if len(channels) > 1 else 0,

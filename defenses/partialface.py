@@ -187,11 +187,13 @@ class PartialFace(FrequencySubset):
             raise ValueError(f"{self.name} needs the state of each face, int64 ({count}, 2)")
         if state.dtype != torch.int64 or state.shape != (count, 2):
             raise ValueError(f"{self.name} expects a state int64 ({count}, 2), got {state.dtype} {tuple(state.shape)}")
-        limits = torch.tensor([len(self.subset_table), len(self.permutation_table)])
-        on_cpu = state.detach().cpu()
-        if bool(((on_cpu < 0) | (on_cpu >= limits)).any()):
-            raise ValueError(f"{self.name} has subsets 0..{limits[0] - 1} and permutations 0..{limits[1] - 1}")
-        subset, permutation = state.to(self.subset_table.device).unbind(1)
+        rows = (len(self.subset_table), len(self.permutation_table))
+        if count:
+            least, largest = (extreme.tolist() for extreme in state.aminmax(dim=0))
+            if min(least) < 0 or largest[0] >= rows[0] or largest[1] >= rows[1]:
+                raise ValueError(f"{self.name} has subsets 0..{rows[0] - 1} and permutations 0..{rows[1] - 1}")
+        device = self.subset_table.device
+        subset, permutation = state.to(device, non_blocking=device.type == "cuda").unbind(1)
         return self.subset_table[subset].gather(1, self.permutation_table[permutation])
 
 

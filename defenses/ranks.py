@@ -170,7 +170,7 @@ class FrequencySubset(Defense):
     @pure
     def transform(self, faces: Tensor, state: Tensor | None, generator: torch.Generator) -> Tensor:
         channels = self.kept_channels[self.sent(state, len(faces))]
-        return block_dct(faces, channels, upsampling=self.options.upsampling)
+        return block_dct(faces, channels, upsampling=self.options.upsampling, known=True)
 
     def linear_operator(self, state: Tensor | None) -> FrequencyOperator:
         indices = self.sent(None if state is None else state[None], 1)

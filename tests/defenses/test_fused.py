@@ -30,6 +30,7 @@ CASES = {
     "less than a tile": (noise(3, 5, seed=2), torch.tensor([9, 0, 9])),
     "two pixels": (noise(1, 2, seed=3), torch.tensor([0, 7, 62])),
     "lists of their own": (noise(5, 13, seed=4), MIXED),
+    "lists in columns": (noise(5, 8, seed=9), MIXED.T.contiguous().T),
     "one map": (noise(2, 9, seed=5), torch.tensor([0])),
     "one map each": (noise(5, 9, seed=6), MIXED[:, :1]),
     "not contiguous": (_transposed(noise(2, 11, seed=7)), torch.tensor([2, 16])),
