@@ -80,7 +80,7 @@ class UNet(ViewingAttack):
     Options = UNetOptions
     presets: ClassVar = {
         "quick": {**TWO_CORES, "widths": (16, 32, 64), "images": 2_000, "state_faces": 300, "traffic": 500},
-        "cpu": {**TWO_CORES, "widths": (16, 32, 64, 128), "images": 16_000, "passes": 16},
+        "cpu": {**TWO_CORES, "widths": (16, 32, 64, 128), "images": 10_000, "passes": 10, "optimiser": "muon"},
         "gpu": {"loss": "l1+ssim", "images": 600_000, "early_stop": True},
         # As published: nothing added to the network or its input, no state read off, one guess.
         "paper": {

@@ -212,7 +212,7 @@ def _faces_at_once(machine: _Machine, written: int) -> int:
     if not machine.cuda:
         return _BATCH
     free, _ = torch.cuda.mem_get_info(machine.device)
-    return next((n for n in (8 * _BATCH, 4 * _BATCH, 2 * _BATCH) if 4 * n * written <= free), _BATCH)
+    return next((n for n in (times * _BATCH for times in (32, 16, 8, 4, 2)) if 4 * n * written <= free), _BATCH)
 
 
 @torch.no_grad()
@@ -483,7 +483,7 @@ ROWS: dict[str, tuple[str, str | None, Callable[[_Machine], dict[str, Any]]]] = 
         functools.partial(_protect, way=_partialface, maps=27),
     ),
     "protect-27-dct": (
-        "the same transform, without draws, checks and copies",
+        "the same transform, without draws and checks",
         f"{_TEXTBOOK}, then choose",
         functools.partial(_protect, way=_nine_channels, maps=27),
     ),

@@ -70,7 +70,7 @@ def test_a_row_that_breaks_says_why_and_the_others_go_on(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("free", "maps", "faces"), [(80e9, 192, 2048), (50e9, 192, 1024), (50e9, 27, 2048), (1e9, 27, 256)]
+    ("free", "maps", "faces"), [(80e9, 192, 2048), (50e9, 192, 1024), (50e9, 27, 8192), (9e9, 27, 1024), (1e9, 27, 256)]
 )
 def test_a_gpu_gets_as_many_faces_as_fit(free, maps, faces, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(80e9)))
