@@ -403,11 +403,7 @@ def _checked_channels(channels: Tensor, count: int) -> Tensor:
     least, largest = map(int, channels.aminmax())
     if not 0 <= least <= largest < CHANNELS:
         raise ValueError(f"channels must lie in 0..{CHANNELS - 1}, got {least}..{largest}")
-    if (
-        channels.ndim == 2
-        and torch.equal(channels[0], channels[-1])
-        and torch.equal(channels, channels[:1].expand_as(channels))
-    ):
+    if channels.ndim == 2 and bool((channels == channels[0]).all()):
         return channels[0]  # one list for all: one set of taps
     return channels
 
