@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,10 @@ import hypothesis
 import pytest
 
 import bench as _  # noqa: F401  (sets what torch reads from the environment when it is imported)
+
+# What a script starts in its background is deaf to Ctrl-C, and so is all that is started from there; tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A test that waits for busy neighbours has found nothing.
 hypothesis.settings.register_profile("suite", deadline=None)
