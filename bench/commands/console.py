@@ -105,7 +105,7 @@ def table(rows: Iterable[Iterable[Any]], *columns: str, title: str | None = None
 
 
 def progress_bars() -> Any:
-    """Progress on stderr, for commands that keep no log."""
+    """Progress on stderr, of which no log is kept."""
     from bench.progress import ProgressBars
 
     return ProgressBars(err, log=lambda *_, **__: None)

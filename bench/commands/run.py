@@ -10,10 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from bench.commands.console import err, show
+from bench.commands.console import err, progress_bars, show
 from bench.commands.flags import AsJson, Assignments, AttackOptions, DefenseOptions, with_flags
 from bench.errors import MissingError, UsageError
-from bench.progress import ProgressBars
 from bench.run.config import merge, nested, parse_assignments, resolve, settings, write_config
 from bench.run.launch import FreeCores, Launch, keep_freed_memory, uncollected
 
@@ -50,8 +49,7 @@ def run(
     free = FreeCores()  # watched while torch is imported
 
     leads = Launch.here().leads
-    bars = ProgressBars(err, log=lambda *_, **__: None)  # there is no run yet to keep a log of
-    with uncollected(kept=True), bars.task("load torch") if leads else contextlib.nullcontext():
+    with uncollected(kept=True), progress_bars().task("load torch") if leads else contextlib.nullcontext():
         from bench.run.pipeline import Pipeline
 
         pipeline = Pipeline(resolved, console=err)
